@@ -1,0 +1,74 @@
+"""Devices -> mesh, and how arrays lie on it.
+
+One mesh with three axes serves the language model and the SAEs:
+  'sae'     members of a stack: nothing to communicate
+  'data'    rows of a batch, sequences of the language model (FSDP there)
+  'latent'  latents of an SAE; heads, MLP units and vocabulary of the model
+Sharding latents costs one sum of [B, D] a step, sharding data one of all
+gradients (arXiv 2408.05147 section 3.3: narrow SAEs data-parallel, wide ones
+latent-parallel).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ('sae', 'data', 'latent')
+
+
+def initialize_distributed() -> None:
+  """Joins the cluster if there is one: a TPU pod, SLURM, or given by hand.
+
+  By hand: COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID. On one machine it
+  does nothing, so that signals stay ours.
+  """
+  if 'COORDINATOR_ADDRESS' in os.environ:
+    jax.distributed.initialize(
+        os.environ['COORDINATOR_ADDRESS'],
+        int(os.environ['NUM_PROCESSES']),
+        int(os.environ['PROCESS_ID']),
+    )
+  elif (
+      len(os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')) > 1
+      or int(os.environ.get('SLURM_NTASKS', '1')) > 1
+  ):
+    jax.distributed.initialize()
+
+
+def shape(axes: Mapping[str, int], devices: int) -> tuple[int, ...]:
+  """Sizes of `AXES`; one of them may be -1, for all devices that are left.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  sizes = [axes[name] for name in AXES]
+  fixed = int(np.prod([size for size in sizes if size != -1]))
+  if sizes.count(-1) > 1 or fixed < 1 or devices % fixed:
+    raise ValueError(
+        f'mesh {dict(axes)} does not fit {devices} devices: its sizes must '
+        'multiply to that, and at most one may be -1 (the rest).'
+    )
+  sizes = [devices // fixed if size == -1 else size for size in sizes]
+  if int(np.prod(sizes)) != devices:
+    raise ValueError(
+        f'mesh {dict(axes)} uses {int(np.prod(sizes))} of {devices} devices; '
+        'set one axis to -1 to use the rest.'
+    )
+  return tuple(sizes)
+
+
+def make(axes: Mapping[str, int], devices=None) -> Mesh:
+  """The mesh of the given sizes over all devices (or those given)."""
+  devices = jax.devices() if devices is None else devices
+  sizes = shape(axes, len(devices))
+  return Mesh(np.asarray(devices).reshape(sizes), AXES)
+
+
+def place(mesh: Mesh, *axes: str | None) -> NamedSharding:
+  """The sharding of an array whose dimensions lie on `axes`."""
+  return NamedSharding(mesh, PartitionSpec(*axes))

@@ -1,0 +1,143 @@
+"""The whole job on one folder: train -> evaluate -> release -> table, picture.
+
+Each stage leaves its result in the run's folder and is skipped when it is
+there, so that the same command continues a run that was stopped anywhere, and
+says so when there is nothing left to do:
+
+  checkpoints/      training's state
+  evaluation.json   metrics of every member, with intervals and controls
+  release/          what others can use
+  frontier.png      sparsity against fidelity
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from gemma_scope import (
+    evaluate,
+    metrics,
+    plots,
+    release,
+    runs,
+    text,
+    train,
+    weights,
+)
+from gemma_scope import mesh as mesh_lib
+
+
+def run(
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    report: Callable[[str], None] = print,
+) -> bool:
+  """Runs what is left of the job; True when all of it is done.
+
+  Args:
+    config: complete, see configs/tiny.py.
+    workdir: the run's folder, made if need be; one run at a time.
+    report: takes a line of text.
+  """
+  workdir = pathlib.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  started = time.time()
+  with runs.Lease(workdir) as lease, runs.Interrupt() as interrupt:
+    train.keep_config(config, workdir)
+    if (workdir / 'release').exists():
+      report(f'{workdir} is done; delete it to train again')
+    else:
+      result = train.train(config, workdir, lease, interrupt, report)
+      if not result.done:
+        return False
+      members = train.members(result, config)
+      del result  # frees the optimiser's memory
+      try:
+        scores = evaluate_saes(
+            config, workdir, members, interrupt,
+            workdir / 'evaluation.json', report,
+        )  # fmt: skip
+      except runs.Interrupted:
+        report('stopped in the evaluation; the same command continues')
+        return False
+      if jax.process_index() == 0:
+        write_release(workdir, members, scores)
+  rows = [(m.card, m.metrics) for m in release.load_all(workdir / 'release')]
+  report(release.table(rows))
+  report(
+      f'{len(rows)} SAEs, {rows[0][0]["tokens"]:,} tokens each, in '
+      f'{metrics.duration(time.time() - started)}\n'
+      f'release  {workdir / "release"}\npicture  {workdir / "frontier.png"}'
+  )
+  return True
+
+
+def write_release(
+    workdir: pathlib.Path,
+    members: list[tuple[dict[str, np.ndarray], dict[str, Any]]],
+    scores: dict[str, Any],
+    out: pathlib.Path | None = None,
+    **options: Any,
+) -> bool:
+  """Writes the picture and the release; False when the same is there."""
+  rows = [(params, card, scores.get(card['name'])) for params, card in members]
+  measured = [(card, score) for _, card, score in rows if score]
+  if measured:
+    plots.frontier(workdir / 'frontier.png', measured)
+  return release.save(out or workdir / 'release', rows, **options)
+
+
+def evaluate_saes(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    saes: list[tuple[dict[str, np.ndarray], dict[str, Any]]],
+    interrupt: runs.Interrupt,
+    out: pathlib.Path,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Held-out metrics by name, in one pass over the text; kept in `out`."""
+  if out.exists():
+    return json.loads(out.read_text())['members']
+  report('evaluating on held-out text')
+  tokenizer, store = train.open_text(config, workdir, report)
+  gemma, params = weights.load(
+      config.lm.name,
+      config.lm.checkpoint,
+      dtype=config.lm.dtype,
+      mesh=mesh_lib.make(config.mesh),
+  )
+  heldout = store.sequences(config.text.seq_len, 'eval')
+  count = min(config.evaluation.sequences, len(heldout))
+  order = text.shuffled(heldout, config.seed)
+  sequences_NT = np.asarray(text.batch(order, 0, count))
+  progress = metrics.Progress(
+      count, config.text.seq_len, label='evaluate', every_s=20
+  )
+  try:
+    scores = evaluate.evaluate(
+        gemma,
+        params,
+        saes,
+        sequences_NT,
+        batch=config.evaluation.batch,
+        special=train.special_ids(tokenizer),
+        progress=lambda done, total: progress.update(done, {}),
+        poll=interrupt.check,
+        seed=config.seed,
+    )
+  finally:
+    progress.close()
+  if jax.process_index() == 0:
+    temporary = out.with_name(out.name + '.tmp')
+    temporary.write_text(json.dumps({'members': scores}, indent=1) + '\n')
+    os.replace(temporary, out)
+  return scores

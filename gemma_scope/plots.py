@@ -1,0 +1,271 @@
+"""The sparsity-fidelity frontier of a collection, as one picture.
+
+Small multiples, a panel for each site: rows are kinds of site, columns are
+layers; FVU on one side, delta loss on the other (below, where there are many
+layers). Both axes are logarithmic, as in Gemma Scope (arXiv 2408.05147,
+figure 5). A line is one width, dark to light as width grows; the bars are
+95 % intervals; the grey dashes are the control, randomly initialised SAEs of
+the same shape and sparsity. Lower and further left is better.
+
+matplotlib is imported when something is drawn, and only its file-writing
+canvas: no display, no global state. Equal rows give equal bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+
+from gemma_scope import cards, sites
+
+_PANEL = (1.55, 1.30)  # inches
+_COLUMNS = 6
+_MARKERS = 'osD^vP*'
+_GREY = '#8a8a8a'
+_INK = '#222222'
+_STYLE = {
+  'font.family': 'sans-serif',
+  'font.sans-serif': ['DejaVu Sans'],
+  'font.size': 7,
+  'axes.labelsize': 7,
+  'axes.titlesize': 7,
+  'axes.edgecolor': '#666666',
+  'axes.labelcolor': _INK,
+  'axes.linewidth': 0.6,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'xtick.color': '#666666',
+  'ytick.color': '#666666',
+  'xtick.labelcolor': _INK,
+  'ytick.labelcolor': _INK,
+  'xtick.labelsize': 6,
+  'ytick.labelsize': 6,
+  'legend.fontsize': 7,
+  'svg.hashsalt': 'gemma_scope',
+}
+_MEASURES = (('fvu', 'FVU'), ('delta_loss', 'Delta loss (nats per token)'))
+
+
+def has_points(row: cards.Row) -> bool:
+  """Whether a row has what a point needs: an L0 above 0 and an FVU."""
+  metrics = row[1] or {}
+  l0 = cards.value(metrics.get('l0'))
+  return bool(l0 and l0 > 0) and cards.value(metrics.get('fvu')) is not None
+
+
+def frontier(path: str | os.PathLike[str], rows: Sequence[cards.Row]):
+  """Draws the frontier; the suffix of `path` (.png, .svg, .pdf) is its format.
+
+  Args:
+    path: the picture; one that is there is replaced.
+    rows: (card, metrics) pairs; those without a measured L0 are left out.
+
+  Raises:
+    ValueError: no row has anything to draw.
+  """
+  rows = sorted((row for row in rows if has_points(row)), key=cards.order)
+  if not rows:
+    raise ValueError(
+      'A frontier needs at least one SAE with a measured L0 and FVU.'
+    )
+  import matplotlib
+  from matplotlib import figure
+
+  path = pathlib.Path(path)
+  grid = _grid([sites.parse(card['site']) for card, _ in rows])
+  lines, columns = len(grid), max(len(line) for line in grid)
+  beside = columns <= 3
+  with matplotlib.rc_context(_STYLE):
+    picture = figure.Figure(
+      figsize=(
+        (2 if beside else 1) * columns * _PANEL[0] + 0.9,
+        (1 if beside else 2) * lines * _PANEL[1] + 0.9,
+      ),
+      layout='constrained',
+    )
+    halves = picture.subfigures(*((1, 2) if beside else (2, 1)), wspace=0.04)
+    looks = _looks(rows)
+    for half, (key, label) in zip(halves, _MEASURES, strict=True):
+      _draw(half, grid, columns, rows, key, label, looks)
+    _legend(picture, looks, any(cards.control(metrics) for _, metrics in rows))
+    # Under another name first: a reader never meets half a picture.
+    partial = path.with_name(f'.{path.name}.partial{path.suffix}')
+    metadata = {'.png': {'Software': None}, '.svg': {'Date': None}}
+    metadata['.pdf'] = {'CreationDate': None}
+    picture.savefig(partial, dpi=200, metadata=metadata.get(path.suffix, {}))
+  os.replace(partial, path)
+
+
+def _grid(found: Sequence[sites.Site]) -> list[list[sites.Site]]:
+  """Panels: a line of layers for each kind, long lines broken evenly."""
+  kinds = {
+    kind: sorted({site for site in found if site.kind == kind})
+    for kind in sites.KINDS
+  }
+  longest = max(len(line) for line in kinds.values())
+  columns = math.ceil(longest / math.ceil(longest / _COLUMNS))
+  return [
+    line[i : i + columns]
+    for line in kinds.values()
+    for i in range(0, len(line), columns)
+  ]
+
+
+def _looks(rows: Sequence[cards.Row]) -> dict[tuple[int, str], dict]:
+  """(width, architecture) -> colour by width, marker by both."""
+  from matplotlib import colormaps
+
+  keys = sorted(
+    {(card['width'], str(card.get('architecture', ''))) for card, _ in rows}
+  )
+  widths = sorted({width for width, _ in keys})
+  architectures = sorted({architecture for _, architecture in keys})
+  looks = {}
+  for width, architecture in keys:
+    rank, which = widths.index(width), architectures.index(architecture)
+    # viridis without its palest end, which white paper swallows.
+    colour = colormaps['viridis'](0.12 + 0.66 * rank / max(len(widths) - 1, 1))
+    name = f'{sites.width_name(width)} latents'
+    looks[width, architecture] = {
+      'color': colour,
+      'marker': _MARKERS[rank % len(_MARKERS)],
+      'markerfacecolor': 'white' if which else colour,
+      'linestyle': ('-', ':', '-.')[which % 3],
+      'label': f'{name}, {architecture}' if len(architectures) > 1 else name,
+    }
+  return looks
+
+
+def _draw(half, grid, columns, rows, key, label, looks):
+  """One measure: a panel for each site; equal kinds get equal scales."""
+  axes = half.subplots(
+    len(grid), columns, sharex=True, sharey='row', squeeze=False
+  )
+  logarithmic = all(
+    (number := cards.value(each.get(key))) is None or number > 0
+    for _, metrics in rows
+    for each in (metrics, cards.control(metrics))
+  )
+  for r, line in enumerate(grid):
+    for c in range(columns):
+      panel = axes[r, c]
+      if c >= len(line):
+        panel.set_axis_off()
+        continue
+      here = [row for row in rows if row[0]['site'] == str(line[c])]
+      _panel(panel, here, key, looks)
+      panel.set_title(f'{line[c].kind}, layer {line[c].layer}', pad=3)
+      _scales(panel, logarithmic)
+      if r == len(grid) - 1 or c >= len(grid[r + 1]):
+        panel.tick_params(labelbottom=True)
+  for r, line in enumerate(grid):
+    # FVU means the same at every site; nats lost do so within a kind only.
+    alike = [
+      axes[other, 0].get_ylim()
+      for other in range(len(grid))
+      if key == 'fvu' or grid[other][0].kind == line[0].kind
+    ]
+    low, high = min(low for low, _ in alike), max(high for _, high in alike)
+    if key == 'fvu':  # 1 is the mean vector alone: keep it in sight
+      low, high = (low if logarithmic else min(low, 0)), max(high, 1.12)
+    axes[r, 0].set_ylim(low, high)
+  half.supxlabel('L0 (active latents per token)', fontsize=7, color=_INK)
+  half.supylabel(label, fontsize=7, color=_INK)
+
+
+def _panel(panel, rows, key, looks):
+  """A line for each (width, architecture, seed), and its control."""
+  groups = {}
+  for card, metrics in rows:
+    look = (card['width'], str(card.get('architecture', '')))
+    groups.setdefault((look, str(card.get('seed'))), []).append(metrics)
+  for (look, _), found in groups.items():
+    twins = [_point(cards.control(metrics), key, metrics) for metrics in found]
+    twins = sorted(point for point in twins if point)
+    if twins:
+      panel.plot(
+        *list(zip(*twins, strict=True))[:2],
+        color=_GREY,
+        linewidth=0.9,
+        linestyle=(0, (4, 2)),
+        marker=looks[look]['marker'],
+        markersize=2.2,
+        markerfacecolor='white',
+        markeredgewidth=0.6,
+        zorder=1,
+      )
+    points = sorted(p for p in (_point(m, key, m) for m in found) if p)
+    if not points:
+      continue
+    l0, values, low, high = zip(*points, strict=True)
+    panel.vlines(l0, low, high, color=looks[look]['color'], lw=0.8, zorder=2)
+    style = {name: v for name, v in looks[look].items() if name != 'label'}
+    panel.plot(
+      l0,
+      values,
+      linewidth=1.1,
+      markersize=3,
+      markeredgewidth=0.7,
+      zorder=3,
+      **style,
+    )
+
+
+def _point(figures, key, member) -> tuple[float, float, float, float] | None:
+  """(L0, value, low, high); a control without its own L0 takes its member's."""
+  value = cards.value(figures.get(key))
+  l0 = cards.value(figures.get('l0')) or cards.value(member.get('l0'))
+  if value is None or not l0 or l0 <= 0:
+    return None
+  metric = figures[key] if isinstance(figures[key], dict) else {}
+  low, high = cards.value(metric.get('low')), cards.value(metric.get('high'))
+  return l0, value, value if low is None else low, high or value
+
+
+def _scales(panel, logarithmic: bool):
+  from matplotlib import ticker
+
+  panel.set_xscale('log')
+  panel.margins(x=0.09, y=0.07)
+  panel.grid(True, which='major', color='#e6e6e6', linewidth=0.5)
+  panel.set_axisbelow(True)
+  panel.tick_params(which='both', width=0.5, length=2)
+  scaled = [panel.xaxis]
+  if logarithmic:
+    panel.set_yscale('log')
+    scaled.append(panel.yaxis)
+  else:
+    panel.axhline(0, color='#b0b0b0', linewidth=0.6, zorder=0)
+  for axis in scaled:
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=5))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f'{x:g}'))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _legend(picture, looks, has_control: bool):
+  from matplotlib import lines
+
+  handles = [
+    lines.Line2D([], [], linewidth=1.1, markersize=3.5, **look)
+    for look in looks.values()
+  ]
+  if has_control:
+    handles.append(
+      lines.Line2D(
+        [],
+        [],
+        color=_GREY,
+        linestyle=(0, (4, 2)),
+        linewidth=0.9,
+        label='control: random initialisation',
+      )
+    )
+  picture.legend(
+    handles=handles,
+    loc='outside upper center',
+    ncols=min(len(handles), 5),
+    frameon=False,
+    handlelength=2.4,
+  )

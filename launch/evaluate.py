@@ -1,0 +1,51 @@
+"""Evaluates a release on held-out text: L0, FVU, delta loss, controls beside.
+
+  .venv/bin/python launch/evaluate.py --config=configs/tiny.py \
+      --workdir=runs/tiny --release=runs/tiny/release --out=scores.json
+
+The config names the language model, the text and evaluation.sequences; the
+release, or one folder of it, the SAEs. All of them in one pass over the text.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the token store.')
+RELEASE = flags.DEFINE_string('release', None, 'A release, or one SAE of it.')
+OUT = flags.DEFINE_string('out', None, 'JSON to write, with all the metrics.')
+flags.mark_flags_as_required(['config', 'workdir', 'release', 'out'])
+
+
+def main(_) -> None:
+  logging.set_verbosity(logging.WARNING)
+  from gemma_scope import pipeline, release, runs
+
+  try:
+    folder, out = pathlib.Path(RELEASE.value), pathlib.Path(OUT.value)
+    if out.exists():
+      raise ValueError(f'{out} is there already; name another file.')
+    if (folder / 'params.npz').exists():
+      saes = [release.load(folder)]
+    else:
+      saes = [(m.load(), m.card) for m in release.load_all(folder)]
+    workdir = pathlib.Path(WORKDIR.value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with runs.Interrupt() as interrupt:
+      scores = pipeline.evaluate_saes(
+          CONFIG.value, workdir, saes, interrupt, out
+      )
+    print(release.table([(card, scores[card['name']]) for _, card in saes]))
+  except runs.Interrupted:
+    sys.exit('stopped; nothing was written')
+  except (ValueError, RuntimeError, OSError) as error:
+    sys.exit(f'{type(error).__name__}: {error}')
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Set-up, lint, format check, tests. Arguments go to pytest; paths count from
+# the project's root. The exit code is pytest's, or ruff's if only ruff has
+# complaints.
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+bash launch/setup.sh
+python="${GEMMA_SCOPE_VENV:-.venv}/bin/python"
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+lint=0
+"$python" -m ruff check . || lint=$?
+"$python" -m ruff format --check . || lint=$?
+"$python" -m pytest "$@"
+exit "$lint"

@@ -1,0 +1,102 @@
+"""Arguments and checks: what cannot run is refused in a sentence."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from configs import tiny
+from gemma_scope import config as config_lib
+from gemma_scope import lm
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODEL = lm.SIZES['gemma2-2b']
+
+
+def test_the_argument_selects_the_collection():
+  config = tiny.get_config(
+      'layers=12,20-22;sites=resid_post;widths=16k,65k,1m;sparsity=30,60.5;seeds=1,2'
+  )
+  c = config.collection
+  assert c.layers == (12, 20, 21, 22)
+  assert c.widths == (16384, 65536, 2**20)
+  assert c.sparsity == (30.0, 60.5) and c.seeds == (1, 2)
+  names = [m.name for m in config_lib.members(config)]
+  assert len(names) == len(set(names)) == 4 * 3 * 2 * 2
+  assert 'resid_post/20/width_1m/target_l0_60.5/seed_2' in names
+
+
+@pytest.mark.parametrize(
+    'argument, words',
+    [
+        ('layer=12', "'layers'"),
+        ('widths=17k', 'power of two'),
+        ('layers=a', 'does not parse'),
+        ('layers', 'field=value'),
+    ],
+)
+def test_a_wrong_argument_is_a_sentence(argument, words):
+  with pytest.raises(config_lib.ConfigError, match=words):
+    tiny.get_config(argument)
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        ({'collection.sites': ('resid_pots',)}, "Did you mean 'resid_post'"),
+        ({'collection.architecture': 'jumpreluu'}, "Did you mean 'jumprelu'"),
+        ({'collection.penalty': 'l1'}, 'trained by target_l0 or l0'),
+        ({'collection.layers': (30,)}, 'has layers 0 to 25'),
+        ({'collection.layers': (1, 1)}, 'without repeats'),
+        ({'collection.sparsity': (600.0,)}, 'cannot be met by 512'),
+        ({'train.warm_up': 10**6}, 'the run has 1500'),
+        ({'train.batch': 100}, "mesh's data axis"),
+        ({'collection.widths': (513,)}, 'latent axis'),
+        ({'collection.seeds': (0, 1, 2)}, 'sae axis'),
+        ({'activations.chunk_rows': 10}, 'at least one batch'),
+        ({'activations.memory': 'disk'}, 'device'),
+        ({'lm.dtype': 'float16'}, 'float32 or bfloat16'),
+        ({'text.seq_len': 1}, 'at least 2'),
+    ],
+)
+def test_an_impossible_combination_is_a_sentence(change, words):
+  config = tiny.get_config()
+  config.update_from_flattened_dict(change)
+  with pytest.raises(config_lib.ConfigError, match=words):
+    config_lib.check(config, MODEL, (8, 8, 2))
+
+
+def test_the_default_fits():
+  config_lib.check(tiny.get_config(), MODEL, (1, 1, 1))
+  assert len(config_lib.members(tiny.get_config())) >= 24
+
+
+@pytest.mark.parametrize(
+    'flag, words',
+    [
+        ('--config.train.stepss=3', 'steps'),
+        ('--config.train.steps=many', 'steps'),
+        ('--config.collection.architecture=jumpreluu', 'jumprelu'),
+        ('--config=configs/tiny.py:layer=3', 'layers'),
+    ],
+)
+def test_a_typo_on_the_command_line_is_refused_within_seconds(
+    flag, words, tmp_path
+):
+  started = time.time()
+  done = subprocess.run(
+      [
+          sys.executable, str(ROOT / 'launch/train.py'),
+          '--config=configs/tiny.py', flag, f'--workdir={tmp_path}',
+      ],
+      cwd=ROOT, capture_output=True, text=True, env={'PYTHONPATH': str(ROOT)},
+  )  # fmt: skip
+  assert done.returncode != 0
+  assert words in done.stderr, done.stderr
+  assert 'import jax' not in done.stderr
+  assert time.time() - started < 10  # 3 s on a machine that is not busy
+  assert not list(tmp_path.iterdir())

@@ -1,0 +1,201 @@
+"""JumpReLU and its estimators, against finite differences and numpy."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_scope import objectives, sae
+
+D, F, B = 8, 16, 64
+
+
+def make(module=None, seed=0):
+  module = module or sae.JumpReLU(
+      D, F, bandwidth=0.1, initial_threshold=0.2
+  )
+  x_BD = jax.random.normal(jax.random.key(seed), (B, D)) / D**0.5
+  return module, module.init(jax.random.key(1), x_BD)['params'], x_BD
+
+
+def test_jumprelu_is_zero_at_its_threshold():
+  z = jnp.array([[-1.0, 0.1999, 0.2, 0.2001, 3.0]])
+  theta = jnp.full((5,), 0.2)
+  assert sae.jumprelu(z, theta, 0.1)[0].tolist() == [0, 0, 0, z[0, 3], 3]
+  assert sae.step(z, theta, 0.1)[0].tolist() == [0, 0, 0, 1, 1]
+
+
+def test_threshold_gradient_estimates_the_expected_losss_slope():
+  """Mean over many rows = central difference of the expectation in theta."""
+  n, lam, eps = 400_000, 0.05, 0.05
+  key = jax.random.key(0)
+  x = jax.random.normal(key, (n, 1))
+  target = 1.3 * x + 0.2
+  w = 0.7
+
+  def loss(theta):
+    z = x + 0.1
+    f = sae.jumprelu(z, theta, eps)
+    l0 = jnp.mean(jnp.sum(sae.step(z, theta, eps), -1))
+    return jnp.mean(jnp.sum((target - w * f) ** 2, -1)) + lam * l0
+
+  theta, h = jnp.array([0.4]), 0.02
+  slope = jax.grad(loss)(theta)[0]
+  difference = (loss(theta + h) - loss(theta - h)) / (2 * h)
+  np.testing.assert_allclose(slope, difference, rtol=0.05)
+
+
+def test_estimators_read_z_and_not_the_value_after_the_jump():
+  """Rows just below theta count: half of the window lies there."""
+  z = jnp.array([[0.39], [0.41]])  # one on each side, both in the window
+  theta, eps = jnp.array([0.4]), 0.05
+  slope = jax.grad(lambda t: jnp.sum(sae.step(z, t, eps)))(theta)
+  np.testing.assert_allclose(slope, [-2 / eps], rtol=1e-6)
+  slope = jax.grad(lambda t: jnp.sum(sae.jumprelu(z, t, eps)))(theta)
+  np.testing.assert_allclose(slope, [-2 * 0.4 / eps], rtol=1e-6)
+
+
+def test_gradient_of_step_in_z_is_zero_and_of_jumprelu_the_true_one():
+  z = jnp.array([[0.1, 0.39, 0.41, 2.0]])
+  theta = jnp.full((4,), 0.4)
+  g = jax.grad(lambda z: jnp.sum(sae.step(z, theta, 0.05)))(z)
+  assert not np.any(g)
+  g = jax.grad(lambda z: jnp.sum(sae.jumprelu(z, theta, 0.05)))(z)
+  assert g.tolist() == [[0, 0, 1, 1]]
+
+
+def test_sparsity_reaches_thresholds_alone():
+  module, params, x_BD = make()
+
+  def penalty(params):
+    bound = module.bind({'params': params})
+    return jnp.sum(bound.active(bound.pre_activations(x_BD)))
+
+  gradient = jax.grad(penalty)(params)
+  assert np.any(gradient.pop('log_threshold'))
+  for name, g in gradient.items():
+    assert not np.any(g), name
+
+
+def test_loss_and_gradient_match_independent_numpy():
+  """Every gradient of the whole loss, written out by hand in float64."""
+  module, params, x_BD = make()
+  lam, eps = 0.01, 0.1
+  setting = objectives.sparsity('l0', lam)
+  (value, _), gradient = jax.value_and_grad(
+      lambda p: objectives.loss(module, p, x_BD, setting, jnp.float32(1)),
+      has_aux=True,
+  )(params)
+  p = {k: np.asarray(v, np.float64) for k, v in params.items()}
+  x = np.asarray(x_BD, np.float64)
+  theta = np.exp(p['log_threshold'])
+  z = (x - p['b_dec']) @ p['W_enc'] + p['b_enc']
+  on = z > theta
+  near = np.abs(z - theta) < eps / 2
+  f = z * on
+  r = f @ p['W_dec'] + p['b_dec'] - x
+  expected = (r**2).sum(1).mean() + lam * on.sum(1).mean()
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  df = 2 * r @ p['W_dec'].T / B
+  dz = df * on
+  dtheta = (near * (-theta / eps * df - lam / eps / B)).sum(0)
+  by_hand = {
+      'W_dec': f.T @ (2 * r / B),
+      'b_dec': (2 * r / B).sum(0) - (dz @ p['W_enc'].T).sum(0),
+      'W_enc': (x - p['b_dec']).T @ dz,
+      'b_enc': dz.sum(0),
+      'log_threshold': theta * dtheta,
+  }
+  for name, g in by_hand.items():
+    np.testing.assert_allclose(gradient[name], g, rtol=1e-4, atol=1e-6)
+
+
+def test_initial_parameters():
+  module, params, _ = make()
+  np.testing.assert_allclose(
+      np.linalg.norm(params['W_dec'], axis=1), 1, rtol=1e-6
+  )
+  np.testing.assert_array_equal(params['W_enc'], params['W_dec'].T)
+  assert not np.any(params['b_enc']) and not np.any(params['b_dec'])
+  np.testing.assert_allclose(np.exp(params['log_threshold']), 0.2, rtol=1e-6)
+
+
+def test_raw_threshold_trains_theta_itself_and_never_acts_below_zero():
+  module = sae.JumpReLU(D, F, bandwidth=0.1, log_threshold=False)
+  _, params, _ = make(module)
+  assert 'threshold' in params and 'log_threshold' not in params
+  params['threshold'] = params['threshold'].at[0].set(-1.0)
+  assert module.bind({'params': params}).threshold()[0] == 0
+
+
+def test_thresholds_stay_float32_under_bfloat16_matmuls():
+  module = sae.JumpReLU(D, F, matmul_dtype='bfloat16', initial_threshold=0.2)
+  _, params, x_BD = make(module)
+  assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(params))
+  bound = module.bind({'params': params})
+  z_BF = bound.pre_activations(x_BD)
+  assert z_BF.dtype == jnp.float32 and bound.decode(z_BF).dtype == jnp.float32
+  exact = sae.JumpReLU(D, F, initial_threshold=0.2).bind({'params': params})
+  np.testing.assert_allclose(z_BF, exact.pre_activations(x_BD), atol=0.02)
+  assert np.any(z_BF != exact.pre_activations(x_BD))
+
+
+def test_without_pre_encoder_bias_b_dec_leaves_the_encoder_alone():
+  module = sae.JumpReLU(D, F, pre_encoder_bias=False)
+  _, params, x_BD = make(module)
+  moved = {**params, 'b_dec': params['b_dec'] + 1}
+  np.testing.assert_array_equal(
+      module.bind({'params': params}).encode(x_BD),
+      module.bind({'params': moved}).encode(x_BD),
+  )
+
+
+def test_relu_baseline():
+  module = sae.ReLU(D, F)
+  _, params, x_BD = make(module)
+  bound = module.bind({'params': params})
+  f_BF = bound.encode(x_BD)
+  np.testing.assert_array_equal(f_BF, jnp.maximum(bound.pre_activations(x_BD), 0))
+  setting = objectives.sparsity('l1', 0.3)
+  total, terms = objectives.loss(module, params, x_BD, setting, jnp.float32(1))
+  expected = terms.squared_error + 0.3 * jnp.mean(jnp.sum(f_BF, -1))
+  np.testing.assert_allclose(total, expected, rtol=1e-6)
+
+
+def test_released_encode_and_decode_are_the_modules_own():
+  module, params, x_BD = make()
+  bound = module.bind({'params': params})
+  flat = {**params, 'threshold': bound.threshold()}
+  centred = x_BD - params['b_dec']
+  np.testing.assert_allclose(
+      sae.encode(flat, centred), bound.encode(x_BD), rtol=1e-6
+  )
+  np.testing.assert_allclose(
+      sae.decode(flat, bound.encode(x_BD)), bound(x_BD), rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize('target', [4.0, 12.0])
+def test_target_term_is_zero_at_its_target_and_quadratic(target):
+  module, params, x_BD = make()
+  one = jnp.float32(1)
+  setting = objectives.sparsity('target_l0', target, strength=2.0)
+  total, terms = objectives.loss(module, params, x_BD, setting, one)
+  penalty = total - terms.squared_error
+  np.testing.assert_allclose(
+      penalty, 2.0 * (terms.l0 / target - 1) ** 2, rtol=1e-4
+  )
+  at_target = setting._replace(target_l0=terms.l0)
+  total, terms = objectives.loss(module, params, x_BD, at_target, one)
+  np.testing.assert_allclose(total, terms.squared_error, rtol=1e-6)
+
+
+def test_projection_and_unit_rows():
+  w = sae.unit_rows(jax.random.normal(jax.random.key(0), (F, D)))
+  g = jax.random.normal(jax.random.key(1), (F, D))
+  np.testing.assert_allclose(
+      jnp.sum(sae.remove_parallel(g, w) * w, -1), 0, atol=1e-6
+  )
+  assert np.all(np.isfinite(sae.unit_rows(jnp.zeros((F, D)))))

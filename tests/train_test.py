@@ -1,0 +1,250 @@
+"""A run that is killed, stopped or refused loses nothing: real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import tiny
+from gemma_scope import runs, train
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 40
+TEXTS = ['abc', 'ast', 'bisect', 'calendar', 'copy', 'csv', 'dis', 'enum']
+
+
+def small(tmp_path: pathlib.Path, **changes) -> ConfigDict:
+  """The tiny config, smaller: 8 SAEs in two stacks, 40 steps, 5 chunks."""
+  config = tiny.get_config('layers=0,1;sites=attn_out,resid_post;sparsity=4')
+  config.update_from_flattened_dict({
+      'text.source': f'files:{tmp_path}/texts/*.txt',
+      'text.seq_len': 33,
+      'collection.widths': (16, 32),
+      'activations.chunk_rows': 512,
+      'activations.lm_batch': 4,
+      'train.steps': STEPS,
+      'train.batch': 64,
+      'train.warm_up': 5,
+      'train.decay': 10,
+      'train.sparsity_warm_up': 10,
+      'checkpoint.every': 7,
+      'metrics.every': 1,
+      'evaluation.sequences': 8,
+      **changes,
+  })
+  folder = tmp_path / 'texts'
+  if not folder.exists():
+    folder.mkdir()
+    for name in TEXTS:
+      source = pathlib.Path(os.__file__).parent / f'{name}.py'
+      # The split is by name: held-out text needs a name that falls there.
+      for copy in range(8):
+        (folder / f'{name}{copy}.txt').write_text(source.read_text()[:6000])
+  return config
+
+
+def flags_of(config: ConfigDict, workdir: pathlib.Path) -> list[str]:
+  """The command line that makes this config."""
+  default = tiny.get_config()
+  command = [sys.executable, str(ROOT / 'launch/train.py')]
+  command += ['--config=configs/tiny.py', f'--workdir={workdir}']
+  for section, fields in config.items():
+    if isinstance(fields, ConfigDict):
+      command += [
+          f'--config.{section}.{name}={value}'
+          for name, value in fields.items()
+          if value != default[section][name]
+      ]
+  return command
+
+
+def start(config, workdir, **kwargs) -> subprocess.Popen:
+  # One device: the state must not depend on how the test was launched.
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
+  return subprocess.Popen(
+      flags_of(config, workdir), cwd=ROOT, env=environment, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
+  )  # fmt: skip
+
+
+def last_step(workdir: pathlib.Path) -> int:
+  try:
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+    return json.loads(lines[-1])['step']
+  except (OSError, IndexError, json.JSONDecodeError):
+    return 0
+
+
+def wait_for_step(process, workdir, step, timeout=240):
+  deadline = time.time() + timeout
+  while last_step(workdir) < step:
+    assert process.poll() is None, process.stdout.read()
+    assert time.time() < deadline, 'too slow'
+    time.sleep(0.01)
+
+
+def states(config: ConfigDict, workdir: pathlib.Path):
+  """Everything that training changed, as one dict of arrays."""
+  one = ConfigDict(config)
+  one.mesh.data = jax.device_count()
+  result = train.load(one, workdir)
+  leaves = jax.tree_util.tree_leaves_with_path(result.states)
+  return result.step, {
+      jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves
+  }
+
+
+def assert_same(a, b):
+  assert a.keys() == b.keys()
+  for name, value in a.items():
+    np.testing.assert_array_equal(value, b[name], err_msg=name)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """An uninterrupted run: its config, folder, output, step and state."""
+  folder = tmp_path_factory.mktemp('whole')
+  config = small(folder)
+  process = start(config, folder / 'run')
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, output
+  return config, folder, output, *states(config, folder / 'run')
+
+
+def test_the_whole_job_ends_in_a_release_a_table_and_a_picture(whole):
+  config, folder, output, step, _ = whole
+  run = folder / 'run'
+  assert step == STEPS
+  assert (run / 'frontier.png').stat().st_size > 1000
+  assert (run / 'release' / 'manifest.json').exists()
+  for word in ('resid_post', 'control', 'delta loss', 'tokens/s'):
+    assert word in output, output
+  lines = (run / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(line)['step'] for line in lines] == list(
+      range(1, STEPS + 1)
+  )
+  again = start(config, run)
+  output, _ = again.communicate(timeout=120)
+  assert again.returncode == 0 and 'is done' in output, output
+
+
+def test_kill_9_and_the_same_command_end_bitwise_where_no_kill_would(
+    whole, tmp_path
+):
+  config, folder, _, _, expected = whole
+  for step in (3, 17, 30):  # before a checkpoint, in the middle, later
+    process = start(config, tmp_path / 'run')
+    wait_for_step(process, tmp_path / 'run', step)
+    process.kill()
+    process.wait()
+  process = start(config, tmp_path / 'run')
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, output
+  assert 'continuing at step' in output
+  step, found = states(config, tmp_path / 'run')
+  assert step == STEPS
+  assert_same(found, expected)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_last_whole_step_and_exits_cleanly(
+    whole, tmp_path, number
+):
+  config, _, _, _, expected = whole
+  run = tmp_path / 'run'
+  process = start(config, run)
+  wait_for_step(process, run, 10)
+  process.send_signal(number)
+  output, _ = process.communicate(timeout=60)
+  assert process.returncode == 0, output
+  assert 'stopped and saved at step' in output
+  step, _ = states(config, run)
+  assert step == last_step(run) >= 10  # no whole step is lost
+  if number == signal.SIGTERM:
+    process = start(config, run)
+    output, _ = process.communicate(timeout=300)
+    assert_same(states(config, run)[1], expected)
+
+
+def test_a_signal_before_the_first_step_exits_cleanly(whole, tmp_path):
+  process = start(whole[0], tmp_path / 'run')
+  for line in process.stdout:
+    if 'loading' in line:
+      break
+  process.send_signal(signal.SIGTERM)
+  output, _ = process.communicate(timeout=120)
+  assert process.returncode == 0, output
+
+
+def test_a_second_run_on_the_folder_is_refused_by_the_holders_name(
+    whole, tmp_path
+):
+  with runs.Lease(tmp_path):
+    process = start(whole[0], tmp_path)
+    output, _ = process.communicate(timeout=120)
+  assert process.returncode != 0
+  assert str(os.getpid()) in output and len(output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    'field, value', [('train.batch', 32), ('sae.bandwidth', 0.5), ('seed', 3)]
+)
+def test_a_changed_config_is_refused_by_field(whole, field, value):
+  config = ConfigDict(whole[0])
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(runs.ChangedError, match=field):
+    train.keep_config(config, whole[1] / 'run')
+
+
+def in_process(config, workdir):
+  workdir.mkdir(exist_ok=True)
+  config = ConfigDict(config)
+  config.mesh.data, config.mesh.latent = 4, 2
+  with runs.Lease(workdir) as lease, runs.Interrupt() as interrupt:
+    train.keep_config(config, workdir)
+    return config, train.train(config, workdir, lease, interrupt, print)
+
+
+def test_another_text_is_refused_on_resume(tmp_path):
+  config = small(tmp_path, **{'train.steps': 10})
+  run = tmp_path / 'run'
+  _, result = in_process(config, run)
+  assert result.done
+  for path in sorted((tmp_path / 'texts').glob('abc*')):
+    path.write_text('other ' * 2000)
+  for path in (run / 'tokens').iterdir():
+    path.unlink()
+  (run / 'tokens').rmdir()
+  with pytest.raises(runs.ChangedError, match='text'):
+    in_process(config, run)
+
+
+def test_training_from_a_store_is_training_from_the_model(tmp_path):
+  from gemma_scope import activations
+  from gemma_scope import mesh as mesh_lib
+
+  config = small(tmp_path, **{'train.steps': 20})
+  config, from_model = in_process(config, tmp_path / 'model')
+  source, facts = train.make_source(
+      config, tmp_path / 'model', mesh_lib.make(config.mesh), print
+  )
+  activations.write_store(tmp_path / 'store', source, 3, facts)
+  config.activations.store = str(tmp_path / 'store')
+  _, from_store = in_process(config, tmp_path / 'run')
+  assert from_store.scales == from_model.scales
+  for a, b in zip(
+      jax.tree.leaves(from_model.states),
+      jax.tree.leaves(from_store.states),
+      strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)

@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 from gemma_scope import sites
 
 ARCHITECTURES = {
-    # architecture -> the kinds of sparsity it can be trained by
-    'jumprelu': ('target_l0', 'l0'),
-    'relu': ('l1',),
+  # architecture -> the kinds of sparsity it can be trained by
+  'jumprelu': ('target_l0', 'l0'),
+  'relu': ('l1',),
 }
 DTYPES = ('float32', 'bfloat16')
 
@@ -46,13 +46,13 @@ class Member:
   def name(self) -> str:
     """Unique in a collection: resid_post/12/width_16k/target_l0_50/seed_0."""
     return (
-        f'{self.site}/width_{sites.width_name(self.width)}/'
-        f'{self.penalty}_{self.sparsity:g}/seed_{self.seed}'
+      f'{self.site}/width_{sites.width_name(self.width)}/'
+      f'{self.penalty}_{self.sparsity:g}/seed_{self.seed}'
     )
 
 
 def apply_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
-  """Applies 'layers=12,20;widths=16k,65k;sparsity=30,60' to `config.collection`.
+  """Applies 'layers=12,20;widths=16k;sparsity=30,60' to `config.collection`.
 
   Any field of the collection may be named; lists are separated by commas,
   layers may be a range (`0-25`), widths are spelled as in Gemma Scope.
@@ -69,15 +69,13 @@ def apply_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
       near = difflib.get_close_matches(name, collection.keys(), 1)
       hint = f' Did you mean {near[0]!r}?' if near else ''
       raise ConfigError(
-          f'{part!r} is not field=value with a field of the collection '
-          f'({", ".join(collection.keys())}).{hint}'
+        f'{part!r} is not field=value with a field of the collection '
+        f'({", ".join(collection.keys())}).{hint}'
       )
     items = [item.strip() for item in text.split(',') if item.strip()]
     try:
       if name == 'layers':
-        value = tuple(
-            layer for item in items for layer in _layer_range(item)
-        )
+        value = tuple(layer for item in items for layer in _layer_range(item))
       elif name == 'widths':
         value = tuple(map(sites.parse_width, items))
       elif name == 'sparsity':
@@ -101,7 +99,9 @@ def members(config: ConfigDict) -> list[Member]:
   """Every SAE of the run: the product of the collection's lists."""
   c = config.collection
   return [
-      Member(sites.Site(layer, kind), c.architecture, width, c.penalty, value, seed)
+      Member(
+      sites.Site(layer, kind), c.architecture, width, c.penalty, value, seed
+    )
       for width, layer, kind, value, seed in itertools.product(
           c.widths, c.layers, c.sites, c.sparsity, c.seeds
       )
@@ -109,9 +109,9 @@ def members(config: ConfigDict) -> list[Member]:
 
 
 def check(
-    config: ConfigDict,
-    model: sites.Dimensions | None = None,
-    mesh_shape: Sequence[int] | None = None,
+  config: ConfigDict,
+  model: sites.Dimensions | None = None,
+  mesh_shape: Sequence[int] | None = None,
 ) -> None:
   """Refuses what cannot run.
 
@@ -132,84 +132,87 @@ def check(
   for field in ('layers', 'sites', 'widths', 'sparsity', 'seeds'):
     found = c[field]
     need(
-        bool(found) and len(set(found)) == len(found),
-        f'collection.{field} must be a list without repeats; found {found}.',
+      bool(found) and len(set(found)) == len(found),
+      f'collection.{field} must be a list without repeats; found {found}.',
     )
   need(
-      c.architecture in ARCHITECTURES,
-      f'collection.architecture must be one of {", ".join(ARCHITECTURES)}; '
-      f'found {c.architecture!r}.'
-      + _suggestion(c.architecture, ARCHITECTURES),
+    c.architecture in ARCHITECTURES,
+    f'collection.architecture must be one of {", ".join(ARCHITECTURES)}; '
+    f'found {c.architecture!r}.' + _suggestion(c.architecture, ARCHITECTURES),
   )
   kinds = ARCHITECTURES[c.architecture]
   need(
-      c.penalty in kinds,
-      f'A {c.architecture} SAE is trained by {" or ".join(kinds)}; found '
-      f'collection.penalty {c.penalty!r}.' + _suggestion(c.penalty, kinds),
+    c.penalty in kinds,
+    f'A {c.architecture} SAE is trained by {" or ".join(kinds)}; found '
+    f'collection.penalty {c.penalty!r}.' + _suggestion(c.penalty, kinds),
   )
   for kind in c.sites:
     need(
-        kind in sites.KINDS,
-        f'collection.sites has {kind!r}; the kinds are '
-        f'{", ".join(sites.KINDS)}.' + _suggestion(kind, sites.KINDS),
+      kind in sites.KINDS,
+      f'collection.sites has {kind!r}; the kinds are '
+      f'{", ".join(sites.KINDS)}.' + _suggestion(kind, sites.KINDS),
     )
   if model is not None:
     for layer in c.layers:
       need(
-          0 <= layer < model.num_layers,
-          f'collection.layers has {layer}, and {config.lm.name} has layers 0 '
-          f'to {model.num_layers - 1}.',
+        0 <= layer < model.num_layers,
+        f'collection.layers has {layer}, and {config.lm.name} has layers 0 '
+        f'to {model.num_layers - 1}.',
       )
   need(min(c.widths) > 0, 'collection.widths must be positive.')
   need(min(c.sparsity) > 0, 'collection.sparsity must be positive.')
   if c.penalty == 'target_l0':
     need(
-        max(c.sparsity) < min(c.widths),
-        f'A target L0 of {max(c.sparsity):g} cannot be met by '
-        f'{min(c.widths)} latents.',
+      max(c.sparsity) < min(c.widths),
+      f'A target L0 of {max(c.sparsity):g} cannot be met by '
+      f'{min(c.widths)} latents.',
     )
   for name, dtype in (
-      ('lm.dtype', config.lm.dtype),
-      ('activations.dtype', a.dtype),
-      ('sae.matmul_dtype', config.sae.matmul_dtype),
+    ('lm.dtype', config.lm.dtype),
+    ('activations.dtype', a.dtype),
+    ('sae.matmul_dtype', config.sae.matmul_dtype),
   ):
-    need(dtype in DTYPES, f'{name} must be float32 or bfloat16; found {dtype!r}.')
+    need(
+      dtype in DTYPES, f'{name} must be float32 or bfloat16; found {dtype!r}.'
+    )
   need(
-      a.memory in ('auto', 'device', 'host'),
-      f"activations.memory must be 'auto', 'device' or 'host'; found {a.memory!r}.",
+    a.memory in ('auto', 'device', 'host'),
+    f'activations.memory must be auto, device or host; found {a.memory!r}.',
   )
-  need(config.text.seq_len >= 2, 'text.seq_len must be at least 2 (BOS and one).')
+  need(
+    config.text.seq_len >= 2, 'text.seq_len must be at least 2 (BOS and one).'
+  )
   for name in ('steps', 'batch', 'learning_rate', 'dead_after'):
     need(t[name] > 0, f'train.{name} must be positive; found {t[name]}.')
   for name in ('warm_up', 'decay', 'sparsity_warm_up'):
     need(
-        0 <= t[name] <= t.steps,
-        f'train.{name} is {t[name]} steps, and the run has {t.steps}.',
+      0 <= t[name] <= t.steps,
+      f'train.{name} is {t[name]} steps, and the run has {t.steps}.',
     )
   need(
-      a.chunk_rows >= t.batch,
-      f'activations.chunk_rows ({a.chunk_rows}) must hold at least one batch '
-      f'of train.batch ({t.batch}).',
+    a.chunk_rows >= t.batch,
+    f'activations.chunk_rows ({a.chunk_rows}) must hold at least one batch '
+    f'of train.batch ({t.batch}).',
   )
   if mesh_shape is not None:
     sae_size, data_size, latent_size = mesh_shape
     need(
-        t.batch % data_size == 0 and a.lm_batch % data_size == 0,
-        f'train.batch ({t.batch}) and activations.lm_batch ({a.lm_batch}) must '
-        f"be divisible by the mesh's data axis ({data_size}).",
+      t.batch % data_size == 0 and a.lm_batch % data_size == 0,
+      f'train.batch ({t.batch}) and activations.lm_batch ({a.lm_batch}) must '
+      f"be divisible by the mesh's data axis ({data_size}).",
     )
     for width in c.widths:
       need(
-          width % latent_size == 0,
-          f"The width {width} is not divisible by the mesh's latent axis "
-          f'({latent_size}).',
+        width % latent_size == 0,
+        f"The width {width} is not divisible by the mesh's latent axis "
+        f'({latent_size}).',
       )
     if model is not None:
       for (width, d_in), size in stack_sizes(config, model).items():
         need(
-            size % sae_size == 0,
-            f'The {size} SAEs of width {width} on {d_in}-wide sites cannot be '
-            f"split over the mesh's sae axis ({sae_size}).",
+          size % sae_size == 0,
+          f'The {size} SAEs of width {width} on {d_in}-wide sites cannot be '
+          f"split over the mesh's sae axis ({sae_size}).",
         )
 
 

@@ -46,11 +46,11 @@ def make(key, mean_D, width: int, threshold, gain, mesh: Mesh | None):
   with jax.default_matmul_precision('highest'):
     b_enc_F = -mean_D @ params['W_enc']
   params = {
-      'W_enc': params['W_enc'],
-      'b_enc': b_enc_F,
-      'W_dec': gain * params['W_dec'],
-      'b_dec': mean_D,
-      'threshold': jnp.full((width,), threshold, jnp.float32),
+    'W_enc': params['W_enc'],
+    'b_enc': b_enc_F,
+    'W_dec': gain * params['W_dec'],
+    'b_dec': mean_D,
+    'threshold': jnp.full((width,), threshold, jnp.float32),
   }
   if mesh is None:
     return params
@@ -103,12 +103,12 @@ def _fit(params, x_BTD, keep_BT, mesh: Mesh | None):
 
 
 def calibrate(
-    key: jax.Array,
-    mean_D: np.ndarray,
-    width: int,
-    active: Sequence[float],
-    sample: Sequence[tuple[jax.Array, jax.Array]],
-    mesh: Mesh | None,
+  key: jax.Array,
+  mean_D: np.ndarray,
+  width: int,
+  active: Sequence[float],
+  sample: Sequence[tuple[jax.Array, jax.Array]],
+  mesh: Mesh | None,
 ) -> list[Setting]:
   """Threshold and gain of a control for each entry of `active`.
 
@@ -124,7 +124,9 @@ def calibrate(
   params = make(key, mean_D, width, 0.0, 1.0, mesh)
   rows = max(1, _QUANTILE // width // len(sample))
   some = [_some_z(params, *batch, rows=rows, mesh=mesh) for batch in sample]
-  z = np.sort(np.concatenate([np.asarray(z).reshape(-1) for z, _ in some]))[::-1]
+  z = np.sort(np.concatenate([np.asarray(z).reshape(-1) for z, _ in some]))[
+    ::-1
+  ]
   share = sum(int(n) for _, n in some) / sum(int(k.sum()) for _, k in sample)
   settings = []
   for target in active:

@@ -85,16 +85,16 @@ class _Replacement:
 
 
 def evaluate(
-    gemma: lm.Gemma,
-    params: lm.Params,
-    saes: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
-    sequences: np.ndarray,
-    *,
-    batch: int,
-    special: Sequence[int],
-    progress: Callable[[int, int], None] | None = None,
-    poll: Callable[[], None] | None = None,
-    seed: int = 0,
+  gemma: lm.Gemma,
+  params: lm.Params,
+  saes: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+  sequences: np.ndarray,
+  *,
+  batch: int,
+  special: Sequence[int],
+  progress: Callable[[int, int], None] | None = None,
+  poll: Callable[[], None] | None = None,
+  seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
   """Measures every SAE, and a control beside each.
 
@@ -130,14 +130,16 @@ def evaluate(
   twins = _controls(gemma, params, members, means, text, mesh, seed, poll)
 
   zeros = {site: _Replacement(site, 'zero') for site in at}
-  averages = {site: _Replacement(site, 'mean', value=means[site]) for site in at}
+  averages = {
+    site: _Replacement(site, 'mean', value=means[site]) for site in at
+  }
   queue = [*zeros.values(), *averages.values(), *members, *twins.values()]
   total, variances = _Sums(), {site: _Sums() for site in at}
   waiting, done = [], 0
   for tokens_BT, keep_BT, rows in text.batches():
     poll()
     taps, losses_BT, counts_BT, *found = splice.clean(
-        gemma, params, tokens_BT, keep_BT, at, means, mesh
+      gemma, params, tokens_BT, keep_BT, at, means, mesh
     )
     found = jax.device_get(found)
     total.add(found[0], rows)
@@ -189,16 +191,16 @@ def _members(config: lm.Config, saes, mesh: Mesh | None) -> list[_Replacement]:
     name, site = card['name'], sites.parse(card['site']).check(config)
     if set(arrays) != set(splice.SHARDING):
       raise ValueError(
-          f'{name} has the parameters {", ".join(sorted(arrays))}; expected '
-          f'{", ".join(splice.SHARDING)}: an SAE that reads and writes one site.'
+        f'{name} has the parameters {", ".join(sorted(arrays))}; expected '
+        f'{", ".join(splice.SHARDING)}: an SAE that reads and writes one site.'
       )
     d_in, d_out = arrays['W_enc'].shape[0], arrays['W_dec'].shape[1]
     width = site.width(config)
     if (d_in, d_out) != (width, width):
       raise ValueError(
-          f'{name} reads activations {d_in} wide and writes {d_out}, and those '
-          f'of {config.name} at {site} are {width} wide: is it an SAE of '
-          'another model or site?'
+        f'{name} reads activations {d_in} wide and writes {d_out}, and those '
+        f'of {config.name} at {site} are {width} wide: is it an SAE of '
+        'another model or site?'
       )
     for key, array in arrays.items():
       if not np.isfinite(np.asarray(array)).all():
@@ -232,16 +234,16 @@ class _Text:
     shape = self._tokens_NT.shape
     if len(shape) != 2 or shape[0] < 1 or shape[1] < 3:
       raise ValueError(
-          'Sequences to evaluate on are [N, T], at least one of at least three '
-          f'tokens; found {list(shape)}.'
+        'Sequences to evaluate on are [N, T], at least one of at least three '
+        f'tokens; found {list(shape)}.'
       )
     self.size = shape[0]
     self._keep_NT = ~np.isin(self._tokens_NT, np.asarray(special))
     wrong = np.flatnonzero(self._keep_NT[:, 0])
     if wrong.size:
       raise ValueError(
-          f'Sequences start with BOS; sequence {wrong[0]} starts with token '
-          f'{self._tokens_NT[wrong[0], 0]}, and special are {list(special)}.'
+        f'Sequences start with BOS; sequence {wrong[0]} starts with token '
+        f'{self._tokens_NT[wrong[0], 0]}, and special are {list(special)}.'
       )
     if not (self._keep_NT[:, 1:] & self._keep_NT[:, :-1]).any():
       raise ValueError('No token counts: all to evaluate on are special.')
@@ -250,8 +252,8 @@ class _Text:
       data = dict(mesh.shape).get('data', 1)
       if batch % data:
         raise ValueError(
-            f"A batch of {batch} sequences cannot be split over the mesh's "
-            f'data axis ({data}).'
+          f"A batch of {batch} sequences cannot be split over the mesh's "
+          f'data axis ({data}).'
         )
       axis = 'data' if 'data' in mesh.shape else None
       self._sharding = NamedSharding(mesh, PartitionSpec(axis, None))
@@ -273,7 +275,9 @@ class _Text:
       real_B = np.arange(self._batch) < len(index_B)
       filled_B = np.resize(index_B, self._batch)
       keep_BT = self._keep_NT[filled_B] & real_B[:, None]
-      placed = jax.device_put((self._tokens_NT[filled_B], keep_BT), self._sharding)
+      placed = jax.device_put(
+        (self._tokens_NT[filled_B], keep_BT), self._sharding
+      )
       yield *placed, len(index_B)
 
 
@@ -316,13 +320,15 @@ def _controls(gemma, params, members, means, text, mesh, seed, poll):
       settings = controls.calibrate(key, means[site], width, active, here, mesh)
       for member, setting in zip(group, settings, strict=True):
         make = functools.partial(
-            controls.make, key, means[site], width, *setting, mesh
+          controls.make, key, means[site], width, *setting, mesh
         )
         twins[member] = _Replacement(site, f'{member.name} control', make)
   return twins
 
 
-def _fitting(at, config, bytes_a_value: int) -> Iterator[tuple[sites.Site, ...]]:
+def _fitting(
+  at, config, bytes_a_value: int
+) -> Iterator[tuple[sites.Site, ...]]:
   """Sites in groups whose activations fit in `_SAMPLE_BYTES`."""
   group, size = [], 0
   for site in at:
@@ -351,9 +357,9 @@ def _metrics(own, twin, total, variance, zero, mean) -> dict[str, Any]:
 
   def common(sums):
     return {
-        'l0': _figure(sums['l0_B'], tokens_N, tokens),
-        'fvu': _figure(sums['error_B'], variance['variance_B'], tokens),
-        'delta_loss': _figure(sums['delta_B'], counts_N, counts),
+      'l0': _figure(sums['l0_B'], tokens_N, tokens),
+      'fvu': _figure(sums['error_B'], variance['variance_B'], tokens),
+      'delta_loss': _figure(sums['delta_B'], counts_N, counts),
     }
 
   def recovered(ablation):
@@ -361,22 +367,22 @@ def _metrics(own, twin, total, variance, zero, mean) -> dict[str, Any]:
     return _figure(won_N, ablation['delta_B'], counts)
 
   return {
-      **common(own),
-      'fvu_elementwise': _figure(own['error_B'], variance['flat_B'], tokens),
-      'loss_recovered_zero': recovered(zero),
-      'loss_recovered_mean': recovered(mean),
-      'clean_loss': _figure(total['clean_B'], counts_N, counts),
-      'dead': float(np.mean(frequency_F == 0)),
-      'dense': float(np.mean(frequency_F > _DENSE)),
-      'tokens': int(tokens),
-      'sequences': len(tokens_N),
-      'frequency_histogram': {
-          'log10_edges': _LOG10_EDGES.tolist(),
-          'counts': binned.tolist(),
-          'never': int((frequency_F == 0).sum()),
-      },
-      'by_position': _by_position(own, total, variance),
-      'control': common(twin),
+    **common(own),
+    'fvu_elementwise': _figure(own['error_B'], variance['flat_B'], tokens),
+    'loss_recovered_zero': recovered(zero),
+    'loss_recovered_mean': recovered(mean),
+    'clean_loss': _figure(total['clean_B'], counts_N, counts),
+    'dead': float(np.mean(frequency_F == 0)),
+    'dense': float(np.mean(frequency_F > _DENSE)),
+    'tokens': int(tokens),
+    'sequences': len(tokens_N),
+    'frequency_histogram': {
+      'log10_edges': _LOG10_EDGES.tolist(),
+      'counts': binned.tolist(),
+      'never': int((frequency_F == 0).sum()),
+    },
+    'by_position': _by_position(own, total, variance),
+    'control': common(twin),
   }
 
 
@@ -385,8 +391,12 @@ def _by_position(own, total, variance) -> dict[str, list[float]]:
   tokens_T = total['tokens_T']
   length = len(tokens_T)
   # The last position predicts nothing.
-  counts_T, delta_T = (np.append(x, 0) for x in (total['counts_T'], own['delta_T']))
-  edges = np.unique((2 ** np.arange(0, np.log2(length), 1 / 3)).round().astype(int))
+  counts_T, delta_T = (
+    np.append(x, 0) for x in (total['counts_T'], own['delta_T'])
+  )
+  edges = np.unique(
+    (2 ** np.arange(0, np.log2(length), 1 / 3)).round().astype(int)
+  )
   curves = {'position': [], 'delta_loss': [], 'fvu': []}
   for start, stop in zip(edges, [*edges[1:], length], strict=True):
     bin_ = slice(start, stop)
@@ -394,7 +404,10 @@ def _by_position(own, total, variance) -> dict[str, list[float]]:
     if not tokens or not counts:
       continue
     where = (tokens_T[bin_] * np.arange(start, stop)).sum() / tokens
-    error, spread = own['error_T'][bin_].sum(), variance['variance_T'][bin_].sum()
+    error, spread = (
+      own['error_T'][bin_].sum(),
+      variance['variance_T'][bin_].sum(),
+    )
     curves['position'].append(float(where))
     curves['delta_loss'].append(float(delta_T[bin_].sum() / counts))
     curves['fvu'].append(float(error / spread) if spread else None)

@@ -117,7 +117,7 @@ def _without_tensorflow():
   stand_in = types.ModuleType('tensorflow')
   stand_in.Tensor = type('Tensor', (), {})
   stand_in.__spec__ = types.SimpleNamespace(
-      name='tensorflow', loader=None, origin=None, submodule_search_locations=[]
+    name='tensorflow', loader=None, origin=None, submodule_search_locations=[]
   )
   sys.modules['tensorflow'] = stand_in
   try:
@@ -134,8 +134,8 @@ def _gemma_nn():
       from gemma import gm
     except ImportError as error:
       raise ImportError(
-          'The language model needs the gemma package, which is not installed: '
-          'run launch/setup.sh, or pip install --no-deps -r requirements.txt.'
+        'The language model needs the gemma package, which is not installed: '
+        'run launch/setup.sh, or pip install --no-deps -r requirements.txt.'
       ) from error
     _ = gm.nn.Transformer, gm.nn.config.TransformerConfig  # imported lazily
     from kauldron import kd
@@ -155,49 +155,50 @@ class Gemma:
   """
 
   def __init__(
-      self, config: Config, activation_sharding: jax.sharding.Sharding | None = None
+    self,
+    config: Config,
+    activation_sharding: jax.sharding.Sharding | None = None,
   ):
     self.config = config
     self._pin = (
-        (lambda x: x)
-        if activation_sharding is None
-        else lambda x: jax.lax.with_sharding_constraint(x, activation_sharding)
+      (lambda x: x)
+      if activation_sharding is None
+      else lambda x: jax.lax.with_sharding_constraint(x, activation_sharding)
     )
     gm_nn = _gemma_nn()
     kinds = {
-        'L': gm_nn.AttentionType.LOCAL_SLIDING,
-        'G': gm_nn.AttentionType.GLOBAL,
+      'L': gm_nn.AttentionType.LOCAL_SLIDING,
+      'G': gm_nn.AttentionType.GLOBAL,
     }
     scales = gm_nn.config.QueryPreAttentionNormalisation
     c = config
     self._model = gm_nn.Transformer(
-        config=gm_nn.config.TransformerConfig(
-            num_embed=c.vocab_size,
-            embed_dim=c.d_model,
-            hidden_dim=c.d_ff,
-            num_heads=c.num_heads,
-            head_dim=c.head_dim,
-            num_kv_heads=c.num_kv_heads,
-            final_logit_softcap=c.final_softcap,
-            attn_logits_soft_cap=c.attn_softcap,
-            use_post_attn_norm=True,
-            use_post_ffw_norm=True,
-            use_qk_norm=c.qk_norm,
-            attention_types=tuple(
-                kinds[c.pattern[i % len(c.pattern)]]
-                for i in range(c.num_layers)
-            ),
-            sliding_window_size=c.window,
-            transpose_gating_einsum=c.transpose_gating,
-            query_pre_attn_norm=(
-                scales.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS
-                if c.query_scale_by_heads
-                else scales.BY_ONE_OVER_SQRT_HEAD_DIM
-            ),
-            global_base_frequency=c.global_rope_base,
-            global_scale_factor=c.global_rope_factor,
+      config=gm_nn.config.TransformerConfig(
+        num_embed=c.vocab_size,
+        embed_dim=c.d_model,
+        hidden_dim=c.d_ff,
+        num_heads=c.num_heads,
+        head_dim=c.head_dim,
+        num_kv_heads=c.num_kv_heads,
+        final_logit_softcap=c.final_softcap,
+        attn_logits_soft_cap=c.attn_softcap,
+        use_post_attn_norm=True,
+        use_post_ffw_norm=True,
+        use_qk_norm=c.qk_norm,
+        attention_types=tuple(
+          kinds[c.pattern[i % len(c.pattern)]] for i in range(c.num_layers)
         ),
-        dtype=jnp.float32,
+        sliding_window_size=c.window,
+        transpose_gating_einsum=c.transpose_gating,
+        query_pre_attn_norm=(
+          scales.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS
+          if c.query_scale_by_heads
+          else scales.BY_ONE_OVER_SQRT_HEAD_DIM
+        ),
+        global_base_frequency=c.global_rope_base,
+        global_scale_factor=c.global_rope_factor,
+      ),
+      dtype=jnp.float32,
     )
 
   @functools.cached_property
@@ -208,12 +209,12 @@ class Gemma:
     return dict(init(jax.random.key(0), tokens)['params'])
 
   def init(self, key: jax.Array) -> Params:
-    """Random float32 parameters: normal with variance 1 / fan-in, unit gains."""
+    """Random float32 parameters: normal, variance 1 / fan-in, unit gains."""
     c = self.config
     fan_in = {
-        'input_embedding': c.d_model,
-        'attn_vec_einsum/w': c.num_heads * c.head_dim,
-        'mlp/linear': c.d_ff,
+      'input_embedding': c.d_model,
+      'attn_vec_einsum/w': c.num_heads * c.head_dim,
+      'mlp/linear': c.d_ff,
     }  # all others read the residual stream
     flat = traverse_util.flatten_dict(self.param_shapes, sep='/')
     params = {}
@@ -222,22 +223,22 @@ class Gemma:
         params[name] = jnp.zeros(shape.shape)
         continue
       inputs = next(
-          (n for end, n in fan_in.items() if name.endswith(end)), c.d_model
+        (n for end, n in fan_in.items() if name.endswith(end)), c.d_model
       )
       draw = jax.random.normal(jax.random.fold_in(key, i), shape.shape)
       params[name] = draw * inputs**-0.5
     return traverse_util.unflatten_dict(params, sep='/')
 
   def forward(
-      self,
-      params: Params,
-      tokens_BT: jax.Array,
-      *,
-      taps: Collection[sites.Site] = (),
-      edits: Mapping[sites.Site, Edit] | None = None,
-      logits: bool = True,
-      positions_BT: jax.Array | None = None,
-      mask_BTT: jax.Array | None = None,
+    self,
+    params: Params,
+    tokens_BT: jax.Array,
+    *,
+    taps: Collection[sites.Site] = (),
+    edits: Mapping[sites.Site, Edit] | None = None,
+    logits: bool = True,
+    positions_BT: jax.Array | None = None,
+    mask_BTT: jax.Array | None = None,
   ) -> Output:
     """One pass; pure, so that jit, grad and vmap of it are what they seem.
 
@@ -278,7 +279,7 @@ class Gemma:
 def _walk(model, tokens_BT, positions_BT, mask_BTT, depth, logits, pin):
   """`Transformer.__call__` for text, beneath its `nn.jit`, `depth` layers."""
   inputs = model._encode_and_get_inputs(
-      tokens=tokens_BT, positions=positions_BT, attention_mask=mask_BTT
+    tokens=tokens_BT, positions=positions_BT, attention_mask=mask_BTT
   )
   x_BTD = pin(inputs.embeddings)
   for block in model.blocks[:depth]:
@@ -296,12 +297,12 @@ def _unembed(model, x_BTD):
 
 # Submodule of a block -> the sites of its input and of its output.
 _SITES_OF = {
-    ('pre_attention_norm',): (None, 'attn_in'),
-    ('attn', 'attn_vec_einsum'): ('attn_out', 'attn_raw'),
-    ('post_attention_norm',): (None, 'attn_add'),
-    ('pre_ffw_norm',): ('resid_mid', 'mlp_in'),
-    ('mlp',): (None, 'mlp_raw'),
-    ('post_ffw_norm',): (None, 'mlp_out'),
+  ('pre_attention_norm',): (None, 'attn_in'),
+  ('attn', 'attn_vec_einsum'): ('attn_out', 'attn_raw'),
+  ('post_attention_norm',): (None, 'attn_add'),
+  ('pre_ffw_norm',): ('resid_mid', 'mlp_in'),
+  ('mlp',): (None, 'mlp_raw'),
+  ('post_ffw_norm',): (None, 'mlp_out'),
 }
 _SCORE_INPUTS = ('q_einsum', 'kv_einsum', 'qkv_einsum')
 
@@ -329,7 +330,7 @@ class _Hooks:
       edited = self.edits[site](x_BTD)
       if edited.shape != x_BTD.shape:
         raise ValueError(
-            f'The edit at {site} returned {edited.shape} for {x_BTD.shape}.'
+          f'The edit at {site} returned {edited.shape} for {x_BTD.shape}.'
         )
       x_BTD = edited.astype(x.dtype)
     if site in self.taps:
@@ -343,7 +344,9 @@ class _Hooks:
       return call(*args, **kwargs)
     root, *path = module.path or ('',)
     if not root.startswith('layer_'):
-      return _norm(module, args[0]) if _is_norm(module) else call(*args, **kwargs)
+      return (
+        _norm(module, args[0]) if _is_norm(module) else call(*args, **kwargs)
+      )
     layer, path = int(root.removeprefix('layer_')), tuple(path)
     if not path:  # the block itself: (x, positions, cache, mask) -> (cache, x)
       x_BTD = self._visit(layer, 'resid_pre', args[0])
@@ -383,11 +386,11 @@ def _norm(module, x, visit_ungained=lambda x: x):
 
 
 def token_losses(
-    logits_BTV: jax.Array,
-    tokens_BT: jax.Array,
-    *,
-    pad_id: int = 0,
-    bos_id: int = 2,
+  logits_BTV: jax.Array,
+  tokens_BT: jax.Array,
+  *,
+  pad_id: int = 0,
+  bos_id: int = 2,
 ) -> tuple[jax.Array, jax.Array]:
   """Next-token loss in nats, and where it counts; both [B, T - 1].
 
@@ -396,14 +399,14 @@ def token_losses(
   """
   targets = tokens_BT[:, 1:]
   losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits_BTV[:, :-1].astype(jnp.float32), targets
+    logits_BTV[:, :-1].astype(jnp.float32), targets
   )
   counts = (targets != pad_id) & (targets != bos_id)
   return losses, counts & (tokens_BT[:, :-1] != pad_id)
 
 
 def flops_per_token(config: Config, depth: int, logits: bool) -> int:
-  """Forward FLOPs a token of the first `depth` layers' matmuls, scores left out.
+  """Forward FLOPs a token of the matmuls of the first `depth` layers.
 
   Two a parameter; the share of attention scores is 4 T K H a layer, a few per
   cent at T = 1024.

@@ -29,13 +29,13 @@ def initialize_distributed() -> None:
   """
   if 'COORDINATOR_ADDRESS' in os.environ:
     jax.distributed.initialize(
-        os.environ['COORDINATOR_ADDRESS'],
-        int(os.environ['NUM_PROCESSES']),
-        int(os.environ['PROCESS_ID']),
+      os.environ['COORDINATOR_ADDRESS'],
+      int(os.environ['NUM_PROCESSES']),
+      int(os.environ['PROCESS_ID']),
     )
   elif (
-      len(os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')) > 1
-      or int(os.environ.get('SLURM_NTASKS', '1')) > 1
+    len(os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')) > 1
+    or int(os.environ.get('SLURM_NTASKS', '1')) > 1
   ):
     jax.distributed.initialize()
 
@@ -50,14 +50,14 @@ def shape(axes: Mapping[str, int], devices: int) -> tuple[int, ...]:
   fixed = int(np.prod([size for size in sizes if size != -1]))
   if sizes.count(-1) > 1 or fixed < 1 or devices % fixed:
     raise ValueError(
-        f'mesh {dict(axes)} does not fit {devices} devices: its sizes must '
-        'multiply to that, and at most one may be -1 (the rest).'
+      f'mesh {dict(axes)} does not fit {devices} devices: its sizes must '
+      'multiply to that, and at most one may be -1 (the rest).'
     )
   sizes = [devices // fixed if size == -1 else size for size in sizes]
   if int(np.prod(sizes)) != devices:
     raise ValueError(
-        f'mesh {dict(axes)} uses {int(np.prod(sizes))} of {devices} devices; '
-        'set one axis to -1 to use the rest.'
+      f'mesh {dict(axes)} uses {int(np.prod(sizes))} of {devices} devices; '
+      'set one axis to -1 to use the rest.'
     )
   return tuple(sizes)
 

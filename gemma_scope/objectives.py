@@ -41,9 +41,9 @@ def sparsity(kind: str, value: float, strength: float = 1.0) -> Sparsity:
   zero = Sparsity(*map(jnp.float32, (0.0, 0.0, 1.0, 0.0)))
   value, strength = jnp.float32(value), jnp.float32(strength)
   return {
-      'l0': zero._replace(l0=value),
-      'l1': zero._replace(l1=value),
-      'target_l0': zero._replace(target=strength, target_l0=value),
+    'l0': zero._replace(l0=value),
+    'l1': zero._replace(l1=value),
+    'target_l0': zero._replace(target=strength, target_l0=value),
   }[kind]
 
 
@@ -58,11 +58,11 @@ class Terms(NamedTuple):
 
 
 def loss(
-    module: sae.Autoencoder,
-    params: dict[str, Any],
-    x_BD: jax.Array,
-    setting: Sparsity,
-    warm_up: jax.Array,
+  module: sae.Autoencoder,
+  params: dict[str, Any],
+  x_BD: jax.Array,
+  setting: Sparsity,
+  warm_up: jax.Array,
 ) -> tuple[jax.Array, Terms]:
   """Loss and report of one SAE on a batch.
 
@@ -86,9 +86,9 @@ def loss(
     fired_F = jnp.sum(active_BF, 0)
     l0 = jnp.sum(fired_F) / x_BD.shape[0]
     penalty = (
-        setting.l0 * l0
-        + setting.target * jnp.square(l0 / setting.target_l0 - 1)
-        + setting.l1 * jnp.mean(jnp.sum(f_BF, -1))
+      setting.l0 * l0
+      + setting.target * jnp.square(l0 / setting.target_l0 - 1)
+      + setting.l1 * jnp.mean(jnp.sum(f_BF, -1))
     )
     total = squared_error + warm_up * penalty
     variance = jnp.mean(jnp.sum(jnp.square(x_BD - jnp.mean(x_BD, 0)), -1))

@@ -24,22 +24,23 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gemma_scope import (
-    evaluate,
-    metrics,
-    plots,
-    release,
-    runs,
-    text,
-    train,
-    weights,
+  collection,
+  evaluate,
+  metrics,
+  plots,
+  release,
+  runs,
+  text,
+  train,
+  weights,
 )
 from gemma_scope import mesh as mesh_lib
 
 
 def run(
-    config: ConfigDict,
-    workdir: str | pathlib.Path,
-    report: Callable[[str], None] = print,
+  config: ConfigDict,
+  workdir: str | pathlib.Path,
+  report: Callable[[str], None] = print,
 ) -> bool:
   """Runs what is left of the job; True when all of it is done.
 
@@ -59,7 +60,10 @@ def run(
       result = train.train(config, workdir, lease, interrupt, report)
       if not result.done:
         return False
-      members = train.members(result, config)
+      members = collection.members(
+          config, result.stacks, result.states, result.scales, result.step,
+          result.facts,
+      )  # fmt: skip
       del result  # frees the optimiser's memory
       try:
         scores = evaluate_saes(
@@ -74,19 +78,19 @@ def run(
   rows = [(m.card, m.metrics) for m in release.load_all(workdir / 'release')]
   report(release.table(rows))
   report(
-      f'{len(rows)} SAEs, {rows[0][0]["tokens"]:,} tokens each, in '
-      f'{metrics.duration(time.time() - started)}\n'
-      f'release  {workdir / "release"}\npicture  {workdir / "frontier.png"}'
+    f'{len(rows)} SAEs, {rows[0][0]["tokens"]:,} tokens each, in '
+    f'{metrics.duration(time.time() - started)}\n'
+    f'release  {workdir / "release"}\npicture  {workdir / "frontier.png"}'
   )
   return True
 
 
 def write_release(
-    workdir: pathlib.Path,
-    members: list[tuple[dict[str, np.ndarray], dict[str, Any]]],
-    scores: dict[str, Any],
-    out: pathlib.Path | None = None,
-    **options: Any,
+  workdir: pathlib.Path,
+  members: list[tuple[dict[str, np.ndarray], dict[str, Any]]],
+  scores: dict[str, Any],
+  out: pathlib.Path | None = None,
+  **options: Any,
 ) -> bool:
   """Writes the picture and the release; False when the same is there."""
   rows = [(params, card, scores.get(card['name'])) for params, card in members]
@@ -97,42 +101,42 @@ def write_release(
 
 
 def evaluate_saes(
-    config: ConfigDict,
-    workdir: pathlib.Path,
-    saes: list[tuple[dict[str, np.ndarray], dict[str, Any]]],
-    interrupt: runs.Interrupt,
-    out: pathlib.Path,
-    report: Callable[[str], None] = print,
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  saes: list[tuple[dict[str, np.ndarray], dict[str, Any]]],
+  interrupt: runs.Interrupt,
+  out: pathlib.Path,
+  report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
   """Held-out metrics by name, in one pass over the text; kept in `out`."""
   if out.exists():
     return json.loads(out.read_text())['members']
   report('evaluating on held-out text')
-  tokenizer, store = train.open_text(config, workdir, report)
+  tokenizer, store = collection.open_text(config, workdir, report)
   gemma, params = weights.load(
-      config.lm.name,
-      config.lm.checkpoint,
-      dtype=config.lm.dtype,
-      mesh=mesh_lib.make(config.mesh),
+    config.lm.name,
+    config.lm.checkpoint,
+    dtype=config.lm.dtype,
+    mesh=mesh_lib.make(config.mesh),
   )
   heldout = store.sequences(config.text.seq_len, 'eval')
   count = min(config.evaluation.sequences, len(heldout))
   order = text.shuffled(heldout, config.seed)
   sequences_NT = np.asarray(text.batch(order, 0, count))
   progress = metrics.Progress(
-      count, config.text.seq_len, label='evaluate', every_s=20
+    count, config.text.seq_len, label='evaluate', every_s=20
   )
   try:
     scores = evaluate.evaluate(
-        gemma,
-        params,
-        saes,
-        sequences_NT,
-        batch=config.evaluation.batch,
-        special=train.special_ids(tokenizer),
-        progress=lambda done, total: progress.update(done, {}),
-        poll=interrupt.check,
-        seed=config.seed,
+      gemma,
+      params,
+      saes,
+      sequences_NT,
+      batch=config.evaluation.batch,
+      special=collection.special_ids(tokenizer),
+      progress=lambda done, total: progress.update(done, {}),
+      poll=interrupt.check,
+      seed=config.seed,
     )
   finally:
     progress.close()

@@ -74,7 +74,9 @@ def step(z_BF: jax.Array, theta_F: jax.Array, bandwidth: float) -> jax.Array:
   return _step(z_BF, jnp.broadcast_to(theta_F, z_BF.shape), bandwidth)
 
 
-def jumprelu(z_BF: jax.Array, theta_F: jax.Array, bandwidth: float) -> jax.Array:
+def jumprelu(
+  z_BF: jax.Array, theta_F: jax.Array, bandwidth: float
+) -> jax.Array:
   """z H(z - theta) with the straight-through gradient in theta; [B, F]."""
   return _jumprelu(z_BF, jnp.broadcast_to(theta_F, z_BF.shape), bandwidth)
 
@@ -126,10 +128,10 @@ class Autoencoder(nn.Module):
   def setup(self):
     # W_enc starts as the transpose of the unit-norm W_dec, and is untied.
     self.W_dec = self.param(
-        'W_dec', _he_uniform_unit_rows, (self.width, self.d_in)
+      'W_dec', _he_uniform_unit_rows, (self.width, self.d_in)
     )
     self.W_enc = self.param(
-        'W_enc', _constant(self.W_dec.T), (self.d_in, self.width)
+      'W_enc', _constant(self.W_dec.T), (self.d_in, self.width)
     )
     self.b_enc = self.param('b_enc', nn.initializers.zeros, (self.width,))
     self.b_dec = self.param('b_dec', nn.initializers.zeros, (self.d_in,))
@@ -137,7 +139,7 @@ class Autoencoder(nn.Module):
   def _matmul(self, a, b):
     dtype = jnp.dtype(self.matmul_dtype)
     return jnp.matmul(
-        a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32
+      a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32
     )
 
   def pre_activations(self, x_BD: jax.Array) -> jax.Array:
@@ -182,9 +184,9 @@ class JumpReLU(Autoencoder):
     # log(theta) or theta, always float32.
     value = self.initial_threshold
     self.raw_threshold = self.param(
-        'log_threshold' if self.log_threshold else 'threshold',
-        _constant(jnp.log(value) if self.log_threshold else value),
-        (self.width,),
+      'log_threshold' if self.log_threshold else 'threshold',
+      _constant(jnp.log(value) if self.log_threshold else value),
+      (self.width,),
     )
 
   def threshold(self) -> jax.Array:

@@ -21,18 +21,18 @@ import re
 from typing import Protocol
 
 KINDS = (
-    'resid_pre',  # input of the block
-    'attn_in',  # after the pre-attention norm
-    'attn_out',  # concatenated heads, before W_O
-    'attn_raw',  # after W_O, before the post-attention norm
-    'attn_add',  # after the post-attention norm: what the residual receives
-    'resid_mid',  # resid_pre + attn_add (read only)
-    'mlp_in_ungained',  # x / rms(x) of resid_mid
-    'mlp_in',  # the same times the norm's gain (1 + scale)
-    'mlp_hidden',  # gelu(gate) * up
-    'mlp_raw',  # MLP output before the post-MLP norm
-    'mlp_out',  # after the post-MLP norm: what the residual receives
-    'resid_post',  # output of the block
+  'resid_pre',  # input of the block
+  'attn_in',  # after the pre-attention norm
+  'attn_out',  # concatenated heads, before W_O
+  'attn_raw',  # after W_O, before the post-attention norm
+  'attn_add',  # after the post-attention norm: what the residual receives
+  'resid_mid',  # resid_pre + attn_add (read only)
+  'mlp_in_ungained',  # x / rms(x) of resid_mid
+  'mlp_in',  # the same times the norm's gain (1 + scale)
+  'mlp_hidden',  # gelu(gate) * up
+  'mlp_raw',  # MLP output before the post-MLP norm
+  'mlp_out',  # after the post-MLP norm: what the residual receives
+  'resid_post',  # output of the block
 )
 READ_ONLY = frozenset({'resid_mid'})
 
@@ -57,8 +57,8 @@ class Site:
   def __post_init__(self):
     if self.kind not in KINDS:
       raise ValueError(
-          f'There is no site kind {self.kind!r}; the kinds are '
-          f'{", ".join(KINDS)}.'
+        f'There is no site kind {self.kind!r}; the kinds are '
+        f'{", ".join(KINDS)}.'
       )
     if self.layer < 0:
       raise ValueError(f'A layer counts from 0; found {self.layer}.')
@@ -76,8 +76,8 @@ class Site:
     """Returns itself, or raises when the model has no such layer."""
     if self.layer >= model.num_layers:
       raise ValueError(
-          f'{self} asks for layer {self.layer}, and the model has layers 0 to '
-          f'{model.num_layers - 1}.'
+        f'{self} asks for layer {self.layer}, and the model has layers 0 to '
+        f'{model.num_layers - 1}.'
       )
     return self
 
@@ -87,13 +87,13 @@ def parse(text: str) -> Site:
   match = re.fullmatch(r'(\w+)/(\d+)', text)
   if not match:
     raise ValueError(
-        f'A site is written kind/layer, as in resid_post/12; found {text!r}.'
+      f'A site is written kind/layer, as in resid_post/12; found {text!r}.'
     )
   return Site(int(match[2]), match[1])
 
 
 def width_name(width: int) -> str:
-  """Number of latents as Gemma Scope spells it: 16384 -> '16k', 2^20 -> '1m'."""
+  """Number of latents in Gemma Scope's names: 16384 -> '16k', 2^20 -> '1m'."""
   if width >= 1_000_000:
     return f'{width // 1_000_000}m'
   return f'{width // 1_000}k' if width >= 1_000 else str(width)
@@ -113,5 +113,5 @@ def parse_width(text: str) -> int:
     if width_name(2**power) == f'{number}{unit}':
       return 2**power
   raise ValueError(
-      f'{text!r} is not the name of a power of two; write the number itself.'
+    f'{text!r} is not the name of a power of two; write the number itself.'
   )

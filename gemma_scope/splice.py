@@ -26,11 +26,11 @@ Taps = dict[sites.Site, jax.Array]
 Sums = dict[str, jax.Array]
 
 SHARDING = {  # parameters of an SAE over the mesh
-    'W_enc': (None, 'latent'),
-    'b_enc': ('latent',),
-    'W_dec': ('latent', None),
-    'b_dec': (None,),
-    'threshold': ('latent',),
+  'W_enc': (None, 'latent'),
+  'b_enc': ('latent',),
+  'W_dec': ('latent', None),
+  'b_dec': (None,),
+  'threshold': ('latent',),
 }
 _ROWS = 512  # tokens whose latents or logits are there at once, a device
 
@@ -44,8 +44,8 @@ def shardings(mesh: Mesh, width: int) -> dict[str, NamedSharding]:
   """Where an SAE lies: latents over that axis, if it divides them."""
   split = 'latent' in mesh.shape and width % mesh.shape['latent'] == 0
   return {
-      key: NamedSharding(mesh, PartitionSpec(*(axes if split else ())))
-      for key, axes in SHARDING.items()
+    key: NamedSharding(mesh, PartitionSpec(*(axes if split else ())))
+    for key, axes in SHARDING.items()
   }
 
 
@@ -69,12 +69,14 @@ def by_slices(function: Callable, mesh: Mesh | None, *arrays_BT) -> Any:
   rows, length = arrays_BT[0].shape[:2]
   most = _ROWS * (mesh.shape.get('data', 1) if mesh is not None else 1)
   count = next(
-      n
-      for n in range(1, length + 1)
-      if length % n == 0 and (n == length or rows * length <= most * n)
+    n
+    for n in range(1, length + 1)
+    if length % n == 0 and (n == length or rows * length <= most * n)
   )
-  split = lambda a: jnp.moveaxis(  # noqa: E731
+  split = (
+    lambda a: jnp.moveaxis(  # noqa: E731
       a.reshape(rows, count, -1, *a.shape[2:]), 1, 0
+    )
   )
   parts = tuple(map(split, arrays_BT))
   return jax.lax.map(lambda part: function(*part), parts)
@@ -95,7 +97,7 @@ def _losses(gemma, params, x_BTD, tokens_BT, mesh):
 
   def of_slice(x_BtD, targets_Bt):
     return optax.softmax_cross_entropy_with_integer_labels(
-        gemma.unembed(params, x_BtD), targets_Bt
+      gemma.unembed(params, x_BtD), targets_Bt
     )
 
   with jax.named_scope('loss'):
@@ -106,7 +108,7 @@ def _losses(gemma, params, x_BTD, tokens_BT, mesh):
 
 @functools.partial(jax.jit, static_argnames=('gemma', 'at'))
 def taps(
-    gemma: lm.Gemma, params: lm.Params, tokens_BT: jax.Array, at: tuple
+  gemma: lm.Gemma, params: lm.Params, tokens_BT: jax.Array, at: tuple
 ) -> Taps:
   """x_BTD at each of the sites `at`; no logits."""
   return gemma.forward(params, tokens_BT, taps=at, logits=False).taps
@@ -121,13 +123,13 @@ def masked_sum(x_BTD, keep_BT, mesh: Mesh | None):
 
 @functools.partial(jax.jit, static_argnames=('gemma', 'at', 'mesh'))
 def clean(
-    gemma: lm.Gemma,
-    params: lm.Params,
-    tokens_BT: jax.Array,
-    keep_BT: jax.Array,
-    at: tuple[sites.Site, ...],
-    means: Mapping[sites.Site, jax.Array],
-    mesh: Mesh | None,
+  gemma: lm.Gemma,
+  params: lm.Params,
+  tokens_BT: jax.Array,
+  keep_BT: jax.Array,
+  at: tuple[sites.Site, ...],
+  means: Mapping[sites.Site, jax.Array],
+  mesh: Mesh | None,
 ) -> tuple[Taps, jax.Array, jax.Array, Sums, dict[sites.Site, Sums]]:
   """The unspliced pass.
 
@@ -142,29 +144,29 @@ def clean(
   losses_BT = _losses(gemma, params, taps[last], tokens_BT, mesh)
   counts_BT = keep_BT[:, 1:] & keep_BT[:, :-1]
   sums = {
-      **_by_row_and_position('tokens', keep_BT.astype(jnp.float32)),
-      **_by_row_and_position('counts', counts_BT.astype(jnp.float32)),
-      'clean_B': jnp.sum(jnp.where(counts_BT, losses_BT, 0), 1),
+    **_by_row_and_position('tokens', keep_BT.astype(jnp.float32)),
+    **_by_row_and_position('counts', counts_BT.astype(jnp.float32)),
+    'clean_B': jnp.sum(jnp.where(counts_BT, losses_BT, 0), 1),
   }
   of_site = {}
   for site in at:
     x_BTD, mean_D = taps[site].astype(jnp.float32), means[site]
     about = lambda m, x=x_BTD: jnp.where(  # noqa: E731
-        keep_BT, jnp.sum((x - m) ** 2, -1), 0
+      keep_BT, jnp.sum((x - m) ** 2, -1), 0
     )
     of_site[site] = {
-        **_by_row_and_position('variance', about(mean_D)),
-        'flat_B': jnp.sum(about(jnp.mean(mean_D)), 1),
+      **_by_row_and_position('variance', about(mean_D)),
+      'flat_B': jnp.sum(about(jnp.mean(mean_D)), 1),
     }
   return taps, losses_BT, counts_BT, *everywhere((sums, of_site), mesh)
 
 
 @functools.partial(jax.jit, static_argnames='mesh')
 def reconstruct(
-    params: Mapping[str, jax.Array],
-    x_BTD: jax.Array,
-    keep_BT: jax.Array,
-    mesh: Mesh | None,
+  params: Mapping[str, jax.Array],
+  x_BTD: jax.Array,
+  keep_BT: jax.Array,
+  mesh: Mesh | None,
 ) -> tuple[jax.Array, Sums]:
   """x_hat of one SAE, clean where a token does not count, and its sums.
 
@@ -179,19 +181,19 @@ def reconstruct(
     x_hat_BtD = sae.decode(params, f_BtF)
     active_BtF = (f_BtF > 0) & keep_Bt1
     return (
-        jnp.where(keep_Bt1, x_hat_BtD.astype(x_BtD.dtype), x_BtD),
-        jnp.where(keep_Bt, jnp.sum((x32_BtD - x_hat_BtD) ** 2, -1), 0),
-        jnp.sum(active_BtF, (1, 2)),
-        jnp.sum(active_BtF, (0, 1)),
+      jnp.where(keep_Bt1, x_hat_BtD.astype(x_BtD.dtype), x_BtD),
+      jnp.where(keep_Bt, jnp.sum((x32_BtD - x_hat_BtD) ** 2, -1), 0),
+      jnp.sum(active_BtF, (1, 2)),
+      jnp.sum(active_BtF, (0, 1)),
     )
 
   # Which latents fire is decided in float32, whatever the accelerator prefers.
   with jax.named_scope('reconstruct'), jax.default_matmul_precision('highest'):
     x_hat, error, l0_nB, fired_nF = by_slices(of_slice, mesh, x_BTD, keep_BT)
   sums = {
-      **_by_row_and_position('error', join(error)),
-      'l0_B': l0_nB.sum(0),
-      'fired_F': fired_nF.sum(0),
+    **_by_row_and_position('error', join(error)),
+    'l0_B': l0_nB.sum(0),
+    'fired_F': fired_nF.sum(0),
   }
   return join(x_hat), everywhere(sums, mesh)
 
@@ -217,15 +219,15 @@ def ablate(x_BTD: jax.Array, keep_BT: jax.Array, value_D) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=('gemma', 'site', 'mesh'))
 def delta(
-    gemma: lm.Gemma,
-    params: lm.Params,
-    tokens_BT: jax.Array,
-    site: sites.Site,
-    x_hat_BTD: jax.Array,
-    before_BTD: jax.Array,
-    losses_BT: jax.Array,
-    counts_BT: jax.Array,
-    mesh: Mesh | None,
+  gemma: lm.Gemma,
+  params: lm.Params,
+  tokens_BT: jax.Array,
+  site: sites.Site,
+  x_hat_BTD: jax.Array,
+  before_BTD: jax.Array,
+  losses_BT: jax.Array,
+  counts_BT: jax.Array,
+  mesh: Mesh | None,
 ) -> Sums:
   """Spliced minus clean loss, with `x_hat` in the place of x at `site`.
 
@@ -241,7 +243,7 @@ def delta(
   edits = {before(site): lambda _: before_BTD, site: lambda _: x_hat_BTD}
   with jax.named_scope('splice'):
     spliced = gemma.forward(
-        params, tokens_BT, taps=(last,), edits=edits, logits=False
+      params, tokens_BT, taps=(last,), edits=edits, logits=False
     )
     spliced_BT = _losses(gemma, params, spliced.taps[last], tokens_BT, mesh)
   delta_BT = jnp.where(counts_BT, spliced_BT - losses_BT, 0)

@@ -31,14 +31,14 @@ from gemma_scope import objectives, sae, sites
 # Array -> mesh axes after the leading axis of members, by the last part of its
 # path; moments of the optimiser carry their parameter's name.
 SHARDING = {
-    'W_enc': (None, 'latent'),
-    'W_dec': ('latent', None),
-    'b_enc': ('latent',),
-    'b_dec': (None,),
-    'log_threshold': ('latent',),
-    'threshold': ('latent',),
-    'silent_tokens': ('latent',),
-    'fired_share': ('latent',),
+  'W_enc': (None, 'latent'),
+  'W_dec': ('latent', None),
+  'b_enc': ('latent',),
+  'b_dec': (None,),
+  'log_threshold': ('latent',),
+  'threshold': ('latent',),
+  'silent_tokens': ('latent',),
+  'fired_share': ('latent',),
 }
 
 
@@ -98,9 +98,11 @@ class Optimizer:
 
   def transform(self) -> optax.GradientTransformation:
     """Gradient -> direction, for one member."""
-    clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
+    clip = (
+      optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
+    )
     adam = optax.scale_by_rms(
-        self.b2, self.eps, eps_in_sqrt=False, bias_correction=True
+      self.b2, self.eps, eps_in_sqrt=False, bias_correction=True
     )
     return optax.chain(clip, adam)
 
@@ -129,14 +131,16 @@ class Stack:
     x_BD = jax.ShapeDtypeStruct((1, self.module.d_in), jnp.float32)
 
     def init_member(seed):
-      params = self.module.lazy_init(jax.random.fold_in(key, seed), x_BD)['params']
+      params = self.module.lazy_init(jax.random.fold_in(key, seed), x_BD)[
+        'params'
+      ]
       moments = self.optimizer.transform().init(params)
       return State(
-          params,
-          moments,
-          silent_tokens=jnp.zeros((width,), jnp.int32),
-          fired_share=jnp.zeros((width,)),
-          skipped=jnp.zeros((), jnp.int32),
+        params,
+        moments,
+        silent_tokens=jnp.zeros((width,), jnp.int32),
+        fired_share=jnp.zeros((width,)),
+        skipped=jnp.zeros((), jnp.int32),
       )
 
     return jax.vmap(init_member)(jnp.asarray(self.seeds, jnp.uint32))
@@ -153,7 +157,7 @@ class Stack:
     return jax.tree_util.tree_map_with_path(place, state)
 
   def step(
-      self, state: State, x_NBD: jax.Array, step: jax.Array
+    self, state: State, x_NBD: jax.Array, step: jax.Array
   ) -> tuple[State, dict[str, jax.Array]]:
     """One step of all members.
 
@@ -176,40 +180,43 @@ class Stack:
 
   def _step_member(self, state, x_BD, setting, rate, warm_up):
     (_, terms), gradient = jax.value_and_grad(
-        lambda p: objectives.loss(self.module, p, x_BD, setting.sparsity, warm_up),
-        has_aux=True,
+      lambda p: objectives.loss(
+        self.module, p, x_BD, setting.sparsity, warm_up
+      ),
+      has_aux=True,
     )(state.params)
     with jax.named_scope('optimizer'):
       # A gradient that is not finite changes nothing but the moments' decay.
       finite = jnp.isfinite(optax.tree.norm(gradient))
       gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0), gradient)
       gradient['W_dec'] = sae.remove_parallel(
-          gradient['W_dec'], state.params['W_dec']
+        gradient['W_dec'], state.params['W_dec']
       )
       direction, moments = self.optimizer.transform().update(
-          gradient, state.moments
+        gradient, state.moments
       )
       rate = rate * setting.learning_rate * finite
       params = {
-          name: value - rate * self._rate_of(name) * direction[name]
-          for name, value in state.params.items()
+        name: value - rate * self._rate_of(name) * direction[name]
+        for name, value in state.params.items()
       }
       params['W_dec'] = sae.unit_rows(params['W_dec'])
     with jax.named_scope('counters'):
       rows = x_BD.shape[0]
       silent_F = jnp.where(
-          terms.fired_F > 0,
-          0,
-          jnp.minimum(state.silent_tokens, jnp.iinfo(jnp.int32).max - rows) + rows,
+        terms.fired_F > 0,
+        0,
+        jnp.minimum(state.silent_tokens, jnp.iinfo(jnp.int32).max - rows)
+        + rows,
       )
       share_F = 0.99 * state.fired_share + 0.01 * terms.fired_F / rows
     metrics = {
-        'loss': terms.loss,
-        'squared_error': terms.squared_error,
-        'fvu': terms.fvu,
-        'l0': terms.l0,
-        'dead': jnp.mean(silent_F > self.optimizer.dead_after),
-        'dense': jnp.mean(share_F > 0.1),
+      'loss': terms.loss,
+      'squared_error': terms.squared_error,
+      'fvu': terms.fvu,
+      'l0': terms.l0,
+      'dead': jnp.mean(silent_F > self.optimizer.dead_after),
+      'dense': jnp.mean(share_F > 0.1),
     }
     skipped = state.skipped + ~finite
     return State(params, moments, silent_F, share_F, skipped), metrics
@@ -229,22 +236,22 @@ def init_all(stacks: Sequence[Stack], key: jax.Array, mesh: Mesh):
   """States of several stacks, made in their shardings."""
   shardings = tuple(stack.shardings(mesh) for stack in stacks)
   init = jax.jit(
-      lambda key: tuple(stack.init(key) for stack in stacks),
-      out_shardings=shardings,
+    lambda key: tuple(stack.init(key) for stack in stacks),
+    out_shardings=shardings,
   )
   return init(key)
 
 
 def step_all(
-    stacks: Sequence[Stack],
-    states: tuple[State, ...],
-    rows: Mapping[sites.Site, jax.Array],
-    step: jax.Array,
+  stacks: Sequence[Stack],
+  states: tuple[State, ...],
+  rows: Mapping[sites.Site, jax.Array],
+  step: jax.Array,
 ) -> tuple[tuple[State, ...], tuple[dict[str, jax.Array], ...]]:
   """One step of every stack on one batch: site -> x [B, D]."""
   results = [
-      stack.step(state, jnp.stack([rows[site] for site in stack.sites]), step)
-      for stack, state in zip(stacks, states, strict=True)
+    stack.step(state, jnp.stack([rows[site] for site in stack.sites]), step)
+    for stack, state in zip(stacks, states, strict=True)
   ]
   states, metrics = zip(*results, strict=True)
   return states, metrics

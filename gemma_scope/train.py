@@ -1,4 +1,4 @@
-"""train(config, workdir): one forward pass of Gemma, a whole collection of SAEs.
+"""train(config, workdir): one pass of Gemma, a whole collection of SAEs.
 
 The run's folder holds config.json, metrics.jsonl, checkpoints/, tokens/ (unless
 the config names a store). The same call on the same folder continues, and ends
@@ -19,24 +19,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import gemma_scope
 from gemma_scope import (
-    activations,
-    checkpoints,
-    lm,
-    metrics,
-    objectives,
-    release,
-    runs,
-    sae,
-    sites,
-    stack,
-    text,
-    weights,
+  activations,
+  checkpoints,
+  collection,
+  metrics,
+  runs,
+  sites,
+  stack,
+  weights,
 )
 from gemma_scope import config as config_lib
 from gemma_scope import mesh as mesh_lib
@@ -57,129 +51,7 @@ class Result:
   scales: dict[sites.Site, float]
   stacks: tuple[stack.Stack, ...]
   states: tuple[stack.State, ...]
-  provenance: dict[str, Any]
-
-
-def open_text(
-    config: ConfigDict, workdir: pathlib.Path, report: Callable[[str], None]
-) -> tuple[text.Tokenizer, text.Tokens]:
-  """The tokenizer and the token store; makes the store where none is named.
-
-  A run keeps the store it began with, whatever became of its source.
-  """
-  tokenizer = text.Tokenizer(
-      config.lm.tokenizer or weights.TINY / 'tokenizer.model'
-  )
-  folder = pathlib.Path(config.text.store or workdir / 'tokens')
-  if config.text.store or (folder / 'manifest.json').exists():
-    store = text.Tokens(folder)
-    store.verify()
-  else:
-    report(f'tokenising {config.text.source}')
-    store = text.prepare(config.text.source, tokenizer, folder)
-  if store.fingerprint['tokenizer_sha256'] != tokenizer.sha256:
-    raise ValueError(
-        f'The token store {str(folder)!r} was made with another tokenizer than '
-        f'{tokenizer.path!r}; prepare it again or set lm.tokenizer.'
-    )
-  return tokenizer, store
-
-
-def special_ids(tokenizer: text.Tokenizer) -> tuple[int, ...]:
-  """Tokens whose activations no SAE sees (arXiv 2408.05147 section 3)."""
-  return tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id
-
-
-def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
-  """Where rows come from, and the facts that a resumed run must agree on."""
-  c, a = config.collection, config.activations
-  at = tuple(
-      sites.Site(layer, kind) for layer in sorted(c.layers) for kind in c.sites
-  )
-  if a.store:
-    source = activations.StoreSource(a.store, at, config.train.batch)
-    return source, source.facts
-  tokenizer, store = open_text(config, workdir, report)
-  report(f'loading {config.lm.name}')
-  gemma, params = weights.load(
-      config.lm.name,
-      config.lm.checkpoint,
-      dtype=config.lm.dtype,
-      mesh=mesh,
-      num_layers=max(c.layers) + 1,
-  )
-  rows = text.shuffled(store.sequences(config.text.seq_len), config.seed)
-  layout = activations.Layout.of(
-      chunk_rows=a.chunk_rows,
-      seq_len=config.text.seq_len,
-      batch=config.train.batch,
-      lm_batch=a.lm_batch,
-      dtype=a.dtype,
-  )
-  source = activations.ModelSource(
-      gemma, params, at, functools.partial(text.batch, rows), layout, mesh,
-      special_ids(tokenizer),
-  )  # fmt: skip
-  facts = {
-      'model': config.lm.name,
-      'model_dtype': config.lm.dtype,
-      'parameters': _checksum(params),
-      'seed': config.seed,
-      'text': store.fingerprint,
-  }
-  return source, facts
-
-
-def _checksum(params: lm.Params) -> float:
-  """Tells one set of parameters from another: the sum of their magnitudes."""
-  sums = [jnp.sum(jnp.abs(x.astype(jnp.float32))) for x in jax.tree.leaves(params)]
-  return float(sum(sums))
-
-
-def make_stacks(
-    config: ConfigDict, model: sites.Dimensions
-) -> tuple[tuple[stack.Stack, ...], tuple[tuple[config_lib.Member, ...], ...]]:
-  """The collection's members, grouped by shape into stacks."""
-  t = config.train
-  optimizer = stack.Optimizer(
-      b2=t.b2, eps=t.eps, clip=t.clip, warm_up=t.warm_up, decay=t.decay,
-      sparsity_warm_up=t.sparsity_warm_up, threshold_rate=t.threshold_rate,
-      steps=t.steps, dead_after=t.dead_after,
-  )  # fmt: skip
-  groups: dict[tuple[int, int], list[config_lib.Member]] = {}
-  for member in config_lib.members(config):
-    groups.setdefault((member.width, member.site.width(model)), []).append(member)
-  stacks = []
-  for (width, d_in), group in groups.items():
-    at = tuple(dict.fromkeys(member.site for member in group))
-    settings = [
-        objectives.sparsity(m.penalty, m.sparsity, t.sparsity_strength)
-        for m in group
-    ]
-    setting = stack.Setting(
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *settings),
-        jnp.full((len(group),), t.learning_rate, jnp.float32),
-        jnp.asarray([at.index(member.site) for member in group]),
-    )
-    module = make_module(config, d_in, width)
-    seeds = tuple(member.seed for member in group)
-    stacks.append(stack.Stack(module, at, setting, seeds, optimizer))
-  return tuple(stacks), tuple(map(tuple, groups.values()))
-
-
-def make_module(config: ConfigDict, d_in: int, width: int) -> sae.Autoencoder:
-  """The architecture of the config at one shape."""
-  s = config.sae
-  shared = dict(
-      d_in=d_in, width=width, pre_encoder_bias=s.pre_encoder_bias,
-      matmul_dtype=s.matmul_dtype,
-  )  # fmt: skip
-  if config.collection.architecture == 'relu':
-    return sae.ReLU(**shared)
-  return sae.JumpReLU(
-      **shared, bandwidth=s.bandwidth, initial_threshold=s.initial_threshold,
-      log_threshold=s.log_threshold,
-  )  # fmt: skip
+  facts: dict[str, Any]  # on the text and the model
 
 
 def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -194,11 +66,11 @@ def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def train(
-    config: ConfigDict,
-    workdir: str | pathlib.Path,
-    lease: runs.Lease,
-    interrupt: runs.Interrupt,
-    report: Callable[[str], None] = print,
+  config: ConfigDict,
+  workdir: str | pathlib.Path,
+  lease: runs.Lease,
+  interrupt: runs.Interrupt,
+  report: Callable[[str], None] = print,
 ) -> Result:
   """Trains the collection, from the last checkpoint if there is one.
 
@@ -216,14 +88,16 @@ def train(
   model = weights.read_config(config.lm.name, config.lm.checkpoint)
   mesh = mesh_lib.make(config.mesh)
   config_lib.check(config, model, mesh.devices.shape)
-  source, facts = make_source(config, workdir, mesh, report)
-  chunks = activations.Chunks(source, config.seed, mesh, config.activations.memory)
-  stacks, groups = make_stacks(config, model)
+  source, facts = collection.make_source(config, workdir, mesh, report)
+  chunks = activations.Chunks(
+    source, config.seed, mesh, config.activations.memory
+  )
+  stacks, groups = collection.make_stacks(config, model)
   with checkpoints.Checkpoints(
-      workdir / 'checkpoints', keep=config.checkpoint.keep
+    workdir / 'checkpoints', keep=config.checkpoint.keep
   ) as saves:
     loop = _Loop(
-        config, workdir, mesh, chunks, stacks, groups, saves, lease, report
+      config, workdir, mesh, chunks, stacks, groups, saves, lease, report
     )
     loop.start(facts)
     loop.run(interrupt)
@@ -237,7 +111,7 @@ class _Loop:
   """The training loop and what it holds between steps."""
 
   def __init__(
-      self, config, workdir, mesh, chunks, stacks, groups, saves, lease, report
+    self, config, workdir, mesh, chunks, stacks, groups, saves, lease, report
   ):
     self._config = config
     self._workdir = workdir
@@ -251,14 +125,14 @@ class _Loop:
     shardings = tuple(s.shardings(mesh) for s in stacks)
 
     @functools.partial(
-        jax.jit,
-        donate_argnums=0,
-        out_shardings=(shardings, mesh_lib.place(mesh)),
+      jax.jit,
+      donate_argnums=0,
+      out_shardings=(shardings, mesh_lib.place(mesh)),
     )
     def take_step(states, batch, scales, step):
       rows = {
-          site: x_BD.astype(jnp.float32) / scales[site]
-          for site, x_BD in batch.items()
+        site: x_BD.astype(jnp.float32) / scales[site]
+        for site, x_BD in batch.items()
       }
       return stack.step_all(stacks, states, rows, step)
 
@@ -267,7 +141,9 @@ class _Loop:
   def start(self, facts: dict[str, Any]) -> None:
     """Restores the newest good checkpoint, or initialises at step 0."""
     self._facts = facts
-    restored = self._saves.restore(abstract_states(self._stacks, self._mesh))
+    restored = self._saves.restore(
+      collection.abstract_states(self._stacks, self._mesh)
+    )
     if restored is None:
       key = jax.random.key(self._config.seed)
       self.step, self.scales = 0, {}
@@ -295,7 +171,7 @@ class _Loop:
             chunk = self._load(index, offset, interrupt)
           batch = self._chunks.put(chunk.batch(offset))
           self.states, values = self._take_step(
-              self.states, batch, self.scales, jnp.int32(self.step)
+            self.states, batch, self.scales, jnp.int32(self.step)
           )
           # Metrics of step i are read after step i + 1 was dispatched.
           self._log(pending)
@@ -323,10 +199,10 @@ class _Loop:
       return
     m, t = self._config.metrics, self._config.train
     self._writer = metrics.Writer(
-        self._workdir,
-        tensorboard=m.tensorboard,
-        wandb={'project': m.wandb_project} if m.wandb_project else None,
-        resume_step=self.step,
+      self._workdir,
+      tensorboard=m.tensorboard,
+      wandb={'project': m.wandb_project} if m.wandb_project else None,
+      resume_step=self.step,
     )
     self._progress = metrics.Progress(
         t.steps, t.batch, self._flops(), first_step=self.step,
@@ -350,10 +226,10 @@ class _Loop:
   def _save(self) -> int:
     self._lease.check()
     meta = {
-        'scales': {str(site): value for site, value in self.scales.items()},
-        'facts': self._facts,
-        'left_out': dict(self._left_out),
-        'version': gemma_scope.__version__,
+      'scales': {str(site): value for site, value in self.scales.items()},
+      'facts': self._facts,
+      'left_out': dict(self._left_out),
+      'version': gemma_scope.__version__,
     }
     self._saves.save(self.step, self.states, meta)
     return self.step
@@ -365,8 +241,8 @@ class _Loop:
     step, values = pending
     host = jax.device_get(values)
     means = {
-        name: float(np.mean(np.concatenate([v[name] for v in host])))
-        for name in host[0]
+      name: float(np.mean(np.concatenate([v[name] for v in host])))
+      for name in host[0]
     }
     scalars = {f'mean/{name}': value for name, value in means.items()}
     for group, stack_values in zip(self._groups, host, strict=True):
@@ -377,33 +253,22 @@ class _Loop:
     scalars['tokens'] = step * self._config.train.batch
     self._writer.write_scalars(step, scalars)
     self._progress.update(
-        step,
-        {
-            'loss': means['loss'],
-            'L0': means['l0'],
-            'FVU': means['fvu'],
-            'dead': f'{means["dead"]:.1%}',
-        },
+      step,
+      {
+        'loss': means['loss'],
+        'L0': means['l0'],
+        'FVU': means['fvu'],
+        'dead': f'{means["dead"]:.1%}',
+      },
     )
 
   def _flops(self) -> int:
     """Dense FLOPs a step: five matmuls of 2 B D F for every member."""
     rows = self._config.train.batch
     return sum(
-        10 * rows * s.module.d_in * s.module.width * len(s.seeds)
-        for s in self._stacks
+      10 * rows * s.module.d_in * s.module.width * len(s.seeds)
+      for s in self._stacks
     )
-
-
-def abstract_states(stacks: tuple[stack.Stack, ...], mesh: Mesh):
-  """Shapes, dtypes and shardings of the states: what a checkpoint must hold."""
-  return jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=place
-      ),
-      jax.eval_shape(lambda: tuple(s.init(jax.random.key(0)) for s in stacks)),
-      tuple(s.shardings(mesh) for s in stacks),
-  )
 
 
 def _scales(meta: dict[str, Any]) -> dict[sites.Site, float]:
@@ -418,56 +283,13 @@ def load(config: ConfigDict, workdir: str | pathlib.Path) -> Result:
   """
   model = weights.read_config(config.lm.name, config.lm.checkpoint)
   mesh = mesh_lib.make(config.mesh)
-  stacks, _ = make_stacks(config, model)
+  stacks, _ = collection.make_stacks(config, model)
   folder = pathlib.Path(workdir) / 'checkpoints'
   with checkpoints.Checkpoints(folder) as saves:
-    restored = saves.restore(abstract_states(stacks, mesh))
+    restored = saves.restore(collection.abstract_states(stacks, mesh))
   if restored is None:
     raise checkpoints.CheckpointError(f'There is no checkpoint in {folder}.')
   return Result(
       restored.step == config.train.steps, restored.step,
       _scales(restored.meta), stacks, restored.state, restored.meta['facts'],
   )  # fmt: skip
-
-
-def members(
-    result: Result, config: ConfigDict
-) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
-  """The trained SAEs as (params, card): folded, they act on raw activations."""
-  model = weights.read_config(config.lm.name, config.lm.checkpoint)
-  _, groups = make_stacks(config, model)
-  out = []
-  for trained, state, group in zip(
-      result.stacks, result.states, groups, strict=True
-  ):
-    if jax.process_count() > 1:
-      host = multihost_utils.process_allgather(state, tiled=True)
-    else:
-      host = jax.device_get(state)
-    for i, member in enumerate(group):
-      params = {
-          name: np.asarray(value)
-          for name, value in trained.member_params(host, i).items()
-      }
-      scale = result.scales[member.site]
-      params = release.fold(
-          params, scale, pre_encoder_bias=trained.module.pre_encoder_bias
-      )
-      card = {
-          'name': member.name,
-          'site': str(member.site),
-          'model': config.lm.name,
-          'architecture': member.architecture,
-          'd_in': trained.module.d_in,
-          'd_out': trained.module.d_in,
-          'width': member.width,
-          'sparsity': {'kind': member.penalty, 'value': member.sparsity},
-          'seed': member.seed,
-          'scale': scale,
-          'steps': result.step,
-          'tokens': result.step * config.train.batch,
-          'text': result.provenance['text'],
-          'code': gemma_scope.__version__,
-      }
-      out.append((params, card))
-  return out

@@ -31,30 +31,30 @@ TINY = pathlib.Path(__file__).parent / 'tiny'
 # parallel), one model axis on 'data' (FSDP). The first match counts; an axis
 # that does not divide its dimension is dropped.
 _SHARDING = (
-    (r'input_embedding$', ('latent', 'data')),
-    (r'attn/q_einsum/w$', ('latent', 'data', None)),
-    (r'attn/q?kv_einsum/w$', (None, 'latent', 'data', None)),
-    (r'attn/attn_vec_einsum/w$', ('latent', None, 'data')),
-    (r'mlp/gating_einsum$', (None, 'latent', 'data')),
-    (r'mlp/linear$', ('latent', 'data')),
-    (r'scale$', (None,)),
+  (r'input_embedding$', ('latent', 'data')),
+  (r'attn/q_einsum/w$', ('latent', 'data', None)),
+  (r'attn/q?kv_einsum/w$', (None, 'latent', 'data', None)),
+  (r'attn/attn_vec_einsum/w$', ('latent', None, 'data')),
+  (r'mlp/gating_einsum$', (None, 'latent', 'data')),
+  (r'mlp/linear$', ('latent', 'data')),
+  (r'scale$', (None,)),
 )
 
 
 class CheckpointNotFound(ValueError):
-  """A checkpoint is missing or is not the one asked for; says what and where."""
+  """A checkpoint is missing or another than was asked for; says which."""
 
 
 def sharding(
-    mesh: Mesh, name: str, shape: tuple[int, ...], transpose_gating: bool = True
+  mesh: Mesh, name: str, shape: tuple[int, ...], transpose_gating: bool = True
 ) -> NamedSharding:
   """Where the parameter called `name` (path with slashes) lives on `mesh`."""
   axes = next(axes for rule, axes in _SHARDING if re.search(rule, name))
   if name.endswith('mlp/gating_einsum') and not transpose_gating:
     axes = (None, 'data', 'latent')  # [2, D, d_ff] in Gemma 2 2B
   axes = (
-      axis if axis and size % mesh.shape[axis] == 0 else None
-      for axis, size in zip(axes, shape, strict=True)
+    axis if axis and size % mesh.shape[axis] == 0 else None
+    for axis, size in zip(axes, shape, strict=True)
   )
   return NamedSharding(mesh, PartitionSpec(*axes))
 
@@ -75,19 +75,19 @@ def read_config(name: str, checkpoint: str) -> lm.Config:
   if name in lm.SIZES:
     return lm.SIZES[name]
   raise CheckpointNotFound(
-      f'There is no model {name!r}: it is neither one of '
-      f'{", ".join(["tiny", *lm.SIZES])} nor described by a config.json in '
-      f'{str(folder)!r}.'
+    f'There is no model {name!r}: it is neither one of '
+    f'{", ".join(["tiny", *lm.SIZES])} nor described by a config.json in '
+    f'{str(folder)!r}.'
   )
 
 
 def load(
-    name: str,
-    checkpoint: str = '',
-    *,
-    dtype: str = 'float32',
-    mesh: Mesh | None = None,
-    num_layers: int | None = None,
+  name: str,
+  checkpoint: str = '',
+  *,
+  dtype: str = 'float32',
+  mesh: Mesh | None = None,
+  num_layers: int | None = None,
 ) -> tuple[lm.Gemma, lm.Params]:
   """Loads a Gemma and its parameters.
 
@@ -110,20 +110,24 @@ def load(
     pin = NamedSharding(mesh, PartitionSpec('data', None, None))
   gemma = lm.Gemma(config, pin)
   wanted = {}
-  for key, shape in traverse_util.flatten_dict(gemma.param_shapes, sep='/').items():
+  for key, shape in traverse_util.flatten_dict(
+    gemma.param_shapes, sep='/'
+  ).items():
     layer = re.match(r'layer_(\d+)/', key)
     if layer and num_layers is not None and int(layer[1]) >= num_layers:
       continue
     place = (
-        jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        if mesh is None
-        else sharding(mesh, key, shape.shape, config.transpose_gating)
+      jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      if mesh is None
+      else sharding(mesh, key, shape.shape, config.transpose_gating)
     )
-    wanted[key] = jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype), sharding=place)
+    wanted[key] = jax.ShapeDtypeStruct(
+      shape.shape, jnp.dtype(dtype), sharding=place
+    )
   if _is_local(folder) and not folder.is_dir():
     raise CheckpointNotFound(
-        f'No checkpoint of {name} at {str(folder)!r}: expected a folder written '
-        'by Orbax, or one with config.json and model.safetensors.'
+      f'No checkpoint of {name} at {str(folder)!r}: expected a folder written '
+      'by Orbax, or one with config.json and model.safetensors.'
     )
   if _is_local(folder) and any(folder.glob('*.safetensors')):
     flat = _from_safetensors(folder, wanted)
@@ -133,7 +137,7 @@ def load(
 
 
 def save_safetensors(
-    folder: pathlib.Path, config: lm.Config, params: lm.Params, extra: dict
+  folder: pathlib.Path, config: lm.Config, params: lm.Params, extra: dict
 ) -> None:
   """Writes config.json (with `extra` facts) and model.safetensors."""
   from safetensors import numpy as safetensors_numpy
@@ -141,8 +145,8 @@ def save_safetensors(
   folder.mkdir(parents=True, exist_ok=True)
   flat = traverse_util.flatten_dict(params, sep='/')
   safetensors_numpy.save_file(
-      {key: np.ascontiguousarray(value) for key, value in flat.items()},
-      folder / 'model.safetensors',
+    {key: np.ascontiguousarray(value) for key, value in flat.items()},
+    folder / 'model.safetensors',
   )
   described = {**dataclasses.asdict(config), **extra}
   (folder / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
@@ -153,8 +157,8 @@ def _folder(name: str, checkpoint: str):
     if name == 'tiny':
       return TINY
     raise CheckpointNotFound(
-        f'{name} needs a checkpoint: set lm.checkpoint to the folder of an '
-        'Orbax checkpoint (a local path or gs://...).'
+      f'{name} needs a checkpoint: set lm.checkpoint to the folder of an '
+      'Orbax checkpoint (a local path or gs://...).'
     )
   if '://' in checkpoint:
     from etils import epath
@@ -172,13 +176,13 @@ def _check(found: dict[str, tuple], wanted: dict, folder) -> None:
   for key, want in wanted.items():
     if key not in found:
       raise CheckpointNotFound(
-          f'The checkpoint {str(folder)!r} has no parameter {key!r}: is it '
-          'another model?'
+        f'The checkpoint {str(folder)!r} has no parameter {key!r}: is it '
+        'another model?'
       )
     if tuple(found[key]) != want.shape:
       raise CheckpointNotFound(
-          f'{key!r} in the checkpoint {str(folder)!r} has shape '
-          f'{tuple(found[key])}, and the model wants {want.shape}.'
+        f'{key!r} in the checkpoint {str(folder)!r} has shape '
+        f'{tuple(found[key])}, and the model wants {want.shape}.'
       )
 
 
@@ -194,7 +198,7 @@ def _from_safetensors(folder: pathlib.Path, wanted: dict) -> dict:
           shapes[key] = file.get_slice(key).get_shape()
     except SafetensorError as error:
       raise CheckpointNotFound(
-          f'{str(path)!r} is not a whole safetensors file ({error}).'
+        f'{str(path)!r} is not a whole safetensors file ({error}).'
       ) from error
   _check(shapes, wanted, folder)
   flat = {}
@@ -220,20 +224,20 @@ def _from_orbax(folder, wanted: dict) -> dict:
   with ocp.PyTreeCheckpointer() as checkpointer:
     metadata = _orbax_metadata(checkpointer, folder)
     found = {
-        _canonical('/'.join(map(str, key))): (key, leaf)
-        for key, leaf in traverse_util.flatten_dict(metadata.tree).items()
+      _canonical('/'.join(map(str, key))): (key, leaf)
+      for key, leaf in traverse_util.flatten_dict(metadata.tree).items()
     }
     _check({k: leaf.shape for k, (_, leaf) in found.items()}, wanted, folder)
     item = traverse_util.unflatten_dict(
-        {found[key][0]: want for key, want in wanted.items()}
+      {found[key][0]: want for key, want in wanted.items()}
     )
     tree = checkpointer.restore(
-        metadata.folder,
-        args=ocp.args.PyTreeRestore(
-            item=item,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-            partial_restore=True,
-        ),
+      metadata.folder,
+      args=ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
+      ),
     )
   flat = traverse_util.flatten_dict(tree)
   return {key: flat[found[key][0]] for key in wanted}
@@ -258,5 +262,5 @@ def _orbax_metadata(checkpointer, folder) -> _Metadata:
       return _Metadata(candidate, metadata.tree)
     reason = 'it has no _METADATA'
   raise CheckpointNotFound(
-      f'{str(folder)!r} does not hold an Orbax checkpoint of Gemma ({reason}).'
+    f'{str(folder)!r} does not hold an Orbax checkpoint of Gemma ({reason}).'
   )

@@ -38,7 +38,7 @@ def main(_) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     with runs.Interrupt() as interrupt:
       scores = pipeline.evaluate_saes(
-          CONFIG.value, workdir, saes, interrupt, out
+        CONFIG.value, workdir, saes, interrupt, out
       )
     print(release.table([(card, scores[card['name']]) for _, card in saes]))
   except runs.Interrupted:

@@ -25,7 +25,7 @@ flags.mark_flags_as_required(['config', 'workdir', 'out', 'chunks'])
 
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
-  from gemma_scope import activations, metrics, runs, train
+  from gemma_scope import activation_store, collection, metrics, runs
   from gemma_scope import config as config_lib
   from gemma_scope import mesh as mesh_lib
 
@@ -33,17 +33,19 @@ def main(_) -> None:
   try:
     config_lib.check(config)
     if config.activations.store:
-      raise ValueError('activations.store is set: a store is read, not written.')
+      raise ValueError(
+        'activations.store is set: a store is read, not written.'
+      )
     workdir = pathlib.Path(WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     with runs.Lease(out), runs.Interrupt() as interrupt:
       mesh = mesh_lib.make(config.mesh)
-      source, facts = train.make_source(config, workdir, mesh, print)
+      source, facts = collection.make_source(config, workdir, mesh, print)
       progress = metrics.Progress(
-          CHUNKS.value, source.layout.rows, label='harvest'
+        CHUNKS.value, source.layout.rows, label='harvest'
       )
-      activations.write_store(
+      activation_store.write_store(
           out, source, CHUNKS.value, facts, interrupt.check,
           lambda chunk: progress.update(chunk + 1),
       )  # fmt: skip

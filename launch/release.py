@@ -28,10 +28,18 @@ LIST = flags.DEFINE_string('list', None, 'Only print what this release holds.')
 def write(workdir: pathlib.Path, out: pathlib.Path) -> bool:
   from ml_collections import ConfigDict
 
-  from gemma_scope import pipeline, train  # JAX: not needed to list a release
+  from gemma_scope import (
+    collection,
+    pipeline,
+    train,
+  )  # JAX: not needed to list a release
 
   config = ConfigDict(json.loads((workdir / 'config.json').read_text()))
-  members = train.members(train.load(config, workdir), config)
+  result = train.load(config, workdir)
+  members = collection.members(
+      config, result.stacks, result.states, result.scales, result.step,
+      result.facts,
+  )  # fmt: skip
   scores = {}
   if (workdir / 'evaluation.json').exists():
     scores = json.loads((workdir / 'evaluation.json').read_text())['members']

@@ -5,8 +5,9 @@
 Text: the sources, docstrings and language reference of the running Python
 (`python` in gemma_scope/text.py), 2 % of its modules held out. Prints and
 writes the held-out loss beside a unigram and the best interpolated bigram
-model of the same tokens. Run again to continue a stopped run. `--out` gets config.json, model.safetensors (bfloat16)
-and tokenizer.model; copied to gemma_scope/tiny they are the embedded model.
+model of the same tokens. Run again to continue a stopped run. `--out` gets
+config.json, model.safetensors (bfloat16) and tokenizer.model; copied to
+gemma_scope/tiny they are the embedded model.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ def bigram_losses(train: np.ndarray, heldout_NT: np.ndarray, vocab: int):
   uni = np.bincount(train, minlength=vocab) + 1.0
   uni /= uni.sum()
   pairs = np.bincount(
-      train[:-1].astype(np.int64) * vocab + train[1:], minlength=vocab**2
+    train[:-1].astype(np.int64) * vocab + train[1:], minlength=vocab**2
   ).reshape(vocab, vocab)
   before, after = heldout_NT[:, :-1].ravel(), heldout_NT[:, 1:].ravel()
   counts, total = pairs[before, after], pairs.sum(1)[before]
   bigram = min(
-      -np.log((counts + k * uni[after]) / (total + k)).mean()
-      for k in (1, 3, 10, 30, 100, 300, 1000)
+    -np.log((counts + k * uni[after]) / (total + k)).mean()
+    for k in (1, 3, 10, 30, 100, 300, 1000)
   )
   return float(-np.log(uni[after]).mean()), float(bigram)
 
@@ -73,26 +74,28 @@ def main(_):
   tokenizer_path = out / 'tokenizer.model'
   if not tokenizer_path.exists():
     text.train_tokenizer(
-        sources.documents('python', 'train'), tokenizer_path, CONFIG.vocab_size
+      sources.documents('python', 'train'), tokenizer_path, CONFIG.vocab_size
     )
   tokenizer = text.Tokenizer(tokenizer_path)
   text.prepare('python', tokenizer, out / 'tokens')
   store = text.Tokens(out / 'tokens')
   rows = text.shuffled(store.sequences(SEQ_LEN.value, 'train'), SEED.value)
   heldout = store.sequences(SEQ_LEN.value, 'eval')
-  heldout_NT = np.stack([heldout[i] for i in range(min(len(heldout), 512) // 16 * 16)])
-  train = np.fromfile(store.path("train"), store.manifest["dtype"])
+  heldout_NT = np.stack(
+    [heldout[i] for i in range(min(len(heldout), 512) // 16 * 16)]
+  )
+  train = np.fromfile(store.path('train'), store.manifest['dtype'])
   unigram, bigram = bigram_losses(train, heldout_NT[:, 1:], CONFIG.vocab_size)
   print(f'held-out nats a token: unigram {unigram:.3f}, bigram {bigram:.3f}')
 
   gemma = lm.Gemma(CONFIG)
   params = gemma.init(jax.random.key(SEED.value))
   schedule = optax.warmup_cosine_decay_schedule(
-      0.0, RATE.value, min(100, STEPS.value // 10), STEPS.value
+    0.0, RATE.value, min(100, STEPS.value // 10), STEPS.value
   )
   optimizer = optax.chain(
-      optax.clip_by_global_norm(1.0),
-      optax.adamw(schedule, b2=0.98, weight_decay=0.05),
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(schedule, b2=0.98, weight_decay=0.05),
   )
   state = optimizer.init(params)
   loss_of = functools.partial(mean_loss, gemma)
@@ -107,7 +110,7 @@ def main(_):
 
   def heldout_loss(params) -> float:
     return float(
-        np.mean([evaluate(params, part) for part in np.split(heldout_NT, 16)])
+      np.mean([evaluate(params, part) for part in np.split(heldout_NT, 16)])
     )
 
   saves = checkpoints.Checkpoints(out / 'checkpoints', keep=1)
@@ -121,11 +124,11 @@ def main(_):
     if i % 50 == 49 or i + 1 == STEPS.value:
       rate = (i + 1 - first) / (time.time() - start)
       print(
-          f'step {i + 1}/{STEPS.value}  loss {float(loss):.3f}  '
-          f'{rate * per_step:,.0f} tokens/s  '
-          f'ETA {(STEPS.value - i - 1) / rate / 60:.1f} min'
-          + (f'  held-out {heldout_loss(params):.3f}' if i % 500 == 499 else ''),
-          flush=True,
+        f'step {i + 1}/{STEPS.value}  loss {float(loss):.3f}  '
+        f'{rate * per_step:,.0f} tokens/s  '
+        f'ETA {(STEPS.value - i - 1) / rate / 60:.1f} min'
+        + (f'  held-out {heldout_loss(params):.3f}' if i % 500 == 499 else ''),
+        flush=True,
       )
     if i % 500 == 499:
       saves.save(i + 1, (params, state), {})
@@ -133,14 +136,14 @@ def main(_):
   params = jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16)), params)
   rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
   score = {
-      'heldout_loss': round(heldout_loss(rounded), 4),
-      'unigram_loss': round(unigram, 4),
-      'bigram_loss': round(bigram, 4),
-      'heldout_tokens': int(heldout_NT[:, 1:].size),
-      'trained_tokens': STEPS.value * per_step,
-      'steps': STEPS.value,
-      'python': '.'.join(map(str, sys.version_info[:3])),
-      'text': store.fingerprint,
+    'heldout_loss': round(heldout_loss(rounded), 4),
+    'unigram_loss': round(unigram, 4),
+    'bigram_loss': round(bigram, 4),
+    'heldout_tokens': int(heldout_NT[:, 1:].size),
+    'trained_tokens': STEPS.value * per_step,
+    'steps': STEPS.value,
+    'python': '.'.join(map(str, sys.version_info[:3])),
+    'text': store.fingerprint,
   }
   weights.save_safetensors(out, CONFIG, params, {'made': score})
   print(json.dumps(score, indent=2))

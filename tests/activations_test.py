@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope import activations, lm, runs, sites
+from gemma_scope import activation_store, activations, lm, runs, sites
 from gemma_scope import mesh as mesh_lib
 
 CONFIG = lm.Config(
@@ -33,15 +33,15 @@ def sequences(start, count):
 def make(mesh_shape=(1, 1, 1), dtype='float32', batch=16, at=AT):
   devices = jax.devices()[: int(np.prod(mesh_shape))]
   mesh = mesh_lib.make(
-      dict(zip(mesh_lib.AXES, mesh_shape, strict=True)), devices
+    dict(zip(mesh_lib.AXES, mesh_shape, strict=True)), devices
   )
   gemma = lm.Gemma(CONFIG)
   params = jax.jit(gemma.init)(jax.random.key(0))
   layout = activations.Layout.of(
-      chunk_rows=100, seq_len=T, batch=batch, lm_batch=8, dtype=dtype
+    chunk_rows=100, seq_len=T, batch=batch, lm_batch=8, dtype=dtype
   )
   source = activations.ModelSource(
-      gemma, params, at, sequences, layout, mesh, SPECIAL
+    gemma, params, at, sequences, layout, mesh, SPECIAL
   )
   return source, mesh, gemma, params
 
@@ -53,12 +53,12 @@ def made():
 
 def test_layout_arithmetic():
   layout = activations.Layout.of(
-      chunk_rows=10**6, seq_len=1024, batch=4096, lm_batch=64, dtype='bfloat16'
+    chunk_rows=10**6, seq_len=1024, batch=4096, lm_batch=64, dtype='bfloat16'
   )
   assert layout.rows >= 10**6 and layout.sequences % 64 == 0
   assert layout.batches == layout.rows // 4096
   small = activations.Layout.of(
-      chunk_rows=1, seq_len=9, batch=16, lm_batch=2, dtype='float32'
+    chunk_rows=1, seq_len=9, batch=16, lm_batch=2, dtype='float32'
   )
   assert small.batches == 1
 
@@ -97,7 +97,7 @@ def test_sites_stay_aligned_and_every_row_comes_before_any_comes_twice(made):
   chunk = activations.Chunks(Numbered(), 3, mesh).load(0)
   first = np.asarray(chunk.rows[AT[0]]).reshape(-1)
   np.testing.assert_array_equal(
-      np.asarray(chunk.rows[AT[1]]).reshape(-1), 10 * first
+    np.asarray(chunk.rows[AT[1]]).reshape(-1), 10 * first
   )
   assert not np.any(first % 5 == 0)
   usable = source.layout.rows - chunk.special
@@ -124,7 +124,7 @@ def test_any_mesh_gives_the_same_batches(made, shape):
   found = activations.Chunks(source, 0, mesh).load(0)
   for site in AT:
     np.testing.assert_allclose(
-        found.rows[site], expected.rows[site], rtol=1e-4, atol=1e-5
+      found.rows[site], expected.rows[site], rtol=1e-4, atol=1e-5
     )
     assert found.rows[site].sharding.spec[1] == 'data'
 
@@ -175,14 +175,14 @@ def test_scale_makes_the_mean_square_norm_one(made):
 
 
 def write(folder, source, chunks=3, **more):
-  activations.write_store(folder, source, chunks, {'model': 't'}, **more)
+  activation_store.write_store(folder, source, chunks, {'model': 't'}, **more)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_a_store_gives_the_models_batches(tmp_path, dtype):
   source, mesh, _, _ = make(dtype=dtype)
   write(tmp_path, source)
-  stored = activations.StoreSource(tmp_path, AT, 16)
+  stored = activation_store.StoreSource(tmp_path, AT, 16)
   assert stored.layout == source.layout and stored.chunks == 3
   for i in range(3):
     a = activations.Chunks(source, 0, mesh).load(i)
@@ -190,7 +190,7 @@ def test_a_store_gives_the_models_batches(tmp_path, dtype):
     for site in AT:
       assert b.rows[site].dtype == dtype
       np.testing.assert_array_equal(a.rows[site], b.rows[site])
-  some = activations.StoreSource(tmp_path, AT[1:], 16)
+  some = activation_store.StoreSource(tmp_path, AT[1:], 16)
   assert some.sites == AT[1:]
 
 
@@ -205,7 +205,7 @@ def test_an_interrupted_store_continues(tmp_path, made):
 
   with pytest.raises(runs.Interrupted):
     write(tmp_path, source, poll=stop_in_chunk_two)
-  assert activations.StoreSource(tmp_path, AT, 16).chunks == 2
+  assert activation_store.StoreSource(tmp_path, AT, 16).chunks == 2
   (tmp_path / 'chunk_000002.tmp').mkdir()  # what a kill leaves
   harvested = []
   write(tmp_path, source, poll=lambda: harvested.append(1))
@@ -213,14 +213,14 @@ def test_an_interrupted_store_continues(tmp_path, made):
   whole = tmp_path.parent / 'whole'
   write(whole, source)
   assert (whole / 'manifest.json').read_text() == (
-      tmp_path / 'manifest.json'
+    tmp_path / 'manifest.json'
   ).read_text()
 
 
 def test_another_store_in_the_folder_is_refused(tmp_path, made):
   write(tmp_path, made[0], 1)
   with pytest.raises(ValueError, match='facts'):
-    activations.write_store(tmp_path, made[0], 1, {'model': 'other'})
+    activation_store.write_store(tmp_path, made[0], 1, {'model': 'other'})
   with pytest.raises(ValueError, match='sites'):
     write(tmp_path, make(at=AT[:1])[0], 1)
 
@@ -231,13 +231,13 @@ def test_a_damaged_store_is_refused_by_name(tmp_path, made):
   data = bytearray(path.read_bytes())
   data[-5] ^= 1
   path.write_bytes(data)
-  stored = activations.StoreSource(tmp_path, AT, 16)
+  stored = activation_store.StoreSource(tmp_path, AT, 16)
   with pytest.raises(ValueError, match=r'resid_post\.1\.npy.*damaged'):
     stored.rows(0)
   path.write_bytes(data[:100])
   with pytest.raises(ValueError, match='damaged'):
     stored.rows(0)
   with pytest.raises(ValueError, match='no rows of mlp_out/0'):
-    activations.StoreSource(tmp_path, [sites.Site(0, 'mlp_out')], 16)
+    activation_store.StoreSource(tmp_path, [sites.Site(0, 'mlp_out')], 16)
   with pytest.raises(ValueError, match='No activation store'):
-    activations.StoreSource(tmp_path / 'none', AT, 16)
+    activation_store.StoreSource(tmp_path / 'none', AT, 16)

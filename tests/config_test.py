@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -19,7 +20,7 @@ MODEL = lm.SIZES['gemma2-2b']
 
 def test_the_argument_selects_the_collection():
   config = tiny.get_config(
-      'layers=12,20-22;sites=resid_post;widths=16k,65k,1m;sparsity=30,60.5;seeds=1,2'
+    'layers=12,20-22;sites=resid_post;widths=16k,65k,1m;sparsity=30,60.5;seeds=1,2'
   )
   c = config.collection
   assert c.layers == (12, 20, 21, 22)
@@ -31,13 +32,13 @@ def test_the_argument_selects_the_collection():
 
 
 @pytest.mark.parametrize(
-    'argument, words',
-    [
-        ('layer=12', "'layers'"),
-        ('widths=17k', 'power of two'),
-        ('layers=a', 'does not parse'),
-        ('layers', 'field=value'),
-    ],
+  'argument, words',
+  [
+    ('layer=12', "'layers'"),
+    ('widths=17k', 'power of two'),
+    ('layers=a', 'does not parse'),
+    ('layers', 'field=value'),
+  ],
 )
 def test_a_wrong_argument_is_a_sentence(argument, words):
   with pytest.raises(config_lib.ConfigError, match=words):
@@ -45,23 +46,23 @@ def test_a_wrong_argument_is_a_sentence(argument, words):
 
 
 @pytest.mark.parametrize(
-    'change, words',
-    [
-        ({'collection.sites': ('resid_pots',)}, "Did you mean 'resid_post'"),
-        ({'collection.architecture': 'jumpreluu'}, "Did you mean 'jumprelu'"),
-        ({'collection.penalty': 'l1'}, 'trained by target_l0 or l0'),
-        ({'collection.layers': (30,)}, 'has layers 0 to 25'),
-        ({'collection.layers': (1, 1)}, 'without repeats'),
-        ({'collection.sparsity': (600.0,)}, 'cannot be met by 512'),
-        ({'train.warm_up': 10**6}, 'the run has 1500'),
-        ({'train.batch': 100}, "mesh's data axis"),
-        ({'collection.widths': (513,)}, 'latent axis'),
-        ({'collection.seeds': (0, 1, 2)}, 'sae axis'),
-        ({'activations.chunk_rows': 10}, 'at least one batch'),
-        ({'activations.memory': 'disk'}, 'device'),
-        ({'lm.dtype': 'float16'}, 'float32 or bfloat16'),
-        ({'text.seq_len': 1}, 'at least 2'),
-    ],
+  'change, words',
+  [
+    ({'collection.sites': ('resid_pots',)}, "Did you mean 'resid_post'"),
+    ({'collection.architecture': 'jumpreluu'}, "Did you mean 'jumprelu'"),
+    ({'collection.penalty': 'l1'}, 'trained by target_l0 or l0'),
+    ({'collection.layers': (30,)}, 'has layers 0 to 25'),
+    ({'collection.layers': (1, 1)}, 'without repeats'),
+    ({'collection.sparsity': (600.0,)}, 'cannot be met by 512'),
+    ({'train.warm_up': 10**6}, 'the run has 1500'),
+    ({'train.batch': 100}, "mesh's data axis"),
+    ({'collection.widths': (513,)}, 'latent axis'),
+    ({'collection.seeds': (0, 1, 2)}, 'sae axis'),
+    ({'activations.chunk_rows': 10}, 'at least one batch'),
+    ({'activations.memory': 'disk'}, 'device'),
+    ({'lm.dtype': 'float16'}, 'float32 or bfloat16'),
+    ({'text.seq_len': 1}, 'at least 2'),
+  ],
 )
 def test_an_impossible_combination_is_a_sentence(change, words):
   config = tiny.get_config()
@@ -76,16 +77,16 @@ def test_the_default_fits():
 
 
 @pytest.mark.parametrize(
-    'flag, words',
-    [
-        ('--config.train.stepss=3', 'steps'),
-        ('--config.train.steps=many', 'steps'),
-        ('--config.collection.architecture=jumpreluu', 'jumprelu'),
-        ('--config=configs/tiny.py:layer=3', 'layers'),
-    ],
+  'flag, words',
+  [
+    ('--config.train.stepss=3', 'steps'),
+    ('--config.train.steps=many', 'steps'),
+    ('--config.collection.architecture=jumpreluu', 'jumprelu'),
+    ('--config=configs/tiny.py:layer=3', 'layers'),
+  ],
 )
 def test_a_typo_on_the_command_line_is_refused_within_seconds(
-    flag, words, tmp_path
+  flag, words, tmp_path
 ):
   started = time.time()
   done = subprocess.run(
@@ -100,3 +101,24 @@ def test_a_typo_on_the_command_line_is_refused_within_seconds(
   assert 'import jax' not in done.stderr
   assert time.time() - started < 10  # 3 s on a machine that is not busy
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('gemma*.py')))
+def test_every_published_suite_is_complete_and_fits_its_model(path):
+  module = importlib.import_module(f'configs.{path.stem}')
+  config = module.get_config()
+  default = tiny.get_config()
+  assert set(flat(config)) == set(flat(default))
+  model = lm.SIZES[config.lm.name]
+  config_lib.check(config, model, (1, 8, config.mesh.latent))
+  assert path.stem in module.__doc__  # its own command
+  one = module.get_config('layers=3;widths=16k;sites=resid_post;sparsity=50')
+  assert len(config_lib.members(one)) == 1
+
+
+def flat(config, prefix=''):
+  for name, value in config.items():
+    if hasattr(value, 'items'):
+      yield from flat(value, f'{prefix}{name}.')
+    else:
+      yield f'{prefix}{name}'

@@ -44,11 +44,11 @@ def random_sae(site, seed=0, width=24, name=''):
   W_dec = rng.normal(size=(width, D))
   W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
   params = {
-      'W_enc': W_dec.T * 0.7,
-      'b_enc': rng.normal(size=width) * 0.1,
-      'W_dec': W_dec,
-      'b_dec': rng.normal(size=D) * 0.1,
-      'threshold': np.full(width, 0.5),
+    'W_enc': W_dec.T * 0.7,
+    'b_enc': rng.normal(size=width) * 0.1,
+    'W_dec': W_dec,
+    'b_dec': rng.normal(size=D) * 0.1,
+    'threshold': np.full(width, 0.5),
   }
   params['b_enc'][0] = -1e6  # a latent that never fires
   params = {key: value.astype(np.float32) for key, value in params.items()}
@@ -58,18 +58,18 @@ def random_sae(site, seed=0, width=24, name=''):
 def identity_sae(site):
   eye = np.eye(D, dtype=np.float32)
   params = {
-      'W_enc': np.concatenate([eye, -eye], 1),
-      'b_enc': np.zeros(2 * D, np.float32),
-      'W_dec': np.concatenate([eye, -eye]),
-      'b_dec': np.zeros(D, np.float32),
-      'threshold': np.zeros(2 * D, np.float32),
+    'W_enc': np.concatenate([eye, -eye], 1),
+    'b_enc': np.zeros(2 * D, np.float32),
+    'W_dec': np.concatenate([eye, -eye]),
+    'b_dec': np.zeros(D, np.float32),
+    'threshold': np.zeros(2 * D, np.float32),
   }
   return params, {'site': site, 'name': f'{site}/identity'}
 
 
 def measure(model, saes, tokens_NT, **more):
   return evaluate.evaluate(
-      *model, saes, tokens_NT, batch=BATCH, special=SPECIAL, **more
+    *model, saes, tokens_NT, batch=BATCH, special=SPECIAL, **more
   )
 
 
@@ -125,8 +125,8 @@ class Reference:
     self.clean = clean_NT[self.counts_NT].mean()
     keep_NT1 = keep_NT[..., None]
     ablated = [
-        (loss(np.where(keep_NT1, value, x_NTD)) - clean_NT)[self.counts_NT].mean()
-        for value in (0.0, mean_D)
+      (loss(np.where(keep_NT1, value, x_NTD)) - clean_NT)[self.counts_NT].mean()
+      for value in (0.0, mean_D)
     ]
     self.recovered = [(lost - self.delta) / lost for lost in ablated]
     self.mean_D = mean_D
@@ -140,7 +140,7 @@ def test_equals_the_slow_reference(model, saes, found):
     assert value('l0') == pytest.approx(want.l0, rel=1e-6)
     assert value('fvu') == pytest.approx(want.fvu, rel=1e-5)
     assert value('fvu_elementwise') == pytest.approx(
-        want.fvu_elementwise, rel=1e-5
+      want.fvu_elementwise, rel=1e-5
     )
     assert value('clean_loss') == pytest.approx(want.clean, rel=1e-5)
     assert value('delta_loss') == pytest.approx(want.delta, abs=2e-5)
@@ -216,15 +216,17 @@ def test_intervals_cover(model, saes):
   name = saes[3][1]['name']
   whole = measure(model, saes[3:], tokens_NT)[name]
   parts = [
-      measure(model, saes[3:], tokens_NT[i : i + 6])[name]
-      for i in range(0, 96, 6)
+    measure(model, saes[3:], tokens_NT[i : i + 6])[name]
+    for i in range(0, 96, 6)
   ]
   for key in ('delta_loss', 'fvu', 'l0'):
     truth = whole[key]['value']
     covered = [part[key]['low'] < truth < part[key]['high'] for part in parts]
     assert sum(covered) >= 12  # 16 of them; 95 % of 16 is 15.2
     width = lambda figure: figure['high'] - figure['low']
-    assert width(whole[key]) < np.median([width(part[key]) for part in parts]) / 2
+    assert (
+      width(whole[key]) < np.median([width(part[key]) for part in parts]) / 2
+    )
 
 
 def test_control_has_the_members_l0(model, saes, monkeypatch):
@@ -245,7 +247,7 @@ def test_control_gain_is_least_squares(model):
   key, mean_D = jax.random.key(1), np.asarray(x_BTD)[keep_BT].mean(0)
   target = 3.0 * float(keep_BT.sum())
   (setting,) = controls.calibrate(
-      key, mean_D, 24, [target], [(x_BTD, keep_BT)], None
+    key, mean_D, 24, [target], [(x_BTD, keep_BT)], None
   )
 
   def error(gain):
@@ -284,7 +286,7 @@ def test_slices_of_logits_and_latents_change_nothing(model, saes, monkeypatch):
   tokens_BT = jnp.asarray(text(BATCH))
   site = sites.parse('resid_post/1')
   x_BTD = splice.taps(gemma, params, tokens_BT, (site,))[site]
-  logits_BTV = gemma.forward(params, tokens_BT).logits_BTV
+  logits_BTV = gemma.unembed(params, x_BTD)  # as if the last layer's
   want, _ = lm.token_losses(logits_BTV, tokens_BT)
   keep_BT = tokens_BT > 2
   whole = splice.reconstruct.__wrapped__(saes[0][0], x_BTD, keep_BT, None)
@@ -300,7 +302,7 @@ def test_sharded_equals_one_device(model, saes, found):
   gemma, params = model
   devices = mesh.make({'sae': 1, 'data': 4, 'latent': 2})
   place = lambda path, x: jax.device_put(
-      x, weights.sharding(devices, '/'.join(k.key for k in path), x.shape)
+    x, weights.sharding(devices, '/'.join(k.key for k in path), x.shape)
   )
   sharded = jax.tree_util.tree_map_with_path(place, params)
   pinned = lm.Gemma(CONFIG, mesh.place(devices, 'data', None, None))
@@ -309,10 +311,12 @@ def test_sharded_equals_one_device(model, saes, found):
   want = found[name]
   for key in ('l0', 'fvu', 'delta_loss', 'loss_recovered_zero'):
     for side in ('value', 'low', 'high'):
-      assert got[key][side] == pytest.approx(want[key][side], rel=1e-3, abs=1e-4)
+      assert got[key][side] == pytest.approx(
+        want[key][side], rel=1e-3, abs=1e-4
+      )
   for key in ('l0', 'fvu', 'delta_loss'):
     assert got['control'][key]['value'] == pytest.approx(
-        want['control'][key]['value'], rel=0.02, abs=2e-3
+      want['control'][key]['value'], rel=0.02, abs=2e-3
     )
 
 
@@ -327,9 +331,7 @@ def test_bfloat16_model(model):
 
 def test_progress_and_stopping(model, saes):
   seen = []
-  measure(
-      model, saes[3:], text(6), progress=lambda *done: seen.append(done)
-  )
+  measure(model, saes[3:], text(6), progress=lambda *done: seen.append(done))
   assert seen == [(4, 6), (6, 6)]
 
   class Stop(Exception):
@@ -354,8 +356,11 @@ def test_what_does_not_fit_is_a_sentence(model, saes):
       measure(model, saes, text(6) if tokens_NT is None else tokens_NT)
 
   wide = np.zeros((20, 24), np.float32)
-  refused('reads activations 20 wide and writes 16, and those of random at '
-          'attn_out/1 are 16 wide', W_enc=wide)
+  refused(
+    'reads activations 20 wide and writes 16, and those of random at '
+    'attn_out/1 are 16 wide',
+    W_enc=wide,
+  )
   refused('has NaN or infinity in b_enc', b_enc=np.full(24, np.nan, np.float32))
   refused('expected W_enc, b_enc', W_skip=wide)
   refused('model has layers 0 to 1', [(params, {**card, 'site': 'mlp_out/2'})])

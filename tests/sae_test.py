@@ -13,9 +13,7 @@ D, F, B = 8, 16, 64
 
 
 def make(module=None, seed=0):
-  module = module or sae.JumpReLU(
-      D, F, bandwidth=0.1, initial_threshold=0.2
-  )
+  module = module or sae.JumpReLU(D, F, bandwidth=0.1, initial_threshold=0.2)
   x_BD = jax.random.normal(jax.random.key(seed), (B, D)) / D**0.5
   return module, module.init(jax.random.key(1), x_BD)['params'], x_BD
 
@@ -85,8 +83,8 @@ def test_loss_and_gradient_match_independent_numpy():
   lam, eps = 0.01, 0.1
   setting = objectives.sparsity('l0', lam)
   (value, _), gradient = jax.value_and_grad(
-      lambda p: objectives.loss(module, p, x_BD, setting, jnp.float32(1)),
-      has_aux=True,
+    lambda p: objectives.loss(module, p, x_BD, setting, jnp.float32(1)),
+    has_aux=True,
   )(params)
   p = {k: np.asarray(v, np.float64) for k, v in params.items()}
   x = np.asarray(x_BD, np.float64)
@@ -102,11 +100,11 @@ def test_loss_and_gradient_match_independent_numpy():
   dz = df * on
   dtheta = (near * (-theta / eps * df - lam / eps / B)).sum(0)
   by_hand = {
-      'W_dec': f.T @ (2 * r / B),
-      'b_dec': (2 * r / B).sum(0) - (dz @ p['W_enc'].T).sum(0),
-      'W_enc': (x - p['b_dec']).T @ dz,
-      'b_enc': dz.sum(0),
-      'log_threshold': theta * dtheta,
+    'W_dec': f.T @ (2 * r / B),
+    'b_dec': (2 * r / B).sum(0) - (dz @ p['W_enc'].T).sum(0),
+    'W_enc': (x - p['b_dec']).T @ dz,
+    'b_enc': dz.sum(0),
+    'log_threshold': theta * dtheta,
   }
   for name, g in by_hand.items():
     np.testing.assert_allclose(gradient[name], g, rtol=1e-4, atol=1e-6)
@@ -115,7 +113,7 @@ def test_loss_and_gradient_match_independent_numpy():
 def test_initial_parameters():
   module, params, _ = make()
   np.testing.assert_allclose(
-      np.linalg.norm(params['W_dec'], axis=1), 1, rtol=1e-6
+    np.linalg.norm(params['W_dec'], axis=1), 1, rtol=1e-6
   )
   np.testing.assert_array_equal(params['W_enc'], params['W_dec'].T)
   assert not np.any(params['b_enc']) and not np.any(params['b_dec'])
@@ -147,8 +145,8 @@ def test_without_pre_encoder_bias_b_dec_leaves_the_encoder_alone():
   _, params, x_BD = make(module)
   moved = {**params, 'b_dec': params['b_dec'] + 1}
   np.testing.assert_array_equal(
-      module.bind({'params': params}).encode(x_BD),
-      module.bind({'params': moved}).encode(x_BD),
+    module.bind({'params': params}).encode(x_BD),
+    module.bind({'params': moved}).encode(x_BD),
   )
 
 
@@ -157,7 +155,9 @@ def test_relu_baseline():
   _, params, x_BD = make(module)
   bound = module.bind({'params': params})
   f_BF = bound.encode(x_BD)
-  np.testing.assert_array_equal(f_BF, jnp.maximum(bound.pre_activations(x_BD), 0))
+  np.testing.assert_array_equal(
+    f_BF, jnp.maximum(bound.pre_activations(x_BD), 0)
+  )
   setting = objectives.sparsity('l1', 0.3)
   total, terms = objectives.loss(module, params, x_BD, setting, jnp.float32(1))
   expected = terms.squared_error + 0.3 * jnp.mean(jnp.sum(f_BF, -1))
@@ -170,10 +170,10 @@ def test_released_encode_and_decode_are_the_modules_own():
   flat = {**params, 'threshold': bound.threshold()}
   centred = x_BD - params['b_dec']
   np.testing.assert_allclose(
-      sae.encode(flat, centred), bound.encode(x_BD), rtol=1e-6
+    sae.encode(flat, centred), bound.encode(x_BD), rtol=1e-6
   )
   np.testing.assert_allclose(
-      sae.decode(flat, bound.encode(x_BD)), bound(x_BD), rtol=1e-6
+    sae.decode(flat, bound.encode(x_BD)), bound(x_BD), rtol=1e-6
   )
 
 
@@ -185,7 +185,7 @@ def test_target_term_is_zero_at_its_target_and_quadratic(target):
   total, terms = objectives.loss(module, params, x_BD, setting, one)
   penalty = total - terms.squared_error
   np.testing.assert_allclose(
-      penalty, 2.0 * (terms.l0 / target - 1) ** 2, rtol=1e-4
+    penalty, 2.0 * (terms.l0 / target - 1) ** 2, rtol=1e-4
   )
   at_target = setting._replace(target_l0=terms.l0)
   total, terms = objectives.loss(module, params, x_BD, at_target, one)
@@ -196,6 +196,6 @@ def test_projection_and_unit_rows():
   w = sae.unit_rows(jax.random.normal(jax.random.key(0), (F, D)))
   g = jax.random.normal(jax.random.key(1), (F, D))
   np.testing.assert_allclose(
-      jnp.sum(sae.remove_parallel(g, w) * w, -1), 0, atol=1e-6
+    jnp.sum(sae.remove_parallel(g, w) * w, -1), 0, atol=1e-6
   )
   assert np.all(np.isfinite(sae.unit_rows(jnp.zeros((F, D)))))

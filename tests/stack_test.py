@@ -35,22 +35,22 @@ def make(settings, at, seeds, **changes):
   """A stack of JumpReLU members: (kind, value) and site index of each."""
   coefficients = [objectives.sparsity(*s) for s in settings]
   return stack.Stack(
-      sae.JumpReLU(D, F, bandwidth=0.05, initial_threshold=0.1),
-      SITES,
-      stack.Setting(
-          jax.tree.map(lambda *a: jnp.stack(a), *coefficients),
-          jnp.full((len(settings),), 3e-3),
-          jnp.asarray(at),
-      ),
-      tuple(seeds),
-      optimizer(**changes),
+    sae.JumpReLU(D, F, bandwidth=0.05, initial_threshold=0.1),
+    SITES,
+    stack.Setting(
+      jax.tree.map(lambda *a: jnp.stack(a), *coefficients),
+      jnp.full((len(settings),), 3e-3),
+      jnp.asarray(at),
+    ),
+    tuple(seeds),
+    optimizer(**changes),
   )
 
 
 EIGHT = make(
-    [('target_l0', 2.0 + i) for i in range(4)] + [('l0', 1e-3)] * 4,
-    [0, 1] * 4,
-    [0, 0, 0, 0, 1, 1, 2, 3],
+  [('target_l0', 2.0 + i) for i in range(4)] + [('l0', 1e-3)] * 4,
+  [0, 1] * 4,
+  [0, 0, 0, 0, 1, 1, 2, 3],
 )
 
 
@@ -87,19 +87,19 @@ def test_stack_equals_separate_runs():
   together, _ = train()
   for i in (0, 3, 6):
     STACKS[i] = stack.Stack(
-        EIGHT.module,
-        SITES,
-        jax.tree.map(lambda a, i=i: a[i : i + 1], EIGHT.setting),
-        EIGHT.seeds[i : i + 1],
-        EIGHT.optimizer,
+      EIGHT.module,
+      SITES,
+      jax.tree.map(lambda a, i=i: a[i : i + 1], EIGHT.setting),
+      EIGHT.seeds[i : i + 1],
+      EIGHT.optimizer,
     )
     alone, _ = train(i)
     for name, value in alone.params.items():
       np.testing.assert_allclose(
-          together.params[name][i], value[0], rtol=1e-4, atol=1e-5, err_msg=name
+        together.params[name][i], value[0], rtol=1e-4, atol=1e-5, err_msg=name
       )
     np.testing.assert_array_equal(
-        together.silent_tokens[i], alone.silent_tokens[0]
+      together.silent_tokens[i], alone.silent_tokens[0]
     )
 
 
@@ -110,9 +110,9 @@ def test_any_mesh_gives_one_devices_result(shape):
   state = stack.init_all([EIGHT], jax.random.key(0), mesh)
   shardings = (EIGHT.shardings(mesh),)
   step = jax.jit(
-      functools.partial(stack.step_all, [EIGHT]),
-      out_shardings=(shardings, None),
-      donate_argnums=0,
+    functools.partial(stack.step_all, [EIGHT]),
+    out_shardings=(shardings, None),
+    donate_argnums=0,
   )
   place = mesh_lib.place(mesh, 'data', None)
   for i, x_NBD in enumerate(data()):
@@ -121,7 +121,7 @@ def test_any_mesh_gives_one_devices_result(shape):
   expected, _ = train()
   for name, value in state[0].params.items():
     np.testing.assert_allclose(
-        value, expected.params[name], rtol=1e-3, atol=2e-5, err_msg=name
+      value, expected.params[name], rtol=1e-3, atol=2e-5, err_msg=name
     )
 
 
@@ -159,9 +159,9 @@ def test_update_is_adam_with_beta1_zero_on_the_projected_gradient():
   for i, x_NBD in enumerate(data(2)):
     state, _ = one.step(state, x_NBD[:1], jnp.int32(i))
     gradient = jax.grad(
-        lambda p, x=x_NBD[0], i=i: objectives.loss(
-            one.module, p, x, setting, jnp.float32(i / 10)
-        )[0]
+      lambda p, x=x_NBD[0], i=i: objectives.loss(
+        one.module, p, x, setting, jnp.float32(i / 10)
+      )[0]
     )(params)
     w = params['W_dec']
     g = gradient['W_dec']
@@ -172,7 +172,7 @@ def test_update_is_adam_with_beta1_zero_on_the_projected_gradient():
     params['W_dec'] = w / jnp.linalg.norm(w, axis=1, keepdims=True)
   for name, value in params.items():
     np.testing.assert_allclose(
-        state.params[name][0], value, rtol=2e-4, atol=1e-6, err_msg=name
+      state.params[name][0], value, rtol=2e-4, atol=1e-6, err_msg=name
     )
 
 
@@ -192,8 +192,8 @@ def test_a_batch_with_infinity_changes_no_parameter():
   for name, value in after.params.items():
     assert np.all(np.isfinite(value)), name
     unchanged = np.all(
-        np.isclose(value, state.params[name], rtol=1e-6, atol=1e-7),
-        axis=tuple(range(1, value.ndim)),
+      np.isclose(value, state.params[name], rtol=1e-6, atol=1e-7),
+      axis=tuple(range(1, value.ndim)),
     )
     assert np.all(unchanged[reads_bad]), name
   assert not np.allclose(after.params['W_enc'][0], state.params['W_enc'][0])
@@ -203,7 +203,7 @@ def test_silent_tokens_count_tokens_since_a_latent_fired():
   one = make([('l0', 0.0)], [0], [0])
   state = one.init(jax.random.key(0))
   state.params['log_threshold'] = jnp.where(
-      jnp.arange(F) < 10, 50.0, state.params['log_threshold']
+    jnp.arange(F) < 10, 50.0, state.params['log_threshold']
   )
   for i, x_NBD in enumerate(data(3)):
     state, metrics = one.step(state, x_NBD, jnp.int32(i))

@@ -16,7 +16,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import tiny
-from gemma_scope import runs, train
+from gemma_scope import activation_store, collection, runs, train
+from gemma_scope import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 40
@@ -26,7 +27,8 @@ TEXTS = ['abc', 'ast', 'bisect', 'calendar', 'copy', 'csv', 'dis', 'enum']
 def small(tmp_path: pathlib.Path, **changes) -> ConfigDict:
   """The tiny config, smaller: 8 SAEs in two stacks, 40 steps, 5 chunks."""
   config = tiny.get_config('layers=0,1;sites=attn_out,resid_post;sparsity=4')
-  config.update_from_flattened_dict({
+  config.update_from_flattened_dict(
+    {
       'text.source': f'files:{tmp_path}/texts/*.txt',
       'text.seq_len': 33,
       'collection.widths': (16, 32),
@@ -41,7 +43,8 @@ def small(tmp_path: pathlib.Path, **changes) -> ConfigDict:
       'metrics.every': 1,
       'evaluation.sequences': 8,
       **changes,
-  })
+    }
+  )
   folder = tmp_path / 'texts'
   if not folder.exists():
     folder.mkdir()
@@ -61,9 +64,9 @@ def flags_of(config: ConfigDict, workdir: pathlib.Path) -> list[str]:
   for section, fields in config.items():
     if isinstance(fields, ConfigDict):
       command += [
-          f'--config.{section}.{name}={value}'
-          for name, value in fields.items()
-          if value != default[section][name]
+        f'--config.{section}.{name}={value}'
+        for name, value in fields.items()
+        if value != default[section][name]
       ]
   return command
 
@@ -100,7 +103,7 @@ def states(config: ConfigDict, workdir: pathlib.Path):
   result = train.load(one, workdir)
   leaves = jax.tree_util.tree_leaves_with_path(result.states)
   return result.step, {
-      jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves
+    jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves
   }
 
 
@@ -131,7 +134,7 @@ def test_the_whole_job_ends_in_a_release_a_table_and_a_picture(whole):
     assert word in output, output
   lines = (run / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(line)['step'] for line in lines] == list(
-      range(1, STEPS + 1)
+    range(1, STEPS + 1)
   )
   again = start(config, run)
   output, _ = again.communicate(timeout=120)
@@ -139,7 +142,7 @@ def test_the_whole_job_ends_in_a_release_a_table_and_a_picture(whole):
 
 
 def test_kill_9_and_the_same_command_end_bitwise_where_no_kill_would(
-    whole, tmp_path
+  whole, tmp_path
 ):
   config, folder, _, _, expected = whole
   for step in (3, 17, 30):  # before a checkpoint, in the middle, later
@@ -158,7 +161,7 @@ def test_kill_9_and_the_same_command_end_bitwise_where_no_kill_would(
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_last_whole_step_and_exits_cleanly(
-    whole, tmp_path, number
+  whole, tmp_path, number
 ):
   config, _, _, _, expected = whole
   run = tmp_path / 'run'
@@ -187,7 +190,7 @@ def test_a_signal_before_the_first_step_exits_cleanly(whole, tmp_path):
 
 
 def test_a_second_run_on_the_folder_is_refused_by_the_holders_name(
-    whole, tmp_path
+  whole, tmp_path
 ):
   with runs.Lease(tmp_path):
     process = start(whole[0], tmp_path)
@@ -197,7 +200,7 @@ def test_a_second_run_on_the_folder_is_refused_by_the_holders_name(
 
 
 @pytest.mark.parametrize(
-    'field, value', [('train.batch', 32), ('sae.bandwidth', 0.5), ('seed', 3)]
+  'field, value', [('train.batch', 32), ('sae.bandwidth', 0.5), ('seed', 3)]
 )
 def test_a_changed_config_is_refused_by_field(whole, field, value):
   config = ConfigDict(whole[0])
@@ -230,21 +233,18 @@ def test_another_text_is_refused_on_resume(tmp_path):
 
 
 def test_training_from_a_store_is_training_from_the_model(tmp_path):
-  from gemma_scope import activations
-  from gemma_scope import mesh as mesh_lib
-
   config = small(tmp_path, **{'train.steps': 20})
   config, from_model = in_process(config, tmp_path / 'model')
-  source, facts = train.make_source(
-      config, tmp_path / 'model', mesh_lib.make(config.mesh), print
+  source, facts = collection.make_source(
+    config, tmp_path / 'model', mesh_lib.make(config.mesh), print
   )
-  activations.write_store(tmp_path / 'store', source, 3, facts)
+  activation_store.write_store(tmp_path / 'store', source, 3, facts)
   config.activations.store = str(tmp_path / 'store')
   _, from_store = in_process(config, tmp_path / 'run')
   assert from_store.scales == from_model.scales
   for a, b in zip(
-      jax.tree.leaves(from_model.states),
-      jax.tree.leaves(from_store.states),
-      strict=True,
+    jax.tree.leaves(from_model.states),
+    jax.tree.leaves(from_store.states),
+    strict=True,
   ):
     np.testing.assert_array_equal(a, b)

@@ -70,9 +70,15 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
   at = tuple(
     sites.Site(layer, kind) for layer in sorted(c.layers) for kind in c.sites
   )
+  layout = activations.Layout.of(
+    chunk_rows=a.chunk_rows,
+    seq_len=config.text.seq_len,
+    batch=config.train.batch,
+    lm_batch=a.lm_batch,
+    dtype=a.dtype,
+  )
   if a.store:
-    source = activation_store.StoreSource(a.store, at, config.train.batch)
-    return source, source.facts
+    return _open_store(config, at, layout, report)
   tokenizer, store = open_text(config, workdir, report)
   report(f'loading {config.lm.name}')
   gemma, params = weights.load(
@@ -83,13 +89,6 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
     num_layers=max(c.layers) + 1,
   )
   rows = text.shuffled(store.sequences(config.text.seq_len), config.seed)
-  layout = activations.Layout.of(
-    chunk_rows=a.chunk_rows,
-    seq_len=config.text.seq_len,
-    batch=config.train.batch,
-    lm_batch=a.lm_batch,
-    dtype=a.dtype,
-  )
   source = activations.ModelSource(
       gemma, params, at, functools.partial(text.batch, rows), layout, mesh,
       special_ids(tokenizer),
@@ -102,6 +101,26 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
     'text': store.fingerprint,
   }
   return source, facts
+
+
+def _open_store(config, at, layout, report):
+  """The config's activation store, if it is what the config describes."""
+  store = config.activations.store
+  source = activation_store.StoreSource(store, at, config.train.batch)
+  found = {'lm.name': source.facts['model'], 'chunks': source.layout}
+  wanted = {'lm.name': config.lm.name, 'chunks': layout}
+  for field, value in wanted.items():
+    if found[field] != value:
+      raise config_lib.ConfigError(
+        f'The activation store {store!r} has {field} {found[field]}, and the '
+        f'config describes {value}; use the config that it was written with.'
+      )
+  steps = source.chunks * layout.batches
+  report(
+    f'reading {store}: {steps:,} steps of {layout.batch} rows, '
+    f'{config.train.steps / steps:.2f} passes in this run'
+  )
+  return source, {**source.facts, **source.fingerprint}
 
 
 def _checksum(params: lm.Params) -> float:

@@ -78,8 +78,11 @@ def _active(params, x_BTD, keep_BT, thresholds_K, mesh: Mesh | None):
   def count(x_BtD, keep_Bt):
     z_BtF = x_BtD.astype(jnp.float32) @ params['W_enc'] + params['b_enc']
     z_BtF = jnp.where(keep_Bt[..., None], z_BtF, -jnp.inf)
-    above = [jnp.sum(z_BtF > threshold) for threshold in thresholds_K]
-    return jnp.stack(above).astype(jnp.float32)
+
+    def above(threshold):
+      return jnp.sum((z_BtF > threshold).astype(jnp.float32))
+
+    return jax.lax.map(above, thresholds_K)
 
   with jax.default_matmul_precision('highest'):
     active_nK = splice.by_slices(count, mesh, x_BTD, keep_BT)

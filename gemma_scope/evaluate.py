@@ -6,10 +6,9 @@
   recovered   (L_ablated - L_sae) / (L_ablated - L_clean); ablated: x is 0, or m
 
 All over tokens that are not special (BOS, EOS, padding): arXiv 2408.05147,
-section 4. Where a token is special x stays as it is, BOS above all: it is like
-no other position, and to replace it costs more than all others together. A
-loss counts where neither the token it is computed at nor the one it predicts
-is special.
+section 4. Where a token is special x stays as it is: BOS is like no other, and
+to replace it costs more than all others together. A loss counts where neither
+the token it is computed at nor the one it predicts is special.
 
 The text is read once for all members, after two cheap looks that form no
 logits: one at all of it for m, one at a sample of sequences for L0, to which
@@ -19,8 +18,7 @@ the controls are set (`controls`). For each batch of sequences:
   each SAE    -> x_hat, L0, errors, and the losses with x_hat in the place of
                  x, from its layer on; controls, 0 and m go the same way
 
-Sums are kept for each sequence, in float64; intervals take sequences as the
-independent draws.
+Sums are kept for each sequence, the independent draws of the intervals.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope import controls, lm, metrics, sites, splice
 
-_LOG10_EDGES = np.arange(-7, 0.25, 0.25)
+_LOG10_EDGES = np.arange(-7, 0.25, 0.25)  # of the frequency histogram
 _DENSE = 0.1  # a latent that fires on more than this share of tokens
 _SAMPLE_TOKENS, _SAMPLE_SEQUENCES = 2**13, 32  # at least, to set the controls
 _SAMPLE_BYTES = 2**31  # activations of the sample in memory at once
@@ -130,9 +128,7 @@ def evaluate(
   twins = _controls(gemma, params, members, means, text, mesh, seed, poll)
 
   zeros = {site: _Replacement(site, 'zero') for site in at}
-  averages = {
-    site: _Replacement(site, 'mean', value=means[site]) for site in at
-  }
+  averages = {s: _Replacement(s, 'mean', value=m) for s, m in means.items()}
   queue = [*zeros.values(), *averages.values(), *members, *twins.values()]
   total, variances = _Sums(), {site: _Sums() for site in at}
   waiting, done = [], 0
@@ -154,14 +150,12 @@ def evaluate(
           counts_BT, mesh,
       )  # fmt: skip
       # Fetched one late: the devices do not wait, and do not run far ahead.
-      waiting.append((one, {**sums, **delta}, rows))
-      if len(waiting) > 1:
-        _collect(*waiting.pop(0))
+      _collect(waiting)
+      waiting = [(one, {**sums, **delta}, rows)]
     done += rows
     if progress:
       progress(done, text.size)
-  for late in waiting:
-    _collect(*late)
+  _collect(waiting)
 
   return {
       member.name: _metrics(
@@ -172,8 +166,9 @@ def evaluate(
   }  # fmt: skip
 
 
-def _collect(one: _Replacement, sums: splice.Sums, rows: int) -> None:
-  one.sums.add(jax.device_get(sums), rows)
+def _collect(waiting: list[tuple[_Replacement, splice.Sums, int]]) -> None:
+  for one, sums, rows in waiting:
+    one.sums.add(jax.device_get(sums), rows)
 
 
 def _mesh_of(params: lm.Params) -> Mesh | None:
@@ -207,8 +202,7 @@ def _members(config: lm.Config, saes, mesh: Mesh | None) -> list[_Replacement]:
         raise ValueError(f'{name} has NaN or infinity in {key}.')
     place = functools.partial(_place, arrays, mesh)
     if size <= _RESIDENT_BYTES:
-      placed = place()
-      place = lambda placed=placed: placed  # noqa: E731
+      place = functools.cache(place)
     members.append(_Replacement(site, name, place))
   counts = collections.Counter(member.name for member in members)
   for name, count in counts.items():
@@ -249,14 +243,13 @@ class _Text:
       raise ValueError('No token counts: all to evaluate on are special.')
     self._batch, self._sharding = batch, None
     if mesh is not None:
-      data = dict(mesh.shape).get('data', 1)
+      data = mesh.shape['data']
       if batch % data:
         raise ValueError(
           f"A batch of {batch} sequences cannot be split over the mesh's "
           f'data axis ({data}).'
         )
-      axis = 'data' if 'data' in mesh.shape else None
-      self._sharding = NamedSharding(mesh, PartitionSpec(axis, None))
+      self._sharding = NamedSharding(mesh, PartitionSpec('data', None))
 
   def batches(self) -> Iterator[tuple[jax.Array, jax.Array, int]]:
     """tokens_BT, keep_BT, and how many rows are real: the others are filler."""
@@ -275,10 +268,8 @@ class _Text:
       real_B = np.arange(self._batch) < len(index_B)
       filled_B = np.resize(index_B, self._batch)
       keep_BT = self._keep_NT[filled_B] & real_B[:, None]
-      placed = jax.device_put(
-        (self._tokens_NT[filled_B], keep_BT), self._sharding
-      )
-      yield *placed, len(index_B)
+      placed = self._tokens_NT[filled_B], keep_BT
+      yield *jax.device_put(placed, self._sharding), len(index_B)
 
 
 def _means(gemma, params, at, text, mesh, poll) -> dict[sites.Site, np.ndarray]:
@@ -391,24 +382,19 @@ def _by_position(own, total, variance) -> dict[str, list[float]]:
   tokens_T = total['tokens_T']
   length = len(tokens_T)
   # The last position predicts nothing.
-  counts_T, delta_T = (
-    np.append(x, 0) for x in (total['counts_T'], own['delta_T'])
-  )
-  edges = np.unique(
-    (2 ** np.arange(0, np.log2(length), 1 / 3)).round().astype(int)
-  )
+  counts_T = np.append(total['counts_T'], 0)
+  delta_T = np.append(own['delta_T'], 0)
+  edges = 2 ** np.arange(0, np.log2(length), 1 / 3)
+  edges = np.unique(edges.round().astype(int))
   curves = {'position': [], 'delta_loss': [], 'fvu': []}
   for start, stop in zip(edges, [*edges[1:], length], strict=True):
-    bin_ = slice(start, stop)
-    tokens, counts = tokens_T[bin_].sum(), counts_T[bin_].sum()
-    if not tokens or not counts:
+    here = slice(start, stop)
+    tokens, counts = tokens_T[here].sum(), counts_T[here].sum()
+    spread = variance['variance_T'][here].sum()
+    if not (tokens and counts and spread):
       continue
-    where = (tokens_T[bin_] * np.arange(start, stop)).sum() / tokens
-    error, spread = (
-      own['error_T'][bin_].sum(),
-      variance['variance_T'][bin_].sum(),
-    )
+    where = (tokens_T[here] * np.arange(start, stop)).sum() / tokens
     curves['position'].append(float(where))
-    curves['delta_loss'].append(float(delta_T[bin_].sum() / counts))
-    curves['fvu'].append(float(error / spread) if spread else None)
+    curves['delta_loss'].append(float(delta_T[here].sum() / counts))
+    curves['fvu'].append(float(own['error_T'][here].sum() / spread))
   return curves

@@ -126,10 +126,24 @@ def _without_tensorflow():
     del sys.modules['tensorflow']
 
 
+@contextlib.contextmanager
+def _restored(owner, name: str):
+  """Puts back an attribute that is replaced inside."""
+  before = getattr(owner, name)
+  try:
+    yield
+  finally:
+    setattr(owner, name, before)
+
+
 @functools.cache
 def _gemma_nn():
-  """`gemma.gm.nn`, imported on first use and without TensorFlow."""
-  with _without_tensorflow():
+  """`gemma.gm.nn`, imported on first use and without TensorFlow.
+
+  On import gemma replaces `nn.Module.param` by one that demands a shape, for
+  every Flax module of the process; that is undone here.
+  """
+  with _without_tensorflow(), _restored(nn.Module, 'param'):
     try:
       from gemma import gm
     except ImportError as error:

@@ -57,6 +57,9 @@ def run(
     if (workdir / 'release').exists():
       report(f'{workdir} is done; delete it to train again')
     else:
+      # Too little held-out text shall not show after days of training.
+      _, store = collection.open_text(config, workdir, report)
+      store.sequences(config.text.seq_len, 'eval')
       result = train.train(config, workdir, lease, interrupt, report)
       if not result.done:
         return False

@@ -73,12 +73,10 @@ def by_slices(function: Callable, mesh: Mesh | None, *arrays_BT) -> Any:
     for n in range(1, length + 1)
     if length % n == 0 and (n == length or rows * length <= most * n)
   )
-  split = (
-    lambda a: jnp.moveaxis(  # noqa: E731
-      a.reshape(rows, count, -1, *a.shape[2:]), 1, 0
-    )
-  )
-  parts = tuple(map(split, arrays_BT))
+  parts = [
+    jnp.moveaxis(a.reshape(rows, count, -1, *a.shape[2:]), 1, 0)
+    for a in arrays_BT
+  ]
   return jax.lax.map(lambda part: function(*part), parts)
 
 
@@ -151,12 +149,11 @@ def clean(
   of_site = {}
   for site in at:
     x_BTD, mean_D = taps[site].astype(jnp.float32), means[site]
-    about = lambda m, x=x_BTD: jnp.where(  # noqa: E731
-      keep_BT, jnp.sum((x - m) ** 2, -1), 0
-    )
+    variance_BT = jnp.sum((x_BTD - mean_D) ** 2, -1)
+    flat_BT = jnp.sum((x_BTD - jnp.mean(mean_D)) ** 2, -1)
     of_site[site] = {
-      **_by_row_and_position('variance', about(mean_D)),
-      'flat_B': jnp.sum(about(jnp.mean(mean_D)), 1),
+      **_by_row_and_position('variance', jnp.where(keep_BT, variance_BT, 0)),
+      'flat_B': jnp.sum(jnp.where(keep_BT, flat_BT, 0), 1),
     }
   return taps, losses_BT, counts_BT, *everywhere((sums, of_site), mesh)
 
@@ -179,7 +176,8 @@ def reconstruct(
     x32_BtD, keep_Bt1 = x_BtD.astype(jnp.float32), keep_Bt[..., None]
     f_BtF = sae.encode(params, x32_BtD)
     x_hat_BtD = sae.decode(params, f_BtF)
-    active_BtF = (f_BtF > 0) & keep_Bt1
+    # Summed as float32: XLA's CPU is many times slower at summing booleans.
+    active_BtF = ((f_BtF > 0) & keep_Bt1).astype(jnp.float32)
     return (
       jnp.where(keep_Bt1, x_hat_BtD.astype(x_BtD.dtype), x_BtD),
       jnp.where(keep_Bt, jnp.sum((x32_BtD - x_hat_BtD) ** 2, -1), 0),
@@ -204,11 +202,12 @@ def active(params, x_BTD, keep_BT, mesh: Mesh | None):
 
   def of_slice(x_BtD, keep_Bt):
     f_BtF = sae.encode(params, x_BtD.astype(jnp.float32))
-    return jnp.sum((f_BtF > 0) & keep_Bt[..., None])
+    active_BtF = (f_BtF > 0) & keep_Bt[..., None]
+    return jnp.sum(active_BtF.astype(jnp.float32), (0, 1)).sum()
 
   with jax.default_matmul_precision('highest'):
     total = by_slices(of_slice, mesh, x_BTD, keep_BT).sum()
-  return everywhere(total.astype(jnp.float32), mesh)
+  return everywhere(total, mesh)
 
 
 @jax.jit

@@ -38,7 +38,7 @@ from gemma_scope import mesh as mesh_lib
 # What may differ when a run is continued: nothing that a parameter depends on.
 _MAY_CHANGE = (
     'checkpoint', 'metrics', 'evaluation', 'activations.memory', 'mesh',
-    'lm.checkpoint', 'lm.tokenizer', 'text.store', 'activations.store',
+    'lm.checkpoint', 'lm.tokenizer', 'text.store',
 )  # fmt: skip
 
 

@@ -68,10 +68,16 @@ def read_config(name: str, checkpoint: str) -> lm.Config:
   folder = _folder(name, checkpoint)
   described = folder / 'config.json' if _is_local(folder) else None
   if described is not None and described.is_file():
-    fields = json.loads(described.read_text())
-    if fields.get('name') == name:
-      known = {field.name for field in dataclasses.fields(lm.Config)}
-      return lm.Config(**{k: v for k, v in fields.items() if k in known})
+    try:
+      fields = json.loads(described.read_text())
+      if isinstance(fields, dict) and fields.get('name') == name:
+        known = {field.name for field in dataclasses.fields(lm.Config)}
+        return lm.Config(**{k: v for k, v in fields.items() if k in known})
+    except (ValueError, TypeError) as error:
+      raise CheckpointNotFound(
+        f'{str(described)!r} does not describe a model ({error}); expected '
+        'the fields of gemma_scope.lm.Config as JSON.'
+      ) from error
   if name in lm.SIZES:
     return lm.SIZES[name]
   raise CheckpointNotFound(

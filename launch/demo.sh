@@ -7,5 +7,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 workdir="${1:-$PWD/runs/tiny}"
 [[ "$workdir" == /* ]] || workdir="$start/$workdir"
 bash launch/setup.sh
+# Huge pages for the large buffers of a step: fewer page faults on a CPU.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 exec "${GEMMA_SCOPE_VENV:-.venv}/bin/python" launch/train.py \
   --config=configs/tiny.py --workdir="$workdir"

@@ -5,6 +5,8 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
+# Huge pages for the large buffers of a step: fewer page faults on a CPU.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 python="${GEMMA_SCOPE_VENV:-.venv}/bin/python"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 lint=0

@@ -16,7 +16,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import tiny
-from gemma_scope import activation_store, collection, runs, train
+from gemma_scope import activation_store, collection, runs, sources, train
 from gemma_scope import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -50,9 +50,13 @@ def small(tmp_path: pathlib.Path, **changes) -> ConfigDict:
     folder.mkdir()
     for name in TEXTS:
       source = pathlib.Path(os.__file__).parent / f'{name}.py'
-      # The split is by name: held-out text needs a name that falls there.
-      for copy in range(8):
-        (folder / f'{name}{copy}.txt').write_text(source.read_text()[:6000])
+      for part in range(8):
+        text = source.read_text()[3000 * part :][:6000]
+        (folder / f'{name}{part}.txt').write_text(text)
+    # The split goes by name: one that is held out.
+    names = (f'heldout{i}.txt' for i in range(1000))
+    heldout = next(n for n in names if sources.Document(n, '').split == 'eval')
+    (folder / heldout).write_text(text * 3)
   return config
 
 
@@ -72,8 +76,10 @@ def flags_of(config: ConfigDict, workdir: pathlib.Path) -> list[str]:
 
 
 def start(config, workdir, **kwargs) -> subprocess.Popen:
-  # One device: the state must not depend on how the test was launched.
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
+  one_device = os.environ['XLA_FLAGS'].replace(
+    'device_count=8', 'device_count=1'
+  )
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': one_device}
   return subprocess.Popen(
       flags_of(config, workdir), cwd=ROOT, env=environment, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
@@ -98,7 +104,7 @@ def wait_for_step(process, workdir, step, timeout=240):
 
 def states(config: ConfigDict, workdir: pathlib.Path):
   """Everything that training changed, as one dict of arrays."""
-  one = ConfigDict(config)
+  one = config.copy_and_resolve_references()
   one.mesh.data = jax.device_count()
   result = train.load(one, workdir)
   leaves = jax.tree_util.tree_leaves_with_path(result.states)
@@ -203,7 +209,7 @@ def test_a_second_run_on_the_folder_is_refused_by_the_holders_name(
   'field, value', [('train.batch', 32), ('sae.bandwidth', 0.5), ('seed', 3)]
 )
 def test_a_changed_config_is_refused_by_field(whole, field, value):
-  config = ConfigDict(whole[0])
+  config = whole[0].copy_and_resolve_references()
   config.update_from_flattened_dict({field: value})
   with pytest.raises(runs.ChangedError, match=field):
     train.keep_config(config, whole[1] / 'run')
@@ -211,7 +217,7 @@ def test_a_changed_config_is_refused_by_field(whole, field, value):
 
 def in_process(config, workdir):
   workdir.mkdir(exist_ok=True)
-  config = ConfigDict(config)
+  config = config.copy_and_resolve_references()
   config.mesh.data, config.mesh.latent = 4, 2
   with runs.Lease(workdir) as lease, runs.Interrupt() as interrupt:
     train.keep_config(config, workdir)

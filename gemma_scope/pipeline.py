@@ -57,9 +57,10 @@ def run(
     if (workdir / 'release').exists():
       report(f'{workdir} is done; delete it to train again')
     else:
-      # Too little held-out text shall not show after days of training.
-      _, store = collection.open_text(config, workdir, report)
-      store.sequences(config.text.seq_len, 'eval')
+      if config.evaluation.sequences:
+        # Too little held-out text shall not show after days of training.
+        _, store = collection.open_text(config, workdir, report)
+        store.sequences(config.text.seq_len, 'eval')
       result = train.train(config, workdir, lease, interrupt, report)
       if not result.done:
         return False
@@ -69,10 +70,12 @@ def run(
       )  # fmt: skip
       del result  # frees the optimiser's memory
       try:
-        scores = evaluate_saes(
-            config, workdir, members, interrupt,
-            workdir / 'evaluation.json', report,
-        )  # fmt: skip
+        scores = {}
+        if config.evaluation.sequences:
+          scores = evaluate_saes(
+              config, workdir, members, interrupt,
+              workdir / 'evaluation.json', report,
+          )  # fmt: skip
       except runs.Interrupted:
         report('stopped in the evaluation; the same command continues')
         return False

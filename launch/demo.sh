@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way on a CPU: set-up, then 24 SAEs on the embedded Gemma trained,
+# The whole way on a CPU: set-up, then 36 SAEs on the embedded Gemma trained,
 # evaluated and released into runs/tiny (or the folder given). Again: continues.
 set -euo pipefail
 start="$PWD"

@@ -54,7 +54,7 @@ def test_a_wrong_argument_is_a_sentence(argument, words):
     ({'collection.layers': (30,)}, 'has layers 0 to 25'),
     ({'collection.layers': (1, 1)}, 'without repeats'),
     ({'collection.sparsity': (600.0,)}, 'cannot be met by 512'),
-    ({'train.warm_up': 10**6}, 'the run has 1500'),
+    ({'train.warm_up': 10**6}, 'the run has 800'),
     ({'train.batch': 100}, "mesh's data axis"),
     ({'collection.widths': (513,)}, 'latent axis'),
     ({'collection.seeds': (0, 1, 2)}, 'sae axis'),

@@ -6,7 +6,7 @@
 Model: `tiny`, 4 layers, d = 128, trained on Python's own library. Text: the
 library of the Python that runs this. Sites: the paper's three at layers 1 and
 2; two widths and three target L0 at each. Hardware: 2 CPU cores, about 6
-minutes, 2 GB. Expected: README.md. This file also documents every field of a config.
+minutes, 2 GB. Expected: docs/demo/. This file also documents every field.
 """
 
 from ml_collections import ConfigDict
@@ -86,7 +86,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
 
   config.evaluation = evaluation = ConfigDict()
   evaluation.sequences = (
-    128  # held out; the paper: 2048 of 1024 tokens; 0: none
+    128  # held out (the paper: 2048); 0: none
   )
   evaluation.batch = 16
   return config_lib.apply_argument(config, argument)

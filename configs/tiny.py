@@ -85,8 +85,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
   metrics.wandb_project = ''
 
   config.evaluation = evaluation = ConfigDict()
-  evaluation.sequences = (
-    128  # held out (the paper: 2048); 0: none
-  )
+  evaluation.sequences = 128  # held out (the paper: 2048); 0: none
   evaluation.batch = 16
   return config_lib.apply_argument(config, argument)

@@ -417,15 +417,3 @@ def token_losses(
   )
   counts = (targets != pad_id) & (targets != bos_id)
   return losses, counts & (tokens_BT[:, :-1] != pad_id)
-
-
-def flops_per_token(config: Config, depth: int, logits: bool) -> int:
-  """Forward FLOPs a token of the matmuls of the first `depth` layers.
-
-  Two a parameter; the share of attention scores is 4 T K H a layer, a few per
-  cent at T = 1024.
-  """
-  c = config
-  heads = c.d_model * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-  layer = heads + 3 * c.d_model * c.d_ff
-  return 2 * (depth * layer + logits * c.vocab_size * c.d_model)

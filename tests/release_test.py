@@ -845,8 +845,7 @@ def test_the_command_lists_a_release(folder):
     [
       sys.executable,
       'launch/release.py',
-      '--list',
-      f'--out={folder.parents[3]}',
+      f'--list={folder.parents[3]}',
     ],
     cwd=ROOT,
     env=os.environ | {'PYTHONPATH': str(ROOT)},

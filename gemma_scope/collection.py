@@ -96,7 +96,7 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
   facts = {
     'model': config.lm.name,
     'model_dtype': config.lm.dtype,
-    'parameters': _checksum(params),
+    'parameters': int(_checksum(params)),
     'seed': config.seed,
     'text': store.fingerprint,
   }
@@ -123,12 +123,18 @@ def _open_store(config, at, layout, report):
   return source, {**source.facts, **source.fingerprint}
 
 
-def _checksum(params: lm.Params) -> float:
-  """Tells one set of parameters from another: the sum of their magnitudes."""
-  sums = [
-    jnp.sum(jnp.abs(x.astype(jnp.float32))) for x in jax.tree.leaves(params)
-  ]
-  return float(sum(sums))
+@jax.jit
+def _checksum(params: lm.Params) -> jax.Array:
+  """Tells one set of parameters from another: the sum of their bits, uint32.
+
+  Integers add up to the same in any order, hence on any mesh.
+  """
+  total = jnp.uint32(0)
+  for leaf in jax.tree.leaves(params):
+    kind = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
+    bits = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
+    total = total * jnp.uint32(31) + jnp.sum(bits, dtype=jnp.uint32)
+  return total
 
 
 def make_stacks(

@@ -12,4 +12,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
     '--xla_llvm_disable_expensive_passes=true',
   ]
 )
+# One program at a time: 8 devices on 2 cores, each waiting for a collective of
+# another program in flight, can starve each other until XLA aborts.
+os.environ['JAX_CPU_ENABLE_ASYNC_DISPATCH'] = 'false'
 os.environ['HF_HUB_OFFLINE'] = '1'

@@ -64,10 +64,7 @@ def run(
       result = train.train(config, workdir, lease, interrupt, report)
       if not result.done:
         return False
-      members = collection.members(
-          config, result.stacks, result.states, result.scales, result.step,
-          result.facts,
-      )  # fmt: skip
+      members = result.members(config)
       del result  # frees the optimiser's memory
       try:
         scores = {}

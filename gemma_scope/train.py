@@ -53,6 +53,12 @@ class Result:
   states: tuple[stack.State, ...]
   facts: dict[str, Any]  # on the text and the model
 
+  def members(self, config: ConfigDict):
+    """The trained SAEs as (params, card), see `collection.members`."""
+    return collection.members(
+      config, self.stacks, self.states, self.scales, self.step, self.facts
+    )
+
 
 def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Writes config.json of a new run; refuses another config for an old one."""

@@ -29,17 +29,12 @@ def write(workdir: pathlib.Path, out: pathlib.Path) -> bool:
   from ml_collections import ConfigDict
 
   from gemma_scope import (
-    collection,
     pipeline,
     train,
   )  # JAX: not needed to list a release
 
   config = ConfigDict(json.loads((workdir / 'config.json').read_text()))
-  result = train.load(config, workdir)
-  members = collection.members(
-      config, result.stacks, result.states, result.scales, result.step,
-      result.facts,
-  )  # fmt: skip
+  members = train.load(config, workdir).members(config)
   scores = {}
   if (workdir / 'evaluation.json').exists():
     scores = json.loads((workdir / 'evaluation.json').read_text())['members']

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     mesh.initialize_distributed()
     pipeline.run(CONFIG.value, WORKDIR.value)
   except (ValueError, RuntimeError, OSError) as error:
-    if flags.FLAGS.pdb or '--traceback' in sys.argv:
+    if flags.FLAGS.pdb:
       raise
     sys.exit(f'{type(error).__name__}: {error}')
 

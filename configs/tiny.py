@@ -39,14 +39,20 @@ def get_config(argument: str | None = None) -> ConfigDict:
   activations.chunk_rows = 2**16  # shuffled together; the paper has about 10^6
   activations.lm_batch = 32  # sequences a forward pass
   activations.dtype = 'float32'  # of rows in a chunk and in a store
+  activations.scale = 'rms'  # C of a site; 'sqrt_d' in the paper's transcoders
   activations.memory = 'auto'  # where a chunk lives: 'device', 'host'
 
   config.collection = collection = ConfigDict()  # all combinations of:
   collection.layers = (1, 2)
   collection.sites = ('attn_out', 'mlp_out', 'resid_post')
   collection.widths = (512, 1024)
-  collection.architecture = 'jumprelu'  # or 'relu'
-  collection.penalty = 'target_l0'  # or 'l0'; 'l1' for relu
+  collection.type = 'sae'  # 'transcoder', 'crosscoder', 'clt'
+  collection.skip = False  # an affine path past a transcoder's latents
+  # 'topk', 'batch_topk', 'gated', 'relu'; each also after 'matryoshka_'
+  collection.architectures = ('jumprelu',)
+  # 'l0', 'quadratic_l0', 'quadratic_frequency', 'tanh' for jumprelu; 'l1' for
+  # gated and relu; 'target_l0' for all
+  collection.penalty = 'target_l0'
   collection.sparsity = (
     8.0,
     16.0,
@@ -58,8 +64,30 @@ def get_config(argument: str | None = None) -> ConfigDict:
   sae.bandwidth = 0.02  # the paper's 0.001 needs its 10^9 tokens
   sae.initial_threshold = 0.05
   sae.log_threshold = True
+  sae.ste_to_input = False  # the estimator's gradient reaches the encoder
   sae.pre_encoder_bias = True
+  sae.unit_decoder = True  # False: decoders are free, sparsity weighs by norm
+  sae.matryoshka = (0.0625, 0.125, 0.25, 0.5, 1.0)  # prefixes, of the width
   sae.matmul_dtype = 'float32'
+
+  config.objective = objective = ConfigDict()  # see gemma_scope/objectives.py
+  objective.strength = 1.0  # of the penalties that have a target
+  objective.prefactor = 2.0  # of quadratic_l0
+  objective.p0 = 0.01  # of quadratic_frequency
+  objective.tanh_scale = 4.0
+  objective.frequency = 0.0  # penalty on latents that fire on more than ...
+  objective.frequency_limit = 0.1  # ... this share of rows
+  objective.pre_act = 0.0  # these two revive dead latents
+  objective.auxk = 0.0  # 1/32 in the TopK paper
+  objective.auxk_latents = 0  # 0: half of d
+
+  config.initialise = initialise = ConfigDict()
+  initialise.release = ''  # a release to start from; '' starts at random
+  initialise.layer = -1  # of the release's SAEs; -1: each its own
+
+  config.end_to_end = end_to_end = ConfigDict()  # fine-tuning by KL
+  end_to_end.beta = 0.0  # weight of KL against the error; 0: off
+  end_to_end.sequences = 2  # a step, batch = sequences * (seq_len - 1)
 
   config.train = train = ConfigDict()
   train.steps = 800
@@ -68,12 +96,16 @@ def get_config(argument: str | None = None) -> ConfigDict:
   train.warm_up = 50  # steps of the cosine warm-up from 0.1
   train.decay = 300  # last steps, linear to 0
   train.sparsity_warm_up = 200
-  train.sparsity_strength = 1.0  # of the target form
+  train.initial_l0 = 0.0  # where a target L0 starts ...
+  train.l0_steps = 0  # ... falling to its own over so many steps
   train.threshold_rate = 2.0  # factor on the thresholds' learning rate
   train.b2 = 0.999  # Adam; beta1 is 0
   train.eps = 1e-8
   train.clip = 0.0  # bound on a member's gradient norm; 0: none
+  train.theta_decay = 0.99  # running mean of BatchTopK's threshold
+  train.adaptive_rate = 0.01  # of the L1 coefficient towards a target L0
   train.dead_after = 100_000  # tokens without firing
+  train.resample_every = 0  # steps between resamplings of dead latents
 
   config.checkpoint = checkpoint = ConfigDict()
   checkpoint.every = 200  # steps

@@ -6,21 +6,29 @@ Reading order; a module imports only from those above it:
   config            a run's settings: arguments, checks, the list of members
 
 the language model and its text
-  lm                Gemma: forward(tokens, taps, edits), loss
+  hooks             taps and edits of one forward pass
+  lm                Gemma: forward(tokens, taps, edits), loss, a KV cache
   weights           its parameters, from a checkpoint into their sharding
+  generate          samples from it, with edits
   sources           where documents come from; train or held out
+  prompts           those of conversations, from a file; held out or not
   tokenizers        SentencePiece: Gemma's own, or one trained here
   token_store       tokens on disk, checked; sequences by index
   text              documents -> tokens, once -> shuffled sequences
+  chat              turns, and a store of the model's own replies
 
 activations
   mesh              devices -> mesh, multi-host start-up
   activations       sequences -> rows per site, in shuffled chunks
   activation_store  the same rows on disk, written once
+  synthetic         rows that are sums of known features, to test with
 
 sparse autoencoders
-  sae               one SAE: activation functions, Flax modules, encode, decode
-  objectives        its loss
+  activation_functions  JumpReLU and its estimators, TopK, BatchTopK
+  sae               one SAE: the Flax module, released encode and decode
+  architectures     JumpReLU, TopK, BatchTopK, Gated, ReLU
+  objectives        the loss of one SAE
+  resampling        dead latents begun anew
   stack             many SAEs of one shape: state, vmapped step, sharding table
 
 a run
@@ -30,20 +38,25 @@ a run
   checkpoints       orbax behind one thin module
 
 a release
+  fold              scales and decoder norms, into the parameters and back
   npz               deterministic, distrustful reading and writing of arrays
+  places            what a member reads and writes: type, sites, targets
   cards             the table and the model card
   plots             the sparsity-fidelity frontier
   manifest          a release's files: names, sizes, hashes
-  member            one SAE's folder against its card
+  member            one member's folder against its card
   release           parameters + card <-> a folder that others can use
 
 evaluation
   splice            clean and spliced forward passes, as sums
-  controls          a random-init SAE of the same shape and sparsity
+  controls          a random-init member of the same type, shape and sparsity
+  figures           sums -> figures with intervals
   evaluate          L0, FVU, delta loss, frequencies, with intervals
+  recovery          an SAE against known features, beside PCA and a random SAE
 
 the whole
   collection        a config -> text, rows, stacks; trained members
+  initialise        members that start from a release's
   train             the loop
   pipeline          train -> evaluate -> release
 

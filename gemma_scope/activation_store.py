@@ -119,6 +119,21 @@ def _write_manifest(folder: pathlib.Path, manifest: dict) -> None:
   os.replace(temporary, folder / 'manifest.json')
 
 
+def facts(folder: str | os.PathLike[str]) -> dict:
+  """What the rows of a store depend on, as given to `write_store`.
+
+  Raises:
+    ValueError: there is no store.
+  """
+  manifest = _read_manifest(pathlib.Path(folder))
+  if not manifest or manifest.get('format') != FORMAT:
+    raise ValueError(
+      f'No activation store of format {FORMAT} at {str(folder)!r}; '
+      'launch/harvest.py writes one.'
+    )
+  return manifest['facts']
+
+
 class StoreSource:
   """Rows of a store, memory-mapped; a chunk's checksums are checked on reading.
 
@@ -126,6 +141,9 @@ class StoreSource:
     folder: what `write_store` wrote.
     at: the sites to read, some or all of the store's.
     batch: rows a step.
+
+  Attributes:
+    facts: what the rows depend on, as given to `write_store`.
 
   Raises:
     ValueError: no store there, a site is missing, or a chunk is damaged.
@@ -135,12 +153,8 @@ class StoreSource:
     self, folder: pathlib.Path, at: Sequence[sites.Site], batch: int
   ):
     self._folder = pathlib.Path(folder)
+    self.facts = facts(folder)
     self._manifest = _read_manifest(self._folder)
-    if not self._manifest or self._manifest.get('format') != FORMAT:
-      raise ValueError(
-        f'No activation store of format {FORMAT} at {str(folder)!r}; '
-        'launch/harvest.py writes one.'
-      )
     missing = {str(site) for site in at} - set(self._manifest['sites'])
     if missing:
       raise ValueError(
@@ -155,11 +169,6 @@ class StoreSource:
   def chunks(self) -> int:
     """Chunks on disk."""
     return len(self._manifest['chunks'])
-
-  @property
-  def facts(self) -> dict:
-    """What the rows depend on, as given to `write_store`."""
-    return self._manifest['facts']
 
   @property
   def fingerprint(self) -> dict:

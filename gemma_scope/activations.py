@@ -2,8 +2,8 @@
 
   chunk c   the sequences [c n, (c + 1) n) of the shuffled text
   harvest   one forward pass over them reads all sites at once -> [n, T, D]
-  rows      BOS, EOS, padding and rows that are not finite are left out; the
-            rest is permuted as a whole by (seed, c)
+  rows      BOS, EOS, padding, a chat's user and rows that are not finite are
+            left out; the rest is permuted as a whole by (seed, c)
   batches   step s -> chunk s // k, batch s % k of k = n (T - 1) // B
 
 So every batch is a pure function of (config, step): there is no iterator state
@@ -102,7 +102,8 @@ class ModelSource:
     sequences: `sequences(start, count)` -> int32 [count, T], any start.
     layout: the arithmetic.
     mesh: sequences lie on its 'data' axis.
-    special: token ids whose rows are left out (BOS, EOS, padding).
+    keep: tokens [N, T] -> bool [N, T], the rows that count: not those of
+      BOS, EOS, padding, nor of a chat's user.
   """
 
   def __init__(
@@ -113,13 +114,13 @@ class ModelSource:
     sequences: Callable[[int, int], np.ndarray],
     layout: Layout,
     mesh: Mesh,
-    special: Sequence[int],
+    keep: Callable[[np.ndarray], np.ndarray],
   ):
     self.layout = layout
     self.sites = tuple(at)
     self._params = params
     self._sequences = sequences
-    self._special = np.asarray(special)
+    self._keep = keep
     self._tokens_place = mesh_lib.place(mesh, 'data', None)
 
     @functools.partial(
@@ -146,7 +147,7 @@ class ModelSource:
       tokens_BT = tokens_NT[start : start + layout.lm_batch]
       tokens_BT = jax.device_put(tokens_BT, self._tokens_place)
       passes.append(self._harvest(self._params, tokens_BT))
-    counts_R = ~np.isin(tokens_NT[:, 1:], self._special).reshape(-1)
+    counts_R = self._keep(tokens_NT)[:, 1:].reshape(-1)
     return {
       site: [taps[site] for taps in passes] for site in self.sites
     }, counts_R
@@ -232,6 +233,40 @@ class Chunks:
       return True
     size = sum(p.nbytes for part in parts.values() for p in part)
     return size / self._mesh.size < stats['bytes_limit'] / 4
+
+
+class Feed:
+  """The batch of a step, from the chunk that it belongs to.
+
+  Attributes:
+    left_out: rows left out so far, 'special' and 'not_finite'; a resumed run
+      sets it to what it was.
+  """
+
+  def __init__(self, chunks: Chunks):
+    self.left_out = {'special': 0, 'not_finite': 0}
+    self._chunks = chunks
+    self._index, self._chunk = -1, None
+
+  def at(
+    self, step: int, poll: Callable[[], None] = lambda: None
+  ) -> dict[sites.Site, jax.Array]:
+    """Rows [B, D] of every site at `step`, on the devices."""
+    index, offset = divmod(step, self._chunks.layout.batches)
+    if index != self._index:
+      self._index, self._chunk = -1, None  # its memory is for the next one
+      self._chunk = self._chunks.load(index, poll)
+      self._index = index
+      if offset == 0:  # not again when a resumed run reloads its chunk
+        self.left_out['special'] += self._chunk.special
+        self.left_out['not_finite'] += self._chunk.not_finite
+    return self._chunks.put(self._chunk.batch(offset))
+
+  def scales(self, kind: str = 'rms') -> dict[sites.Site, float]:
+    """C of each site, measured on the present chunk or sqrt(D)."""
+    if kind == 'sqrt_d':
+      return {s: x.shape[-1] ** 0.5 for s, x in self._chunk.rows.items()}
+    return measure_scales(self._chunk)
 
 
 def measure_scales(chunk: Chunk) -> dict[sites.Site, float]:

@@ -4,7 +4,7 @@ A row is `(card, metrics)`: the card that a trained SAE carries and what
 `evaluate` measured, or None. The table is one function with two faces, plain
 text for a terminal and Markdown for the model card, so that the two can never
 disagree. Every figure stands beside that of the control: a randomly
-initialised SAE of the same shape and sparsity.
+initialised member of the same shape and sparsity.
 """
 
 from __future__ import annotations
@@ -13,11 +13,22 @@ import json
 import math
 from collections.abc import Sequence
 
-from gemma_scope import sites
+from gemma_scope import places, sites
 
 Row = tuple[dict, dict | None]
 
-_SPARSITY = {'target_l0': 'L0', 'l0': 'lambda', 'l1': 'l1'}
+_COLUMNS = (
+  *('type', 'site', 'writes', 'layer', 'width', 'architecture', 'seed'),
+  *('target', 'L0', 'FVU', 'delta loss', 'dead %'),
+  *('control FVU', 'control delta'),
+)
+_SPARSITY = {'target_l0': 'L0', 'quadratic_l0': 'L0', 'l0': 'lambda'}
+_TYPES = {
+  'sae': 'sparse autoencoder',
+  'transcoder': 'transcoder',
+  'crosscoder': 'weakly causal crosscoder',
+  'clt': 'cross-layer transcoder',
+}
 
 
 def value(metric: object) -> float | None:
@@ -38,19 +49,23 @@ def control(metrics: dict | None) -> dict:
 
 
 def order(row: Row) -> tuple:
-  """Sort key: kind of site in the order of a block, layer, width, L0, seed."""
+  """Sort key: place, width, architecture, L0, seed."""
   card, metrics = row
-  site = sites.parse(card['site'])
   l0 = value((metrics or {}).get('l0'))
   return (
-    sites.KINDS.index(site.kind),
-    site.layer,
+    places.order(places.of(card)),
     card['width'],
-    str(card.get('architecture', '')),
+    architecture(card),
     math.inf if l0 is None else l0,
     str(card.get('seed', '')),
     str(card.get('name', '')),
   )
+
+
+def architecture(card: dict) -> str:
+  """'jumprelu', or 'jumprelu, affine' where there is an affine skip."""
+  found = str(card.get('architecture', ''))
+  return f'{found}, affine' if card.get('affine') else found
 
 
 def sparsity(card: dict) -> str:
@@ -67,7 +82,7 @@ def sparsity(card: dict) -> str:
 def table(
   rows: Sequence[Row], *, markdown: bool = False, columns: int = 100
 ) -> str:
-  """One line per SAE, by site, layer, width and L0, the control beside.
+  """One line per member, by place, width and L0, the control beside.
 
   Args:
     rows: (card, metrics) pairs; metrics None shows dashes.
@@ -120,32 +135,31 @@ def model_card(
   parts = ['---']
   parts += [f'{key}: {json.dumps(item)}' for key, item in front.items()]
   models = ', '.join(_distinct(rows, 'model')) or 'a language model'
-  heading = f'Sparse autoencoders for {models}' if title is None else title
+  what = 'Sparse autoencoders'
+  if any(card['type'] != 'sae' for card, _ in rows):
+    what += ' and transcoders'
+  heading = f'{what} for {models}' if title is None else title
   parts += ['---', '', f'# {escape(heading)}', '']
-  kinds = ', '.join(_distinct(rows, 'architecture'))
-  count = (
-    '1 sparse autoencoder'
-    if len(rows) == 1
-    else (f'{len(rows)} sparse autoencoders')
-  )
   parts += [
-    f'{count} ({kinds}) trained with gemma_scope on the activations of '
+    f'{_counted(rows)} trained with gemma_scope on the activations of '
     f'{models}. Files, keys and shapes are those of Gemma Scope 1 '
     '([arXiv:2408.05147](https://arxiv.org/abs/2408.05147)): `W_enc` '
     '[d_in, F], `b_enc` [F], `W_dec` [F, d_out], `b_dec` [d_out], '
     '`threshold` [F], float32. They work on raw activations: the scale used '
     'in training is folded in.',
+    *_more_keys(rows),
     '',
     '```python',
     'from gemma_scope import release, sae',
     f"params, card = release.load('{paths[0]}')",
-    'f_BF = sae.encode(params, x_BD)  # and sae.decode(params, f_BF)',
+    'f = sae.encode(params, x)',
+    'y_hat = sae.decode(params, f, x)',
     '```',
     '',
     'Without gemma_scope: `p = numpy.load(".../params.npz")`, '
     '`z = x @ p["W_enc"] + p["b_enc"]`, '
     '`f = numpy.maximum(z, 0) * (z > p["threshold"])`, '
-    '`x_hat = f @ p["W_dec"] + p["b_dec"]`.',
+    '`y_hat = f @ p["W_dec"] + p["b_dec"]`.',
     '',
     '## What was measured',
     '',
@@ -176,19 +190,56 @@ def escape(text: object) -> str:
   return line
 
 
+def _counted(rows: Sequence[Row]) -> str:
+  """'3 sparse autoencoders (jumprelu, topk), 1 transcoder (jumprelu)'."""
+  parts = []
+  for kind, name in _TYPES.items():
+    found = [row for row in rows if row[0]['type'] == kind]
+    if found:
+      architectures = sorted({architecture(card) for card, _ in found} - {''})
+      shown = f' ({escape("; ".join(architectures))})' if architectures else ''
+      parts.append(f'{len(found)} {name}{"s" * (len(found) > 1)}{shown}')
+  return ', '.join(parts)
+
+
+def _more_keys(rows: Sequence[Row]) -> list[str]:
+  """Paragraphs on what Gemma Scope 1's form leaves open, where it is there."""
+  found = []
+  if any(places.of(card).several for card, _ in rows):
+    found.append(
+      'Crosscoders and cross-layer transcoders have a leading axis of their L '
+      'layers, in the order of `sites` and `targets` in `config.json`: `W_enc` '
+      '[L, d_in, F], `W_dec` [L, F, L, d_out]; x is [..., L, d_in], f is '
+      '[..., L, F]. A latent writes to its own layer and those after it, so '
+      '`W_dec[l, :, m]` is zero for m < l. Their width is L times F.'
+    )
+  if any(card.get('affine') for card, _ in rows):
+    found.append(
+      'An affine skip `W_skip` [d_in, d_out] adds `x @ p["W_skip"]` to y_hat.'
+    )
+  trained = {str(card.get('architecture')) for card, _ in rows}
+  if trained & {'topk', 'matryoshka_topk'}:
+    found.append(
+      'Where there is a `k`, only the k largest latents of a token stay.'
+    )
+  return [line for text in found for line in ('', text)]
+
+
 def _measured(rows: Sequence[Row]) -> str:
   counts = [value((metrics or {}).get('tokens')) for _, metrics in rows]
   counts = sorted({count for count in counts if count})
   if not counts:
-    return 'These SAEs have not been evaluated.'
+    return 'None of these has been evaluated.'
   tokens = ' to '.join(f'{n:,.0f}' for n in {counts[0]: 0, counts[-1]: 0})
   return (
     f'Measured on {tokens} tokens each. FVU: fraction of variance '
-    'unexplained, against the mean activation. Delta loss: nats per token '
-    "added to the language model's loss when the reconstruction takes the "
-    "activation's place, BOS kept clean. Dead: latents that never fired. "
+    'unexplained, of what is reconstructed, against its mean. Delta loss: '
+    "nats per token added to the language model's loss when the "
+    'reconstruction takes its place, BOS kept clean. Dead: latents that never '
+    'fired. '
     '±: 95 % interval, sequences as clusters. Control: a randomly '
-    'initialised SAE of the same shape and sparsity.'
+    'initialised member of the same shape and sparsity. With several layers, '
+    'FVU and delta loss are means over those written, each replaced alone.'
   )
 
 
@@ -227,30 +278,42 @@ def _distinct(rows: Sequence[Row], key: str) -> list[str]:
 
 def _cells(rows: Sequence[Row], *, intervals: bool) -> list[list[str]]:
   """Header and body of the table; a column that says nothing is left out."""
-  extra = [
-    key
-    for key in ('architecture', 'seed')
-    if len({str(card.get(key)) for card, _ in rows}) > 1
-  ]
-  head = ['site', 'layer', 'width', *extra, 'target', 'L0', 'FVU']
-  head += ['delta loss', 'dead %', 'control FVU', 'control delta']
-  lines = [head]
-  for card, metrics in rows:
-    site, metrics = sites.parse(card['site']), metrics or {}
-    twin, dead = control(metrics), value(metrics.get('dead'))
-    line = [site.kind, str(site.layer), sites.width_name(card['width'])]
-    line += [str(card.get(key, '-')) for key in extra]
-    line += [
-      sparsity(card),
-      _figure(metrics.get('l0'), 1, intervals),
-      _figure(metrics.get('fvu'), 3, intervals),
-      _figure(metrics.get('delta_loss'), 4, intervals),
-      '-' if dead is None else f'{100 * dead:.1f}',
-      _figure(twin.get('fvu'), 3, False),
-      _figure(twin.get('delta_loss'), 4, False),
-    ]
-    lines.append(line)
-  return lines
+  lines = [_line(*row, intervals) for row in rows]
+
+  def differs(key):
+    return len({line[key] for line in lines}) > 1
+
+  said = {
+    'type': any(line['type'] != 'sae' for line in lines),
+    'writes': any(line['writes'] != line['site'] for line in lines),
+    'architecture': differs('architecture'),
+    'seed': differs('seed'),
+  }
+  head = [key for key in _COLUMNS if said.get(key, True)]
+  return [head, *([line[key] for key in head] for line in lines)]
+
+
+def _line(card: dict, metrics: dict | None, intervals: bool) -> dict[str, str]:
+  """Every cell of a row, by its column."""
+  place, metrics = places.of(card), metrics or {}
+  twin, dead = control(metrics), value(metrics.get('dead'))
+  cells = (
+    place.type,
+    place.kind,
+    place.targets[0].kind,
+    place.layers(),
+    sites.width_name(card['width']),
+    architecture(card) or '-',
+    str(card.get('seed', '-')),
+    sparsity(card),
+    _figure(metrics.get('l0'), 1, intervals),
+    _figure(metrics.get('fvu'), 3, intervals),
+    _figure(metrics.get('delta_loss'), 4, intervals),
+    '-' if dead is None else f'{100 * dead:.1f}',
+    _figure(twin.get('fvu'), 3, False),
+    _figure(twin.get('delta_loss'), 4, False),
+  )
+  return dict(zip(_COLUMNS, cells, strict=True))
 
 
 def _figure(metric: object, digits: int, intervals: bool) -> str:

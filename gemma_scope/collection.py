@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,13 +23,16 @@ import gemma_scope
 from gemma_scope import (
   activation_store,
   activations,
+  architectures,
+  fold,
   lm,
   objectives,
-  release,
   sae,
   sites,
   stack,
+  synthetic,
   text,
+  tokenizers,
   weights,
 )
 from gemma_scope import config as config_lib
@@ -59,17 +63,31 @@ def open_text(
   return tokenizer, store
 
 
-def special_ids(tokenizer: text.Tokenizer) -> tuple[int, ...]:
-  """Tokens whose activations no SAE sees (arXiv 2408.05147 section 3)."""
-  return tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id
+def special(
+  tokenizer: text.Tokenizer, store: text.Tokens
+) -> tokenizers.Special:
+  """Tokens whose activations no SAE sees (arXiv 2408.05147 sections 3, 4.5)."""
+  ids = tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id
+  return tokenizers.Special(ids, tuple(store.manifest.get('reply', ())))
+
+
+def dimensions(config: ConfigDict) -> sites.Dimensions:
+  """The language model's; those of a synthetic store are in its manifest."""
+  if config.lm.name != synthetic.MODEL:
+    return weights.read_config(config.lm.name, config.lm.checkpoint)
+  if not config.activations.store:
+    raise config_lib.ConfigError(
+      f'The model {synthetic.MODEL!r} is an activation store by '
+      'launch/synthetic.py; set activations.store to its folder.'
+    )
+  facts = activation_store.facts(config.activations.store)
+  return types.SimpleNamespace(**facts['dimensions'])
 
 
 def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
   """Where rows come from, and the facts that a resumed run must agree on."""
   c, a = config.collection, config.activations
-  at = tuple(
-    sites.Site(layer, kind) for layer in sorted(c.layers) for kind in c.sites
-  )
+  at = config_lib.site_list(config)
   layout = activations.Layout.of(
     chunk_rows=a.chunk_rows,
     seq_len=config.text.seq_len,
@@ -91,7 +109,7 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
   rows = text.shuffled(store.sequences(config.text.seq_len), config.seed)
   source = activations.ModelSource(
       gemma, params, at, functools.partial(text.batch, rows), layout, mesh,
-      special_ids(tokenizer),
+      special(tokenizer, store).keep,
   )  # fmt: skip
   facts = {
     'model': config.lm.name,
@@ -145,44 +163,71 @@ def make_stacks(
   optimizer = stack.Optimizer(
       b2=t.b2, eps=t.eps, clip=t.clip, warm_up=t.warm_up, decay=t.decay,
       sparsity_warm_up=t.sparsity_warm_up, threshold_rate=t.threshold_rate,
-      steps=t.steps, dead_after=t.dead_after,
+      steps=t.steps, dead_after=t.dead_after, initial_l0=t.initial_l0,
+      l0_steps=t.l0_steps, theta_decay=t.theta_decay,
+      adaptive_rate=t.adaptive_rate, resample_every=t.resample_every,
   )  # fmt: skip
-  groups: dict[tuple[int, int], list[config_lib.Member]] = {}
-  for member in config_lib.members(config):
-    groups.setdefault((member.width, member.site.width(model)), []).append(
-      member
-    )
+  groups = config_lib.stacks(config, model)
   stacks = []
-  for (width, d_in), group in groups.items():
-    at = tuple(dict.fromkeys(member.site for member in group))
-    settings = [
-      objectives.sparsity(m.penalty, m.sparsity, t.sparsity_strength)
-      for m in group
-    ]
-    setting = stack.Setting(
-      jax.tree.map(lambda *leaves: jnp.stack(leaves), *settings),
-      jnp.full((len(group),), t.learning_rate, jnp.float32),
-      jnp.asarray([at.index(member.site) for member in group]),
+  for (_, _, d_in, d_out), group in groups.items():
+    reads, writes = (
+      tuple(dict.fromkeys(site for m in group for site in getattr(m, field)))
+      for field in ('sites', 'targets')
     )
-    module = make_module(config, d_in, width)
+    setting = stack.Setting(
+      jnp.asarray([m.sparsity for m in group], jnp.float32),
+      jnp.full((len(group),), t.learning_rate, jnp.float32),
+      jnp.asarray([_index(reads, m.sites, m.layers) for m in group]),
+      jnp.asarray([_index(writes, m.targets, m.layers) for m in group]),
+    )
+    module = make_module(config, group[0], d_in, d_out)
+    objective = make_objective(config, group[0])
     seeds = tuple(member.seed for member in group)
-    stacks.append(stack.Stack(module, at, setting, seeds, optimizer))
+    stacks.append(
+      stack.Stack(module, objective, reads, writes, setting, seeds, optimizer)
+    )
   return tuple(stacks), tuple(map(tuple, groups.values()))
 
 
-def make_module(config: ConfigDict, d_in: int, width: int) -> sae.Autoencoder:
-  """The architecture of the config at one shape."""
+def _index(at, wanted, layers: int):
+  found = [at.index(site) for site in wanted]
+  return found if layers else found[0]
+
+
+def make_module(
+  config: ConfigDict, member: config_lib.Member, d_in: int, d_out: int
+) -> sae.Autoencoder:
+  """The member's architecture at its shape."""
   s = config.sae
-  shared = dict(
-      d_in=d_in, width=width, pre_encoder_bias=s.pre_encoder_bias,
-      matmul_dtype=s.matmul_dtype,
+  reconstructs_input = member.sites == member.targets
+  options = dict(
+      d_in=d_in, d_out=d_out, width=member.width, layers=member.layers,
+      pre_encoder_bias=s.pre_encoder_bias and reconstructs_input,
+      tied=reconstructs_input, skip=config.collection.skip,
+      unit_decoder=s.unit_decoder, matmul_dtype=s.matmul_dtype,
   )  # fmt: skip
-  if config.collection.architecture == 'relu':
-    return sae.ReLU(**shared)
-  return sae.JumpReLU(
-      **shared, bandwidth=s.bandwidth, initial_threshold=s.initial_threshold,
-      log_threshold=s.log_threshold,
-  )  # fmt: skip
+  if member.base == 'jumprelu':
+    options |= dict(
+        bandwidth=s.bandwidth, initial_threshold=s.initial_threshold,
+        log_threshold=s.log_threshold, to_input=s.ste_to_input,
+    )  # fmt: skip
+  return architectures.ARCHITECTURES[member.base](**options)
+
+
+def make_objective(
+  config: ConfigDict, member: config_lib.Member
+) -> objectives.Objective:
+  """The terms that a member's stack is trained by."""
+  penalty = member.penalty
+  if penalty == 'target_l0':  # each architecture meets it in its own way
+    own = {'topk': 'k', 'batch_topk': 'k', 'gated': 'adaptive_l1'}
+    own['relu'] = 'adaptive_l1'
+    penalty = own.get(member.base, penalty)
+  return objectives.Objective(
+    penalty=penalty,
+    prefixes=config_lib.prefixes(config, member),
+    **config.objective,
+  )
 
 
 def abstract_states(stacks: tuple[stack.Stack, ...], mesh: Mesh):
@@ -205,38 +250,47 @@ def members(
   facts: Mapping[str, Any],
 ) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
   """The trained SAEs as (params, card): folded, they act on raw activations."""
-  model = weights.read_config(config.lm.name, config.lm.checkpoint)
-  _, groups = make_stacks(config, model)
+  _, groups = make_stacks(config, dimensions(config))
   out = []
   for trained, state, group in zip(stacks, states, groups, strict=True):
     if jax.process_count() > 1:
       host = multihost_utils.process_allgather(state, tiled=True)
     else:
       host = jax.device_get(state)
+    module = trained.module
     for i, member in enumerate(group):
       params = {
         name: np.asarray(value)
         for name, value in trained.member_params(host, i).items()
       }
-      scale = scales[member.site]
-      params = release.fold(
-        params, scale, pre_encoder_bias=trained.module.pre_encoder_bias
+      params = fold.fold(
+        params,
+        [scales[site] for site in member.sites],
+        [scales[site] for site in member.targets],
+        pre_encoder_bias=module.pre_encoder_bias,
       )
+      if not module.unit_decoder:
+        params = fold.fold_decoder_norm(params)
+      both = dict.fromkeys((*member.sites, *member.targets))
       card = {
         'name': member.name,
-        'site': str(member.site),
+        'type': member.type,
+        'sites': [str(site) for site in member.sites],
+        'targets': [str(site) for site in member.targets],
         'model': config.lm.name,
         'architecture': member.architecture,
-        'd_in': trained.module.d_in,
-        'd_out': trained.module.d_in,
+        'd_in': module.d_in,
+        'd_out': module.d_out,
         'width': member.width,
         'sparsity': {'kind': member.penalty, 'value': member.sparsity},
         'seed': member.seed,
-        'scale': scale,
+        'scales': {str(site): scales[site] for site in both},
         'steps': step,
         'tokens': step * config.train.batch,
         'text': facts['text'],
         'code': gemma_scope.__version__,
       }
+      if ends := config_lib.prefixes(config, member):
+        card['matryoshka'] = list(ends)
       out.append((params, card))
   return out

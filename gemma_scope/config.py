@@ -20,10 +20,20 @@ from ml_collections import ConfigDict
 from gemma_scope import sites
 
 ARCHITECTURES = {
-  # architecture -> the kinds of sparsity it can be trained by
-  'jumprelu': ('target_l0', 'l0'),
-  'relu': ('l1',),
-}
+  # architecture -> the penalties it can be trained by; 'target_l0' asks every
+  # architecture for an L0, each in its own way (see `objectives`)
+  'jumprelu': (
+      'target_l0', 'l0', 'quadratic_l0', 'quadratic_frequency', 'tanh',
+  ),
+  'topk': ('target_l0',),
+  'batch_topk': ('target_l0',),
+  'gated': ('target_l0', 'l1'),
+  'relu': ('target_l0', 'l1', 'tanh'),
+}  # fmt: skip
+MATRYOSHKA = 'matryoshka_'  # before any architecture: nested prefixes
+TYPES = ('sae', 'transcoder', 'crosscoder', 'clt')
+# What a transcoder or CLT that reads one kind of site writes.
+TARGETS = {'mlp_in': 'mlp_out', 'mlp_in_ungained': 'mlp_out'}
 DTYPES = ('float32', 'bfloat16')
 
 
@@ -35,18 +45,35 @@ class ConfigError(ValueError):
 class Member:
   """One SAE of a collection."""
 
-  site: sites.Site
+  type: str  # one of TYPES
+  sites: tuple[sites.Site, ...]  # read
+  targets: tuple[sites.Site, ...]  # reconstructed
   architecture: str
-  width: int
-  penalty: str  # 'target_l0', 'l0' or 'l1'
+  width: int  # latents, of all layers together
+  penalty: str  # one of its architecture's
   sparsity: float  # the target L0, or the penalty's coefficient
   seed: int
 
   @property
+  def base(self) -> str:
+    """The architecture without its Matryoshka prefix."""
+    return self.architecture.removeprefix(MATRYOSHKA)
+
+  @property
+  def layers(self) -> int:
+    """Layers of a crosscoder or CLT; 0 for one that reads a single site."""
+    return len(self.sites) if self.type in ('crosscoder', 'clt') else 0
+
+  @property
   def name(self) -> str:
-    """Unique in a collection: resid_post/12/width_16k/target_l0_50/seed_0."""
+    """Unique in a collection:
+    resid_post/12/jumprelu/width_16k/target_l0_50/seed_0.
+    """
+    layers = '_'.join(str(site.layer) for site in self.sites)
+    kind = '' if self.type == 'sae' else f'{self.type}/'
     return (
-      f'{self.site}/width_{sites.width_name(self.width)}/'
+      f'{kind}{self.sites[0].kind}/{layers}/{self.architecture}/'
+      f'width_{sites.width_name(self.width)}/'
       f'{self.penalty}_{self.sparsity:g}/seed_{self.seed}'
     )
 
@@ -83,11 +110,22 @@ def apply_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
       elif name == 'seeds':
         value = tuple(map(int, items))
       else:
-        value = tuple(items) if name == 'sites' else text.strip()
+        value = _same_type(collection[name], items, text.strip())
     except ValueError as error:
       raise ConfigError(f'{part!r} does not parse: {error}') from error
     collection[name] = value
   return config
+
+
+def _same_type(old, items: list[str], text: str):
+  """The argument's words as the type of the field's present value."""
+  if isinstance(old, tuple):
+    return tuple(items)
+  if isinstance(old, bool):
+    if text.lower() not in ('true', 'false'):
+      raise ValueError('it is either true or false')
+    return text.lower() == 'true'
+  return text
 
 
 def _layer_range(text: str) -> range:
@@ -96,16 +134,46 @@ def _layer_range(text: str) -> range:
 
 
 def members(config: ConfigDict) -> list[Member]:
-  """Every SAE of the run: the product of the collection's lists."""
+  """Every SAE of the run: the product of the collection's lists.
+
+  A crosscoder or CLT reads all layers of the collection at once.
+  """
   c = config.collection
+  several = c.type in ('crosscoder', 'clt')
+  groups = [tuple(sorted(c.layers))] if several else [(n,) for n in c.layers]
   return [
       Member(
-      sites.Site(layer, kind), c.architecture, width, c.penalty, value, seed
+      c.type, *_places(c.type, group, kind), architecture, width, c.penalty,
+      value, seed,
     )
-      for width, layer, kind, value, seed in itertools.product(
-          c.widths, c.layers, c.sites, c.sparsity, c.seeds
+      for width, group, kind, architecture, value, seed in itertools.product(
+          c.widths, groups, c.sites, c.architectures, c.sparsity, c.seeds
       )
   ]  # fmt: skip
+
+
+def _places(type_: str, layers: Sequence[int], kind: str):
+  """Sites read and written."""
+  target = TARGETS[kind] if type_ in ('transcoder', 'clt') else kind
+  return (
+    tuple(sites.Site(layer, kind) for layer in layers),
+    tuple(sites.Site(layer, target) for layer in layers),
+  )
+
+
+def prefixes(config: ConfigDict, member: Member) -> tuple[int, ...]:
+  """Ends of a member's Matryoshka prefixes; () where it has none."""
+  if member.base == member.architecture:
+    return ()
+  latents = member.width // max(member.layers, 1)
+  return tuple(round(share * latents) for share in config.sae.matryoshka)
+
+
+def site_list(config: ConfigDict) -> tuple[sites.Site, ...]:
+  """Every site that some member reads or writes, in the order of the model."""
+  found = {s for m in members(config) for s in (*m.sites, *m.targets)}
+  order = sites.KINDS.index
+  return tuple(sorted(found, key=lambda s: (s.layer, order(s.kind))))
 
 
 def check(
@@ -129,29 +197,73 @@ def check(
       raise ConfigError(sentence)
 
   c, t, a = config.collection, config.train, config.activations
-  for field in ('layers', 'sites', 'widths', 'sparsity', 'seeds'):
+  lists = ('layers', 'sites', 'widths', 'architectures', 'sparsity', 'seeds')
+  for field in lists:
     found = c[field]
     need(
       bool(found) and len(set(found)) == len(found),
       f'collection.{field} must be a list without repeats; found {found}.',
     )
   need(
-    c.architecture in ARCHITECTURES,
-    f'collection.architecture must be one of {", ".join(ARCHITECTURES)}; '
-    f'found {c.architecture!r}.' + _suggestion(c.architecture, ARCHITECTURES),
+    c.type in TYPES,
+    f'collection.type must be one of {", ".join(TYPES)}; found {c.type!r}.'
+    + _suggestion(c.type, TYPES),
   )
-  kinds = ARCHITECTURES[c.architecture]
-  need(
-    c.penalty in kinds,
-    f'A {c.architecture} SAE is trained by {" or ".join(kinds)}; found '
-    f'collection.penalty {c.penalty!r}.' + _suggestion(c.penalty, kinds),
-  )
+  for architecture in c.architectures:
+    base = architecture.removeprefix(MATRYOSHKA)
+    need(
+      base in ARCHITECTURES,
+      f'collection.architectures are {", ".join(ARCHITECTURES)}, each also '
+      f'after {MATRYOSHKA!r}; found {architecture!r}.'
+      + _suggestion(base, ARCHITECTURES),
+    )
+    kinds = ARCHITECTURES[base]
+    need(
+      c.penalty in kinds,
+      f'A {base} SAE is trained by {" or ".join(kinds)}; found '
+      f'collection.penalty {c.penalty!r}.' + _suggestion(c.penalty, kinds),
+    )
+    trained = base == 'jumprelu'
+    need(
+      trained or not (config.objective.frequency or config.objective.pre_act),
+      'objective.frequency and objective.pre_act act on trained thresholds; '
+      f'{architecture} has none: set them to 0 or train jumprelu alone.',
+    )
+    if base != architecture:
+      shares = tuple(config.sae.matryoshka)
+      need(
+        bool(shares) and sorted(set(shares)) == list(shares)
+        and shares[0] > 0 and shares[-1] == 1,
+        'sae.matryoshka must rise to 1, such as (0.125, 0.25, 0.5, 1.0); '
+        f'found {shares}.',
+      )  # fmt: skip
   for kind in c.sites:
     need(
       kind in sites.KINDS,
       f'collection.sites has {kind!r}; the kinds are '
       f'{", ".join(sites.KINDS)}.' + _suggestion(kind, sites.KINDS),
     )
+    need(
+      c.type in ('sae', 'crosscoder') or kind in TARGETS,
+      f'A {c.type} reads {" or ".join(TARGETS)}; found {kind!r} in '
+      'collection.sites.',
+    )
+  need(
+    not c.skip or c.type in ('transcoder', 'clt'),
+    f'collection.skip is for transcoders and CLTs; found it on a {c.type}, '
+    'which would copy its input.',
+  )
+  if c.type in ('crosscoder', 'clt'):
+    need(
+      len(c.layers) > 1,
+      f'A {c.type} reads several layers; found layers {c.layers}.',
+    )
+    for width in c.widths:
+      need(
+        width % len(c.layers) == 0,
+        f'The width {width} of a {c.type} is that of all layers together and '
+        f'must be divisible by their number ({len(c.layers)}).',
+      )
   if model is not None:
     for layer in c.layers:
       need(
@@ -161,7 +273,7 @@ def check(
       )
   need(min(c.widths) > 0, 'collection.widths must be positive.')
   need(min(c.sparsity) > 0, 'collection.sparsity must be positive.')
-  if c.penalty == 'target_l0':
+  if c.penalty in ('target_l0', 'quadratic_l0'):
     need(
       max(c.sparsity) < min(c.widths),
       f'A target L0 of {max(c.sparsity):g} cannot be met by '
@@ -176,6 +288,10 @@ def check(
       dtype in DTYPES, f'{name} must be float32 or bfloat16; found {dtype!r}.'
     )
   need(
+    a.scale in ('rms', 'sqrt_d'),
+    f'activations.scale must be rms or sqrt_d; found {a.scale!r}.',
+  )
+  need(
     a.memory in ('auto', 'device', 'host'),
     f'activations.memory must be auto, device or host; found {a.memory!r}.',
   )
@@ -184,7 +300,7 @@ def check(
   )
   for name in ('steps', 'batch', 'learning_rate', 'dead_after'):
     need(t[name] > 0, f'train.{name} must be positive; found {t[name]}.')
-  for name in ('warm_up', 'decay', 'sparsity_warm_up'):
+  for name in ('warm_up', 'decay', 'sparsity_warm_up', 'l0_steps'):
     need(
       0 <= t[name] <= t.steps,
       f'train.{name} is {t[name]} steps, and the run has {t.steps}.',
@@ -201,28 +317,35 @@ def check(
       f'train.batch ({t.batch}) and activations.lm_batch ({a.lm_batch}) must '
       f"be divisible by the mesh's data axis ({data_size}).",
     )
+    layers = len(c.layers) if c.type in ('crosscoder', 'clt') else 1
     for width in c.widths:
       need(
-        width % latent_size == 0,
-        f"The width {width} is not divisible by the mesh's latent axis "
-        f'({latent_size}).',
+        width // layers % latent_size == 0,
+        f'The width {width}, {width // layers} a layer, is not divisible by '
+        f"the mesh's latent axis ({latent_size}).",
       )
     if model is not None:
-      for (width, d_in), size in stack_sizes(config, model).items():
+      for (architecture, width, d_in, _), group in stacks(
+        config, model
+      ).items():
         need(
-          size % sae_size == 0,
-          f'The {size} SAEs of width {width} on {d_in}-wide sites cannot be '
-          f"split over the mesh's sae axis ({sae_size}).",
+          len(group) % sae_size == 0,
+          f'The {len(group)} {architecture} SAEs of width {width} on '
+          f"{d_in}-wide sites cannot be split over the mesh's sae axis "
+          f'({sae_size}).',
         )
 
 
-def stack_sizes(config: ConfigDict, model: sites.Dimensions) -> dict:
-  """(width, d_in) -> number of members that share it."""
-  sizes: dict[tuple[int, int], int] = {}
+def stacks(
+  config: ConfigDict, model: sites.Dimensions
+) -> dict[tuple[str, int, int, int], list[Member]]:
+  """(architecture, width, d_in, d_out) -> the members that share them."""
+  groups: dict[tuple[str, int, int, int], list[Member]] = {}
   for member in members(config):
-    key = member.width, member.site.width(model)
-    sizes[key] = sizes.get(key, 0) + 1
-  return sizes
+    d_in, d_out = (at[0].width(model) for at in (member.sites, member.targets))
+    key = member.architecture, member.width, d_in, d_out
+    groups.setdefault(key, []).append(member)
+  return groups
 
 
 def _suggestion(word: str, words) -> str:

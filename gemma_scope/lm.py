@@ -14,6 +14,9 @@ Norms and attention scores are computed in float32 whatever the parameters'
 dtype (the package computes them in the parameters' dtype, which in bfloat16
 nearly doubles the error of the logits).
 
+`extend` is the same walk for the next tokens of rows whose keys and values
+are kept in a cache.
+
 This is the only file that imports `gemma`, and only when a model is built.
 """
 
@@ -24,7 +27,7 @@ import dataclasses
 import functools
 import sys
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -33,10 +36,11 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from gemma_scope import sites
+from gemma_scope import hooks, sites
 
 Params = dict[str, Any]
-Edit = Callable[[jax.Array], jax.Array]
+Edit = hooks.Edit
+Cache = tuple[dict[str, jax.Array], ...]  # one of each layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,34 +276,90 @@ class Gemma:
     Raises:
       ValueError: a tap or an edit at a site that this model does not have.
     """
-    hooks = _Hooks(self.config, taps, edits or {})
+    visits = hooks.Hooks(self.config, taps, edits or {})
     depth = self.config.num_layers
     if not logits:
-      depth = 1 + max((site.layer for site in hooks.taps), default=-1)
-    with nn.intercept_methods(hooks.intercept):
+      depth = 1 + max((site.layer for site in visits.taps), default=-1)
+    with nn.intercept_methods(visits.intercept):
       logits_BTV = self._model.apply(
           {'params': params}, tokens_BT, positions_BT, mask_BTT, depth, logits,
           self._pin, method=_walk,
       )  # fmt: skip
-    return Output(logits_BTV, hooks.values)
+    return Output(logits_BTV, visits.values)
+
+  def empty_cache(self, batch: int, length: int) -> Cache:
+    """Room for the keys and values of `length` tokens in each of B rows.
+
+    float32, as scores are: 8 bytes a token, layer, key head and head width.
+    """
+    c = self.config
+    heads = (batch, length, c.num_kv_heads, c.head_dim)
+    layer = {
+      'k': jnp.zeros(heads),
+      'v': jnp.zeros(heads),
+      'positions': jnp.zeros((batch, length), jnp.int32),
+      'end_index': jnp.zeros((batch,), jnp.int32),  # the same in every row
+    }
+    return (layer,) * c.num_layers
+
+  def extend(
+    self,
+    params: Params,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    *,
+    positions_BT: jax.Array,
+    mask_BTC: jax.Array,
+    edits: Mapping[sites.Site, Edit] | None = None,
+  ) -> tuple[jax.Array, Cache]:
+    """The next T tokens of every row, written to the cache's next T slots.
+
+    Args:
+      cache: from `empty_cache`, with C slots, or from an earlier call.
+      tokens_BT: int32.
+      positions_BT: each token's position in its own row.
+      mask_BTC: the slots that each token attends to; its own is one of them.
+      edits: as in `forward`, for these T tokens.
+
+    Returns:
+      Logits [B, V] of the last token, float32, and the new cache.
+    """
+    visits = hooks.Hooks(self.config, (), edits or {})
+    with nn.intercept_methods(visits.intercept):
+      return self._model.apply(
+          {'params': params}, cache, tokens_BT, positions_BT, mask_BTC,
+          self._pin, method=_extend,
+      )  # fmt: skip
 
   def unembed(self, params: Params, x_BTD: jax.Array) -> jax.Array:
     """Final norm, tied unembedding and soft-cap: x_BTD -> float32 logits."""
-    hooks = _Hooks(self.config, (), {})
-    with nn.intercept_methods(hooks.intercept):
+    visits = hooks.Hooks(self.config, (), {})
+    with nn.intercept_methods(visits.intercept):
       return self._model.apply({'params': params}, x_BTD, method=_unembed)
 
 
 def _walk(model, tokens_BT, positions_BT, mask_BTT, depth, logits, pin):
-  """`Transformer.__call__` for text, beneath its `nn.jit`, `depth` layers."""
-  inputs = model._encode_and_get_inputs(
-    tokens=tokens_BT, positions=positions_BT, attention_mask=mask_BTT
-  )
-  x_BTD = pin(inputs.embeddings)
-  for block in model.blocks[:depth]:
-    _, x_BTD = block(x_BTD, inputs.positions, None, inputs.attention_mask)
-    x_BTD = pin(x_BTD)
+  caches = (None,) * depth
+  x_BTD, _ = _blocks(model, caches, tokens_BT, positions_BT, mask_BTT, pin)
   return _unembed(model, x_BTD) if logits else None
+
+
+def _extend(model, caches, tokens_BT, positions_BT, mask_BTC, pin):
+  x_BTD, caches = _blocks(model, caches, tokens_BT, positions_BT, mask_BTC, pin)
+  return _unembed(model, x_BTD[:, -1:])[:, 0], caches
+
+
+def _blocks(model, caches, tokens_BT, positions_BT, mask_BTC, pin):
+  """`Transformer.__call__` for text, beneath its `nn.jit`: a block a cache."""
+  inputs = model._encode_and_get_inputs(
+    tokens=tokens_BT, positions=positions_BT, attention_mask=mask_BTC
+  )
+  x_BTD, after = pin(inputs.embeddings), []
+  for block, cache in zip(model.blocks, caches, strict=False):
+    cache, x_BTD = block(x_BTD, inputs.positions, cache, inputs.attention_mask)
+    x_BTD = pin(x_BTD)
+    after.append(cache)
+  return x_BTD, tuple(after)
 
 
 def _unembed(model, x_BTD):
@@ -307,96 +367,6 @@ def _unembed(model, x_BTD):
   logits_BTV = logits_BTV.astype(jnp.float32)
   cap = model.config.final_logit_softcap
   return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
-
-
-# Submodule of a block -> the sites of its input and of its output.
-_SITES_OF = {
-  ('pre_attention_norm',): (None, 'attn_in'),
-  ('attn', 'attn_vec_einsum'): ('attn_out', 'attn_raw'),
-  ('post_attention_norm',): (None, 'attn_add'),
-  ('pre_ffw_norm',): ('resid_mid', 'mlp_in'),
-  ('mlp',): (None, 'mlp_raw'),
-  ('post_ffw_norm',): (None, 'mlp_out'),
-}
-_SCORE_INPUTS = ('q_einsum', 'kv_einsum', 'qkv_einsum')
-
-
-class _Hooks:
-  """Taps and edits of one trace; made for one forward pass and then dropped."""
-
-  def __init__(self, config, taps, edits):
-    self.taps = frozenset(taps)
-    self.edits = dict(edits)
-    self.values: dict[sites.Site, jax.Array] = {}
-    for site in self.taps | set(self.edits):
-      site.check(config)
-    for site in self.edits:
-      if site.kind in sites.READ_ONLY:
-        raise ValueError(f'{site} can be read but not edited.')
-
-  def _visit(self, layer: int, kind: str | None, x):
-    """Edits x [B, T, ...], then records it; other values pass through."""
-    site = sites.Site(layer, kind) if kind else None
-    if site not in self.taps and site not in self.edits:
-      return x
-    x_BTD = x.reshape(*x.shape[:2], -1)
-    if site in self.edits:
-      edited = self.edits[site](x_BTD)
-      if edited.shape != x_BTD.shape:
-        raise ValueError(
-          f'The edit at {site} returned {edited.shape} for {x_BTD.shape}.'
-        )
-      x_BTD = edited.astype(x.dtype)
-    if site in self.taps:
-      self.values[site] = x_BTD
-    return x_BTD.reshape(x.shape)
-
-  def intercept(self, call, args, kwargs, context):
-    """The Flax interceptor: every method call of every submodule comes here."""
-    module = context.module
-    if context.method_name != '__call__':
-      return call(*args, **kwargs)
-    root, *path = module.path or ('',)
-    if not root.startswith('layer_'):
-      return (
-        _norm(module, args[0]) if _is_norm(module) else call(*args, **kwargs)
-      )
-    layer, path = int(root.removeprefix('layer_')), tuple(path)
-    if not path:  # the block itself: (x, positions, cache, mask) -> (cache, x)
-      x_BTD = self._visit(layer, 'resid_pre', args[0])
-      cache, x_BTD = call(x_BTD, *args[1:], **kwargs)
-      return cache, self._visit(layer, 'resid_post', x_BTD)
-    if path == ('mlp',) and type(module).__name__ != 'FeedForward':
-      # `share_scope` gives both einsums inside the MLP the MLP's own path.
-      if module.weight_name == 'linear':
-        args = (args[0], self._visit(layer, 'mlp_hidden', args[1]))
-      return call(*args, **kwargs)
-    before, after = _SITES_OF.get(path, (None, None))
-    if _is_norm(module):
-      x = self._visit(layer, before, args[0])
-      ungained = 'mlp_in_ungained' if after == 'mlp_in' else None
-      visit = functools.partial(self._visit, layer, ungained)
-      return self._visit(layer, after, _norm(module, x, visit))
-    if path[-1] in _SCORE_INPUTS:
-      return call(*args, **kwargs).astype(jnp.float32)
-    if path[-1] == 'attn_vec_einsum':  # (equation, heads [B, T, K, H])
-      heads = args[1].astype(module.get_variable('params', 'w').dtype)
-      args = (args[0], self._visit(layer, before, heads))
-    return self._visit(layer, after, call(*args, **kwargs))
-
-
-def _is_norm(module) -> bool:
-  return type(module).__name__ == 'RMSNorm'
-
-
-def _norm(module, x, visit_ungained=lambda x: x):
-  """Gemma's RMSNorm in float32: x / rms(x) * (1 + scale)."""
-  dtype = x.dtype
-  x = x.astype(jnp.float32)
-  x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
-  x = visit_ungained(x)
-  gain = 1 + module.get_variable('params', 'scale').astype(jnp.float32)
-  return (x * gain).astype(dtype)
 
 
 def token_losses(

@@ -2,14 +2,21 @@
 
 manifest.json is
 
-  {"format": "gemma_scope.release", "version": 1,
+  {"format": "gemma_scope.release", "version": 2,
    "members": [{"path": "resid_post/layer_2/width_512/average_l0_20",
                 "files": {"params.npz": {"bytes": n, "sha256": hex}, ...},
-                "site", "width", "l0", ...: a summary of the card}],
+                "sites", "width", "l0", ...: a summary of the card}],
    "files": {"README.md": {"bytes": n, "sha256": hex}, ...},
    "digest": SHA-256 of all the above as canonical JSON}
 
-so one flipped bit anywhere, in the manifest too, is found. Names are matched
+so one flipped bit anywhere, in the manifest too, is found. A member's path is
+
+  kind of site/layer_12/width_16k/average_l0_82           an SAE
+  transcoder/layer_12/width_16k/average_l0_82_affine      with an affine skip
+  crosscoder/layer_7_13_17_22/width_65k/average_l0_50
+  clt/layer_0_to_25/width_262k/average_l0_50              many layers in a row
+
+followed by _ARCHITECTURE in a release of several. Names are matched
 against what a release can hold, never cleaned: '..', absolute paths, control
 characters and links have no way in. JSON is capped in size before it is
 parsed. All failures are `npz.Refused`, one sentence each.
@@ -28,14 +35,16 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope import cards, npz, sites
+from gemma_scope import cards, npz, places, sites
 
 NAME = 'manifest.json'
 FORMAT = 'gemma_scope.release'
-VERSION = 1
+VERSION = 2
 MEMBER = re.compile(
-  r'([a-z_]{1,40})/layer_(\d{1,4})/width_(\d{1,9}[km]?)/'
-  r'(?:average_l0_\d{1,9}|unmeasured_[a-z0-9_]{1,40}(?:[.+-][a-z0-9]{1,9})*)'
+  r'(?P<folder>(?P<kind>[a-z_]{1,40})'
+  r'/layer_\d{1,4}(?:_to_\d{1,4}|(?:_\d{1,4}){0,61})/width_\d{1,9}[km]?)/'
+  r'(?:average_l0_\d{1,9}|unmeasured_[a-z0-9_]{1,40}?(?:[.+-][a-z0-9]{1,9})*)'
+  r'(?P<affine>_affine)?(?:_[a-z][a-z0-9]{0,29}){0,4}'
   r'(?:_seed_\d{1,19})?(?:_\d{1,6})?',
   re.ASCII,
 )
@@ -47,25 +56,37 @@ _ANY_BYTES = 1 << 50
 _SHA256 = re.compile(r'[0-9a-f]{64}', re.ASCII)
 
 
+def folder(card: dict) -> str:
+  """The folder of a member up to its width: resid_post/layer_2/width_16k."""
+  place = places.of(card)
+  layers = place.layers('_', '_to_')
+  width = sites.width_name(card['width'])
+  return f'{place.folder}/layer_{layers}/width_{width}'
+
+
 def paths(rows: Sequence[cards.Row]) -> list[str]:
   """A folder for each member; equal names get the seed, or else a number."""
   found = []
+  several = len({card.get('architecture') for card, _ in rows}) > 1
   for card, metrics in rows:
-    site, l0 = sites.parse(card['site']), cards.value((metrics or {}).get('l0'))
+    l0 = cards.value((metrics or {}).get('l0'))
     if l0 is None:
       asked = cards.sparsity(card).lower().replace(' ', '_')
       leaf = f'unmeasured_{asked}' if asked != '-' else 'unmeasured_sparsity'
     else:
       leaf = f'average_l0_{round(l0)}'
-    width = sites.width_name(card['width'])
-    base = f'{site.kind}/layer_{site.layer}/width_{width}/{leaf}'
+    affine = bool(card.get('affine'))
+    base = f'{folder(card)}/{leaf}' + '_affine' * affine
+    if several and card.get('architecture'):
+      base += f'_{card["architecture"]}'
     path, count = base, 1
     if path in found and type(card.get('seed')) is int and card['seed'] >= 0:
       path = f'{base}_seed_{card["seed"]}'
     while path in found:
       count += 1
       path = f'{base}_{count}'
-    if not MEMBER.fullmatch(path):
+    match = MEMBER.fullmatch(path)
+    if not match or (match['affine'] is not None) != affine:
       raise npz.Refused(f'{npz.show(path)} cannot name a folder of a release.')
     found.append(path)
   return found
@@ -77,7 +98,7 @@ def locate(folder: pathlib.Path) -> tuple[pathlib.Path, str] | None:
     return None
   name = '/'.join(folder.parts[-4:])
   match = MEMBER.fullmatch(name)
-  if not match or match[1] not in sites.KINDS:
+  if not match or match['kind'] not in (*sites.KINDS, *places.TYPES):
     return None
   return folder.parents[3], name
 

@@ -1,96 +1,212 @@
 """The loss of one SAE, a pure function of its parameters and a batch.
 
-  L = mean_B |x - x_hat|^2
-      + l0     L0                    Gemma Scope 1, equation 4
-      + target (L0 / target_l0 - 1)^2     JumpReLU paper, target form
-      + l1     mean_B sum_F f        the ReLU baseline
+  L = mean_B |y - y_hat|^2 + warm_up * sparsity + what else is asked for
 
-L0 is the batch mean of the number of active latents, whose gradient reaches the
-thresholds alone. The squared error is summed over D and averaged over rows.
-Every coefficient is data, so that members that differ in them share a program:
-a term whose coefficient is 0 is simply not there.
+with p_i the share of rows that latent i fires on, L0 = sum_i p_i, and n_i the
+norm of its decoder (1 where decoders are kept at 1). `value` is a member's
+setting, L0* where the penalty has a target; the forms:
+
+  l0                   value L0                        GS 1, equation 4
+  target_l0            strength (L0 / L0* - 1)^2       JumpReLU paper
+  quadratic_l0         strength (prefactor / L0*) (L0 - L0*)^2     GS 2, eq. 5
+  quadratic_frequency  value sum_i p_i (1 + p_i / p_0)      GDM, update 2
+  tanh                 value mean_B sum_i tanh(c f_i n_i)   Anthropic, Jan 2025
+  l1                   value mean_B sum_i f_i n_i           ReLU, Gated
+  k                    none: TopK and BatchTopK have `value` latents a row
+  adaptive_l1          l1, its coefficient moved until L0 = L0* (`stack`)
+
+The gradients of L0 and p reach the thresholds alone (all parameters where
+`to_input` is set). Gemma Scope 2's printed prefactor is 2; 1/2 would give the
+linear penalty's slope at 2 L0*. Further terms, each off at 0:
+
+  frequency   c sum_i max(p_i - limit, 0)     latents that fire too often
+  pre_act     c mean_B sum_i max(theta_i - z_i, 0) n_i    Anthropic, Jan 2025
+  auxk        c |e - e_hat|^2 / Var[e], e = y - y_hat, e_hat from the `auxk`
+              largest dead latents (arXiv 2406.04093, appendix A.2)
+
+Gemma Scope 2 has a penalty on latents of high frequency whose form is not
+published; `frequency` is ours: the L0 penalty, on what exceeds the limit alone.
+
+A Matryoshka SAE (arXiv 2503.17547) takes the mean of the error over nested
+prefixes of its latents, the last of which is the whole. A Gated one has beside
+it the error of its gate decoded by frozen decoders, and L1 on the gate.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gemma_scope import sae
+from gemma_scope import activation_functions, sae
+
+# The penalties whose value is the L0 to reach.
+TARGETS = ('target_l0', 'quadratic_l0', 'k', 'adaptive_l1')
 
 
-class Sparsity(NamedTuple):
-  """A member's sparsity setting; every field is a float32 scalar."""
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """The terms of a loss, the same for all members of a stack.
 
-  l0: jax.Array  # lambda of lambda |f|_0
-  target: jax.Array  # lambda of lambda (|f|_0 / target_l0 - 1)^2
-  target_l0: jax.Array  # L0*, 1 where unused
-  l1: jax.Array  # lambda of lambda |f|_1
-
-
-def sparsity(kind: str, value: float, strength: float = 1.0) -> Sparsity:
-  """The setting that a config's words stand for.
-
-  Args:
-    kind: 'l0' or 'l1' (value is the coefficient) or 'target_l0' (value is L0*).
-    value: see `kind`.
-    strength: coefficient of the target form.
+  Attributes:
+    penalty: the form of the sparsity term, see above.
+    strength: coefficient of the forms that have a target.
+    prefactor: of quadratic_l0.
+    p0: frequency at which quadratic_frequency's second term equals the first.
+    tanh_scale: c of tanh.
+    frequency, frequency_limit: coefficient and limit of the frequency term.
+    pre_act: coefficient.
+    auxk, auxk_latents: coefficient; how many dead latents, 0 for d_out / 2.
+    prefixes: ends of the Matryoshka prefixes, of each layer's latents; the
+      last is all of them.
   """
-  zero = Sparsity(*map(jnp.float32, (0.0, 0.0, 1.0, 0.0)))
-  value, strength = jnp.float32(value), jnp.float32(strength)
-  return {
-    'l0': zero._replace(l0=value),
-    'l1': zero._replace(l1=value),
-    'target_l0': zero._replace(target=strength, target_l0=value),
-  }[kind]
+
+  penalty: str
+  strength: float = 1.0
+  prefactor: float = 2.0
+  p0: float = 0.01
+  tanh_scale: float = 4.0
+  frequency: float = 0.0
+  frequency_limit: float = 0.1
+  pre_act: float = 0.0
+  auxk: float = 0.0
+  auxk_latents: int = 0
+  prefixes: tuple[int, ...] = ()
 
 
 class Terms(NamedTuple):
   """What a step reports of one member; scalars but for `fired_F`."""
 
   loss: jax.Array
-  squared_error: jax.Array  # mean over rows of |x - x_hat|^2
+  squared_error: jax.Array  # mean over rows of |y - y_hat|^2
   fvu: jax.Array  # of this batch, around the batch's mean vector
   l0: jax.Array
   fired_F: jax.Array  # rows of this batch that each latent fired on
+  rows: jax.Array  # int32, of this batch
+  theta: jax.Array  # mean of what z was held against: BatchTopK's threshold
 
 
 def loss(
   module: sae.Autoencoder,
+  objective: Objective,
   params: dict[str, Any],
   x_BD: jax.Array,
-  setting: Sparsity,
+  y_BD: jax.Array,
+  value: jax.Array,
+  coefficient: jax.Array,
   warm_up: jax.Array,
+  dead_F: jax.Array,
 ) -> tuple[jax.Array, Terms]:
   """Loss and report of one SAE on a batch.
 
   Args:
     module: the architecture.
-    params: its parameters.
-    x_BD: rows with E|x|^2 = 1, float32.
-    setting: coefficients.
-    warm_up: factor in [0, 1] on every sparsity coefficient.
+    objective: the terms.
+    params: the module's parameters.
+    x_BD: rows with E|x|^2 = 1, float32; [B, L, D] with several layers.
+    y_BD: what to reconstruct: x itself, or a transcoder's target.
+    value: the member's sparsity setting.
+    coefficient: of adaptive_l1.
+    warm_up: factor in [0, 1] on the sparsity and frequency terms.
+    dead_F: bool, which latents count as dead.
 
   Returns:
     The scalar to differentiate, and `Terms`.
   """
   bound = module.bind({'params': params})
-  z_BF = bound.pre_activations(x_BD)
-  f_BF = bound.activate(z_BF)
-  error_BD = x_BD - bound.decode(f_BF)
+  latents = bound.latents(x_BD, value)
   with jax.named_scope('objective'):
-    squared_error = jnp.mean(jnp.sum(jnp.square(error_BD), -1))
-    active_BF = bound.active(z_BF)
-    fired_F = jnp.sum(active_BF, 0)
-    l0 = jnp.sum(fired_F) / x_BD.shape[0]
-    penalty = (
-      setting.l0 * l0
-      + setting.target * jnp.square(l0 / setting.target_l0 - 1)
-      + setting.l1 * jnp.mean(jnp.sum(f_BF, -1))
+    left_BD = y_BD - bound.offset(x_BD)
+    errors = []
+    for start, stop in _parts(objective, module):
+      left_BD = left_BD - bound.write(latents.f_BF, slice(start, stop))
+      errors.append(_mean_square(left_BD))
+    squared_error = errors[-1]
+    reconstruction = sum(errors) / len(errors)
+    rows = x_BD.shape[0]
+    fired_F = jnp.sum(latents.active_BF, 0)
+    penalty = _penalty(
+      objective, latents, fired_F / rows, bound.norms(), value, coefficient
     )
-    total = squared_error + warm_up * penalty
-    variance = jnp.mean(jnp.sum(jnp.square(x_BD - jnp.mean(x_BD, 0)), -1))
-  terms = Terms(total, squared_error, squared_error / variance, l0, fired_F)
+    total = reconstruction + warm_up * penalty
+    if latents.gate_BF is not latents.f_BF:
+      total += _gate_error(module, params, latents.gate_BF, x_BD, y_BD)
+    if objective.pre_act:
+      short_BF = jax.nn.relu(latents.theta - latents.z_BF) * bound.norms()
+      total += objective.pre_act * jnp.sum(short_BF) / rows
+    if objective.auxk:
+      total += objective.auxk * _auxk(
+        objective, bound, latents, left_BD, dead_F
+      )
+    variance = _mean_square(y_BD - jnp.mean(y_BD, 0))
+  terms = Terms(
+      total, squared_error, squared_error / variance, jnp.sum(fired_F) / rows,
+      fired_F, jnp.int32(rows), jnp.mean(latents.theta),
+  )  # fmt: skip
   return total, jax.lax.stop_gradient(terms)
+
+
+def _mean_square(x_BD) -> jax.Array:
+  """Mean over rows of the squared norm, all layers together."""
+  return jnp.sum(jnp.square(x_BD)) / x_BD.shape[0]
+
+
+def _parts(objective: Objective, module: sae.Autoencoder):
+  """Start and end of what each Matryoshka prefix adds to the one before."""
+  ends = objective.prefixes or (module.latent_shape[-1],)
+  return list(zip((0, *ends), ends, strict=False))
+
+
+def _penalty(objective, latents, p_F, norm_F, value, coefficient) -> jax.Array:
+  """Sparsity and frequency terms of one member."""
+  l0, o = jnp.sum(p_F), objective
+  match o.penalty:
+    case 'l0':
+      penalty = value * l0
+    case 'target_l0':
+      penalty = o.strength * jnp.square(l0 / value - 1)
+    case 'quadratic_l0':
+      penalty = o.strength * o.prefactor / value * jnp.square(l0 - value)
+    case 'quadratic_frequency':
+      penalty = value * jnp.sum(p_F * (1 + p_F / o.p0))
+    case 'tanh':
+      bent_BF = jnp.tanh(o.tanh_scale * latents.f_BF * norm_F)
+      penalty = value * jnp.sum(bent_BF) / bent_BF.shape[0]
+    case 'l1' | 'adaptive_l1':
+      weight = value if o.penalty == 'l1' else coefficient
+      gate_BF = latents.gate_BF * norm_F
+      penalty = weight * jnp.sum(gate_BF) / gate_BF.shape[0]
+    case 'k':
+      penalty = jnp.float32(0)
+    case _:
+      raise ValueError(f'There is no penalty {o.penalty!r}.')
+  if o.frequency:
+    excess_F = jax.nn.relu(p_F - o.frequency_limit)
+    penalty += o.frequency * jnp.sum(excess_F)
+  return penalty
+
+
+def _gate_error(module, params, gate_BF, x_BD, y_BD) -> jax.Array:
+  """Error of a Gated SAE's gate through frozen decoders: it trains the gate."""
+  decoder = ('W_dec', 'b_dec', 'W_skip')
+  frozen = {
+    name: jax.lax.stop_gradient(p) if name in decoder else p
+    for name, p in params.items()
+  }
+  bound = module.bind({'params': frozen})
+  return _mean_square(y_BD - bound.write(gate_BF) - bound.offset(x_BD))
+
+
+def _auxk(objective, bound, latents, error_BD, dead_F) -> jax.Array:
+  """Share of the error's variance that the largest dead latents leave."""
+  error_BD = jax.lax.stop_gradient(error_BD)
+  wanted = objective.auxk_latents or bound.d_out // 2
+  count = jnp.minimum(jnp.sum(dead_F), wanted)
+  f_BF = jnp.where(dead_F, jax.nn.relu(latents.z_BF), 0)
+  f_BF = activation_functions.top_k(f_BF, jnp.maximum(count, 1))
+  left = _mean_square(error_BD - bound.write(f_BF))
+  variance = _mean_square(error_BD - jnp.mean(error_BD, 0))
+  share = left / jnp.maximum(variance, 1e-12)
+  return jnp.where(count > 0, share, 0)

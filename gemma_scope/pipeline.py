@@ -136,7 +136,7 @@ def evaluate_saes(
       saes,
       sequences_NT,
       batch=config.evaluation.batch,
-      special=collection.special_ids(tokenizer),
+      keep=collection.special(tokenizer, store).keep,
       progress=lambda done, total: progress.update(done, {}),
       poll=interrupt.check,
       seed=config.seed,

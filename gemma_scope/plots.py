@@ -1,11 +1,13 @@
 """The sparsity-fidelity frontier of a collection, as one picture.
 
-Small multiples, a panel for each site: rows are kinds of site, columns are
-layers; FVU on one side, delta loss on the other (below, where there are many
-layers). Both axes are logarithmic, as in Gemma Scope (arXiv 2408.05147,
-figure 5). A line is one width, dark to light as width grows; the bars are
-95 % intervals; the grey dashes are the control, randomly initialised SAEs of
-the same shape and sparsity. Lower and further left is better.
+Small multiples, a panel for each place: rows are types and kinds of site,
+columns are layers; FVU on one side, delta loss on the other (below, where there
+are many layers). Both axes are logarithmic, as in Gemma Scope
+(arXiv 2408.05147, figure 5). A line is one width and architecture: dark to
+light as width grows, or a colour each where there are only architectures to
+tell apart; their marker and dashes differ too. The bars are 95 % intervals; the
+grey dashes are the control, random initialisations of the same shape and
+sparsity. Lower and further left is better.
 
 matplotlib is imported when something is drawn, and only its file-writing
 canvas: no display, no global state. Equal rows give equal bytes.
@@ -18,11 +20,17 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from gemma_scope import cards, sites
+from gemma_scope import cards, places, sites
 
 _PANEL = (1.55, 1.30)  # inches
 _COLUMNS = 6
-_MARKERS = 'osD^vP*'
+_MARKERS = 'osD^vP*X<>'
+_DASHES = ('-', ':', '-.', (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
+# Okabe and Ito's, told apart by every eye; black is the text's.
+_COLOURS = (
+  *('#0072b2', '#d55e00', '#009e73', '#cc79a7'),
+  *('#e69f00', '#56b4e9', '#8c510a', '#5e3c99', '#b2182b', '#4d4d4d'),
+)
 _GREY = '#8a8a8a'
 _INK = '#222222'
 _STYLE = {
@@ -68,13 +76,13 @@ def frontier(path: str | os.PathLike[str], rows: Sequence[cards.Row]):
   rows = sorted((row for row in rows if has_points(row)), key=cards.order)
   if not rows:
     raise ValueError(
-      'A frontier needs at least one SAE with a measured L0 and FVU.'
+      'A frontier needs at least one member with a measured L0 and FVU.'
     )
   import matplotlib
   from matplotlib import figure
 
   path = pathlib.Path(path)
-  grid = _grid([sites.parse(card['site']) for card, _ in rows])
+  grid = _grid([places.of(card) for card, _ in rows])
   lines, columns = len(grid), max(len(line) for line in grid)
   beside = columns <= 3
   with matplotlib.rc_context(_STYLE):
@@ -98,48 +106,65 @@ def frontier(path: str | os.PathLike[str], rows: Sequence[cards.Row]):
   os.replace(partial, path)
 
 
-def _grid(found: Sequence[sites.Site]) -> list[list[sites.Site]]:
+def _line_of(place: places.Place) -> tuple[str, ...]:
+  """Places of one line of panels, hence of one scale, share this."""
+  return place.type, place.kind, place.targets[0].kind
+
+
+def _grid(found: Sequence[places.Place]) -> list[list[places.Place]]:
   """Panels: a line of layers for each kind, long lines broken evenly."""
-  kinds = {
-    kind: sorted({site for site in found if site.kind == kind})
-    for kind in sites.KINDS
-  }
-  longest = max(len(line) for line in kinds.values())
+  lines = {}
+  for place in sorted(set(found), key=places.order):
+    lines.setdefault(_line_of(place), []).append(place)
+  longest = max(len(line) for line in lines.values())
   columns = math.ceil(longest / math.ceil(longest / _COLUMNS))
   return [
     line[i : i + columns]
-    for line in kinds.values()
+    for line in lines.values()
     for i in range(0, len(line), columns)
   ]
 
 
+def _title(place: places.Place) -> str:
+  if place.type == 'sae':
+    return f'{place.kind}, layer {place.layers()}'
+  between = '\n' if place.several else '/'  # layers may be many
+  return f'{place.type} {place.kind}{between}{place.layers()}'
+
+
 def _looks(rows: Sequence[cards.Row]) -> dict[tuple[int, str], dict]:
-  """(width, architecture) -> colour by width, marker by both."""
+  """(width, architecture) -> its colour, marker and dashes."""
   from matplotlib import colormaps
 
-  keys = sorted(
-    {(card['width'], str(card.get('architecture', ''))) for card, _ in rows}
-  )
+  keys = sorted({_look(card) for card, _ in rows})
   widths = sorted({width for width, _ in keys})
   architectures = sorted({architecture for _, architecture in keys})
+  several = len(architectures) > 1
   looks = {}
   for width, architecture in keys:
     rank, which = widths.index(width), architectures.index(architecture)
     # viridis without its palest end, which white paper swallows.
     colour = colormaps['viridis'](0.12 + 0.66 * rank / max(len(widths) - 1, 1))
     name = f'{sites.width_name(width)} latents'
+    label = f'{name}, {architecture}' if several else name
+    if len(widths) == 1 and several:
+      colour, label = _COLOURS[which % len(_COLOURS)], architecture
     looks[width, architecture] = {
       'color': colour,
-      'marker': _MARKERS[rank % len(_MARKERS)],
-      'markerfacecolor': 'white' if which else colour,
-      'linestyle': ('-', ':', '-.')[which % 3],
-      'label': f'{name}, {architecture}' if len(architectures) > 1 else name,
+      'marker': _MARKERS[(which if several else rank) % len(_MARKERS)],
+      'markerfacecolor': 'white' if which % 2 else colour,
+      'linestyle': _DASHES[which % len(_DASHES)],
+      'label': label,
     }
   return looks
 
 
+def _look(card: dict) -> tuple[int, str]:
+  return card['width'], cards.architecture(card)
+
+
 def _draw(half, grid, columns, rows, key, label, looks):
-  """One measure: a panel for each site; equal kinds get equal scales."""
+  """One measure: a panel for each place; equal kinds get equal scales."""
   axes = half.subplots(
     len(grid), columns, sharex=True, sharey='row', squeeze=False
   )
@@ -154,18 +179,18 @@ def _draw(half, grid, columns, rows, key, label, looks):
       if c >= len(line):
         panel.set_axis_off()
         continue
-      here = [row for row in rows if row[0]['site'] == str(line[c])]
+      here = [row for row in rows if places.of(row[0]) == line[c]]
       _panel(panel, here, key, looks)
-      panel.set_title(f'{line[c].kind}, layer {line[c].layer}', pad=3)
+      panel.set_title(_title(line[c]), pad=3)
       _scales(panel, logarithmic)
       if r == len(grid) - 1 or c >= len(grid[r + 1]):
         panel.tick_params(labelbottom=True)
   for r, line in enumerate(grid):
-    # FVU means the same at every site; nats lost do so within a kind only.
+    # FVU means the same everywhere; nats lost do so within a kind only.
     alike = [
       axes[other, 0].get_ylim()
       for other in range(len(grid))
-      if key == 'fvu' or grid[other][0].kind == line[0].kind
+      if key == 'fvu' or _line_of(grid[other][0]) == _line_of(line[0])
     ]
     low, high = min(low for low, _ in alike), max(high for _, high in alike)
     if key == 'fvu':  # 1 is the mean vector alone: keep it in sight
@@ -179,8 +204,8 @@ def _panel(panel, rows, key, looks):
   """A line for each (width, architecture, seed), and its control."""
   groups = {}
   for card, metrics in rows:
-    look = (card['width'], str(card.get('architecture', '')))
-    groups.setdefault((look, str(card.get('seed'))), []).append(metrics)
+    key_of = (_look(card), str(card.get('seed')))
+    groups.setdefault(key_of, []).append(metrics)
   for (look, _), found in groups.items():
     twins = [_point(cards.control(metrics), key, metrics) for metrics in found]
     twins = sorted(point for point in twins if point)
@@ -262,10 +287,12 @@ def _legend(picture, looks, has_control: bool):
         label='control: random initialisation',
       )
     )
+  longest = max(len(handle.get_label()) for handle in handles)
+  room = int(picture.get_figwidth() / (0.5 + 0.055 * longest))  # inches
   picture.legend(
     handles=handles,
     loc='outside upper center',
-    ncols=min(len(handles), 5),
+    ncols=max(1, min(len(handles), room, 5)),
     frameon=False,
     handlelength=2.4,
   )

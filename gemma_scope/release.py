@@ -1,7 +1,8 @@
 """Parameters and card <-> a folder that others can use.
 
 The layout, keys, shapes and dtype are those of Gemma Scope 1
-(arXiv 2408.05147), one folder for each kind of site above it:
+(arXiv 2408.05147), one folder for each kind of site above it; transcoders,
+crosscoders and CLTs in folders of their own (`manifest`, `member`):
 
   release/
     README.md  frontier.png  manifest.json      sizes, SHA-256 of every file
@@ -9,19 +10,14 @@ The layout, keys, shapes and dtype are those of Gemma Scope 1
       params.npz    W_enc [d_in, F]  b_enc [F]  W_dec [F, d_out]
                     b_dec [d_out]  threshold [F]  (W_skip [d_in, d_out])
       config.json   the card    metrics.json   what was measured
+    transcoder/layer_12/width_16k/average_l0_71_affine/ ...
 
-A released SAE works on raw activations. Training saw x / C, with C the root
-mean square norm of the site; `fold` moves C into the biases and thresholds:
-
-  z = (x/C - b_dec) W_enc + b_enc          f = relu(z) 1[z > threshold]
-  b_enc' = C b_enc - C b_dec W_enc   b_dec' = C b_dec   threshold' = C threshold
-  =>  z' = x W_enc + b_enc' = C z,   f' = C f,   x_hat = f' W_dec + b_dec'
-
-Three lines read one, with no JAX and no training code:
+What is released works on raw activations: `fold` moved the scales of training
+into the parameters. Three lines read one, with no JAX and no training code:
 
   from gemma_scope import release
   params, card = release.load('release/resid_post/layer_12/.../average_l0_82')
-  f_BF = sae.encode(params, x_BD)
+  f = sae.encode(params, x)      # y_hat = sae.decode(params, f, x)
 
 Nothing read is trusted before it is checked: names, sizes, hashes, headers,
 shapes, then values. What fails is a `ReleaseError` of one sentence.
@@ -30,7 +26,6 @@ shapes, then values. What fails is a `ReleaseError` of one sentence.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import pathlib
 import shutil
@@ -42,9 +37,9 @@ from gemma_scope import cards, manifest, member, npz, plots
 
 Params = member.Params
 KEYS = member.KEYS
-MAX_BYTES = 64 << 30  # the largest published SAE, 9B at 1m, has 30.1 GB
+MAX_BYTES = 128 << 30  # 1m latents on four layers of 27B have 108 GB
 
-_BLOCK = 1 << 12  # latents at a time in float64
+_SUMMARY = 'name type sites targets architecture width seed'.split()
 
 
 class ReleaseError(ValueError):
@@ -53,7 +48,7 @@ class ReleaseError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-  """One SAE of a release on disk; its parameters are read when asked for."""
+  """One member of a release on disk; its parameters are read when asked for."""
 
   path: str  # below the release, such as resid_post/layer_2/...
   folder: pathlib.Path
@@ -63,68 +58,6 @@ class Member:
   def load(self) -> Params:
     """Returns the parameters, checked as `release.load` checks them."""
     return load(self.folder)[0]
-
-
-def fold(
-  params: Mapping[str, np.ndarray],
-  scale: float,
-  *,
-  pre_encoder_bias: bool = True,
-) -> Params:
-  """Moves the scale C of a site into an SAE trained on x / C.
-
-  Args:
-    params: W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D], threshold [F].
-    scale: C = sqrt(E|x|^2), in the units of the activation.
-    pre_encoder_bias: training's encoder saw x/C - b_dec (SAEs), not x/C
-      (transcoders).
-
-  Returns:
-    float32 parameters whose encoder takes raw x: latents and reconstruction
-    are C times those of `params` on x / C. Source: arXiv 2408.05147, app. A.
-  """
-  if not (math.isfinite(scale) and scale > 0):
-    raise ReleaseError(f'A scale is finite and above 0; found {scale!r}.')
-  p = {key: np.asarray(array, np.float32) for key, array in params.items()}
-  b_enc, b_dec = p['b_enc'].astype(np.float64), p['b_dec'].astype(np.float64)
-  if pre_encoder_bias:
-    # In blocks: float64 of a whole W_enc would triple the memory.
-    for at in range(0, len(b_enc), _BLOCK):
-      b_enc[at : at + _BLOCK] -= b_dec @ p['W_enc'][:, at : at + _BLOCK]
-  return p | {
-    'b_enc': (scale * b_enc).astype(np.float32),
-    'b_dec': (scale * b_dec).astype(np.float32),
-    'threshold': np.float32(scale) * p['threshold'],
-  }
-
-
-def fold_decoder_norm(params: Mapping[str, np.ndarray]) -> Params:
-  """Gives W_dec unit rows; their norms go to the encoder and the threshold.
-
-  The reconstruction is unchanged; latent i is multiplied by the norm of its
-  row. A latent whose row is zero writes nothing, whatever it does: it gets a
-  zero encoder and threshold, so that it never fires, and a basis vector as
-  its row, so that every row of a release has norm 1 and no cosine divides by
-  zero.
-  """
-  p = {key: np.asarray(array, np.float32) for key, array in params.items()}
-  # The largest entry first, or the square of a tiny one would be zero.
-  largest_F = np.abs(p['W_dec']).max(axis=1)
-  if not np.isfinite(largest_F).all():
-    raise ReleaseError('W_dec holds values that are not finite.')
-  silent_F = largest_F == 0
-  W_dec = p['W_dec'] / np.where(silent_F, 1, largest_F)[:, None]
-  silent = np.flatnonzero(silent_F)
-  W_dec[silent, silent % W_dec.shape[1]] = 1
-  norm_F = np.linalg.norm(W_dec, axis=1)
-  W_dec /= norm_F[:, None]
-  norm_F *= largest_F  # zero where silent
-  return p | {
-    'W_dec': W_dec,
-    'W_enc': p['W_enc'] * norm_F,
-    'b_enc': p['b_enc'] * norm_F,
-    'threshold': p['threshold'] * norm_F,
-  }
 
 
 def table(
@@ -152,7 +85,8 @@ def save(
     folder: the release; made here, with the folders above it.
     members: (params, card, metrics), params float32 as `fold` returns them,
       metrics as `evaluate` returns them or None. A number in metrics or card
-      that is not finite is written as null.
+      that is not finite is written as null; a card gets 'affine': true where
+      there is a W_skip.
     title: heading of the model card; None: 'Sparse autoencoders for ...'.
     license_name: Hugging Face licence identifier of the weights.
     overwrite: replace a different release that is already there. A folder
@@ -167,13 +101,15 @@ def save(
   """
   target = pathlib.Path(os.path.realpath(folder))
   if not members:
-    raise ReleaseError('A release needs at least one SAE; none was given.')
+    raise ReleaseError('A release needs at least one member; none was given.')
   partial = target.with_name(f'.{target.name}.partial')
   aside = target.with_name(f'.{target.name}.replaced')
   try:
     ready = []
     for params, card, metrics in members:
       card, metrics = manifest.plain(card), manifest.plain(metrics)
+      if 'W_skip' in params and isinstance(card, dict):
+        card['affine'] = True  # the table and the path say so
       ready.append((member.fit(params, card), card, metrics))
     # By the table's order, so that the order given changes nothing.
     ready.sort(key=lambda each: cards.order(each[1:]))
@@ -206,7 +142,7 @@ def save(
 def load(
   path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES
 ) -> tuple[Params, dict]:
-  """Reads one SAE: a member's folder, or the params.npz in it.
+  """Reads one member's folder, or the params.npz in it.
 
   A params.npz with no config.json beside it (as Gemma Scope 1 was published)
   gets a card of its sizes alone.
@@ -216,18 +152,19 @@ def load(
     max_bytes: the largest file to accept, whatever the card says.
 
   Returns:
-    (params, card): numpy float32 under `KEYS` (and W_skip where there is
-    one), and the card. For z = x @ W_enc + b_enc on raw activations x,
-    f = relu(z) * (z > threshold) and x_hat = f @ W_dec + b_dec.
+    (params, card): numpy float32 under `KEYS` (and W_skip and k where there
+    are), and the card. For z = x @ W_enc + b_enc on raw activations x,
+    f = relu(z) * (z > threshold) and y_hat = f @ W_dec + b_dec; `sae.encode`
+    and `sae.decode` for all types.
 
   Raises:
-    ReleaseError: anything that is not a whole, unchanged SAE.
+    ReleaseError: anything that is not a whole, unchanged member.
   """
   folder = pathlib.Path(os.path.abspath(path))
   if folder.suffix == '.npz':
     if folder.name != 'params.npz':
       raise ReleaseError(
-        f"{npz.show(folder)} should be called params.npz, in the SAE's folder."
+        f"{npz.show(folder)} should be called params.npz, in its folder."
       )
     folder = folder.parent
   try:
@@ -256,7 +193,7 @@ def load_all(root: str | os.PathLike[str]) -> list[Member]:
   """Lists a release: cards and metrics, checked; parameters not yet read.
 
   Returns:
-    Members by site, layer, width and L0; `member.load()` reads one.
+    Members by place, width and L0; `member.load()` reads one.
 
   Raises:
     ReleaseError: no manifest, a damaged one, or files that differ from it.
@@ -313,10 +250,7 @@ def _build(root: pathlib.Path, ready, paths, title, license_name):
     manifest.write_json(folder / 'config.json', card)
     if metrics is not None:
       manifest.write_json(folder / 'metrics.json', metrics)
-    summary = {
-      key: card.get(key)
-      for key in ('name', 'site', 'architecture', 'width', 'seed')
-    }
+    summary = {key: card.get(key) for key in _SUMMARY}
     for key in ('l0', 'fvu', 'delta_loss'):
       summary[key] = cards.value((metrics or {}).get(key))
     present = [n for n in manifest.MEMBER_FILES if (folder / n).exists()]

@@ -1,106 +1,97 @@
-"""One sparse autoencoder: its activation functions and Flax modules.
+"""One sparse autoencoder: Flax modules, and a released one's two functions.
 
   z = (x - b_dec) W_enc + b_enc          pre-activations, x with E|x|^2 = 1
   f = activation(z)                      latents, sparse
-  x_hat = f W_dec + b_dec                reconstruction, |W_dec[i]| = 1
+  y_hat = f W_dec + b_dec (+ x W_skip)   reconstruction, |W_dec[i]| = 1
 
-JumpReLU (arXiv 2407.14435; Gemma Scope, arXiv 2408.05147 equation 3):
-  f = z H(z - theta), theta > 0, H(0) = 0.
-Its gradient in theta is an expectation that a kernel density estimate of z at
-theta replaces: with K(u) = 1 for |u| < 1/2, bandwidth eps,
-  d step(z) / d theta     = -(1/eps)     K((z - theta) / eps)
-  d jumprelu(z) / d theta = -(theta/eps) K((z - theta) / eps)
-Both read z itself, not the value after the jump (that would halve the window).
-`step` has no gradient in z, `jumprelu` the true one, H(z - theta).
+An SAE reconstructs its own input, y = x. A transcoder reads the input of an MLP
+and reconstructs its output, without b_dec in the encoder, with a skip if asked.
 
-The maths here is for one SAE and one axis of rows; `stack` maps it over many.
-Parameter names are those of Gemma Scope's files.
+Several layers, L of them (Gemma Scope 2): x is [B, L, D], each layer has its
+own encoder and F latents, and a latent of layer l writes to the layers m >= l:
+
+  f[l] = activation(z[l])       y_hat[m] = sum_{l <= m} f[l] W_dec[l, m]
+
+a weakly causal crosscoder where y = x, a cross-layer transcoder (CLT) where y
+is the MLPs' outputs. A latent's decoder is its rows to all layers together.
+
+The maths is for one SAE, rows first; latents are all axes after the rows.
+`stack` maps it over many. Parameter names are those of Gemma Scope's files.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-
-def _window(z, theta, bandwidth):
-  return (jnp.abs(z - theta) < bandwidth / 2).astype(z.dtype)
+from gemma_scope import activation_functions as functions
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _step(z, theta, bandwidth):
-  return (z > theta).astype(z.dtype)
+class Latents(NamedTuple):
+  """What an encoder says of a batch; [B, F], or [B, L, F]."""
+
+  z_BF: jax.Array  # pre-activations
+  f_BF: jax.Array  # latents
+  active_BF: jax.Array  # 1 where a latent fires, with its estimator's gradient
+  gate_BF: jax.Array  # what an L1 penalty falls on: f, or a Gated SAE's gate
+  theta: jax.Array  # thresholds that z was held against
 
 
-def _step_forward(z, theta, bandwidth):
-  return _step(z, theta, bandwidth), (z, theta)
+def _norm_axes(w: jax.Array) -> tuple[int, ...]:
+  """Axes of a latent's decoder in W_dec [F, D] or [L, L, F, D]."""
+  return (-1,) if w.ndim == 2 else (-3, -1)
 
 
-def _step_backward(bandwidth, saved, g):
-  z, theta = saved
-  return jnp.zeros_like(z), -g * _window(z, theta, bandwidth) / bandwidth
+def decoder_norm(W_dec: jax.Array) -> jax.Array:
+  """Norm of each latent's decoder, [F] or [L, F]."""
+  square = jnp.sum(jnp.square(W_dec), _norm_axes(W_dec))
+  # The gradient at a zero row is zero, not NaN.
+  positive = jnp.where(square > 0, square, 1)
+  return jnp.where(square > 0, jnp.sqrt(positive), 0)
 
 
-_step.defvjp(_step_forward, _step_backward)
+def unit_rows(W_dec: jax.Array) -> jax.Array:
+  """Decoders scaled to Euclidean norm 1 (a zero one stays zero)."""
+  norm = jnp.sqrt(jnp.sum(jnp.square(W_dec), _norm_axes(W_dec), keepdims=True))
+  return W_dec / jnp.maximum(norm, 1e-12)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _jumprelu(z, theta, bandwidth):
-  return jnp.where(z > theta, z, 0)
+def remove_parallel(gradient: jax.Array, W_dec: jax.Array) -> jax.Array:
+  """The part of W_dec's gradient orthogonal to each unit decoder.
 
-
-def _jumprelu_forward(z, theta, bandwidth):
-  return _jumprelu(z, theta, bandwidth), (z, theta)
-
-
-def _jumprelu_backward(bandwidth, saved, g):
-  z, theta = saved
-  in_window = _window(z, theta, bandwidth)
-  return jnp.where(z > theta, g, 0), -g * in_window * theta / bandwidth
-
-
-_jumprelu.defvjp(_jumprelu_forward, _jumprelu_backward)
-
-# The custom gradients are elementwise on broadcast arrays, so that they survive
-# vmap and sharding; the sum over rows is the transpose of the broadcast.
-
-
-def step(z_BF: jax.Array, theta_F: jax.Array, bandwidth: float) -> jax.Array:
-  """H(z - theta) with the straight-through gradient in theta; [B, F]."""
-  return _step(z_BF, jnp.broadcast_to(theta_F, z_BF.shape), bandwidth)
-
-
-def jumprelu(
-  z_BF: jax.Array, theta_F: jax.Array, bandwidth: float
-) -> jax.Array:
-  """z H(z - theta) with the straight-through gradient in theta; [B, F]."""
-  return _jumprelu(z_BF, jnp.broadcast_to(theta_F, z_BF.shape), bandwidth)
-
-
-def unit_rows(w_FD: jax.Array) -> jax.Array:
-  """Rows scaled to Euclidean norm 1 (a zero row stays zero)."""
-  norm_F1 = jnp.linalg.norm(w_FD, axis=-1, keepdims=True)
-  return w_FD / jnp.maximum(norm_F1, 1e-12)
-
-
-def remove_parallel(g_FD: jax.Array, w_FD: jax.Array) -> jax.Array:
-  """The part of each row of g orthogonal to the unit row of w.
-
-  Applied to the decoder's gradient before Adam, so that the moments never see
-  the direction that renormalising takes back (arXiv 2408.05147 section 3.2).
+  Applied before Adam, so that the moments never see the direction that
+  renormalising takes back (arXiv 2408.05147 section 3.2).
   """
-  return g_FD - jnp.sum(g_FD * w_FD, -1, keepdims=True) * w_FD
+  along = jnp.sum(gradient * W_dec, _norm_axes(W_dec), keepdims=True)
+  return gradient - along * W_dec
 
 
-def _he_uniform_unit_rows(key, shape, dtype=jnp.float32):
-  return unit_rows(nn.initializers.he_uniform(in_axis=-2)(key, shape, dtype))
+def _he_uniform(key, shape, dtype=jnp.float32):
+  """Unit decoders of random direction, none to an earlier layer."""
+  W_dec = nn.initializers.he_uniform(in_axis=-2)(key, shape, dtype)
+  if len(shape) == 4:
+    W_dec *= jnp.triu(jnp.ones(shape[:2]))[:, :, None, None]
+  return unit_rows(W_dec)
 
 
-def _constant(value):
+def _he_uniform_columns(key, shape, dtype=jnp.float32):
+  W_enc = nn.initializers.he_uniform(in_axis=-2)(key, shape, dtype)
+  return W_enc / jnp.linalg.norm(W_enc, axis=-2, keepdims=True)
+
+
+def _own_layer(W_dec):
+  """Encoders along what each latent writes to its own layer, norm 1."""
+  if W_dec.ndim == 4:
+    W_dec = jnp.moveaxis(jnp.diagonal(W_dec), -1, 0)
+    W_dec /= jnp.linalg.norm(W_dec, axis=-1, keepdims=True)
+  return jnp.swapaxes(W_dec, -1, -2)
+
+
+def constant(value):
   """An initialiser in the form that Flax calls it."""
   return lambda key, shape, dtype=jnp.float32: jnp.full(shape, value, dtype)
 
@@ -108,127 +99,194 @@ def _constant(value):
 class Autoencoder(nn.Module):
   """What all architectures share: an affine encoder and an affine decoder.
 
-  A subclass says how pre-activations become latents (`activate`), what counts
-  as active (`active`, with whatever gradient sparsity is trained by), and at
-  which value a latent jumps at inference (`threshold`).
+  A subclass (`architectures`) says how a batch becomes latents, and which
+  released parameters act the same (`released`, and back, `trainable`).
 
   Attributes:
-    d_in: width D of the input and of the reconstruction.
-    width: number of latents F.
+    d_in, d_out: widths of the input and of the reconstruction.
+    width: number of latents, of all layers together.
+    layers: 0 for one site, L for L layers.
     pre_encoder_bias: whether the encoder sees x - b_dec (SAEs do, transcoders
       do not; arXiv 2408.05147 section 3.2 and appendix B).
+    tied: W_enc starts as the transpose of W_dec (not in transcoders).
+    skip: an affine path past the latents, W_skip, from zero.
+    unit_decoder: decoders keep norm 1; else sparsity weighs each latent by it.
     matmul_dtype: dtype of the matmuls' inputs; they accumulate in float32.
   """
 
   d_in: int
+  d_out: int
   width: int
+  layers: int = 0
   pre_encoder_bias: bool = True
+  tied: bool = True
+  skip: bool = False
+  unit_decoder: bool = True
   matmul_dtype: str = 'float32'
 
+  @property
+  def latent_shape(self) -> tuple[int, ...]:
+    """[F], or [L, F]."""
+    if not self.layers:
+      return (self.width,)
+    return self.layers, self.width // self.layers
+
   def setup(self):
-    # W_enc starts as the transpose of the unit-norm W_dec, and is untied.
+    *lead, latents = self.latent_shape
     self.W_dec = self.param(
-      'W_dec', _he_uniform_unit_rows, (self.width, self.d_in)
+      'W_dec', _he_uniform, (*lead, *lead, latents, self.d_out)
     )
-    self.W_enc = self.param(
-      'W_enc', _constant(self.W_dec.T), (self.d_in, self.width)
-    )
-    self.b_enc = self.param('b_enc', nn.initializers.zeros, (self.width,))
-    self.b_dec = self.param('b_dec', nn.initializers.zeros, (self.d_in,))
+    shape = (*lead, self.d_in, latents)
+    if self.tied:
+      self.W_enc = self.param('W_enc', constant(_own_layer(self.W_dec)), shape)
+    else:
+      self.W_enc = self.param('W_enc', _he_uniform_columns, shape)
+    zeros = nn.initializers.zeros
+    self.b_enc = self.param('b_enc', zeros, self.latent_shape)
+    self.b_dec = self.param('b_dec', zeros, (*lead, self.d_out))
+    if self.skip:
+      self.W_skip = self.param('W_skip', zeros, (*lead, self.d_in, self.d_out))
 
-  def _matmul(self, a, b):
+  def _matmul(self, terms, a, b):
     dtype = jnp.dtype(self.matmul_dtype)
-    return jnp.matmul(
-      a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32
+    return jnp.einsum(
+      terms,
+      a.astype(dtype),
+      b.astype(dtype),
+      preferred_element_type=jnp.float32,
     )
 
-  def pre_activations(self, x_BD: jax.Array) -> jax.Array:
-    """z [B, F] of x [B, D], float32."""
+  def project(self, x: jax.Array) -> jax.Array:
+    """x W_enc, the encoder without its b_enc; float32."""
     with jax.named_scope('encoder'):
       if self.pre_encoder_bias:
-        x_BD = x_BD - self.b_dec
-      return self._matmul(x_BD, self.W_enc) + self.b_enc
+        x = x - self.b_dec
+      terms = 'bld,ldf->blf' if self.layers else 'bd,df->bf'
+      return self._matmul(terms, x, self.W_enc)
 
-  def decode(self, f_BF: jax.Array) -> jax.Array:
-    """Reconstruction [B, D] of latents [B, F], float32."""
+  def pre_activations(self, x: jax.Array) -> jax.Array:
+    """z [B, F] of x [B, D], float32."""
+    return self.project(x) + self.b_enc
+
+  def write(self, f: jax.Array, part: slice = slice(None)) -> jax.Array:
+    """What the latents `part` (of each layer) write: f W_dec, no bias."""
     with jax.named_scope('decoder'):
-      return self._matmul(f_BF, self.W_dec) + self.b_dec
+      f = f[..., part]
+      if not self.layers:
+        return self._matmul('bf,fd->bd', f, self.W_dec[part])
+      # One matmul a target, over the layers that write to it.
+      return jnp.stack(
+        [
+          self._matmul(
+            'blf,lfd->bd', f[:, : m + 1], self.W_dec[: m + 1, m, part]
+          )
+          for m in range(self.layers)
+        ],
+        axis=1,
+      )
 
-  def encode(self, x_BD: jax.Array) -> jax.Array:
-    """Latents f [B, F] of x [B, D]."""
-    return self.activate(self.pre_activations(x_BD))
+  def offset(self, x: jax.Array) -> jax.Array:
+    """What is written whatever the latents: b_dec (+ x W_skip)."""
+    if not self.skip:
+      return self.b_dec
+    terms = 'bld,lde->ble' if self.layers else 'bd,de->be'
+    return self.b_dec + self._matmul(terms, x, self.W_skip)
 
-  def __call__(self, x_BD: jax.Array) -> jax.Array:
-    """Reconstruction [B, D] of x [B, D]."""
-    return self.decode(self.encode(x_BD))
+  def norms(self) -> jax.Array:
+    """The weight of a latent in sparsity terms: its decoder's norm."""
+    if self.unit_decoder:
+      return jnp.ones(self.latent_shape)
+    return decoder_norm(self.W_dec)
 
+  def latents(self, x: jax.Array, k: jax.Array) -> Latents:
+    """Latents of x; `k` is how many TopK and BatchTopK keep a row."""
+    raise NotImplementedError
 
-class JumpReLU(Autoencoder):
-  """Gemma Scope's SAE: one learned threshold a latent, trained by `step`.
+  def __call__(self, x: jax.Array, k: float = 1.0) -> jax.Array:
+    """Reconstruction [B, D_out] of x [B, D]."""
+    return self.write(self.latents(x, k).f_BF) + self.offset(x)
 
-  Attributes:
-    bandwidth: eps, the full width of the kernel's window around theta.
-    initial_threshold: theta before training.
-    log_threshold: train log(theta), which keeps theta positive but moves it by
-      a factor of e in 1 / learning rate steps at the least; False trains theta
-      itself, and a theta below 0 acts as 0 (`threshold` clips it).
-  """
+  def released(self, params, theta, k) -> dict[str, jax.Array]:
+    """Parameters of the functions `encode` and `decode` below.
 
-  bandwidth: float = 0.001
-  initial_threshold: float = 0.001
-  log_threshold: bool = True
+    Args:
+      params: this module's, of one SAE.
+      theta: running mean of BatchTopK's threshold.
+      k: what TopK keeps.
+    """
+    shared = ('W_enc', 'b_enc', 'W_dec', 'b_dec', 'W_skip')
+    found = {name: params[name] for name in shared if name in params}
+    found['threshold'] = jnp.zeros(self.latent_shape)
+    if self.layers:
+      found['W_dec'] = jnp.swapaxes(found['W_dec'], 1, 2)
+    return found
 
-  def setup(self):
-    super().setup()
-    # One parameter name, whichever way it is trained: the trained value is
-    # log(theta) or theta, always float32.
-    value = self.initial_threshold
-    self.raw_threshold = self.param(
-      'log_threshold' if self.log_threshold else 'threshold',
-      _constant(jnp.log(value) if self.log_threshold else value),
-      (self.width,),
-    )
+  def trainable(self, released: Mapping[str, jax.Array]):
+    """The inverse of `released`: parameters that act like released ones."""
+    names = ('W_enc', 'b_enc', 'W_dec', 'b_dec')
+    found = {name: jnp.asarray(released[name]) for name in names}
+    if self.layers:
+      found['W_dec'] = jnp.swapaxes(found['W_dec'], 1, 2)
+    if self.skip:
+      found['W_skip'] = jnp.asarray(
+        released.get('W_skip', jnp.zeros((self.d_in, self.d_out)))
+      )
+      lead = (self.layers,) * bool(self.layers)
+      shape = (*lead, self.d_in, self.d_out)
+      found['W_skip'] = jnp.broadcast_to(found['W_skip'], shape)
+    return found
 
-  def threshold(self) -> jax.Array:
-    """theta [F]."""
-    if self.log_threshold:
-      return jnp.exp(self.raw_threshold)
-    return jnp.maximum(self.raw_threshold, 0)
+  def flops(self, rows: int) -> int:
+    """Dense FLOPs of a training step: five matmuls, 2 B D F each."""
+    pairs = (self.layers + 1) / 2 if self.layers else 1
+    return int(2 * rows * self.width * (2 * self.d_in + 3 * pairs * self.d_out))
 
-  def activate(self, z_BF):
-    return jumprelu(z_BF, self.threshold(), self.bandwidth)
-
-  def active(self, z_BF):
-    """1 where a latent fires, with its gradient in theta; [B, F]."""
-    return step(z_BF, self.threshold(), self.bandwidth)
-
-
-class ReLU(Autoencoder):
-  """The baseline: f = max(z, 0), made sparse by an L1 penalty on f."""
-
-  def threshold(self) -> jax.Array:
-    return jnp.zeros((self.width,))
-
-  def activate(self, z_BF):
-    return jax.nn.relu(z_BF)
-
-  def active(self, z_BF):
-    """1 where a latent fires; no gradient; [B, F]."""
-    return (z_BF > 0).astype(z_BF.dtype)
-
-
-ARCHITECTURES = {'jumprelu': JumpReLU, 'relu': ReLU}
 
 # A trained SAE, ours or a published one, is a mapping of arrays in Gemma
-# Scope's names that acts on raw activations; these two lines are all of it.
+# Scope's names that acts on raw activations; these two functions are all of it.
 
 
 def encode(params: Mapping[str, jax.Array], x_BD: jax.Array) -> jax.Array:
-  """Latents [..., F] of raw activations [..., D] (released parameters)."""
-  z_BF = x_BD @ params['W_enc'] + params['b_enc']
-  return jnp.where(z_BF > params['threshold'], jax.nn.relu(z_BF), 0)
+  """Latents of raw activations (released parameters).
+
+  Args:
+    params: W_enc [D, F], b_enc [F], threshold [F], and for TopK k []; with
+      several layers each has a leading axis L.
+    x_BD: [..., D]; with several layers [..., L, D].
+
+  Returns:
+    f [..., F], or [..., L, F].
+  """
+  terms = '...ld,ldf->...lf' if params['W_enc'].ndim == 3 else '...d,df->...f'
+  z_BF = jnp.einsum(terms, x_BD, params['W_enc']) + params['b_enc']
+  f_BF = jnp.where(z_BF > params['threshold'], jax.nn.relu(z_BF), 0)
+  if 'k' not in params:
+    return f_BF
+  latent_axes = tuple(range(-params['b_enc'].ndim, 0))
+  least = functions.kth_largest(f_BF, params['k'], latent_axes)
+  return jnp.where(f_BF >= least, f_BF, 0)
 
 
-def decode(params: Mapping[str, jax.Array], f_BF: jax.Array) -> jax.Array:
-  """Raw reconstruction [..., D] of latents [..., F] (released parameters)."""
-  return f_BF @ params['W_dec'] + params['b_dec']
+def decode(
+  params: Mapping[str, jax.Array],
+  f_BF: jax.Array,
+  x_BD: jax.Array | None = None,
+) -> jax.Array:
+  """Raw reconstruction of latents (released parameters).
+
+  Args:
+    params: W_dec [F, D_out], b_dec [D_out]; with several layers W_dec
+      [L, F, L, D_out], from layer to layer, and b_dec [L, D_out].
+    f_BF: [..., F], or [..., L, F].
+    x_BD: the raw input, needed where `params` has W_skip.
+
+  Returns:
+    y_hat [..., D_out], or [..., L, D_out].
+  """
+  several = params['W_dec'].ndim == 4
+  terms = '...lf,lfmd->...md' if several else '...f,fd->...d'
+  y_BD = jnp.einsum(terms, f_BF, params['W_dec']) + params['b_dec']
+  if 'W_skip' not in params:
+    return y_BD
+  terms = '...ld,lde->...le' if several else '...d,de->...e'
+  return y_BD + jnp.einsum(terms, x_BD, params['W_skip'])

@@ -1,21 +1,26 @@
 """The compiled steps of an evaluation: taps, reconstructions, spliced losses.
 
-  x_hat_BTD = decode(encode(x_BTD)), x itself where a token does not count
-  delta     = loss(tokens, x_hat at the site) - loss(tokens)
+  y_hat_BTD = decode(encode(x_BTD)), y itself where a token does not count
+  delta     = loss(tokens, y_hat at the target) - loss(tokens)
 
-A spliced pass starts at its site's own block, from the residual stream that the
-clean pass left there: the layers before it, the same for all members, are run
-once for all of them, and XLA drops them here because nothing reads them.
+x is read at a member's sites and y at its targets, the same in an SAE. With
+several layers x and y are stacked on an axis L or M of layers, and each target
+is spliced alone.
+
+A spliced pass starts at its target's own block, from the residual stream that
+the clean pass left there: the layers before it, the same for all members, are
+run once for all of them, and XLA drops them here because nothing reads them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -25,13 +30,6 @@ Taps = dict[sites.Site, jax.Array]
 # Results that the host reads: `..._B` a sequence, `..._T` a position.
 Sums = dict[str, jax.Array]
 
-SHARDING = {  # parameters of an SAE over the mesh
-  'W_enc': (None, 'latent'),
-  'b_enc': ('latent',),
-  'W_dec': ('latent', None),
-  'b_dec': (None,),
-  'threshold': ('latent',),
-}
 _ROWS = 512  # tokens whose latents or logits are there at once, a device
 
 
@@ -40,13 +38,21 @@ def before(site: sites.Site) -> sites.Site:
   return sites.Site(site.layer, 'resid_pre')
 
 
-def shardings(mesh: Mesh, width: int) -> dict[str, NamedSharding]:
-  """Where an SAE lies: latents over that axis, if it divides them."""
+def shardings(
+  mesh: Mesh, params: Mapping[str, jax.Array | np.ndarray]
+) -> dict[str, NamedSharding]:
+  """Where a member lies: its latents over that axis, if it divides them."""
+  width = params['b_enc'].shape[-1]
   split = 'latent' in mesh.shape and width % mesh.shape['latent'] == 0
-  return {
-    key: NamedSharding(mesh, PartitionSpec(*(axes if split else ())))
-    for key, axes in SHARDING.items()
-  }
+  axes = {'W_enc': -1, 'b_enc': -1, 'threshold': -1}
+  axes['W_dec'] = 1 if params['W_dec'].ndim == 4 else 0
+  found = {}
+  for key, array in params.items():
+    spec = [None] * array.ndim
+    if split and key in axes:
+      spec[axes[key]] = 'latent'
+    found[key] = NamedSharding(mesh, PartitionSpec(*spec))
+  return found
 
 
 def everywhere(tree, mesh: Mesh | None):
@@ -119,25 +125,27 @@ def masked_sum(x_BTD, keep_BT, mesh: Mesh | None):
   return everywhere((jnp.sum(x_BTD, (0, 1)), jnp.sum(keep_BT)), mesh)
 
 
-@functools.partial(jax.jit, static_argnames=('gemma', 'at', 'mesh'))
+@functools.partial(jax.jit, static_argnames=('gemma', 'at', 'targets', 'mesh'))
 def clean(
   gemma: lm.Gemma,
   params: lm.Params,
   tokens_BT: jax.Array,
   keep_BT: jax.Array,
   at: tuple[sites.Site, ...],
+  targets: tuple[sites.Site, ...],
   means: Mapping[sites.Site, jax.Array],
   mesh: Mesh | None,
 ) -> tuple[Taps, jax.Array, jax.Array, Sums, dict[sites.Site, Sums]]:
   """The unspliced pass.
 
   Returns:
-    taps at `at` and before their blocks; losses [B, T - 1] in nats; where they
-    count; sums of tokens and losses; per site, the squared distance to its
-    mean vector (`variance`) and to the mean of that vector (`flat`).
+    taps at `at`, at `targets` and before their blocks; losses [B, T - 1] in
+    nats; where they count; sums of tokens and losses; per target, the squared
+    distance to its mean vector (`variance`) and to the mean of that vector
+    (`flat`).
   """
   last = sites.Site(gemma.config.num_layers - 1, 'resid_post')
-  wanted = {*at, *map(before, at), last}
+  wanted = {*at, *targets, *map(before, targets), last}
   taps = gemma.forward(params, tokens_BT, taps=wanted, logits=False).taps
   losses_BT = _losses(gemma, params, taps[last], tokens_BT, mesh)
   counts_BT = keep_BT[:, 1:] & keep_BT[:, :-1]
@@ -147,7 +155,7 @@ def clean(
     'clean_B': jnp.sum(jnp.where(counts_BT, losses_BT, 0), 1),
   }
   of_site = {}
-  for site in at:
+  for site in targets:
     x_BTD, mean_D = taps[site].astype(jnp.float32), means[site]
     variance_BT = jnp.sum((x_BTD - mean_D) ** 2, -1)
     flat_BT = jnp.sum((x_BTD - jnp.mean(mean_D)) ** 2, -1)
@@ -158,55 +166,84 @@ def clean(
   return taps, losses_BT, counts_BT, *everywhere((sums, of_site), mesh)
 
 
+def stacked(parts: Sequence[jax.Array], several: bool) -> jax.Array:
+  """float32 [B, t, D] of one site, or [B, t, L, D]."""
+  parts = [part.astype(jnp.float32) for part in parts]
+  return jnp.stack(parts, -2) if several else parts[0]
+
+
+def beside(keep_BT: jax.Array, f: jax.Array) -> jax.Array:
+  """keep_BT with axes of size 1, to broadcast with f [B, T, ...]."""
+  return keep_BT.reshape(*keep_BT.shape, *[1] * (f.ndim - keep_BT.ndim))
+
+
 @functools.partial(jax.jit, static_argnames='mesh')
 def reconstruct(
   params: Mapping[str, jax.Array],
-  x_BTD: jax.Array,
+  x: tuple[jax.Array, ...],
+  y: tuple[jax.Array, ...] | None,
   keep_BT: jax.Array,
   mesh: Mesh | None,
-) -> tuple[jax.Array, Sums]:
-  """x_hat of one SAE, clean where a token does not count, and its sums.
+) -> tuple[tuple[jax.Array, ...], Sums]:
+  """y_hat of one member, clean where a token does not count, and its sums.
+
+  Args:
+    params: released parameters.
+    x: the activation [B, T, D] at each site.
+    y: at each target; None where it writes what it reads.
+    keep_BT: where a token counts.
 
   Returns:
-    x_hat_BTD in the dtype of x; `l0_B`, `error` and `fired_F` (tokens on which
-    each latent fired), over the tokens that count.
+    y_hat_BTD at each target in the dtype of y; `l0_B`, `error` (a column for
+    each target) and `fired_F` (tokens on which each latent fired, [F] or
+    [L, F]), over the tokens that count.
   """
+  several = params['W_enc'].ndim == 3
 
-  def of_slice(x_BtD, keep_Bt):
-    x32_BtD, keep_Bt1 = x_BtD.astype(jnp.float32), keep_Bt[..., None]
-    f_BtF = sae.encode(params, x32_BtD)
-    x_hat_BtD = sae.decode(params, f_BtF)
+  def of_slice(keep_Bt, *parts):
+    clean = parts[len(x) :] or parts
+    x32, y32 = stacked(parts[: len(x)], several), stacked(clean, several)
+    f_BtF = sae.encode(params, x32)
+    y_hat = sae.decode(params, f_BtF, x32)
     # Summed as float32: XLA's CPU is many times slower at summing booleans.
-    active_BtF = ((f_BtF > 0) & keep_Bt1).astype(jnp.float32)
+    active_BtF = ((f_BtF > 0) & beside(keep_Bt, f_BtF)).astype(jnp.float32)
+    error = jnp.sum((y32 - y_hat) ** 2, -1)
+    error_BtM = error if several else error[..., None]
+    y_hats = jnp.moveaxis(y_hat, -2, 0) if several else [y_hat]
     return (
-      jnp.where(keep_Bt1, x_hat_BtD.astype(x_BtD.dtype), x_BtD),
-      jnp.where(keep_Bt, jnp.sum((x32_BtD - x_hat_BtD) ** 2, -1), 0),
-      jnp.sum(active_BtF, (1, 2)),
+      tuple(
+        jnp.where(keep_Bt[..., None], each.astype(one.dtype), one)
+        for each, one in zip(y_hats, clean, strict=True)
+      ),
+      jnp.where(keep_Bt[..., None], error_BtM, 0),
+      jnp.sum(active_BtF, tuple(range(1, active_BtF.ndim))),
       jnp.sum(active_BtF, (0, 1)),
     )
 
   # Which latents fire is decided in float32, whatever the accelerator prefers.
   with jax.named_scope('reconstruct'), jax.default_matmul_precision('highest'):
-    x_hat, error, l0_nB, fired_nF = by_slices(of_slice, mesh, x_BTD, keep_BT)
+    y_hats, error, l0_nB, fired_nF = by_slices(
+      of_slice, mesh, keep_BT, *x, *(y or ())
+    )
   sums = {
     **_by_row_and_position('error', join(error)),
     'l0_B': l0_nB.sum(0),
     'fired_F': fired_nF.sum(0),
   }
-  return join(x_hat), everywhere(sums, mesh)
+  return tuple(map(join, y_hats)), everywhere(sums, mesh)
 
 
 @functools.partial(jax.jit, static_argnames='mesh')
-def active(params, x_BTD, keep_BT, mesh: Mesh | None):
+def active(params, x: tuple[jax.Array, ...], keep_BT, mesh: Mesh | None):
   """Latents that fire, summed over the tokens that count."""
 
-  def of_slice(x_BtD, keep_Bt):
-    f_BtF = sae.encode(params, x_BtD.astype(jnp.float32))
-    active_BtF = (f_BtF > 0) & keep_Bt[..., None]
+  def of_slice(keep_Bt, *parts):
+    f_BtF = sae.encode(params, stacked(parts, params['W_enc'].ndim == 3))
+    active_BtF = (f_BtF > 0) & beside(keep_Bt, f_BtF)
     return jnp.sum(active_BtF.astype(jnp.float32), (0, 1)).sum()
 
   with jax.default_matmul_precision('highest'):
-    total = by_slices(of_slice, mesh, x_BTD, keep_BT).sum()
+    total = by_slices(of_slice, mesh, keep_BT, *x).sum()
   return everywhere(total, mesh)
 
 
@@ -216,30 +253,30 @@ def ablate(x_BTD: jax.Array, keep_BT: jax.Array, value_D) -> jax.Array:
   return jnp.where(keep_BT[..., None], value_D, x_BTD).astype(x_BTD.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=('gemma', 'site', 'mesh'))
+@functools.partial(jax.jit, static_argnames=('gemma', 'target', 'mesh'))
 def delta(
   gemma: lm.Gemma,
   params: lm.Params,
   tokens_BT: jax.Array,
-  site: sites.Site,
-  x_hat_BTD: jax.Array,
+  target: sites.Site,
+  y_hat_BTD: jax.Array,
   before_BTD: jax.Array,
   losses_BT: jax.Array,
   counts_BT: jax.Array,
   mesh: Mesh | None,
 ) -> Sums:
-  """Spliced minus clean loss, with `x_hat` in the place of x at `site`.
+  """Spliced minus clean loss, with `y_hat` in the place of y at `target`.
 
   Args:
-    before_BTD: the tap at `before(site)`.
+    before_BTD: the tap at `before(target)`.
     losses_BT, counts_BT: of the clean pass, [B, T - 1].
 
   Returns:
     `delta_B` and `delta_T`, sums of nats over the losses that count.
   """
   last = sites.Site(gemma.config.num_layers - 1, 'resid_post')
-  # In this order: where the site is its block's input, x_hat is what counts.
-  edits = {before(site): lambda _: before_BTD, site: lambda _: x_hat_BTD}
+  # In this order: where the target is its block's input, y_hat is what counts.
+  edits = {before(target): lambda _: before_BTD, target: lambda _: y_hat_BTD}
   with jax.named_scope('splice'):
     spliced = gemma.forward(
       params, tokens_BT, taps=(last,), edits=edits, logits=False

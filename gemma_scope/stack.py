@@ -1,15 +1,16 @@
 """Many SAEs of one shape, trained together: `vmap` over members.
 
-A stack holds the members that share architecture, d_in and width. Parameters,
-moments and counters carry a leading axis S; what differs between members (the
-site they read, their coefficients, their learning rate) is data, so that one
+A stack holds the members that share architecture and shape. Parameters, moments
+and counters carry a leading axis S; what differs between members (the sites
+they read and write, their sparsity, their learning rate) is data, so that one
 program trains them all. There is no maths of SAEs in this file.
 
 One step of one member, in this order, which matters:
   gradient of the loss
   -> decoder gradient loses its part parallel to each row   (before Adam)
   -> Adam with beta1 = 0: the second moment alone is kept
-  -> update -> decoder rows back to norm 1
+  -> update -> decoder rows back to norm 1 (unless they are free)
+  -> counters -> dead latents are resampled, if asked for
 Source: arXiv 2408.05147 section 3.2.
 """
 
@@ -26,15 +27,17 @@ import optax
 from jax.sharding import Mesh
 
 from gemma_scope import mesh as mesh_lib
-from gemma_scope import objectives, sae, sites
+from gemma_scope import objectives, resampling, sae, sites
 
-# Array -> mesh axes after the leading axis of members, by the last part of its
-# path; moments of the optimiser carry their parameter's name.
+# Array -> mesh axes of its last dimensions, by the last part of its path;
+# moments of the optimiser carry their parameter's name. The first dimension is
+# the members', those between (layers) are not split.
 SHARDING = {
   'W_enc': (None, 'latent'),
   'W_dec': ('latent', None),
   'b_enc': ('latent',),
-  'b_dec': (None,),
+  'b_gate': ('latent',),
+  'r_mag': ('latent',),
   'log_threshold': ('latent',),
   'threshold': ('latent',),
   'silent_tokens': ('latent',),
@@ -49,15 +52,18 @@ class State(flax.struct.PyTreeNode):
   moments: Any  # optax state
   silent_tokens: jax.Array  # [S, F] int32: tokens since a latent last fired
   fired_share: jax.Array  # [S, F] running mean of the share of rows it fires on
+  theta: jax.Array  # [S] running mean of the batch's threshold (BatchTopK)
+  coefficient: jax.Array  # [S] of adaptive_l1
   skipped: jax.Array  # [S] int32: steps dropped for a gradient not finite
 
 
 class Setting(NamedTuple):
-  """What differs between members, each field an array [S]."""
+  """What differs between members, each field an array with the axis S."""
 
-  sparsity: objectives.Sparsity
-  learning_rate: jax.Array
-  site: jax.Array  # index into the stack's sites
+  value: jax.Array  # [S] sparsity, see `objectives`
+  learning_rate: jax.Array  # [S]
+  reads: jax.Array  # [S] index into the stack's sites; [S, L] for L layers
+  writes: jax.Array  # the same into its targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +79,11 @@ class Optimizer:
     threshold_rate: factor on the learning rate of thresholds.
     steps: length of the run.
     dead_after: tokens without firing after which a latent counts as dead.
+    initial_l0, l0_steps: a target L0 starts at `initial_l0` and falls linearly
+      to the member's over `l0_steps` (0: it is the member's from the start).
+    theta_decay: of the running mean of BatchTopK's threshold.
+    adaptive_rate: how fast adaptive_l1's coefficient moves, a step.
+    resample_every: steps between resamplings of dead latents; 0: never.
   """
 
   b2: float
@@ -84,6 +95,11 @@ class Optimizer:
   threshold_rate: float
   steps: int
   dead_after: int
+  initial_l0: float = 0.0
+  l0_steps: int = 0
+  theta_decay: float = 0.999
+  adaptive_rate: float = 0.01
+  resample_every: int = 0
 
   def rate_factor(self, step: jax.Array) -> jax.Array:
     """Factor on the learning rate at `step`."""
@@ -95,6 +111,13 @@ class Optimizer:
   def sparsity_factor(self, step: jax.Array) -> jax.Array:
     """Factor on the sparsity coefficients at `step`."""
     return jnp.clip(step / max(self.sparsity_warm_up, 1), 0, 1)
+
+  def l0_target(self, value: jax.Array, step: jax.Array) -> jax.Array:
+    """The target L0 at `step` of a member whose own is `value`."""
+    if not self.l0_steps:
+      return value
+    left = jnp.clip(1 - step / self.l0_steps, 0, 1)
+    return value + left * jnp.maximum(self.initial_l0 - value, 0)
 
   def transform(self) -> optax.GradientTransformation:
     """Gradient -> direction, for one member."""
@@ -113,37 +136,46 @@ class Stack:
 
   Attributes:
     module: the architecture at this shape.
+    objective: the terms of its loss.
     sites: sites that some member reads, in the order of `step`'s x_NBD.
+    targets: sites that some member reconstructs, in the order of y_MBD.
     setting: per-member data.
     seeds: per-member seed of the initial parameters.
     optimizer: see `Optimizer`.
   """
 
   module: sae.Autoencoder
+  objective: objectives.Objective
   sites: tuple[sites.Site, ...]
+  targets: tuple[sites.Site, ...]
   setting: Setting
   seeds: tuple[int, ...]
   optimizer: Optimizer
 
   def init(self, key: jax.Array) -> State:
     """Initial state; a member's depends on (key, its seed, its shape) alone."""
-    width = self.module.width
-    x_BD = jax.ShapeDtypeStruct((1, self.module.d_in), jnp.float32)
+    module = self.module
+    lead = (1, module.layers) if module.layers else (1,)
+    x_BD = jax.ShapeDtypeStruct((*lead, module.d_in), jnp.float32)
 
     def init_member(seed):
-      params = self.module.lazy_init(jax.random.fold_in(key, seed), x_BD)[
-        'params'
-      ]
-      moments = self.optimizer.transform().init(params)
-      return State(
-        params,
-        moments,
-        silent_tokens=jnp.zeros((width,), jnp.int32),
-        fired_share=jnp.zeros((width,)),
-        skipped=jnp.zeros((), jnp.int32),
-      )
+      params = module.lazy_init(jax.random.fold_in(key, seed), x_BD)['params']
+      return self.begin(params)
 
     return jax.vmap(init_member)(jnp.asarray(self.seeds, jnp.uint32))
+
+  def begin(self, params: dict[str, jax.Array]) -> State:
+    """The state of one member at step 0 with these parameters."""
+    shape = self.module.latent_shape
+    return State(
+      params,
+      self.optimizer.transform().init(params),
+      silent_tokens=jnp.zeros(shape, jnp.int32),
+      fired_share=jnp.zeros(shape),
+      theta=jnp.zeros(()),
+      coefficient=jnp.float32(0.01),
+      skipped=jnp.zeros((), jnp.int32),
+    )
 
   def shardings(self, mesh: Mesh):
     """The sharding of every leaf of a state, from the table above."""
@@ -151,58 +183,95 @@ class Stack:
 
     def place(path, leaf):
       name = getattr(path[-1], 'key', None) or getattr(path[-1], 'name', '')
-      axes = ('sae', *SHARDING.get(name, ()))[: leaf.ndim]
-      return mesh_lib.place(mesh, *axes)
+      last = SHARDING.get(name, ())
+      between = (None,) * (leaf.ndim - 1 - len(last))
+      return mesh_lib.place(mesh, 'sae', *between, *last)
 
     return jax.tree_util.tree_map_with_path(place, state)
 
   def step(
-    self, state: State, x_NBD: jax.Array, step: jax.Array
+    self,
+    state: State,
+    x_NBD: jax.Array,
+    y_MBD: jax.Array,
+    step: jax.Array,
+    key: jax.Array,
   ) -> tuple[State, dict[str, jax.Array]]:
     """One step of all members.
 
     Args:
       state: the members'.
       x_NBD: rows of each of `self.sites`, scaled so that E|x|^2 = 1, float32.
+      y_MBD: rows of each of `self.targets`, the same.
       step: int32, counted from 0.
+      key: of the run; what is random depends on it and on `step`.
 
     Returns:
       The next state, and metrics as arrays [S].
     """
-    rate = self.optimizer.rate_factor(step)
-    warm_up = self.optimizer.sparsity_factor(step)
 
-    def member(state, setting):
-      x_BD = x_NBD[setting.site]
-      return self._step_member(state, x_BD, setting, rate, warm_up)
+    def member(state, setting, seed):
+      x_BD = _rows(x_NBD, setting.reads)
+      y_BD = _rows(y_MBD, setting.writes)
 
-    return jax.vmap(member)(state, self.setting)
+      def objective(params, **data):
+        return objectives.loss(
+          self.module, self.objective, params, x_BD, y_BD, **data
+        )
 
-  def _step_member(self, state, x_BD, setting, rate, warm_up):
-    (_, terms), gradient = jax.value_and_grad(
-      lambda p: objectives.loss(
-        self.module, p, x_BD, setting.sparsity, warm_up
-      ),
-      has_aux=True,
-    )(state.params)
+      state, terms = self.update(state, objective, setting, step)
+      if self.optimizer.resample_every:
+        key_of_member = jax.random.fold_in(jax.random.fold_in(key, step), seed)
+        state = self._resampled(
+          state, x_BD, y_BD, setting.value, step, key_of_member
+        )
+      return state, self.report(state, terms)
+
+    seeds = jnp.asarray(self.seeds, jnp.uint32)
+    return jax.vmap(member)(state, self.setting, seeds)
+
+  def update(self, state, objective, setting, step):
+    """One member's state after the gradient step on `objective`.
+
+    Args:
+      state: one member's.
+      objective: (params, value, coefficient, warm_up, dead_F) -> loss, Terms.
+      setting: one member's.
+      step: int32.
+
+    Returns:
+      The next state, and the objective's terms.
+    """
+    o = self.optimizer
+    value = setting.value
+    if self.objective.penalty in objectives.TARGETS:
+      value = o.l0_target(value, step)
+    (_, terms), gradient = jax.value_and_grad(objective, has_aux=True)(
+      state.params,
+      value=value,
+      coefficient=state.coefficient,
+      warm_up=o.sparsity_factor(step),
+      dead_F=state.silent_tokens > o.dead_after,
+    )
     with jax.named_scope('optimizer'):
       # A gradient that is not finite changes nothing but the moments' decay.
       finite = jnp.isfinite(optax.tree.norm(gradient))
       gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0), gradient)
-      gradient['W_dec'] = sae.remove_parallel(
-        gradient['W_dec'], state.params['W_dec']
-      )
-      direction, moments = self.optimizer.transform().update(
-        gradient, state.moments
-      )
-      rate = rate * setting.learning_rate * finite
+      if self.module.unit_decoder:
+        gradient['W_dec'] = sae.remove_parallel(
+          gradient['W_dec'], state.params['W_dec']
+        )
+      direction, moments = o.transform().update(gradient, state.moments)
+      factor = o.rate_factor(step) * finite
+      rate = factor * setting.learning_rate
       params = {
-        name: value - rate * self._rate_of(name) * direction[name]
-        for name, value in state.params.items()
+        name: p - rate * self._rate_of(name) * direction[name]
+        for name, p in state.params.items()
       }
-      params['W_dec'] = sae.unit_rows(params['W_dec'])
+      if self.module.unit_decoder:
+        params['W_dec'] = sae.unit_rows(params['W_dec'])
     with jax.named_scope('counters'):
-      rows = x_BD.shape[0]
+      rows = terms.rows
       silent_F = jnp.where(
         terms.fired_F > 0,
         0,
@@ -210,26 +279,64 @@ class Stack:
         + rows,
       )
       share_F = 0.99 * state.fired_share + 0.01 * terms.fired_F / rows
-    metrics = {
+      # A mean of all steps so far, then of the last 1 / (1 - decay).
+      weight = jnp.maximum(1 - o.theta_decay, 1 / (step + 1.0))
+      seen = jnp.where(finite, terms.theta, state.theta)
+      theta = state.theta + weight * (seen - state.theta)
+      excess = jnp.where(finite, jnp.clip(terms.l0 / value - 1, -1, 1), 0)
+      coefficient = state.coefficient * jnp.exp(
+        o.adaptive_rate * factor * excess
+      )
+    after = State(
+        params, moments, silent_F, share_F, theta, coefficient,
+        state.skipped + ~finite,
+    )  # fmt: skip
+    return after, terms
+
+  def report(self, state: State, terms) -> dict[str, jax.Array]:
+    """One member's metrics after a step."""
+    return {
       'loss': terms.loss,
       'squared_error': terms.squared_error,
       'fvu': terms.fvu,
       'l0': terms.l0,
-      'dead': jnp.mean(silent_F > self.optimizer.dead_after),
-      'dense': jnp.mean(share_F > 0.1),
+      'dead': jnp.mean(state.silent_tokens > self.optimizer.dead_after),
+      'dense': jnp.mean(state.fired_share > 0.1),
     }
-    skipped = state.skipped + ~finite
-    return State(params, moments, silent_F, share_F, skipped), metrics
+
+  def _resampled(self, state, x_BD, y_BD, k, step, key) -> State:
+    """The state with its dead latents begun anew, where that is due."""
+
+    def resample(state):
+      dead_F = state.silent_tokens > self.optimizer.dead_after
+      params, moments = resampling.resample(
+          self.module, state.params, state.moments, x_BD, y_BD, dead_F,
+          k, key,
+      )  # fmt: skip
+      silent_F = jnp.where(dead_F, 0, state.silent_tokens)
+      return state.replace(
+        params=params, moments=moments, silent_tokens=silent_F
+      )
+
+    every = self.optimizer.resample_every
+    due = (step > 0) & (step % every == 0)
+    return jax.lax.cond(due, resample, lambda state: state, state)
 
   def _rate_of(self, name: str) -> float:
     return self.optimizer.threshold_rate if name.endswith('threshold') else 1.0
 
   def member_params(self, state: State, index: int) -> dict[str, jax.Array]:
-    """One member's parameters in normalised space, with `threshold` itself."""
+    """One member's released parameters, in normalised space."""
     params = {name: value[index] for name, value in state.params.items()}
-    threshold = self.module.bind({'params': params}).threshold()
-    params.pop('log_threshold', None)
-    return {**params, 'threshold': threshold}
+    return self.module.released(
+      params, state.theta[index], self.setting.value[index]
+    )
+
+
+def _rows(x_NBD: jax.Array, index: jax.Array) -> jax.Array:
+  """The rows of one site [B, D], or of several [B, L, D]."""
+  x = x_NBD[index]
+  return x if index.ndim == 0 else jnp.moveaxis(x, 0, 1)
 
 
 def init_all(stacks: Sequence[Stack], key: jax.Array, mesh: Mesh):
@@ -247,10 +354,15 @@ def step_all(
   states: tuple[State, ...],
   rows: Mapping[sites.Site, jax.Array],
   step: jax.Array,
+  key: jax.Array,
 ) -> tuple[tuple[State, ...], tuple[dict[str, jax.Array], ...]]:
   """One step of every stack on one batch: site -> x [B, D]."""
+
+  def of(at):
+    return jnp.stack([rows[site] for site in at])
+
   results = [
-    stack.step(state, jnp.stack([rows[site] for site in stack.sites]), step)
+    stack.step(state, of(stack.sites), of(stack.targets), step, key)
     for stack, state in zip(stacks, states, strict=True)
   ]
   states, metrics = zip(*results, strict=True)

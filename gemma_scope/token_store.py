@@ -8,6 +8,10 @@ A stream is its documents' tokens, each document followed by EOS. Row i of
 length T is BOS and then stream[i (T-1) : (i+1) (T-1)]; what is left at the
 end is dropped. Files are mapped, so a store may be larger than the memory.
 The manifest names no file: names are fixed, and it holds its own hash.
+
+A chat store (chat.py) is one whose every row is one conversation, padded: its
+manifest has `chat`, the only `seq_len` it can be read at, and `reply`, the
+ids that open the model's turn (`tokenizers.Special`).
 """
 
 from __future__ import annotations
@@ -67,7 +71,18 @@ class Tokens:
     """What makes two stores the same text: for checkpoints and cards."""
     keys = ('source', 'source_sha256', 'tokenizer_sha256', 'vocab_size')
     keys += ('limit_tokens', 'tokens', 'documents', 'sha256')
+    if self.is_chat:
+      keys += ('chat', 'seq_len', 'reply', 'rollouts')
     return {key: self.manifest[key] for key in keys}
+
+  @property
+  def is_chat(self) -> bool:
+    return self.manifest.get('chat', False)
+
+  @property
+  def reply(self) -> tuple[int, ...]:
+    """The ids that open the model's turn; () unless this is a chat store."""
+    return tuple(self.manifest['reply']) if self.is_chat else ()
 
   def verify(self) -> None:
     """Reads every byte; ValueError names the file whose hash is wrong."""
@@ -84,6 +99,12 @@ class Tokens:
 
   def sequences(self, seq_len: int, split: str = 'train') -> Sequences:
     """Rows of `seq_len` tokens, BOS included; ValueError if there is none."""
+    if self.is_chat and seq_len != self.manifest['seq_len']:
+      raise ValueError(
+        f'{self.folder} holds conversations in rows of '
+        f'{self.manifest["seq_len"]} tokens, not {seq_len}; set text.seq_len '
+        'to that, or prepare it again.'
+      )
     return Sequences(
       str(self.path(split)),
       self.manifest['dtype'],
@@ -141,14 +162,16 @@ class Sequences:
 
 
 def write_manifest(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
-  """Writes manifest.json with its own hash, on disk when this returns."""
+  """Writes manifest.json with its own hash: whole, or not at all."""
   _check_manifest(manifest)
   sealed = manifest | {'manifest_sha256': _digest(manifest)}
-  with open(folder / MANIFEST, 'w', encoding='utf-8') as file:
+  partial = folder / f'{MANIFEST}.partial'
+  with open(partial, 'w', encoding='utf-8') as file:
     json.dump(sealed, file, indent=2)
     file.write('\n')
     file.flush()
     os.fsync(file.fileno())
+  os.replace(partial, folder / MANIFEST)
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -161,7 +184,7 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     raise FileNotFoundError(
       f'{path.parent} is no token store: it has no {MANIFEST}. Make one with '
-      'launch/prepare_text.py.'
+      'launch/prepare_text.py, or launch/prepare_rollouts.py for chats.'
     )
   try:
     if path.stat().st_size > _MANIFEST_BYTES:
@@ -198,6 +221,22 @@ def _check_manifest(manifest: Any) -> None:
   for key in ('source', 'python', 'limit_tokens'):
     if not isinstance(manifest[key], (str, int, type(None))):
       raise ValueError(f'{key} is {manifest[key]!r}')
+  if manifest.get('chat', False) is not False:
+    _check_chat(manifest)
+
+
+def _check_chat(manifest: dict[str, Any]) -> None:
+  width = _integer(manifest, 'seq_len', 2, 1 << 31) - 1
+  reply = manifest['reply']
+  whole = all(manifest['tokens'][s] % width == 0 for s in sources.SPLITS)
+  if manifest['chat'] is not True or not whole:
+    raise ValueError('its rows are not whole conversations')
+  if not isinstance(reply, list) or not reply:
+    raise ValueError(f'reply is {reply!r}')
+  for token in reply:
+    _integer({'reply': token}, 'reply', 0, manifest['vocab_size'])
+  if not isinstance(manifest['rollouts'], dict):
+    raise ValueError(f'rollouts is {manifest["rollouts"]!r}')
 
 
 def _integer(values: dict[str, Any], key: str, low: int, stop: int) -> int:

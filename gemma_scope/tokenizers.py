@@ -3,6 +3,8 @@
 `Tokenizer(path)` opens Gemma's own model file or one that `train_tokenizer`
 made. Ids come without BOS and EOS: where those go is the store's business
 (text.py). sentencepiece is imported when the first model is opened.
+
+`Special` says at which tokens of a sequence activations count.
 """
 
 from __future__ import annotations
@@ -91,8 +93,28 @@ class Tokenizer:
     return self._processor.eos_id()
 
   @property
+  def start_of_turn(self) -> int:
+    """106 in Gemma 2, 105 in Gemma 3; ValueError if there is none."""
+    return self.id_of('<start_of_turn>')
+
+  @property
+  def end_of_turn(self) -> int:
+    """107 in Gemma 2, 106 in Gemma 3; ValueError if there is none."""
+    return self.id_of('<end_of_turn>')
+
+  @property
   def vocab_size(self) -> int:
     return self._processor.vocab_size()
+
+  def id_of(self, piece: str) -> int:
+    """The id of one piece of the vocabulary, spelt as `pieces` spells it."""
+    found = self._processor.piece_to_id(piece)
+    if self._processor.id_to_piece(found) != piece:
+      raise ValueError(
+        f'{self.path} has no piece {piece!r}; use the tokenizer that belongs '
+        'to the model.'
+      )
+    return found
 
   def encode(self, text: str) -> np.ndarray:
     """int32 [tokens], without BOS or EOS; a lone surrogate reads as '?'."""
@@ -115,6 +137,41 @@ class Tokenizer:
   def pieces(self, ids: Iterable[int]) -> list[str]:
     """The pieces as the vocabulary spells them: '▁' is a space."""
     return [self._processor.id_to_piece(int(i)) for i in ids]
+
+
+@dataclasses.dataclass(frozen=True)
+class Special:
+  """Which tokens count: those whose activations SAEs see and metrics average.
+
+  Attributes:
+    ids: tokens that never count: padding, BOS, EOS (arXiv 2408.05147, 3).
+    reply: the ids that open the model's turn in a chat. Then nothing counts up
+      to and including their first occurrence: the user's turn and the opening
+      (section 4.5). Everything after does, also the `<end_of_turn>` with which
+      the model ends its reply: it is its own token, like any other.
+  """
+
+  ids: tuple[int, ...]
+  reply: tuple[int, ...] = ()
+
+  def keep(self, tokens_NT: np.ndarray) -> np.ndarray:
+    """bool [N, T]; a row of a chat without a reply keeps nothing."""
+    tokens_NT = np.asarray(tokens_NT)
+    keep_NT = ~np.isin(tokens_NT, self.ids)
+    if not self.reply:
+      return keep_NT
+    length = tokens_NT.shape[1]
+    starts = max(length - len(self.reply) + 1, 0)
+    opens_NT = np.zeros(tokens_NT.shape, bool)
+    opens_NT[:, :starts] = True
+    for i, token in enumerate(self.reply):
+      opens_NT[:, :starts] &= tokens_NT[:, i : i + starts] == token
+    # Shifted by the opening: what comes after its last token.
+    after_NT = np.zeros(tokens_NT.shape, bool)
+    after_NT[:, len(self.reply) :] = np.logical_or.accumulate(opens_NT, 1)[
+      :, : max(length - len(self.reply), 0)
+    ]
+    return keep_NT & after_NT
 
 
 def _parts(text: str) -> Iterator[str]:

@@ -26,11 +26,11 @@ from gemma_scope import (
   activations,
   checkpoints,
   collection,
+  initialise,
   metrics,
   runs,
   sites,
   stack,
-  weights,
 )
 from gemma_scope import config as config_lib
 from gemma_scope import mesh as mesh_lib
@@ -91,19 +91,21 @@ def train(
     ConfigError, ChangedError, CheckpointNotFound, ...: one sentence each.
   """
   workdir = pathlib.Path(workdir)
-  model = weights.read_config(config.lm.name, config.lm.checkpoint)
+  model = collection.dimensions(config)
   mesh = mesh_lib.make(config.mesh)
   config_lib.check(config, model, mesh.devices.shape)
+  stacks, groups = collection.make_stacks(config, model)
+  begin = initialise.plan(config, groups)
   source, facts = collection.make_source(config, workdir, mesh, report)
   chunks = activations.Chunks(
     source, config.seed, mesh, config.activations.memory
   )
-  stacks, groups = collection.make_stacks(config, model)
+  feed = activations.Feed(chunks)
   with checkpoints.Checkpoints(
     workdir / 'checkpoints', keep=config.checkpoint.keep
   ) as saves:
     loop = _Loop(
-      config, workdir, mesh, chunks, stacks, groups, saves, lease, report
+      config, workdir, mesh, feed, stacks, groups, begin, saves, lease, report
     )
     loop.start(facts)
     loop.run(interrupt)
@@ -117,18 +119,30 @@ class _Loop:
   """The training loop and what it holds between steps."""
 
   def __init__(
-    self, config, workdir, mesh, chunks, stacks, groups, saves, lease, report
+    self,
+    config,
+    workdir,
+    mesh,
+    feed,
+    stacks,
+    groups,
+    begin,
+    saves,
+    lease,
+    report,
   ):
     self._config = config
     self._workdir = workdir
     self._mesh = mesh
-    self._chunks = chunks
+    self._feed = feed
     self._stacks = stacks
     self._groups = groups
+    self._begin = begin
     self._saves = saves
     self._lease = lease
     self._report = report
     shardings = tuple(s.shardings(mesh) for s in stacks)
+    key = jax.random.key(config.seed)
 
     @functools.partial(
       jax.jit,
@@ -140,7 +154,7 @@ class _Loop:
         site: x_BD.astype(jnp.float32) / scales[site]
         for site, x_BD in batch.items()
       }
-      return stack.step_all(stacks, states, rows, step)
+      return stack.step_all(stacks, states, rows, step, key)
 
     self._take_step = take_step
 
@@ -153,13 +167,12 @@ class _Loop:
     if restored is None:
       key = jax.random.key(self._config.seed)
       self.step, self.scales = 0, {}
-      self._left_out = {'special': 0, 'not_finite': 0}
       self.states = stack.init_all(self._stacks, key, self._mesh)
     else:
       runs.refuse_changes(restored.meta['facts'], facts, what='text or model')
       self.step, self.states = restored.step, restored.state
       self.scales = _scales(restored.meta)
-      self._left_out = restored.meta['left_out']
+      self._feed.left_out = restored.meta['left_out']
       self._report(f'continuing at step {self.step}')
 
   def run(self, interrupt: runs.Interrupt) -> None:
@@ -168,14 +181,12 @@ class _Loop:
     if self.step == steps:
       return
     with self._reporting():
-      saved, chunk, pending = self.step, None, None
+      saved, pending = self.step, None
       try:
         while self.step < steps and not interrupt.at_step(self.step):
-          index, offset = divmod(self.step, self._chunks.layout.batches)
-          if chunk is None or offset == 0:
-            chunk = None  # its memory is wanted for the next one
-            chunk = self._load(index, offset, interrupt)
-          batch = self._chunks.put(chunk.batch(offset))
+          batch = self._feed.at(self.step, interrupt.check)
+          if not self.scales:
+            self._begin_at_scales()
           self.states, values = self._take_step(
             self.states, batch, self.scales, jnp.int32(self.step)
           )
@@ -195,6 +206,14 @@ class _Loop:
       self._saves.wait()
     if self.step < steps:
       self._report(f'stopped and saved at step {self.step} of {steps}')
+
+  def _begin_at_scales(self) -> None:
+    """Measures the scales; starts from a release where the config names one."""
+    self.scales = self._feed.scales(self._config.activations.scale)
+    if self._begin is not None:
+      self.states = initialise.start(
+        self._begin, self._stacks, self._groups, self.states, self.scales
+      )
 
   @contextlib.contextmanager
   def _reporting(self):
@@ -220,21 +239,12 @@ class _Loop:
       self._writer.close()
       self._progress.close()
 
-  def _load(self, index, offset, interrupt) -> activations.Chunk:
-    chunk = self._chunks.load(index, interrupt.check)
-    if not self.scales:
-      self.scales = activations.measure_scales(chunk)
-    if offset == 0:  # not again when a resumed run reloads its chunk
-      self._left_out['special'] += chunk.special
-      self._left_out['not_finite'] += chunk.not_finite
-    return chunk
-
   def _save(self) -> int:
     self._lease.check()
     meta = {
       'scales': {str(site): value for site, value in self.scales.items()},
       'facts': self._facts,
-      'left_out': dict(self._left_out),
+      'left_out': dict(self._feed.left_out),
       'version': gemma_scope.__version__,
     }
     self._saves.save(self.step, self.states, meta)
@@ -255,7 +265,7 @@ class _Loop:
       for name, value_S in stack_values.items():
         for member, value in zip(group, value_S, strict=True):
           scalars[f'{member.name}/{name}'] = float(value)
-    scalars['rows_not_finite'] = self._left_out['not_finite']
+    scalars['rows_not_finite'] = self._feed.left_out['not_finite']
     scalars['tokens'] = step * self._config.train.batch
     self._writer.write_scalars(step, scalars)
     self._progress.update(
@@ -269,12 +279,9 @@ class _Loop:
     )
 
   def _flops(self) -> int:
-    """Dense FLOPs a step: five matmuls of 2 B D F for every member."""
+    """Dense FLOPs of a step of all members."""
     rows = self._config.train.batch
-    return sum(
-      10 * rows * s.module.d_in * s.module.width * len(s.seeds)
-      for s in self._stacks
-    )
+    return sum(s.module.flops(rows) * len(s.seeds) for s in self._stacks)
 
 
 def _scales(meta: dict[str, Any]) -> dict[sites.Site, float]:
@@ -287,7 +294,7 @@ def load(config: ConfigDict, workdir: str | pathlib.Path) -> Result:
   Raises:
     CheckpointError: there is none.
   """
-  model = weights.read_config(config.lm.name, config.lm.checkpoint)
+  model = collection.dimensions(config)
   mesh = mesh_lib.make(config.mesh)
   stacks, _ = collection.make_stacks(config, model)
   folder = pathlib.Path(workdir) / 'checkpoints'

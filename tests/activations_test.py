@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope import activation_store, activations, lm, runs, sites
+from gemma_scope import (
+  activation_store,
+  activations,
+  lm,
+  runs,
+  sites,
+  tokenizers,
+)
 from gemma_scope import mesh as mesh_lib
 
 CONFIG = lm.Config(
@@ -16,6 +23,7 @@ CONFIG = lm.Config(
 )  # fmt: skip
 AT = (sites.Site(0, 'attn_out'), sites.Site(1, 'resid_post'))
 SPECIAL = (0, 1, 2)
+KEEP = tokenizers.Special(SPECIAL).keep
 T = 9
 
 
@@ -41,7 +49,7 @@ def make(mesh_shape=(1, 1, 1), dtype='float32', batch=16, at=AT):
     chunk_rows=100, seq_len=T, batch=batch, lm_batch=8, dtype=dtype
   )
   source = activations.ModelSource(
-    gemma, params, at, sequences, layout, mesh, SPECIAL
+    gemma, params, at, sequences, layout, mesh, KEEP
   )
   return source, mesh, gemma, params
 
@@ -161,7 +169,7 @@ def test_a_chunk_of_special_tokens_alone_is_a_sentence(made):
   with pytest.raises(ValueError, match='no usable row'):
     only = activations.ModelSource(
         *make()[2:], AT, lambda s, n: np.full((n, T), 2, np.int32),
-        source.layout, mesh, SPECIAL,
+        source.layout, mesh, KEEP,
     )  # fmt: skip
     activations.Chunks(only, 0, mesh).load(0)
 

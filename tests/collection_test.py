@@ -32,8 +32,9 @@ def test_members_of_one_shape_share_a_stack():
   ) == len(config_lib.members(config))
   for one, group in zip(stacks, groups, strict=True):
     for i, member in enumerate(group):
-      assert one.sites[int(one.setting.site[i])] == member.site
-      assert float(one.setting.sparsity.target_l0[i]) == member.sparsity
+      assert one.sites[int(one.setting.reads[i])] == member.sites[0]
+      assert one.targets[int(one.setting.writes[i])] == member.targets[0]
+      assert float(one.setting.value[i]) == member.sparsity
 
 
 def test_a_member_acts_on_raw_activations_as_its_module_on_scaled_ones():
@@ -44,7 +45,7 @@ def test_a_member_acts_on_raw_activations_as_its_module_on_scaled_ones():
   (state,) = stack.init_all(stacks, jax.random.key(0), mesh)
   state.params['b_dec'] = state.params['b_dec'] + 0.1
   scale = 7.5
-  scales = {groups[0][0].site: scale}
+  scales = {groups[0][0].sites[0]: scale}
   out = collection.members(
     config, stacks, (state,), scales, 3, {'text': {'source': 'python'}}
   )

@@ -28,7 +28,7 @@ def test_the_argument_selects_the_collection():
   assert c.sparsity == (30.0, 60.5) and c.seeds == (1, 2)
   names = [m.name for m in config_lib.members(config)]
   assert len(names) == len(set(names)) == 4 * 3 * 2 * 2
-  assert 'resid_post/20/width_1m/target_l0_60.5/seed_2' in names
+  assert 'resid_post/20/jumprelu/width_1m/target_l0_60.5/seed_2' in names
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,29 @@ def test_a_wrong_argument_is_a_sentence(argument, words):
   'change, words',
   [
     ({'collection.sites': ('resid_pots',)}, "Did you mean 'resid_post'"),
-    ({'collection.architecture': 'jumpreluu'}, "Did you mean 'jumprelu'"),
+    ({'collection.architectures': ('jumpreluu',)}, "Did you mean 'jumprelu'"),
     ({'collection.penalty': 'l1'}, 'trained by target_l0 or l0'),
+    ({'collection.type': 'crosscode'}, "Did you mean 'crosscoder'"),
+    ({'collection.type': 'transcoder'}, 'reads mlp_in or mlp_in_ungained'),
+    ({'collection.skip': True}, 'copy its input'),
+    (
+      {'collection.type': 'crosscoder', 'collection.widths': (511,)},
+      'divisible by their number',
+    ),
+    (
+      {
+        'collection.architectures': ('matryoshka_topk',),
+        'sae.matryoshka': (0.5, 0.25, 1.0),
+      },
+      'must rise to 1',
+    ),
+    (
+      {
+        'collection.architectures': ('topk',),
+        'objective.frequency': 1.0,
+      },
+      'act on trained thresholds',
+    ),
     ({'collection.layers': (30,)}, 'has layers 0 to 25'),
     ({'collection.layers': (1, 1)}, 'without repeats'),
     ({'collection.sparsity': (600.0,)}, 'cannot be met by 512'),
@@ -81,7 +102,7 @@ def test_the_default_fits():
   [
     ('--config.train.stepss=3', 'steps'),
     ('--config.train.steps=many', 'steps'),
-    ('--config.collection.architecture=jumpreluu', 'jumprelu'),
+    ("--config.collection.architectures=('jumpreluu',)", 'jumprelu'),
     ('--config=configs/tiny.py:layer=3', 'layers'),
   ],
 )

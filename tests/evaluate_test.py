@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope import controls, evaluate, lm, mesh, sites, splice, weights
+from gemma_scope import (
+  controls,
+  evaluate,
+  lm,
+  mesh,
+  places,
+  sites,
+  splice,
+  weights,
+)
 
 CONFIG = lm.Config(
     name='random', vocab_size=48, d_model=16, num_layers=2, num_heads=2,
@@ -39,6 +48,14 @@ def text(count, length=12, seed=0):
   return tokens_NT.astype(np.int32)
 
 
+def keep(tokens_NT):
+  return ~np.isin(tokens_NT, SPECIAL)
+
+
+def card(site, name):
+  return {'type': 'sae', 'sites': [site], 'targets': [site], 'name': name}
+
+
 def random_sae(site, seed=0, width=24, name=''):
   rng = np.random.default_rng(seed)
   W_dec = rng.normal(size=(width, D))
@@ -52,7 +69,7 @@ def random_sae(site, seed=0, width=24, name=''):
   }
   params['b_enc'][0] = -1e6  # a latent that never fires
   params = {key: value.astype(np.float32) for key, value in params.items()}
-  return params, {'site': site, 'name': name or f'{site}/{seed}'}
+  return params, card(site, name or f'{site}/{seed}')
 
 
 def identity_sae(site):
@@ -64,12 +81,12 @@ def identity_sae(site):
     'b_dec': np.zeros(D, np.float32),
     'threshold': np.zeros(2 * D, np.float32),
   }
-  return params, {'site': site, 'name': f'{site}/identity'}
+  return params, card(site, f'{site}/identity')
 
 
 def measure(model, saes, tokens_NT, **more):
   return evaluate.evaluate(
-    *model, saes, tokens_NT, batch=BATCH, special=SPECIAL, **more
+    *model, saes, tokens_NT, batch=BATCH, keep=keep, **more
   )
 
 
@@ -88,10 +105,10 @@ class Reference:
 
   def __init__(self, model, sae, tokens_NT, keep_bos=True):
     (gemma, params), (arrays, card) = model, sae
-    site = sites.parse(card['site'])
+    site = sites.parse(card['sites'][0])
     out = gemma.forward(params, tokens_NT, taps=(site,))
     x_NTD = np.asarray(out.taps[site], np.float64)
-    keep_NT = ~np.isin(tokens_NT, SPECIAL)
+    keep_NT = keep(tokens_NT)
     p = {key: value.astype(np.float64) for key, value in arrays.items()}
     mean_D = x_NTD[keep_NT].mean(0)
     x_hat_NTD, self.fired_F = x_NTD.copy(), np.zeros(len(p['b_enc']))
@@ -242,22 +259,25 @@ def test_control_gain_is_least_squares(model):
   gemma, params = model
   site = sites.parse('resid_post/0')
   tokens_BT = text(BATCH)
-  keep_BT = jnp.asarray(~np.isin(tokens_BT, SPECIAL))
+  keep_BT = jnp.asarray(keep(tokens_BT))
   x_BTD = splice.taps(gemma, params, tokens_BT, (site,))[site]
-  key, mean_D = jax.random.key(1), np.asarray(x_BTD)[keep_BT].mean(0)
+  key, place = jax.random.key(1), places.Place('sae', (site,), (site,))
+  means = {site: np.asarray(x_BTD)[keep_BT].mean(0)}
   target = 3.0 * float(keep_BT.sum())
+  sample = [controls.Batch({site: x_BTD}, keep_BT)]
   (setting,) = controls.calibrate(
-    key, mean_D, 24, [target], [(x_BTD, keep_BT)], None
+    key, place, means, 24, [target], sample, None
   )
 
-  def error(gain):
-    control = controls.make(key, mean_D, 24, setting.threshold, gain, None)
-    sums = splice.reconstruct(control, x_BTD, keep_BT, None)[1]
+  def error(k):
+    scaled = setting._replace(gain=(k * setting.gain[0],))
+    control = controls.make(key, place, means, 24, scaled, None)
+    sums = splice.reconstruct(control, (x_BTD,), None, keep_BT, None)[1]
     return float(sums['error_B'].sum()), float(sums['l0_B'].sum())
 
-  best, active = error(setting.gain)
+  best, active = error(1.0)
   assert active == pytest.approx(target, rel=0.05)
-  assert best < min(error(setting.gain * k)[0] for k in (0.9, 1.1))
+  assert best < min(error(k)[0] for k in (0.9, 1.1))
 
 
 def test_layers_before_the_site_are_not_run_again():
@@ -289,11 +309,12 @@ def test_slices_of_logits_and_latents_change_nothing(model, saes, monkeypatch):
   logits_BTV = gemma.unembed(params, x_BTD)  # as if the last layer's
   want, _ = lm.token_losses(logits_BTV, tokens_BT)
   keep_BT = tokens_BT > 2
-  whole = splice.reconstruct.__wrapped__(saes[0][0], x_BTD, keep_BT, None)
+  at = (saes[0][0], (x_BTD,), None, keep_BT, None)
+  whole = splice.reconstruct.__wrapped__(*at)
   monkeypatch.setattr(splice, '_ROWS', 8)
   got = splice._losses(gemma, params, x_BTD, tokens_BT, None)
   np.testing.assert_allclose(got, want, atol=2e-5)
-  parts = splice.reconstruct.__wrapped__(saes[0][0], x_BTD, keep_BT, None)
+  parts = splice.reconstruct.__wrapped__(*at)
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -357,15 +378,20 @@ def test_what_does_not_fit_is_a_sentence(model, saes):
 
   wide = np.zeros((20, 24), np.float32)
   refused(
-    'reads activations 20 wide and writes 16, and those of random at '
-    'attn_out/1 are 16 wide',
+    r'has W_enc \(20, 24\); expected \(16, 24\) .* as in random at attn_out/1',
     W_enc=wide,
   )
   refused('has NaN or infinity in b_enc', b_enc=np.full(24, np.nan, np.float32))
-  refused('expected W_enc, b_enc', W_skip=wide)
-  refused('model has layers 0 to 1', [(params, {**card, 'site': 'mlp_out/2'})])
-  refused('2 of the SAEs are named', [saes[0], saes[0]])
-  refused('no SAE to evaluate', [])
+  refused('expected W_enc, b_enc', W_gate=wide)
+  refused(r'has W_skip \(20, 24\); expected \(16, 16\)', W_skip=wide)
+  far = ['mlp_out/2']
+  refused(
+    'model has layers 0 to 1',
+    [(params, {**card, 'sites': far, 'targets': far})],
+  )
+  refused('writes the same', [(params, {**card, 'targets': far})])
+  refused('2 of the members are named', [saes[0], saes[0]])
+  refused('no SAE was given', [])
   refused('sequence 0 starts with token 7', tokens_NT=np.full((2, 5), 7))
   refused('all to evaluate on are special', tokens_NT=np.full((2, 5), 2))
   refused(r'found \[5\]', tokens_NT=np.full(5, 2))

@@ -195,6 +195,42 @@ def test_padding_changes_nothing():
   np.testing.assert_allclose(left, plain().logits_BTV, atol=1e-5)
 
 
+@pytest.mark.parametrize('config', [GEMMA2, GEMMA3], ids=lambda c: c.name)
+def test_extending_a_cache_equals_one_pass(config):
+  gemma, params = model(config)
+  mask_TC = np.tril(np.ones((8, 8), bool))[None].repeat(2, 0)
+  positions = np.arange(8)[None].repeat(2, 0)
+  cache = gemma.empty_cache(2, 8)
+  for part in (slice(0, 4), slice(4, 8)):  # longer than the window, together
+    logits_BV, cache = gemma.extend(
+      params,
+      cache,
+      TOKENS[:, part],
+      positions_BT=positions[:, part],
+      mask_BTC=mask_TC[:, part],
+    )
+    want = plain(config).logits_BTV[:, part.stop - 1]
+    np.testing.assert_allclose(logits_BV, want, atol=1e-5)
+
+
+def test_a_cache_keeps_its_shapes_and_dtypes():
+  gemma, params = model(dtype='bfloat16')
+  cache = gemma.empty_cache(2, 8)
+  _, after = jax.eval_shape(
+    lambda p, c: gemma.extend(
+      p,
+      c,
+      TOKENS[:, :3],
+      positions_BT=np.zeros((2, 3), int),
+      mask_BTC=np.ones((2, 3, 8), bool),
+    ),
+    params,
+    cache,
+  )
+  spell = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert spell(after) == spell(cache)
+
+
 def test_later_layers_are_not_computed():
   gemma, params = model()
 

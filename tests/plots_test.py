@@ -4,11 +4,16 @@ import sys
 
 import pytest
 
-from gemma_scope import plots, sites
+from gemma_scope import places, plots
 
 
 def _figure(value):
   return {'value': value, 'low': 0.9 * value, 'high': 1.1 * value, 'tokens': 9}
+
+
+def _card(name, width=64, **more):
+  place = {'type': 'sae', 'sites': [name], 'targets': [name]}
+  return place | {'width': width, 'architecture': 'jumprelu'} | more
 
 
 def _rows(names, widths=(64, 128), l0s=(4.0, 8.0, 16.0), delta=0.5):
@@ -16,7 +21,7 @@ def _rows(names, widths=(64, 128), l0s=(4.0, 8.0, 16.0), delta=0.5):
   for name in names:
     for width in widths:
       for l0 in l0s:
-        card = {'site': name, 'width': width, 'architecture': 'jumprelu'}
+        card = _card(name, width)
         twin = {'fvu': _figure(0.9), 'delta_loss': _figure(2.0)}
         metrics = {
           'l0': _figure(l0),
@@ -54,25 +59,58 @@ def test_one_site_and_many_sites_both_fit(tmp_path):
 
 
 def test_a_long_line_of_layers_is_broken_evenly():
-  found = [sites.Site(i, 'mlp_out') for i in range(9)]
-  found += [sites.Site(3, 'resid_post')] * 2
+  found = [places.of(_card(f'mlp_out/{i}')) for i in range(9)]
+  found += [places.of(_card('resid_post/3'))] * 2
   grid = [[str(site) for site in line] for line in plots._grid(found)]
   assert [len(line) for line in grid] == [5, 4, 1]
   assert grid[1] == [f'mlp_out/{i}' for i in range(5, 9)]
   assert grid[2] == ['resid_post/3']
 
 
+def test_architectures_and_types_are_told_apart(tmp_path):
+  names = ('jumprelu', 'topk', 'batch_topk')
+  rows = _rows(['resid_post/0'], widths=(64,), l0s=(4.0, 8.0))
+  rows = [({**c, 'architecture': name}, m) for c, m in rows for name in names]
+  looks = plots._looks(rows)
+  for key in ('color', 'marker', 'linestyle', 'label'):
+    assert len({str(look[key]) for look in looks.values()}) == 3
+  wide = plots._looks([*rows, ({**rows[0][0], 'width': 128}, None)])
+  assert wide[64, 'topk']['color'] == wide[64, 'jumprelu']['color']
+  assert wide[128, 'jumprelu']['marker'] == wide[64, 'jumprelu']['marker']
+  assert wide[64, 'topk']['linestyle'] != wide[64, 'jumprelu']['linestyle']
+
+  def place(type, reads, writes):
+    return {'type': type, 'sites': reads, 'targets': writes}
+
+  resid = [f'resid_post/{i}' for i in range(6)]
+  kinds = [
+    place('transcoder', ['mlp_in/3'], ['mlp_out/3']),
+    place('crosscoder', resid, resid),
+    place('crosscoder', resid[:2], resid[:2]),
+  ]
+  rows += [(c | kind, m) for (c, m) in rows[:2] for kind in kinds]
+  rows += [(c | kinds[0] | {'affine': True}, m) for c, m in rows[:1]]
+  grid = plots._grid([places.of(card) for card, _ in rows])
+  assert [list(map(plots._title, line)) for line in grid] == [
+    ['resid_post, layer 0'],
+    ['transcoder mlp_in/3'],
+    ['crosscoder resid_post\n0,1', 'crosscoder resid_post\n0-5'],
+  ]
+  plots.frontier(tmp_path / 'frontier.png', rows)
+  assert (64, 'jumprelu, affine') in plots._looks(rows)
+
+
 def test_awkward_rows_are_drawn_or_left_out(tmp_path):
   rows = _rows(['attn_out/0'], delta=-0.01)  # no logarithm of these
-  unmeasured = ({'site': 'mlp_out/0', 'width': 64}, None)
-  dead = ({'site': 'mlp_out/0', 'width': 64}, {'l0': 0.0, 'fvu': 1.0})
-  bare = ({'site': 'mlp_out/0', 'width': 64}, {'l0': 3.0, 'fvu': 0.5})
+  unmeasured = (_card('mlp_out/0', architecture=None), None)
+  dead = (_card('mlp_out/0', architecture=None), {'l0': 0.0, 'fvu': 1.0})
+  bare = (_card('mlp_out/0', architecture=None), {'l0': 3.0, 'fvu': 0.5})
   relu = (rows[0][0] | {'architecture': 'relu'}, rows[0][1])
   path = tmp_path / 'frontier.png'
   plots.frontier(path, [unmeasured, *rows, dead, bare, relu])
   assert _size(path)
   assert not plots.has_points(unmeasured) and not plots.has_points(dead)
-  with pytest.raises(ValueError, match='at least one SAE'):
+  with pytest.raises(ValueError, match='at least one member'):
     plots.frontier(path, [unmeasured, dead])
 
 

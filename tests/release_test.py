@@ -1,4 +1,4 @@
-"""Releases: the fold is exact, files round-trip, hostile ones are refused."""
+"""Releases: files round-trip, hostile ones are refused."""
 
 import errno
 import functools
@@ -42,7 +42,9 @@ def _params(seed=0, d_in=D, width=F, d_out=None):
 
 def _card(site='resid_post/2', seed=0, target=5.0, **more):
   return {
-    'site': site,
+    'type': 'sae',
+    'sites': [site],
+    'targets': [site],
     'model': 'tiny',
     'architecture': 'jumprelu',
     'd_in': D,
@@ -50,7 +52,7 @@ def _card(site='resid_post/2', seed=0, target=5.0, **more):
     'width': F,
     'sparsity': {'kind': 'target_l0', 'value': target},
     'seed': seed,
-    'scale': 3.5,
+    'scales': {site: 3.5},
     'tokens': 4096,
     'steps': 10,
     'text': {'source': 'embedded', 'sha256': 'ab' * 32},
@@ -89,68 +91,6 @@ def folder(tmp_path):
   return tmp_path / 'out' / MEMBER
 
 
-def _forward(params, x_BD, *, shift=0.0):
-  p = {key: array.astype(np.float64) for key, array in params.items()}
-  z_BF = (x_BD - shift) @ p['W_enc'] + p['b_enc']
-  f_BF = np.maximum(z_BF, 0) * (z_BF > p['threshold'])
-  return f_BF, f_BF @ p['W_dec'] + p['b_dec']
-
-
-# -------------------------------------------------------------------- folding
-
-
-@pytest.mark.parametrize('pre_encoder_bias', [True, False])
-@pytest.mark.parametrize('scale', [0.02, 37.0])
-def test_fold_gives_the_same_sae_on_raw_activations(scale, pre_encoder_bias):
-  params = _params()
-  x_BD = scale * np.random.default_rng(1).normal(size=(500, D))
-  shift = params['b_dec'].astype(np.float64) if pre_encoder_bias else 0.0
-  f_BF, x_hat_BD = _forward(params, x_BD / scale, shift=shift)
-  folded = release.fold(params, scale, pre_encoder_bias=pre_encoder_bias)
-  g_BF, y_hat_BD = _forward(folded, x_BD)
-  assert (f_BF > 0).mean() > 0.1
-  np.testing.assert_allclose(g_BF, scale * f_BF, atol=2e-6 * scale)
-  np.testing.assert_allclose(y_hat_BD, scale * x_hat_BD, atol=1e-5 * scale)
-  assert all(array.dtype == np.float32 for array in folded.values())
-  for key in ('W_enc', 'W_dec'):
-    np.testing.assert_array_equal(folded[key], params[key])
-
-
-@pytest.mark.parametrize('scale', [0.0, -1.0, float('nan'), float('inf')])
-def test_fold_refuses_a_scale_that_is_none(scale):
-  with pytest.raises(release.ReleaseError, match='above 0'):
-    release.fold(_params(), scale)
-
-
-def test_fold_decoder_norm_is_exact_and_gives_unit_rows():
-  params = _params()
-  stretch_F = np.geomspace(1e-30, 1e3, F).astype(np.float32)
-  params['W_dec'] *= stretch_F[:, None]
-  params['W_enc'] /= stretch_F
-  params['b_enc'] /= stretch_F
-  params['threshold'] /= stretch_F
-  unit = release.fold_decoder_norm(params)
-  np.testing.assert_allclose(
-    np.linalg.norm(unit['W_dec'], axis=1), 1, rtol=1e-6
-  )
-  x_BD = np.random.default_rng(1).normal(size=(200, D))
-  before, after = _forward(params, x_BD)[1], _forward(unit, x_BD)[1]
-  np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
-
-
-def test_fold_decoder_norm_silences_a_latent_that_writes_nothing():
-  params = _params()
-  params['W_dec'][3] = 0
-  unit = release.fold_decoder_norm(params)
-  x_BD = np.random.default_rng(1).normal(size=(200, D))
-  before, after = _forward(params, x_BD), _forward(unit, x_BD)
-  assert before[0][:, 3].any() and not after[0][:, 3].any()
-  np.testing.assert_allclose(after[1], before[1], atol=1e-5)
-  np.testing.assert_allclose(
-    np.linalg.norm(unit['W_dec'], axis=1), 1, rtol=1e-6
-  )
-
-
 # ----------------------------------------------------------------- round trip
 
 
@@ -174,16 +114,6 @@ def test_round_trip_is_exact_in_the_papers_form(tmp_path):
     assert plain['W_dec'].shape == (F, D)
 
 
-def test_transcoder_with_a_skip_round_trips(tmp_path):
-  params = _params(d_out=6) | {'W_skip': np.ones((D, 6), np.float32)}
-  card = _card(site='mlp_in/0', d_out=6)
-  release.save(tmp_path / 'out', [(params, card, None)])
-  (member,) = release.load_all(tmp_path / 'out')
-  assert member.metrics is None
-  assert member.path == 'mlp_in/layer_0/width_24/unmeasured_l0_5'
-  assert member.load()['W_skip'].shape == (D, 6)
-
-
 def test_equal_members_give_equal_files_and_are_not_written_twice(tmp_path):
   members = [
     (_params(i), _card(seed=i), _metrics(l0=5 + 10 * i)) for i in range(2)
@@ -205,8 +135,8 @@ def test_equal_names_are_told_apart(tmp_path):
   members = [
     (_params(0), _card(seed=0), _metrics()),
     (_params(1), _card(seed=1), _metrics()),
-    (_params(2), _card(seed=1, architecture='relu'), _metrics()),
-    (_params(3), _card(seed=1, architecture='relu'), _metrics(5.1)),
+    (_params(2), _card(seed=1), _metrics(5.3)),
+    (_params(3), _card(seed=1), _metrics(5.4)),
   ]
   release.save(tmp_path / 'out', members)
   found = release.load_all(tmp_path / 'out')
@@ -216,6 +146,23 @@ def test_equal_names_are_told_apart(tmp_path):
     f'{MEMBER}_2': 1,
     f'{MEMBER}_3': 1,
   }
+
+
+def test_several_architectures_are_told_apart(tmp_path):
+  names = ('jumprelu', 'matryoshka_batch_topk')
+  members = [
+    (_params(i), _card(architecture=name), _metrics())
+    for i, name in enumerate(names)
+  ]
+  release.save(tmp_path / 'out', members)
+  found = release.load_all(tmp_path / 'out')
+  assert [member.path for member in found] == [
+    f'{MEMBER}_{name}' for name in names
+  ]
+  for member, (params, _, _) in zip(found, members, strict=True):
+    np.testing.assert_array_equal(member.load()['W_enc'], params['W_enc'])
+  lines = release.table([(m.card, m.metrics) for m in found]).split('\n')
+  assert 'architecture' in lines[0] and 'batch_topk' in lines[3]
 
 
 def test_a_number_that_is_not_finite_is_written_as_null(tmp_path):
@@ -237,7 +184,7 @@ def test_three_lines_load_without_jax(folder):
     sys.meta_path.insert(0, Refuse())
     from gemma_scope import release
     params, card = release.load({str(folder)!r})
-    print(params['W_enc'].shape, card['site'])
+    print(params['W_enc'].shape, *card['sites'])
     assert not [m for m in sys.modules if m.startswith('gemma_scope.tr')]
   """
   done = _python(code)
@@ -333,7 +280,7 @@ def test_a_damaged_release_is_mended_when_asked(tmp_path):
     (lambda p, c: p.update(extra=p['b_dec']), 'extra'),
     (lambda p, c: c.update(d_in=2304), 'd_in = 2304'),
     (lambda p, c: c.update(width=True), 'whole number'),
-    (lambda p, c: c.update(site='../../etc'), 'names no site'),
+    (lambda p, c: c.update(sites=['../../etc']), 'which is no site|written kind'),
     (lambda p, c: c.update(text=object()), 'numbers, words'),
   ],
 )
@@ -666,7 +613,7 @@ def test_hostile_names_in_a_manifest_are_refused(folder, name):
     (lambda m: m['files']['README.md'].update(bytes='1'), 'no size and SHA'),
     (lambda m: m['members'].append(m['members'][0]), 'twice'),
     (lambda m: m['members'].append([]), 'names a member'),
-    (lambda m: m.update(version=2), 'version'),
+    (lambda m: m.update(version=1), 'version'),
     (lambda m: m.update(format='other'), 'not the manifest'),
     (lambda m: m.update(members={}), 'lacks its lists'),
   ],

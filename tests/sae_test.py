@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope import objectives, sae
+from gemma_scope import activation_functions as functions
+from gemma_scope import architectures, config, objectives, sae
 
 D, F, B = 8, 16, 64
 
 
 def make(module=None, seed=0):
-  module = module or sae.JumpReLU(D, F, bandwidth=0.1, initial_threshold=0.2)
+  module = module or architectures.JumpReLU(
+    D, D, F, bandwidth=0.1, initial_threshold=0.2
+  )
   x_BD = jax.random.normal(jax.random.key(seed), (B, D)) / D**0.5
   return module, module.init(jax.random.key(1), x_BD)['params'], x_BD
+
+
+def loss(module, params, x_BD, penalty, value, **options):
+  """The loss of an SAE with one penalty at full strength."""
+  objective = objectives.Objective(penalty, **options)
+  one = jnp.float32(1)
+  dead_F = jnp.zeros(F, bool)
+  return objectives.loss(
+      module, objective, params, x_BD, x_BD, jnp.float32(value), one, one,
+      dead_F,
+  )  # fmt: skip
 
 
 def test_jumprelu_is_zero_at_its_threshold():
   z = jnp.array([[-1.0, 0.1999, 0.2, 0.2001, 3.0]])
   theta = jnp.full((5,), 0.2)
-  assert sae.jumprelu(z, theta, 0.1)[0].tolist() == [0, 0, 0, z[0, 3], 3]
-  assert sae.step(z, theta, 0.1)[0].tolist() == [0, 0, 0, 1, 1]
+  assert functions.jumprelu(z, theta, 0.1)[0].tolist() == [0, 0, 0, z[0, 3], 3]
+  assert functions.step(z, theta, 0.1)[0].tolist() == [0, 0, 0, 1, 1]
 
 
 def test_threshold_gradient_estimates_the_expected_losss_slope():
@@ -35,8 +51,8 @@ def test_threshold_gradient_estimates_the_expected_losss_slope():
 
   def loss(theta):
     z = x + 0.1
-    f = sae.jumprelu(z, theta, eps)
-    l0 = jnp.mean(jnp.sum(sae.step(z, theta, eps), -1))
+    f = functions.jumprelu(z, theta, eps)
+    l0 = jnp.mean(jnp.sum(functions.step(z, theta, eps), -1))
     return jnp.mean(jnp.sum((target - w * f) ** 2, -1)) + lam * l0
 
   theta, h = jnp.array([0.4]), 0.02
@@ -49,18 +65,18 @@ def test_estimators_read_z_and_not_the_value_after_the_jump():
   """Rows just below theta count: half of the window lies there."""
   z = jnp.array([[0.39], [0.41]])  # one on each side, both in the window
   theta, eps = jnp.array([0.4]), 0.05
-  slope = jax.grad(lambda t: jnp.sum(sae.step(z, t, eps)))(theta)
+  slope = jax.grad(lambda t: jnp.sum(functions.step(z, t, eps)))(theta)
   np.testing.assert_allclose(slope, [-2 / eps], rtol=1e-6)
-  slope = jax.grad(lambda t: jnp.sum(sae.jumprelu(z, t, eps)))(theta)
+  slope = jax.grad(lambda t: jnp.sum(functions.jumprelu(z, t, eps)))(theta)
   np.testing.assert_allclose(slope, [-2 * 0.4 / eps], rtol=1e-6)
 
 
 def test_gradient_of_step_in_z_is_zero_and_of_jumprelu_the_true_one():
   z = jnp.array([[0.1, 0.39, 0.41, 2.0]])
   theta = jnp.full((4,), 0.4)
-  g = jax.grad(lambda z: jnp.sum(sae.step(z, theta, 0.05)))(z)
+  g = jax.grad(lambda z: jnp.sum(functions.step(z, theta, 0.05)))(z)
   assert not np.any(g)
-  g = jax.grad(lambda z: jnp.sum(sae.jumprelu(z, theta, 0.05)))(z)
+  g = jax.grad(lambda z: jnp.sum(functions.jumprelu(z, theta, 0.05)))(z)
   assert g.tolist() == [[0, 0, 1, 1]]
 
 
@@ -69,7 +85,7 @@ def test_sparsity_reaches_thresholds_alone():
 
   def penalty(params):
     bound = module.bind({'params': params})
-    return jnp.sum(bound.active(bound.pre_activations(x_BD)))
+    return jnp.sum(bound.latents(x_BD).active_BF)
 
   gradient = jax.grad(penalty)(params)
   assert np.any(gradient.pop('log_threshold'))
@@ -81,10 +97,8 @@ def test_loss_and_gradient_match_independent_numpy():
   """Every gradient of the whole loss, written out by hand in float64."""
   module, params, x_BD = make()
   lam, eps = 0.01, 0.1
-  setting = objectives.sparsity('l0', lam)
   (value, _), gradient = jax.value_and_grad(
-    lambda p: objectives.loss(module, p, x_BD, setting, jnp.float32(1)),
-    has_aux=True,
+    lambda p: loss(module, p, x_BD, 'l0', lam), has_aux=True
   )(params)
   p = {k: np.asarray(v, np.float64) for k, v in params.items()}
   x = np.asarray(x_BD, np.float64)
@@ -121,7 +135,7 @@ def test_initial_parameters():
 
 
 def test_raw_threshold_trains_theta_itself_and_never_acts_below_zero():
-  module = sae.JumpReLU(D, F, bandwidth=0.1, log_threshold=False)
+  module = architectures.JumpReLU(D, D, F, bandwidth=0.1, log_threshold=False)
   _, params, _ = make(module)
   assert 'threshold' in params and 'log_threshold' not in params
   params['threshold'] = params['threshold'].at[0].set(-1.0)
@@ -129,37 +143,40 @@ def test_raw_threshold_trains_theta_itself_and_never_acts_below_zero():
 
 
 def test_thresholds_stay_float32_under_bfloat16_matmuls():
-  module = sae.JumpReLU(D, F, matmul_dtype='bfloat16', initial_threshold=0.2)
+  module = architectures.JumpReLU(
+    D, D, F, matmul_dtype='bfloat16', initial_threshold=0.2
+  )
   _, params, x_BD = make(module)
   assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(params))
   bound = module.bind({'params': params})
   z_BF = bound.pre_activations(x_BD)
-  assert z_BF.dtype == jnp.float32 and bound.decode(z_BF).dtype == jnp.float32
-  exact = sae.JumpReLU(D, F, initial_threshold=0.2).bind({'params': params})
+  assert z_BF.dtype == jnp.float32 and bound.write(z_BF).dtype == jnp.float32
+  exact = architectures.JumpReLU(D, D, F, initial_threshold=0.2).bind(
+    {'params': params}
+  )
   np.testing.assert_allclose(z_BF, exact.pre_activations(x_BD), atol=0.02)
   assert np.any(z_BF != exact.pre_activations(x_BD))
 
 
 def test_without_pre_encoder_bias_b_dec_leaves_the_encoder_alone():
-  module = sae.JumpReLU(D, F, pre_encoder_bias=False)
+  module = architectures.JumpReLU(D, D, F, pre_encoder_bias=False)
   _, params, x_BD = make(module)
   moved = {**params, 'b_dec': params['b_dec'] + 1}
   np.testing.assert_array_equal(
-    module.bind({'params': params}).encode(x_BD),
-    module.bind({'params': moved}).encode(x_BD),
+    module.bind({'params': params}).latents(x_BD).f_BF,
+    module.bind({'params': moved}).latents(x_BD).f_BF,
   )
 
 
 def test_relu_baseline():
-  module = sae.ReLU(D, F)
+  module = architectures.ReLU(D, D, F)
   _, params, x_BD = make(module)
   bound = module.bind({'params': params})
-  f_BF = bound.encode(x_BD)
+  f_BF = bound.latents(x_BD).f_BF
   np.testing.assert_array_equal(
     f_BF, jnp.maximum(bound.pre_activations(x_BD), 0)
   )
-  setting = objectives.sparsity('l1', 0.3)
-  total, terms = objectives.loss(module, params, x_BD, setting, jnp.float32(1))
+  total, terms = loss(module, params, x_BD, 'l1', 0.3)
   expected = terms.squared_error + 0.3 * jnp.mean(jnp.sum(f_BF, -1))
   np.testing.assert_allclose(total, expected, rtol=1e-6)
 
@@ -170,26 +187,107 @@ def test_released_encode_and_decode_are_the_modules_own():
   flat = {**params, 'threshold': bound.threshold()}
   centred = x_BD - params['b_dec']
   np.testing.assert_allclose(
-    sae.encode(flat, centred), bound.encode(x_BD), rtol=1e-6
+    sae.encode(flat, centred), bound.latents(x_BD).f_BF, rtol=1e-6
   )
   np.testing.assert_allclose(
-    sae.decode(flat, bound.encode(x_BD)), bound(x_BD), rtol=1e-6
+    sae.decode(flat, bound.latents(x_BD).f_BF), bound(x_BD), rtol=1e-5
   )
 
 
 @pytest.mark.parametrize('target', [4.0, 12.0])
 def test_target_term_is_zero_at_its_target_and_quadratic(target):
   module, params, x_BD = make()
-  one = jnp.float32(1)
-  setting = objectives.sparsity('target_l0', target, strength=2.0)
-  total, terms = objectives.loss(module, params, x_BD, setting, one)
+  total, terms = loss(module, params, x_BD, 'target_l0', target, strength=2.0)
   penalty = total - terms.squared_error
   np.testing.assert_allclose(
     penalty, 2.0 * (terms.l0 / target - 1) ** 2, rtol=1e-4
   )
-  at_target = setting._replace(target_l0=terms.l0)
-  total, terms = objectives.loss(module, params, x_BD, at_target, one)
+  total, terms = loss(module, params, x_BD, 'target_l0', float(terms.l0))
   np.testing.assert_allclose(total, terms.squared_error, rtol=1e-6)
+
+
+@pytest.mark.parametrize('penalty', config.ARCHITECTURES['jumprelu'])
+def test_penalties_are_their_formulas(penalty):
+  """The forms of the papers, written out in numpy on the same latents."""
+  module, params, x_BD = make()
+  params['W_dec'] = params['W_dec'] * 1.5
+  free = dataclasses.replace(module, unit_decoder=False)
+  f = np.asarray(module.bind({'params': params}).latents(x_BD).f_BF)
+  p = (f > 0).mean(0)
+  l0, value, norm = p.sum(), 3.0, 1.5
+  expected = {
+    'l0': value * l0,
+    'target_l0': 0.7 * (l0 / value - 1) ** 2,
+    'quadratic_l0': 0.7 * 2.0 / value * (l0 - value) ** 2,
+    'quadratic_frequency': value * (p * (1 + p / 0.2)).sum(),
+    'tanh': value * np.tanh(4 * f * norm).sum(1).mean(),
+  }[penalty]
+  total, terms = loss(free, params, x_BD, penalty, value, strength=0.7, p0=0.2)
+  np.testing.assert_allclose(
+    total - terms.squared_error, expected, rtol=1e-4, atol=1e-5
+  )
+
+
+def test_the_frequency_penalty_falls_on_the_excess_alone():
+  module, params, x_BD = make()
+  fired = (module.bind({'params': params}).latents(x_BD).f_BF > 0).mean(0)
+  limit = float(jnp.sort(fired)[F // 2])
+  total, terms = loss(
+    module, params, x_BD, 'l0', 0.0, frequency=3.0, frequency_limit=limit
+  )
+  expected = 3.0 * np.maximum(np.asarray(fired) - limit, 0).sum()
+  np.testing.assert_allclose(total - terms.squared_error, expected, rtol=1e-4)
+  gradient = jax.grad(
+    lambda p: (
+      loss(module, p, x_BD, 'l0', 0.0, frequency=3.0, frequency_limit=limit)[0]
+      - loss(module, p, x_BD, 'l0', 0.0)[0]
+    )
+  )(params)
+  moved = np.asarray(gradient['log_threshold']) != 0
+  assert moved.any() and not moved[np.asarray(fired) <= limit].any()
+
+
+def test_ste_to_input_moves_z_against_theta():
+  """Anthropic's: what raises theta lowers z (its true gradient beside)."""
+  z, theta = jnp.array([[0.39], [0.41], [2.0]]), jnp.array([0.4])
+
+  def total(z, theta, to_input):
+    f = functions.jumprelu(z, theta, 0.05, to_input)
+    return jnp.sum(f) + 3 * jnp.sum(functions.step(z, theta, 0.05, to_input))
+
+  dz, dtheta = jax.grad(total, (0, 1))(z, theta, True)
+  jump = (0.4 + 3) / 0.05
+  np.testing.assert_allclose(dz[:, 0], [jump, 1 + jump, 1], rtol=1e-6)
+  np.testing.assert_allclose(dtheta, [-2 * jump], rtol=1e-6)
+  plain, _ = jax.grad(total, (0, 1))(z, theta, False)
+  assert plain[:, 0].tolist() == [0, 1, 1]
+
+
+def test_kth_largest_is_that_of_a_sort():
+  f = jax.nn.relu(jax.random.normal(jax.random.key(0), (40, 30)))
+  f = f.at[0].set(0).at[1, :3].set(f[1, 5])  # fewer than k, and ties
+  descending = np.sort(np.asarray(f), 1)[:, ::-1]
+  for k in (1, 4, 29, 30):
+    found = functions.kth_largest(f, jnp.float32(k), 1)
+    np.testing.assert_array_equal(found[:, 0], descending[:, k - 1])
+  whole = functions.kth_largest(f, jnp.float32(77), (0, 1))
+  assert float(whole[0, 0]) == np.sort(np.asarray(f).ravel())[-77]
+  beyond = functions.kth_largest(f, jnp.float32(31), 1)
+  assert not np.any(beyond)
+
+
+def test_top_k_keeps_k_and_batch_top_k_keeps_k_on_average():
+  z = jax.random.normal(jax.random.key(0), (40, 30))
+  f = functions.top_k(z, jnp.float32(5))
+  assert np.all((f > 0).sum(1) == 5)
+  order = np.argsort(-np.asarray(z), 1)[:, :5]
+  np.testing.assert_array_equal(
+    np.take_along_axis(np.asarray(f), order, 1),
+    np.take_along_axis(np.asarray(z), order, 1),
+  )
+  f, least = functions.batch_top_k(z, jnp.float32(5))
+  assert (f > 0).sum() == 5 * 40
+  assert float(least) == np.asarray(f)[np.asarray(f) > 0].min()
 
 
 def test_projection_and_unit_rows():

@@ -1,0 +1,143 @@
+"""Pre-activations -> latents: the functions that make an SAE sparse.
+
+JumpReLU (arXiv 2407.14435; Gemma Scope, arXiv 2408.05147 equation 3):
+  f = z H(z - theta), theta > 0, H(0) = 0.
+Its gradient in theta is an expectation that a kernel density estimate of z at
+theta replaces: with K(u) = 1 for |u| < 1/2, bandwidth eps,
+  d step(z) / d theta     = -(1/eps)     K((z - theta) / eps)
+  d jumprelu(z) / d theta = -(theta/eps) K((z - theta) / eps)
+Both read z itself, not the value after the jump (that would halve the window).
+`step` has no gradient in z, `jumprelu` the true one, H(z - theta); with
+`to_input` (Anthropic, January 2025) the estimate of the jump flows into z too,
+with the opposite sign.
+
+TopK (arXiv 2406.04093) keeps the k largest positive latents of each row,
+BatchTopK (arXiv 2412.06410) the k B largest of a batch of B rows. Both are one
+threshold, found by bisection on the bits of a float32: counts alone, so that k
+is data, and latents may be sharded without gathering any.
+
+The custom gradients are elementwise on broadcast arrays, so that they survive
+vmap and sharding; the sum over rows is the transpose of the broadcast.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def _window(z, theta, bandwidth):
+  return (jnp.abs(z - theta) < bandwidth / 2).astype(z.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _step(z, theta, bandwidth, to_input):
+  return (z > theta).astype(z.dtype)
+
+
+def _step_forward(z, theta, bandwidth, to_input):
+  return _step(z, theta, bandwidth, to_input), (z, theta)
+
+
+def _step_backward(bandwidth, to_input, saved, g):
+  z, theta = saved
+  jump = g * _window(z, theta, bandwidth) / bandwidth
+  return jump if to_input else jnp.zeros_like(z), -jump
+
+
+_step.defvjp(_step_forward, _step_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _jumprelu(z, theta, bandwidth, to_input):
+  return jnp.where(z > theta, z, 0)
+
+
+def _jumprelu_forward(z, theta, bandwidth, to_input):
+  return _jumprelu(z, theta, bandwidth, to_input), (z, theta)
+
+
+def _jumprelu_backward(bandwidth, to_input, saved, g):
+  z, theta = saved
+  jump = g * _window(z, theta, bandwidth) * theta / bandwidth
+  g_z = jnp.where(z > theta, g, 0)
+  return g_z + jump if to_input else g_z, -jump
+
+
+_jumprelu.defvjp(_jumprelu_forward, _jumprelu_backward)
+
+
+def step(
+  z_BF: jax.Array,
+  theta_F: jax.Array,
+  bandwidth: float,
+  to_input: bool = False,
+) -> jax.Array:
+  """H(z - theta) with the straight-through gradient in theta; [B, F]."""
+  theta_BF = jnp.broadcast_to(theta_F, z_BF.shape)
+  return _step(z_BF, theta_BF, bandwidth, to_input)
+
+
+def jumprelu(
+  z_BF: jax.Array,
+  theta_F: jax.Array,
+  bandwidth: float,
+  to_input: bool = False,
+) -> jax.Array:
+  """z H(z - theta) with the straight-through gradient in theta; [B, F]."""
+  theta_BF = jnp.broadcast_to(theta_F, z_BF.shape)
+  return _jumprelu(z_BF, theta_BF, bandwidth, to_input)
+
+
+def kth_largest(
+  f: jax.Array, k: jax.Array, axes: int | tuple[int, ...]
+) -> jax.Array:
+  """The k-th largest of non-negative float32 values; no gradient.
+
+  Args:
+    f: values >= 0, whose order is that of their bits as integers.
+    k: how many to keep, from 1 (data, not a shape); 0 where there are fewer.
+    axes: to rank over; they stay, with size 1.
+
+  Returns:
+    t with count(f >= t) >= k and count(f > t) < k, exactly: a value of f.
+  """
+  bits = jax.lax.bitcast_convert_type(
+    jax.lax.stop_gradient(f).astype(jnp.float32), jnp.int32
+  )
+
+  def set_bit(i, found):
+    larger = found | (jnp.int32(1) << (30 - i))
+    count = jnp.sum((bits >= larger).astype(jnp.int32), axes, keepdims=True)
+    return jnp.where(count >= k, larger, found)
+
+  start = jnp.zeros_like(jnp.sum(bits, axes, keepdims=True))
+  found = jax.lax.fori_loop(0, 31, set_bit, start)
+  return jax.lax.bitcast_convert_type(found, jnp.float32)
+
+
+def top_k(z_BF: jax.Array, k: jax.Array) -> jax.Array:
+  """The k largest positive entries of each row, others 0; [B, F].
+
+  Axes after the first are ranked together; ties at the last place all stay.
+  """
+  f_BF = jax.nn.relu(z_BF)
+  return _at_least(f_BF, kth_largest(f_BF, k, tuple(range(1, z_BF.ndim))))
+
+
+def batch_top_k(z_BF: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The k B largest positive entries of the batch, and the smallest of them.
+
+  Returns:
+    f [B, F] and the threshold, a scalar.
+  """
+  f_BF = jax.nn.relu(z_BF)
+  total = jnp.round(k * z_BF.shape[0])
+  least = kth_largest(f_BF, total, tuple(range(z_BF.ndim)))
+  return _at_least(f_BF, least), least.reshape(())
+
+
+def _at_least(f_BF, least):
+  return jnp.where(f_BF >= least, f_BF, 0)

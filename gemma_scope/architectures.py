@@ -1,0 +1,161 @@
+"""The architectures: how pre-activations become latents, and are trained to.
+
+Each is an `Autoencoder` with its own `latents`, and knows which released
+parameters act the same: all but TopK are released as a JumpReLU.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gemma_scope import activation_functions as functions
+from gemma_scope import sae
+
+
+class JumpReLU(sae.Autoencoder):
+  """Gemma Scope's SAE: one learned threshold a latent.
+
+  Attributes:
+    bandwidth: eps, the full width of the kernel's window around theta.
+    initial_threshold: theta before training.
+    log_threshold: train log(theta), which keeps theta positive but moves it by
+      a factor of e in 1 / learning rate steps at the least; False trains theta
+      itself, and a theta below 0 acts as 0 (`threshold` clips it).
+    to_input: the estimator's gradient reaches the encoder too.
+  """
+
+  bandwidth: float = 0.001
+  initial_threshold: float = 0.001
+  log_threshold: bool = True
+  to_input: bool = False
+
+  def setup(self):
+    super().setup()
+    # One parameter, whichever way it is trained, always float32.
+    value = self.initial_threshold
+    self.raw_threshold = self.param(
+      'log_threshold' if self.log_threshold else 'threshold',
+      sae.constant(jnp.log(value) if self.log_threshold else value),
+      self.latent_shape,
+    )
+
+  def _threshold(self, params) -> jax.Array:
+    if self.log_threshold:
+      return jnp.exp(params['log_threshold'])
+    return jnp.maximum(params['threshold'], 0)
+
+  def threshold(self) -> jax.Array:
+    """theta [F]."""
+    return self._threshold(self.variables['params'])
+
+  def latents(self, x, k=1.0):
+    z, theta = self.pre_activations(x), self.threshold()
+    f = functions.jumprelu(z, theta, self.bandwidth, self.to_input)
+    active = functions.step(z, theta, self.bandwidth, self.to_input)
+    return sae.Latents(z, f, active, f, theta)
+
+  def released(self, params, theta, k):
+    found = super().released(params, theta, k)
+    return {**found, 'threshold': self._threshold(params)}
+
+  def trainable(self, released):
+    theta = jnp.asarray(released['threshold'])
+    if self.log_threshold:  # a ReLU's 0 has no logarithm
+      theta = jnp.log(jnp.maximum(theta, 1e-6))
+    name = 'log_threshold' if self.log_threshold else 'threshold'
+    return {**super().trainable(released), name: theta}
+
+
+class ReLU(sae.Autoencoder):
+  """f = max(z, 0), made sparse by an L1 penalty (Bricken et al., 2023)."""
+
+  def latents(self, x, k=1.0):
+    z = self.pre_activations(x)
+    f = jax.nn.relu(z)
+    return sae.Latents(z, f, _fires(f), f, jnp.zeros(()))
+
+
+class TopK(sae.Autoencoder):
+  """The k largest latents of a row (arXiv 2406.04093)."""
+
+  def latents(self, x, k):
+    z = self.pre_activations(x)
+    f = functions.top_k(z, k)
+    return sae.Latents(z, f, _fires(f), f, jnp.zeros(()))
+
+  def released(self, params, theta, k):
+    return {**super().released(params, theta, k), 'k': jnp.float32(k)}
+
+
+class BatchTopK(sae.Autoencoder):
+  """The k B largest latents of a batch (arXiv 2412.06410).
+
+  At inference a row must not depend on its batch: a latent fires above the
+  running mean of the smallest value kept, one threshold for all. So it is
+  released, as a JumpReLU.
+  """
+
+  def latents(self, x, k):
+    z = self.pre_activations(x)
+    f, least = functions.batch_top_k(z, k)
+    return sae.Latents(z, f, _fires(f), f, least)
+
+  def released(self, params, theta, k):
+    found = super().released(params, theta, k)
+    return {**found, 'threshold': jnp.full(self.latent_shape, theta)}
+
+
+class Gated(sae.Autoencoder):
+  """A gate says which latents fire, a magnitude how much (arXiv 2404.16014).
+
+    gate = x' W_enc + b_gate        z = exp(r_mag) x' W_enc + b_enc
+    f = relu(z) 1[gate > 0]         x' = x - b_dec in an SAE
+
+  The two share W_enc, so z = exp(r_mag) (gate - b_gate) + b_enc: this is a
+  JumpReLU with weights exp(r_mag) W_enc and threshold
+  b_enc - exp(r_mag) b_gate, and so it is released.
+  """
+
+  def setup(self):
+    super().setup()
+    zeros = nn.initializers.zeros
+    self.b_gate = self.param('b_gate', zeros, self.latent_shape)
+    self.r_mag = self.param('r_mag', zeros, self.latent_shape)
+
+  def latents(self, x, k=1.0):
+    projected = self.project(x)
+    gate = projected + self.b_gate
+    z = jnp.exp(self.r_mag) * projected + self.b_enc
+    f = jnp.where(gate > 0, jax.nn.relu(z), 0)
+    return sae.Latents(z, f, _fires(f), jax.nn.relu(gate), jnp.zeros(()))
+
+  def released(self, params, theta, k):
+    found = super().released(params, theta, k)
+    gain = jnp.exp(params['r_mag'])
+    threshold = params['b_enc'] - gain * params['b_gate']
+    return {
+      **found,
+      'W_enc': params['W_enc'] * gain[..., None, :],
+      'threshold': jnp.maximum(threshold, 0),  # f = relu(z) anyway
+    }
+
+  def trainable(self, released):
+    b_gate = jnp.asarray(released['b_enc'] - released['threshold'])
+    found = super().trainable(released)
+    return {**found, 'b_gate': b_gate, 'r_mag': jnp.zeros_like(b_gate)}
+
+
+def _fires(f):
+  """1 where a latent fires; no gradient."""
+  return (f > 0).astype(f.dtype)
+
+
+ARCHITECTURES = {
+  'jumprelu': JumpReLU,
+  'topk': TopK,
+  'batch_topk': BatchTopK,
+  'gated': Gated,
+  'relu': ReLU,
+}

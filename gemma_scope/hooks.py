@@ -1,0 +1,119 @@
+"""Taps and edits of one forward pass, as a Flax interceptor.
+
+  x -> pre_attention_norm -> attn -> ... -> post_ffw_norm -> x
+       every submodule's call of every block passes through `Hooks.intercept`,
+       which edits and then records the values at the sites asked for
+
+One `Hooks` belongs to one trace: what it recorded are that trace's values.
+Norms and the inputs of attention's scores are computed in float32 here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from gemma_scope import sites
+
+Edit = Callable[[jax.Array], jax.Array]
+
+# Submodule of a block -> the sites of its input and of its output.
+_SITES_OF = {
+  ('pre_attention_norm',): (None, 'attn_in'),
+  ('attn', 'attn_vec_einsum'): ('attn_out', 'attn_raw'),
+  ('post_attention_norm',): (None, 'attn_add'),
+  ('pre_ffw_norm',): ('resid_mid', 'mlp_in'),
+  ('mlp',): (None, 'mlp_raw'),
+  ('post_ffw_norm',): (None, 'mlp_out'),
+}
+_SCORE_INPUTS = ('q_einsum', 'kv_einsum', 'qkv_einsum')
+
+
+class Hooks:
+  """Taps and edits of one trace; made for one forward pass and then dropped.
+
+  Raises:
+    ValueError: a site that this model does not have, or may only be read.
+  """
+
+  def __init__(
+    self,
+    config: sites.Dimensions,
+    taps: Collection[sites.Site],
+    edits: Mapping[sites.Site, Edit],
+  ):
+    self.taps = frozenset(taps)
+    self.edits = dict(edits)
+    self.values: dict[sites.Site, jax.Array] = {}
+    for site in self.taps | set(self.edits):
+      site.check(config)
+    for site in self.edits:
+      if site.kind in sites.READ_ONLY:
+        raise ValueError(f'{site} can be read but not edited.')
+
+  def _visit(self, layer: int, kind: str | None, x):
+    """Edits x [B, T, ...], then records it; other values pass through."""
+    site = sites.Site(layer, kind) if kind else None
+    if site not in self.taps and site not in self.edits:
+      return x
+    x_BTD = x.reshape(*x.shape[:2], -1)
+    if site in self.edits:
+      edited = self.edits[site](x_BTD)
+      if edited.shape != x_BTD.shape:
+        raise ValueError(
+          f'The edit at {site} returned {edited.shape} for {x_BTD.shape}.'
+        )
+      x_BTD = edited.astype(x.dtype)
+    if site in self.taps:
+      self.values[site] = x_BTD
+    return x_BTD.reshape(x.shape)
+
+  def intercept(self, call, args, kwargs, context):
+    """The Flax interceptor: every method call of every submodule comes here."""
+    module = context.module
+    if context.method_name != '__call__':
+      return call(*args, **kwargs)
+    root, *path = module.path or ('',)
+    if not root.startswith('layer_'):
+      return (
+        _norm(module, args[0]) if _is_norm(module) else call(*args, **kwargs)
+      )
+    layer, path = int(root.removeprefix('layer_')), tuple(path)
+    if not path:  # the block itself: (x, positions, cache, mask) -> (cache, x)
+      x_BTD = self._visit(layer, 'resid_pre', args[0])
+      cache, x_BTD = call(x_BTD, *args[1:], **kwargs)
+      return cache, self._visit(layer, 'resid_post', x_BTD)
+    if path == ('mlp',) and type(module).__name__ != 'FeedForward':
+      # `share_scope` gives both einsums inside the MLP the MLP's own path.
+      if module.weight_name == 'linear':
+        args = (args[0], self._visit(layer, 'mlp_hidden', args[1]))
+      return call(*args, **kwargs)
+    before, after = _SITES_OF.get(path, (None, None))
+    if _is_norm(module):
+      x = self._visit(layer, before, args[0])
+      ungained = 'mlp_in_ungained' if after == 'mlp_in' else None
+      visit = functools.partial(self._visit, layer, ungained)
+      return self._visit(layer, after, _norm(module, x, visit))
+    if path[-1] in _SCORE_INPUTS:
+      return call(*args, **kwargs).astype(jnp.float32)
+    if path[-1] == 'attn_vec_einsum':  # (equation, heads [B, T, K, H])
+      heads = args[1].astype(module.get_variable('params', 'w').dtype)
+      args = (args[0], self._visit(layer, before, heads))
+    return self._visit(layer, after, call(*args, **kwargs))
+
+
+def _is_norm(module) -> bool:
+  return type(module).__name__ == 'RMSNorm'
+
+
+def _norm(module, x, visit_ungained=lambda x: x):
+  """Gemma's RMSNorm in float32: x / rms(x) * (1 + scale)."""
+  dtype = x.dtype
+  x = x.astype(jnp.float32)
+  x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
+  x = visit_ungained(x)
+  gain = 1 + module.get_variable('params', 'scale').astype(jnp.float32)
+  return (x * gain).astype(dtype)

@@ -1,0 +1,431 @@
+"""What every architecture and type of SAE must do, one test for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_scope import (
+  architectures,
+  config,
+  fold,
+  mesh,
+  objectives,
+  release,
+  sae,
+  sites,
+  stack,
+)
+
+D, F, B, L = 8, 24, 64, 3
+LOW, HIGH = 2.0, 6.0  # target L0s
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One architecture as one type of SAE."""
+
+  type: str
+  base: str
+  penalty: str
+  values: tuple[float, float] = (LOW, HIGH)  # in the order of rising L0
+  skip: bool = False
+  module: tuple = ()  # further options of the module
+  objective: tuple = ()
+
+  def __str__(self):
+    words = (self.type, self.base, self.penalty)
+    words += ('skip',) * self.skip
+    return '-'.join((*words, *(name for name, _ in self.objective)))
+
+
+JUMP = (('bandwidth', 0.2), ('initial_threshold', 0.1))
+PREFIXES = (('prefixes', (2, 4, 8)),)
+CASES = [
+  *(
+    Case('sae', 'jumprelu', penalty, values, module=JUMP, objective=more)
+    for penalty, values, more in (
+      ('target_l0', (LOW, HIGH), ()),
+      ('target_l0', (LOW, HIGH), PREFIXES),
+      ('quadratic_l0', (LOW, HIGH), (('prefactor', 0.5),)),
+      ('l0', (0.3, 0.0), ()),
+      ('quadratic_frequency', (0.3, 0.0), ()),
+      ('tanh', (1.0, 0.0), (('pre_act', 1e-3),)),
+      ('l0', (0.1, 0.0), (('frequency', 0.1),)),
+    )
+  ),
+  Case('sae', 'topk', 'k'),
+  Case('sae', 'topk', 'k', objective=(('auxk', 1 / 32),)),
+  Case('sae', 'batch_topk', 'k'),
+  Case('sae', 'batch_topk', 'k', objective=PREFIXES),
+  Case('sae', 'gated', 'l1', (1.0, 0.0)),
+  Case('sae', 'gated', 'adaptive_l1'),
+  Case('sae', 'relu', 'l1', (1.0, 0.0)),
+  Case('sae', 'relu', 'adaptive_l1'),
+  Case('sae', 'relu', 'l1', (1.0, 0.0), module=(('unit_decoder', False),)),
+  Case('transcoder', 'jumprelu', 'target_l0', module=JUMP),
+  Case('transcoder', 'batch_topk', 'k', skip=True),
+  Case('transcoder', 'topk', 'k'),
+  Case('crosscoder', 'jumprelu', 'target_l0', module=JUMP),
+  Case('crosscoder', 'jumprelu', 'target_l0', module=JUMP, objective=PREFIXES),
+  Case('crosscoder', 'batch_topk', 'k'),
+  Case('crosscoder', 'topk', 'k', objective=(('auxk', 1 / 32),)),
+  Case('clt', 'jumprelu', 'target_l0', module=JUMP, skip=True),
+  Case('clt', 'batch_topk', 'k'),
+]
+every_case = pytest.mark.parametrize('case', CASES, ids=str)
+
+
+def build(case: Case, values=None, seeds=(0, 1), reads=(0, 1), **more):
+  """The stack of a case; single-site members read site 0 and 1."""
+  several = case.type in ('crosscoder', 'clt')
+  own = case.type in ('sae', 'crosscoder')
+  values = values or case.values
+  module = architectures.ARCHITECTURES[case.base](
+      d_in=D, d_out=D, width=F, layers=L if several else 0,
+      pre_encoder_bias=own, tied=own, skip=case.skip, **dict(case.module),
+  )  # fmt: skip
+  objective = objectives.Objective(case.penalty, **dict(case.objective))
+  if 'prefixes' in dict(case.objective) and not several:
+    objective = dataclasses.replace(objective, prefixes=(6, 12, 24))
+  at = [list(range(L))] * len(values) if several else list(reads)
+  setting = stack.Setting(
+    jnp.array(values), jnp.full((len(values),), 0.02), *[jnp.array(at)] * 2
+  )
+  optimizer = stack.Optimizer(
+      b2=0.9, eps=1e-8, clip=0.0, warm_up=5, decay=0, sparsity_warm_up=10,
+      threshold_rate=2.0, steps=200, dead_after=4 * B, theta_decay=0.9,
+      adaptive_rate=0.1, **more,
+  )  # fmt: skip
+  kinds = ('resid_post',) * 2 if own else ('mlp_in', 'mlp_out')
+  places = [tuple(sites.Site(n, kind) for n in range(L)) for kind in kinds]
+  return stack.Stack(module, objective, *places, setting, seeds, optimizer)
+
+
+@functools.cache
+def data(steps=1):
+  """x_NBD and y_NBD of each step: the sparse sums of a few directions."""
+  keys = jax.random.split(jax.random.key(7), 3)
+  made_of = jax.random.normal(keys[0], (2, L, 12, D))
+  weights = jax.random.uniform(keys[1], (steps, B, 12))
+  on = jax.random.bernoulli(keys[2], 0.2, weights.shape)
+  x, y = jnp.einsum('sbg,inGd->isnbd'.replace('G', 'g'), weights * on, made_of)
+  scale = lambda x: x / jnp.sqrt(jnp.mean(jnp.sum(x**2, -1)))  # noqa: E731
+  return scale(x), scale(y)
+
+
+def inputs(case: Case, step=0, steps=1):
+  x, y = data(steps)
+  return x[step], x[step] if case.type in ('sae', 'crosscoder') else y[step]
+
+
+@functools.cache
+def compiled(case: Case, **options):
+  """The stack of a case, its initial state and its compiled step."""
+  one = build(case, **options)
+  state = jax.jit(one.init)(jax.random.key(0))
+  return one, state, jax.jit(one.step)
+
+
+KEY = jax.random.key(1)
+
+
+@functools.cache
+def train(case: Case, steps: int, **options):
+  """State and L0s after some steps."""
+  one, state, step = compiled(case, **options)
+  l0 = []
+  for i in range(steps):
+    x, y = inputs(case, i % 20, 20)
+    state, metrics = step(state, x, y, jnp.int32(i), KEY)
+    l0.append(metrics['l0'])
+  return one, state, np.asarray(l0)
+
+
+def rows_of(case: Case, index=0):
+  """x and y of one member: [B, D], or [B, L, D]."""
+  x, y = inputs(case)
+  if case.type in ('crosscoder', 'clt'):
+    return jnp.swapaxes(x, 0, 1), jnp.swapaxes(y, 0, 1)
+  return x[index], y[index]
+
+
+def member(state, index=0):
+  """Parameters of one member, with biases that are not zero."""
+  params = {name: p[index] for name, p in state.params.items()}
+  for i, name in enumerate(('b_enc', 'b_dec', 'b_gate', 'r_mag')):
+    if name in params:
+      noise = jax.random.normal(jax.random.key(i), params[name].shape)
+      params[name] = params[name] + 0.05 * noise
+  return params
+
+
+@every_case
+def test_shapes_and_forward_is_decode_of_encode(case):
+  one, state, _ = compiled(case)
+  params = member(state)
+  bound = one.module.bind({'params': params})
+  x, y = rows_of(case)
+  latents = bound.latents(x, HIGH)
+  assert latents.f_BF.shape == (B, *one.module.latent_shape)
+  assert np.prod(one.module.latent_shape) == F
+  y_hat = bound.write(latents.f_BF) + bound.offset(x)
+  assert y_hat.shape == y.shape
+  np.testing.assert_array_equal(bound(x, HIGH), y_hat)
+  np.testing.assert_array_equal(latents.active_BF, latents.f_BF > 0)
+  halves = [slice(0, 3), slice(3, None)]
+  parts = sum(bound.write(latents.f_BF, part) for part in halves)
+  np.testing.assert_allclose(
+    parts, bound.write(latents.f_BF), rtol=1e-5, atol=1e-6
+  )
+
+
+@every_case
+def test_released_is_the_module_on_raw_activations(case, tmp_path):
+  """Trained, folded, written, read back: the same function of 37 x."""
+  one, state, _ = train(case, 12)
+  state = state.replace(
+    params={
+      name: p + 0.01 if name in ('b_enc', 'b_dec') else p
+      for name, p in state.params.items()
+    }
+  )
+  x, _ = rows_of(case)
+  bound = one.module.bind(
+    {'params': {n: p[0] for n, p in state.params.items()}}
+  )
+  f = bound.latents(x, case.values[0]).f_BF
+  if case.base == 'batch_topk':
+    z = bound.pre_activations(x)
+    f = jnp.where(z > state.theta[0], z, 0)
+  y_hat = bound.write(f) + bound.offset(x)
+  several = one.module.layers > 0
+  scales_in = [37.0, 3.0, 110.0][: L if several else 1]
+  own = case.type in ('sae', 'crosscoder')
+  scales_out = scales_in if own else [5.0, 41.0, 0.6][: len(scales_in)]
+  params = {n: np.asarray(p) for n, p in one.member_params(state, 0).items()}
+  params = fold.fold(
+    params, scales_in, scales_out, pre_encoder_bias=one.module.pre_encoder_bias
+  )
+  if not one.module.unit_decoder:
+    params = fold.fold_decoder_norm(params)
+  kinds = ('resid_post',) * 2 if own else ('mlp_in', 'mlp_out')
+  layers = range(len(scales_in))
+  card = {
+    'name': str(case),
+    'type': case.type,
+    'sites': [f'{kinds[0]}/{n}' for n in layers],
+    'targets': [f'{kinds[1]}/{n}' for n in layers],
+    'architecture': case.base,
+    'd_in': D,
+    'd_out': D,
+    'width': F,
+    'seed': 0,
+  }
+  release.save(tmp_path / 'release', [(params, card, None)])
+  (loaded,) = release.load_all(tmp_path / 'release')
+  read = loaded.load()
+  assert set(read) == set(params)
+  for name, value in read.items():
+    np.testing.assert_array_equal(value, params[name], err_msg=name)
+  shape = (-1, 1) if several else (-1,)
+  raw = x * np.reshape(scales_in, shape)
+  found = sae.decode(read, sae.encode(read, raw), raw)
+  np.testing.assert_allclose(
+    found / np.reshape(scales_out, shape), y_hat, rtol=2e-4, atol=2e-5
+  )
+
+
+@every_case
+def test_a_stack_is_its_members_trained_apart(case):
+  _, together, _ = train(case, 6)
+  _, alone, _ = train(case, 6, values=case.values[1:], seeds=(1,), reads=(1,))
+  for a, b in zip(
+    jax.tree.leaves(together), jax.tree.leaves(alone), strict=True
+  ):
+    np.testing.assert_allclose(a[1], b[0], rtol=2e-3, atol=2e-4)
+
+
+@every_case
+def test_sharded_is_unsharded(case):
+  _, expected, _ = train(case, 4)
+  place = mesh.make({'sae': 2, 'data': 2, 'latent': 2})
+  one, state, _ = compiled(case)
+  shardings = one.shardings(place)
+  state = jax.device_put(state, shardings)
+  on_rows = mesh.place(place, None, 'data', None)
+  step = jax.jit(one.step, out_shardings=(shardings, None))
+  for i in range(4):
+    x, y = (jax.device_put(v, on_rows) for v in inputs(case, i, 20))
+    state, _ = step(state, x, y, jnp.int32(i), KEY)
+  spec = state.params['W_enc'].sharding.spec
+  assert spec[0] == 'sae' and spec[-1] == 'latent'
+  for a, b in zip(
+    jax.tree.leaves(expected), jax.tree.leaves(state), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+
+
+@every_case
+def test_gradient_is_the_slope_of_the_loss(case):
+  """Where no latent changes sides: estimators of jumps have their own tests."""
+  one, state, _ = compiled(case)
+  params = member(state)
+  x, y = (rows[:16] for rows in rows_of(case))  # few, or some latent flips
+  dead = jax.random.bernoulli(jax.random.key(3), 0.3, one.module.latent_shape)
+  k = jnp.float32(case.values[0] or 0.1)
+
+  @jax.jit
+  def loss(moved):
+    total, _ = objectives.loss(
+        one.module, one.objective, {**params, **moved}, x, y, k,
+        jnp.float32(0.1), jnp.float32(1), dead,
+    )  # fmt: skip
+    return total
+
+  @jax.jit
+  def active(moved):
+    bound = one.module.bind({'params': {**params, **moved}})
+    latents = bound.latents(x, k)
+    return latents.active_BF, latents.z_BF > 0, latents.z_BF > latents.theta
+
+  gradient, h = jax.grad(loss)(params), 5e-4
+  frozen = {'log_threshold'}
+  if case.base == 'gated':  # its gate's error does not reach the decoder
+    frozen |= {'W_dec', 'b_dec'}
+  if 'auxk' in dict(case.objective):  # the error it explains is held still
+    frozen |= {'W_dec', 'b_dec', 'W_enc', 'b_enc'}
+  for name in sorted(set(params) - frozen):
+    for seed in range(30):
+      direction = jax.random.normal(jax.random.key(seed), params[name].shape)
+      if name == 'W_dec':
+        direction *= params[name] != 0
+      direction /= jnp.linalg.norm(direction)
+      up, down = ({name: params[name] + s * h * direction} for s in (1, -1))
+      if jax.tree.all(jax.tree.map(np.array_equal, active(up), active(down))):
+        break
+    else:
+      raise AssertionError(f'no direction of {name} keeps the active set')
+    slope = float(jnp.sum(gradient[name] * direction))
+    difference = float(loss(up) - loss(down)) / (2 * h)
+    rounding = 2e-7 * float(loss(up)) / h
+    assert slope == pytest.approx(difference, rel=0.03, abs=4e-3 + rounding), (
+      name
+    )
+
+
+@pytest.mark.parametrize('type_', ['sae', 'crosscoder'])
+def test_auxk_explains_the_error_by_dead_latents_alone(type_):
+  """Its gradient, against the term written out with the error as data."""
+  case = Case(type_, 'topk', 'k', objective=(('auxk', 0.5),))
+  one, state, _ = compiled(case)
+  params = member(state)
+  x, y = rows_of(case)
+  dead = jax.random.bernoulli(jax.random.key(3), 0.3, one.module.latent_shape)
+  args = x, y, jnp.float32(LOW), jnp.float32(0.1), jnp.float32(1), dead
+
+  def loss(params, coefficient):
+    objective = dataclasses.replace(one.objective, auxk=coefficient)
+    return objectives.loss(one.module, objective, params, *args)[0]
+
+  found = jax.grad(lambda p: loss(p, 0.5) - loss(p, 0.0))(params)
+  bound = one.module.bind({'params': params})
+  error = np.asarray(y - bound(x, LOW))
+  axes = tuple(range(1, x.ndim))
+
+  def by_hand(params):
+    bound = one.module.bind({'params': params})
+    f = jnp.where(dead, jax.nn.relu(bound.pre_activations(x)), 0)
+    kept = min(int(dead.sum()), D // 2)
+    order = jnp.sort(f.reshape(B, -1), -1)[:, -kept]
+    f = jnp.where(f >= order.reshape(-1, *(1,) * len(axes)), f, 0)
+    left = jnp.mean(jnp.sum((error - bound.write(f)) ** 2, axes))
+    return 0.5 * left / np.mean(np.sum((error - error.mean(0)) ** 2, axes))
+
+  expected = jax.grad(by_hand)(params)
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-5)
+  alive = ~np.asarray(dead)
+  assert not np.any(np.asarray(found['b_enc'])[alive])
+  assert np.any(np.asarray(found['b_enc'])[~alive])
+
+
+@every_case
+def test_its_setting_moves_l0(case):
+  _, state, l0 = train(case, 120)
+  low, high = l0[-20:].mean(0)
+  assert low < high - 0.5, (low, high)
+  if case.penalty in ('k', 'adaptive_l1', 'target_l0', 'quadratic_l0'):
+    np.testing.assert_allclose([low, high], case.values, rtol=0.25)
+
+
+def killed(state, silent=0):
+  """The state with the first four latents (of each layer) never to fire."""
+  params = dict(state.params)
+  for name in ('b_enc', 'b_gate'):
+    if name in params:
+      params[name] = params[name].at[..., :4].set(-100.0)
+  silent_tokens = state.silent_tokens.at[..., :4].set(silent)
+  return state.replace(params=params, silent_tokens=silent_tokens)
+
+
+@every_case
+def test_dead_latents_are_counted_in_tokens(case):
+  _, state, step = compiled(case)
+  state = killed(state)
+  for i in range(5):
+    x, y = inputs(case, i, 20)
+    state, metrics = step(state, x, y, jnp.int32(i), KEY)
+  silent = state.silent_tokens[..., :4]
+  assert np.all(np.asarray(silent) == 5 * B)
+  assert np.all(metrics['dead'] >= silent[0].size / F - 1e-6)
+
+
+@every_case
+def test_layers_write_to_no_earlier_layer(case):
+  if case.type not in ('crosscoder', 'clt'):
+    pytest.skip('one layer')
+  one, state, _ = train(case, 6)
+  params = {name: p[0] for name, p in state.params.items()}
+  earlier = np.tril(np.ones((L, L)), -1).astype(bool)
+  assert not np.any(np.asarray(params['W_dec'])[earlier])
+  if case.base == 'jumprelu':  # TopK's layers compete for their places
+    x, _ = rows_of(case)
+    bound = one.module.bind({'params': params})
+    moved = bound(x.at[:, 2].add(1.0)) - bound(x)
+    assert not np.any(moved[:, :2]) and np.any(moved[:, 2])
+
+
+@every_case
+def test_resampling_revives_the_dead_and_leaves_the_living(case):
+  _, state, step = compiled(case, resample_every=3)
+  state = killed(state, silent=10 * B)
+  x, y = inputs(case)
+  before, _ = step(state, x, y, jnp.int32(2), KEY)  # not due
+  after, _ = step(state, x, y, jnp.int32(3), KEY)
+  same, _ = compiled(case)[2](state, x, y, jnp.int32(3), KEY)
+  assert np.all(np.asarray(before.params['b_enc'])[..., :4] < -90)
+  assert np.all(np.asarray(after.params['b_enc'])[..., :4] == 0)
+  assert not np.any(np.asarray(after.silent_tokens)[..., :4])
+  for name, value in after.params.items():
+    assert np.all(np.isfinite(value)), name
+    if name not in ('b_dec', 'W_skip', 'W_dec'):
+      np.testing.assert_array_equal(
+        value[..., 4:], same.params[name][..., 4:], err_msg=name
+      )
+  norm = sae.decoder_norm(after.params['W_dec'][0])
+  np.testing.assert_allclose(norm[..., :4], 1, rtol=1e-5)
+  again, _ = step(after, x, y, jnp.int32(4), KEY)
+  fired = np.asarray(again.silent_tokens)[..., :4] == 0
+  assert fired.mean() > 0.1
+
+
+def test_every_architecture_and_type_is_held_to_the_contract():
+  assert {case.base for case in CASES} == set(architectures.ARCHITECTURES)
+  assert {case.base for case in CASES} == set(config.ARCHITECTURES)
+  assert {case.type for case in CASES} == set(config.TYPES)

@@ -103,7 +103,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   train.eps = 1e-8
   train.clip = 0.0  # bound on a member's gradient norm; 0: none
   train.theta_decay = 0.99  # running mean of BatchTopK's threshold
-  train.adaptive_rate = 0.01  # of the L1 coefficient towards a target L0
+  train.adaptive_rate = 0.05  # of the L1 coefficient towards a target L0
   train.dead_after = 100_000  # tokens without firing
   train.resample_every = 0  # steps between resamplings of dead latents
 

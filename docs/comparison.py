@@ -154,36 +154,29 @@ def make_peers(out: pathlib.Path) -> None:
     (out / 'chosen.json').write_text(json.dumps(chosen, indent=1) + '\n')
 
 
+def card_of(name: str) -> dict:
+  return {'name': name, 'type': 'sae', 'sites': [SITE], 'targets': [SITE]}
+
+
 def score(out: pathlib.Path) -> None:
   """Ours and the chosen peers through gemma_scope.evaluate, in one table."""
-  import jax
+  from gemma_scope import pipeline, release, runs
 
-  from gemma_scope import pipeline, release, runs, sae
-
-  config, saes, top = get_config(), [], {}
+  config, saes = get_config(), []
   config.text.store = f'{out}/harvest/tokens'
   for m in release.load_all(out / 'ours' / 'release'):
     name = f'ours, {m.card["sparsity"]["value"]:g}'
-    saes.append((m.load(), {'site': SITE, 'name': name}))
+    saes.append((m.load(), card_of(name)))
   for run in json.loads((out / 'chosen.json').read_text()):
-    card = {'site': SITE, 'name': run['file']}
+    card = card_of(run['file'])
     saes.append((dict(np.load(out / 'peer' / run['file'])), card))
-    if run['kind'] == 'TopK':
-      card = card | {'name': f'{run["file"]}, exact'}
-      top[int(run['value'])] = saes[-1][0], card
-  evaluate = pipeline.evaluate_saes
+    if run['kind'] == 'TopK':  # as trained: the k largest of each row
+      exact = saes[-1][0] | {'k': np.float32(run['value'])}
+      saes.append((exact, card_of(f'{run["file"]}, exact')))
   with runs.Interrupt() as stop:
-    scores = evaluate(config, out, saes, stop, out / 'scores.json')
-    for k, member in top.items():
-
-      def encode(params, x_BD, k=k):  # as trained: the k largest of each row
-        z_BF = jax.nn.relu(x_BD @ params['W_enc'] + params['b_enc'])
-        least_B1 = jax.lax.top_k(z_BF, k)[0][..., -1:]
-        return jax.numpy.where(z_BF >= least_B1, z_BF, 0)
-
-      sae.encode = encode
-      jax.clear_caches()
-      scores |= evaluate(config, out, [member], stop, out / f'top{k}.json')
+    scores = pipeline.evaluate_saes(
+      config, out, saes, stop, out / 'scores.json'
+    )
   for name, m in scores.items():
     figures = [m[key] for key in ('l0', 'fvu', 'delta_loss')]
     cells = ['{value:.4g} [{low:.4g}, {high:.4g}]'.format(**f) for f in figures]

@@ -65,6 +65,7 @@ def write_store(
       'sequences': layout.sequences,
       'lm_batch': layout.lm_batch,
       'dtype': layout.dtype,
+      'share': layout.share,
     },
     'sites': [str(site) for site in source.sites],
     'facts': facts,
@@ -73,8 +74,8 @@ def write_store(
   for key in header:
     if manifest[key] != header[key]:
       raise ValueError(
-        f'{str(folder)!r} holds another activation store: its {key} is '
-        f'{manifest[key]}, and this run wants {header[key]}.'
+        f'{str(folder)!r} holds another activation store: '
+        + _difference(key, manifest[key], header[key])
       )
   for leftover in folder.glob('*.tmp'):
     shutil.rmtree(leftover)
@@ -103,6 +104,17 @@ def write_store(
     report(chunk)
 
 
+def _difference(key: str, found, wanted) -> str:
+  """What two stores do not share, by its name."""
+  if isinstance(found, dict) and isinstance(wanted, dict):
+    for inner in (*found, *wanted):
+      if found.get(inner) != wanted.get(inner):
+        return _difference(
+          f'{key}.{inner}', found.get(inner), wanted.get(inner)
+        )
+  return f'its {key} is {found}, and this run wants {wanted}.'
+
+
 def _to_disk(x: np.ndarray) -> np.ndarray:
   """.npy knows no bfloat16: its bits are kept as uint16."""
   return x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
@@ -129,7 +141,7 @@ def facts(folder: str | os.PathLike[str]) -> dict:
   if not manifest or manifest.get('format') != FORMAT:
     raise ValueError(
       f'No activation store of format {FORMAT} at {str(folder)!r}; '
-      'launch/harvest.py writes one.'
+      'launch/harvest.py and launch/synthetic.py write one.'
     )
   return manifest['facts']
 
@@ -191,7 +203,7 @@ class StoreSource:
       if not intact:
         raise ValueError(
           f'{str(self._folder / name / file)!r} is damaged; delete the folder '
-          f'{name} and run launch/harvest.py again to rewrite it.'
+          f'{name} and run the command that wrote it again.'
         )
       return array
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -45,6 +46,7 @@ class Layout:
     batch: rows a step B.
     lm_batch: sequences a forward pass; divides `sequences`.
     dtype: rows are kept in it, 'float32' or 'bfloat16'.
+    share: of the rows count, about; in chats only the model's replies do.
   """
 
   seq_len: int
@@ -52,13 +54,16 @@ class Layout:
   batch: int
   lm_batch: int
   dtype: str
+  share: float = 1.0
 
   @classmethod
-  def of(cls, *, chunk_rows, seq_len, batch, lm_batch, dtype) -> Layout:
-    """The layout whose chunks hold at least `chunk_rows` rows."""
-    per_pass = lm_batch * (seq_len - 1)
-    passes = -(-max(chunk_rows, batch) // per_pass)
-    return cls(seq_len, passes * lm_batch, batch, lm_batch, dtype)
+  def of(
+    cls, *, chunk_rows, seq_len, batch, lm_batch, dtype, share=1.0
+  ) -> Layout:
+    """The layout whose chunks hold at least `chunk_rows` rows that count."""
+    per_pass = lm_batch * (seq_len - 1) * share
+    passes = math.ceil(max(chunk_rows, batch) / per_pass)
+    return cls(seq_len, passes * lm_batch, batch, lm_batch, dtype, share)
 
   @property
   def rows(self) -> int:
@@ -68,7 +73,7 @@ class Layout:
   @property
   def batches(self) -> int:
     """Batches, that is steps, a chunk."""
-    return self.rows // self.batch
+    return int(self.rows * self.share) // self.batch
 
 
 class Raw(Protocol):

@@ -68,7 +68,7 @@ def special(
 ) -> tokenizers.Special:
   """Tokens whose activations no SAE sees (arXiv 2408.05147 sections 3, 4.5)."""
   ids = tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id
-  return tokenizers.Special(ids, tuple(store.manifest.get('reply', ())))
+  return tokenizers.Special(ids, store.reply)
 
 
 def dimensions(config: ConfigDict) -> sites.Dimensions:
@@ -88,16 +88,16 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
   """Where rows come from, and the facts that a resumed run must agree on."""
   c, a = config.collection, config.activations
   at = config_lib.site_list(config)
-  layout = activations.Layout.of(
-    chunk_rows=a.chunk_rows,
-    seq_len=config.text.seq_len,
-    batch=config.train.batch,
-    lm_batch=a.lm_batch,
-    dtype=a.dtype,
-  )
+  layout = functools.partial(
+      activations.Layout.of, chunk_rows=a.chunk_rows,
+      seq_len=config.text.seq_len, batch=config.train.batch,
+      lm_batch=a.lm_batch, dtype=a.dtype,
+  )  # fmt: skip
   if a.store:
     return _open_store(config, at, layout, report)
   tokenizer, store = open_text(config, workdir, report)
+  sequences = store.sequences(config.text.seq_len)
+  layout = layout(share=store.share)
   report(f'loading {config.lm.name}')
   gemma, params = weights.load(
     config.lm.name,
@@ -106,7 +106,7 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
     mesh=mesh,
     num_layers=max(c.layers) + 1,
   )
-  rows = text.shuffled(store.sequences(config.text.seq_len), config.seed)
+  rows = text.shuffled(sequences, config.seed)
   source = activations.ModelSource(
       gemma, params, at, functools.partial(text.batch, rows), layout, mesh,
       special(tokenizer, store).keep,
@@ -126,6 +126,7 @@ def _open_store(config, at, layout, report):
   store = config.activations.store
   source = activation_store.StoreSource(store, at, config.train.batch)
   found = {'lm.name': source.facts['model'], 'chunks': source.layout}
+  layout = layout(share=source.layout.share)
   wanted = {'lm.name': config.lm.name, 'chunks': layout}
   for field, value in wanted.items():
     if found[field] != value:
@@ -292,5 +293,9 @@ def members(
       }
       if ends := config_lib.prefixes(config, member):
         card['matryoshka'] = list(ends)
+      if module.skip:
+        card['affine'] = True
+      if config.initialise.release:
+        card['initialised_from'] = config.initialise.release
       out.append((params, card))
   return out

@@ -229,6 +229,11 @@ def check(
       'objective.frequency and objective.pre_act act on trained thresholds; '
       f'{architecture} has none: set them to 0 or train jumprelu alone.',
     )
+    need(
+      base != 'topk' or config.sae.unit_decoder,
+      'TopK ranks latents of one unit: sae.unit_decoder must be true for '
+      f'{architecture}.',
+    )
     if base != architecture:
       shares = tuple(config.sae.matryoshka)
       need(
@@ -300,6 +305,20 @@ def check(
   )
   for name in ('steps', 'batch', 'learning_rate', 'dead_after'):
     need(t[name] > 0, f'train.{name} must be positive; found {t[name]}.')
+  several = c.type in ('crosscoder', 'clt')
+  e = config.end_to_end
+  if e.beta:
+    rows = e.sequences * (config.text.seq_len - 1)
+    need(
+      not several,
+      f'end_to_end.beta fine-tunes SAEs and transcoders; found a {c.type}.',
+    )
+    need(
+      t.batch == rows and not a.store,
+      f'End-to-end steps read {e.sequences} sequences of the text: '
+      f'train.batch must be {rows}, and activations.store empty; found '
+      f'{t.batch} and {a.store!r}.',
+    )
   for name in ('warm_up', 'decay', 'sparsity_warm_up', 'l0_steps'):
     need(
       0 <= t[name] <= t.steps,
@@ -317,7 +336,7 @@ def check(
       f'train.batch ({t.batch}) and activations.lm_batch ({a.lm_batch}) must '
       f"be divisible by the mesh's data axis ({data_size}).",
     )
-    layers = len(c.layers) if c.type in ('crosscoder', 'clt') else 1
+    layers = len(c.layers) if several else 1
     for width in c.widths:
       need(
         width // layers % latent_size == 0,

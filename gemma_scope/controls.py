@@ -112,9 +112,8 @@ def _z(params, x_BtLD):
   if params['W_enc'].ndim == 2:
     z = x_BtLD[..., 0, :] @ params['W_enc'] + params['b_enc']
     return z[..., None, :]
-  return jnp.einsum('...ld,ldf->...lf', x_BtLD, params['W_enc']) + (
-    params['b_enc']
-  )
+  z = jnp.einsum('...ld,ldf->...lf', x_BtLD, params['W_enc'])
+  return z + params['b_enc']
 
 
 @functools.partial(jax.jit, static_argnames='mesh')

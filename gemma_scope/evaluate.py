@@ -39,7 +39,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma_scope import controls, figures, lm, member, npz, places, sites, splice
+from gemma_scope import (
+  controls,
+  figures,
+  lm,
+  member,
+  npz,
+  places,
+  sites,
+  splice,
+)
 
 _SAMPLE_TOKENS, _SAMPLE_SEQUENCES = 2**13, 32  # at least, to set the controls
 _SAMPLE_BYTES = 2**31  # activations of the sample in memory at once
@@ -224,9 +233,7 @@ def _fitting_place(config: lm.Config, arrays, card) -> places.Place:
   }
   shapes = {key: array.shape for key, array in arrays.items()}
   try:
-    member.check_shapes(
-      shapes, {**card, **sizes, 'affine': 'W_skip' in arrays}
-    )
+    member.check_shapes(shapes, {**card, **sizes, 'affine': 'W_skip' in arrays})
   except npz.Refused as error:
     raise ValueError(
       f'{name} {error}, as in {config.name} at {place}: is it a member of '
@@ -322,8 +329,9 @@ def _controls(gemma, params, members, means, text, mesh, seed, poll):
   groups = collections.defaultdict(list)
   for one in members:
     groups[one.place].append(one)
-  for at, together in _fitting(sorted(groups, key=places.order),
-                               gemma.config, 4 * size):
+  for at, together in _fitting(
+    sorted(groups, key=places.order), gemma.config, 4 * size
+  ):
     sample = []
     for tokens_BT, keep_BT, _ in chosen:
       poll()

@@ -20,7 +20,7 @@ from gemma_scope import sites
 
 TYPES = ('sae', 'transcoder', 'crosscoder', 'clt')
 _MOST_LAYERS = 1024
-_LISTED = 4  # more layers in a row than this are named by the first and last
+_LISTED = 3  # more layers in a row than this are named by the first and last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Place:
     return self.kind if self.type == 'sae' else self.type
 
   def layers(self, between: str = ',', through: str = '-') -> str:
-    """'12', '7,13,17,22', or '0-25' for more than four layers in a row."""
+    """'12', '7,13,17,22', or '0-25' for more than three layers in a row."""
     found = [site.layer for site in self.sites]
     if len(found) > _LISTED and found[-1] - found[0] == len(found) - 1:
       return f'{found[0]}{through}{found[-1]}'
@@ -88,9 +88,7 @@ def of(card: Mapping[str, Any]) -> Place:
   Raises:
     ValueError: one sentence, where these do not fit together.
   """
-  return Place(
-    card.get('type'), _sites(card, 'sites'), _sites(card, 'targets')
-  )
+  return Place(card.get('type'), _sites(card, 'sites'), _sites(card, 'targets'))
 
 
 def order(place: Place) -> tuple:

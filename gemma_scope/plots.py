@@ -288,7 +288,7 @@ def _legend(picture, looks, has_control: bool):
       )
     )
   longest = max(len(handle.get_label()) for handle in handles)
-  room = int(picture.get_figwidth() / (0.5 + 0.055 * longest))  # inches
+  room = int(picture.get_figwidth() / (0.4 + 0.043 * longest))  # inches
   picture.legend(
     handles=handles,
     loc='outside upper center',

@@ -39,14 +39,15 @@ random decoders with one threshold for all.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from scipy import optimize
 
-from gemma_scope import sae, sites, synthetic
+from gemma_scope import activations, sae, sites, synthetic
 
 FOUND = 0.9  # cosine from which a feature counts as recovered
 _MAIN = 0.7
@@ -312,3 +313,66 @@ def random_control(
   along, square = np.sum(y * y_hat / total), np.sum(y_hat**2 / total)
   params['W_dec'] *= np.float32(along / square if square else 0)
   return params
+
+
+HELD_OUT = 10**6  # a chunk that no store holds
+
+
+def score(
+  saes: Sequence[tuple[Params, Mapping[str, Any]]],
+  store: str | os.PathLike[str],
+  poll: Callable[[], None] = lambda: None,
+  report: Callable[[int], None] = lambda done: None,
+) -> dict[str, dict[str, Any]]:
+  """Metrics of SAEs trained on a synthetic store, with both controls.
+
+  Args:
+    saes: (released parameters, card) of each.
+    store: the folder that launch/synthetic.py wrote.
+    poll: called often; may raise to stop.
+    report: called with the number done.
+
+  Returns:
+    name -> l0, fvu, dead, `recovery` (all of it), and the same of the random
+    SAE as `control` and of principal components as `pca`, both fitted on the
+    store's first rows and, like the SAE, scored on rows that it does not hold.
+  """
+  truth = synthetic.truth(store)
+  layout = activations.Layout.of(
+    chunk_rows=2**14, seq_len=128, batch=1, lm_batch=1, dtype='float32'
+  )
+  source = synthetic.Source(truth.settings, layout)
+
+  def rows_of(chunk):
+    parts, _ = source.rows(chunk, poll)
+    return {site: np.concatenate(x) for site, x in parts.items()}
+
+  fitted_on, rows = rows_of(0), rows_of(HELD_OUT)
+  f_RG = synthetic.latents(truth.settings, HELD_OUT, layout.rows)
+  scores = {}
+  for params, card in saes:
+    poll()
+    read, write = (
+      tuple(map(sites.parse, card[key])) for key in ('sites', 'targets')
+    )
+    several = params['W_enc'].ndim == 3
+
+    def metrics(params, read=read, write=write):
+      found = recovery(params, truth, rows, f_RG, read, write)
+      figures = {key: found[key] for key in ('l0', 'fvu', 'dead')}
+      return {**figures, 'recovery': found}
+
+    own = metrics(params)
+    l0 = max(own['l0'], 1e-3)
+    control = random_control(
+      fitted_on, read, write, card['width'], l0, several=several
+    )
+    pca = pca_control(fitted_on, read, write, l0, several=several)
+    scores[card['name']] = {
+      **own,
+      'tokens': layout.rows,
+      'control': metrics(control),
+      'pca': metrics(pca),
+    }
+    report(len(scores))
+  return scores

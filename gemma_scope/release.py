@@ -164,7 +164,7 @@ def load(
   if folder.suffix == '.npz':
     if folder.name != 'params.npz':
       raise ReleaseError(
-        f"{npz.show(folder)} should be called params.npz, in its folder."
+        f'{npz.show(folder)} should be called params.npz, in its folder.'
       )
     folder = folder.parent
   try:

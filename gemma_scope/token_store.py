@@ -97,6 +97,14 @@ class Tokens:
           'damaged: delete the folder and prepare it again.'
         )
 
+  @property
+  def share(self) -> float:
+    """About which share of tokens counts: all of a text, a chat's replies."""
+    if not self.is_chat:
+      return 1.0
+    tokens = sum(self.manifest['tokens'].values())
+    return self.manifest['replies']['tokens'] / max(tokens, 1)
+
   def sequences(self, seq_len: int, split: str = 'train') -> Sequences:
     """Rows of `seq_len` tokens, BOS included; ValueError if there is none."""
     if self.is_chat and seq_len != self.manifest['seq_len']:

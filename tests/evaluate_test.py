@@ -265,9 +265,7 @@ def test_control_gain_is_least_squares(model):
   means = {site: np.asarray(x_BTD)[keep_BT].mean(0)}
   target = 3.0 * float(keep_BT.sum())
   sample = [controls.Batch({site: x_BTD}, keep_BT)]
-  (setting,) = controls.calibrate(
-    key, place, means, 24, [target], sample, None
-  )
+  (setting,) = controls.calibrate(key, place, means, 24, [target], sample, None)
 
   def error(k):
     scaled = setting._replace(gain=(k * setting.gain[0],))

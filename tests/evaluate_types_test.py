@@ -111,9 +111,7 @@ class Reference:
   def __init__(self, model, member):
     (gemma, params), (arrays, card), tokens_NT = model, member, text()
     place = places.of(card)
-    out = gemma.forward(
-      params, tokens_NT, taps={*place.sites, *place.targets}
-    )
+    out = gemma.forward(params, tokens_NT, taps={*place.sites, *place.targets})
     taps = {s: np.asarray(x, np.float64) for s, x in out.taps.items()}
     keep_NT = keep(tokens_NT)
     p = {key: value.astype(np.float64) for key, value in arrays.items()}
@@ -321,7 +319,9 @@ def test_sharded_equals_one_device(model, members, which):
     return splice.reconstruct(on, x, y, put(keep_BT), devices), total
 
   devices = mesh.make({'sae': 1, 'data': 4, 'latent': 2})
-  split = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec('data'))
+  split = jax.sharding.NamedSharding(
+    devices, jax.sharding.PartitionSpec('data')
+  )
   want = found(None, lambda x: x)
   got = found(devices, lambda x: jax.device_put(x, split))
   for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
@@ -331,9 +331,9 @@ def test_sharded_equals_one_device(model, members, which):
 def test_what_counts_is_said_by_keep(model, members):
   """As after a chat's user turn: the tokens of the second half alone."""
   late = lambda tokens: keep(tokens) & (np.arange(TOKENS) >= 5)
-  got = evaluate.evaluate(
-    *model, members[:1], text(), batch=BATCH, keep=late
-  )[members[0][1]['name']]
+  got = evaluate.evaluate(*model, members[:1], text(), batch=BATCH, keep=late)[
+    members[0][1]['name']
+  ]
   assert got['tokens'] == late(text()).sum()
   assert got['by_position']['position'][0] >= 5
   for wrong in (lambda t: keep(t)[:, 1:], lambda t: keep(t).astype(int)):

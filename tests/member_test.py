@@ -298,7 +298,8 @@ def test_layers_are_named_shortly():
     return place.layers(), place.layers('_', '_to_'), str(place)
 
   assert named(7, 13, 17, 22)[:2] == ('7,13,17,22', '7_13_17_22')
-  assert named(0, 1, 2, 3)[1] == '0_1_2_3'
+  assert named(0, 1, 2)[:2] == ('0,1,2', '0_1_2')
+  assert named(0, 1, 2, 3)[:2] == ('0-3', '0_to_3')
   assert named(*range(26))[:2] == ('0-25', '0_to_25')
   assert named(0, 1)[2] == 'crosscoder resid_post/0,1'
   assert cards.architecture({'architecture': 'relu', 'affine': True}) == (

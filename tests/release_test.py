@@ -280,7 +280,10 @@ def test_a_damaged_release_is_mended_when_asked(tmp_path):
     (lambda p, c: p.update(extra=p['b_dec']), 'extra'),
     (lambda p, c: c.update(d_in=2304), 'd_in = 2304'),
     (lambda p, c: c.update(width=True), 'whole number'),
-    (lambda p, c: c.update(sites=['../../etc']), 'which is no site|written kind'),
+    (
+      lambda p, c: c.update(sites=['../../etc']),
+      'which is no site|written kind',
+    ),
     (lambda p, c: c.update(text=object()), 'numbers, words'),
   ],
 )

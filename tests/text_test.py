@@ -392,6 +392,15 @@ def test_rows_are_bos_and_the_stream(store, tokenizer):
       rows[bad]
 
 
+def test_a_text_store_is_no_chat(store):
+  assert not store.is_chat and store.reply == ()
+  # What older checkpoints and cards hold of a store.
+  assert set(store.fingerprint) == {
+      'source', 'source_sha256', 'tokenizer_sha256', 'vocab_size',
+      'limit_tokens', 'tokens', 'documents', 'sha256',
+  }  # fmt: skip
+
+
 def test_too_short_a_text_is_a_sentence(store):
   with pytest.raises(ValueError, match='too few for one sequence'):
     store.sequences(10**6, 'eval')

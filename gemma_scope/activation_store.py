@@ -197,13 +197,14 @@ class StoreSource:
       poll()
       try:
         array = np.load(self._folder / name / file, mmap_mode='r')
-        intact = zlib.crc32(array.reshape(-1).view(np.uint8)) == checksums[file]
-      except (OSError, ValueError):
-        intact = False
-      if not intact:
+        found = zlib.crc32(array.reshape(-1).view(np.uint8))
+        why = f'checksum {found}, expected {checksums[file]}'
+      except (OSError, ValueError) as error:
+        found, why = None, str(error)
+      if found != checksums[file]:
         raise ValueError(
-          f'{str(self._folder / name / file)!r} is damaged; delete the folder '
-          f'{name} and run the command that wrote it again.'
+          f'{str(self._folder / name / file)!r} is damaged ({why}); delete '
+          f'the folder {name} and run the command that wrote it again.'
         )
       return array
 

@@ -1,9 +1,9 @@
 """A run's settings: the argument after the config file, checks, the members.
 
 A config file (configs/*.py) returns a complete, typed `ConfigDict`; its fields
-are documented in configs/tiny.py. `--config=configs/gemma2_2b.py:layers=12,20;
-widths=16k,65k` selects the collection in one argument, `--config.train.batch=8`
-changes any field; ml_collections refuses a wrong name or type with a
+are documented in configs/tiny.py. `--config=configs/tiny.py:layers=1;widths=1k`
+selects the collection in one argument, `--config.train.batch=8` changes any
+field; ml_collections refuses a wrong name or type with a
 suggestion, and `check` an impossible combination with a sentence, both before
 a model or a device is touched.
 """

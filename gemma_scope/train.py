@@ -67,8 +67,16 @@ def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
   described = json.loads(config.to_json())
   if path.exists():
     runs.refuse_changes(json.loads(path.read_text()), described, _MAY_CHANGE)
-  elif jax.process_index() == 0:
+    return
+  # Before the folder is taken: what the run would start from is there.
+  initialise.plan(config, _groups(config))
+  if jax.process_index() == 0:
     path.write_text(json.dumps(described, indent=2) + '\n')
+
+
+def _groups(config: ConfigDict):
+  """The members, by stack."""
+  return collection.make_stacks(config, collection.dimensions(config))[1]
 
 
 def train(
@@ -95,7 +103,6 @@ def train(
   mesh = mesh_lib.make(config.mesh)
   config_lib.check(config, model, mesh.devices.shape)
   stacks, groups = collection.make_stacks(config, model)
-  begin = initialise.plan(config, groups)
   source, facts = collection.make_source(config, workdir, mesh, report)
   chunks = activations.Chunks(
     source, config.seed, mesh, config.activations.memory
@@ -105,7 +112,7 @@ def train(
     workdir / 'checkpoints', keep=config.checkpoint.keep
   ) as saves:
     loop = _Loop(
-      config, workdir, mesh, feed, stacks, groups, begin, saves, lease, report
+      config, workdir, mesh, feed, stacks, groups, saves, lease, report
     )
     loop.start(facts)
     loop.run(interrupt)
@@ -126,7 +133,6 @@ class _Loop:
     feed,
     stacks,
     groups,
-    begin,
     saves,
     lease,
     report,
@@ -137,7 +143,6 @@ class _Loop:
     self._feed = feed
     self._stacks = stacks
     self._groups = groups
-    self._begin = begin
     self._saves = saves
     self._lease = lease
     self._report = report
@@ -210,9 +215,10 @@ class _Loop:
   def _begin_at_scales(self) -> None:
     """Measures the scales; starts from a release where the config names one."""
     self.scales = self._feed.scales(self._config.activations.scale)
-    if self._begin is not None:
+    chosen = initialise.plan(self._config, self._groups)
+    if chosen is not None:
       self.states = initialise.start(
-        self._begin, self._stacks, self._groups, self.states, self.scales
+        chosen, self._stacks, self._groups, self.states, self.scales
       )
 
   @contextlib.contextmanager

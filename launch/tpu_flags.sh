@@ -85,7 +85,7 @@ need_run() {
     workdir="/mnt/gemma_scope/runs/$name"
   fi
   [[ "$train_flags" == *' --config='* ]] || die 'no --config=... after --:' \
-    'for example -- --config=configs/gemma2_2b.py'
+    'for example -- --config=configs/gemma_scope_2b.py'
 }
 
 # The environment of tpu_worker.sh, one VARIABLE=value a line, for a shell.

@@ -20,7 +20,7 @@ $flags_usage
 
 for example
   launch/tpu_queued.sh watch --name=sae --zone=us-east5-a --type=v5p-16 \\
-    --spot --share=10.0.0.2:/runs -- --config=configs/gemma2_9b.py"
+    --spot --share=10.0.0.2:/runs -- --config=configs/gemma_scope_9b.py"
 requests=(gcloud compute tpus queued-resources)
 
 # The hosts run it as root: one place for the code, the log and the environment.

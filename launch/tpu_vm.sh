@@ -17,7 +17,7 @@ $flags_usage
 
 for example
   launch/tpu_vm.sh up --name=sae --zone=us-east5-a --type=v5p-16 \\
-    --share=10.0.0.2:/runs -- --config=configs/gemma2_2b.py \\
+    --share=10.0.0.2:/runs -- --config=configs/gemma_scope_2b.py \\
     --config.lm.checkpoint=gs://gemma-data/checkpoints/gemma2-2b"
 
 # on_hosts ACTION: tpu_worker.sh, sent along, on every host at once. The script

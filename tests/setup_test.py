@@ -27,7 +27,7 @@ TPU = (
   '--repo=https://r',
   '--ref=c0',
 )
-CONFIG = '--config=configs/gemma2_2b.py:layers=12,20;widths=16k'
+CONFIG = '--config=configs/gemma_scope_2b.py:layers=12,20;widths=16k'
 
 
 def run(command, cwd=ROOT, path=None, **environment):

@@ -25,13 +25,20 @@ TEXTS = ['abc', 'ast', 'bisect', 'calendar', 'copy', 'csv', 'dis', 'enum']
 
 
 def small(tmp_path: pathlib.Path, **changes) -> ConfigDict:
-  """The tiny config, smaller: 8 SAEs in two stacks, 40 steps, 5 chunks."""
+  """The tiny config, smaller: 8 SAEs in two stacks, 40 steps, 5 chunks.
+
+  Two architectures, and all that acts on dead latents is on.
+  """
   config = tiny.get_config('layers=0,1;sites=attn_out,resid_post;sparsity=4')
   config.update_from_flattened_dict(
     {
       'text.source': f'files:{tmp_path}/texts/*.txt',
       'text.seq_len': 33,
-      'collection.widths': (16, 32),
+      'collection.widths': (32,),
+      'collection.architectures': ('jumprelu', 'matryoshka_batch_topk'),
+      'objective.auxk': 1 / 32,
+      'train.resample_every': 9,
+      'train.dead_after': 200,
       'activations.chunk_rows': 512,
       'activations.lm_batch': 4,
       'train.steps': STEPS,
@@ -259,3 +266,46 @@ def test_training_from_a_store_is_training_from_the_model(tmp_path):
     strict=True,
   ):
     np.testing.assert_array_equal(a, b)
+
+
+def test_a_short_run_meets_its_target_l0(tmp_path):
+  """The default does, within 10 %; the paper's constants need 10^9 tokens."""
+  config = small(tmp_path)
+  default = tiny.get_config()
+  for section in ('sae', 'objective', 'train'):
+    config[section] = default[section].copy_and_resolve_references()
+  config.update_from_flattened_dict(
+    {
+      'collection.layers': (2,),
+      'collection.sites': ('resid_post',),
+      'collection.widths': (256,),
+      'collection.architectures': ('jumprelu', 'relu'),
+      'collection.sparsity': (8.0, 24.0),
+      'text.seq_len': 129,
+      'activations.chunk_rows': 8192,
+      'activations.lm_batch': 16,
+      'train.steps': 300,
+      'train.decay': 100,
+    }
+  )
+
+  def last_l0(name):
+    run = tmp_path / name
+    in_process(config, run)
+    lines = (run / 'metrics.jsonl').read_text().splitlines()[-20:]
+    found = [json.loads(line) for line in lines]
+    return {
+      key: np.mean([line[key] for line in found]) / target_of(key)
+      for key in found[0]
+      if key.endswith('/l0') and key.startswith('resid')
+    }
+
+  def target_of(key):
+    return float(key.partition('target_l0_')[2].partition('/')[0])
+
+  for name, share in last_l0('default').items():
+    assert abs(share - 1) < 0.1, (name, share)
+  config.collection.architectures = ('jumprelu',)
+  config.sae.bandwidth = config.sae.initial_threshold = 0.001
+  config.train.learning_rate, config.train.threshold_rate = 7e-5, 1.0
+  assert min(last_l0('paper').values()) > 2

@@ -1,0 +1,114 @@
+"""The tables and the picture of docs/architectures.md, from the runs' folders.
+
+  .venv/bin/python docs/architectures.py runs/architectures
+
+docs/architectures.sh makes the runs. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+from gemma_scope import cards, plots, release
+
+RATES = '4e-3', '1.2e-2'
+SCORES = 'mmcs', 'recovered_distinct', 'absorption', 'missed_alone'
+
+
+def scores_of(run: pathlib.Path) -> dict[str, dict]:
+  """Member's name -> metrics."""
+  return json.loads((run / 'evaluation.json').read_text())['members']
+
+
+def known(run: pathlib.Path) -> None:
+  """One table: architectures, then the controls, means over seeds."""
+  rows: dict[str, list[dict]] = {}
+  for name, found in scores_of(run).items():
+    architecture = name.partition('/width')[0].rpartition('/')[2]
+    rows.setdefault(architecture, []).append(found)
+    for control in ('pca', 'control'):
+      rows.setdefault(f'~{control}', []).append(found[control])
+  titles = {'~pca': 'PCA (control)', '~control': 'random SAE (control)'}
+  print(
+    '| | L0 | FVU | dead | mean max cosine | recovered | absorbed '
+    '| missed alone |\n|---|---:|---:|---:|---:|---:|---:|---:|'
+  )
+  # By FVU, controls last.
+  order = sorted(rows, key=lambda a: ('~' in a, mean(rows[a], 'fvu')))
+  for architecture in order:
+    found = rows[architecture]
+    cells = [f'{mean(found, "l0"):.2f}', spread(found, 'fvu')]
+    cells.append(f'{mean(found, "dead"):.0%}')
+    parts = [each['recovery'] for each in found]
+    cells += [spread(parts, key) for key in SCORES]
+    print(f'| {titles.get(architecture, architecture)} | {" | ".join(cells)} |')
+
+
+def mean(found: list[dict], key: str) -> float:
+  values = [each[key] for each in found if each[key] is not None]
+  return float(np.mean(values)) if values else float('nan')
+
+
+def spread(found: list[dict], key: str) -> str:
+  """Mean, and over several seeds their standard deviation."""
+  values = [each[key] for each in found if each[key] is not None]
+  if not values:
+    return '-'
+  more = f' ± {np.std(values, ddof=1):.3f}' if 1 < len(values) <= 3 else ''
+  return f'{np.mean(values):.3f}{more}'
+
+
+def ladder(out: pathlib.Path, picture: pathlib.Path) -> None:
+  """Each architecture at its better rate: FVU and delta loss by target."""
+  curves: dict[str, dict[str, list]] = {}
+  for rate in RATES:
+    folder = out / f'ladder_{rate}' / 'release'
+    for member in release.load_all(folder):
+      curve = curves.setdefault(member.card['architecture'], {})
+      curve.setdefault(rate, []).append((member.card, member.metrics))
+
+  def badness(rows) -> float:
+    return float(np.mean([np.log(cards.value(m['fvu'])) for _, m in rows]))
+
+  best = {
+    a: min(c, key=lambda rate: badness(c[rate])) for a, c in curves.items()
+  }
+  order = sorted(best, key=lambda a: badness(curves[a][best[a]]))
+  targets = [
+    c['sparsity']['value'] for c, _ in curves[order[0]][best[order[0]]]
+  ]
+  for key in ('fvu', 'delta_loss'):
+    head = ' | '.join(f'L0 {target:g}' for target in targets)
+    print(f'\n| {key} | rate | {head} |\n|---|---:|{"---:|" * len(targets)}')
+    for architecture in order:
+      rows = sorted(
+        curves[architecture][best[architecture]],
+        key=lambda row: row[0]['sparsity']['value'],
+      )
+      cells = [f'{cards.value(m[key]):.3f}' for _, m in rows]
+      print(f'| {architecture} | {best[architecture]} | {" | ".join(cells)} |')
+  worst = max(
+    abs(cards.value(m['l0']) / c['sparsity']['value'] - 1)
+    for a in order
+    for c, m in curves[a][best[a]]
+  )
+  print(f'\nLargest distance of a held-out L0 from its target: {worst:.1%}')
+  plots.frontier(picture, [row for a in order for row in curves[a][best[a]]])
+
+
+def main(out: pathlib.Path) -> None:
+  for name in ('sae', 'transcoder', 'crosscoder', 'clt'):
+    print(f'\n### {name}\n')
+    known(out / f'known_{name}')
+  print('\n### ladder')
+  folder = pathlib.Path(__file__).parent / 'architectures'
+  folder.mkdir(exist_ok=True)
+  ladder(out, folder / 'frontier.png')
+
+
+if __name__ == '__main__':
+  main(pathlib.Path(sys.argv[1]))

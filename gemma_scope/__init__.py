@@ -55,6 +55,7 @@ evaluation
   recovery          an SAE against known features, beside PCA and a random SAE
 
 the whole
+  end_to_end        fine-tuning by KL, through the language model
   collection        a config -> text, rows, stacks; trained members
   initialise        members that start from a release's
   train             the loop

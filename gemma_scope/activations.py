@@ -123,9 +123,8 @@ class ModelSource:
   ):
     self.layout = layout
     self.sites = tuple(at)
-    self._params = params
-    self._sequences = sequences
-    self._keep = keep
+    self.gemma, self.params = gemma, params
+    self.sequences, self.keep = sequences, keep
     self._tokens_place = mesh_lib.place(mesh, 'data', None)
 
     @functools.partial(
@@ -145,14 +144,14 @@ class ModelSource:
   def rows(self, chunk: int, poll: Callable[[], None] = lambda: None):
     """See `Raw`; calls `poll` before each forward pass."""
     layout = self.layout
-    tokens_NT = self._sequences(chunk * layout.sequences, layout.sequences)
+    tokens_NT = self.sequences(chunk * layout.sequences, layout.sequences)
     passes = []
     for start in range(0, layout.sequences, layout.lm_batch):
       poll()
       tokens_BT = tokens_NT[start : start + layout.lm_batch]
       tokens_BT = jax.device_put(tokens_BT, self._tokens_place)
-      passes.append(self._harvest(self._params, tokens_BT))
-    counts_R = self._keep(tokens_NT)[:, 1:].reshape(-1)
+      passes.append(self._harvest(self.params, tokens_BT))
+    counts_R = self.keep(tokens_NT)[:, 1:].reshape(-1)
     return {
       site: [taps[site] for taps in passes] for site in self.sites
     }, counts_R

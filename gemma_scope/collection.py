@@ -104,7 +104,7 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
     config.lm.checkpoint,
     dtype=config.lm.dtype,
     mesh=mesh,
-    num_layers=max(c.layers) + 1,
+    num_layers=None if config.end_to_end.beta else max(c.layers) + 1,
   )
   rows = text.shuffled(sequences, config.seed)
   source = activations.ModelSource(

@@ -307,17 +307,23 @@ def check(
     need(t[name] > 0, f'train.{name} must be positive; found {t[name]}.')
   several = c.type in ('crosscoder', 'clt')
   e = config.end_to_end
+  need(e.beta >= 0, f'end_to_end.beta must not be negative; found {e.beta}.')
   if e.beta:
-    rows = e.sequences * (config.text.seq_len - 1)
     need(
       not several,
-      f'end_to_end.beta fine-tunes SAEs and transcoders; found a {c.type}.',
+      'End-to-end fine-tuning is for members that write one site; a '
+      f'{c.type} writes several: set end_to_end.beta to 0.',
     )
     need(
-      t.batch == rows and not a.store,
-      f'End-to-end steps read {e.sequences} sequences of the text: '
-      f'train.batch must be {rows}, and activations.store empty; found '
-      f'{t.batch} and {a.store!r}.',
+      not a.store,
+      'End-to-end fine-tuning runs the language model itself; set either '
+      'activations.store to nothing or end_to_end.beta to 0.',
+    )
+    rows = e.sequences * (config.text.seq_len - 1)
+    need(
+      t.batch == rows,
+      'End-to-end fine-tuning has end_to_end.sequences * (text.seq_len - 1) '
+      f'= {rows} rows a step; found train.batch {t.batch}.',
     )
   for name in ('warm_up', 'decay', 'sparsity_warm_up', 'l0_steps'):
     need(
@@ -335,6 +341,11 @@ def check(
       t.batch % data_size == 0 and a.lm_batch % data_size == 0,
       f'train.batch ({t.batch}) and activations.lm_batch ({a.lm_batch}) must '
       f"be divisible by the mesh's data axis ({data_size}).",
+    )
+    need(
+      not e.beta or e.sequences % data_size == 0,
+      f'end_to_end.sequences ({e.sequences}) must be divisible by the '
+      f"mesh's data axis ({data_size}).",
     )
     layers = len(c.layers) if several else 1
     for width in c.widths:

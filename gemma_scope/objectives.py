@@ -35,6 +35,7 @@ it the error of its gate decoded by frozen decoders, and L1 on the gate.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -86,6 +87,7 @@ class Terms(NamedTuple):
   fired_F: jax.Array  # rows of this batch that each latent fired on
   rows: jax.Array  # int32, of this batch
   theta: jax.Array  # mean of what z was held against: BatchTopK's threshold
+  more: dict[str, jax.Array]  # scalars that `fidelity` reports
 
 
 def loss(
@@ -98,6 +100,7 @@ def loss(
   coefficient: jax.Array,
   warm_up: jax.Array,
   dead_F: jax.Array,
+  fidelity: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None,
 ) -> tuple[jax.Array, Terms]:
   """Loss and report of one SAE on a batch.
 
@@ -111,6 +114,8 @@ def loss(
     coefficient: of adaptive_l1.
     warm_up: factor in [0, 1] on the sparsity and frequency terms.
     dead_F: bool, which latents count as dead.
+    fidelity: (reconstruction term, y_hat_BD) -> what takes the term's place,
+      and what to report of it; None for the term itself.
 
   Returns:
     The scalar to differentiate, and `Terms`.
@@ -124,7 +129,9 @@ def loss(
       left_BD = left_BD - bound.write(latents.f_BF, slice(start, stop))
       errors.append(_mean_square(left_BD))
     squared_error = errors[-1]
-    reconstruction = sum(errors) / len(errors)
+    reconstruction, more = sum(errors) / len(errors), {}
+    if fidelity is not None:
+      reconstruction, more = fidelity(reconstruction, y_BD - left_BD)
     rows = x_BD.shape[0]
     fired_F = jnp.sum(latents.active_BF, 0)
     penalty = _penalty(
@@ -143,7 +150,7 @@ def loss(
     variance = _mean_square(y_BD - jnp.mean(y_BD, 0))
   terms = Terms(
       total, squared_error, squared_error / variance, jnp.sum(fired_F) / rows,
-      fired_F, jnp.int32(rows), jnp.mean(latents.theta),
+      fired_F, jnp.int32(rows), jnp.mean(latents.theta), more,
   )  # fmt: skip
   return total, jax.lax.stop_gradient(terms)
 

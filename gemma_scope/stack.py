@@ -213,22 +213,36 @@ class Stack:
     def member(state, setting, seed):
       x_BD = _rows(x_NBD, setting.reads)
       y_BD = _rows(y_MBD, setting.writes)
-
-      def objective(params, **data):
-        return objectives.loss(
-          self.module, self.objective, params, x_BD, y_BD, **data
-        )
-
-      state, terms = self.update(state, objective, setting, step)
-      if self.optimizer.resample_every:
-        key_of_member = jax.random.fold_in(jax.random.fold_in(key, step), seed)
-        state = self._resampled(
-          state, x_BD, y_BD, setting.value, step, key_of_member
-        )
-      return state, self.report(state, terms)
+      return self.step_member(state, setting, seed, x_BD, y_BD, step, key)
 
     seeds = jnp.asarray(self.seeds, jnp.uint32)
     return jax.vmap(member)(state, self.setting, seeds)
+
+  def step_member(
+    self, state, setting, seed, x_BD, y_BD, step, key, fidelity=None
+  ):
+    """One step of one member, whose state, setting and seed have no axis S.
+
+    Args:
+      fidelity: see `objectives.loss`; the others are those of `step`.
+
+    Returns:
+      Its next state and its metrics, scalars.
+    """
+
+    def objective(params, **data):
+      return objectives.loss(
+          self.module, self.objective, params, x_BD, y_BD, **data,
+          fidelity=fidelity,
+      )  # fmt: skip
+
+    state, terms = self.update(state, objective, setting, step)
+    if self.optimizer.resample_every:
+      key_of_member = jax.random.fold_in(jax.random.fold_in(key, step), seed)
+      state = self._resampled(
+        state, x_BD, y_BD, setting.value, step, key_of_member
+      )
+    return state, self.report(state, terms)
 
   def update(self, state, objective, setting, step):
     """One member's state after the gradient step on `objective`.
@@ -302,6 +316,7 @@ class Stack:
       'l0': terms.l0,
       'dead': jnp.mean(state.silent_tokens > self.optimizer.dead_after),
       'dense': jnp.mean(state.fired_share > 0.1),
+      **terms.more,
     }
 
   def _resampled(self, state, x_BD, y_BD, k, step, key) -> State:

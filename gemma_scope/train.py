@@ -26,6 +26,7 @@ from gemma_scope import (
   activations,
   checkpoints,
   collection,
+  end_to_end,
   initialise,
   metrics,
   runs,
@@ -107,7 +108,10 @@ def train(
   chunks = activations.Chunks(
     source, config.seed, mesh, config.activations.memory
   )
-  feed = activations.Feed(chunks)
+  if config.end_to_end.beta:
+    feed = end_to_end.Feed(chunks, config.end_to_end.sequences, mesh)
+  else:
+    feed = activations.Feed(chunks)
   with checkpoints.Checkpoints(
     workdir / 'checkpoints', keep=config.checkpoint.keep
   ) as saves:
@@ -146,22 +150,7 @@ class _Loop:
     self._saves = saves
     self._lease = lease
     self._report = report
-    shardings = tuple(s.shardings(mesh) for s in stacks)
-    key = jax.random.key(config.seed)
-
-    @functools.partial(
-      jax.jit,
-      donate_argnums=0,
-      out_shardings=(shardings, mesh_lib.place(mesh)),
-    )
-    def take_step(states, batch, scales, step):
-      rows = {
-        site: x_BD.astype(jnp.float32) / scales[site]
-        for site, x_BD in batch.items()
-      }
-      return stack.step_all(stacks, states, rows, step, key)
-
-    self._take_step = take_step
+    self._take_step = _step_of(config, stacks, feed, mesh)
 
   def start(self, facts: dict[str, Any]) -> None:
     """Restores the newest good checkpoint, or initialises at step 0."""
@@ -288,6 +277,35 @@ class _Loop:
     """Dense FLOPs of a step of all members."""
     rows = self._config.train.batch
     return sum(s.module.flops(rows) * len(s.seeds) for s in self._stacks)
+
+
+def _step_of(config, stacks, feed, mesh):
+  """The compiled step: (states, batch, scales, step) -> states, metrics."""
+  shardings = tuple(s.shardings(mesh) for s in stacks)
+  key, beta = jax.random.key(config.seed), config.end_to_end.beta
+
+  @functools.partial(
+    jax.jit,
+    donate_argnums=0,
+    out_shardings=(shardings, mesh_lib.place(mesh)),
+  )
+  def take_step(states, batch, scales, step, lm_params):
+    if beta:
+      return end_to_end.step_all(
+          stacks, states, feed.source.gemma, lm_params, batch, scales, step,
+          key, beta, mesh,
+      )  # fmt: skip
+    rows = {
+      site: x_BD.astype(jnp.float32) / scales[site]
+      for site, x_BD in batch.items()
+    }
+    return stack.step_all(stacks, states, rows, step, key)
+
+  # An argument of the step, which would hold it as constants otherwise.
+  lm_params = feed.source.params if beta else ()
+  return lambda *state_batch_scales_step: take_step(
+    *state_batch_scales_step, lm_params
+  )
 
 
 def _scales(meta: dict[str, Any]) -> dict[sites.Site, float]:

@@ -1,7 +1,7 @@
 """Trains, evaluates and releases a collection of SAEs; run again to continue.
 
 .venv/bin/python launch/train.py --config=configs/tiny.py --workdir=runs/tiny
-... --config='configs/gemma_scope_2b.py:layers=12,20;widths=16k,65k;sparsity=30,60'
+... --config='configs/gemma_scope_2b.py:set=16k;layers=12,20;sparsity=30,60'
 ... --config.train.steps=100     (any field of the config)
 """
 

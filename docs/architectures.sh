@@ -29,12 +29,14 @@ synthetic() { # folder, rest of the config's argument, flags
 synthetic known_sae "layers=0;sites=resid_post;widths=512;sparsity=8;seeds=0,1,2;architectures=$all" \
   --config.activations.store=$out/known --config.train.steps=1500
 
-# The ladder on the tiny Gemma, at each architecture's best of two rates.
-for rate in 4e-3 1.2e-2; do
-  train "ladder_$rate" "layers=2;sites=resid_post;widths=1024;sparsity=4,8,16,32,64;architectures=$all" \
+# The ladder on the tiny Gemma: all at one rate, and where it helps at another.
+ladder() { # rate, architectures
+  train "ladder_$1" "layers=2;sites=resid_post;widths=1024;sparsity=4,8,16,32,64;architectures=$2" \
     --config.train.steps=1200 --config.train.decay=500 \
-    --config.train.learning_rate=$rate --config.evaluation.sequences=64
-done
+    --config.train.learning_rate="$1" --config.evaluation.sequences=64
+}
+ladder 4e-3 $all
+ladder 1.2e-2 jumprelu,gated,relu,matryoshka_jumprelu
 
 # Features over three layers, and from an MLP's input to its output.
 "$python" launch/synthetic.py --out=$out/known_layers --chunks=4 \

@@ -67,4 +67,4 @@ The alphabet of axes, in names and in einsums:
   S members         N sites      V vocabulary         K heads   H head size
 """
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'

@@ -12,5 +12,6 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 lint=0
 "$python" -m ruff check . || lint=$?
 "$python" -m ruff format --check . || lint=$?
-"$python" -m pytest "$@"
+# Two at a time: most of the suite is tracing, on one thread.
+"$python" -m pytest --numprocesses=2 "$@"
 exit "$lint"

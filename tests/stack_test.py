@@ -132,19 +132,25 @@ def test_update_is_adam_with_beta1_zero_on_the_projected_gradient():
   rates = {
     name: 3e-3 * (3.0 if name == 'log_threshold' else 1.0) for name in params
   }
+  step = jax.jit(one.step)
+
+  @jax.jit
+  def slope(params, x_BD, warm_up):
+    return jax.grad(
+      lambda p: objectives.loss(
+          one.module, one.objective, p, x_BD, x_BD, jnp.float32(0.01),
+          jnp.float32(0), warm_up, jnp.zeros(F, bool),
+      )[0]
+    )(params)  # fmt: skip
+
   adam = optax.multi_transform(
     {name: optax.adam(r, b1=0, b2=0.999) for name, r in rates.items()},
     {name: name for name in params},
   )
   moments = adam.init(params)
   for i, x_NBD in enumerate(data(2)):
-    state, _ = one.step(state, x_NBD, x_NBD, jnp.int32(i), KEY)
-    gradient = jax.grad(
-      lambda p, x=x_NBD[0], i=i: objectives.loss(
-          one.module, one.objective, p, x, x, jnp.float32(0.01),
-          jnp.float32(0), jnp.float32(i / 10), jnp.zeros(F, bool),
-      )[0]
-    )(params)  # fmt: skip
+    state, _ = step(state, x_NBD, x_NBD, jnp.int32(i), KEY)
+    gradient = slope(params, x_NBD[0], jnp.float32(i / 10))
     w = params['W_dec']
     g = gradient['W_dec']
     gradient['W_dec'] = g - (g * w).sum(1, keepdims=True) * w
@@ -168,7 +174,7 @@ def test_no_first_moment_is_kept():
 def test_a_batch_with_infinity_changes_no_parameter():
   state = EIGHT.init(jax.random.key(0))
   bad = next(data()).at[1, 0, 0].set(jnp.inf)  # site 1 only
-  after, _ = EIGHT.step(state, bad, bad, jnp.int32(20), KEY)
+  after, _ = jax.jit(EIGHT.step)(state, bad, bad, jnp.int32(20), KEY)
   reads_bad = np.asarray(EIGHT.setting.reads) == 1
   np.testing.assert_array_equal(after.skipped, reads_bad)
   for name, value in after.params.items():

@@ -46,6 +46,6 @@ for type in transcoder:mlp_in:512 crosscoder:resid_post:768 clt:mlp_in:768; do
   layers=0,1,2
   [ "$name" = transcoder ] && layers=0
   synthetic "known_$name" "type=$name;layers=$layers;sites=$site;widths=$width;sparsity=8;architectures=jumprelu,topk,batch_topk" \
-    --config.activations.store=$out/known_layers --config.train.steps=1000
+    --config.activations.store=$out/known_layers --config.train.steps=600
 done
 "$python" docs/architectures.py $out

@@ -24,7 +24,7 @@ def scores_of(run: pathlib.Path) -> dict[str, dict]:
   return json.loads((run / 'evaluation.json').read_text())['members']
 
 
-def known(run: pathlib.Path) -> None:
+def known(run: pathlib.Path, seeds: int) -> None:
   """One table: architectures, then the controls, means over seeds."""
   rows: dict[str, list[dict]] = {}
   for name, found in scores_of(run).items():
@@ -41,10 +41,11 @@ def known(run: pathlib.Path) -> None:
   order = sorted(rows, key=lambda a: ('~' in a, mean(rows[a], 'fvu')))
   for architecture in order:
     found = rows[architecture]
-    cells = [f'{mean(found, "l0"):.2f}', spread(found, 'fvu')]
+    several = seeds > 1 and '~' not in architecture
+    cells = [f'{mean(found, "l0"):.2f}', spread(found, 'fvu', several)]
     cells.append(f'{mean(found, "dead"):.0%}')
     parts = [each['recovery'] for each in found]
-    cells += [spread(parts, key) for key in SCORES]
+    cells += [spread(parts, key, several) for key in SCORES]
     print(f'| {titles.get(architecture, architecture)} | {" | ".join(cells)} |')
 
 
@@ -53,12 +54,12 @@ def mean(found: list[dict], key: str) -> float:
   return float(np.mean(values)) if values else float('nan')
 
 
-def spread(found: list[dict], key: str) -> str:
+def spread(found: list[dict], key: str, several: bool) -> str:
   """Mean, and over several seeds their standard deviation."""
   values = [each[key] for each in found if each[key] is not None]
   if not values:
     return '-'
-  more = f' ± {np.std(values, ddof=1):.3f}' if 1 < len(values) <= 3 else ''
+  more = f' ± {np.std(values, ddof=1):.3f}' if several else ''
   return f'{np.mean(values):.3f}{more}'
 
 
@@ -103,7 +104,7 @@ def ladder(out: pathlib.Path, picture: pathlib.Path) -> None:
 def main(out: pathlib.Path) -> None:
   for name in ('sae', 'transcoder', 'crosscoder', 'clt'):
     print(f'\n### {name}\n')
-    known(out / f'known_{name}')
+    known(out / f'known_{name}', seeds=3 if name == 'sae' else 1)
   print('\n### ladder')
   folder = pathlib.Path(__file__).parent / 'architectures'
   folder.mkdir(exist_ok=True)

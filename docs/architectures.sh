@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every architecture on data with known answers, then on the tiny Gemma: the
-# runs behind docs/architectures.md. Run again to continue; less than an
+# runs behind docs/architectures.md. Run again to continue; about an
 # hour on two cores. Run folders go to runs/architectures.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."

@@ -3,6 +3,7 @@
 Reading order; a module imports only from those above it:
 
   sites             where an activation is read: `Site`, its width, its name
+  places            what a member reads and writes: type, sites, targets
   config            a run's settings: arguments, checks, the list of members
 
 the language model and its text
@@ -40,7 +41,6 @@ a run
 a release
   fold              scales and decoder norms, into the parameters and back
   npz               deterministic, distrustful reading and writing of arrays
-  places            what a member reads and writes: type, sites, targets
   cards             the table and the model card
   plots             the sparsity-fidelity frontier
   manifest          a release's files: names, sizes, hashes

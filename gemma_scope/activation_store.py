@@ -137,13 +137,18 @@ def facts(folder: str | os.PathLike[str]) -> dict:
   Raises:
     ValueError: there is no store.
   """
-  manifest = _read_manifest(pathlib.Path(folder))
+  return _opened(pathlib.Path(folder))['facts']
+
+
+def _opened(folder: pathlib.Path) -> dict:
+  """The manifest of a store, which is there."""
+  manifest = _read_manifest(folder)
   if not manifest or manifest.get('format') != FORMAT:
     raise ValueError(
       f'No activation store of format {FORMAT} at {str(folder)!r}; '
       'launch/harvest.py and launch/synthetic.py write one.'
     )
-  return manifest['facts']
+  return manifest
 
 
 class StoreSource:
@@ -165,8 +170,8 @@ class StoreSource:
     self, folder: pathlib.Path, at: Sequence[sites.Site], batch: int
   ):
     self._folder = pathlib.Path(folder)
-    self.facts = facts(folder)
-    self._manifest = _read_manifest(self._folder)
+    self._manifest = _opened(self._folder)
+    self.facts = self._manifest['facts']
     missing = {str(site) for site in at} - set(self._manifest['sites'])
     if missing:
       raise ValueError(

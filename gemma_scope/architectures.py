@@ -33,22 +33,21 @@ class JumpReLU(sae.Autoencoder):
 
   def setup(self):
     super().setup()
-    # One parameter, whichever way it is trained, always float32.
     value = self.initial_threshold
-    self.raw_threshold = self.param(
-      'log_threshold' if self.log_threshold else 'threshold',
-      sae.constant(jnp.log(value) if self.log_threshold else value),
-      self.latent_shape,
-    )
+    value = jnp.log(value) if self.log_threshold else value
+    self.raw = self.param(self._raw, sae.constant(value), self.latent_shape)
 
-  def _threshold(self, params) -> jax.Array:
-    if self.log_threshold:
-      return jnp.exp(params['log_threshold'])
-    return jnp.maximum(params['threshold'], 0)
+  @property
+  def _raw(self) -> str:
+    """Name of the one parameter, float32, whichever way it is trained."""
+    return 'log_threshold' if self.log_threshold else 'threshold'
+
+  def _theta(self, raw: jax.Array) -> jax.Array:
+    return jnp.exp(raw) if self.log_threshold else jnp.maximum(raw, 0)
 
   def threshold(self) -> jax.Array:
     """theta [F]."""
-    return self._threshold(self.variables['params'])
+    return self._theta(self.raw)
 
   def latents(self, x, k=1.0):
     z, theta = self.pre_activations(x), self.threshold()
@@ -58,14 +57,13 @@ class JumpReLU(sae.Autoencoder):
 
   def released(self, params, theta, k):
     found = super().released(params, theta, k)
-    return {**found, 'threshold': self._threshold(params)}
+    return {**found, 'threshold': self._theta(params[self._raw])}
 
   def trainable(self, released):
     theta = jnp.asarray(released['threshold'])
     if self.log_threshold:  # a ReLU's 0 has no logarithm
       theta = jnp.log(jnp.maximum(theta, 1e-6))
-    name = 'log_threshold' if self.log_threshold else 'threshold'
-    return {**super().trainable(released), name: theta}
+    return {**super().trainable(released), self._raw: theta}
 
 
 class ReLU(sae.Autoencoder):

@@ -3,7 +3,6 @@
   <start_of_turn>user\\n{prompt}<end_of_turn>\\n
   <start_of_turn>model\\n{answer}<end_of_turn>\\n
 
-  read_prompts(file)          the prompts, one for each conversation
   encode(tokenizer, prompt)   ids up to the opened model's turn
   prepare_rollouts(...)       the model answers each -> a token store whose row
                               i is conversation i, padded (token_store.py)
@@ -31,8 +30,6 @@ import numpy as np
 
 from gemma_scope import generate, lm, sources, token_store, tokenizers
 from gemma_scope import prompts as prompts_lib
-
-read_prompts = prompts_lib.read
 
 _MARKERS = re.compile('<(?=(?:start|end)_of_turn>)')
 _PARTS = 'parts'  # folder of what is done, until the store is whole

@@ -37,6 +37,15 @@ from gemma_scope import (
 )
 from gemma_scope import config as config_lib
 
+# How each architecture meets a target L0: a penalty of `objectives`.
+_MEETS_L0 = {
+  'jumprelu': 'target_l0',
+  'topk': 'k',
+  'batch_topk': 'k',
+  'gated': 'adaptive_l1',
+  'relu': 'adaptive_l1',
+}
+
 
 def open_text(
   config: ConfigDict, workdir: pathlib.Path, report: Callable[[str], None]
@@ -220,10 +229,8 @@ def make_objective(
 ) -> objectives.Objective:
   """The terms that a member's stack is trained by."""
   penalty = member.penalty
-  if penalty == 'target_l0':  # each architecture meets it in its own way
-    own = {'topk': 'k', 'batch_topk': 'k', 'gated': 'adaptive_l1'}
-    own['relu'] = 'adaptive_l1'
-    penalty = own.get(member.base, penalty)
+  if penalty == 'target_l0':
+    penalty = _MEETS_L0[member.base]
   return objectives.Objective(
     penalty=penalty,
     prefixes=config_lib.prefixes(config, member),
@@ -251,7 +258,7 @@ def members(
   facts: Mapping[str, Any],
 ) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
   """The trained SAEs as (params, card): folded, they act on raw activations."""
-  _, groups = make_stacks(config, dimensions(config))
+  groups = config_lib.stacks(config, dimensions(config)).values()
   out = []
   for trained, state, group in zip(stacks, states, groups, strict=True):
     if jax.process_count() > 1:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from gemma_scope import sites
+from gemma_scope import places, sites
 
 ARCHITECTURES = {
   # architecture -> the penalties it can be trained by; 'target_l0' asks every
@@ -31,7 +31,6 @@ ARCHITECTURES = {
   'relu': ('target_l0', 'l1', 'tanh'),
 }  # fmt: skip
 MATRYOSHKA = 'matryoshka_'  # before any architecture: nested prefixes
-TYPES = ('sae', 'transcoder', 'crosscoder', 'clt')
 # What a transcoder or CLT that reads one kind of site writes.
 TARGETS = {'mlp_in': 'mlp_out', 'mlp_in_ungained': 'mlp_out'}
 DTYPES = ('float32', 'bfloat16')
@@ -45,7 +44,7 @@ class ConfigError(ValueError):
 class Member:
   """One SAE of a collection."""
 
-  type: str  # one of TYPES
+  type: str  # one of `places.TYPES`
   sites: tuple[sites.Site, ...]  # read
   targets: tuple[sites.Site, ...]  # reconstructed
   architecture: str
@@ -62,7 +61,7 @@ class Member:
   @property
   def layers(self) -> int:
     """Layers of a crosscoder or CLT; 0 for one that reads a single site."""
-    return len(self.sites) if self.type in ('crosscoder', 'clt') else 0
+    return len(self.sites) if self.type in places.SEVERAL else 0
 
   @property
   def name(self) -> str:
@@ -139,7 +138,7 @@ def members(config: ConfigDict) -> list[Member]:
   A crosscoder or CLT reads all layers of the collection at once.
   """
   c = config.collection
-  several = c.type in ('crosscoder', 'clt')
+  several = c.type in places.SEVERAL
   groups = [tuple(sorted(c.layers))] if several else [(n,) for n in c.layers]
   return [
       Member(
@@ -154,7 +153,7 @@ def members(config: ConfigDict) -> list[Member]:
 
 def _places(type_: str, layers: Sequence[int], kind: str):
   """Sites read and written."""
-  target = TARGETS[kind] if type_ in ('transcoder', 'clt') else kind
+  target = kind if type_ in places.ITSELF else TARGETS[kind]
   return (
     tuple(sites.Site(layer, kind) for layer in layers),
     tuple(sites.Site(layer, target) for layer in layers),
@@ -205,9 +204,9 @@ def check(
       f'collection.{field} must be a list without repeats; found {found}.',
     )
   need(
-    c.type in TYPES,
-    f'collection.type must be one of {", ".join(TYPES)}; found {c.type!r}.'
-    + _suggestion(c.type, TYPES),
+    c.type in places.TYPES,
+    f'collection.type must be one of {", ".join(places.TYPES)}; found '
+    f'{c.type!r}.' + _suggestion(c.type, places.TYPES),
   )
   for architecture in c.architectures:
     base = architecture.removeprefix(MATRYOSHKA)
@@ -249,16 +248,17 @@ def check(
       f'{", ".join(sites.KINDS)}.' + _suggestion(kind, sites.KINDS),
     )
     need(
-      c.type in ('sae', 'crosscoder') or kind in TARGETS,
+      c.type in places.ITSELF or kind in TARGETS,
       f'A {c.type} reads {" or ".join(TARGETS)}; found {kind!r} in '
       'collection.sites.',
     )
   need(
-    not c.skip or c.type in ('transcoder', 'clt'),
+    not c.skip or c.type not in places.ITSELF,
     f'collection.skip is for transcoders and CLTs; found it on a {c.type}, '
     'which would copy its input.',
   )
-  if c.type in ('crosscoder', 'clt'):
+  several = c.type in places.SEVERAL
+  if several:
     need(
       len(c.layers) > 1,
       f'A {c.type} reads several layers; found layers {c.layers}.',
@@ -305,7 +305,6 @@ def check(
   )
   for name in ('steps', 'batch', 'learning_rate', 'dead_after'):
     need(t[name] > 0, f'train.{name} must be positive; found {t[name]}.')
-  several = c.type in ('crosscoder', 'clt')
   e = config.end_to_end
   need(e.beta >= 0, f'end_to_end.beta must not be negative; found {e.beta}.')
   if e.beta:

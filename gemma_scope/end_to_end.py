@@ -120,7 +120,7 @@ def step_all(
   tokens_BT, keep_BT = batch['tokens'], batch['keep']
   at = {s for one in stacks for s in (*one.sites, *one.targets)}
   targets = {target for one in stacks for target in one.targets}
-  wanted = at | {splice.before(t) for t in targets} | {_last(gemma)}
+  wanted = at | {splice.before(t) for t in targets} | {splice.last(gemma)}
   with jax.named_scope('clean'):
     taps = gemma.forward(lm_params, tokens_BT, taps=wanted, logits=False).taps
   for site in at:
@@ -142,7 +142,7 @@ def step_all(
         taps[splice.before(target)], taps[target], keep_BT,
     )  # fmt: skip
     return divergence(
-      gemma, lm_params, taps[_last(gemma)], spliced_BTD, keep_BT, mesh
+      gemma, lm_params, taps[splice.last(gemma)], spliced_BTD, keep_BT, mesh
     )
 
   results = [
@@ -225,7 +225,6 @@ def _spliced(
   gemma, params, tokens_BT, target, y_hat_BTD, before_BTD, y_BTD, keep_BT
 ) -> jax.Array:
   """The last residual stream with y_hat at the tokens that count."""
-  last = _last(gemma)
 
   # Scores, norms and gates are computed again on the way back.
   @functools.partial(
@@ -233,18 +232,12 @@ def _spliced(
     policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   )
   def run(y_hat_BTD):
-    # In this order: a target may be its block's input, and y_hat is to stay.
-    edits = {
-      splice.before(target): lambda _: before_BTD,
-      target: lambda _: y_hat_BTD,
-    }
-    return gemma.forward(
-      params, tokens_BT, taps=(last,), edits=edits, logits=False
-    ).taps[last]
+    return splice.residual(
+      gemma, params, tokens_BT, target, y_hat_BTD, before_BTD
+    )
 
   y_hat_BTD = y_hat_BTD.astype(y_BTD.dtype)
-  with jax.named_scope('splice'):
-    return run(jnp.where(keep_BT[..., None], y_hat_BTD, y_BTD))
+  return run(jnp.where(keep_BT[..., None], y_hat_BTD, y_BTD))
 
 
 def _correspondence(keep_BT) -> tuple[jax.Array, jax.Array]:
@@ -259,10 +252,6 @@ def _correspondence(keep_BT) -> tuple[jax.Array, jax.Array]:
   token_R = token_R[jnp.arange(sequences * (length - 1)) % count]
   row_R = jnp.maximum(jnp.cumsum(keep_R) - 1, 0)
   return token_R, row_R.reshape(keep_BT.shape)
-
-
-def _last(gemma: lm.Gemma) -> sites.Site:
-  return sites.Site(gemma.config.num_layers - 1, 'resid_post')
 
 
 def _on_data(x: jax.Array, mesh: Mesh | None) -> jax.Array:

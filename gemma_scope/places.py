@@ -19,6 +19,8 @@ from typing import Any
 from gemma_scope import sites
 
 TYPES = ('sae', 'transcoder', 'crosscoder', 'clt')
+ITSELF = ('sae', 'crosscoder')  # they write what they read
+SEVERAL = ('crosscoder', 'clt')  # over several layers
 _MOST_LAYERS = 1024
 _LISTED = 3  # more layers in a row than this are named by the first and last
 
@@ -40,7 +42,7 @@ class Place:
     reads = [site.layer for site in self.sites]
     writes = [site.layer for site in self.targets]
     kinds = {s.kind for s in self.sites}, {s.kind for s in self.targets}
-    itself = self.type in ('sae', 'crosscoder')
+    itself = self.type in ITSELF
     if not (
       reads == writes == sorted(set(reads))
       and 0 < len(reads) <= (_MOST_LAYERS if self.several else 1)
@@ -57,7 +59,7 @@ class Place:
   @property
   def several(self) -> bool:
     """Whether parameters have an axis of layers."""
-    return self.type in ('crosscoder', 'clt')
+    return self.type in SEVERAL
 
   @property
   def kind(self) -> str:

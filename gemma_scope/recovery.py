@@ -47,7 +47,7 @@ import jax
 import numpy as np
 from scipy import optimize
 
-from gemma_scope import activations, sae, sites, synthetic
+from gemma_scope import activations, places, sae, sites, synthetic
 
 FOUND = 0.9  # cosine from which a feature counts as recovered
 _MAIN = 0.7
@@ -352,22 +352,20 @@ def score(
   scores = {}
   for params, card in saes:
     poll()
-    read, write = (
-      tuple(map(sites.parse, card[key])) for key in ('sites', 'targets')
-    )
-    several = params['W_enc'].ndim == 3
+    place = places.of(card)
+    at = place.sites, place.targets
 
-    def metrics(params, read=read, write=write):
-      found = recovery(params, truth, rows, f_RG, read, write)
+    def metrics(params, at=at):
+      found = recovery(params, truth, rows, f_RG, *at)
       figures = {key: found[key] for key in ('l0', 'fvu', 'dead')}
       return {**figures, 'recovery': found}
 
     own = metrics(params)
     l0 = max(own['l0'], 1e-3)
     control = random_control(
-      fitted_on, read, write, card['width'], l0, several=several
+      fitted_on, *at, card['width'], l0, several=place.several
     )
-    pca = pca_control(fitted_on, read, write, l0, several=several)
+    pca = pca_control(fitted_on, *at, l0, several=place.several)
     scores[card['name']] = {
       **own,
       'tokens': layout.rows,

@@ -38,6 +38,33 @@ def before(site: sites.Site) -> sites.Site:
   return sites.Site(site.layer, 'resid_pre')
 
 
+def last(gemma: lm.Gemma) -> sites.Site:
+  """The residual stream that is unembedded."""
+  return sites.Site(gemma.config.num_layers - 1, 'resid_post')
+
+
+def residual(
+  gemma: lm.Gemma,
+  params: lm.Params,
+  tokens_BT: jax.Array,
+  target: sites.Site,
+  y_hat_BTD: jax.Array,
+  before_BTD: jax.Array,
+) -> jax.Array:
+  """The last residual stream with `y_hat` in the place of y at `target`.
+
+  Args:
+    before_BTD: the tap at `before(target)`, where the pass starts.
+  """
+  # In this order: where the target is its block's input, y_hat is what counts.
+  edits = {before(target): lambda _: before_BTD, target: lambda _: y_hat_BTD}
+  at = last(gemma)
+  with jax.named_scope('splice'):
+    return gemma.forward(
+      params, tokens_BT, taps=(at,), edits=edits, logits=False
+    ).taps[at]
+
+
 def shardings(
   mesh: Mesh, params: Mapping[str, jax.Array | np.ndarray]
 ) -> dict[str, NamedSharding]:
@@ -144,10 +171,9 @@ def clean(
     distance to its mean vector (`variance`) and to the mean of that vector
     (`flat`).
   """
-  last = sites.Site(gemma.config.num_layers - 1, 'resid_post')
-  wanted = {*at, *targets, *map(before, targets), last}
+  wanted = {*at, *targets, *map(before, targets), last(gemma)}
   taps = gemma.forward(params, tokens_BT, taps=wanted, logits=False).taps
-  losses_BT = _losses(gemma, params, taps[last], tokens_BT, mesh)
+  losses_BT = _losses(gemma, params, taps[last(gemma)], tokens_BT, mesh)
   counts_BT = keep_BT[:, 1:] & keep_BT[:, :-1]
   sums = {
     **_by_row_and_position('tokens', keep_BT.astype(jnp.float32)),
@@ -274,13 +300,9 @@ def delta(
   Returns:
     `delta_B` and `delta_T`, sums of nats over the losses that count.
   """
-  last = sites.Site(gemma.config.num_layers - 1, 'resid_post')
-  # In this order: where the target is its block's input, y_hat is what counts.
-  edits = {before(target): lambda _: before_BTD, target: lambda _: y_hat_BTD}
-  with jax.named_scope('splice'):
-    spliced = gemma.forward(
-      params, tokens_BT, taps=(last,), edits=edits, logits=False
-    )
-    spliced_BT = _losses(gemma, params, spliced.taps[last], tokens_BT, mesh)
+  spliced_BTD = residual(
+    gemma, params, tokens_BT, target, y_hat_BTD, before_BTD
+  )
+  spliced_BT = _losses(gemma, params, spliced_BTD, tokens_BT, mesh)
   delta_BT = jnp.where(counts_BT, spliced_BT - losses_BT, 0)
   return everywhere(_by_row_and_position('delta', delta_BT), mesh)

@@ -160,22 +160,17 @@ class Stack:
 
     def init_member(seed):
       params = module.lazy_init(jax.random.fold_in(key, seed), x_BD)['params']
-      return self.begin(params)
+      return State(
+        params,
+        self.optimizer.transform().init(params),
+        silent_tokens=jnp.zeros(module.latent_shape, jnp.int32),
+        fired_share=jnp.zeros(module.latent_shape),
+        theta=jnp.zeros(()),
+        coefficient=jnp.float32(0.01),
+        skipped=jnp.zeros((), jnp.int32),
+      )
 
     return jax.vmap(init_member)(jnp.asarray(self.seeds, jnp.uint32))
-
-  def begin(self, params: dict[str, jax.Array]) -> State:
-    """The state of one member at step 0 with these parameters."""
-    shape = self.module.latent_shape
-    return State(
-      params,
-      self.optimizer.transform().init(params),
-      silent_tokens=jnp.zeros(shape, jnp.int32),
-      fired_share=jnp.zeros(shape),
-      theta=jnp.zeros(()),
-      coefficient=jnp.float32(0.01),
-      skipped=jnp.zeros((), jnp.int32),
-    )
 
   def shardings(self, mesh: Mesh):
     """The sharding of every leaf of a state, from the table above."""

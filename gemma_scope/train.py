@@ -70,14 +70,10 @@ def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     runs.refuse_changes(json.loads(path.read_text()), described, _MAY_CHANGE)
     return
   # Before the folder is taken: what the run would start from is there.
-  initialise.plan(config, _groups(config))
+  groups = config_lib.stacks(config, collection.dimensions(config)).values()
+  initialise.plan(config, groups)
   if jax.process_index() == 0:
     path.write_text(json.dumps(described, indent=2) + '\n')
-
-
-def _groups(config: ConfigDict):
-  """The members, by stack."""
-  return collection.make_stacks(config, collection.dimensions(config))[1]
 
 
 def train(
@@ -130,16 +126,7 @@ class _Loop:
   """The training loop and what it holds between steps."""
 
   def __init__(
-    self,
-    config,
-    workdir,
-    mesh,
-    feed,
-    stacks,
-    groups,
-    saves,
-    lease,
-    report,
+    self, config, workdir, mesh, feed, stacks, groups, saves, lease, report
   ):
     self._config = config
     self._workdir = workdir

@@ -67,8 +67,9 @@ def prepare(poll):
 
   from gemma_scope import chat, checksums, metrics, text, weights
   from gemma_scope import mesh as mesh_lib
+  from gemma_scope import prompts as prompts_lib
 
-  prompts = chat.read_prompts(PROMPTS.value)
+  prompts = prompts_lib.read(PROMPTS.value)
   tokenizer = text.Tokenizer(
     TOKENIZER.value or weights.TINY / 'tokenizer.model'
   )

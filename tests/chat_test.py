@@ -175,9 +175,9 @@ def test_prompts_of_every_kind(tmp_path):
   (tmp_path / 'a.jsonl').write_text(data)
   (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(data.encode()))
   (tmp_path / 'a.txt').write_bytes('\ufeffone\r\n\n two {\n'.encode())
-  assert chat.read_prompts(tmp_path / 'a.jsonl') == want
-  assert chat.read_prompts(tmp_path / 'a.jsonl.gz') == want
-  assert chat.read_prompts(tmp_path / 'a.txt') == ['one', 'two {']
+  assert prompts_lib.read(tmp_path / 'a.jsonl') == want
+  assert prompts_lib.read(tmp_path / 'a.jsonl.gz') == want
+  assert prompts_lib.read(tmp_path / 'a.txt') == ['one', 'two {']
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_bad_line_is_named(tmp_path, line):
   path = tmp_path / 'p.jsonl'
   path.write_text('{"prompt": "x"}\n' + line + '\n')
   with pytest.raises(ValueError, match=r'p\.jsonl, line 2: expected') as error:
-    chat.read_prompts(path)
+    prompts_lib.read(path)
   assert '\n' not in str(error.value)
 
 
@@ -198,13 +198,13 @@ def test_no_prompts(tmp_path):
   (tmp_path / 'p.txt').write_text('\n\n')
   (tmp_path / 'p.jsonl.gz').write_bytes(b'not gzip')
   with pytest.raises(ValueError, match=r'must end in \.txt'):
-    chat.read_prompts(tmp_path / 'p.csv')
+    prompts_lib.read(tmp_path / 'p.csv')
   with pytest.raises(ValueError, match='holds no prompt'):
-    chat.read_prompts(tmp_path / 'p.txt')
+    prompts_lib.read(tmp_path / 'p.txt')
   with pytest.raises(ValueError, match='line 0: expected'):
-    chat.read_prompts(tmp_path / 'p.jsonl.gz')
+    prompts_lib.read(tmp_path / 'p.jsonl.gz')
   with pytest.raises(FileNotFoundError, match='no file of prompts'):
-    chat.read_prompts(tmp_path / 'q.txt')
+    prompts_lib.read(tmp_path / 'q.txt')
 
 
 def test_held_out_is_by_prompt():

@@ -16,6 +16,7 @@ from gemma_scope import (
   fold,
   mesh,
   objectives,
+  places,
   release,
   sae,
   sites,
@@ -431,4 +432,4 @@ def test_resampling_revives_the_dead_and_leaves_the_living(case):
 def test_every_architecture_and_type_is_held_to_the_contract():
   assert {case.base for case in CASES} == set(architectures.ARCHITECTURES)
   assert {case.base for case in CASES} == set(config.ARCHITECTURES)
-  assert {case.type for case in CASES} == set(config.TYPES)
+  assert {case.type for case in CASES} == set(places.TYPES)

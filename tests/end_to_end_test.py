@@ -406,7 +406,8 @@ def test_it_lowers_the_kl_at_the_same_l0():
   for step in range(80):
     x_NBD = feed.at(step)[site][None] / scales[site]
     state, _ = take(state, x_NBD, x_NBD, jnp.int32(step), KEY)
-  start = jax.vmap(tuned.begin)(state.params)
+  (start,) = stack.init_all((tuned,), KEY, mesh)
+  start = start.replace(params=state.params)
   start = jax.device_put(start, tuned.shardings(mesh))
   batches = [tokens.at(200 + step) for step in range(steps)]
 

@@ -34,6 +34,7 @@ def gemma_scope_1(model: str) -> ConfigDict:
         'dtype': 'bfloat16',  # the paper stores float32
         'scale': 'rms',
         'memory': 'auto',
+        'ahead': 'auto',
       },
       'collection': {
         'layers': (0,),
@@ -86,6 +87,7 @@ def gemma_scope_1(model: str) -> ConfigDict:
         'adaptive_rate': 0.001,
         'dead_after': 10_000_000,
         'resample_every': 0,
+        'active_limit': 0,  # as the papers'; not tried on a TPU
       },
       'checkpoint': {'every': 5_000, 'keep': 3},
       'metrics': {'every': 100, 'tensorboard': True, 'wandb_project': ''},

@@ -41,6 +41,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   activations.dtype = 'float32'  # of rows in a chunk and in a store
   activations.scale = 'rms'  # C of a site; 'sqrt_d' in the paper's transcoders
   activations.memory = 'auto'  # where a chunk lives: 'device', 'host'
+  activations.ahead = 'auto'  # make the next while one is used: 'on', 'off'
 
   config.collection = collection = ConfigDict()  # all combinations of:
   collection.layers = (1, 2)
@@ -106,6 +107,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   train.adaptive_rate = 0.05  # of the L1 coefficient towards a target L0
   train.dead_after = 100_000  # tokens without firing
   train.resample_every = 0  # steps between resamplings of dead latents
+  train.active_limit = 0  # K of the sparse step (sparse.py), a row; 0: dense
 
   config.checkpoint = checkpoint = ConfigDict()
   checkpoint.every = 200  # steps

@@ -118,26 +118,33 @@ def kth_largest(
   return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
-def top_k(z_BF: jax.Array, k: jax.Array) -> jax.Array:
-  """The k largest positive entries of each row, others 0; [B, F].
+def kth_of_row(z_BF: jax.Array, k: jax.Array, blocks: int = 0) -> jax.Array:
+  """The k-th largest latent of each row, [B, 1], 0 where fewer are positive.
 
-  Axes after the first are ranked together; ties at the last place all stay.
+  Args:
+    z_BF: pre-activations; axes after the first are ranked together.
+    k: how many to keep; ties at the last place all stay.
+    blocks: if not 0, rank the largest of each of about so many blocks of
+      latents instead, at a fraction of the cost: the result is at most the
+      exact one, so that what reaches it holds the k largest and a few more.
   """
-  f_BF = jax.nn.relu(z_BF)
-  return _at_least(f_BF, kth_largest(f_BF, k, tuple(range(1, z_BF.ndim))))
+  return kth_largest(_maxima(z_BF, blocks), k, tuple(range(1, z_BF.ndim)))
 
 
-def batch_top_k(z_BF: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The k B largest positive entries of the batch, and the smallest of them.
-
-  Returns:
-    f [B, F] and the threshold, a scalar.
-  """
-  f_BF = jax.nn.relu(z_BF)
+def kth_of_batch(z_BF: jax.Array, k: jax.Array, blocks: int = 0) -> jax.Array:
+  """The k B-th largest latent of the whole batch, a scalar; see above."""
   total = jnp.round(k * z_BF.shape[0])
-  least = kth_largest(f_BF, total, tuple(range(z_BF.ndim)))
-  return _at_least(f_BF, least), least.reshape(())
+  least = kth_largest(_maxima(z_BF, blocks), total, tuple(range(z_BF.ndim)))
+  return least.reshape(())
 
 
-def _at_least(f_BF, least):
-  return jnp.where(f_BF >= least, f_BF, 0)
+def _maxima(z_BF, blocks):
+  """relu(z), or the largest of each block."""
+  latents, size = z_BF.shape[-1], 1
+  while size < 32 and blocks and latents % (2 * size) == 0:
+    if latents // (2 * size) < blocks:
+      break
+    size *= 2
+  if size > 1:
+    z_BF = jnp.max(z_BF.reshape(*z_BF.shape[:-1], -1, size), -1)
+  return jax.nn.relu(z_BF)

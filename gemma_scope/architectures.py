@@ -1,7 +1,8 @@
 """The architectures: how pre-activations become latents, and are trained to.
 
-Each is an `Autoencoder` with its own `latents`, and knows which released
-parameters act the same: all but TopK are released as a JumpReLU.
+Each is an `Autoencoder` with its own `activate`, and knows where a gradient can
+be (`may_act`) and which released parameters act the same: all but TopK are
+released as a JumpReLU.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_scope import activation_functions as functions
 from gemma_scope import sae
@@ -49,11 +51,15 @@ class JumpReLU(sae.Autoencoder):
     """theta [F]."""
     return self._theta(self.raw)
 
-  def latents(self, x, k=1.0):
-    z, theta = self.pre_activations(x), self.threshold()
+  def activate(self, projected, k, candidates=None):
+    z = projected + _at(candidates, self.b_enc)
+    theta = _at(candidates, self.threshold())
     f = functions.jumprelu(z, theta, self.bandwidth, self.to_input)
     active = functions.step(z, theta, self.bandwidth, self.to_input)
-    return sae.Latents(z, f, active, f, theta)
+    return sae.Latents(z, f, active, f, theta, _ZERO)
+
+  def may_act(self, projected, k, blocks):
+    return projected + self.b_enc > self.threshold() - self.bandwidth / 2
 
   def released(self, params, theta, k):
     found = super().released(params, theta, k)
@@ -69,19 +75,27 @@ class JumpReLU(sae.Autoencoder):
 class ReLU(sae.Autoencoder):
   """f = max(z, 0), made sparse by an L1 penalty (Bricken et al., 2023)."""
 
-  def latents(self, x, k=1.0):
-    z = self.pre_activations(x)
+  def activate(self, projected, k, candidates=None):
+    z = projected + _at(candidates, self.b_enc)
     f = jax.nn.relu(z)
-    return sae.Latents(z, f, _fires(f), f, jnp.zeros(()))
+    return sae.Latents(z, f, _fires(f), f, _ZERO, _ZERO)
+
+  def may_act(self, projected, k, blocks):
+    return projected + self.b_enc > 0
 
 
 class TopK(sae.Autoencoder):
   """The k largest latents of a row (arXiv 2406.04093)."""
 
-  def latents(self, x, k):
-    z = self.pre_activations(x)
-    f = functions.top_k(z, k)
-    return sae.Latents(z, f, _fires(f), f, jnp.zeros(()))
+  def activate(self, projected, k, candidates=None):
+    z = projected + _at(candidates, self.b_enc)
+    ranked = z if candidates is None else candidates.together(z)
+    f = jnp.where(z >= functions.kth_of_row(ranked, k), jax.nn.relu(z), 0)
+    return sae.Latents(z, f, _fires(f), f, _ZERO, _ZERO)
+
+  def may_act(self, projected, k, blocks):
+    z = projected + self.b_enc
+    return (z > 0) & (z >= functions.kth_of_row(z, k, blocks))
 
   def released(self, params, theta, k):
     return {**super().released(params, theta, k), 'k': jnp.float32(k)}
@@ -95,10 +109,15 @@ class BatchTopK(sae.Autoencoder):
   released, as a JumpReLU.
   """
 
-  def latents(self, x, k):
-    z = self.pre_activations(x)
-    f, least = functions.batch_top_k(z, k)
-    return sae.Latents(z, f, _fires(f), f, least)
+  def activate(self, projected, k, candidates=None):
+    z = projected + _at(candidates, self.b_enc)
+    least = functions.kth_of_batch(z, k)
+    f = jnp.where(z >= least, jax.nn.relu(z), 0)
+    return sae.Latents(z, f, _fires(f), f, least, least)
+
+  def may_act(self, projected, k, blocks):
+    z = projected + self.b_enc
+    return (z > 0) & (z >= functions.kth_of_batch(z, k, blocks))
 
   def released(self, params, theta, k):
     found = super().released(params, theta, k)
@@ -122,12 +141,15 @@ class Gated(sae.Autoencoder):
     self.b_gate = self.param('b_gate', zeros, self.latent_shape)
     self.r_mag = self.param('r_mag', zeros, self.latent_shape)
 
-  def latents(self, x, k=1.0):
-    projected = self.project(x)
-    gate = projected + self.b_gate
-    z = jnp.exp(self.r_mag) * projected + self.b_enc
+  def activate(self, projected, k, candidates=None):
+    gate = projected + _at(candidates, self.b_gate)
+    gain = jnp.exp(_at(candidates, self.r_mag))
+    z = gain * projected + _at(candidates, self.b_enc)
     f = jnp.where(gate > 0, jax.nn.relu(z), 0)
-    return sae.Latents(z, f, _fires(f), jax.nn.relu(gate), jnp.zeros(()))
+    return sae.Latents(z, f, _fires(f), jax.nn.relu(gate), _ZERO, _ZERO)
+
+  def may_act(self, projected, k, blocks):
+    return projected + self.b_gate > 0
 
   def released(self, params, theta, k):
     found = super().released(params, theta, k)
@@ -135,7 +157,7 @@ class Gated(sae.Autoencoder):
     threshold = params['b_enc'] - gain * params['b_gate']
     return {
       **found,
-      'W_enc': params['W_enc'] * gain[..., None, :],
+      'W_enc': found['W_enc'] * gain[..., None, :],
       'threshold': jnp.maximum(threshold, 0),  # f = relu(z) anyway
     }
 
@@ -143,6 +165,14 @@ class Gated(sae.Autoencoder):
     b_gate = jnp.asarray(released['b_enc'] - released['threshold'])
     found = super().trainable(released)
     return {**found, 'b_gate': b_gate, 'r_mag': jnp.zeros_like(b_gate)}
+
+
+_ZERO = np.float32(0)
+
+
+def _at(candidates, v):
+  """Latents' own values beside a batch's latents."""
+  return v if candidates is None else candidates.at(v)
 
 
 def _fires(f):

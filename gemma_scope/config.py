@@ -301,6 +301,10 @@ def check(
     f'activations.memory must be auto, device or host; found {a.memory!r}.',
   )
   need(
+    a.ahead in ('auto', 'on', 'off'),
+    f'activations.ahead must be auto, on or off; found {a.ahead!r}.',
+  )
+  need(
     config.text.seq_len >= 2, 'text.seq_len must be at least 2 (BOS and one).'
   )
   for name in ('steps', 'batch', 'learning_rate', 'dead_after'):
@@ -324,6 +328,11 @@ def check(
       'End-to-end fine-tuning has end_to_end.sequences * (text.seq_len - 1) '
       f'= {rows} rows a step; found train.batch {t.batch}.',
     )
+  need(
+    t.active_limit >= 0,
+    'train.active_limit is a number of latents a row, 0 for a dense step; '
+    f'found {t.active_limit}.',
+  )
   for name in ('warm_up', 'decay', 'sparsity_warm_up', 'l0_steps'):
     need(
       0 <= t[name] <= t.steps,

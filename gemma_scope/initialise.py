@@ -186,8 +186,7 @@ def _filled(name: str, value: jax.Array, random: jax.Array) -> np.ndarray:
   """`value`, and the latents that it lacks as they are at random."""
   if value.shape == random.shape:
     return np.asarray(value)
-  # Per-latent arrays end in F, but for the decoder.
-  axis = 0 if name == 'W_dec' else -1
+  axis = 0  # latents' own arrays begin with F
   rest = jnp.take(
     random, jnp.arange(value.shape[axis], random.shape[axis]), axis
   )

@@ -30,6 +30,9 @@ published; `frequency` is ours: the L0 penalty, on what exceeds the limit alone.
 A Matryoshka SAE (arXiv 2503.17547) takes the mean of the error over nested
 prefixes of its latents, the last of which is the whole. A Gated one has beside
 it the error of its gate decoded by frozen decoders, and L1 on the gate.
+
+`value_and_grad` takes the sparse way (`sparse`) where all candidates of the
+batch fit, else the dense one, which defines it; both give the same result.
 """
 
 from __future__ import annotations
@@ -40,8 +43,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from gemma_scope import activation_functions, sae
+from gemma_scope import activation_functions, sae, sparse
 
 # The penalties whose value is the L0 to reach.
 TARGETS = ('target_l0', 'quadratic_l0', 'k', 'adaptive_l1')
@@ -76,6 +80,11 @@ class Objective:
   auxk_latents: int = 0
   prefixes: tuple[int, ...] = ()
 
+  @property
+  def needs_all(self) -> bool:
+    """Whether latents that are far from firing have a gradient."""
+    return bool(self.pre_act)
+
 
 class Terms(NamedTuple):
   """What a step reports of one member; scalars but for `fired_F`."""
@@ -86,7 +95,8 @@ class Terms(NamedTuple):
   l0: jax.Array
   fired_F: jax.Array  # rows of this batch that each latent fired on
   rows: jax.Array  # int32, of this batch
-  theta: jax.Array  # mean of what z was held against: BatchTopK's threshold
+  theta: jax.Array  # the smallest latent that BatchTopK kept
+  sparse: jax.Array  # 1 where the sparse way was taken
   more: dict[str, jax.Array]  # scalars that `fidelity` reports
 
 
@@ -101,6 +111,8 @@ def loss(
   warm_up: jax.Array,
   dead_F: jax.Array,
   fidelity: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None,
+  projected: jax.Array | None = None,
+  candidates: sparse.Candidates | None = None,
 ) -> tuple[jax.Array, Terms]:
   """Loss and report of one SAE on a batch.
 
@@ -116,43 +128,131 @@ def loss(
     dead_F: bool, which latents count as dead.
     fidelity: (reconstruction term, y_hat_BD) -> what takes the term's place,
       and what to report of it; None for the term itself.
+    projected: x W_enc^T where it is known, else it is computed.
+    candidates: the latents that `projected` is of; None for all of them.
 
   Returns:
     The scalar to differentiate, and `Terms`.
   """
   bound = module.bind({'params': params})
-  latents = bound.latents(x_BD, value)
+  if projected is None:
+    projected = bound.project(x_BD)
+  latents = bound.activate(projected, value, candidates)
+  # Latents' own values beside them, and back: [F] -> [B, F] -> [F].
+  if candidates is None:
+    at, over_rows = lambda v: v, lambda a: jnp.sum(a, 0)
+  else:
+    at, over_rows = candidates.at, candidates.total
   with jax.named_scope('objective'):
     left_BD = y_BD - bound.offset(x_BD)
     errors = []
     for start, stop in _parts(objective, module):
-      left_BD = left_BD - bound.write(latents.f_BF, slice(start, stop))
+      part = slice(start, stop) if objective.prefixes else slice(None)
+      left_BD = left_BD - bound.write(latents.f_BF, part, candidates)
       errors.append(_mean_square(left_BD))
     squared_error = errors[-1]
     reconstruction, more = sum(errors) / len(errors), {}
     if fidelity is not None:
       reconstruction, more = fidelity(reconstruction, y_BD - left_BD)
     rows = x_BD.shape[0]
-    fired_F = jnp.sum(latents.active_BF, 0)
+    fired_F = over_rows(latents.active_BF)
+    norms = 1.0 if module.unit_decoder else at(bound.norms())
     penalty = _penalty(
-      objective, latents, fired_F / rows, bound.norms(), value, coefficient
+      objective, latents, fired_F / rows, norms, value, coefficient, rows
     )
     total = reconstruction + warm_up * penalty
     if latents.gate_BF is not latents.f_BF:
-      total += _gate_error(module, params, latents.gate_BF, x_BD, y_BD)
+      total += _gate_error(
+        module, params, latents.gate_BF, x_BD, y_BD, candidates
+      )
     if objective.pre_act:
-      short_BF = jax.nn.relu(latents.theta - latents.z_BF) * bound.norms()
+      short_BF = jax.nn.relu(latents.theta - latents.z_BF) * norms
       total += objective.pre_act * jnp.sum(short_BF) / rows
-    if objective.auxk:
+    if objective.auxk and candidates is None:  # else there is no dead latent
       total += objective.auxk * _auxk(
         objective, bound, latents, left_BD, dead_F
       )
     variance = _mean_square(y_BD - jnp.mean(y_BD, 0))
   terms = Terms(
       total, squared_error, squared_error / variance, jnp.sum(fired_F) / rows,
-      fired_F, jnp.int32(rows), jnp.mean(latents.theta), more,
+      fired_F, jnp.int32(rows), jnp.float32(latents.least),
+      jnp.float32(candidates is not None), more,
   )  # fmt: skip
   return total, jax.lax.stop_gradient(terms)
+
+
+def value_and_grad(
+  module: sae.Autoencoder,
+  objective: Objective,
+  params: dict[str, Any],
+  x_BD: jax.Array,
+  y_BD: jax.Array,
+  value: jax.Array,
+  coefficient: jax.Array,
+  warm_up: jax.Array,
+  dead_F: jax.Array,
+  active_limit: int,
+  mesh: Mesh | None = None,
+  agree: Callable[[jax.Array], jax.Array] = lambda fits: fits,
+):
+  """`loss` and its gradient in `params`, by the sparse way where that is exact.
+
+  Args:
+    active_limit: how many candidates a row (of each layer, in each shard of
+      latents) the sparse way has room for; 0: always dense.
+    mesh: the devices, None for one.
+    agree: whether all fit of those that must take the same way.
+
+  Returns:
+    ((loss, `Terms`), gradient).
+  """
+  data = dict(
+      x_BD=x_BD, y_BD=y_BD, value=value, coefficient=coefficient,
+      warm_up=warm_up, dead_F=dead_F,
+  )  # fmt: skip
+
+  def whole(params):
+    return loss(module, objective, params, **data)
+
+  if not active_limit or objective.needs_all:
+    return jax.value_and_grad(whole, has_aux=True)(params)
+
+  def of(params, projected, candidates):
+    return loss(
+        module, objective, params, **data, projected=projected,
+        candidates=candidates,
+    )  # fmt: skip
+
+  gradient = jax.value_and_grad(of, argnums=(0, 1), has_aux=True)
+  # The encoder's product serves both ways.
+  projected_BF, transpose = jax.vjp(
+    lambda params: module.apply({'params': params}, x_BD, method='project'),
+    params,
+  )
+  bound = module.bind({'params': params})
+  candidates = sparse.Candidates(
+    bound.may_act(projected_BF, value, 4 * active_limit),
+    active_limit,
+    mesh,
+    module.matmul_dtype,
+  )
+  fits = candidates.most <= candidates.count
+  if objective.auxk:
+    fits &= ~jnp.any(dead_F)
+
+  def sparse_way(params):
+    projected_BK = candidates.values(projected_BF)
+    found, (own, outer_BK) = gradient(params, projected_BK, candidates)
+    bound = module.bind({'params': params})
+    encoder = bound.encoder_gradient(outer_BK, x_BD, candidates)
+    return found, {**own, **{n: own[n] + g for n, g in encoder.items()}}
+
+  def dense_way(params):
+    found, (own, outer_BF) = gradient(params, projected_BF, None)
+    (encoder,) = transpose(outer_BF)
+    return found, jax.tree.map(jnp.add, own, encoder)
+
+  return jax.lax.cond(agree(fits), sparse_way, dense_way, params)
 
 
 def _mean_square(x_BD) -> jax.Array:
@@ -166,7 +266,9 @@ def _parts(objective: Objective, module: sae.Autoencoder):
   return list(zip((0, *ends), ends, strict=False))
 
 
-def _penalty(objective, latents, p_F, norm_F, value, coefficient) -> jax.Array:
+def _penalty(
+  objective, latents, p_F, norms, value, coefficient, rows
+) -> jax.Array:
   """Sparsity and frequency terms of one member."""
   l0, o = jnp.sum(p_F), objective
   match o.penalty:
@@ -179,12 +281,11 @@ def _penalty(objective, latents, p_F, norm_F, value, coefficient) -> jax.Array:
     case 'quadratic_frequency':
       penalty = value * jnp.sum(p_F * (1 + p_F / o.p0))
     case 'tanh':
-      bent_BF = jnp.tanh(o.tanh_scale * latents.f_BF * norm_F)
-      penalty = value * jnp.sum(bent_BF) / bent_BF.shape[0]
+      bent_BF = jnp.tanh(o.tanh_scale * latents.f_BF * norms)
+      penalty = value * jnp.sum(bent_BF) / rows
     case 'l1' | 'adaptive_l1':
       weight = value if o.penalty == 'l1' else coefficient
-      gate_BF = latents.gate_BF * norm_F
-      penalty = weight * jnp.sum(gate_BF) / gate_BF.shape[0]
+      penalty = weight * jnp.sum(latents.gate_BF * norms) / rows
     case 'k':
       penalty = jnp.float32(0)
     case _:
@@ -195,7 +296,7 @@ def _penalty(objective, latents, p_F, norm_F, value, coefficient) -> jax.Array:
   return penalty
 
 
-def _gate_error(module, params, gate_BF, x_BD, y_BD) -> jax.Array:
+def _gate_error(module, params, gate_BF, x_BD, y_BD, candidates) -> jax.Array:
   """Error of a Gated SAE's gate through frozen decoders: it trains the gate."""
   decoder = ('W_dec', 'b_dec', 'W_skip')
   frozen = {
@@ -203,7 +304,8 @@ def _gate_error(module, params, gate_BF, x_BD, y_BD) -> jax.Array:
     for name, p in params.items()
   }
   bound = module.bind({'params': frozen})
-  return _mean_square(y_BD - bound.write(gate_BF) - bound.offset(x_BD))
+  gate_BD = bound.write(gate_BF, candidates=candidates)
+  return _mean_square(y_BD - gate_BD - bound.offset(x_BD))
 
 
 def _auxk(objective, bound, latents, error_BD, dead_F) -> jax.Array:
@@ -212,7 +314,8 @@ def _auxk(objective, bound, latents, error_BD, dead_F) -> jax.Array:
   wanted = objective.auxk_latents or bound.d_out // 2
   count = jnp.minimum(jnp.sum(dead_F), wanted)
   f_BF = jnp.where(dead_F, jax.nn.relu(latents.z_BF), 0)
-  f_BF = activation_functions.top_k(f_BF, jnp.maximum(count, 1))
+  least = activation_functions.kth_of_row(f_BF, jnp.maximum(count, 1))
+  f_BF = jnp.where(f_BF >= least, f_BF, 0)
   left = _mean_square(error_BD - bound.write(f_BF))
   variance = _mean_square(error_BD - jnp.mean(error_BD, 0))
   share = left / jnp.maximum(variance, 1e-12)

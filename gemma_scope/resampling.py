@@ -61,7 +61,7 @@ def resample(
   else:
     read, written = x_BD[rows_F], y_BD[rows_F]
   alive_F = ~dead_F
-  norm_F = jnp.linalg.norm(params['W_enc'], axis=-2)
+  norm_F = jnp.linalg.norm(params['W_enc'], axis=-1)
   norm = jnp.sum(norm_F * alive_F) / jnp.maximum(jnp.sum(alive_F), 1)
   read /= jnp.maximum(jnp.linalg.norm(read, axis=-1, keepdims=True), 1e-12)
   lead = (module.layers,) if module.layers else ()
@@ -69,14 +69,14 @@ def resample(
   start = module.init(jax.random.key(0), jnp.zeros(shape))['params']
   anew = {
     **start,
-    'W_enc': 0.2 * norm * jnp.swapaxes(read, -1, -2),
+    'W_enc': 0.2 * norm * read,
     'W_dec': sae.unit_rows(written),
   }
 
   def of_latents(name, ndim):
     """`dead_F` shaped like the parameter; None where it has no latents."""
     if name == 'W_enc':
-      return dead_F[..., None, :]
+      return dead_F[..., None]
     if name == 'W_dec':
       return dead_F[:, None, :, None] if ndim == 4 else dead_F[:, None]
     return None if name in ('b_dec', 'W_skip') else dead_F

@@ -16,11 +16,16 @@ a weakly causal crosscoder where y = x, a cross-layer transcoder (CLT) where y
 is the MLPs' outputs. A latent's decoder is its rows to all layers together.
 
 The maths is for one SAE, rows first; latents are all axes after the rows.
-`stack` maps it over many. Parameter names are those of Gemma Scope's files.
+`stack` maps it over many. Parameter names are those of Gemma Scope's files, but
+W_enc is trained as [F, D], a row a latent like W_dec's, and released as [D, F].
+
+A batch's latents are dense, or `sparse.Candidates` alone stand for all: then
+[B, F] below is [B, K], and what is a latent's own is looked up for each.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -29,6 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_scope import activation_functions as functions
+from gemma_scope import sparse
 
 
 class Latents(NamedTuple):
@@ -39,6 +45,7 @@ class Latents(NamedTuple):
   active_BF: jax.Array  # 1 where a latent fires, with its estimator's gradient
   gate_BF: jax.Array  # what an L1 penalty falls on: f, or a Gated SAE's gate
   theta: jax.Array  # thresholds that z was held against
+  least: jax.Array  # BatchTopK's smallest latent, a scalar; else 0
 
 
 def _norm_axes(w: jax.Array) -> tuple[int, ...]:
@@ -78,9 +85,9 @@ def _he_uniform(key, shape, dtype=jnp.float32):
   return unit_rows(W_dec)
 
 
-def _he_uniform_columns(key, shape, dtype=jnp.float32):
-  W_enc = nn.initializers.he_uniform(in_axis=-2)(key, shape, dtype)
-  return W_enc / jnp.linalg.norm(W_enc, axis=-2, keepdims=True)
+def _he_uniform_encoder(key, shape, dtype=jnp.float32):
+  W_enc = nn.initializers.he_uniform(in_axis=-1, out_axis=-2)(key, shape, dtype)
+  return W_enc / jnp.linalg.norm(W_enc, axis=-1, keepdims=True)
 
 
 def _own_layer(W_dec):
@@ -88,12 +95,50 @@ def _own_layer(W_dec):
   if W_dec.ndim == 4:
     W_dec = jnp.moveaxis(jnp.diagonal(W_dec), -1, 0)
     W_dec /= jnp.linalg.norm(W_dec, axis=-1, keepdims=True)
-  return jnp.swapaxes(W_dec, -1, -2)
+  return W_dec
 
 
 def constant(value):
   """An initialiser in the form that Flax calls it."""
   return lambda key, shape, dtype=jnp.float32: jnp.full(shape, value, dtype)
+
+
+def _matmul(dtype: str, terms: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """Factors in `dtype`, sums in float32."""
+  a, b = a.astype(dtype), b.astype(dtype)
+  return jnp.einsum(terms, a, b, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(dtype, x, bias, W_enc):
+  """(x - bias) W_enc^T, of data: x has no gradient."""
+  terms = 'bld,lfd->blf' if x.ndim == 3 else 'bd,fd->bf'
+  return _matmul(dtype, terms, x - bias, W_enc)
+
+
+def _project_forward(dtype, x, bias, W_enc):
+  return _project(dtype, x, bias, W_enc), (x, bias, W_enc)
+
+
+def _project_backward(dtype, saved, g):
+  x, bias, W_enc = saved
+  terms = 'blf,bld->lfd' if x.ndim == 3 else 'bf,bd->fd'
+  # The bias needs the sum over rows alone: a vector's product, not a sixth
+  # matmul of all rows whose result would then be summed.
+  of_bias = _of_bias(jnp.sum(g, 0), W_enc) if bias.ndim else bias
+  return (
+    jnp.zeros_like(x),
+    of_bias,
+    _matmul(dtype, terms, g, x - bias),
+  )
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+def _of_bias(g_F: jax.Array, W_enc: jax.Array) -> jax.Array:
+  """Gradient of the encoder's bias from the rows' sum of the latents'."""
+  return -jnp.einsum('...f,...fd->...d', g_F, W_enc)
 
 
 class Autoencoder(nn.Module):
@@ -108,7 +153,7 @@ class Autoencoder(nn.Module):
     layers: 0 for one site, L for L layers.
     pre_encoder_bias: whether the encoder sees x - b_dec (SAEs do, transcoders
       do not; arXiv 2408.05147 section 3.2 and appendix B).
-    tied: W_enc starts as the transpose of W_dec (not in transcoders).
+    tied: W_enc starts as W_dec (not in transcoders).
     skip: an affine path past the latents, W_skip, from zero.
     unit_decoder: decoders keep norm 1; else sparsity weighs each latent by it.
     matmul_dtype: dtype of the matmuls' inputs; they accumulate in float32.
@@ -136,11 +181,11 @@ class Autoencoder(nn.Module):
     self.W_dec = self.param(
       'W_dec', _he_uniform, (*lead, *lead, latents, self.d_out)
     )
-    shape = (*lead, self.d_in, latents)
+    shape = (*lead, latents, self.d_in)
     if self.tied:
       self.W_enc = self.param('W_enc', constant(_own_layer(self.W_dec)), shape)
     else:
-      self.W_enc = self.param('W_enc', _he_uniform_columns, shape)
+      self.W_enc = self.param('W_enc', _he_uniform_encoder, shape)
     zeros = nn.initializers.zeros
     self.b_enc = self.param('b_enc', zeros, self.latent_shape)
     self.b_dec = self.param('b_dec', zeros, (*lead, self.d_out))
@@ -148,29 +193,42 @@ class Autoencoder(nn.Module):
       self.W_skip = self.param('W_skip', zeros, (*lead, self.d_in, self.d_out))
 
   def _matmul(self, terms, a, b):
-    dtype = jnp.dtype(self.matmul_dtype)
-    return jnp.einsum(
-      terms,
-      a.astype(dtype),
-      b.astype(dtype),
-      preferred_element_type=jnp.float32,
-    )
+    return _matmul(self.matmul_dtype, terms, a, b)
 
   def project(self, x: jax.Array) -> jax.Array:
-    """x W_enc, the encoder without its b_enc; float32."""
+    """x W_enc^T, the encoder without its biases; [B, F], float32."""
     with jax.named_scope('encoder'):
-      if self.pre_encoder_bias:
-        x = x - self.b_dec
-      terms = 'bld,ldf->blf' if self.layers else 'bd,df->bf'
-      return self._matmul(terms, x, self.W_enc)
+      bias = self.b_dec if self.pre_encoder_bias else jnp.zeros(())
+      return _project(self.matmul_dtype, x, bias, self.W_enc)
 
-  def pre_activations(self, x: jax.Array) -> jax.Array:
-    """z [B, F] of x [B, D], float32."""
-    return self.project(x) + self.b_enc
+  def encoder_gradient(
+    self, g: jax.Array, x: jax.Array, candidates: sparse.Candidates
+  ) -> dict[str, jax.Array]:
+    """Gradients of `project`'s parameters from that of its candidates."""
+    with jax.named_scope('encoder'):
+      if not self.pre_encoder_bias:
+        return {'W_enc': candidates.encoder_gradient(g, x)}
+      return {
+        'W_enc': candidates.encoder_gradient(g, x - self.b_dec),
+        'b_dec': _of_bias(candidates.total(g), self.W_enc),
+      }
 
-  def write(self, f: jax.Array, part: slice = slice(None)) -> jax.Array:
+  def write(
+    self,
+    f: jax.Array,
+    part: slice = slice(None),
+    candidates: sparse.Candidates | None = None,
+  ) -> jax.Array:
     """What the latents `part` (of each layer) write: f W_dec, no bias."""
     with jax.named_scope('decoder'):
+      if candidates is not None:
+        if part != slice(None):
+          shape = self.latent_shape
+          index = jnp.broadcast_to(jnp.arange(shape[-1]), shape)
+          index = candidates.at(index)
+          stop = shape[-1] if part.stop is None else part.stop
+          f = jnp.where((index >= (part.start or 0)) & (index < stop), f, 0)
+        return candidates.write(f, self.W_dec)
       f = f[..., part]
       if not self.layers:
         return self._matmul('bf,fd->bd', f, self.W_dec[part])
@@ -198,11 +256,32 @@ class Autoencoder(nn.Module):
       return jnp.ones(self.latent_shape)
     return decoder_norm(self.W_dec)
 
-  def latents(self, x: jax.Array, k: jax.Array) -> Latents:
+  def latents(self, x: jax.Array, k: jax.Array | float = 1.0) -> Latents:
     """Latents of x; `k` is how many TopK and BatchTopK keep a row."""
+    return self.activate(self.project(x), k)
+
+  def activate(
+    self,
+    projected: jax.Array,
+    k: jax.Array,
+    candidates: sparse.Candidates | None = None,
+  ) -> Latents:
+    """Latents of x W_enc^T, all of them or the candidates alone."""
     raise NotImplementedError
 
-  def __call__(self, x: jax.Array, k: float = 1.0) -> jax.Array:
+  def may_act(
+    self, projected: jax.Array, k: jax.Array, blocks: int
+  ) -> jax.Array:
+    """Where a latent can have a gradient, bool; perhaps in a few places more.
+
+    Args:
+      projected: x W_enc^T, dense.
+      k: how many TopK and BatchTopK keep.
+      blocks: `activation_functions.at_most_kth`'s.
+    """
+    raise NotImplementedError
+
+  def __call__(self, x: jax.Array, k: jax.Array | float = 1.0) -> jax.Array:
     """Reconstruction [B, D_out] of x [B, D]."""
     return self.write(self.latents(x, k).f_BF) + self.offset(x)
 
@@ -216,6 +295,7 @@ class Autoencoder(nn.Module):
     """
     shared = ('W_enc', 'b_enc', 'W_dec', 'b_dec', 'W_skip')
     found = {name: params[name] for name in shared if name in params}
+    found['W_enc'] = jnp.swapaxes(found['W_enc'], -1, -2)
     found['threshold'] = jnp.zeros(self.latent_shape)
     if self.layers:
       found['W_dec'] = jnp.swapaxes(found['W_dec'], 1, 2)
@@ -225,6 +305,7 @@ class Autoencoder(nn.Module):
     """The inverse of `released`: parameters that act like released ones."""
     names = ('W_enc', 'b_enc', 'W_dec', 'b_dec')
     found = {name: jnp.asarray(released[name]) for name in names}
+    found['W_enc'] = jnp.swapaxes(found['W_enc'], -1, -2)
     if self.layers:
       found['W_dec'] = jnp.swapaxes(found['W_dec'], 1, 2)
     if self.skip:

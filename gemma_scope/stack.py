@@ -1,9 +1,11 @@
-"""Many SAEs of one shape, trained together: `vmap` over members.
+"""Many SAEs of one shape, trained together by one program.
 
 A stack holds the members that share architecture and shape. Parameters, moments
 and counters carry a leading axis S; what differs between members (the sites
-they read and write, their sparsity, their learning rate) is data, so that one
-program trains them all. There is no maths of SAEs in this file.
+they read and write, their sparsity, their learning rate) is data. A step takes
+the members in turn, one on each place of the mesh's axis 'sae', in place: only
+one member's activations are in memory, and each chooses its own way through
+`objectives.value_and_grad`. There is no maths of SAEs in this file.
 
 One step of one member, in this order, which matters:
   gradient of the loss
@@ -17,6 +19,7 @@ Source: arXiv 2408.05147 section 3.2.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,13 +30,13 @@ import optax
 from jax.sharding import Mesh
 
 from gemma_scope import mesh as mesh_lib
-from gemma_scope import objectives, resampling, sae, sites
+from gemma_scope import objectives, optimizer, resampling, sae, sites
 
 # Array -> mesh axes of its last dimensions, by the last part of its path;
 # moments of the optimiser carry their parameter's name. The first dimension is
 # the members', those between (layers) are not split.
 SHARDING = {
-  'W_enc': (None, 'latent'),
+  'W_enc': ('latent', None),
   'W_dec': ('latent', None),
   'b_enc': ('latent',),
   'b_gate': ('latent',),
@@ -43,6 +46,12 @@ SHARDING = {
   'silent_tokens': ('latent',),
   'fired_share': ('latent',),
 }
+
+
+# What a step reports of each member (and what `fidelity` adds).
+METRICS = (
+    'loss', 'squared_error', 'fvu', 'l0', 'dead', 'dense', 'sparse_steps',
+)  # fmt: skip
 
 
 class State(flax.struct.PyTreeNode):
@@ -67,70 +76,6 @@ class Setting(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
-  """How members are trained; the same for a whole run.
-
-  Attributes:
-    b2, eps: Adam's (b1 is 0).
-    clip: bound on the norm of a member's gradient; 0 for none.
-    warm_up: steps of the cosine warm-up, from 0.1 to 1 of the learning rate.
-    decay: last steps over which the learning rate falls linearly to 0.
-    sparsity_warm_up: steps over which the coefficients rise linearly from 0.
-    threshold_rate: factor on the learning rate of thresholds.
-    steps: length of the run.
-    dead_after: tokens without firing after which a latent counts as dead.
-    initial_l0, l0_steps: a target L0 starts at `initial_l0` and falls linearly
-      to the member's over `l0_steps` (0: it is the member's from the start).
-    theta_decay: of the running mean of BatchTopK's threshold.
-    adaptive_rate: how fast adaptive_l1's coefficient moves, a step.
-    resample_every: steps between resamplings of dead latents; 0: never.
-  """
-
-  b2: float
-  eps: float
-  clip: float
-  warm_up: int
-  decay: int
-  sparsity_warm_up: int
-  threshold_rate: float
-  steps: int
-  dead_after: int
-  initial_l0: float = 0.0
-  l0_steps: int = 0
-  theta_decay: float = 0.999
-  adaptive_rate: float = 0.01
-  resample_every: int = 0
-
-  def rate_factor(self, step: jax.Array) -> jax.Array:
-    """Factor on the learning rate at `step`."""
-    t = jnp.clip(step / max(self.warm_up, 1), 0, 1)
-    up = 0.1 + 0.9 * (1 - jnp.cos(jnp.pi * t)) / 2 if self.warm_up else 1.0
-    left = (self.steps - step) / max(self.decay, 1)
-    return up * (jnp.clip(left, 0, 1) if self.decay else 1.0)
-
-  def sparsity_factor(self, step: jax.Array) -> jax.Array:
-    """Factor on the sparsity coefficients at `step`."""
-    return jnp.clip(step / max(self.sparsity_warm_up, 1), 0, 1)
-
-  def l0_target(self, value: jax.Array, step: jax.Array) -> jax.Array:
-    """The target L0 at `step` of a member whose own is `value`."""
-    if not self.l0_steps:
-      return value
-    left = jnp.clip(1 - step / self.l0_steps, 0, 1)
-    return value + left * jnp.maximum(self.initial_l0 - value, 0)
-
-  def transform(self) -> optax.GradientTransformation:
-    """Gradient -> direction, for one member."""
-    clip = (
-      optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
-    )
-    adam = optax.scale_by_rms(
-      self.b2, self.eps, eps_in_sqrt=False, bias_correction=True
-    )
-    return optax.chain(clip, adam)
-
-
-@dataclasses.dataclass(frozen=True)
 class Stack:
   """Members of one shape; `init` and `step` are pure.
 
@@ -141,7 +86,7 @@ class Stack:
     targets: sites that some member reconstructs, in the order of y_MBD.
     setting: per-member data.
     seeds: per-member seed of the initial parameters.
-    optimizer: see `Optimizer`.
+    optimizer: how it is trained.
   """
 
   module: sae.Autoencoder
@@ -150,7 +95,7 @@ class Stack:
   targets: tuple[sites.Site, ...]
   setting: Setting
   seeds: tuple[int, ...]
-  optimizer: Optimizer
+  optimizer: optimizer.Optimizer
 
   def init(self, key: jax.Array) -> State:
     """Initial state; a member's depends on (key, its seed, its shape) alone."""
@@ -191,6 +136,7 @@ class Stack:
     y_MBD: jax.Array,
     step: jax.Array,
     key: jax.Array,
+    mesh: Mesh | None = None,
   ) -> tuple[State, dict[str, jax.Array]]:
     """One step of all members.
 
@@ -200,38 +146,74 @@ class Stack:
       y_MBD: rows of each of `self.targets`, the same.
       step: int32, counted from 0.
       key: of the run; what is random depends on it and on `step`.
+      mesh: the devices; None for one.
 
     Returns:
       The next state, and metrics as arrays [S].
     """
+    places = mesh.shape['sae'] if mesh else 1
 
-    def member(state, setting, seed):
-      x_BD = _rows(x_NBD, setting.reads)
-      y_BD = _rows(y_MBD, setting.writes)
-      return self.step_member(state, setting, seed, x_BD, y_BD, step, key)
+    def of_place(state, setting, seeds):
+      """The members of one place on 'sae', in turn."""
 
-    seeds = jnp.asarray(self.seeds, jnp.uint32)
-    return jax.vmap(member)(state, self.setting, seeds)
+      def member(i, carry):
+        state, metrics = carry
+        of_member, setting_of, seed = jax.tree.map(
+          lambda a: jax.lax.dynamic_index_in_dim(a, i, 0, False),
+          (state, setting, seeds),
+        )
+        found = self.step_member(
+            of_member, setting_of, seed, _rows(x_NBD, setting_of.reads),
+            _rows(y_MBD, setting_of.writes), step, key, mesh=mesh,
+            agree=agree,
+        )  # fmt: skip
+        return jax.tree.map(
+          lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, i, 0),
+          carry,
+          found,
+        )
+
+      count = len(seeds)
+      empty = {name: jnp.zeros(count) for name in METRICS}
+      return jax.lax.fori_loop(0, count, member, (state, empty))
+
+    members = state, self.setting, jnp.asarray(self.seeds, jnp.uint32)
+    if places == 1:
+      agree = lambda fits: fits
+      return of_place(*members)
+
+    def agree(fits):  # a branch of all that run side by side
+      return jax.lax.pmin(fits.astype(jnp.int32), 'place') > 0
+
+    split = jax.tree.map(lambda a: a.reshape(places, -1, *a.shape[1:]), members)
+    found = jax.vmap(of_place, axis_name='place', spmd_axis_name='sae')(*split)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), found)
 
   def step_member(
-    self, state, setting, seed, x_BD, y_BD, step, key, fidelity=None
+    self, state, setting, seed, x_BD, y_BD, step, key, fidelity=None, **how
   ):
     """One step of one member, whose state, setting and seed have no axis S.
 
     Args:
-      fidelity: see `objectives.loss`; the others are those of `step`.
+      fidelity: see `objectives.loss`; such a step is dense.
+      how: `mesh` and `agree` of `objectives.value_and_grad`.
 
     Returns:
       Its next state and its metrics, scalars.
     """
 
-    def objective(params, **data):
-      return objectives.loss(
-          self.module, self.objective, params, x_BD, y_BD, **data,
-          fidelity=fidelity,
-      )  # fmt: skip
+    def gradient(params, **data):
+      if fidelity is None:
+        return objectives.value_and_grad(
+            self.module, self.objective, params, x_BD, y_BD, **data,
+            active_limit=self.optimizer.active_limit, **how,
+        )  # fmt: skip
+      loss = functools.partial(objectives.loss, self.module, self.objective)
+      return jax.value_and_grad(loss, has_aux=True)(
+        params, x_BD, y_BD, **data, fidelity=fidelity
+      )
 
-    state, terms = self.update(state, objective, setting, step)
+    state, terms = self.update(state, gradient, setting, step)
     if self.optimizer.resample_every:
       key_of_member = jax.random.fold_in(jax.random.fold_in(key, step), seed)
       state = self._resampled(
@@ -239,12 +221,13 @@ class Stack:
       )
     return state, self.report(state, terms)
 
-  def update(self, state, objective, setting, step):
-    """One member's state after the gradient step on `objective`.
+  def update(self, state, gradient_of, setting, step):
+    """One member's state after a step down a gradient.
 
     Args:
       state: one member's.
-      objective: (params, value, coefficient, warm_up, dead_F) -> loss, Terms.
+      gradient_of: (params, value, coefficient, warm_up, dead_F) ->
+        ((loss, Terms), gradient).
       setting: one member's.
       step: int32.
 
@@ -255,7 +238,7 @@ class Stack:
     value = setting.value
     if self.objective.penalty in objectives.TARGETS:
       value = o.l0_target(value, step)
-    (_, terms), gradient = jax.value_and_grad(objective, has_aux=True)(
+    (_, terms), gradient = gradient_of(
       state.params,
       value=value,
       coefficient=state.coefficient,
@@ -311,6 +294,7 @@ class Stack:
       'l0': terms.l0,
       'dead': jnp.mean(state.silent_tokens > self.optimizer.dead_after),
       'dense': jnp.mean(state.fired_share > 0.1),
+      'sparse_steps': terms.sparse,
       **terms.more,
     }
 
@@ -365,6 +349,7 @@ def step_all(
   rows: Mapping[sites.Site, jax.Array],
   step: jax.Array,
   key: jax.Array,
+  mesh: Mesh | None = None,
 ) -> tuple[tuple[State, ...], tuple[dict[str, jax.Array], ...]]:
   """One step of every stack on one batch: site -> x [B, D]."""
 
@@ -372,7 +357,7 @@ def step_all(
     return jnp.stack([rows[site] for site in at])
 
   results = [
-    stack.step(state, of(stack.sites), of(stack.targets), step, key)
+    stack.step(state, of(stack.sites), of(stack.targets), step, key, mesh)
     for stack, state in zip(stacks, states, strict=True)
   ]
   states, metrics = zip(*results, strict=True)

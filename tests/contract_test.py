@@ -22,6 +22,7 @@ from gemma_scope import (
   sites,
   stack,
 )
+from gemma_scope import optimizer as optimizer_lib
 
 D, F, B, L = 8, 24, 64, 3
 LOW, HIGH = 2.0, 6.0  # target L0s
@@ -69,11 +70,19 @@ CASES = [
 ]  # fmt: skip
 # One of each architecture and type: what a stack and a mesh do to it.
 KINDS = list({(case.type, case.base): case for case in CASES}.values())
+# The same of those whose objective the sparse way can serve.
+SPARSE = list(
+  {
+    (case.type, case.base): case
+    for case in CASES
+    if 'pre_act' not in dict(case.objective)
+  }.values()
+)
 each_kind = pytest.mark.parametrize('case', KINDS, ids=str)
 every_case = pytest.mark.parametrize('case', CASES, ids=str)
 
 
-def build(case: Case, values=None, seeds=(0, 1), reads=(0, 1)):
+def build(case: Case, values=None, seeds=(0, 1), reads=(0, 1), active_limit=0):
   """The stack of a case; single-site members read site 0 and 1."""
   several = case.type in ('crosscoder', 'clt')
   own = case.type in ('sae', 'crosscoder')
@@ -89,10 +98,10 @@ def build(case: Case, values=None, seeds=(0, 1), reads=(0, 1)):
   setting = stack.Setting(
     jnp.array(values), jnp.full((len(values),), 0.02), *[jnp.array(at)] * 2
   )
-  optimizer = stack.Optimizer(
+  optimizer = optimizer_lib.Optimizer(
       b2=0.9, eps=1e-8, clip=0.0, warm_up=5, decay=0, sparsity_warm_up=10,
       threshold_rate=2.0, steps=2000, dead_after=4 * B, theta_decay=0.9,
-      adaptive_rate=0.1, resample_every=1000,
+      adaptive_rate=0.1, resample_every=1000, active_limit=active_limit,
   )  # fmt: skip
   kinds = ('resid_post',) * 2 if own else ('mlp_in', 'mlp_out')
   places = [tuple(sites.Site(n, kind) for n in range(L)) for kind in kinds]
@@ -199,7 +208,7 @@ def test_released_is_the_module_on_raw_activations(case, tmp_path):
     bound = one.module.bind(own)
     f = bound.latents(x, case.values[0]).f_BF
     if case.base == 'batch_topk':
-      z = bound.pre_activations(x)
+      z = bound.project(x) + bound.b_enc
       f = jnp.where(z > state.theta[0], z, 0)
     return bound.write(f) + bound.offset(x), one.member_params(state, 0)
 
@@ -251,24 +260,58 @@ def test_a_stack_is_its_members_trained_apart(case):
     np.testing.assert_allclose(a[1], b[0], rtol=2e-3, atol=2e-4)
 
 
-@each_kind
-def test_sharded_is_unsharded(case):
+@pytest.mark.parametrize('case', SPARSE, ids=str)
+def test_the_sparse_way_is_the_dense_one(case):
+  """Where all candidates have room; where they have not, it is not taken."""
   _, expected, _ = train(case, 4)
-  place = mesh.make({'sae': 2, 'data': 2, 'latent': 2})
-  one, state, _ = compiled(case)
-  shardings = one.shardings(place)
-  state = jax.device_put(state, shardings)
-  on_rows = mesh.place(place, None, 'data', None)
-  step = jax.jit(one.step, out_shardings=(shardings, None))
+  one, state, step = compiled(case, active_limit=F)
+  assert not one.objective.needs_all
   for i in range(4):
-    x, y = (jax.device_put(v, on_rows) for v in inputs(case, i, 20))
-    state, _ = step(state, x, y, jnp.int32(i), KEY)
-  spec = state.params['W_enc'].sharding.spec
-  assert spec[0] == 'sae' and spec[-1] == 'latent'
+    x, y = inputs(case, i, 20)
+    state, metrics = step(state, x, y, jnp.int32(i), KEY)
+    assert np.all(metrics['sparse_steps'] == 1)
+  _same(expected, state, rtol=2e-4, atol=2e-5)
+
+
+def test_the_dense_way_where_the_sparse_one_has_no_room():
+  case = SPARSE[0]
+  _, expected, _ = train(case, 4)
+  _, state, step = compiled(case, active_limit=1)
+  for i in range(4):
+    x, y = inputs(case, i, 20)
+    state, metrics = step(state, x, y, jnp.int32(i), KEY)
+    assert np.all(metrics['sparse_steps'] == 0)
+  _same(expected, state, rtol=2e-5, atol=2e-6)
+
+
+def _same(expected, state, **tolerance):
   for a, b in zip(
     jax.tree.leaves(expected), jax.tree.leaves(state), strict=True
   ):
-    np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+    np.testing.assert_allclose(a, b, **tolerance)
+
+
+@pytest.mark.parametrize(
+  'case, limit',
+  [(c, 0) for c in KINDS] + [(c, F // 2) for c in SPARSE[::3]],
+  ids=str,
+)
+def test_sharded_is_unsharded(case, limit):
+  _, expected, _ = train(case, 4)
+  place = mesh.make({'sae': 2, 'data': 2, 'latent': 2})
+  one, state, _ = compiled(case, active_limit=limit)
+  shardings = one.shardings(place)
+  state = jax.device_put(state, shardings)
+  on_rows = mesh.place(place, None, 'data', None)
+  step = functools.partial(one.step, mesh=place)
+  step = jax.jit(step, out_shardings=(shardings, None))
+  for i in range(4):
+    x, y = (jax.device_put(v, on_rows) for v in inputs(case, i, 20))
+    state, metrics = step(state, x, y, jnp.int32(i), KEY)
+    assert np.all(metrics['sparse_steps'] == (limit > 0))
+  spec = state.params['W_enc'].sharding.spec
+  assert spec[0] == 'sae' and spec[-2] == 'latent'
+  _same(expected, state, rtol=2e-3, atol=2e-4)
 
 
 @every_case
@@ -345,7 +388,7 @@ def test_auxk_explains_the_error_by_dead_latents_alone(type_):
 
   def by_hand(params):
     bound = one.module.bind({'params': params})
-    f = jnp.where(dead, jax.nn.relu(bound.pre_activations(x)), 0)
+    f = jnp.where(dead, jax.nn.relu(bound.project(x) + bound.b_enc), 0)
     kept = min(int(dead.sum()), D // 2)
     order = jnp.sort(f.reshape(B, -1), -1)[:, -kept]
     f = jnp.where(f >= order.reshape(-1, *(1,) * len(axes)), f, 0)
@@ -419,8 +462,9 @@ def test_resampling_revives_the_dead_and_leaves_the_living(case):
   for name, value in after.params.items():
     assert np.all(np.isfinite(value)), name
     if name not in ('b_dec', 'W_skip', 'W_dec'):
+      living = np.s_[..., 4:, :] if name == 'W_enc' else np.s_[..., 4:]
       np.testing.assert_allclose(
-        value[..., 4:], before.params[name][..., 4:], rtol=1e-6, err_msg=name
+        value[living], before.params[name][living], rtol=1e-6, err_msg=name
       )
   norm = sae.decoder_norm(after.params['W_dec'][0])
   np.testing.assert_allclose(norm[..., :4], 1, rtol=1e-5)

@@ -103,7 +103,7 @@ def test_loss_and_gradient_match_independent_numpy():
   p = {k: np.asarray(v, np.float64) for k, v in params.items()}
   x = np.asarray(x_BD, np.float64)
   theta = np.exp(p['log_threshold'])
-  z = (x - p['b_dec']) @ p['W_enc'] + p['b_enc']
+  z = (x - p['b_dec']) @ p['W_enc'].T + p['b_enc']
   on = z > theta
   near = np.abs(z - theta) < eps / 2
   f = z * on
@@ -115,8 +115,8 @@ def test_loss_and_gradient_match_independent_numpy():
   dtheta = (near * (-theta / eps * df - lam / eps / B)).sum(0)
   by_hand = {
     'W_dec': f.T @ (2 * r / B),
-    'b_dec': (2 * r / B).sum(0) - (dz @ p['W_enc'].T).sum(0),
-    'W_enc': (x - p['b_dec']).T @ dz,
+    'b_dec': (2 * r / B).sum(0) - (dz @ p['W_enc']).sum(0),
+    'W_enc': dz.T @ (x - p['b_dec']),
     'b_enc': dz.sum(0),
     'log_threshold': theta * dtheta,
   }
@@ -129,7 +129,7 @@ def test_initial_parameters():
   np.testing.assert_allclose(
     np.linalg.norm(params['W_dec'], axis=1), 1, rtol=1e-6
   )
-  np.testing.assert_array_equal(params['W_enc'], params['W_dec'].T)
+  np.testing.assert_array_equal(params['W_enc'], params['W_dec'])
   assert not np.any(params['b_enc']) and not np.any(params['b_dec'])
   np.testing.assert_allclose(np.exp(params['log_threshold']), 0.2, rtol=1e-6)
 
@@ -149,13 +149,15 @@ def test_thresholds_stay_float32_under_bfloat16_matmuls():
   _, params, x_BD = make(module)
   assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(params))
   bound = module.bind({'params': params})
-  z_BF = bound.pre_activations(x_BD)
+  z_BF = bound.project(x_BD) + bound.b_enc
   assert z_BF.dtype == jnp.float32 and bound.write(z_BF).dtype == jnp.float32
   exact = architectures.JumpReLU(D, D, F, initial_threshold=0.2).bind(
     {'params': params}
   )
-  np.testing.assert_allclose(z_BF, exact.pre_activations(x_BD), atol=0.02)
-  assert np.any(z_BF != exact.pre_activations(x_BD))
+  np.testing.assert_allclose(
+    z_BF, (exact.project(x_BD) + exact.b_enc), atol=0.02
+  )
+  assert np.any(z_BF != (exact.project(x_BD) + exact.b_enc))
 
 
 def test_without_pre_encoder_bias_b_dec_leaves_the_encoder_alone():
@@ -174,7 +176,7 @@ def test_relu_baseline():
   bound = module.bind({'params': params})
   f_BF = bound.latents(x_BD).f_BF
   np.testing.assert_array_equal(
-    f_BF, jnp.maximum(bound.pre_activations(x_BD), 0)
+    f_BF, jnp.maximum((bound.project(x_BD) + bound.b_enc), 0)
   )
   total, terms = loss(module, params, x_BD, 'l1', 0.3)
   expected = terms.squared_error + 0.3 * jnp.mean(jnp.sum(f_BF, -1))
@@ -278,14 +280,15 @@ def test_kth_largest_is_that_of_a_sort():
 
 def test_top_k_keeps_k_and_batch_top_k_keeps_k_on_average():
   z = jax.random.normal(jax.random.key(0), (40, 30))
-  f = functions.top_k(z, jnp.float32(5))
+  f = jnp.where(z >= functions.kth_of_row(z, jnp.float32(5)), z, 0)
   assert np.all((f > 0).sum(1) == 5)
   order = np.argsort(-np.asarray(z), 1)[:, :5]
   np.testing.assert_array_equal(
     np.take_along_axis(np.asarray(f), order, 1),
     np.take_along_axis(np.asarray(z), order, 1),
   )
-  f, least = functions.batch_top_k(z, jnp.float32(5))
+  least = functions.kth_of_batch(z, jnp.float32(5))
+  f = jnp.where(z >= least, z, 0)
   assert (f > 0).sum() == 5 * 40
   assert float(least) == np.asarray(f)[np.asarray(f) > 0].min()
 

@@ -12,6 +12,7 @@ import pytest
 
 from gemma_scope import architectures, objectives, sae, sites, stack
 from gemma_scope import mesh as mesh_lib
+from gemma_scope import optimizer as optimizer_lib
 
 D, F, B = 16, 32, 64
 SITES = (sites.Site(0, 'mlp_out'), sites.Site(1, 'resid_post'))
@@ -19,7 +20,7 @@ MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 
 
 def optimizer(**changes):
-  return stack.Optimizer(
+  return optimizer_lib.Optimizer(
       **{
           **dict(
               b2=0.999, eps=1e-8, clip=0.0, warm_up=5, decay=5,

@@ -23,9 +23,14 @@ vmap and sharding; the sum over rows is the transpose of the broadcast.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+
+# Bits of a threshold that need only be a lower bound: 2^-8 below the exact one.
+_BITS = 16
+_SORTED = 512  # latents of a row up to which it is sorted to be ranked
 
 
 def _window(z, theta, bandwidth):
@@ -92,7 +97,7 @@ def jumprelu(
 
 
 def kth_largest(
-  f: jax.Array, k: jax.Array, axes: int | tuple[int, ...]
+  f: jax.Array, k: jax.Array, axes: int | tuple[int, ...], bits: int = 31
 ) -> jax.Array:
   """The k-th largest of non-negative float32 values; no gradient.
 
@@ -100,21 +105,24 @@ def kth_largest(
     f: values >= 0, whose order is that of their bits as integers.
     k: how many to keep, from 1 (data, not a shape); 0 where there are fewer.
     axes: to rank over; they stay, with size 1.
+    bits: how many of the result's to find, a pass each; below 31 the result is
+      smaller by a factor of at most 1 - 2^(8 - bits), and nothing it excludes
+      is among the k largest.
 
   Returns:
     t with count(f >= t) >= k and count(f > t) < k, exactly: a value of f.
   """
-  bits = jax.lax.bitcast_convert_type(
+  values = jax.lax.bitcast_convert_type(
     jax.lax.stop_gradient(f).astype(jnp.float32), jnp.int32
   )
 
   def set_bit(i, found):
     larger = found | (jnp.int32(1) << (30 - i))
-    count = jnp.sum((bits >= larger).astype(jnp.int32), axes, keepdims=True)
+    count = jnp.sum((values >= larger).astype(jnp.int32), axes, keepdims=True)
     return jnp.where(count >= k, larger, found)
 
-  start = jnp.zeros_like(jnp.sum(bits, axes, keepdims=True))
-  found = jax.lax.fori_loop(0, 31, set_bit, start)
+  start = jnp.zeros_like(jnp.sum(values, axes, keepdims=True))
+  found = jax.lax.fori_loop(0, bits, set_bit, start)
   return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
@@ -128,13 +136,26 @@ def kth_of_row(z_BF: jax.Array, k: jax.Array, blocks: int = 0) -> jax.Array:
       latents instead, at a fraction of the cost: the result is at most the
       exact one, so that what reaches it holds the k largest and a few more.
   """
-  return kth_largest(_maxima(z_BF, blocks), k, tuple(range(1, z_BF.ndim)))
+  if blocks:
+    maxima = _maxima(z_BF, blocks)
+    return kth_largest(maxima, k, tuple(range(1, z_BF.ndim)), _BITS)
+  latents = math.prod(z_BF.shape[1:])
+  if latents > _SORTED:
+    return kth_largest(jax.nn.relu(z_BF), k, tuple(range(1, z_BF.ndim)))
+  z_BF = jax.lax.stop_gradient(z_BF)
+  sorted_BF = jnp.sort(jax.nn.relu(z_BF).reshape(-1, latents), descending=True)
+  at = jnp.clip(jnp.asarray(k, jnp.int32), 1, latents + 1) - 1
+  found_B = jnp.take(sorted_BF, at, 1, mode='fill', fill_value=0)
+  return found_B.reshape(-1, *(1,) * (z_BF.ndim - 1))
 
 
 def kth_of_batch(z_BF: jax.Array, k: jax.Array, blocks: int = 0) -> jax.Array:
   """The k B-th largest latent of the whole batch, a scalar; see above."""
   total = jnp.round(k * z_BF.shape[0])
-  least = kth_largest(_maxima(z_BF, blocks), total, tuple(range(z_BF.ndim)))
+  least = kth_largest(
+      _maxima(z_BF, blocks), total, tuple(range(z_BF.ndim)),
+      _BITS if blocks else 31,
+  )  # fmt: skip
   return least.reshape(())
 
 

@@ -186,7 +186,7 @@ def test_relu_baseline():
 def test_released_encode_and_decode_are_the_modules_own():
   module, params, x_BD = make()
   bound = module.bind({'params': params})
-  flat = {**params, 'threshold': bound.threshold()}
+  flat = module.released(params, jnp.float32(0), jnp.float32(1))
   centred = x_BD - params['b_dec']
   np.testing.assert_allclose(
     sae.encode(flat, centred), bound.latents(x_BD).f_BF, rtol=1e-6

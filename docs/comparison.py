@@ -37,7 +37,7 @@ def launch(name: str, *flags: str) -> None:
 
 def make_rows(out: pathlib.Path) -> None:
   """Harvests, trains ours from the store, and writes its batches as numpy."""
-  from gemma_scope import activation_store, activations, mesh, sites
+  from gemma_scope import activation_store, batches, mesh, sites
 
   config, harvest, store = get_config(), out / 'harvest', out / 'store'
   launch('harvest', f'--workdir={harvest}', f'--out={store}', '--chunks=6')
@@ -46,7 +46,7 @@ def make_rows(out: pathlib.Path) -> None:
   length, site = f'--config.train.steps={STEPS}', sites.parse(SITE)
   launch('train', f'--workdir={out}/ours', source, text, length)
   source = activation_store.StoreSource(store, [site], config.train.batch)
-  chunks = activations.Chunks(source, config.seed, mesh.make(config.mesh))
+  chunks = batches.Chunks(source, config.seed, mesh.make(config.mesh))
   loaded = [chunks.load(index).rows[site] for index in range(source.chunks)]
   x_KBD = np.concatenate([np.asarray(x) for x in loaded])
   np.save(out / 'train.npy', x_KBD[:STEPS])

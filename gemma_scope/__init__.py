@@ -4,6 +4,7 @@ Reading order; a module imports only from those above it:
 
   sites             where an activation is read: `Site`, its width, its name
   places            what a member reads and writes: type, sites, targets
+  cluster           several processes as one job: join, watch, one goes first
   config            a run's settings: arguments, checks, the list of members
 
 the language model and its text
@@ -19,18 +20,21 @@ the language model and its text
   chat              turns, and a store of the model's own replies
 
 activations
-  mesh              devices -> mesh, multi-host start-up
-  activations       sequences -> rows per site, in shuffled chunks
+  mesh              devices -> mesh, and how arrays lie on it
+  activations       sequences -> rows per site, in the order of the text
+  batches           rows -> shuffled chunks -> the batch of a step
   activation_store  the same rows on disk, written once
   synthetic         rows that are sums of known features, to test with
 
 sparse autoencoders
   activation_functions  JumpReLU and its estimators, TopK, BatchTopK
+  sparse            the few latents of a row that matter, and sums over them
   sae               one SAE: the Flax module, released encode and decode
   architectures     JumpReLU, TopK, BatchTopK, Gated, ReLU
   objectives        the loss of one SAE
   resampling        dead latents begun anew
-  stack             many SAEs of one shape: state, vmapped step, sharding table
+  optimizer         Adam with beta1 = 0, the schedules of a run
+  stack             many SAEs of one shape: state, step, sharding table
 
 a run
   metrics           streaming means, intervals, the writer, the progress line
@@ -60,6 +64,7 @@ the whole
   initialise        members that start from a release's
   train             the loop
   pipeline          train -> evaluate -> release
+  benchmark         tokens/s beside the matmul rate of the same shapes
 
 The alphabet of axes, in names and in einsums:
 

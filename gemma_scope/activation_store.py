@@ -14,6 +14,7 @@ memory-mapped and checked when they are read.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -84,13 +85,13 @@ def write_store(
     if name in manifest['chunks'] and (folder / name).is_dir():
       report(chunk)
       continue
-    parts, counts_R = source.rows(chunk, poll)
+    parts = list(activations.one_late(source.passes(chunk, poll), np.asarray))
     temporary = folder / f'{name}.tmp'
     temporary.mkdir()
-    files = {'counts.npy': counts_R}
+    files = {'counts.npy': source.counts(chunk)}
     for site in source.sites:
       x_RD = np.concatenate(
-        [np.asarray(p).reshape(-1, p.shape[-1]) for p in parts[site]]
+        [p[site].reshape(-1, p[site].shape[-1]) for p in parts]
       )
       files[_file(site)] = _to_disk(x_RD)
     checksums = {}
@@ -181,6 +182,8 @@ class StoreSource:
       )
     self.sites = tuple(at)
     self.layout = activations.Layout(batch=batch, **self._manifest['layout'])
+    self.parts = len(self.sites)
+    self._files = activations.Ahead(self._read, 1 + self.parts)
 
   @property
   def chunks(self) -> int:
@@ -193,33 +196,42 @@ class StoreSource:
     text = json.dumps(self._manifest, sort_keys=True)
     return {'store_sha256': hashlib.sha256(text.encode()).hexdigest()}
 
-  def rows(self, chunk: int, poll: Callable[[], None] = lambda: None):
-    """See `Raw`; the store repeats when all its chunks are read."""
-    name = f'chunk_{chunk % self.chunks:06d}'
-    checksums = self._manifest['chunks'][name]
-
-    def read(file):
-      poll()
-      try:
-        array = np.load(self._folder / name / file, mmap_mode='r')
-        found = zlib.crc32(array.reshape(-1).view(np.uint8))
-        why = f'checksum {found}, expected {checksums[file]}'
-      except (OSError, ValueError) as error:
-        found, why = None, str(error)
-      if found != checksums[file]:
-        raise ValueError(
-          f'{str(self._folder / name / file)!r} is damaged ({why}); delete '
-          f'the folder {name} and run the command that wrote it again.'
-        )
-      return array
-
-    counts_R = np.asarray(read('counts.npy'))
-    bfloat16 = self.layout.dtype == 'bfloat16'
-    parts = {
-      site: [
-        x_RD.view(ml_dtypes.bfloat16) if bfloat16 else x_RD
-        for x_RD in [read(_file(site))]
-      ]
+  @functools.cached_property
+  def widths(self) -> dict[sites.Site, int]:
+    """D of each site."""
+    folder = self._folder / 'chunk_000000'
+    return {
+      site: np.load(folder / _file(site), mmap_mode='r').shape[-1]
       for site in self.sites
     }
-    return parts, counts_R
+
+  def passes(self, chunk: int, poll: Callable[[], None] = lambda: None):
+    """See `Raw`: a site each, read ahead; the store repeats after its end."""
+    files = self._files(chunk, poll)
+    next(files)
+    for site, x_RD in zip(self.sites, files, strict=True):
+      if self.layout.dtype == 'bfloat16':
+        x_RD = x_RD.view(ml_dtypes.bfloat16)
+      yield {site: x_RD}
+
+  def counts(self, chunk: int) -> np.ndarray:
+    """See `Raw`."""
+    return np.asarray(next(self._files(chunk)))
+
+  def _read(self, chunk: int, part: int) -> np.ndarray:
+    """One file of a chunk, whose bytes are those that were written."""
+    name = f'chunk_{chunk % self.chunks:06d}'
+    file = ('counts.npy', *map(_file, self.sites))[part]
+    expected = self._manifest['chunks'][name][file]
+    try:
+      array = np.load(self._folder / name / file, mmap_mode='r')
+      found = zlib.crc32(array.reshape(-1).view(np.uint8))
+      why = f'checksum {found}, expected {expected}'
+    except (OSError, ValueError) as error:
+      found, why = None, str(error)
+    if found != expected:
+      raise ValueError(
+        f'{str(self._folder / name / file)!r} is damaged ({why}); delete '
+        f'the folder {name} and run the command that wrote it again.'
+      )
+    return array

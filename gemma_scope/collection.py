@@ -24,6 +24,7 @@ from gemma_scope import (
   activation_store,
   activations,
   architectures,
+  cluster,
   fold,
   lm,
   objectives,
@@ -36,6 +37,7 @@ from gemma_scope import (
   weights,
 )
 from gemma_scope import config as config_lib
+from gemma_scope import optimizer as optimizer_lib
 
 # How each architecture meets a target L0: a penalty of `objectives`.
 _MEETS_L0 = {
@@ -58,12 +60,13 @@ def open_text(
     config.lm.tokenizer or weights.TINY / 'tokenizer.model'
   )
   folder = pathlib.Path(config.text.store or workdir / 'tokens')
-  if config.text.store or (folder / 'manifest.json').exists():
-    store = text.Tokens(folder)
-    store.verify()
-  else:
-    report(f'tokenising {config.text.source}')
-    store = text.prepare(config.text.source, tokenizer, folder)
+  with cluster.first_goes_ahead():
+    if config.text.store or (folder / 'manifest.json').exists():
+      store = text.Tokens(folder)
+      store.verify()
+    else:
+      report(f'tokenising {config.text.source}')
+      store = text.prepare(config.text.source, tokenizer, folder)
   if store.fingerprint['tokenizer_sha256'] != tokenizer.sha256:
     raise ValueError(
       f'The token store {str(folder)!r} was made with another tokenizer than '
@@ -170,12 +173,13 @@ def make_stacks(
 ) -> tuple[tuple[stack.Stack, ...], tuple[tuple[config_lib.Member, ...], ...]]:
   """The collection's members, grouped by shape into stacks."""
   t = config.train
-  optimizer = stack.Optimizer(
+  optimizer = optimizer_lib.Optimizer(
       b2=t.b2, eps=t.eps, clip=t.clip, warm_up=t.warm_up, decay=t.decay,
       sparsity_warm_up=t.sparsity_warm_up, threshold_rate=t.threshold_rate,
       steps=t.steps, dead_after=t.dead_after, initial_l0=t.initial_l0,
       l0_steps=t.l0_steps, theta_decay=t.theta_decay,
       adaptive_rate=t.adaptive_rate, resample_every=t.resample_every,
+      active_limit=t.active_limit,
   )  # fmt: skip
   groups = config_lib.stacks(config, model)
   stacks = []

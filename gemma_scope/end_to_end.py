@@ -14,7 +14,7 @@ leaves beta and the learning rate open.
   step s       sequences [s n, (s + 1) n) of the shuffled text, a function of
                (config, step)
   clean pass   once -> rows of every site [B, D], B = n (T - 1); where tokens
-               are left out rows wrap around, as in `activations`
+               are left out rows wrap around, as in `batches`
   each member  rows -> y_hat -> its tokens' places -> the blocks from its target
                on -> KL -> gradient, back through the frozen model to the SAE
 
@@ -35,14 +35,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma_scope import activations, lm, sites, splice, stack
+from gemma_scope import batches, lm, sites, splice, stack
 from gemma_scope import mesh as mesh_lib
 
 Batch = Mapping[str, jax.Array]  # tokens int32 [n, T], keep bool [n, T]
 
 
 class Feed:
-  """The sequences of a step; `activations.Feed` with tokens for rows.
+  """The sequences of a step; `batches.Feed` with tokens for rows.
 
   Args:
     chunks: of a `ModelSource`; they give the scales.
@@ -55,7 +55,7 @@ class Feed:
       what it was. A batch that is not finite is a step that changes nothing.
   """
 
-  def __init__(self, chunks: activations.Chunks, sequences: int, mesh: Mesh):
+  def __init__(self, chunks: batches.Chunks, sequences: int, mesh: Mesh):
     self.left_out = {'special': 0, 'not_finite': 0}
     self.source = chunks.source
     self._chunks = chunks
@@ -81,14 +81,17 @@ class Feed:
         'end_to_end.sequences or prepare other text.'
       )
     self.left_out['special'] += keep_BT[:, 1:].size - kept
-    return jax.device_put({'tokens': tokens_BT, 'keep': keep_BT}, self._place)
+    return {
+      'tokens': mesh_lib.put(tokens_BT, self._place),
+      'keep': mesh_lib.put(keep_BT, self._place),
+    }
 
   def scales(self, kind: str = 'rms') -> dict[sites.Site, float]:
     """C of each site: sqrt(D), or measured on the first chunk."""
     if kind == 'sqrt_d':
       model = self.source.gemma.config
       return {s: s.width(model) ** 0.5 for s in self.source.sites}
-    return activations.measure_scales(self._chunks.load(0))
+    return batches.measure_scales(self._chunks.load(0))
 
 
 def step_all(

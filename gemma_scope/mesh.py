@@ -11,7 +11,6 @@ latent-parallel).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import jax
@@ -19,25 +18,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ('sae', 'data', 'latent')
-
-
-def initialize_distributed() -> None:
-  """Joins the cluster if there is one: a TPU pod, SLURM, or given by hand.
-
-  By hand: COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID. On one machine it
-  does nothing, so that signals stay ours.
-  """
-  if 'COORDINATOR_ADDRESS' in os.environ:
-    jax.distributed.initialize(
-      os.environ['COORDINATOR_ADDRESS'],
-      int(os.environ['NUM_PROCESSES']),
-      int(os.environ['PROCESS_ID']),
-    )
-  elif (
-    len(os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')) > 1
-    or int(os.environ.get('SLURM_NTASKS', '1')) > 1
-  ):
-    jax.distributed.initialize()
 
 
 def shape(axes: Mapping[str, int], devices: int) -> tuple[int, ...]:
@@ -67,6 +47,14 @@ def make(axes: Mapping[str, int], devices=None) -> Mesh:
   devices = jax.devices() if devices is None else devices
   sizes = shape(axes, len(devices))
   return Mesh(np.asarray(devices).reshape(sizes), AXES)
+
+
+def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+  """A host array that every process holds whole -> on the devices."""
+  if sharding.is_fully_addressable:
+    return jax.device_put(x, sharding)
+  # `device_put` would first ask all processes whether theirs are the same.
+  return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 
 
 def place(mesh: Mesh, *axes: str | None) -> NamedSharding:

@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from gemma_scope import (
+  checksums,
+  cluster,
   collection,
   evaluate,
   metrics,
@@ -53,10 +54,12 @@ def run(
   """
   workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
+  if not cluster.first():
+    report = _silent
   started = time.time()
   with runs.Lease(workdir) as lease, runs.Interrupt() as interrupt:
     train.keep_config(config, workdir)
-    if (workdir / 'release').exists():
+    if _exists(workdir / 'release'):
       report(f'{workdir} is done; delete it to train again')
     else:
       if config.evaluation.sequences and not _known(config):
@@ -78,8 +81,11 @@ def run(
       except runs.Interrupted:
         report('stopped in the evaluation; the same command continues')
         return False
-      if jax.process_index() == 0:
-        write_release(workdir, members, scores)
+      with cluster.first_goes_ahead():
+        if cluster.first():
+          write_release(workdir, members, scores)
+  if not cluster.first():
+    return True
   rows = [(m.card, m.metrics) for m in release.load_all(workdir / 'release')]
   report(release.table(rows))
   report(
@@ -116,18 +122,27 @@ def evaluate_saes(
   report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
   """Held-out metrics by name, in one pass over all; kept in `out`."""
-  if out.exists():
+  if _exists(out):
     return json.loads(out.read_text())['members']
   if _known(config):
     report('scoring against the known features')
     scores = recovery.score(saes, config.activations.store, interrupt.check)
   else:
     scores = _on_held_out_text(config, workdir, saes, interrupt, report)
-  if jax.process_index() == 0:
+  if cluster.first():
     temporary = out.with_name(out.name + '.tmp')
     temporary.write_text(json.dumps({'members': scores}, indent=1) + '\n')
     os.replace(temporary, out)
   return scores
+
+
+def _exists(path: pathlib.Path) -> bool:
+  """Whether the first process finds it: all must go the same way."""
+  return checksums.from_all(path.exists())[0]
+
+
+def _silent(line: str) -> None:
+  """The report of all processes but the first."""
 
 
 def _known(config: ConfigDict) -> bool:
@@ -159,7 +174,9 @@ def _on_held_out_text(config, workdir, saes, interrupt, report):
       sequences_NT,
       batch=config.evaluation.batch,
       keep=collection.special(tokenizer, store).keep,
-      progress=lambda done, total: progress.update(done, {}),
+      progress=(lambda done, _: progress.update(done, {}))
+      if cluster.first()
+      else None,
       poll=interrupt.check,
       seed=config.seed,
     )

@@ -344,7 +344,7 @@ def score(
   source = synthetic.Source(truth.settings, layout)
 
   def rows_of(chunk):
-    parts, _ = source.rows(chunk, poll)
+    parts, _ = activations.rows(source, chunk, poll)
     return {site: np.concatenate(x) for site, x in parts.items()}
 
   fitted_on, rows = rows_of(0), rows_of(HELD_OUT)

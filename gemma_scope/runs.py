@@ -31,7 +31,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from gemma_scope import metrics
+from gemma_scope import cluster, metrics
 
 _log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Lease:
     self.lost = False
 
   def __enter__(self) -> Lease:
-    if jax.distributed.is_initialized() and jax.process_index() != 0:
+    if not cluster.first():
       return self
     self._folder.mkdir(parents=True, exist_ok=True)
     with self._mutex() as now:
@@ -243,17 +243,18 @@ class Interrupt:
   raises KeyboardInterrupt at once. Python runs a handler between bytecodes,
   so inside one long compilation the flag is set when that call returns.
 
-  jax.distributed (initialise it before entering): of two handlers of SIGTERM
-  the one installed last wins silently, and jax's preemption service must be
-  the one, for it makes all processes stop at the same step. SIGTERM is then
-  left to jax, Ctrl-C is turned into SIGTERM, and the flag appears at the step
-  on which all agree: `at_step` must be called by every process at every step.
+  In a cluster (joined before entering): of two handlers of SIGTERM the one
+  installed last wins silently, and jax's preemption service must be the one,
+  for it makes all processes stop at the same place. SIGTERM is then left to
+  jax, Ctrl-C is turned into SIGTERM, and the flag appears at the call on which
+  all agree: every process must make the same calls of `check` and `at_step`.
   """
 
   def __init__(self):
     self._flag = threading.Event()
     self._old: dict[int, Any] = {}
     self._cluster = False
+    self._calls = 0
     self._pressed = False
 
   def __enter__(self) -> Interrupt:
@@ -305,15 +306,20 @@ class Interrupt:
 
   def check(self):
     """Raises Interrupted once the run should end."""
-    if self.requested:
+    if self._agreed():
       raise Interrupted('The run was asked to end (SIGTERM or Ctrl-C).')
 
   def at_step(self, step: int) -> bool:
     """True when this process, and every other one, is to stop at `step`."""
+    del step  # calls are counted: a harvest polls between two steps
+    return self._agreed()
+
+  def _agreed(self) -> bool:
+    self._calls += 1
     if (
       self._cluster
       and not self.requested
-      and multihost_utils.reached_preemption_sync_point(step)
+      and multihost_utils.reached_preemption_sync_point(self._calls)
     ):
       self._flag.set()
     return self.requested

@@ -272,14 +272,16 @@ class Source:
     self.layout = layout
     self.truth = make_truth(settings)
     self.sites = settings.at
+    self.widths = dict.fromkeys(self.sites, settings.d_model)
+    self.parts = -(-layout.rows // _BLOCK)
 
-  def rows(self, chunk: int, poll: Callable[[], None] = lambda: None):
-    """See `activations.Raw`; calls `poll` before each block."""
+  def passes(self, chunk: int, poll: Callable[[], None] = lambda: None):
+    """See `activations.Raw`: a block each, a poll before it."""
     settings, count = self.truth.settings, self.layout.rows
-    parts: dict[sites.Site, list[np.ndarray]] = {s: [] for s in self.sites}
-    for block in range(-(-count // _BLOCK)):
+    for block in range(self.parts):
       poll()
       f_RG = _block(settings, chunk, block)
+      rows = {}
       for site in self.sites:
         d_GD = self.truth.directions[site]
         rng = _site_stream(settings, _NOISE, site, chunk, block + 1)
@@ -288,8 +290,12 @@ class Source:
         x_RD *= np.float32(math.sqrt(variance / settings.d_model))
         x_RD += f_RG @ d_GD + self.truth.biases[site]
         x_RD = x_RD[: count - block * _BLOCK]
-        parts[site].append(x_RD.astype(self.layout.dtype))
-    return parts, np.ones(count, bool)
+        rows[site] = x_RD.astype(self.layout.dtype)
+      yield rows
+
+  def counts(self, chunk: int) -> np.ndarray:
+    """See `activations.Raw`: all do."""
+    return np.ones(self.layout.rows, bool)
 
 
 def facts(truth: Truth, dtype: str) -> dict[str, Any]:

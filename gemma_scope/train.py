@@ -23,8 +23,9 @@ from ml_collections import ConfigDict
 
 import gemma_scope
 from gemma_scope import (
-  activations,
+  batches,
   checkpoints,
+  cluster,
   collection,
   end_to_end,
   initialise,
@@ -38,8 +39,9 @@ from gemma_scope import mesh as mesh_lib
 
 # What may differ when a run is continued: nothing that a parameter depends on.
 _MAY_CHANGE = (
-    'checkpoint', 'metrics', 'evaluation', 'activations.memory', 'mesh',
-    'lm.checkpoint', 'lm.tokenizer', 'text.store',
+    'checkpoint', 'metrics', 'evaluation', 'activations.memory',
+    'activations.ahead', 'mesh', 'lm.checkpoint', 'lm.tokenizer', 'text.store',
+    'train.active_limit',
 )  # fmt: skip
 
 
@@ -66,13 +68,13 @@ def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
   config_lib.check(config)
   path = workdir / 'config.json'
   described = json.loads(config.to_json())
-  if path.exists():
-    runs.refuse_changes(json.loads(path.read_text()), described, _MAY_CHANGE)
-    return
-  # Before the folder is taken: what the run would start from is there.
-  groups = config_lib.stacks(config, collection.dimensions(config)).values()
-  initialise.plan(config, groups)
-  if jax.process_index() == 0:
+  with cluster.first_goes_ahead():  # with its config the others are compared
+    if path.exists():
+      runs.refuse_changes(json.loads(path.read_text()), described, _MAY_CHANGE)
+      return
+    # Before the folder is taken: what the run would start from is there.
+    groups = config_lib.stacks(config, collection.dimensions(config)).values()
+    initialise.plan(config, groups)
     path.write_text(json.dumps(described, indent=2) + '\n')
 
 
@@ -101,13 +103,12 @@ def train(
   config_lib.check(config, model, mesh.devices.shape)
   stacks, groups = collection.make_stacks(config, model)
   source, facts = collection.make_source(config, workdir, mesh, report)
-  chunks = activations.Chunks(
-    source, config.seed, mesh, config.activations.memory
-  )
+  a = config.activations
+  chunks = batches.Chunks(source, config.seed, mesh, a.memory, a.ahead)
   if config.end_to_end.beta:
     feed = end_to_end.Feed(chunks, config.end_to_end.sequences, mesh)
   else:
-    feed = activations.Feed(chunks)
+    feed = batches.Feed(chunks, config.train.steps)
   with checkpoints.Checkpoints(
     workdir / 'checkpoints', keep=config.checkpoint.keep
   ) as saves:
@@ -152,9 +153,15 @@ class _Loop:
     else:
       runs.refuse_changes(restored.meta['facts'], facts, what='text or model')
       self.step, self.states = restored.step, restored.state
-      self.scales = _scales(restored.meta)
+      self._set_scales(_scales(restored.meta))
       self._feed.left_out = restored.meta['left_out']
       self._report(f'continuing at step {self.step}')
+      was = restored.meta.get('devices')
+      if was and (found := runs.fingerprint_difference(was, self._devices())):
+        self._report(
+          f'other devices than before ({"; ".join(found)}): sums are taken in '
+          'another order, so the end is the same up to rounding, not bitwise'
+        )
 
   def run(self, interrupt: runs.Interrupt) -> None:
     """Steps until the last one, or until interrupted; saved either way."""
@@ -169,7 +176,7 @@ class _Loop:
           if not self.scales:
             self._begin_at_scales()
           self.states, values = self._take_step(
-            self.states, batch, self.scales, jnp.int32(self.step)
+            self.states, batch, self._scales, self._put(np.int32(self.step))
           )
           # Metrics of step i are read after step i + 1 was dispatched.
           self._log(pending)
@@ -179,7 +186,7 @@ class _Loop:
           pending = (self.step, values) if logged else None
           if self.step % self._config.checkpoint.every == 0:
             saved = self._save()
-      except runs.Interrupted:  # while a chunk was made: before its first step
+      except runs.Interrupted:  # while a chunk was made
         pass
       self._log(pending)
       if saved != self.step:
@@ -188,9 +195,13 @@ class _Loop:
     if self.step < steps:
       self._report(f'stopped and saved at step {self.step} of {steps}')
 
+  def _set_scales(self, scales: dict[sites.Site, float]) -> None:
+    self.scales = scales
+    self._scales = {s: self._put(np.float32(c)) for s, c in scales.items()}
+
   def _begin_at_scales(self) -> None:
     """Measures the scales; starts from a release where the config names one."""
-    self.scales = self._feed.scales(self._config.activations.scale)
+    self._set_scales(self._feed.scales(self._config.activations.scale))
     chosen = initialise.plan(self._config, self._groups)
     if chosen is not None:
       self.states = initialise.start(
@@ -227,10 +238,22 @@ class _Loop:
       'scales': {str(site): value for site, value in self.scales.items()},
       'facts': self._facts,
       'left_out': dict(self._feed.left_out),
+      'devices': self._devices(),
       'version': gemma_scope.__version__,
     }
     self._saves.save(self.step, self.states, meta)
     return self.step
+
+  def _put(self, value: np.generic) -> jax.Array:
+    return mesh_lib.put(value, mesh_lib.place(self._mesh))
+
+  def _devices(self) -> dict[str, Any]:
+    """What the order of a sum depends on."""
+    return {
+      'kind': jax.devices()[0].device_kind,
+      'processes': jax.process_count(),
+      'mesh': dict(self._mesh.shape),
+    }
 
   def _log(self, pending) -> None:
     """Writes one line of metrics and refreshes the progress line."""
@@ -286,7 +309,7 @@ def _step_of(config, stacks, feed, mesh):
       site: x_BD.astype(jnp.float32) / scales[site]
       for site, x_BD in batch.items()
     }
-    return stack.step_all(stacks, states, rows, step, key)
+    return stack.step_all(stacks, states, rows, step, key, mesh)
 
   # An argument of the step, which would hold it as constants otherwise.
   lm_params = feed.source.params if beta else ()

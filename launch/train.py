@@ -25,10 +25,10 @@ def main(arguments: list[str]) -> None:
 
   try:
     config_lib.check(CONFIG.value)  # before jax, a model or a device
-    from gemma_scope import mesh, pipeline
+    from gemma_scope import cluster, pipeline
 
-    mesh.initialize_distributed()
-    pipeline.run(CONFIG.value, WORKDIR.value)
+    with cluster.joined():
+      pipeline.run(CONFIG.value, WORKDIR.value)
   except (ValueError, RuntimeError, OSError) as error:
     if flags.FLAGS.pdb:
       raise

@@ -10,6 +10,7 @@ import pytest
 from gemma_scope import (
   activation_store,
   activations,
+  batches,
   lm,
   runs,
   sites,
@@ -73,7 +74,7 @@ def test_layout_arithmetic():
 
 def test_rows_are_the_models_activations_without_special_tokens(made):
   source, mesh, gemma, params = made
-  chunk = activations.Chunks(source, 0, mesh).load(1)
+  chunk = batches.Chunks(source, 0, mesh).load(1)
   n = source.layout.sequences
   tokens_NT = sequences(n, n)
   taps = gemma.forward(params, jnp.asarray(tokens_NT), taps=AT).taps
@@ -94,15 +95,16 @@ def test_sites_stay_aligned_and_every_row_comes_before_any_comes_twice(made):
   source, mesh, _, _ = made
 
   class Numbered:
-    layout = source.layout
+    layout, widths, parts = source.layout, dict.fromkeys(AT, 1), 1
 
-    def rows(self, chunk, poll):
+    def passes(self, chunk, poll):
       r = np.arange(self.layout.rows, dtype=np.float32)[:, None]
-      counts = np.ones(self.layout.rows, bool)
-      counts[::5] = False
-      return {AT[0]: [r], AT[1]: [10 * r]}, counts
+      yield {AT[0]: r, AT[1]: 10 * r}
 
-  chunk = activations.Chunks(Numbered(), 3, mesh).load(0)
+    def counts(self, chunk):
+      return np.arange(self.layout.rows) % 5 > 0
+
+  chunk = batches.Chunks(Numbered(), 3, mesh).load(0)
   first = np.asarray(chunk.rows[AT[0]]).reshape(-1)
   np.testing.assert_array_equal(
     np.asarray(chunk.rows[AT[1]]).reshape(-1), 10 * first
@@ -115,21 +117,21 @@ def test_sites_stay_aligned_and_every_row_comes_before_any_comes_twice(made):
 
 def test_a_chunk_is_a_function_of_its_number(made):
   source, mesh, _, _ = made
-  chunks = activations.Chunks(source, 0, mesh)
+  chunks = batches.Chunks(source, 0, mesh)
   third, again = chunks.load(3), chunks.load(3)
   for site in AT:
     np.testing.assert_array_equal(third.rows[site], again.rows[site])
     assert np.any(third.rows[site] != chunks.load(2).rows[site])
-    other = activations.Chunks(source, 1, mesh).load(3)
+    other = batches.Chunks(source, 1, mesh).load(3)
     assert np.any(third.rows[site] != other.rows[site])
 
 
 @pytest.mark.parametrize('shape', [(1, 8, 1), (2, 2, 2)])
 def test_any_mesh_gives_the_same_batches(made, shape):
   source, mesh, _, _ = made
-  expected = activations.Chunks(source, 0, mesh).load(0)
+  expected = batches.Chunks(source, 0, mesh).load(0)
   source, mesh, _, _ = make(shape)
-  found = activations.Chunks(source, 0, mesh).load(0)
+  found = batches.Chunks(source, 0, mesh).load(0)
   for site in AT:
     np.testing.assert_allclose(
       found.rows[site], expected.rows[site], rtol=1e-4, atol=1e-5
@@ -139,11 +141,16 @@ def test_any_mesh_gives_the_same_batches(made, shape):
 
 def test_host_memory_gives_the_same_batches(made):
   source, mesh, _, _ = made
-  device = activations.Chunks(source, 0, mesh, 'device').load(0)
-  host = activations.Chunks(source, 0, mesh, 'host').load(0)
+  on_device, on_host = (
+    batches.Chunks(source, 0, mesh, memory) for memory in ('device', 'host')
+  )
+  device, host = on_device.load(0), on_host.load(0)
   for site in AT:
-    assert isinstance(host.rows[site], np.ndarray)
-    np.testing.assert_array_equal(host.rows[site], device.rows[site])
+    assert isinstance(host.rows[site], batches.OnHost)
+    np.testing.assert_array_equal(host.rows[site].up(), device.rows[site])
+    np.testing.assert_array_equal(
+      on_host.batch(host, 1)[site], on_device.batch(device, 1)[site]
+    )
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
@@ -151,15 +158,17 @@ def test_rows_that_are_not_finite_are_dropped_and_counted(made, bad):
   source, mesh, _, _ = made
 
   class Broken:
-    layout = source.layout
+    layout, widths, counts = source.layout, source.widths, source.counts
+    parts = source.parts + 1
 
-    def rows(self, chunk, poll):
-      parts, counts = source.rows(chunk, poll)
+    def passes(self, chunk, poll):
+      parts, counts = activations.rows(source, chunk, poll)
+      yield from ({AT[0]: x} for x in parts[AT[0]])
       x = np.concatenate([np.array(p).reshape(-1, 16) for p in parts[AT[1]]])
       x[np.flatnonzero(counts)[:7], 3] = bad  # one site spoils its row at all
-      return {AT[0]: parts[AT[0]], AT[1]: [x]}, counts
+      yield {AT[1]: x}
 
-  chunk = activations.Chunks(Broken(), 0, mesh).load(0)
+  chunk = batches.Chunks(Broken(), 0, mesh).load(0)
   assert chunk.not_finite == 7
   assert all(np.all(np.isfinite(x)) for x in chunk.rows.values())
 
@@ -171,13 +180,13 @@ def test_a_chunk_of_special_tokens_alone_is_a_sentence(made):
         *make()[2:], AT, lambda s, n: np.full((n, T), 2, np.int32),
         source.layout, mesh, KEEP,
     )  # fmt: skip
-    activations.Chunks(only, 0, mesh).load(0)
+    batches.Chunks(only, 0, mesh).load(0)
 
 
 def test_scale_makes_the_mean_square_norm_one(made):
   source, mesh, _, _ = made
-  chunk = activations.Chunks(source, 0, mesh).load(0)
-  for site, scale in activations.measure_scales(chunk).items():
+  chunk = batches.Chunks(source, 0, mesh).load(0)
+  for site, scale in batches.measure_scales(chunk).items():
     norms = np.square(np.asarray(chunk.rows[site]) / scale).sum(-1)
     np.testing.assert_allclose(norms.mean(), 1, rtol=1e-5)
 
@@ -193,8 +202,8 @@ def test_a_store_gives_the_models_batches(tmp_path, dtype):
   stored = activation_store.StoreSource(tmp_path, AT, 16)
   assert stored.layout == source.layout and stored.chunks == 3
   for i in range(3):
-    a = activations.Chunks(source, 0, mesh).load(i)
-    b = activations.Chunks(stored, 0, mesh).load(i)
+    a = batches.Chunks(source, 0, mesh).load(i)
+    b = batches.Chunks(stored, 0, mesh).load(i)
     for site in AT:
       assert b.rows[site].dtype == dtype
       np.testing.assert_array_equal(a.rows[site], b.rows[site])
@@ -241,10 +250,10 @@ def test_a_damaged_store_is_refused_by_name(tmp_path, made):
   path.write_bytes(data)
   stored = activation_store.StoreSource(tmp_path, AT, 16)
   with pytest.raises(ValueError, match=r'resid_post\.1\.npy.*damaged'):
-    stored.rows(0)
+    activations.rows(stored, 0)
   path.write_bytes(data[:100])
   with pytest.raises(ValueError, match='damaged'):
-    stored.rows(0)
+    activations.rows(stored, 0)
   with pytest.raises(ValueError, match='no rows of mlp_out/0'):
     activation_store.StoreSource(tmp_path, [sites.Site(0, 'mlp_out')], 16)
   with pytest.raises(ValueError, match='No activation store'):

@@ -18,6 +18,7 @@ from configs import tiny
 from gemma_scope import (
   activations,
   architectures,
+  batches,
   end_to_end,
   lm,
   objectives,
@@ -32,6 +33,7 @@ from gemma_scope import (
 )
 from gemma_scope import config as config_lib
 from gemma_scope import mesh as mesh_lib
+from gemma_scope import optimizer as optimizer_lib
 
 N, T, D = 8, 9, 16
 MODEL = lm.Config(
@@ -44,7 +46,7 @@ AT = (RESID, MLP, IN, OUT)
 SCALES = {RESID: 5.0, MLP: 2.0, IN: 3.0, OUT: 1.0}
 KEY = jax.random.key(3)
 SPECIAL = tokenizers.Special((0, 1, 2))
-OPTIMIZER = stack.Optimizer(
+OPTIMIZER = optimizer_lib.Optimizer(
     b2=0.9, eps=1e-8, clip=0.0, warm_up=0, decay=0, sparsity_warm_up=1,
     threshold_rate=2.0, steps=100, dead_after=300,
 )  # fmt: skip
@@ -166,10 +168,10 @@ def test_a_mesh_gives_one_devices_result():
 class Probe(stack.Stack):
   """A stack whose step leaves its gradient in the place of its parameters."""
 
-  def update(self, state, objective, setting, step):
+  def update(self, state, gradient_of, setting, step):
     data = dict(value=setting.value, coefficient=state.coefficient)
     data |= dict(warm_up=0.0, dead_F=state.silent_tokens > 0)
-    gradient, terms = jax.grad(objective, has_aux=True)(state.params, **data)
+    (_, terms), gradient = gradient_of(state.params, **data)
     return state.replace(params=gradient), terms
 
 
@@ -256,7 +258,7 @@ def test_a_perfect_reconstruction_has_no_kl():
   one, params, at = probe('sae')
   S, eye = len(one.seeds), jnp.eye(D)
   exact = jax.tree.map(jnp.zeros_like, params) | {
-    'W_enc': jnp.stack([jnp.concatenate([eye, -eye], 1)] * S),
+    'W_enc': jnp.stack([jnp.concatenate([eye, -eye])] * S),
     'W_dec': jnp.stack([jnp.concatenate([eye, -eye])] * S),
   }
   gradient, metrics = at(exact, 1.0)
@@ -292,7 +294,7 @@ def chunks_of(gemma, params, site, rows, mesh, **sizes):
       gemma, params, (site,), lambda start, n: rows[start : start + n], layout,
       mesh, SPECIAL.keep,
   )  # fmt: skip
-  return activations.Chunks(source, 0, mesh)
+  return batches.Chunks(source, 0, mesh)
 
 
 def test_the_feed_is_a_function_of_the_step():
@@ -304,7 +306,7 @@ def test_the_feed_is_a_function_of_the_step():
   chunks = chunks_of(
       gemma, params, RESID, rows, mesh, chunk_rows=64, batch=64, lm_batch=8
   )  # fmt: skip
-  feed, ordinary = end_to_end.Feed(chunks, 8, mesh), activations.Feed(chunks)
+  feed, ordinary = end_to_end.Feed(chunks, 8, mesh), batches.Feed(chunks, 100)
   found = feed.at(1)
   np.testing.assert_array_equal(found['tokens'], rows[8:16])
   np.testing.assert_array_equal(found['keep'], SPECIAL.keep(rows[8:16]))
@@ -398,7 +400,7 @@ def test_it_lowers_the_kl_at_the_same_l0():
   chunks = chunks_of(
       gemma, params, site, rows, mesh, chunk_rows=2**13, batch=256, lm_batch=32
   )  # fmt: skip
-  feed, tokens = activations.Feed(chunks), end_to_end.Feed(chunks, 4, mesh)
+  feed, tokens = batches.Feed(chunks, 100), end_to_end.Feed(chunks, 4, mesh)
   scales = tokens.scales()
   plain, tuned = made_for(site, 1.2e-2, 80, 25), made_for(site, 3e-3, steps, 1)
   take = jax.jit(plain.step)
@@ -409,7 +411,7 @@ def test_it_lowers_the_kl_at_the_same_l0():
   (start,) = stack.init_all((tuned,), KEY, mesh)
   start = start.replace(params=state.params)
   start = jax.device_put(start, tuned.shardings(mesh))
-  batches = [tokens.at(200 + step) for step in range(steps)]
+  sequences = [tokens.at(200 + step) for step in range(steps)]
 
   @jax.jit
   def tune(state, params, batch, step, beta):
@@ -419,7 +421,7 @@ def test_it_lowers_the_kl_at_the_same_l0():
 
   def ends_at(beta):
     state, found = start, []
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(sequences):
       (state,), (metrics,) = tune(state, params, batch, jnp.int32(step), beta)
       found.append((metrics['kl'][0], metrics['l0'][0]))
     return np.mean(found[-steps // 3 :], 0)

@@ -28,7 +28,7 @@ def layout(rows=1, dtype='float32'):
 
 def rows_of(settings, chunk=0, rows=1):
   source = synthetic.Source(settings, layout(rows))
-  parts, counts_R = source.rows(chunk)
+  parts, counts_R = activations.rows(source, chunk)
   assert counts_R.all() and len(counts_R) == source.layout.rows
   return {site: np.concatenate(part) for site, part in parts.items()}
 
@@ -146,7 +146,7 @@ def test_a_store_reads_back_as_the_source(tmp_path):
   for site in source.sites:
     assert site.width(_Dimensions(**store.facts['dimensions'])) == 16
   for chunk in range(2):
-    (expected,), (found,) = (s.rows(chunk)[0].values() for s in (source, store))
+    (expected,), (found,) = (activations.rows(s, chunk)[0].values() for s in (source, store))
     np.testing.assert_array_equal(
       np.concatenate(expected), np.concatenate(found)
     )

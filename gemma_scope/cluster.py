@@ -1,0 +1,350 @@
+"""Several processes as one job: joining, watching each other, one goes first.
+
+  joined           `with` around all of a command: joins the cluster, if there
+                   is one; a process that fails says so to the others
+  first            whether this is the process that writes and reports
+  first_goes_ahead what the first process makes on disk, then all read
+
+  join   every process connects to the coordinator, which the first one is;
+         whoever is missing after GEMMA_SCOPE_JOIN_SECONDS (300), all that came
+         end with the coordinator's address
+  beat   every process writes a count into the coordinator's key-value store; a
+         count that stands still for GEMMA_SCOPE_PEER_SECONDS (60) is a process
+         that was killed, stopped or cut off: each of the others names it and
+         ends, for it would wait in a collective forever
+
+Whoever ends so leaves code 1, and the same command on all hosts continues from
+the last checkpoint. A lone process has none of this: its signals stay its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import glob
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+from jax._src import distributed  # its key-value store has no public name
+
+_PORT = 8476
+_PREFIX = 'gemma_scope/beat/'
+_WEEK_MS = 7 * 24 * 3600 * 1000
+_names = itertools.count()
+
+
+class ClusterError(RuntimeError):
+  """The cluster cannot be joined; one sentence."""
+
+
+def first() -> bool:
+  """Whether this process is the one that writes and reports."""
+  # A lone process is first without a device being touched.
+  return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def first_goes_ahead() -> Iterator[None]:
+  """The first process runs the block, then the others run it at once.
+
+  For what one makes on disk and all read. Every process must come by; on a
+  coordinator's barrier they wait without keeping a device busy.
+  """
+  if not first():
+    _barrier()
+  yield
+  if first():
+    _barrier()
+
+
+def _barrier() -> None:
+  """Waits for all processes, however long; the watch ends it if one is lost."""
+  if jax.distributed.is_initialized():
+    client = distributed.global_state.client
+    client.wait_at_barrier(f'gemma_scope/{next(_names)}', _WEEK_MS)
+
+
+# ------------------------------------------------------------------- joining
+
+
+def find() -> tuple[str, int, int] | None:
+  """(coordinator, processes, this one's number); None for a lone process.
+
+  By hand in COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID; on GKE in the
+  TPU's variables; on the hosts of a TPU slice in the machine's metadata, which
+  is asked only where there are TPU chips; under SLURM from its variables.
+
+  Raises:
+    ClusterError: given by hand, and only a part of it.
+  """
+  names = 'COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'PROCESS_ID'
+  given = [os.environ.get(name, '') for name in names]
+  if any(given):
+    if not (all(given) and given[1].isdigit() and given[2].isdigit()):
+      raise ClusterError(
+        f'{", ".join(names)} go together, such as host:8476, 4 and 0; found '
+        + ', '.join(map(repr, given))
+        + '.'
+      )
+    return given[0], int(given[1]), int(given[2])
+  hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
+  number = os.environ.get('TPU_WORKER_ID', '')
+  if len(hosts) == 1 and _has_tpu():
+    # An endpoint is a host, or name:id:host.
+    found = _metadata('worker-network-endpoints').split(',')
+    hosts = [endpoint.rpartition(':')[2] for endpoint in found]
+    number = _metadata('agent-worker-number') if len(hosts) > 1 else ''
+  if len(hosts) > 1 and number.isdigit():
+    return f'{hosts[0]}:{_PORT}', len(hosts), int(number)
+  tasks = int(os.environ.get('SLURM_NTASKS', '1'))
+  if tasks > 1 and 'SLURM_PROCID' in os.environ:
+    port = _PORT + int(os.environ.get('SLURM_JOB_ID', '0')) % 4096
+    host = _first_node(os.environ.get('SLURM_STEP_NODELIST', ''))
+    return f'{host}:{port}', tasks, int(os.environ['SLURM_PROCID'])
+  return None
+
+
+def _has_tpu() -> bool:
+  """Whether this machine has TPU chips that a process may use."""
+  platforms = os.environ.get('JAX_PLATFORMS', '')
+  if platforms and 'tpu' not in platforms:
+    return False
+  return bool(glob.glob('/dev/accel[0-9]*') or glob.glob('/dev/vfio/[0-9]*'))
+
+
+def _metadata(name: str) -> str:
+  """An attribute of this machine in Google's cloud; '' elsewhere."""
+  if os.environ.get('TPU_SKIP_MDS_QUERY'):
+    return ''
+  # By number: where there is no such network, no name is looked up either.
+  host = os.environ.get('GCE_METADATA_IP', '169.254.169.254')
+  request = urllib.request.Request(
+    f'http://{host}/computeMetadata/v1/instance/attributes/{name}',
+    headers={'Metadata-Flavor': 'Google'},
+  )
+  for _ in range(2):
+    with contextlib.suppress(OSError, urllib.error.URLError):
+      with urllib.request.urlopen(request, timeout=3) as answer:
+        return answer.read().decode().strip()
+  return ''
+
+
+def _first_node(nodes: str) -> str:
+  """The first of SLURM's list: 'tpu[03-05,9],b' -> 'tpu03'."""
+  name, bracket, inside = nodes.partition('[')
+  if not bracket or ',' in name:
+    return nodes.partition(',')[0]
+  return name + inside.replace('-', ',').replace(']', ',').partition(',')[0]
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+  """Joins the cluster that `find` sees, and leaves it in good order.
+
+  Enter it before any device is touched. An error inside is printed (one of
+  ours as its sentence, any other with its traceback) and told to the other
+  processes, and this one ends. A lone process passes through.
+  """
+  found = find()
+  if found is None or found[1] == 1:
+    yield
+    return
+  address, count, index = found
+  limit_s = float(os.environ.get('GEMMA_SCOPE_PEER_SECONDS', '60'))
+  _join(address, count, index, limit_s)
+  watch = _Watch(address, count, index, limit_s)
+  try:
+    yield
+    _barrier()  # the first one may still be writing
+  except BaseException as error:
+    _print_error(error)
+    if _of_jax(error):  # most likely another process's end: say whose
+      time.sleep(1.5 * limit_s)
+    watch.leave(f'{type(error).__name__}: {error}')
+  watch.stop()
+  jax.distributed.shutdown()
+
+
+def _join(address: str, count: int, index: int, limit_s: float) -> None:
+  wait_s = float(os.environ.get('GEMMA_SCOPE_JOIN_SECONDS', '300'))
+
+  def give_up():
+    _end(
+      f'Process {index} of {count} waited {wait_s:g} s at the coordinator '
+      f'{address}, and not all {count} came: start the command on every host, '
+      'and see that each reaches that address.'
+    )
+
+  # Of its own: jax would end the process with a stack of C++.
+  timer = threading.Timer(wait_s, give_up)
+  timer.daemon = True
+  timer.start()
+  jax.distributed.initialize(
+    address,
+    count,
+    index,
+    initialization_timeout=int(2 * wait_s) + 60,
+    heartbeat_timeout_seconds=int(3 * limit_s) + 10,
+  )
+  timer.cancel()
+
+
+def _of_jax(error: BaseException | None) -> bool:
+  while error is not None:
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      return True
+    error = error.__cause__
+  return False
+
+
+def _print_error(error: BaseException) -> None:
+  if isinstance(error, (ValueError, RuntimeError, OSError)):
+    _say(f'{type(error).__name__}: {error}')
+  else:
+    _say(''.join(traceback.format_exception(error)).rstrip())
+
+
+def _say(sentence: str) -> None:
+  sys.stdout.flush()
+  # In one piece, and past Python's locks: a thread may say it.
+  os.write(2, f'{sentence}\n'.encode())
+
+
+def _end(sentence: str) -> NoReturn:
+  """Ends at once: an orderly end would wait for the others at a barrier."""
+  _say(sentence)
+  os._exit(1)
+
+
+# ------------------------------------------------------------------ watching
+
+
+class _Watch:
+  """Beats for this process and listens to the others', in two threads.
+
+  One speaks with the coordinator, and hangs with it; the other looks at the
+  clock.
+  """
+
+  def __init__(self, address: str, count: int, index: int, limit_s: float):
+    self._address, self._index, self._limit_s = address, index, limit_s
+    self._client = distributed.global_state.client
+    self._beat_s = limit_s / 8
+    self._beats = itertools.count()
+    self._stopped = threading.Event()
+    now = time.monotonic()
+    self._answered = now  # the coordinator, last
+    self._others: dict[int, dict[str, Any]] = {
+      i: {'since': now} for i in range(count) if i != index
+    }
+    # When the coordinator is gone jax aborts this process at once; these six
+    # seconds (the signal's number, as sleep reads it) are for `_judge`'s words.
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+    for target in (self._exchange, self._judge):
+      threading.Thread(target=target, daemon=True).start()
+
+  def stop(self) -> None:
+    """Before the cluster is left: a missing beat now means nothing."""
+    self._stopped.set()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      self._beat(state='done')
+
+  def leave(self, sentence: str) -> NoReturn:
+    """Tells the others why this process ends, and ends it."""
+    self._stopped.set()
+    teller = threading.Thread(
+      target=self._beat, kwargs={'state': 'failed', 'why': sentence[:500]}
+    )
+    teller.daemon = True  # the coordinator may not answer
+    teller.start()
+    teller.join(self._beat_s)
+    if self._index == 0:  # the others read it here
+      time.sleep(2 * self._beat_s)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+  def _beat(self, state: str = 'alive', why: str = '') -> None:
+    value = {
+      'host': socket.gethostname(), 'pid': os.getpid(),
+      'beat': next(self._beats), 'state': state, 'why': why,
+    }  # fmt: skip
+    self._client.key_value_set(
+      f'{_PREFIX}{self._index}', json.dumps(value), allow_overwrite=True
+    )
+
+  def _exchange(self) -> None:
+    while not self._stopped.is_set():
+      try:
+        self._beat()
+        found = self._client.key_value_dir_get(_PREFIX)
+      except jax.errors.JaxRuntimeError:
+        pass  # the clock decides
+      else:
+        now = time.monotonic()
+        self._answered = now
+        for key, text in found:
+          other = self._others.get(int(key.rpartition('/')[2]))
+          if other is not None and other.get('text') != text:
+            other.update(json.loads(text), text=text, since=now)
+      self._stopped.wait(self._beat_s)
+
+  def _coordinator_refuses(self) -> bool:
+    host, _, port = self._address.rpartition(':')
+    try:
+      socket.create_connection((host, int(port)), timeout=2).close()
+    except ConnectionRefusedError:
+      return True
+    except OSError:
+      pass  # slow, or cut off: the clock decides
+    return False
+
+  def _judge(self) -> None:
+    looked = time.monotonic()
+    while not self._stopped.wait(min(self._beat_s / 2, 2)):
+      now = time.monotonic()
+      if now - looked > self._limit_s / 2:  # it was this process that slept
+        self._answered = now
+        for other in self._others.values():
+          other['since'] = now
+      looked = now
+      if self._index and self._coordinator_refuses():
+        self._name(0, 'is gone, and the coordinator with it')
+      if self._index and now - self._answered > self._limit_s:
+        self._name(0, f'has not answered for {now - self._answered:.0f} s')
+      if now - self._answered > 2 * self._beat_s:
+        continue  # what is known of the others is old
+      for number, other in self._others.items():
+        state, silent_s = other.get('state'), now - other['since']
+        if state == 'failed':
+          self._name(number, f'ended with {other["why"]}')
+        if state != 'done' and silent_s > self._limit_s:
+          self._name(number, f'has not answered for {silent_s:.0f} s')
+
+  def _name(self, number: int, what: str) -> None:
+    if self._stopped.is_set():
+      return
+    other = self._others[number]
+    where = (
+      f' (host {other["host"]}, pid {other["pid"]})'
+      if other.get('host')
+      else ''
+    )
+    _end(
+      f'Process {number}{where} {what}; process {self._index} ends too. The '
+      'same command on every host continues from the last checkpoint.'
+    )

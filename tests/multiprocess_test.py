@@ -1,0 +1,273 @@
+"""Several processes are one run: same losses, one checkpoint, one end.
+
+The real command on one machine, joined by hand, one CPU device a process, with
+gloo's collectives.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import re
+import runpy
+import signal
+import socket
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import train_test
+
+from gemma_scope import cluster, pipeline, runs, train  # noqa: F401 (the forked use it)
+from gemma_scope import mesh as mesh_lib
+
+STEPS = 24
+LIMIT_S = 5  # a silent process is named after so long
+
+
+def small(folder: pathlib.Path):
+  """One member, 24 steps, four chunks, each made while the last is used."""
+  return train_test.small(
+    folder,
+    **{
+      'collection.layers': (0,),
+      'collection.sites': ('resid_post',),
+      'objective.auxk': 0.0,
+      'train.resample_every': 0,
+      'activations.chunk_rows': 384,
+      'activations.ahead': 'on',
+      'train.steps': STEPS,
+      'checkpoint.every': 4,
+      'evaluation.sequences': 0,
+    },
+  )
+
+
+class Cluster:
+  """So many processes of one cluster, on a free port of this machine.
+
+  Forked from a server that has imported what they need, once.
+  """
+
+  def __init__(self, folder: pathlib.Path, count: int, run, *arguments):
+    with socket.socket() as free:
+      free.bind(('localhost', 0))
+      port = free.getsockname()[1]
+    environment = {
+      'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('count=8', 'count=1'),
+      'COORDINATOR_ADDRESS': f'localhost:{port}',
+      'NUM_PROCESSES': str(count),
+      'GEMMA_SCOPE_PEER_SECONDS': str(LIMIT_S),
+      'GEMMA_SCOPE_JOIN_SECONDS': '60',
+    }
+    fork = multiprocessing.get_context('forkserver')
+    fork.set_forkserver_preload([__name__])
+    self.logs = [folder / f'{port}.{i}.log' for i in range(count)]
+    self.processes = [
+      fork.Process(
+        target=in_process,
+        args=(environment | {'PROCESS_ID': str(i)}, log, run, *arguments),
+      )
+      for i, log in enumerate(self.logs)
+    ]
+    for process in self.processes:
+      process.start()
+
+  def __enter__(self) -> Cluster:
+    return self
+
+  def __exit__(self, *error):
+    for process in self.processes:
+      process.kill()
+      process.join()
+
+  def send(self, number: signal.Signals, to: int) -> None:
+    os.kill(self.processes[to].pid, number)
+
+  def wait_for(self, holds, timeout=120) -> None:
+    deadline = time.monotonic() + timeout
+    while not holds():
+      assert all(p.is_alive() for p in self.processes), self.outputs()
+      assert time.monotonic() < deadline, 'too slow'
+      time.sleep(0.02)
+
+  def outputs(self) -> list[str]:
+    return [log.read_text() if log.exists() else '' for log in self.logs]
+
+  def codes(self, of, timeout=120) -> list[int]:
+    """Exit codes; negative after a signal."""
+    for i in of:
+      self.processes[i].join(timeout)
+    return [self.processes[i].exitcode for i in of]
+
+  def name(self, index: int) -> str:
+    pid = self.processes[index].pid
+    return f'Process {index} (host {socket.gethostname()}, pid {pid})'
+
+
+def in_process(environment, log, run, *arguments):
+  os.environ.update(environment)
+  file = os.open(log, os.O_WRONLY | os.O_CREAT)
+  os.dup2(file, 1)
+  os.dup2(file, 2)
+  sys.stdout = sys.stderr = open(file, 'w', buffering=1)
+  run(*arguments)
+
+
+def command(flags: list[str]) -> None:
+  """The real one."""
+  sys.argv = [str(train_test.ROOT / 'launch' / 'train.py'), *flags]
+  os.chdir(train_test.ROOT)
+  runpy.run_path(sys.argv[0], run_name='__main__')
+
+
+def alone(config, workdir: pathlib.Path, lines: list[str]):
+  """The same in this process, on two of its devices."""
+  workdir.mkdir(exist_ok=True)
+  two = functools.partial(mesh_lib.make, devices=jax.devices()[:2])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(mesh_lib, 'make', two)
+    with runs.Lease(workdir) as lease, runs.Interrupt() as interrupt:
+      train.keep_config(config, workdir)
+      train.train(config, workdir, lease, interrupt, lines.append)
+  rows = (workdir / 'metrics.jsonl').read_text().splitlines()
+  rows = [json.loads(row) for row in rows]
+  assert [row['step'] for row in rows] == list(range(1, STEPS + 1))
+  return [row['mean/loss'] for row in rows]
+
+
+def test_a_signal_to_one_stops_all_and_a_silent_one_is_named(tmp_path):
+  """Two processes, then four, then one: the losses are those of one."""
+  config, run = small(tmp_path), tmp_path / 'run'
+  flags = train_test.flags_of(config, run)[2:]
+  with Cluster(tmp_path, 2, command, flags) as two:
+    two.wait_for(lambda: train_test.last_step(run) >= 2)
+    two.send(signal.SIGTERM, 1)
+    assert two.codes(range(2)) == [0, 0], two.outputs()
+    report, silence = two.outputs()
+  (step,) = map(int, re.findall(r'stopped and saved at step (\d+)', report))
+  assert step == train_test.last_step(run)
+  assert 'step' not in silence  # one reports for all
+
+  with Cluster(tmp_path, 4, command, flags) as four:
+    saved = [run / 'checkpoints' / str(s) for s in range(step + 1, STEPS)]
+    four.wait_for(lambda: any(map(os.path.isdir, saved)))
+    four.send(signal.SIGSTOP, 2)
+    stopped = time.monotonic()
+    assert four.codes((0, 1, 3)) == [1, 1, 1], four.outputs()
+    assert time.monotonic() - stopped < 4 * LIMIT_S
+    outputs = four.outputs()
+  for i in (0, 1, 3):
+    assert f'{four.name(2)} has not answered for' in outputs[i], outputs
+  assert f'continuing at step {step}' in outputs[0]
+  assert 'processes: was 2, is 4' in outputs[0]
+
+  lines, expected = [], alone(config, tmp_path / 'alone', [])
+  found = alone(config, run, lines)
+  assert any('processes: was 4, is 1' in line for line in lines), lines
+  np.testing.assert_allclose(found, expected, rtol=1e-3)
+  np.testing.assert_allclose(found[:step], expected[:step], rtol=1e-6)
+
+
+def small_talk(folder: pathlib.Path, end: str) -> None:
+  """What a command does that has no model."""
+  with cluster.joined():
+    me = jax.process_index()
+    with cluster.first_goes_ahead():
+      assert (folder / 'made').exists() != cluster.first()
+      (folder / 'made').touch()
+    (folder / str(me)).touch()
+    if end == 'error' and me == 1:
+      raise ValueError('one sentence.')
+    if end != 'well':
+      time.sleep(300)
+    if cluster.first():
+      time.sleep(1)  # the others wait for it
+    print('over')
+
+
+def talk(folder: pathlib.Path, end: str) -> Cluster:
+  return Cluster(folder, 2, small_talk, folder, end)
+
+
+def test_the_first_goes_ahead_and_all_leave_together(tmp_path):
+  with talk(tmp_path, 'well') as both:
+    assert both.codes(range(2)) == [0, 0], both.outputs()
+    assert all('over' in output for output in both.outputs())
+
+
+def test_a_killed_coordinator_is_named(tmp_path):
+  with talk(tmp_path, 'never') as both:
+    both.wait_for(lambda: all((tmp_path / n).exists() for n in '01'))
+    time.sleep(LIMIT_S / 4)  # a beat, which tells the name
+    both.send(signal.SIGKILL, 0)
+    killed = time.monotonic()
+    assert both.codes(range(2)) == [-signal.SIGKILL, 1], both.outputs()
+    assert time.monotonic() - killed < 4 * LIMIT_S
+    assert f'{both.name(0)} is gone' in both.outputs()[1], both.outputs()
+
+
+def test_one_error_ends_all_by_its_own_sentence(tmp_path):
+  with talk(tmp_path, 'error') as both:
+    assert both.codes(range(2)) == [1, 1], both.outputs()
+    found, said = both.outputs()
+    assert 'ValueError: one sentence.' in said
+    assert f'{both.name(1)} ended with ValueError: one sentence.' in found
+
+
+def test_who_does_not_come_is_waited_for_so_long(tmp_path):
+  with Cluster(tmp_path, 2, in_two_seconds, tmp_path) as both:
+    both.send(signal.SIGKILL, 0)
+    assert both.codes([1]) == [1]
+    (_, said) = both.outputs()
+    assert re.search(r'Process 1 of 2 waited 2 s at .*localhost:\d+', said)
+
+
+def in_two_seconds(folder: pathlib.Path) -> None:
+  os.environ['GEMMA_SCOPE_JOIN_SECONDS'] = '2'
+  if os.environ['PROCESS_ID'] == '0':
+    time.sleep(300)
+  small_talk(folder, 'well')
+
+
+def test_a_cluster_is_found_by_hand_by_variables_or_not_at_all(monkeypatch):
+  for name in ('COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'PROCESS_ID'):
+    monkeypatch.delenv(name, raising=False)
+  assert cluster.find() is None
+  monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 'localhost')
+  assert cluster.find() is None
+  monkeypatch.setenv('SLURM_NTASKS', '8')  # salloc's shell: not a task
+  assert cluster.find() is None
+  for name, value in {
+    'SLURM_PROCID': '3', 'SLURM_JOB_ID': '5000',
+    'SLURM_STEP_NODELIST': 'gpu[07-09,12],b1',
+  }.items():  # fmt: skip
+    monkeypatch.setenv(name, value)
+  assert cluster.find() == ('gpu07:9380', 8, 3)
+  monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 't0,t1')
+  monkeypatch.setenv('TPU_WORKER_ID', '1')
+  assert cluster.find() == ('t0:8476', 2, 1)
+  monkeypatch.setenv('COORDINATOR_ADDRESS', 'host:1')
+  with pytest.raises(cluster.ClusterError, match='NUM_PROCESSES'):
+    cluster.find()
+  monkeypatch.setenv('NUM_PROCESSES', '4')
+  monkeypatch.setenv('PROCESS_ID', '2')
+  assert cluster.find() == ('host:1', 4, 2)
+
+
+def test_a_pods_metadata_is_asked_only_where_there_are_chips(monkeypatch):
+  said = {
+    'worker-network-endpoints': 'a:1:10.0.0.2,b:2:10.0.0.3',
+    'agent-worker-number': '1',
+  }
+  monkeypatch.setattr(cluster, '_metadata', said.get)
+  assert cluster.find() is None
+  monkeypatch.setattr(cluster, '_has_tpu', lambda: True)
+  assert cluster.find() == ('10.0.0.2:8476', 2, 1)
+  said['worker-network-endpoints'] = 'unknown:unknown:10.0.0.2'
+  assert cluster.find() is None

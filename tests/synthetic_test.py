@@ -146,7 +146,9 @@ def test_a_store_reads_back_as_the_source(tmp_path):
   for site in source.sites:
     assert site.width(_Dimensions(**store.facts['dimensions'])) == 16
   for chunk in range(2):
-    (expected,), (found,) = (activations.rows(s, chunk)[0].values() for s in (source, store))
+    (expected,), (found,) = (
+      activations.rows(s, chunk)[0].values() for s in (source, store)
+    )
     np.testing.assert_array_equal(
       np.concatenate(expected), np.concatenate(found)
     )

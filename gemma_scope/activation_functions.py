@@ -17,7 +17,7 @@ threshold, found by bisection on the bits of a float32: counts alone, so that k
 is data, and latents may be sharded without gathering any.
 
 The custom gradients are elementwise on broadcast arrays, so that they survive
-vmap and sharding; the sum over rows is the transpose of the broadcast.
+vmap and sharding; the sum over rows is the broadcast's own (`_rows`).
 """
 
 from __future__ import annotations
@@ -74,6 +74,29 @@ def _jumprelu_backward(bandwidth, to_input, saved, g):
 _jumprelu.defvjp(_jumprelu_forward, _jumprelu_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _on_rows(theta, shape):
+  return jnp.broadcast_to(theta, shape)
+
+
+def _on_rows_backward(shape, _, g):
+  # A product with ones: XLA's CPU backend would feed a sum from memory, with
+  # each of the factors that g is made of.
+  return (
+    jnp.einsum('b,b...->...', jnp.ones(shape[0]), g, precision='highest'),
+  )
+
+
+_on_rows.defvjp(
+  lambda theta, shape: (_on_rows(theta, shape), None), _on_rows_backward
+)
+
+
+def _rows(theta, shape):
+  """Latents' thresholds [F] -> [B, F]; candidates' [B, K] are rows already."""
+  return theta if theta.shape == shape else _on_rows(theta, shape)
+
+
 def step(
   z_BF: jax.Array,
   theta_F: jax.Array,
@@ -81,7 +104,7 @@ def step(
   to_input: bool = False,
 ) -> jax.Array:
   """H(z - theta) with the straight-through gradient in theta; [B, F]."""
-  theta_BF = jnp.broadcast_to(theta_F, z_BF.shape)
+  theta_BF = _rows(theta_F, z_BF.shape)
   return _step(z_BF, theta_BF, bandwidth, to_input)
 
 
@@ -92,7 +115,7 @@ def jumprelu(
   to_input: bool = False,
 ) -> jax.Array:
   """z H(z - theta) with the straight-through gradient in theta; [B, F]."""
-  theta_BF = jnp.broadcast_to(theta_F, z_BF.shape)
+  theta_BF = _rows(theta_F, z_BF.shape)
   return _jumprelu(z_BF, theta_BF, bandwidth, to_input)
 
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _UNROLL = 64  # gathered rows summed in one fused loop
-_PAIRS = 256  # sorted (row, latent) pairs a scatter
+_PAIRS = 8  # sorted (row, latent) pairs, unrolled
 _WORD = 32
 # Stands for z where a row has fewer than K candidates: below any threshold,
 # and finite, so that its zero gradients stay zero.
@@ -86,27 +86,38 @@ def scatter_add(
   """sum over (r, k) with i[r, k] = n of c[r, k] v[r], [N, D]; the same.
 
   Pairs are sorted by n: rows are written in order, and always in the same one.
+  Those with c = 0 come last, and are left out.
   """
-  pairs = i_RK.size
-  pad = -pairs % min(_PAIRS, pairs)
   n_P, order_P = jax.lax.sort(
-    (i_RK.reshape(-1), jnp.arange(pairs, dtype=jnp.int32)), num_keys=1
+    (
+      jnp.where(c_RK == 0, count, i_RK).reshape(-1),
+      jnp.arange(i_RK.size, dtype=jnp.int32),
+    ),
+    num_keys=1,
   )
   v_RD = _round(v_RD, dtype)
-  c_P = jnp.pad(_round(c_RK, dtype).reshape(-1)[order_P], (0, pad))
-  r_P = jnp.pad(order_P // i_RK.shape[1], (0, pad))
-  n_P = jnp.pad(n_P, (0, pad), mode='edge')
+  c_P = _round(c_RK, dtype).reshape(-1)[order_P]
+  columns = n_P, c_P, order_P // i_RK.shape[1]
+  pad = -i_RK.size % _PAIRS
+  columns = [jnp.pad(a, (0, pad), mode='edge') for a in columns]
+  used = jnp.sum(c_RK != 0)
 
-  def add(sum_ND, chunk):
-    c_p, n_p, r_p = chunk
-    term_pD = c_p[:, None] * v_RD[r_p]
-    return sum_ND.at[n_p].add(
-      term_pD, indices_are_sorted=True, mode='promise_in_bounds'
-    ), None
+  def add(at, sum_ND):
+    n_p, c_p, r_p = (
+      jax.lax.dynamic_slice_in_dim(a, at * _PAIRS, _PAIRS) for a in columns
+    )
+    c_p = jnp.where(at * _PAIRS + jnp.arange(_PAIRS) < used, c_p, 0)
+    n_p = jnp.minimum(n_p, count - 1)
+    for p in range(_PAIRS):  # a slice is updated in place, unlike a scatter's
+      v_1D = jax.lax.dynamic_slice_in_dim(v_RD, r_p[p], 1)
+      old_1D = jax.lax.dynamic_slice_in_dim(sum_ND, n_p[p], 1)
+      sum_ND = jax.lax.dynamic_update_slice_in_dim(
+        sum_ND, old_1D + c_p[p] * v_1D, n_p[p], 0
+      )
+    return sum_ND
 
-  chunks = [a.reshape(-1, min(_PAIRS, pairs)) for a in (c_P, n_P, r_P)]
   zero_ND = jnp.zeros((count, v_RD.shape[1]), jnp.float32)
-  return jax.lax.scan(add, zero_ND, chunks)[0]
+  return jax.lax.fori_loop(0, -(-used // _PAIRS), add, zero_ND)
 
 
 def _round(x, dtype):

@@ -248,11 +248,11 @@ class Stack:
     with jax.named_scope('optimizer'):
       # A gradient that is not finite changes nothing but the moments' decay.
       finite = jnp.isfinite(optax.tree.norm(gradient))
-      gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0), gradient)
       if self.module.unit_decoder:
         gradient['W_dec'] = sae.remove_parallel(
           gradient['W_dec'], state.params['W_dec']
         )
+      gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0), gradient)
       direction, moments = o.transform().update(gradient, state.moments)
       factor = o.rate_factor(step) * finite
       rate = factor * setting.learning_rate

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-_UNROLL = 64  # gathered rows summed in one fused loop
+_UNROLL = 16  # gathered rows summed in one fused loop
 _PAIRS = 8  # sorted (row, latent) pairs, unrolled
 _WORD = 32
 # Stands for z where a row has fewer than K candidates: below any threshold,

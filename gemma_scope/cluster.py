@@ -244,6 +244,7 @@ class _Watch:
     self._beat_s = limit_s / 8
     self._beats = itertools.count()
     self._stopped = threading.Event()
+    self._writing = threading.Lock()
     now = time.monotonic()
     self._answered = now  # the coordinator, last
     self._others: dict[int, dict[str, Any]] = {
@@ -265,27 +266,31 @@ class _Watch:
 
   def leave(self, sentence: str) -> NoReturn:
     """Tells the others why this process ends, and ends it."""
+    self._tell(sentence)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+  def _tell(self, sentence: str) -> None:
     self._stopped.set()
-    teller = threading.Thread(
-      target=self._beat, kwargs={'state': 'failed', 'why': sentence[:500]}
-    )
+    teller = threading.Thread(target=self._beat, args=('failed', sentence))
     teller.daemon = True  # the coordinator may not answer
     teller.start()
     teller.join(self._beat_s)
     if self._index == 0:  # the others read it here
       time.sleep(2 * self._beat_s)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
 
   def _beat(self, state: str = 'alive', why: str = '') -> None:
     value = {
       'host': socket.gethostname(), 'pid': os.getpid(),
-      'beat': next(self._beats), 'state': state, 'why': why,
+      'beat': next(self._beats), 'state': state, 'why': why[:500],
     }  # fmt: skip
-    self._client.key_value_set(
-      f'{_PREFIX}{self._index}', json.dumps(value), allow_overwrite=True
-    )
+    with self._writing:
+      if state == 'alive' and self._stopped.is_set():
+        return  # it would hide a last word
+      self._client.key_value_set(
+        f'{_PREFIX}{self._index}', json.dumps(value), allow_overwrite=True
+      )
 
   def _exchange(self) -> None:
     while not self._stopped.is_set():
@@ -344,7 +349,10 @@ class _Watch:
       if other.get('host')
       else ''
     )
+    sentence = f'Process {number}{where} {what}'
+    if not self._index:  # the coordinator goes with it: the others hear why
+      self._tell(sentence)
     _end(
-      f'Process {number}{where} {what}; process {self._index} ends too. The '
-      'same command on every host continues from the last checkpoint.'
+      f'{sentence}; process {self._index} ends too. The same command on every '
+      'host continues from the last checkpoint.'
     )

@@ -141,7 +141,7 @@ def alone(config, workdir: pathlib.Path, lines: list[str]):
   return [row['mean/loss'] for row in rows]
 
 
-def test_a_signal_to_one_stops_all_and_a_silent_one_is_named(tmp_path):
+def test_a_signal_to_one_stops_all_and_a_silent_one_is_named(tmp_path, caplog):
   """Two processes, then four, then one: the losses are those of one."""
   config, run = small(tmp_path), tmp_path / 'run'
   flags = train_test.flags_of(config, run)[2:]
@@ -167,7 +167,10 @@ def test_a_signal_to_one_stops_all_and_a_silent_one_is_named(tmp_path):
   assert f'continuing at step {step}' in outputs[0]
   assert 'processes: was 2, is 4' in outputs[0]
 
-  lines, expected = [], alone(config, tmp_path / 'alone', [])
+  with jax.log_compiles(), caplog.at_level('WARNING'):
+    lines, expected = [], alone(config, tmp_path / 'alone', [])
+  compiled = re.findall(r'Finished XLA compilation of jit\((\w+)', caplog.text)
+  assert compiled.count('harvest') == compiled.count('take_step') == 1, compiled
   found = alone(config, run, lines)
   assert any('processes: was 4, is 1' in line for line in lines), lines
   np.testing.assert_allclose(found, expected, rtol=1e-3)

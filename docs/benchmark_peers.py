@@ -1,11 +1,12 @@
-"""Tokens/s of the peers' training steps, as launch/benchmark.py measures ours.
+"""Training steps of ours and of the peers, in turns, on one machine.
 
-  python docs/benchmark_peers.py --out=peers.jsonl
+  python docs/benchmark_peers.py --peers=PATH_OF_A_PYTHON --out=peers.jsonl
 
-Needs torch, sae-lens and eai-sparsify, in an environment of their own. A step
-is what their trainers do with a batch: forward, backward, the decoder's norm,
-Adam, and SAELens' own bookkeeping. Interleaved with torch's matmul of the same
-shapes. JumpReLU starts at the thresholds at which k latents fire.
+PATH_OF_A_PYTHON is that of an environment where torch, sae-lens and
+eai-sparsify are. Two processes live side by side and take one step each in
+turn, each beside a matmul of its own library of the same shapes. A step is what
+the trainers do with a batch: forward, backward, the decoder's norm, Adam, and
+their bookkeeping. JumpReLU starts at the thresholds at which k latents fire.
 """
 
 from __future__ import annotations
@@ -14,43 +15,57 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 
+D, WIDTH, BATCH, K = 768, 16384, 1024, 64
 
-def saelens(kind: str, torch, d: int, width: int, k: int, x):
-  """SAELens' trainer on the batch x."""
+
+def our_steps():
+  """Name -> a step that takes the sparse way where all candidates fit."""
+  import jax
+
+  from gemma_scope import benchmark
+  from gemma_scope import mesh as mesh_lib
+
+  one_device = dict.fromkeys(mesh_lib.AXES, 1)
+  mesh = mesh_lib.make(one_device, jax.devices()[:1])
+  steps = {'matmul': benchmark.plain_matmul(BATCH, D, WIDTH, 'float32')}
+  for arch, name in (('jumprelu', 'JumpReLU'), ('topk', 'TopK')):
+    case = benchmark.Case(arch, D, WIDTH, BATCH, K, 0, 1, 'float32', 'auto')
+    steps[f'ours {name}'] = benchmark.compiled(case, mesh)[0]
+  return steps
+
+
+def peer_steps():
+  """Name -> a step of SAELens' trainer, or the lines of sparsify's."""
+  os.environ.setdefault('SPARSIFY_DISABLE_TRITON', '1')
   import sae_lens
+  import torch
   from sae_lens.config import SAETrainerConfig
-
-  if kind == 'topk':
-    settings, name = {'k': k}, 'TopK'
-  else:
-    settings, name = {'l0_coefficient': 1.0}, 'JumpReLU'
-  make = getattr(sae_lens, f'{name}TrainingSAE')
-  config = getattr(sae_lens, f'{name}TrainingSAEConfig')
-  sae = make(config(d_in=d, d_sae=width, **settings))
-  if kind == 'jumprelu':
-    with torch.no_grad():
-      z = x[:128] @ sae.W_enc[:, :: max(1, width // 2**14)] + sae.b_enc[0]
-      at = z.flatten().kthvalue(int((1 - k / width) * z.numel())).values
-      sae.threshold.fill_(at)
-  options = SAETrainerConfig(
-      total_training_samples=10**9, train_batch_size_samples=len(x), lr=0.0,
-      lr_warm_up_steps=0, lr_decay_steps=0, lr_end=0.0,
-  )  # fmt: skip
-  trainer = sae_lens.SAETrainer(options, sae, iter([x]))
-  return lambda: trainer.step(x)
-
-
-def sparsify(torch, d: int, width: int, k: int, x):
-  """sparsify's coder, by the lines of its trainer that one batch goes through.
-
-  With `fused` Adam, the fastest of torch's.
-  """
   from sparsify import SparseCoder, SparseCoderConfig
 
-  coder = SparseCoder(d, SparseCoderConfig(num_latents=width, k=k))
+  torch.manual_seed(0)
+  x, W = torch.randn(BATCH, D) * D**-0.5, torch.randn(D, WIDTH)
+  steps = {'matmul': lambda: x @ W}
+  for name, own in (('JumpReLU', {'l0_coefficient': 1.0}), ('TopK', {'k': K})):
+    config = getattr(sae_lens, f'{name}TrainingSAEConfig')
+    make = getattr(sae_lens, f'{name}TrainingSAE')
+    sae = make(config(d_in=D, d_sae=WIDTH, **own))
+    if name == 'JumpReLU':
+      with torch.no_grad():
+        z = (x[:128] @ sae.W_enc + sae.b_enc).flatten()
+        at = z.kthvalue(int((1 - K / WIDTH) * z.numel())).values
+        sae.threshold.fill_(at)
+    options = SAETrainerConfig(
+        total_training_samples=10**9, train_batch_size_samples=BATCH, lr=0.0,
+        lr_warm_up_steps=0, lr_decay_steps=0, lr_end=0.0,
+    )  # fmt: skip
+    trainer = sae_lens.SAETrainer(options, sae, iter([x]))
+    steps[f'SAELens {name}'] = lambda trainer=trainer: trainer.step(x)
+
+  coder = SparseCoder(D, SparseCoderConfig(num_latents=WIDTH, k=K))
   adam = torch.optim.Adam(coder.parameters(), lr=0.0, fused=True)
 
   def step():
@@ -60,57 +75,75 @@ def sparsify(torch, d: int, width: int, k: int, x):
     adam.step()
     adam.zero_grad()
 
-  return step
+  return {**steps, 'sparsify TopK': step}
+
+
+def serve(steps) -> None:
+  """Takes the step that a line of the input names; answers with its seconds."""
+  for step in (*steps.values(), *steps.values()):
+    step()
+  print(json.dumps(list(steps)), flush=True)
+  for line in sys.stdin:
+    began = time.perf_counter()
+    steps[line.rstrip('\n')]()
+    print(json.dumps(time.perf_counter() - began), flush=True)
+
+
+class _Server:
+  def __init__(self, python: str, side: str):
+    self._process = subprocess.Popen(
+        [python, __file__, f'--serve={side}'], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    self.names = self._answer()
+
+  def _answer(self):
+    for line in self._process.stdout:
+      try:
+        return json.loads(line)
+      except json.JSONDecodeError:
+        pass  # what a peer prints
+    sys.exit('A side ended: what it printed says why.')
+
+  def seconds(self, name: str) -> float:
+    self._process.stdin.write(f'{name}\n')
+    self._process.stdin.flush()
+    return self._answer()
 
 
 def main() -> None:
-  """Measures, prints, and appends a JSON line a peer."""
+  """Measures in rounds, prints a table, and appends a JSON line a trainer."""
   parser = argparse.ArgumentParser(description=__doc__)
-  for name, value in dict(d=768, width=16384, batch=1024, k=64).items():
-    parser.add_argument(f'--{name}', type=int, default=value)
-  parser.add_argument('--repeats', type=int, default=5)
-  parser.add_argument('--out', default='')
+  parser.add_argument('--serve', choices=('ours', 'peers'))
+  parser.add_argument('--peers')
+  parser.add_argument('--rounds', type=int, default=20)
+  parser.add_argument('--out')
   args = parser.parse_args()
-  d, width, batch, k = args.d, args.width, args.batch, args.k
-  os.environ.setdefault('SPARSIFY_DISABLE_TRITON', '1')
-  try:
-    import torch
-  except ImportError:
-    sys.exit('No torch here: this runs in the environment of the peers.')
-  torch.manual_seed(0)
-  x = torch.randn(batch, d) * d**-0.5
-  W = torch.randn(d, width)
-  runs = {
-    'matmul': lambda: x @ W,
-    'SAELens JumpReLU': saelens('jumprelu', torch, d, width, k, x),
-    'SAELens TopK': saelens('topk', torch, d, width, k, x),
-    'sparsify TopK': sparsify(torch, d, width, k, x),
-  }
-  times = {name: [] for name in runs}
-  for run in (*runs.values(), *runs.values()):
-    run()
-  for _ in range(args.repeats):
-    for name, run in runs.items():
-      count = 5 if name == 'matmul' else 1
-      began = time.perf_counter()
-      for _ in range(count):
-        run()
-      times[name].append((time.perf_counter() - began) / count)
-  matmul = 2 * batch * d * width / statistics.median(times.pop('matmul'))
-  for name, seconds in times.items():
-    rates = [batch / s for s in seconds]
+  if args.serve:
+    return serve(our_steps() if args.serve == 'ours' else peer_steps())
+  if not args.peers:
+    parser.error('--peers names the Python where torch and the peers are.')
+  sides = _Server(sys.executable, 'ours'), _Server(args.peers, 'peers')
+  times = {(s, name): [] for s in sides for name in s.names}
+  for _ in range(args.rounds):
+    for (side, name), found in times.items():
+      found.append(side.seconds(name))
+  for (side, name), found in times.items():
+    if name == 'matmul':
+      continue
+    seconds = statistics.median(found)
+    matmul = statistics.median(times[side, 'matmul'])
+    low, high = (BATCH / q for q in statistics.quantiles(found, n=4)[2::-2])
     record = {
-      'measure': 'step', 'peer': name, 'd': d, 'width': width, 'batch': batch,
-      'k': k, 'dtype': 'float32', 'device': f'cpu, {torch.get_num_threads()}',
-      'tokens_per_s': statistics.median(rates),
-      'tokens_per_s_low': min(rates), 'tokens_per_s_high': max(rates),
-      'matmul_share': 10 * d * width * statistics.median(rates) / matmul,
-      'matmul_flops': matmul,
+      'measure': 'step', 'trainer': name, 'd': D, 'width': WIDTH,
+      'batch': BATCH, 'k': K, 'dtype': 'float32', 'device': 'cpu',
+      'rounds': args.rounds, 'tokens_per_s': BATCH / seconds,
+      'tokens_per_s_low': low, 'tokens_per_s_high': high,
+      'matmul_share': 5 * matmul / seconds, 'matmul_s': matmul,
     }  # fmt: skip
     print(
-      f'{name}: {record["tokens_per_s"]:,.0f} tokens/s '
-      f'[{min(rates):,.0f}, {max(rates):,.0f}], '
-      f'share {record["matmul_share"]:.2f}',
+      f'{name:18} {BATCH / seconds:7,.0f} tokens/s, half of the rounds in '
+      f'[{low:,.0f}, {high:,.0f}], share {5 * matmul / seconds:.2f}',
       flush=True,
     )
     if args.out:

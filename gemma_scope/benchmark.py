@@ -129,12 +129,10 @@ def steps(cases: Sequence[Case], mesh, repeats: int) -> list[dict[str, Any]]:
   """
   runs, infos, works = {}, {}, {}
   for case in cases:
-    x_BD = jax.random.normal(_KEY, (case.batch, case.d)) * case.d**-0.5
-    x_NBD = jax.device_put(x_BD[None], mesh_lib.place(mesh, None, 'data', None))
-    works[case], infos[case] = _compiled(case, x_NBD, mesh)
+    works[case], infos[case] = compiled(case, mesh)
     shape = case.batch, case.d, case.width, case.dtype
     runs[case] = works[case]
-    runs.setdefault(shape, _matmul(*shape))
+    runs.setdefault(shape, plain_matmul(*shape))
   times = interleaved(runs, repeats)
   records = []
   for case in cases:
@@ -178,7 +176,17 @@ class _Step:
     jax.block_until_ready(self._state)
 
 
-def _compiled(case: Case, x_NBD, mesh):
+def compiled(case: Case, mesh, x_NBD=None):
+  """A step to be called, and what its compiler says of it.
+
+  Args:
+    case: what to compile.
+    mesh: the devices.
+    x_NBD: rows, [1, B, D] with E|x|^2 = 1; None for random ones.
+  """
+  if x_NBD is None:
+    x_BD = jax.random.normal(_KEY, (case.batch, case.d)) * case.d**-0.5
+    x_NBD = jax.device_put(x_BD[None], mesh_lib.place(mesh, None, 'data', None))
   one = case.stack()
   state = case.start(one, x_NBD[0], mesh)
   shardings = one.shardings(mesh), None
@@ -206,8 +214,10 @@ def _peak(compiled) -> int | None:
   )  # fmt: skip
 
 
-def _matmul(batch: int, d: int, width: int, dtype: str) -> Callable[[], None]:
-  """The encoder's matmul alone, on one device."""
+def plain_matmul(
+  batch: int, d: int, width: int, dtype: str
+) -> Callable[[], None]:
+  """The encoder's matmul alone, on one device, to be called."""
   a = jax.random.normal(_KEY, (batch, d)).astype(dtype)
   b = jax.random.normal(_KEY, (d, width)).astype(dtype)
   multiply = jax.jit(
@@ -277,7 +287,7 @@ def harvest(name: str, seq_len: int, lm_batch: int, mesh, repeats: int):
   run = lambda: jax.block_until_ready(compiled(params, tokens))
   d, d_ff = gemma.config.d_model, gemma.config.d_ff
   shape = lm_batch * seq_len, d, d_ff, 'float32'
-  times = interleaved({'pass': run, 'matmul': _matmul(*shape)}, repeats)
+  times = interleaved({'pass': run, 'matmul': plain_matmul(*shape)}, repeats)
   matmul = 2 * lm_batch * seq_len * d * d_ff / np.array(times['matmul'])
   rates = lm_batch * seq_len / np.array(times['pass'])
   share = flops / np.array(times['pass']) / matmul
@@ -317,7 +327,7 @@ def collection(
 
   def end_to_end(case):
     case = dataclasses.replace(case, d=config.d_model)
-    work, _ = _compiled(case, read(params, tokens)[0], mesh)
+    work, _ = compiled(case, mesh, read(params, tokens)[0])
 
     def run():
       for x_NBD in read(params, tokens):

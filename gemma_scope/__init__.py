@@ -10,6 +10,7 @@ Reading order; a module imports only from those above it:
 the language model and its text
   hooks             taps and edits of one forward pass
   lm                Gemma: forward(tokens, taps, edits), loss, a KV cache
+  hugging_face      its shape and parameters, as Hugging Face publishes them
   weights           its parameters, from a checkpoint into their sharding
   generate          samples from it, with edits
   sources           where documents come from; train or held out

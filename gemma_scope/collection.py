@@ -57,7 +57,8 @@ def open_text(
   A run keeps the store it began with, whatever became of its source.
   """
   tokenizer = text.Tokenizer(
-    config.lm.tokenizer or weights.TINY / 'tokenizer.model'
+    config.lm.tokenizer
+    or weights.tokenizer(config.lm.name, config.lm.checkpoint)
   )
   folder = pathlib.Path(config.text.store or workdir / 'tokens')
   with cluster.first_goes_ahead():

@@ -4,9 +4,10 @@ A checkpoint is one of
   - a folder written by Orbax: Gemma's own release layout (flat keys such as
     `transformer/layer_0/attn/q_einsum`) or a nested tree; local or remote
     (gs://, s3://, ...), read with its cast and its sharding in one go;
+  - a folder of Hugging Face's: config.json and *.safetensors (`hugging_face`);
   - a folder with config.json and *.safetensors whose tensors are named by
     their path in the tree (`layer_0/attn/q_einsum/w`): the embedded model.
-Both are checked, name by name and shape by shape, before a byte is trusted.
+All are checked, name by name and shape by shape, before a byte is trusted.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import pathlib
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma_scope import lm
+from gemma_scope import hugging_face, lm
 
 TINY = pathlib.Path(__file__).parent / 'tiny'
 
@@ -66,17 +68,17 @@ def read_config(name: str, checkpoint: str) -> lm.Config:
     CheckpointNotFound: neither a known size nor a folder that describes itself.
   """
   folder = _folder(name, checkpoint)
-  described = folder / 'config.json' if _is_local(folder) else None
-  if described is not None and described.is_file():
+  fields = _described(folder)
+  if hugging_face.is_described_by(fields):
+    return hugging_face.config(name, fields, str(folder / 'config.json'))
+  if isinstance(fields, dict) and fields.get('name') == name:
+    known = {field.name for field in dataclasses.fields(lm.Config)}
     try:
-      fields = json.loads(described.read_text())
-      if isinstance(fields, dict) and fields.get('name') == name:
-        known = {field.name for field in dataclasses.fields(lm.Config)}
-        return lm.Config(**{k: v for k, v in fields.items() if k in known})
-    except (ValueError, TypeError) as error:
+      return lm.Config(**{k: v for k, v in fields.items() if k in known})
+    except TypeError as error:
       raise CheckpointNotFound(
-        f'{str(described)!r} does not describe a model ({error}); expected '
-        'the fields of gemma_scope.lm.Config as JSON.'
+        f'{str(folder / "config.json")!r} does not describe a model ({error}); '
+        'expected the fields of gemma_scope.lm.Config as JSON.'
       ) from error
   if name in lm.SIZES:
     return lm.SIZES[name]
@@ -85,6 +87,24 @@ def read_config(name: str, checkpoint: str) -> lm.Config:
     f'{", ".join(["tiny", *lm.SIZES])} nor described by a config.json in '
     f'{str(folder)!r}.'
   )
+
+
+def tokenizer(name: str, checkpoint: str) -> pathlib.Path:
+  """The tokenizer that lies beside the parameters, else the embedded one.
+
+  Raises:
+    CheckpointNotFound: neither is that of a published Gemma.
+  """
+  folder = _folder(name, checkpoint)
+  beside = folder / 'tokenizer.model'
+  if _is_local(folder) and beside.is_file():
+    return beside
+  if name in lm.SIZES:
+    raise CheckpointNotFound(
+      f'{name} needs its tokenizer, and none lies in {str(folder)!r}: set '
+      'lm.tokenizer (--tokenizer) to its SentencePiece model.'
+    )
+  return TINY / 'tokenizer.model'
 
 
 def load(
@@ -133,9 +153,12 @@ def load(
   if _is_local(folder) and not folder.is_dir():
     raise CheckpointNotFound(
       f'No checkpoint of {name} at {str(folder)!r}: expected a folder written '
-      'by Orbax, or one with config.json and model.safetensors.'
+      'by Orbax, or one with config.json and safetensors.'
     )
-  if _is_local(folder) and any(folder.glob('*.safetensors')):
+  if hugging_face.is_described_by(_described(folder)):
+    shapes = traverse_util.flatten_dict(gemma.param_shapes, sep='/')
+    flat = hugging_face.read(folder, shapes, wanted)
+  elif _is_local(folder) and any(folder.glob('*.safetensors')):
     flat = _from_safetensors(folder, wanted)
   else:
     flat = _from_orbax(folder, wanted)
@@ -163,14 +186,25 @@ def _folder(name: str, checkpoint: str):
     if name == 'tiny':
       return TINY
     raise CheckpointNotFound(
-      f'{name} needs a checkpoint: set lm.checkpoint to the folder of an '
-      'Orbax checkpoint (a local path or gs://...).'
+      f'{name} needs a checkpoint: set lm.checkpoint to the folder of an Orbax '
+      'checkpoint (a local path or gs://...) or of a Hugging Face download.'
     )
   if '://' in checkpoint:
     from etils import epath
 
     return epath.Path(checkpoint)
   return pathlib.Path(checkpoint).expanduser().absolute()
+
+
+def _described(folder) -> Any:
+  """The content of a folder's config.json; None where there is none."""
+  path = folder / 'config.json'
+  if not _is_local(folder) or not path.is_file():
+    return None
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise CheckpointNotFound(f'{str(path)!r} is not JSON ({error}).') from error
 
 
 def _is_local(folder) -> bool:

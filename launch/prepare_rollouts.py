@@ -71,7 +71,7 @@ def prepare(poll):
 
   prompts = prompts_lib.read(PROMPTS.value)
   tokenizer = text.Tokenizer(
-    TOKENIZER.value or weights.TINY / 'tokenizer.model'
+    TOKENIZER.value or weights.tokenizer(MODEL.value, CHECKPOINT.value)
   )
   mesh = None
   if jax.device_count() > 1:

@@ -51,6 +51,7 @@ a release
   manifest          a release's files: names, sizes, hashes
   member            one member's folder against its card
   release           parameters + card <-> a folder that others can use
+  formats           SAEs as others publish them, read and written; the hub
 
 evaluation
   splice            clean and spliced forward passes, as sums
@@ -66,6 +67,7 @@ the whole
   train             the loop
   pipeline          train -> evaluate -> release
   benchmark         tokens/s beside the matmul rate of the same shapes
+  microscope        features of any SAE: found, read, acted on, checked
 
 The alphabet of axes, in names and in einsums:
 

@@ -3,33 +3,59 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import pathlib
 import re
+
+import pytest
 
 import gemma_scope
 
 PACKAGE = pathlib.Path(gemma_scope.__file__).parent
-ORDER = re.findall(r'^  (\w+)  +', gemma_scope.__doc__, re.MULTILINE)
+PARTS = [p.parent for p in PACKAGE.glob('*/__init__.py')]
+FOLDERS = [PACKAGE, *PARTS]
 
 
-def imported(path: pathlib.Path) -> set[str]:
-  """Modules of the package that a file imports, anywhere in it."""
+def reading_order(folder: pathlib.Path) -> list[str]:
+  """Modules of a package, as its docstring lists them."""
+  name = '.'.join(folder.relative_to(PACKAGE.parent).parts)
+  text = importlib.import_module(name).__doc__
+  return re.findall(r'^  (\w+)  +', text, re.MULTILINE)
+
+
+def imported(path: pathlib.Path, package: str) -> set[str]:
+  """Modules of a package that a file imports, anywhere in it."""
   names = set()
   for node in ast.walk(ast.parse(path.read_text())):
-    if isinstance(node, ast.ImportFrom) and node.module == 'gemma_scope':
-      names |= {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom) and node.module:
+      if node.module == package:
+        names |= {alias.name for alias in node.names}
+      elif node.module.startswith(f'{package}.'):
+        names.add(node.module.removeprefix(f'{package}.').split('.')[0])
   return names
 
 
-def test_the_reading_order_names_every_module():
-  modules = {p.stem for p in PACKAGE.glob('*.py')} - {'__init__'}
-  assert set(ORDER) == modules
+@pytest.mark.parametrize('folder', FOLDERS, ids=lambda folder: folder.name)
+def test_the_reading_order_names_every_module(folder):
+  modules = {p.stem for p in folder.glob('*.py')} - {'__init__'}
+  if folder == PACKAGE:
+    modules |= {part.name for part in PARTS}
+  order = reading_order(folder)
+  assert len(order) == len(set(order))
+  assert set(order) == modules
 
 
-def test_a_module_imports_only_from_those_above_it():
-  for position, module in enumerate(ORDER):
-    below = imported(PACKAGE / f'{module}.py') - set(ORDER[:position])
-    assert not below, f'{module} imports {below}'
+@pytest.mark.parametrize('folder', FOLDERS, ids=lambda folder: folder.name)
+def test_a_module_imports_only_from_those_above_it(folder):
+  package = '.'.join(folder.relative_to(PACKAGE.parent).parts)
+  order = reading_order(folder)
+  for position, module in enumerate(order):
+    files = [folder / f'{module}.py']
+    if not files[0].exists():
+      files = sorted((folder / module).glob('*.py'))
+    for file in files:
+      below = imported(file, package) - set(order[:position])
+      assert not below - {module}, f'{file} imports {below}'
 
 
 def test_only_the_language_model_imports_gemma():

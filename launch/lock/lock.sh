@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rewrites requirements.txt and launch/lock/constraints.txt. For maintainers:
+# Rewrites requirements.txt, constraints.txt and ci.txt. For maintainers:
 #   UV=/path/to/uv bash launch/lock/lock.sh      (uv is no dependency of ours)
 # Two resolutions, one set of versions. The full one is what a plain
 # `pip install -r requirements.txt` installs; the lean one leaves out
@@ -33,4 +33,11 @@ compile --constraint "$full" --override "$here/overrides.txt" \
   echo '# `pip install -r requirements.txt` adds to the lock.'
   grep -vxF -f <(sed -E 's/ +#.*//' "$lean") "$full"
 } > "$here/constraints.txt"
-grep -c '==' requirements.txt "$here/constraints.txt"
+# What CI adds, at the lock's versions of all else.
+grep -v "python_version < '3'" "$lean" | sed -E 's/ +#.*//' > "$full"
+{
+  echo '# Made by launch/lock/lock.sh from launch/lock/ci.in; .ci/run installs it.'
+  compile --no-annotate --constraint "$full" "$here/ci.in" \
+    | grep -vxF -f "$full"
+} > "$here/ci.txt"
+grep -c '==' requirements.txt "$here/constraints.txt" "$here/ci.txt"

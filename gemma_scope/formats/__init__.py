@@ -1,14 +1,14 @@
 """SAEs as others publish them, read into this project's form and written back.
 
-  hook_points   where an activation is read, in the words of others
-  tensors       safetensors, read warily
-  gemma_scope_1 params.npz, the site in its path
-  gemma_scope_2 params.safetensors, or one file a layer, and config.json
-  saelens       cfg.json and sae_weights.safetensors
-  sparsify      cfg.json and sae.safetensors
-  dictionaries  dictionary_learning's config.json and ae.safetensors
-  hub           files of a Hugging Face repository, chosen from its list
-  published     load(path or repository) -> params, card; lists; canonical
+  hook_points    where an activation is read, in the words of others
+  tensors        safetensors, read warily
+  gemma_scope_1  params.npz, the site in its path
+  gemma_scope_2  params.safetensors, or one file a layer, and config.json
+  saelens        cfg.json and sae_weights.safetensors
+  sparsify       cfg.json and sae.safetensors
+  dictionaries   dictionary_learning's config.json and ae.safetensors
+  hub            files of a Hugging Face repository, chosen from its list
+  published      load(path or repository) -> params, card; lists; canonical
 
 A reader returns (params, card) as `release.load` does: parameters of
 `sae.encode` and `sae.decode` on raw activations, and a card that knows its

@@ -2,16 +2,20 @@
 
 A pickle can run any code, and none is read here. Its tensors alone can:
 
-  python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous()
-      for k, v in torch.load('ae.pt', weights_only=True).items()},
-      'ae.safetensors')"
+  import torch, safetensors.torch
+  tensors = torch.load('ae.pt', weights_only=True)
+  tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+  safetensors.torch.save_file(tensors, 'ae.safetensors')
 
 Of config.json, `trainer` says class, layer and submodule. Linear layers have
 [out, in] weights; the input's bias comes off before the encoder:
 
-  AutoEncoder          f = relu(W (x - bias) + b), decoder.weight [D, F]
-  AutoEncoderTopK, BatchTopKSAE    the same with b_dec; k, or a threshold
-  JumpReluAutoEncoder  W_enc [D, F], nothing off the input
+  AutoEncoder            f = relu(W (x - bias) + b), decoder.weight [D, F]
+  AutoEncoderTopK        the same with b_dec, and the k largest
+  BatchTopKSAE           the same with b_dec, and a threshold
+  MatryoshkaBatchTopKSAE the same, with W_enc [D, F] and W_dec [F, D]
+  JumpReluAutoEncoder    W_enc [D, F], nothing off the input
+  GatedAutoEncoder       a gate and a magnitude: folded into thresholds
 """
 
 from __future__ import annotations
@@ -27,12 +31,19 @@ from gemma_scope.formats import tensors
 
 PICKLE, WEIGHTS, CONFIG = 'ae.pt', 'ae.safetensors', 'config.json'
 _LINEAR = ('encoder.weight', 'encoder.bias', 'decoder.weight')
+_PLAIN = ('W_enc', 'b_enc', 'W_dec', 'b_dec', 'threshold')
 _KEYS = {
   'AutoEncoder': (*_LINEAR, 'bias'),
-  'AutoEncoderTopK': (*_LINEAR, 'b_dec'),
+  'AutoEncoderTopK': (*_LINEAR, 'b_dec', 'k'),
   'BatchTopKSAE': (*_LINEAR, 'b_dec', 'threshold'),
-  'JumpReluAutoEncoder': ('W_enc', 'b_enc', 'W_dec', 'b_dec', 'threshold'),
-}
+  'MatryoshkaBatchTopKSAE': _PLAIN,
+  'JumpReluAutoEncoder': _PLAIN,
+  'GatedAutoEncoder': (
+    'encoder.weight', 'decoder.weight', 'decoder_bias', 'r_mag', 'gate_bias',
+    'mag_bias',
+  ),
+}  # fmt: skip
+_OPTIONAL = ('k', 'threshold', 'group_sizes')
 _KINDS = {
   'resid_post': 'resid_post', 'mlp_out': 'mlp_raw', 'attention_out': 'attn_raw',
 }  # fmt: skip
@@ -59,9 +70,12 @@ def read(folder: pathlib.Path, path: str) -> tuple[member.Params, dict]:
       f'{npz.show(folder / CONFIG)} has dict_class {npz.show(kind)}; those '
       f'that can be read are {", ".join(_KEYS)}.'
     )
-  optional = {'k', 'threshold'} - set(_KEYS[kind])
+  optional = [key for key in _OPTIONAL if key not in _KEYS[kind]]
   p = tensors.read(
-    folder / WEIGHTS, required=_KEYS[kind], optional=sorted(optional)
+    folder / WEIGHTS,
+    required=_KEYS[kind],
+    optional=optional,
+    whole=('k', 'group_sizes'),
   )
   site = _site(folder, trainer)
   try:
@@ -70,11 +84,6 @@ def read(folder: pathlib.Path, path: str) -> tuple[member.Params, dict]:
     raise npz.Refused(
       f'{npz.show(folder / WEIGHTS)} has shapes that do not fit ({error}).'
     ) from None
-  if kind == 'AutoEncoderTopK':
-    k = trainer.get('k')
-    if type(k) is not int:
-      raise npz.Refused(f'{npz.show(folder / CONFIG)} has no trainer.k.')
-    params['k'] = np.float32(k)
   return params, {
     'name': path,
     'type': 'sae',
@@ -88,22 +97,31 @@ def read(folder: pathlib.Path, path: str) -> tuple[member.Params, dict]:
 
 
 def _params(kind: str, p: Mapping[str, np.ndarray]) -> member.Params:
-  if kind == 'JumpReluAutoEncoder':
-    return {key: p[key] for key in _KEYS[kind]} | {
-      'threshold': np.maximum(p['threshold'], 0)
+  if kind in ('JumpReluAutoEncoder', 'MatryoshkaBatchTopKSAE'):
+    params = {key: p[key] for key in _PLAIN}
+    if kind == 'MatryoshkaBatchTopKSAE':
+      params['b_enc'] = p['b_enc'] - p['b_dec'] @ p['W_enc']
+  else:
+    b_dec = p.get('b_dec', p.get('bias', p.get('decoder_bias')))
+    params = {
+      'W_enc': np.ascontiguousarray(p['encoder.weight'].T),
+      'b_enc': p.get('encoder.bias'),
+      'W_dec': np.ascontiguousarray(p['decoder.weight'].T),
+      'b_dec': b_dec,
+      'threshold': p['threshold'] if kind == 'BatchTopKSAE' else np.zeros(()),
     }
-  W_enc, b_dec = p['encoder.weight'].T, p.get('b_dec', p.get('bias'))
-  b_enc = p['encoder.bias'] - b_dec @ W_enc
-  threshold = np.zeros_like(b_enc)
-  if kind == 'BatchTopKSAE':
-    threshold = threshold + np.maximum(p['threshold'], 0)
-  return {
-    'W_enc': np.ascontiguousarray(W_enc),
-    'b_enc': b_enc,
-    'W_dec': np.ascontiguousarray(p['decoder.weight'].T),
-    'b_dec': b_dec,
-    'threshold': threshold,
-  }
+    if kind == 'GatedAutoEncoder':
+      gain = np.exp(p['r_mag'])
+      params['W_enc'] = params['W_enc'] * gain
+      params['b_enc'] = p['mag_bias']
+      # The gate opens where the magnitude's pre-activation is above this one.
+      params['threshold'] = p['mag_bias'] - gain * p['gate_bias']
+    params['b_enc'] = params['b_enc'] - b_dec @ params['W_enc']
+  threshold = np.maximum(params['threshold'], 0)
+  params['threshold'] = threshold + np.zeros_like(params['b_enc'])
+  if kind == 'AutoEncoderTopK':
+    params['k'] = p['k']
+  return params
 
 
 def _site(folder: pathlib.Path, trainer: Mapping[str, Any]) -> sites.Site:

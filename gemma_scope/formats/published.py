@@ -97,6 +97,11 @@ def _checked(params, card: dict[str, Any]):
     'd_out': b_dec.shape[-1] if b_dec.ndim else 0,
     'width': int(params['b_enc'].size),
   }
+  if place.sites == place.targets and card['d_in'] != card['d_out']:
+    raise npz.Refused(
+      f'{npz.show(card["name"])} has W_enc {W_enc.shape} and b_dec '
+      f'{b_dec.shape}, and a member of type {place.type} writes what it reads.'
+    )
   if 'W_skip' in params:
     card['affine'] = True
   if place.several and len(place.sites) != len(W_enc):

@@ -68,7 +68,7 @@ def _folded(p, kind: str, config: Mapping[str, Any], scale: float):
   if kind == 'gated':
     gain = np.exp(p.pop('r_mag'))
     b_gate, b_mag = p.pop('b_gate'), p.pop('b_mag')
-    # The input's bias goes through the gate and the magnitude alike.
+    # The gate opens where the magnitude's pre-activation is above this one.
     p |= {'W_enc': p['W_enc'] * gain, 'b_enc': b_mag}
     p['threshold'] = b_mag - gain * b_gate
   if kind == 'topk' and config.get('rescale_acts_by_decoder_norm'):
@@ -81,17 +81,14 @@ def _folded(p, kind: str, config: Mapping[str, Any], scale: float):
       p[key] / np.float32(scale) for key in ('W_dec', 'b_dec')
     )
   if config.get('apply_b_dec_to_input', False):
-    shift = p['b_dec'] @ p['W_enc']
-    p['b_enc'] = p['b_enc'] - shift
-    if kind == 'gated':
-      p['threshold'] = p['threshold'] - shift
+    p['b_enc'] = p['b_enc'] - p['b_dec'] @ p['W_enc']
   p['threshold'] = np.maximum(p.get('threshold', np.zeros_like(p['b_enc'])), 0)
   if 'W_skip' in p:
     p['W_skip'] = p['W_skip'].T
   if kind == 'topk':
     p['k'] = np.float32(config['k'])
   return {
-    key: np.ascontiguousarray(p[key])
+    key: np.array(p[key], order='C')
     for key in (*member.KEYS, *member.OPTIONAL_KEYS)
     if key in p
   }

@@ -22,6 +22,7 @@ from gemma_scope import npz
 _HEADER_BYTES = 1 << 20
 _JSON_BYTES = 1 << 20
 _TYPES = 'F64', 'F32', 'F16', 'BF16'
+_WHOLE = 'I32', 'I64'
 MAX_BYTES = 128 << 30
 
 
@@ -30,6 +31,7 @@ def read(
   *,
   required: Collection[str],
   optional: Collection[str] = (),
+  whole: Collection[str] = (),
   check: Callable[[npz.Shapes], None] = lambda shapes: None,
   max_bytes: int = MAX_BYTES,
 ) -> dict[str, np.ndarray]:
@@ -39,6 +41,7 @@ def read(
     path: the file.
     required: names that must be there.
     optional: names that may be; any other is refused.
+    whole: names that may hold whole numbers.
     check: is given every shape before data is read; may raise `npz.Refused`.
     max_bytes: the largest file to accept.
 
@@ -55,7 +58,7 @@ def read(
         )
     with safe_open(path, framework='np') as file:
       names = list(file.keys())
-      shapes = {name: _shape(file, name) for name in names}
+      shapes = {name: _shape(file, name, name in whole) for name in names}
       missing = [name for name in required if name not in shapes]
       if missing:
         raise npz.Refused(f'lacks {", ".join(missing)}')
@@ -78,9 +81,9 @@ def read(
     ) from None
 
 
-def _shape(file, name: str) -> tuple[int, ...]:
+def _shape(file, name: str, whole: bool) -> tuple[int, ...]:
   found = file.get_slice(name)
-  if found.get_dtype() not in _TYPES:
+  if found.get_dtype() not in (*_TYPES, *_WHOLE * whole):
     raise npz.Refused(
       f'has {npz.show(name)} in {found.get_dtype()}; expected one of '
       f'{", ".join(_TYPES)}'
@@ -92,7 +95,7 @@ def write(
   path: pathlib.Path, arrays: Mapping[str, np.ndarray], **metadata: str
 ) -> None:
   """Writes float32 tensors; equal ones give equal bytes. Syncs to disk."""
-  arrays = {k: np.ascontiguousarray(a, np.float32) for k, a in arrays.items()}
+  arrays = {k: np.array(a, np.float32, order='C') for k, a in arrays.items()}
   with open(path, 'xb') as file:
     file.write(save(arrays, metadata=metadata or None))
     file.flush()

@@ -3,8 +3,12 @@
   .venv/bin/python launch/evaluate.py --config=configs/tiny.py \
       --workdir=runs/tiny --release=runs/tiny/release --out=scores.json
 
+  ... --config=configs/gemma_scope_2b.py --config.lm.checkpoint=... \
+      --release=google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_176
+
 The config names the language model, the text and evaluation.sequences; the
-release, or one folder of it, the SAEs. All of them in one pass over the text.
+release, or any SAE in a folder or on the hub that formats.published reads, the
+SAEs. Several paths are joined by commas; all in one pass over the text.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the token store.')
-RELEASE = flags.DEFINE_string('release', None, 'A release, or one SAE of it.')
+RELEASE = flags.DEFINE_list('release', None, 'Releases, or SAEs anywhere.')
 OUT = flags.DEFINE_string('out', None, 'JSON to write, with all the metrics.')
 flags.mark_flags_as_required(['config', 'workdir', 'release', 'out'])
 
@@ -25,15 +29,13 @@ flags.mark_flags_as_required(['config', 'workdir', 'release', 'out'])
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   from gemma_scope import pipeline, release, runs
+  from gemma_scope.formats import published
 
   try:
-    folder, out = pathlib.Path(RELEASE.value), pathlib.Path(OUT.value)
+    out = pathlib.Path(OUT.value)
     if out.exists():
       raise ValueError(f'{out} is there already; name another file.')
-    if (folder / 'params.npz').exists():
-      saes = [release.load(folder)]
-    else:
-      saes = [(m.load(), m.card) for m in release.load_all(folder)]
+    saes = [sae for path in RELEASE.value for sae in published.load_all(path)]
     workdir = pathlib.Path(WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     with runs.Interrupt() as interrupt:

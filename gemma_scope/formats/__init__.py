@@ -9,6 +9,7 @@
   dictionaries   dictionary_learning's config.json and ae.safetensors
   hub            files of a Hugging Face repository, chosen from its list
   published      load(path or repository) -> params, card; lists; canonical
+  export         members -> a folder in one of these layouts, with its card
 
 A reader returns (params, card) as `release.load` does: parameters of
 `sae.encode` and `sae.decode` on raw activations, and a card that knows its

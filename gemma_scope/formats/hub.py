@@ -1,4 +1,4 @@
-"""Files of a Hugging Face repository: listed, chosen, fetched, kept.
+"""Files of a Hugging Face repository: listed, chosen, fetched, kept, sent.
 
 Names are looked up in the repository's own list, never built, and only plain
 ones are fetched. What was fetched stays in huggingface_hub's cache (HF_HOME);
@@ -76,6 +76,59 @@ def fetch(
   return root / inside, f'{repository}/{inside}'
 
 
+def push(
+  folder: pathlib.Path,
+  repository: str,
+  really: bool,
+  report: Callable[[str], None],
+) -> None:
+  """Uploads a folder's files, a commit for each folder in it, its card last.
+
+  What the repository has already is not sent again: the same call continues
+  one that was cut off. The token is huggingface_hub's own business.
+
+  Args:
+    folder: a release, or what `export.write` wrote.
+    repository: `owner/name`; made, private, where it is not there.
+    really: else only says what would be sent.
+    report: takes a line of text.
+
+  Raises:
+    npz.Refused: no such folder or name, a link in it, or no network.
+  """
+  _, inside = _parts(repository)
+  if inside:
+    raise npz.Refused(f'{npz.show(repository)} is not owner/name.')
+  if not folder.is_dir():
+    raise npz.Refused(f'{npz.show(folder)} is no folder.')
+  names = []
+  for path in sorted(folder.rglob('*')):
+    name = path.relative_to(folder).as_posix()
+    if path.is_symlink() or not _is_plain(name):
+      raise npz.Refused(f'{npz.show(path)} is a link or has an odd name.')
+    if path.is_file():
+      names.append(name)
+  parts = sorted({name.rpartition('/')[0] for name in names}, reverse=True)
+  if really:
+    create = _client().HfApi().create_repo
+    _retried(repository, create, repository, private=True, exist_ok=True)
+  for part in parts:  # '' comes last
+    of_part = [n for n in names if n.rpartition('/')[0] == part]
+    size = sum((folder / name).stat().st_size for name in of_part)
+    done = 'sent' if really else 'would send'
+    if really:
+      _retried(
+        repository,
+        _client().HfApi().upload_folder,
+        repo_id=repository,
+        folder_path=folder / part,
+        path_in_repo=part or None,
+        allow_patterns=[name.rpartition('/')[2] for name in of_part],
+        commit_message=f'Add {part or "the card"}',
+      )
+    report(f'{done} {part or "."}: {len(of_part)} files, {size:,} bytes')
+
+
 def _cache() -> pathlib.Path:
   home = os.environ.get('HF_HOME') or '~/.cache/huggingface'
   return pathlib.Path(home).expanduser() / 'gemma_scope'
@@ -83,7 +136,7 @@ def _cache() -> pathlib.Path:
 
 def _parts(path: str) -> tuple[str, str]:
   """'owner/name/a/b' -> 'owner/name', 'a/b'."""
-  names = path.strip('/').split('/')
+  names = path.rstrip('/').split('/')
   if len(names) < 2 or not all(map(_PLAIN.fullmatch, names)):
     raise npz.Refused(
       f'{npz.show(path)} is no folder here, and no repository on the hub: '
@@ -122,11 +175,11 @@ def _client():
   return huggingface_hub
 
 
-def _retried(repository: str, function, *arguments):
+def _retried(repository: str, function, *arguments, **named):
   """What may fail on the way is tried three times; then one sentence."""
   for left in reversed(range(_TRIES)):
     try:
-      return function(*arguments)
+      return function(*arguments, **named)
     except npz.Refused:
       raise
     except Exception as error:  # of any of the libraries below huggingface_hub

@@ -74,6 +74,13 @@ def load(path: str, revision: str = '') -> tuple[member.Params, dict]:
     raise release.ReleaseError(str(error)) from None
 
 
+def load_all(path: str, revision: str = '') -> list[tuple[member.Params, dict]]:
+  """The same of every SAE of a release of ours; else of the one at `path`."""
+  if (pathlib.Path(path) / 'manifest.json').exists():
+    return [(m.load(), m.card) for m in release.load_all(path)]
+  return [load(path, revision)]
+
+
 def _read(folder: pathlib.Path, path: str):
   if (folder / 'manifest.json').exists():
     raise npz.Refused(
@@ -179,7 +186,7 @@ def _order(entry: Entry):
       return -1
 
   return (
-    entry.path.split('layer_')[0], number(entry.layer),
+    re.sub(r'\d', '', entry.path.split('layer_')[0]), number(entry.layer),
     number(entry.width, sites.parse_width), number(entry.l0), entry.path,
   )  # fmt: skip
 

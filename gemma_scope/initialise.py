@@ -33,6 +33,7 @@ from ml_collections import ConfigDict
 
 from gemma_scope import cards, fold, release, sites, stack
 from gemma_scope import config as config_lib
+from gemma_scope.formats import published
 
 _BLOCK = 1 << 12  # latents whose products with a layer's encoders are at once
 
@@ -45,7 +46,8 @@ def plan(
   """The release's SAEs that each member starts from, by their cards alone.
 
   Args:
-    config: the run's; `initialise.release` names the folder.
+    config: the run's; `initialise.release` names releases of ours, or SAEs
+      that `formats.published` reads, joined by commas.
     groups: members by stack.
 
   Returns:
@@ -58,7 +60,7 @@ def plan(
   """
   if not config.initialise.release:
     return None
-  offered = release.load_all(config.initialise.release)
+  offered = published.offered(config.initialise.release)
   return [[_sources(config, offered, m) for m in group] for group in groups]
 
 
@@ -87,13 +89,15 @@ def _distance(source: release.Member, member: config_lib.Member) -> tuple:
   """Smaller is nearer: width, architecture, L0, seed; then the path."""
   card, width = source.card, member.width // max(member.layers, 1)
   l0 = cards.value((source.metrics or {}).get('l0'))
-  l0 = card['sparsity']['value'] if l0 is None else l0
+  l0 = (
+    card.get('sparsity', {}).get('value', member.sparsity) if l0 is None else l0
+  )
   return (
     card['width'] < width,  # a wider one has all the latents
     abs(math.log(card['width'] / width)),
     card['architecture'] != member.architecture,
     abs(math.log(max(l0, 1e-9) / member.sparsity)),
-    card['seed'] != member.seed,
+    card.get('seed', member.seed) != member.seed,
     source.path,
   )
 

@@ -13,13 +13,13 @@ import sys
 import time
 import types
 
+import formats_test
 import numpy as np
 import pytest
 from safetensors.numpy import save, save_file
 
 from gemma_scope import manifest, npz, release
 from gemma_scope.formats import export, hub, published, saelens
-from tests import formats_test
 
 
 class Hub:

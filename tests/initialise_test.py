@@ -11,6 +11,7 @@ from configs import tiny
 from gemma_scope import collection, initialise, release, sae, stack
 from gemma_scope import config as config_lib
 from gemma_scope import mesh as mesh_lib
+from gemma_scope.formats import gemma_scope_2, saelens
 
 D = 128  # of the tiny model
 
@@ -130,6 +131,23 @@ def test_a_wider_member_begins_the_rest_at_random(folder):
     new = np.asarray(begun[0].params[name][0])
     np.testing.assert_array_equal(new[128:], old[128:])
     assert not np.any(new[:128] == old[:128])
+
+
+def test_published_ones_of_any_format_serve_as_well(folder, tmp_path):
+  """One in SAELens' form, another in Gemma Scope 2's: the same function."""
+  ours = [m for m in release.load_all(folder) if m.card['width'] == 64]
+  paths = []
+  for layer, write in ((1, saelens.write), (2, gemma_scope_2.write)):
+    source = next(m for m in ours if m.card['sites'] == [f'resid_post/{layer}'])
+    more = (8.0,) if write is gemma_scope_2.write else ()
+    found = {**source.card, 'model': 'gemma3-1b'}
+    write(tmp_path / str(layer), source.load(), found, *more)
+    paths.append(str(tmp_path / str(layer)))
+  argument = 'layers=1,2;sites=resid_post;widths=64;sparsity=8'
+  *_, begun, _, _ = begin(','.join(paths), argument)
+  *_, wanted, _, _ = begin(folder, argument)
+  for a, b in zip(jax.tree.leaves(begun), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_another_layer_may_be_named(folder):

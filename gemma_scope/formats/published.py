@@ -81,6 +81,28 @@ def load_all(path: str, revision: str = '') -> list[tuple[member.Params, dict]]:
   return [load(path, revision)]
 
 
+class Member(release.Member):
+  """One SAE anywhere; its parameters are read when asked for."""
+
+  def load(self) -> member.Params:
+    return load(self.path)[0]
+
+
+def offered(paths: str) -> list[release.Member]:
+  """The SAEs of releases of ours and of other paths, joined by commas.
+
+  Raises:
+    release.ReleaseError: a path has none that can be read.
+  """
+  found: list[release.Member] = []
+  for path in paths.split(','):
+    if (pathlib.Path(path) / 'manifest.json').exists():
+      found += release.load_all(path)
+    else:
+      found.append(Member(path, pathlib.Path(path), load(path)[1], None))
+  return found
+
+
 def _read(folder: pathlib.Path, path: str):
   if (folder / 'manifest.json').exists():
     raise npz.Refused(

@@ -138,7 +138,12 @@ def test_published_ones_of_any_format_serve_as_well(folder, tmp_path):
   ours = [m for m in release.load_all(folder) if m.card['width'] == 64]
   paths = []
   for layer, write in ((1, saelens.write), (2, gemma_scope_2.write)):
-    source = next(m for m in ours if m.card['sites'] == [f'resid_post/{layer}'])
+    source = next(
+      m
+      for m in ours
+      if m.card['sites'] == [f'resid_post/{layer}']
+      and m.card['sparsity']['value'] == 8
+    )
     more = (8.0,) if write is gemma_scope_2.write else ()
     found = {**source.card, 'model': 'gemma3-1b'}
     write(tmp_path / str(layer), source.load(), found, *more)

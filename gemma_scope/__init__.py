@@ -67,6 +67,8 @@ the whole
   train             the loop
   pipeline          train -> evaluate -> release
   benchmark         tokens/s beside the matmul rate of the same shapes
+  topologies        TPU pods that are not here, to compile for
+  compile_check     a run's programs compiled for one: memory, time, collectives
   microscope        features of any SAE: found, read, acted on, checked
 
 The alphabet of axes, in names and in einsums:

@@ -138,7 +138,13 @@ class _Loop:
     self._saves = saves
     self._lease = lease
     self._report = report
-    self._take_step = _step_of(config, stacks, feed, mesh)
+    # An argument of the step, which would hold it as constants otherwise.
+    beta = config.end_to_end.beta
+    gemma, lm_params = (
+      (feed.source.gemma, feed.source.params) if beta else (None, ())
+    )
+    step = step_of(config, stacks, gemma, mesh)
+    self._take_step = lambda *arguments: step(*arguments, lm_params)
 
   def start(self, facts: dict[str, Any]) -> None:
     """Restores the newest good checkpoint, or initialises at step 0."""
@@ -289,8 +295,9 @@ class _Loop:
     return sum(s.module.flops(rows) * len(s.seeds) for s in self._stacks)
 
 
-def _step_of(config, stacks, feed, mesh):
-  """The compiled step: (states, batch, scales, step) -> states, metrics."""
+def step_of(config, stacks, gemma, mesh):
+  """The jitted step: states, batch, scales, step, parameters of the language
+  model (() where none is run) -> states, metrics."""
   shardings = tuple(s.shardings(mesh) for s in stacks)
   key, beta = jax.random.key(config.seed), config.end_to_end.beta
 
@@ -302,7 +309,7 @@ def _step_of(config, stacks, feed, mesh):
   def take_step(states, batch, scales, step, lm_params):
     if beta:
       return end_to_end.step_all(
-          stacks, states, feed.source.gemma, lm_params, batch, scales, step,
+          stacks, states, gemma, lm_params, batch, scales, step,
           key, beta, mesh,
       )  # fmt: skip
     rows = {
@@ -311,11 +318,7 @@ def _step_of(config, stacks, feed, mesh):
     }
     return stack.step_all(stacks, states, rows, step, key, mesh)
 
-  # An argument of the step, which would hold it as constants otherwise.
-  lm_params = feed.source.params if beta else ()
-  return lambda *state_batch_scales_step: take_step(
-    *state_batch_scales_step, lm_params
-  )
+  return take_step
 
 
 def _scales(meta: dict[str, Any]) -> dict[sites.Site, float]:

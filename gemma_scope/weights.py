@@ -67,6 +67,8 @@ def read_config(name: str, checkpoint: str) -> lm.Config:
   Raises:
     CheckpointNotFound: neither a known size nor a folder that describes itself.
   """
+  if name in lm.SIZES and not checkpoint:
+    return lm.SIZES[name]  # the shape alone needs no folder
   folder = _folder(name, checkpoint)
   fields = _described(folder)
   if hugging_face.is_described_by(fields):
@@ -107,6 +109,40 @@ def tokenizer(name: str, checkpoint: str) -> pathlib.Path:
   return TINY / 'tokenizer.model'
 
 
+def shapes(
+  name: str,
+  checkpoint: str,
+  dtype: str,
+  mesh: Mesh | None,
+  num_layers: int | None,
+) -> tuple[lm.Gemma, dict[str, jax.ShapeDtypeStruct]]:
+  """The model, and its parameters' shapes and places by path, unread.
+
+  Args: those of `load`.
+  """
+  config = read_config(name, checkpoint)
+  pin = None
+  if mesh is not None:
+    pin = NamedSharding(mesh, PartitionSpec('data', None, None))
+  gemma = lm.Gemma(config, pin)
+  wanted = {}
+  for key, shape in traverse_util.flatten_dict(
+    gemma.param_shapes, sep='/'
+  ).items():
+    layer = re.match(r'layer_(\d+)/', key)
+    if layer and num_layers is not None and int(layer[1]) >= num_layers:
+      continue
+    place = (
+      jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      if mesh is None
+      else sharding(mesh, key, shape.shape, config.transpose_gating)
+    )
+    wanted[key] = jax.ShapeDtypeStruct(
+      shape.shape, jnp.dtype(dtype), sharding=place
+    )
+  return gemma, wanted
+
+
 def load(
   name: str,
   checkpoint: str = '',
@@ -129,35 +165,16 @@ def load(
   Raises:
     CheckpointNotFound: with what was looked for and what was found.
   """
-  config = read_config(name, checkpoint)
   folder = _folder(name, checkpoint)
-  pin = None
-  if mesh is not None:
-    pin = NamedSharding(mesh, PartitionSpec('data', None, None))
-  gemma = lm.Gemma(config, pin)
-  wanted = {}
-  for key, shape in traverse_util.flatten_dict(
-    gemma.param_shapes, sep='/'
-  ).items():
-    layer = re.match(r'layer_(\d+)/', key)
-    if layer and num_layers is not None and int(layer[1]) >= num_layers:
-      continue
-    place = (
-      jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-      if mesh is None
-      else sharding(mesh, key, shape.shape, config.transpose_gating)
-    )
-    wanted[key] = jax.ShapeDtypeStruct(
-      shape.shape, jnp.dtype(dtype), sharding=place
-    )
+  gemma, wanted = shapes(name, checkpoint, dtype, mesh, num_layers)
   if _is_local(folder) and not folder.is_dir():
     raise CheckpointNotFound(
       f'No checkpoint of {name} at {str(folder)!r}: expected a folder written '
       'by Orbax, or one with config.json and safetensors.'
     )
   if hugging_face.is_described_by(_described(folder)):
-    shapes = traverse_util.flatten_dict(gemma.param_shapes, sep='/')
-    flat = hugging_face.read(folder, shapes, wanted)
+    whole = traverse_util.flatten_dict(gemma.param_shapes, sep='/')
+    flat = hugging_face.read(folder, whole, wanted)
   elif _is_local(folder) and any(folder.glob('*.safetensors')):
     flat = _from_safetensors(folder, wanted)
   else:

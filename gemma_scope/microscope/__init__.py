@@ -1,4 +1,4 @@
-"""The microscope: find a feature, read it, act on it, know whether to believe it.
+"""The microscope: find a feature, read it, act on it, know if to believe it.
 
 Works on any (params, card) of `release.load` or `formats.published.load`.
 

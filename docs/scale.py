@@ -1,6 +1,6 @@
 """The tables of docs/scale.md: programs compiled for pods that are not here.
 
-  python docs/scale.py runs/scale.jsonl      # needs libtpu; goes on where it was
+python docs/scale.py runs/scale.jsonl      # needs libtpu; goes on where it was
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ CASES = [
   *(
     ('27b', 'gemma_scope_2', argument, mesh, topology)
     for argument in (
-      'model=gemma3-27b;layers=40;sites=resid_post;widths=262k;sparsity=50',
-      'model=gemma3-27b;layers=40;sites=resid_post;widths=1m;sparsity=50',
+      'model=27b;layers=40;sites=resid_post;widths=262k;sparsity=50',
+      'model=27b;layers=40;sites=resid_post;widths=1m;sparsity=50',
     )
     for mesh, topology in (
       ((1, 1, 16), 'v5p:2x2x4'), ((1, 2, 16), 'v6e:4x8'),
@@ -63,7 +63,7 @@ CASES = [
      'layers=0-25;sites=attn_out,mlp_out,resid_post;widths=16k;sparsity=50',
      mesh, topology)
     for mesh, topology in (
-      ((2, 4, 2), 'v5p:2x2x4'), ((2, 8, 2), 'v6e:4x8'), ((13, 2, 2), 'v5e:4x13'),
+      ((2, 4, 2), 'v5p:2x2x4'), ((2, 8, 2), 'v6e:4x8'), ((2, 8, 4), 'v5e:8x8'),
     )
   ),
 ]  # fmt: skip
@@ -104,7 +104,7 @@ def row(record) -> str:
   fields = dict(part.split('=') for part in argument.split(';'))
   what = name.removeprefix('gemma_scope_')
   if name == 'gemma_scope_2':
-    what = fields['model']
+    what = f'3 {fields["model"]}'
   what += f' {fields["widths"]}'
   if 'refused' in record:
     return f'| {what} | {program} | {topology} | {record["refused"]} |'

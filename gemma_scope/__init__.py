@@ -29,6 +29,7 @@ activations
 
 sparse autoencoders
   activation_functions  JumpReLU and its estimators, TopK, BatchTopK
+  kernels           Pallas kernels for its sums, on TPU and GPU
   sparse            the few latents of a row that matter, and sums over them
   sae               one SAE: the Flax module, released encode and decode
   architectures     JumpReLU, TopK, BatchTopK, Gated, ReLU

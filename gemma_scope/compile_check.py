@@ -11,8 +11,8 @@
 
 Neither is a measurement. The compiler counts a loop over the members of a stack
 as one turn; its estimate and its bytes are multiplied by what its FLOPs lack of
-those by arithmetic (`turns`), both of which are reported. An estimate faster than
-the chip is none.
+those by arithmetic (`turns`); both are reported. An estimate that is faster
+than the chip is none.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def check(
   config_lib.check(config, model, mesh.devices.shape)
   lower = {'harvest': _harvest, 'step': _step}
   for program in programs:
-    yield _described(_compiled(*lower[program](config, mesh), pod), pod, config)
+    yield _described(
+      _compiled(*lower[program](config, mesh), pod, mesh), pod, config
+    )
 
 
 def _harvest(config: ConfigDict, mesh):
@@ -187,10 +189,11 @@ def _step(config: ConfigDict, mesh):
   return 'step', rows, flops / mesh.size, lower
 
 
-def _compiled(name, tokens, flops, lower, pod) -> Program:
+def _compiled(name, tokens, flops, lower, pod, mesh) -> Program:
   start = time.monotonic()
   try:
-    compiled = lower().compile()
+    with topologies.targeted(mesh):
+      compiled = lower().compile()
   except jax.errors.JaxRuntimeError as error:
     # 'Used 20.06G of 15.75G hbm': the one failure that a size explains.
     used = re.search(r'Used ([\d.]+)([BKMGT]) of [\d.]+[BKMGT] hbm', str(error))
@@ -210,8 +213,9 @@ def _compiled(name, tokens, flops, lower, pod) -> Program:
   arguments = memory.argument_size_in_bytes
   used = arguments + memory.temp_size_in_bytes + output
   return Program(
-      name, tokens, flops, found, turns, moved, arguments, memory.temp_size_in_bytes,
-      output, max(used, getattr(memory, 'peak_memory_in_bytes', 0)),
+      name, tokens, flops, found, turns, moved, arguments,
+      memory.temp_size_in_bytes, output,
+      max(used, getattr(memory, 'peak_memory_in_bytes', 0)),
       estimate if estimate_holds(estimate, flops / pod.device.flops) else None,
       max(flops / pod.device.flops, moved / pod.device.hbm_rate),
       collectives(compiled.as_text()), time.monotonic() - start,
@@ -292,8 +296,8 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
   gib = lambda n: '-' if n is None else f'{n / 2**30:.2f} GiB'
   ms = lambda s: 'none' if s is None else f'{1e3 * s:.2f} ms'
   yield (
-    f'{record["program"]} on {record["topology"]}: {record["devices"]} devices, '
-    f'{record["chips"]} chips, mesh {record["mesh"]}, '
+    f'{record["program"]} on {record["topology"]}: {record["devices"]} '
+    f'devices, {record["chips"]} chips, mesh {record["mesh"]}, '
     f'{record["tokens"]:,} tokens'
   )
   yield (

@@ -13,6 +13,9 @@ F. Only the encoder's forward pass stays dense:
 
 Where latents are sharded, each shard selects K of its own, counted within it:
 what crosses shards is sums of [B, D] and [B, K], never pre-activations.
+
+The three sums are in `kernels`: plain functions, and Pallas kernels of the same
+names that take their place on a TPU or a GPU where the shapes fit.
 """
 
 from __future__ import annotations
@@ -25,104 +28,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-_UNROLL = 16  # gathered rows summed in one fused loop
-_PAIRS = 8  # sorted (row, latent) pairs, unrolled
+from gemma_scope.kernels import plain
+
 _WORD = 32
 # Stands for z where a row has fewer than K candidates: below any threshold,
 # and finite, so that its zero gradients stay zero.
 ABSENT = -1e30
-
-
-# Definitions, on one device: c, i [R, K], W [N, D], v [R, D].
-
-
-def gather_add(
-  c_RK: jax.Array, i_RK: jax.Array, W_ND: jax.Array, dtype: str = 'float32'
-) -> jax.Array:
-  """sum_k c[r, k] W[i[r, k]], [R, D]; factors in `dtype`, sums in float32."""
-  rows, count = i_RK.shape
-  width = min(_UNROLL, count)
-  blocks = -(-count // width)
-  pad = ((0, 0), (0, blocks * width - count))
-  c_RK = jnp.pad(_round(c_RK, dtype), pad)
-  i_RK = jnp.pad(i_RK, pad)
-
-  def block(at, sum_RD):
-    c_Rk, i_Rk = (
-      jax.lax.dynamic_slice_in_dim(a, at * width, width, 1)
-      for a in (c_RK, i_RK)
-    )
-    for k in range(width):  # one fused pass, which keeps its sum in registers
-      row_RD = W_ND.at[i_Rk[:, k]].get(mode='promise_in_bounds')
-      sum_RD += c_Rk[:, k, None] * _round(row_RD, dtype)
-    return sum_RD
-
-  zero_RD = jnp.zeros((rows, W_ND.shape[1]), jnp.float32)
-  if blocks == 1:
-    return block(0, zero_RD)
-  return jax.lax.fori_loop(0, blocks, block, zero_RD)
-
-
-def gather_dot(
-  v_RD: jax.Array, i_RK: jax.Array, W_ND: jax.Array, dtype: str = 'float32'
-) -> jax.Array:
-  """W[i[r, k]] . v[r], [R, K]; the same."""
-
-  def row(args):
-    v_D, i_K = args
-    W_KD = W_ND.at[i_K].get(mode='promise_in_bounds')
-    return _round(W_KD, dtype) @ v_D
-
-  return jax.lax.map(row, (_round(v_RD, dtype), i_RK))
-
-
-def scatter_add(
-  c_RK: jax.Array,
-  i_RK: jax.Array,
-  v_RD: jax.Array,
-  count: int,
-  dtype: str = 'float32',
-) -> jax.Array:
-  """sum over (r, k) with i[r, k] = n of c[r, k] v[r], [N, D]; the same.
-
-  Pairs are sorted by n: rows are written in order, and always in the same one.
-  Those with c = 0 come last, and are left out.
-  """
-  n_P, order_P = jax.lax.sort(
-    (
-      jnp.where(c_RK == 0, count, i_RK).reshape(-1),
-      jnp.arange(i_RK.size, dtype=jnp.int32),
-    ),
-    num_keys=1,
-  )
-  v_RD = _round(v_RD, dtype)
-  c_P = _round(c_RK, dtype).reshape(-1)[order_P]
-  columns = n_P, c_P, order_P // i_RK.shape[1]
-  pad = -i_RK.size % _PAIRS
-  columns = [jnp.pad(a, (0, pad), mode='edge') for a in columns]
-  used = jnp.sum(c_RK != 0)
-
-  def add(at, sum_ND):
-    n_p, c_p, r_p = (
-      jax.lax.dynamic_slice_in_dim(a, at * _PAIRS, _PAIRS) for a in columns
-    )
-    c_p = jnp.where(at * _PAIRS + jnp.arange(_PAIRS) < used, c_p, 0)
-    n_p = jnp.minimum(n_p, count - 1)
-    for p in range(_PAIRS):  # a slice is updated in place, unlike a scatter's
-      v_1D = jax.lax.dynamic_slice_in_dim(v_RD, r_p[p], 1)
-      old_1D = jax.lax.dynamic_slice_in_dim(sum_ND, n_p[p], 1)
-      sum_ND = jax.lax.dynamic_update_slice_in_dim(
-        sum_ND, old_1D + c_p[p] * v_1D, n_p[p], 0
-      )
-    return sum_ND
-
-  zero_ND = jnp.zeros((count, v_RD.shape[1]), jnp.float32)
-  return jax.lax.fori_loop(0, -(-used // _PAIRS), add, zero_ND)
-
-
-def _round(x, dtype):
-  """The factors of a matmul in `dtype`, in float32."""
-  return x.astype(dtype).astype(jnp.float32)
 
 
 def select(mask_BF: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -181,6 +92,7 @@ class _Shards:
   latents: int
   mesh: Mesh | None
   dtype: str
+  platform: str = 'cpu'
 
   @property
   def local(self) -> int:
@@ -259,13 +171,12 @@ def _decoder_to(m: int, W_LLFD: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _write(shards, f_BLK, i_BLK, W_LLFD):
   """f W_dec, [B, L, D]."""
+  add = plain.on(shards.platform, plain.gather_add)
 
   def local(f_BLK, i_BLK, W_LLFD):
     at_BLK = shards.flat(i_BLK)
     y_LBD = [
-      gather_add(
-        _to(m, f_BLK), _to(m, at_BLK), _decoder_to(m, W_LLFD), shards.dtype
-      )
+      add(_to(m, f_BLK), _to(m, at_BLK), _decoder_to(m, W_LLFD), shards.dtype)
       for m in range(shards.layers)
     ]
     return shards.sum_over('latent', jnp.stack(y_LBD, 1))
@@ -279,14 +190,19 @@ def _write_forward(shards, f_BLK, i_BLK, W_LLFD):
 
 
 def _write_backward(shards, saved, g_BLD):
+  dot, add = (
+    plain.on(shards.platform, function)
+    for function in (plain.gather_dot, plain.scatter_add)
+  )
+
   def local(f_BLK, i_BLK, W_LLFD, g_BLD):
     at_BLK = shards.flat(i_BLK)
     df_BLK, dW_MLFD = jnp.zeros_like(f_BLK), []
     for m in range(shards.layers):
       g_BD, at_BK = g_BLD[:, m], _to(m, at_BLK)
-      df_BK = gather_dot(g_BD, at_BK, _decoder_to(m, W_LLFD), shards.dtype)
+      df_BK = dot(g_BD, at_BK, _decoder_to(m, W_LLFD), shards.dtype)
       df_BLK = df_BLK.at[:, : m + 1].add(df_BK.reshape(len(g_BD), m + 1, -1))
-      dW_FD = scatter_add(
+      dW_FD = add(
         _to(m, f_BLK), at_BK, g_BD, (m + 1) * shards.local, shards.dtype
       )
       dW_LFD = dW_FD.reshape(m + 1, shards.local, -1)
@@ -319,11 +235,14 @@ class Candidates:
   def __init__(
     self, mask: jax.Array, count: int, mesh: Mesh | None, dtype: str
   ):
-    if mesh is not None and mesh.shape['data'] * mesh.shape['latent'] == 1:
-      mesh = None
+    platform = jax.default_backend()
+    if mesh is not None:
+      platform = mesh.devices.flat[0].platform
+      if mesh.shape['data'] * mesh.shape['latent'] == 1:
+        mesh = None
     self.shape = mask.shape[1:]
     self._shards = _Shards(
-      math.prod(self.shape[:-1]), mask.shape[-1], mesh, dtype
+      math.prod(self.shape[:-1]), mask.shape[-1], mesh, dtype, platform
     )
     self.count = min(count, self._shards.local)
 
@@ -384,9 +303,11 @@ class Candidates:
   def encoder_gradient(self, g: jax.Array, x: jax.Array) -> jax.Array:
     """Gradient of W_enc [F, D] or [L, F, D] from that of x W_enc^T."""
 
+    add = plain.on(self._shards.platform, plain.scatter_add)
+
     def local(g_BLK, i_BLK, x_BLD):
       dW_LFD = [
-        scatter_add(
+        add(
           g_BLK[:, l], i_BLK[:, l], x_BLD[:, l], self._shards.local,
           self._shards.dtype,
         )

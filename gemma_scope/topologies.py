@@ -1,9 +1,9 @@
 """TPU pods that are not here: their chips, and devices to compile for.
 
-libtpu's compiler runs on any x86 machine: `devices('v5p:2x2x4')` are
-descriptions of a pod's devices, good for shardings and compilation alone. What a
-chip can do is from Google's pages on each TPU version ("System architecture",
-cloud.google.com/tpu/docs): dense bfloat16 FLOP/s, HBM and its rate.
+libtpu's compiler runs on any x86 machine: `pod('v5p:2x2x4')` has descriptions
+of a pod's devices, good for shardings and compilation alone. What a chip can do
+is from Google's pages on each TPU version ("System architecture" in the Cloud
+TPU documentation): dense bfloat16 FLOP/s, HBM and its rate.
 
 A device is what JAX calls one: a core in v3, v4 (here without megacore) and
 tpu7x, a chip in the others.
@@ -15,6 +15,8 @@ import contextlib
 import dataclasses
 import os
 import re
+
+import jax
 
 _TFLOPS, _GIB, _GB = 1e12, 2**30, 1e9
 
@@ -109,6 +111,12 @@ def pod(topology: str) -> Pod:
     chips,
     Chip(chip.flops * share, chip.hbm * share, chip.hbm_rate * share),
   )
+
+
+def targeted(mesh: jax.sharding.Mesh):
+  """While programs are lowered for a mesh: kernels ask what chip it has."""
+  use = getattr(jax.sharding, 'use_abstract_mesh', None)
+  return use(mesh.abstract_mesh) if use else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
   .venv/bin/pip install libtpu==0.0.50     # the compiler; see launch/lock/ci.in
   .venv/bin/python launch/compile_check.py --topology=v5p:2x2x4 \
-      --config='configs/gemma_scope_2b.py:layers=12;sites=resid_post;widths=1m' \
-      --config.mesh.latent=4 --out=check.jsonl
+      --config='configs/gemma_scope_2b.py:set=1m;layers=12' \
+      --config.mesh.data=1 --config.mesh.latent=16 --out=check.jsonl
 
 Per device: HBM against the chip's, FLOPs, bytes, the compiler's own estimate of
 the time beside the roofline, collectives. An estimate is no measurement.

@@ -16,7 +16,7 @@ _HLO = """
   %x = f32[4096,3584]{1,0} all-reduce(f32[4096,3584]{1,0} %y), replica_groups={}
   %s = (bf16[8,16]{1,0}, bf16[8,64]{1,0}) all-gather-start(bf16[8,16]{1,0} %z)
   %d = bf16[8,64]{1,0} all-gather-done((bf16[8,16], bf16[8,64]) %s)
-  %t = (f32[3]{0}, s32[2]{0}) all-reduce(f32[3]{0} %a, s32[2]{0} %b), to_apply=%r
+  %t = (f32[3]{0}, s32[2]{0}) all-reduce(f32[3]{0} %a, s32[2]{0} %b), to=%r
   %n = f32[3]{0} add(f32[3]{0} %all-reduce.1, f32[3]{0} %c)
 """
 

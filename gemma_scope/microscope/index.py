@@ -1,7 +1,7 @@
 """What every latent of an SAE fires on: the form in which it is kept.
 
 A folder an SAE: index.json (meta) and arrays.safetensors. F counts all latents
-(of all layers together, layer-major); N sequences of T tokens, all of them kept,
+(of all layers together, layer-major); N sequences of T tokens, all of them kept
 so that an example is a sequence, a position in it, and the latent's values
 around that position.
 """
@@ -26,7 +26,7 @@ class Index:
     fired_F: int64, on how many tokens a latent fired.
     max_F: float32, its largest value.
     mean_F: float32, its mean where it fired.
-    edges_H: float32, H + 1 edges of the histogram, log-spaced, the same for all.
+    edges_H: float32, H + 1 edges of the histogram, log-spaced, one for all.
     histogram_FH: int64, how many values lay between them.
     top_FE, top_sequence_FE, top_position_FE: values (float32, falling; 0 is
       none), sequences and positions (int32) of the E largest, at most one a
@@ -38,9 +38,9 @@ class Index:
       none), and the Jaccard index of their tokens, falling.
     neighbour_FC, neighbour_value_FC: int32 latents of the nearest decoders, and
       their cosines, falling.
-    positive_FL, positive_value_FL: int32 tokens whose logits it raises most, and
-      by how much per unit of activation, falling; None where it writes to no
-      residual stream that is read so.
+    positive_FL, positive_value_FL: int32 tokens whose logits it raises most,
+      and by how much per unit of activation, falling; None where it writes to
+      no residual stream that is read so.
     negative_FL, negative_value_FL: those that it lowers most, rising.
     decoder_norm_F, encoder_norm_F, cosine_F, threshold_F: float32; cosine of a
       latent's encoder and decoder (nan where their spaces differ).

@@ -1,0 +1,123 @@
+"""The sums that a sparse step is made of, on one device, and their kernels.
+
+  gather_add(c, i, W)      y[r] = sum_k c[r, k] W[i[r, k]]
+  gather_dot(v, i, W)      f[r, k] = W[i[r, k]] . v[r]
+  scatter_add(c, i, v, N)  dW[n] = sum over (r, k) with i[r, k] = n of c v[r]
+
+c, i are [R, K], W [N, D], v [R, D]. These functions define the sums, and are
+what a CPU runs; `on` gives a platform's Pallas kernel of the same name.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+_UNROLL = 16  # gathered rows summed in one fused loop
+_PAIRS = 8  # sorted (row, latent) pairs, unrolled
+
+
+def gather_add(
+  c_RK: jax.Array, i_RK: jax.Array, W_ND: jax.Array, dtype: str = 'float32'
+) -> jax.Array:
+  """sum_k c[r, k] W[i[r, k]], [R, D]; factors in `dtype`, sums in float32."""
+  rows, count = i_RK.shape
+  width = min(_UNROLL, count)
+  blocks = -(-count // width)
+  pad = ((0, 0), (0, blocks * width - count))
+  c_RK = jnp.pad(_round(c_RK, dtype), pad)
+  i_RK = jnp.pad(i_RK, pad)
+
+  def block(at, sum_RD):
+    c_Rk, i_Rk = (
+      jax.lax.dynamic_slice_in_dim(a, at * width, width, 1)
+      for a in (c_RK, i_RK)
+    )
+    for k in range(width):  # one fused pass, which keeps its sum in registers
+      row_RD = W_ND.at[i_Rk[:, k]].get(mode='promise_in_bounds')
+      sum_RD += c_Rk[:, k, None] * _round(row_RD, dtype)
+    return sum_RD
+
+  zero_RD = jnp.zeros((rows, W_ND.shape[1]), jnp.float32)
+  if blocks == 1:
+    return block(0, zero_RD)
+  return jax.lax.fori_loop(0, blocks, block, zero_RD)
+
+
+def gather_dot(
+  v_RD: jax.Array, i_RK: jax.Array, W_ND: jax.Array, dtype: str = 'float32'
+) -> jax.Array:
+  """W[i[r, k]] . v[r], [R, K]; the same."""
+
+  def row(args):
+    v_D, i_K = args
+    W_KD = W_ND.at[i_K].get(mode='promise_in_bounds')
+    return _round(W_KD, dtype) @ v_D
+
+  return jax.lax.map(row, (_round(v_RD, dtype), i_RK))
+
+
+def scatter_add(
+  c_RK: jax.Array,
+  i_RK: jax.Array,
+  v_RD: jax.Array,
+  count: int,
+  dtype: str = 'float32',
+) -> jax.Array:
+  """sum over (r, k) with i[r, k] = n of c[r, k] v[r], [N, D]; the same.
+
+  Pairs are sorted by n: rows are written in order, and always in the same one.
+  Those with c = 0 come last, and are left out.
+  """
+  n_P, order_P = jax.lax.sort(
+    (
+      jnp.where(c_RK == 0, count, i_RK).reshape(-1),
+      jnp.arange(i_RK.size, dtype=jnp.int32),
+    ),
+    num_keys=1,
+  )
+  v_RD = _round(v_RD, dtype)
+  c_P = _round(c_RK, dtype).reshape(-1)[order_P]
+  columns = n_P, c_P, order_P // i_RK.shape[1]
+  pad = -i_RK.size % _PAIRS
+  columns = [jnp.pad(a, (0, pad), mode='edge') for a in columns]
+  used = jnp.sum(c_RK != 0)
+
+  def add(at, sum_ND):
+    n_p, c_p, r_p = (
+      jax.lax.dynamic_slice_in_dim(a, at * _PAIRS, _PAIRS) for a in columns
+    )
+    c_p = jnp.where(at * _PAIRS + jnp.arange(_PAIRS) < used, c_p, 0)
+    n_p = jnp.minimum(n_p, count - 1)
+    for p in range(_PAIRS):  # a slice is updated in place, unlike a scatter's
+      v_1D = jax.lax.dynamic_slice_in_dim(v_RD, r_p[p], 1)
+      old_1D = jax.lax.dynamic_slice_in_dim(sum_ND, n_p[p], 1)
+      sum_ND = jax.lax.dynamic_update_slice_in_dim(
+        sum_ND, old_1D + c_p[p] * v_1D, n_p[p], 0
+      )
+    return sum_ND
+
+  zero_ND = jnp.zeros((count, v_RD.shape[1]), jnp.float32)
+  return jax.lax.fori_loop(0, -(-used // _PAIRS), add, zero_ND)
+
+
+def _round(x, dtype):
+  """The factors of a matmul in `dtype`, in float32."""
+  return x.astype(dtype).astype(jnp.float32)
+
+
+def on(platform: str, function):
+  """One of the sums above, or the platform's kernel where the shapes fit it."""
+  if platform not in ('tpu', 'gpu'):
+    return function
+  from gemma_scope.kernels import gpu, tpu  # Pallas: seconds to import
+
+  kernels = {'tpu': tpu, 'gpu': gpu}[platform]
+
+  def run(a, i_RK, b, *more):
+    latents = more[0] if function is scatter_add else len(b)
+    if kernels.fits(*i_RK.shape, latents, b.shape[1]):
+      return getattr(kernels, function.__name__)(a, i_RK, b, *more)
+    return function(a, i_RK, b, *more)
+
+  return run

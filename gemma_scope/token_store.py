@@ -165,6 +165,17 @@ class Sequences:
     row_T[1:] = self._stream[index * width : (index + 1) * width]
     return row_T
 
+  def documents(self, indices: np.ndarray, eos_id: int) -> np.ndarray:
+    """Number of the document of each token of some rows, int32 [N, T].
+
+    A document is what ends with EOS in the stream; BOS has its row's first.
+    """
+    width = self.seq_len - 1
+    ends = np.flatnonzero(self._stream == eos_id)
+    at_NT = np.asarray(indices)[:, None] * width + np.arange(-1, width)
+    at_NT[:, 0] += 1
+    return np.searchsorted(ends, at_NT).astype(np.int32)
+
 
 # The manifest.
 

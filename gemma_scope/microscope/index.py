@@ -9,9 +9,22 @@ around that position.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from gemma_scope import npz
+
+VERSION = 1
+_META, _ARRAYS = 'index.json', 'arrays.safetensors'
+_MOST_META = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,3 +92,67 @@ class Index:
   window_top_FEW: np.ndarray
   window_sample_FQRW: np.ndarray
   window_silent_FMW: np.ndarray
+
+  @property
+  def density_F(self) -> np.ndarray:
+    """Share of tokens on which each latent fires."""
+    return self.fired_F / max(self.meta['tokens'], 1)
+
+
+_FIELDS = [f.name for f in dataclasses.fields(Index) if f.name != 'meta']
+
+
+def write(folder: str | os.PathLike[str], index: Index) -> None:
+  """Writes an index, whole or not at all; one that is there is replaced."""
+  folder = pathlib.Path(folder)
+  partial = folder.with_name(f'.{folder.name}.partial')
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  arrays = {
+    name: np.ascontiguousarray(getattr(index, name))
+    for name in _FIELDS
+    if getattr(index, name) is not None
+  }
+  save_file(arrays, partial / _ARRAYS)
+  digest = _digest(partial / _ARRAYS)
+  text = json.dumps({**index.meta, 'arrays_sha256': digest}, indent=1)
+  (partial / _META).write_text(text + '\n')
+  if folder.exists():
+    if not (folder / _META).exists():
+      raise ValueError(f'{folder} is there and holds no index; move it away.')
+    shutil.rmtree(folder)
+  os.rename(partial, folder)
+
+
+def read(folder: str | os.PathLike[str]) -> Index:
+  """Reads an index.
+
+  Raises:
+    ValueError: one sentence on what is missing, damaged or of another version.
+  """
+  folder = pathlib.Path(folder)
+  try:
+    with npz.open_file(folder / _META, _MOST_META) as (file, _):
+      meta = json.loads(file.read())
+    if meta.get('version') != VERSION:
+      raise ValueError(f'is of version {meta.get("version")}')
+    if _digest(folder / _ARRAYS) != meta['arrays_sha256']:
+      raise ValueError('has other arrays than it was written with')
+    arrays = load_file(folder / _ARRAYS)
+    unknown = set(arrays) ^ set(_FIELDS)
+    if unknown - {name for name in _FIELDS if name[:8] in _SOME}:
+      raise ValueError(f'lacks or adds {sorted(unknown)[0]}')
+    return Index(meta=meta, **{name: arrays.get(name) for name in _FIELDS})
+  except (OSError, KeyError, TypeError, SafetensorError, ValueError) as error:
+    raise ValueError(
+      f'{str(folder)!r} is no index that can be read ({str(error)[:200]}); '
+      'make it again with launch/microscope.py build.'
+    ) from None
+
+
+_SOME = ('positive', 'negative')  # not there where a latent moves no logits
+
+
+def _digest(path: pathlib.Path) -> str:
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()

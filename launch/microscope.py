@@ -7,8 +7,8 @@
       --model=gemma-2-2b --name=my-saes --out=neuronpedia
 
 build reads the run's text with its language model, writes <workdir>/microscope,
-and prints the address of its pages, which open without a server. --release takes
-releases, or SAEs of any format in a folder or on the hub, joined by commas.
+and prints the address of its pages, which open without a server. --release
+takes releases, or SAEs of any format, in a folder or on the hub, with commas.
 export writes Neuronpedia's bulk files from the indexes.
 """
 

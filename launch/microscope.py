@@ -38,7 +38,7 @@ def build(workdir: pathlib.Path, out: pathlib.Path) -> None:
   from gemma_scope import mesh as mesh_lib
   from gemma_scope.formats import published
   from gemma_scope.microscope import build as build_lib
-  from gemma_scope.microscope import index, pages
+  from gemma_scope.microscope import index, logits, pages
 
   config = ConfigDict(json.loads((workdir / 'config.json').read_text()))
   members = published.offered(RELEASE.value or str(workdir / 'release'))
@@ -71,7 +71,8 @@ def build(workdir: pathlib.Path, out: pathlib.Path) -> None:
     for member, one in zip(members, found, strict=True):
       path = build_lib.name_of(member.path)
       index.write(out / 'indexes' / path, one)
-      entries.append(pages.Entry(path, one, member.metrics))
+      decoder_FD = logits.decoders(member.load())
+      entries.append(pages.Entry(path, one, member.metrics, decoder_FD))
   progress.close()
   (out / 'partial.npz').unlink(missing_ok=True)
   pages.write(out / 'pages', entries, tokenizer.pieces)

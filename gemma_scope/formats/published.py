@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope import member, npz, places, release, sites
+from gemma_scope import manifest, member, npz, places, release, sites
 from gemma_scope.formats import (
   dictionaries,
   gemma_scope_1,
@@ -98,9 +98,18 @@ def offered(paths: str) -> list[release.Member]:
   for path in paths.split(','):
     if (pathlib.Path(path) / 'manifest.json').exists():
       found += release.load_all(path)
+    elif inside := manifest.locate(pathlib.Path(os.path.abspath(path))):
+      of_release = release.load_all(inside[0]) if _sealed(inside[0]) else []
+      found += [m for m in of_release if m.path == inside[1]] or [
+        Member(path, pathlib.Path(path), load(path)[1], None)
+      ]
     else:
       found.append(Member(path, pathlib.Path(path), load(path)[1], None))
   return found
+
+
+def _sealed(root: pathlib.Path) -> bool:
+  return (root / manifest.NAME).exists()
 
 
 def _read(folder: pathlib.Path, path: str):

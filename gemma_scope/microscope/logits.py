@@ -97,6 +97,14 @@ def _extremes(rows_FD, table_VD):
   return positive, high, negative, -low
 
 
+def decoders(params: Mapping[str, np.ndarray]) -> np.ndarray:
+  """Each latent's decoder, to all layers together, [F, D]."""
+  W_dec = np.asarray(params['W_dec'], np.float32)
+  if W_dec.ndim == 4:
+    return W_dec.reshape(-1, W_dec.shape[2] * W_dec.shape[3])
+  return W_dec
+
+
 def geometry(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Norms, encoder against decoder, nearest decoders, thresholds."""
   W_enc, W_dec = (np.asarray(params[k], np.float32) for k in ('W_enc', 'W_dec'))
@@ -106,7 +114,7 @@ def geometry(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   if several:  # what a latent writes to its own layer, and to all
     own = np.moveaxis(np.diagonal(W_dec, axis1=0, axis2=2), -1, 0)
     own = own.reshape(-1, W_dec.shape[-1])
-    W_dec = W_dec.reshape(-1, W_dec.shape[2] * W_dec.shape[3])
+  W_dec = decoders(params)
   norm = lambda a: np.linalg.norm(a, axis=-1)
   cosine_F = np.full(len(enc_FD), np.nan, np.float32)
   if enc_FD.shape == own.shape:

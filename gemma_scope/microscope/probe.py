@@ -1,4 +1,4 @@
-"""Is a concept there, and do a few latents hold it? Probes, and what beats them.
+"""Is a concept there, and do a few latents hold it? Probes, with controls.
 
   labelled rows x [B, D] -> latents f [B, F]; train and test by group
   k-sparse   the k latents whose class means differ most on train, and a
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 KS = (1, 2, 5, 10, 20)
+_SHUFFLES = 10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -202,20 +203,19 @@ def run(
     Plain for JSON: `train`, `test` (rows), `groups` (held out), `share` (of
     test rows with the label) and `probes`, a list of {'on', 'k', `scores`}; a
     sparse one has the latents it chose (`latents`) and their weights. 'on' is
-    latents, random_sae, pca, coordinates, shuffled_labels (the k latents again)
-    or activations (k None: all of x) and difference_of_means.
+    latents, random_sae, coordinates (of x), pca or shuffled_labels; or k is
+    None, all of x, and 'on' activations or difference_of_means. For shuffled
+    labels value, low and high are mean, least and most of ten shuffles.
 
   Raises:
     ValueError: train or test rows are all of one class.
   """
   y_B, test_B = np.asarray(y_B, bool), rows.test_B
   train_B, group_B = ~test_B, rows.group_B[test_B]
-  shuffled_B = np.random.default_rng(seed).permutation(y_B[train_B])
-  probes = []
+  rng, probes = np.random.default_rng(seed), []
 
-  def add(on, k, features_BC, y_train_B=None, fit=logistic, index=None):
-    y_train_B = y_B[train_B] if y_train_B is None else y_train_B
-    fitted = fit(features_BC[train_B], y_train_B)
+  def add(on, k, features_BC, fit=logistic, index=None):
+    fitted = fit(features_BC[train_B], y_B[train_B])
     found = scores(fitted(features_BC[test_B]), y_B[test_B], group_B)
     chosen = {}
     if index is not None:
@@ -226,22 +226,31 @@ def run(
   add('difference_of_means', None, rows.x_BD, fit=difference_of_means)
   component_BC = _components(rows.x_BD, train_B, max(ks))
   sources = {
-    'latents': (rows.f_BF, y_B[train_B]),
-    'random_sae': (rows.control_BF, y_B[train_B]),
-    'shuffled_labels': (rows.f_BF, shuffled_B),
-    'coordinates': (rows.x_BD, y_B[train_B]),
+    'latents': rows.f_BF,
+    'random_sae': rows.control_BF,
+    'coordinates': rows.x_BD,
   }
-  for on, (features_BF, y_train_B) in sources.items():
+  for on, features_BF in sources.items():
     if features_BF is None:
       continue
-    order = ranked(features_BF[train_B], y_train_B)
+    order = ranked(features_BF[train_B], y_B[train_B])
     for k in ks:
       if k <= len(order):
-        index = order[:k]
-        add(on, k, features_BF[:, index], y_train_B, index=index)
+        add(on, k, features_BF[:, order[:k]], index=order[:k])
   for k in ks:
     if k <= component_BC.shape[1]:
       add('pca', k, component_BC[:, :k])
+  shuffled = []
+  for _ in range(_SHUFFLES):
+    y_train_B = rng.permutation(y_B[train_B])
+    order = ranked(rows.f_BF[train_B], y_train_B)
+    for k in ks:
+      if k <= len(order):
+        features_Bk = rows.f_BF[:, order[:k]]
+        fitted = logistic(features_Bk[train_B], y_train_B)
+        found = scores(fitted(features_Bk[test_B]), y_B[test_B], group_B)
+        shuffled.append((k, found))
+  probes += _over_shuffles(shuffled)
   return {
     'train': int(train_B.sum()),
     'test': int(test_B.sum()),
@@ -249,6 +258,23 @@ def run(
     'share': float(y_B[test_B].mean()),
     'probes': probes,
   }
+
+
+def _over_shuffles(found) -> list[dict[str, Any]]:
+  """One probe for each k: the mean over shuffles, from least to most."""
+  probes = []
+  for k in dict.fromkeys(k for k, _ in found):
+    of_k = [scores for each, scores in found if each == k]
+    one = {'on': 'shuffled_labels', 'k': k}
+    for name in of_k[0]:
+      values = [each[name]['value'] for each in of_k]
+      one[name] = {
+        'value': float(np.mean(values)),
+        'low': min(values),
+        'high': max(values),
+      }
+    probes.append(one)
+  return probes
 
 
 def _components(x_BD, train_B, count: int) -> np.ndarray:

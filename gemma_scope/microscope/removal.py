@@ -1,7 +1,7 @@
 """What a probe leans on, taken out: spurious latents removed, and the scores.
 
-  a [F] = (E[f | y] - E[f | not y]) * (W_dec w)     what latents add to a probe w
-  x' = x - sum_{i in top N} f_i W_dec[i]            the rest and the error stay
+  a [F] = (E[f | y] - E[f | not y]) * (W_dec w)   what latents add to a probe w
+  x' = x - sum_{i in top N} f_i W_dec[i]          the rest and the error stay
 
 SCR, spurious correlation removal: a probe of a target t is trained where t and
 a spurious s always agree. The N latents that most carry a probe of s are taken

@@ -1,0 +1,344 @@
+"""SAEBench's scores of SAEs, as far as labels that cost nothing go.
+
+  core             loss and KL recovered, explained variance, cosine, norms, L0,
+                   L1, dead and dense latents                (evaluate, and here)
+  sparse probing   token classes and places in the code      (probe)
+  absorption       token classes; the first letters of words (absorption)
+  SCR, TPP         pairs of labels; all token classes        (removal)
+
+Each beside the same score of a random SAE with as many latents on, and probes
+beside those on raw activations. SAEBench probes labelled English texts with a
+large model; here labels are those of Python's own source (python_labels), for
+any model and any tokenizer. Probes are trained on modules that the language
+model and the SAEs saw too, and scored on modules that none of them saw.
+
+One JSON file an SAE, in SAEBench's outline (eval_config, eval_result_metrics):
+what is there already is not measured again, and a file of other settings is
+refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import gemma_scope
+from gemma_scope import (
+  evaluate,
+  lm,
+  metrics,
+  places,
+  sae,
+  sources,
+  splice,
+  tokenizers,
+)
+from gemma_scope.microscope import (
+  absorption,
+  probe,
+  python_labels,
+  removal,
+  rows,
+)
+
+# Target and spurious label: all four combinations are common in code.
+PAIRS = (
+  ('string', 'call_argument'),
+  ('operator', 'call_argument'),
+  ('name', 'in_class'),
+)
+_WORD = re.compile('▁([A-Za-z])[A-Za-z]+')
+_FEWEST_WORDS = 12  # of one letter, different ones, in the held-out part
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What is measured; written into every result."""
+
+  length: int = 128  # tokens of a sequence, BOS included
+  train_modules: int = 60
+  train_windows: int = 4  # sequences of a module
+  test_windows: int = 16
+  core_sequences: int = 64
+  batch: int = 16
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Code:
+  """Labelled sequences of the standard library, and which are held out."""
+
+  tokens_NT: np.ndarray
+  keep_NT: np.ndarray
+  labels: dict[str, np.ndarray]
+  group_N: np.ndarray
+  test_N: np.ndarray
+
+
+def read_code(tokenizer: tokenizers.Tokenizer, settings: Settings) -> Code:
+  """Modules of the running Python: some to train on, the held-out to test."""
+
+  def modules(split):
+    found = sources.documents('python', split)
+    return [d for d in found if d.name.endswith('.py')]
+
+  seen = modules('train')
+  rng = np.random.default_rng(settings.seed)
+  chosen = sorted(rng.permutation(len(seen))[: settings.train_modules])
+  windows = functools.partial(
+    python_labels.windows, tokenizer=tokenizer, length=settings.length
+  )
+  train = windows([seen[i] for i in chosen], most=settings.train_windows)
+  test = windows(modules('eval'), most=settings.test_windows)
+  both = lambda a, b: np.concatenate([a, b])
+  return Code(
+    both(train.tokens_NT, test.tokens_NT),
+    both(train.keep_NT, test.keep_NT),
+    {k: both(v, test.labels[k]) for k, v in train.labels.items()},
+    both(train.group_N, test.group_N + train.group_N.max() + 1),
+    np.arange(len(train.group_N) + len(test.group_N)) >= len(train.group_N),
+  )
+
+
+def run(
+  gemma: lm.Gemma,
+  params: lm.Params,
+  saes: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+  tokenizer: tokenizers.Tokenizer,
+  out: str | os.PathLike[str],
+  settings: Settings = Settings(),  # noqa: B008  frozen
+  report: Callable[[str], None] = print,
+) -> list[pathlib.Path]:
+  """Measures each (parameters, card) that `out` does not hold yet.
+
+  Returns:
+    The files, one an SAE, in order.
+
+  Raises:
+    ValueError: a file of `out` has other settings; an SAE does not fit.
+  """
+  out = pathlib.Path(out)
+  out.mkdir(parents=True, exist_ok=True)
+  code, done = None, []
+  for sae_params, card in saes:
+    path = out / f'{card["name"].replace("/", "_")}_eval_results.json'
+    config = dataclasses.asdict(settings) | {'code': gemma_scope.__version__}
+    config |= {'tokenizer_sha256': tokenizer.sha256, 'model': card.get('model')}
+    if path.exists():
+      if json.loads(path.read_text())['eval_config'] != config:
+        raise ValueError(
+          f'{path} was measured with other settings; name another folder.'
+        )
+      report(f'{card["name"]}: measured already')
+    else:
+      report(f'{card["name"]}: measuring')
+      code = code or read_code(tokenizer, settings)
+      found = of_one(gemma, params, sae_params, card, code, tokenizer, settings)
+      result = {
+        'eval_type_id': 'gemma_scope_suite',
+        'eval_config': config,
+        'sae': {k: card[k] for k in ('name', 'type', 'sites', 'targets')},
+        'eval_result_metrics': found,
+      }
+      temporary = path.with_name(f'{path.name}.tmp')
+      temporary.write_text(json.dumps(result, indent=1) + '\n')
+      os.replace(temporary, path)
+    done.append(path)
+  return done
+
+
+def of_one(
+  gemma, params, sae_params, card, code: Code, tokenizer, settings: Settings
+) -> dict[str, Any]:
+  """All scores of one SAE, plain for JSON; see the module."""
+  place = places.of(card)
+  x_by_site = rows.activations(
+    gemma, params, code.tokens_NT, place, settings.batch
+  )
+  twin = rows.control(x_by_site, code.keep_NT, place, sae_params, settings.seed)
+  group_NT = np.broadcast_to(code.group_N[:, None], code.tokens_NT.shape)
+  those = functools.partial(rows.of_tokens, x_by_site, place, sae_params, twin)
+  tokens = those(code.keep_NT, code.test_N, group_NT)
+  labels = {k: v[code.keep_NT] for k, v in code.labels.items()}
+  found = {
+    'core': _core(gemma, params, sae_params, card, twin, code, settings),
+    'sparse_probing': {
+      name: probe.run(tokens, y_B, seed=settings.seed)
+      for name, y_B in labels.items()
+    },
+  }
+  if place.several or place.sites != place.targets:
+    return found  # the others read an SAE's decoder in the space that it reads
+  classes = {name: labels[name] for name in python_labels.CLASSES}
+  letters, where_NT, word_NT = _letters(code, tokenizer)
+  words = those(
+    where_NT, np.zeros(len(code.test_N), bool), np.zeros_like(group_NT)
+  )
+  words = dataclasses.replace(
+    words,
+    group_B=word_NT[where_NT],
+    test_B=probe.split(word_NT[where_NT], seed=settings.seed),
+  )
+  letters = {
+    name: y_B
+    for name, y_B in letters.items()
+    if _different(words, y_B) >= _FEWEST_WORDS
+  }
+  for name, made in (('sae', sae_params), ('random_sae', twin)):
+    tokens_of, words_of = (
+      r if name == 'sae' else dataclasses.replace(r, f_BF=r.control_BF)
+      for r in (tokens, words)
+    )
+    found[name] = {
+      'absorption': _absorption(tokens_of, made, classes),
+      'absorption_first_letter': _absorption(words_of, made, letters),
+      'tpp': removal.tpp(tokens_of, made, classes, seed=settings.seed),
+      'scr': {
+        f'{target}|{spurious}': removal.scr(
+          tokens_of, made, labels[target], labels[spurious], seed=settings.seed
+        )
+        for target, spurious in PAIRS
+      },
+    }
+  return found
+
+
+def _absorption(found: probe.Rows, params, labels) -> dict[str, Any]:
+  of_each = {
+    name: absorption.of_concept(found, params, y_B)
+    for name, y_B in labels.items()
+  }
+  return {**absorption.mean_of(of_each), 'by_concept': of_each}
+
+
+def _letters(code: Code, tokenizer):
+  """First letters of the words that begin with a space, and which word is where.
+
+  Train and test are different words, so that a probe that knows each word by
+  heart finds no letter.
+  """
+  ids, word_NT = np.unique(code.tokens_NT, return_inverse=True)
+  word_NT = word_NT.reshape(code.tokens_NT.shape)
+  found = [_WORD.fullmatch(piece) for piece in tokenizer.pieces(ids)]
+  letter_V = np.array([m[1].lower() if m else '' for m in found])
+  letter_NT = np.where(code.keep_NT, letter_V[word_NT], '')
+  where_NT = letter_NT != ''
+  labels = {
+    letter: letter_NT[where_NT] == letter
+    for letter in sorted(set(letter_V) - {''})
+  }
+  return labels, where_NT, word_NT
+
+
+def _different(found: probe.Rows, y_B) -> int:
+  return len(np.unique(found.group_B[y_B & found.test_B]))
+
+
+def _core(gemma, params, sae_params, card, twin, code, settings):
+  """`evaluate.evaluate`'s figures and the rest of SAEBench's, on held-out code."""
+  tokens_NT = code.tokens_NT[code.test_N]
+  keep_NT = code.keep_NT[code.test_N]
+  count = min(settings.core_sequences, len(tokens_NT))
+  chosen = np.linspace(0, len(tokens_NT) - 1, count).round().astype(int)
+  tokens_NT, keep_NT = tokens_NT[chosen], keep_NT[chosen]
+  named = {**card, 'name': card['name']}
+  found = evaluate.evaluate(
+    gemma,
+    params,
+    [(sae_params, named)],
+    tokens_NT,
+    batch=settings.batch,
+    keep=lambda _: keep_NT,
+    seed=settings.seed,
+  )[card['name']]
+  found['explained_variance'] = 1 - found['fvu']['value']
+  place = places.of(card)
+  if not place.several:
+    batches = [
+      (tokens_NT[i : i + settings.batch], keep_NT[i : i + settings.batch])
+      for i in range(0, count, settings.batch)
+    ]
+    found |= _fidelity(gemma, params, sae_params, place, batches)
+    found['control'] |= _fidelity(gemma, params, twin, place, batches)
+  return found
+
+
+def _fidelity(gemma, params, sae_params, place, batches) -> dict[str, Any]:
+  """mse, cosine, norm_ratio, l1, and kl_score: each with its interval.
+
+  kl_score is (KL(clean || zero) - KL(clean || y_hat)) / KL(clean || zero).
+  """
+  sae_params = {k: jnp.asarray(v) for k, v in sae_params.items()}
+  parts = [
+    jax.device_get(
+      _sums(gemma, params, sae_params, place.sites[0], place.targets[0], *batch)
+    )
+    for batch in batches
+  ]
+  sums = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+  figures = {
+    'mse': (sums['error'], sums['values']),
+    'cosine': (sums['cosine'], sums['tokens']),
+    'norm_ratio': (sums['norm_ratio'], sums['tokens']),
+    'l1': (sums['l1'], sums['tokens']),
+    'kl': (sums['kl'], sums['tokens']),
+    'kl_score': (sums['kl_zero'] - sums['kl'], sums['kl_zero']),
+  }
+  return {
+    name: dict(
+      zip(('value', 'low', 'high'), metrics.ratio_interval(a, b), strict=True)
+    )
+    for name, (a, b) in figures.items()
+  }
+
+
+@functools.partial(jax.jit, static_argnames=('gemma', 'site', 'target'))
+def _sums(gemma, params, sae_params, site, target, tokens_BT, keep_BT):
+  """Sums of each sequence over the tokens that count, [B] each."""
+  at = {site, target, splice.before(target), splice.last(gemma)}
+  taps = gemma.forward(params, tokens_BT, taps=at, logits=False).taps
+  x_BTD, y_BTD = (taps[s].astype(jnp.float32) for s in (site, target))
+  with jax.default_matmul_precision('highest'):
+    f_BTF = sae.encode(sae_params, x_BTD)
+    made_BTD = sae.decode(sae_params, f_BTF, x_BTD)
+  kept = keep_BT[..., None]
+  before_BTD = taps[splice.before(target)]
+  ends = [taps[splice.last(gemma)]]
+  for other_BTD in (made_BTD, jnp.zeros_like(made_BTD)):
+    spliced = jnp.where(kept, other_BTD, y_BTD).astype(taps[target].dtype)
+    ends.append(
+      splice.residual(gemma, params, tokens_BT, target, spliced, before_BTD)
+    )
+
+  def divergences(*ends_BtD):
+    clean, *others = (
+      jax.nn.log_softmax(gemma.unembed(params, end)) for end in ends_BtD
+    )
+    kl = lambda log_q: jnp.sum(jnp.exp(clean) * (clean - log_q), -1)
+    return tuple(map(kl, others))
+
+  kl, kl_zero = map(splice.join, splice.by_slices(divergences, None, *ends))
+  norm = lambda a: jnp.linalg.norm(a, axis=-1)
+  scale_BT = jnp.maximum(norm(y_BTD), 1e-12)
+  inner_BT = jnp.sum(y_BTD * made_BTD, -1)
+  values = {
+    'tokens': jnp.ones(keep_BT.shape),
+    'values': jnp.full(keep_BT.shape, y_BTD.shape[-1], jnp.float32),
+    'error': jnp.sum((y_BTD - made_BTD) ** 2, -1),
+    'cosine': inner_BT / (scale_BT * jnp.maximum(norm(made_BTD), 1e-12)),
+    'norm_ratio': norm(made_BTD) / scale_BT,
+    'l1': jnp.sum(f_BTF, -1),
+    'kl': kl,
+    'kl_zero': kl_zero,
+  }
+  return {k: jnp.sum(jnp.where(keep_BT, v, 0), 1) for k, v in values.items()}

@@ -1,17 +1,13 @@
 """What a latent stands for, in words, and whether the words are right.
 
-  index -> examples of a latent: windows of tokens with its values; half of
-           the top and of each tenth of its range, and of the silent ones, to
-           make the label, the other half to score it
-  label    by a language model (`ask`), or by a rule, no model needed
+  examples   a latent's windows: half to make the label, half to score it
+  label      by a language model (`ask`), or by a rule, no model needed
   detection  shown a window, does the label say that the latent fires there?
   fuzzing    shown a window with marked tokens, are these where it fires?
   score      balanced accuracy over held-out windows, with a 95 % interval,
              beside the same label on another latent's windows (shuffled)
 
-A rule is a predicate: "the token (or the one, or two, before it) is one of
-...", the sets taken from the examples, so that it can be held against any text
-exactly and without a model. It says that it is a rule.
+A rule can be held against a window exactly; a label says whether it is one.
 
 The interval is Newcombe's for half a sum of two proportions, from Wilson's of
 each (Statistics in Medicine 17, 1998). Detection and fuzzing are those of
@@ -21,158 +17,20 @@ delphi (Paulo et al., arXiv 2410.13928). A label whose interval reaches down to
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
 import re
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from gemma_scope.microscope import ask
+from gemma_scope.microscope import ask, examples
 from gemma_scope.microscope import index as index_lib
 
-_SETS = (1, 2, 4, 8)  # pieces that a rule may name
-_OFFSETS = (0, -1, -2)
 _AT_ONCE = 5  # windows of one question
 _SHOWN = 12  # windows that a model makes a label from
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-  """A window of text: ids [W], the latent's values there [W]."""
-
-  ids: tuple[int, ...]
-  values: tuple[float, ...]
-
-  @property
-  def fires(self) -> tuple[bool, ...]:
-    return tuple(value > 0 for value in self.values)
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-  """Windows where a latent fires and where it does not, each in two halves."""
-
-  firing: tuple[Example, ...]
-  silent: tuple[Example, ...]
-  heldout_firing: tuple[Example, ...]
-  heldout_silent: tuple[Example, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-  """Fires at token t where ids[t + offset] is one of `ids`."""
-
-  offset: int
-  ids: tuple[int, ...]
-
-  def at(self, example: Example) -> np.ndarray:
-    """bool [W]: where it says that the latent fires."""
-    hit = np.isin(example.ids, self.ids)
-    return np.roll(hit, -self.offset) & (np.arange(len(hit)) >= -self.offset)
-
-  def text(self, pieces: Callable[[Iterable[int]], list[str]]) -> str:
-    where = {0: 'the token', -1: 'the token before', -2: 'the token two before'}
-    names = ', '.join(repr(p.replace('▁', ' ')) for p in pieces(self.ids))
-    several = 'is one of' if len(self.ids) > 1 else 'is'
-    return f'{where[self.offset]} {several} {names}'
-
-
-def examples(index: index_lib.Index, feature: int, width: int = 32) -> Examples:
-  """A latent's windows of at most `width` tokens, deterministic halves.
-
-  The halves are of sequences: no sequence has windows in both.
-  """
-  firing, silent = [], []
-  places = [
-    (index.top_FE, index.top_sequence_FE, index.top_position_FE,
-     index.window_top_FEW),
-    (index.sample_FQR, index.sample_sequence_FQR, index.sample_position_FQR,
-     index.window_sample_FQRW),
-  ]  # fmt: skip
-  seen = set()
-  for values, sequences, positions, windows in places:
-    window = windows.shape[-1]
-    flat = zip(
-      values[feature].reshape(-1),
-      sequences[feature].reshape(-1),
-      positions[feature].reshape(-1),
-      windows[feature].reshape(-1, window),
-      strict=True,
-    )
-    for value, sequence, position, values_W in flat:
-      place = int(sequence), int(position)
-      if value <= 0 or sequence < 0 or place in seen:
-        continue
-      seen.add(place)
-      start = int(position) - window // 2
-      firing.append(
-        (int(sequence), _window(index, *place, start, values_W, width))
-      )
-  for sequence, values_W in zip(
-    index.silent_FM[feature], index.window_silent_FMW[feature], strict=True
-  ):
-    if sequence >= 0:
-      middle = min(index.sequences_NT.shape[1], len(values_W)) // 2
-      found = _window(index, int(sequence), middle, 0, values_W, width)
-      silent.append((int(sequence), found))
-
-  def half(found, which):
-    return tuple(
-      e for s, e in found if zlib.crc32(f'{s}'.encode()) % 2 == which and e
-    )
-
-  return Examples(
-    half(firing, 0), half(silent, 0), half(firing, 1), half(silent, 1)
-  )
-
-
-def _window(index, sequence, middle, start, values_W, width):
-  """`width` tokens around `middle` that lie in the sequence and count."""
-  at = np.arange(max(middle - width // 2, 0), middle + width // 2)
-  at = at[(at < index.sequences_NT.shape[1]) & (at >= start)]
-  at = at[at - start < len(values_W)]
-  at = at[index.keep_NT[sequence, at]]
-  values = np.asarray(values_W, np.float32)[at - start]
-  return Example(
-    tuple(index.sequences_NT[sequence, at].tolist()), tuple(values.tolist())
-  )
-
-
-def rule(found: Examples) -> Rule | None:
-  """The rule that does best on the examples for labels; None without any.
-
-  Candidates: at each offset, the 1, 2, 4 or 8 ids most common where it fires.
-  Scored token by token (mean of the shares right where it fires and where it
-  does not); of equals the nearer and shorter one.
-  """
-  if not found.firing:
-    return None
-  fires = np.concatenate([e.fires for e in found.firing + found.silent])
-  best, best_score = None, -1.0
-  for offset in _OFFSETS:
-    counts: dict[int, int] = {}
-    for example in found.firing:
-      for t, on in enumerate(example.fires):
-        if on and t + offset >= 0:
-          one = example.ids[t + offset]
-          counts[one] = counts.get(one, 0) + 1
-    order = sorted(counts, key=lambda i: (-counts[i], i))
-    for size in _SETS:
-      if size > len(order) and size > 1 or not order:
-        break
-      candidate = Rule(offset, tuple(order[:size]))
-      said = np.concatenate(
-        [candidate.at(e) for e in found.firing + found.silent]
-      )
-      score = (said[fires].mean() + (~said[~fires]).mean()) / 2
-      if score > best_score + 1e-3:
-        best, best_score = candidate, score
-  return best
 
 
 # Scores.
@@ -208,7 +66,7 @@ def _wilson(hits: int, count: int, z: float = 1.959964):
   return p, middle - half, middle + half
 
 
-def detection_by_rule(label: Rule, found: Examples):
+def detection_by_rule(label: examples.Rule, found: examples.Examples):
   """Does the rule hold anywhere in a held-out window?"""
   return balanced_accuracy(
     [bool(label.at(e).any()) for e in found.heldout_firing],
@@ -216,7 +74,9 @@ def detection_by_rule(label: Rule, found: Examples):
   )
 
 
-def fuzzing_by_rule(label: Rule, found: Examples, seed: int = 0):
+def fuzzing_by_rule(
+  label: examples.Rule, found: examples.Examples, seed: int = 0
+):
   """Does the rule hold at most of the marked tokens of a window?"""
   right, wrong = _marked(found.heldout_firing, seed)
 
@@ -228,7 +88,7 @@ def fuzzing_by_rule(label: Rule, found: Examples, seed: int = 0):
   )
 
 
-def _marked(firing: Sequence[Example], seed: int):
+def _marked(firing: Sequence[examples.Example], seed: int):
   """Windows with the tokens where it fires, and with as many others."""
   rng, right, wrong = np.random.default_rng(seed), [], []
   for example in firing:
@@ -243,7 +103,7 @@ def _marked(firing: Sequence[Example], seed: int):
 # A language model's labels.
 
 
-def _shown(example: Example, pieces, marks: Iterable[int] = ()) -> str:
+def _shown(example: examples.Example, pieces, marks: Iterable[int] = ()) -> str:
   marks, parts = set(map(int, marks)), []
   for t, piece in enumerate(pieces(example.ids)):
     piece = piece.replace('▁', ' ')
@@ -251,7 +111,9 @@ def _shown(example: Example, pieces, marks: Iterable[int] = ()) -> str:
   return ''.join(parts)
 
 
-def question(found: Examples, pieces, promoted: Sequence[str] = ()) -> str:
+def question(
+  found: examples.Examples, pieces, promoted: Sequence[str] = ()
+) -> str:
   """What a model is asked, to label a latent."""
   shown = [
     f'{i}. {_shown(e, pieces, np.flatnonzero(e.fires))!r}'
@@ -271,7 +133,7 @@ def question(found: Examples, pieces, promoted: Sequence[str] = ()) -> str:
 def ask_which(
   model: ask.Model, label: str, texts: Sequence[str], marked: bool
 ) -> list[bool] | None:
-  """A model's yes or no to each text; None where its answer has no such list."""
+  """A model's yes or no to each text; None where no such list is answered."""
   if marked:
     task = (
       'In each text some tokens stand between << and >>. Say for each text '
@@ -295,7 +157,9 @@ def ask_which(
   return None
 
 
-def _score_by_model(model, label, found: Examples, pieces, marked, seed):
+def _score_by_model(
+  model, label, found: examples.Examples, pieces, marked, seed
+):
   """Detection or fuzzing; windows of both kinds are mixed in each question."""
   if marked:
     right, wrong = _marked(found.heldout_firing, seed)
@@ -346,12 +210,12 @@ def explain(
   """
   labelled = []
   for feature in features:
-    found = examples(index, feature)
+    found = examples.of(index, feature)
     row = {'feature': int(feature), 'label': None, 'promoted': []}
     if index.positive_FL is not None:
       ids = index.positive_FL[feature]
       row['promoted'] = [p.replace('▁', ' ') for p in pieces(ids[ids >= 0])]
-    known = rule(found)
+    known = examples.rule(found)
     if known is None or not found.heldout_firing:
       row['why'] = 'It fires on too few sequences to label and to score.'
       labelled.append((row, None, found))

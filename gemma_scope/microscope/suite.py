@@ -1,7 +1,7 @@
 """SAEBench's scores of SAEs, as far as labels that cost nothing go.
 
-  core             loss and KL recovered, explained variance, cosine, norms, L0,
-                   L1, dead and dense latents                (evaluate, and here)
+  core             loss and KL recovered, explained variance, cosine, norms,
+                   L0, L1, dead and dense latents            (evaluate, here)
   sparse probing   token classes and places in the code      (probe)
   absorption       token classes; the first letters of words (absorption)
   SCR, TPP         pairs of labels; all token classes        (removal)
@@ -157,6 +157,77 @@ def run(
   return done
 
 
+def table(paths: Sequence[str | os.PathLike[str]]) -> str:
+  """Markdown, a row an SAE: score (the random SAE's score)."""
+  lines = [
+    '| SAE | L0 | explained variance | loss recovered | KL score | AUC, 1 latent '
+    '| AUC, 5 latents | AUC, 5 coordinates | AUC, all of x | above random '
+    '| absorbed | TPP, 10 | SCR, 10 |',
+    '|---|' + '--:|' * 12,
+  ]
+  for path in paths:
+    result = json.loads(pathlib.Path(path).read_text())
+    found = result['eval_result_metrics']
+    core, probes = found['core'], found['sparse_probing'].values()
+    twin = core['control']
+
+    def auc(on, k, probes=probes):
+      return np.mean([probe.best(p, on, k)['auc']['value'] for p in probes])
+
+    above = sum(
+      probe.best(p, 'latents', 5)['auc']['low']
+      > probe.best(p, 'random_sae', 5)['auc']['high']
+      for p in probes
+    )
+    cells = [
+      result['sae']['name'],
+      f'{core["l0"]["value"]:.1f}',
+      f'{core["explained_variance"]:.3f} ({1 - twin["fvu"]["value"]:.3f})',
+      f'{core["loss_recovered_zero"]["value"]:.3f}',
+      f'{_cell(core.get("kl_score"))} ({_cell(twin.get("kl_score"))})',
+      *(
+        f'{auc("latents", k):.3f} ({auc("random_sae", k):.3f})' for k in (1, 5)
+      ),
+      f'{auc("coordinates", 5):.3f}',
+      f'{auc("activations", None):.3f}',
+      f'{above} of {len(probes)}',
+      *(
+        f'{_cell(score(found.get("sae")))} '
+        f'({_cell(score(found.get("random_sae")))})'
+        for score in (_absorbed, _perturbed, _regained)
+      ),
+    ]
+    lines.append('| ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines) + '\n'
+
+
+def _cell(value) -> str:
+  value = value['value'] if isinstance(value, dict) else value
+  return '-' if value is None else f'{value:.3f}'
+
+
+def _absorbed(found) -> float | None:
+  return found and found['absorption']['fraction']
+
+
+def _at(removed, count: int = 10) -> float | None:
+  (one,) = (r for r in removed if (r['on'], r['count']) == ('latents', count))
+  return one['score']
+
+
+def _perturbed(found) -> float | None:
+  return found and _at(found['tpp']['removed'])
+
+
+def _regained(found) -> float | None:
+  """The mean over pairs whose bias cost something."""
+  each = (
+    [_at(pair['removed']) for pair in found['scr'].values()] if found else []
+  )
+  told = [score for score in each if score is not None]
+  return float(np.mean(told)) if told else None
+
+
 def of_one(
   gemma, params, sae_params, card, code: Code, tokenizer, settings: Settings
 ) -> dict[str, Any]:
@@ -222,7 +293,7 @@ def _absorption(found: probe.Rows, params, labels) -> dict[str, Any]:
 
 
 def _letters(code: Code, tokenizer):
-  """First letters of the words that begin with a space, and which word is where.
+  """First letters of words that begin with a space, and which word is where.
 
   Train and test are different words, so that a probe that knows each word by
   heart finds no letter.
@@ -245,17 +316,16 @@ def _different(found: probe.Rows, y_B) -> int:
 
 
 def _core(gemma, params, sae_params, card, twin, code, settings):
-  """`evaluate.evaluate`'s figures and the rest of SAEBench's, on held-out code."""
+  """`evaluate.evaluate`'s figures and the rest of SAEBench's, held out."""
   tokens_NT = code.tokens_NT[code.test_N]
   keep_NT = code.keep_NT[code.test_N]
   count = min(settings.core_sequences, len(tokens_NT))
   chosen = np.linspace(0, len(tokens_NT) - 1, count).round().astype(int)
   tokens_NT, keep_NT = tokens_NT[chosen], keep_NT[chosen]
-  named = {**card, 'name': card['name']}
   found = evaluate.evaluate(
     gemma,
     params,
-    [(sae_params, named)],
+    [(sae_params, card)],
     tokens_NT,
     batch=settings.batch,
     keep=lambda _: keep_NT,

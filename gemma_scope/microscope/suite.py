@@ -156,9 +156,9 @@ def run(
 def table(paths: Sequence[str | os.PathLike[str]]) -> str:
   """Markdown, a row an SAE: score (the random SAE's score)."""
   lines = [
-    '| SAE | L0 | explained variance | loss recovered | KL score | AUC, 1 latent '
-    '| AUC, 5 latents | AUC, 5 coordinates | AUC, all of x | above random '
-    '| absorbed | TPP, 10 | SCR, 10 |',
+    '| SAE | L0 | explained variance | loss recovered | KL score '
+    '| AUC, 1 latent | AUC, 5 latents | AUC, 5 coordinates | AUC, all of x '
+    '| above random | absorbed | TPP, 10 | SCR, 10 |',
     '|---|' + '--:|' * 12,
   ]
   for path in paths:

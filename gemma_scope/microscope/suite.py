@@ -154,12 +154,16 @@ def run(
 
 
 def table(paths: Sequence[str | os.PathLike[str]]) -> str:
-  """Markdown, a row an SAE: score (the random SAE's score)."""
+  """Markdown, a row an SAE: score (the random SAE's score).
+
+  AUCs are means over all labels; `above random` counts the labels on which the
+  interval of 5 latents lies above that of the random SAE's 5.
+  """
   lines = [
     '| SAE | L0 | explained variance | loss recovered | KL score '
     '| AUC, 1 latent | AUC, 5 latents | AUC, 5 coordinates | AUC, all of x '
-    '| above random | absorbed | TPP, 10 | SCR, 10 |',
-    '|---|' + '--:|' * 12,
+    '| above random | absorbed | fully | TPP, 10 | SCR, 10 |',
+    '|---|' + '--:|' * 13,
   ]
   for path in paths:
     result = json.loads(pathlib.Path(path).read_text())
@@ -190,7 +194,7 @@ def table(paths: Sequence[str | os.PathLike[str]]) -> str:
       *(
         f'{_cell(score(found.get("sae")))} '
         f'({_cell(score(found.get("random_sae")))})'
-        for score in (_absorbed, _perturbed, _regained)
+        for score in (_absorbed, _fully, _perturbed, _regained)
       ),
     ]
     lines.append('| ' + ' | '.join(cells) + ' |')
@@ -204,6 +208,10 @@ def _cell(value) -> str:
 
 def _absorbed(found) -> float | None:
   return found and found['absorption']['fraction']
+
+
+def _fully(found) -> float | None:
+  return found and found['absorption']['full']
 
 
 def _at(removed, count: int = 10) -> float | None:

@@ -1,0 +1,158 @@
+"""Windows in which a latent fires, windows in which it does not, and a rule.
+
+  index -> a latent's windows of tokens with its values: the top ones, those of
+           each tenth of its range, and silent ones; in two halves, by sequence:
+           one to make a label from, the other to score it
+  rule     "the token (or the one, or two, before it) is one of ...": the sets
+           are taken from the first half
+
+A rule is a predicate, so that it can be held against any text exactly, without
+a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from gemma_scope.microscope import index as index_lib
+
+_SETS = (1, 2, 4, 8)  # pieces that a rule may name
+_OFFSETS = (0, -1, -2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """A window of text: ids [W], the latent's values there [W]."""
+
+  ids: tuple[int, ...]
+  values: tuple[float, ...]
+
+  @property
+  def fires(self) -> tuple[bool, ...]:
+    return tuple(value > 0 for value in self.values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """Windows where a latent fires and where it does not, each in two halves."""
+
+  firing: tuple[Example, ...]
+  silent: tuple[Example, ...]
+  heldout_firing: tuple[Example, ...]
+  heldout_silent: tuple[Example, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """Fires at token t where ids[t + offset] is one of `ids`."""
+
+  offset: int
+  ids: tuple[int, ...]
+
+  def at(self, example: Example) -> np.ndarray:
+    """bool [W]: where it says that the latent fires."""
+    hit = np.isin(example.ids, self.ids)
+    return np.roll(hit, -self.offset) & (np.arange(len(hit)) >= -self.offset)
+
+  def text(self, pieces: Callable[[Iterable[int]], list[str]]) -> str:
+    where = {0: 'the token', -1: 'the token before', -2: 'the token two before'}
+    names = ', '.join(repr(p.replace('▁', ' ')) for p in pieces(self.ids))
+    several = 'is one of' if len(self.ids) > 1 else 'is'
+    return f'{where[self.offset]} {several} {names}'
+
+
+def of(index: index_lib.Index, feature: int, width: int = 32) -> Examples:
+  """A latent's windows of at most `width` tokens, deterministic halves.
+
+  The halves are of sequences: no sequence has windows in both.
+  """
+  firing, silent = [], []
+  places = [
+    (index.top_FE, index.top_sequence_FE, index.top_position_FE,
+     index.window_top_FEW),
+    (index.sample_FQR, index.sample_sequence_FQR, index.sample_position_FQR,
+     index.window_sample_FQRW),
+  ]  # fmt: skip
+  seen = set()
+  for values, sequences, positions, windows in places:
+    window = windows.shape[-1]
+    flat = zip(
+      values[feature].reshape(-1),
+      sequences[feature].reshape(-1),
+      positions[feature].reshape(-1),
+      windows[feature].reshape(-1, window),
+      strict=True,
+    )
+    for value, sequence, position, values_W in flat:
+      place = int(sequence), int(position)
+      if value <= 0 or sequence < 0 or place in seen:
+        continue
+      seen.add(place)
+      start = int(position) - window // 2
+      firing.append(
+        (int(sequence), _window(index, *place, start, values_W, width))
+      )
+  for sequence, values_W in zip(
+    index.silent_FM[feature], index.window_silent_FMW[feature], strict=True
+  ):
+    if sequence >= 0:
+      middle = min(index.sequences_NT.shape[1], len(values_W)) // 2
+      found = _window(index, int(sequence), middle, 0, values_W, width)
+      silent.append((int(sequence), found))
+
+  def half(found, which):
+    return tuple(
+      e for s, e in found if zlib.crc32(f'{s}'.encode()) % 2 == which and e
+    )
+
+  return Examples(
+    half(firing, 0), half(silent, 0), half(firing, 1), half(silent, 1)
+  )
+
+
+def _window(index, sequence, middle, start, values_W, width):
+  """`width` tokens around `middle` that lie in the sequence and count."""
+  at = np.arange(max(middle - width // 2, 0), middle + width // 2)
+  at = at[(at < index.sequences_NT.shape[1]) & (at >= start)]
+  at = at[at - start < len(values_W)]
+  at = at[index.keep_NT[sequence, at]]
+  values = np.asarray(values_W, np.float32)[at - start]
+  return Example(
+    tuple(index.sequences_NT[sequence, at].tolist()), tuple(values.tolist())
+  )
+
+
+def rule(found: Examples) -> Rule | None:
+  """The rule that does best on the examples for labels; None without any.
+
+  Candidates: at each offset, the 1, 2, 4 or 8 ids most common where it fires.
+  Scored token by token (mean of the shares right where it fires and where it
+  does not); of equals the nearer and shorter one.
+  """
+  if not found.firing:
+    return None
+  fires = np.concatenate([e.fires for e in found.firing + found.silent])
+  best, best_score = None, -1.0
+  for offset in _OFFSETS:
+    counts: dict[int, int] = {}
+    for example in found.firing:
+      for t, on in enumerate(example.fires):
+        if on and t + offset >= 0:
+          one = example.ids[t + offset]
+          counts[one] = counts.get(one, 0) + 1
+    order = sorted(counts, key=lambda i: (-counts[i], i))
+    for size in _SETS:
+      if size > len(order) and size > 1 or not order:
+        break
+      candidate = Rule(offset, tuple(order[:size]))
+      said = np.concatenate(
+        [candidate.at(e) for e in found.firing + found.silent]
+      )
+      score = (said[fires].mean() + (~said[~fires]).mean()) / 2
+      if score > best_score + 1e-3:
+        best, best_score = candidate, score
+  return best

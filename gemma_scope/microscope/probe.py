@@ -1,0 +1,292 @@
+"""Is a concept there, and do a few latents hold it? Probes, with controls.
+
+  labelled rows x [B, D] -> latents f [B, F]; train and test by group
+  k-sparse   the k latents whose class means differ most on train, and a
+             logistic regression on those alone
+  controls   the same on a random SAE's latents, on k principal components of
+             x, on k of x's own coordinates, and with the labels shuffled
+  dense      a logistic regression on all of x; the difference of class means
+
+A score is of test rows alone, with a 95 % interval. Rows of one group (prompts
+that share a template, tokens of one document) are not independent: a group is
+in train or in test, never in both, and the interval is over groups,
+
+  var = G / (G - 1) sum_g (sum_{b in g} h_b)^2
+
+h_b what row b adds to the score: for a mean over a class of n rows of values v,
+(v_b - v) / n. AUC is such a mean over both classes, v_b the share of the other
+class on the right side of row b (Obuchowski, Biometrics 53, 1997). It is not
+the interval over other draws of the training set.
+
+Classes weigh the same in a fit, however many rows each has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+KS = (1, 2, 5, 10, 20)
+_SHUFFLES = 10
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+  """What is probed: one row a prompt, or one a token.
+
+  Attributes:
+    x_BD: raw activations.
+    f_BF: an SAE's latents of them.
+    control_BF: a random SAE's latents, as sparse; None where there is none.
+    test_B: bool, which rows are held out.
+    group_B: int, whose rows are not independent of each other.
+  """
+
+  x_BD: np.ndarray
+  f_BF: np.ndarray
+  control_BF: np.ndarray | None
+  test_B: np.ndarray
+  group_B: np.ndarray
+
+  def __post_init__(self):
+    arrays = [self.f_BF, self.control_BF, self.test_B, self.group_B]
+    lengths = {len(a) for a in arrays if a is not None} | {len(self.x_BD)}
+    if len(lengths) > 1:
+      raise ValueError(
+        f'Rows of a probe have one length; found {sorted(lengths)}.'
+      )
+    both = set(self.group_B[self.test_B]) & set(self.group_B[~self.test_B])
+    if both:
+      raise ValueError(
+        f'Group {min(both)} has rows in train and in test, so that a test row '
+        'may be a copy of one that was trained on; split by group.'
+      )
+
+
+class Probe(NamedTuple):
+  """score = x @ w + b, positive where the label is."""
+
+  w_D: np.ndarray
+  b: float
+
+  def __call__(self, x_BD: np.ndarray) -> np.ndarray:
+    return np.asarray(x_BD, np.float64) @ self.w_D + self.b
+
+
+def split(group_B: np.ndarray, share: float = 0.3, seed: int = 0) -> np.ndarray:
+  """test_B: about `share` of the groups, whole ones, at least one."""
+  groups = np.unique(group_B)
+  if len(groups) < 2:
+    raise ValueError('A probe needs at least two groups: one is held out.')
+  count = min(max(1, round(share * len(groups))), len(groups) - 1)
+  chosen = np.random.default_rng(seed).permutation(groups)[:count]
+  return np.isin(group_B, chosen)
+
+
+def logistic(x_BD: np.ndarray, y_B: np.ndarray, penalty: float = 1.0) -> Probe:
+  """Logistic regression: both classes weigh B / 2, columns scaled to sd 1.
+
+  Minimises sum_b weight_b log(1 + exp(-s_b (x_b w + b))) + penalty / 2 |w|^2,
+  which is scikit-learn's with C = 1 / penalty on the scaled columns.
+
+  Raises:
+    ValueError: only one class is there.
+  """
+  from scipy import optimize, special  # slow to import
+
+  y_B = np.asarray(y_B, bool)
+  if y_B.all() or not y_B.any():
+    raise ValueError('A probe needs rows of both classes to train on.')
+  x_BD = np.asarray(x_BD, np.float64)
+  mean_D, scale_D = x_BD.mean(0), x_BD.std(0)
+  scale_D = np.where(scale_D > 0, scale_D, 1)
+  x_BD = (x_BD - mean_D) / scale_D
+  sign_B = np.where(y_B, 1.0, -1.0)
+  weight_B = np.where(y_B, 0.5 / y_B.mean(), 0.5 / (~y_B).mean())
+
+  def loss(parameters):
+    w_D, b = parameters[:-1], parameters[-1]
+    margin_B = sign_B * (x_BD @ w_D + b)
+    value = weight_B @ np.logaddexp(0, -margin_B) + penalty / 2 * w_D @ w_D
+    slope_B = -weight_B * sign_B * special.expit(-margin_B)
+    return value, np.append(slope_B @ x_BD + penalty * w_D, slope_B.sum())
+
+  start = np.zeros(x_BD.shape[1] + 1)
+  found = optimize.minimize(loss, start, jac=True, method='L-BFGS-B').x
+  w_D = found[:-1] / scale_D
+  return Probe(w_D, float(found[-1] - mean_D @ w_D))
+
+
+def difference_of_means(x_BD: np.ndarray, y_B: np.ndarray) -> Probe:
+  """w from one class's mean to the other's, b half way between them."""
+  one_D, other_D = x_BD[y_B].mean(0), x_BD[~y_B].mean(0)
+  w_D = np.asarray(one_D - other_D, np.float64)
+  return Probe(w_D, float(-w_D @ (one_D + other_D) / 2))
+
+
+def ranked(f_BF: np.ndarray, y_B: np.ndarray) -> np.ndarray:
+  """Latents by the absolute difference of their class means, largest first."""
+  difference_F = f_BF[y_B].mean(0) - f_BF[~y_B].mean(0)
+  return np.argsort(-np.abs(difference_F), kind='stable')
+
+
+def _figure(value: float, part_B: np.ndarray, group_B: np.ndarray):
+  """A score with its interval over groups; None where there is one group."""
+  from scipy import special
+
+  _, index_B = np.unique(group_B, return_inverse=True)
+  sums_G = np.bincount(index_B, part_B)
+  groups = len(sums_G)
+  found = {'value': float(value), 'low': None, 'high': None}
+  if groups > 1:
+    sigma = np.sqrt(groups / (groups - 1) * np.sum(sums_G**2))
+    half = special.stdtrit(groups - 1, 0.975) * sigma
+    found |= {
+      'low': float(max(value - half, 0)),
+      'high': float(min(value + half, 1)),
+    }
+  return found
+
+
+def scores(
+  score_B: np.ndarray, y_B: np.ndarray, group_B: np.ndarray
+) -> dict[str, dict[str, float | None]]:
+  """accuracy, balanced_accuracy and auc, each with its 95 % interval.
+
+  Raises:
+    ValueError: only one class is there.
+  """
+  from scipy import stats
+
+  y_B = np.asarray(y_B, bool)
+  positives, negatives = int(y_B.sum()), int((~y_B).sum())
+  if not positives or not negatives:
+    raise ValueError(
+      'The held-out rows are all of one class: nothing to score.'
+    )
+  right_B = ((score_B > 0) == y_B).astype(np.float64)
+  accuracy = right_B.mean()
+  of_class = np.where(y_B, right_B[y_B].mean(), right_B[~y_B].mean())
+  size_B = np.where(y_B, positives, negatives)
+  # The rank among all less that in its own class is the share of the other's.
+  rank_B, own_B = stats.rankdata(score_B), np.empty(len(score_B))
+  for which in (y_B, ~y_B):
+    own_B[which] = stats.rankdata(score_B[which])
+  beaten_B = rank_B - own_B
+  side_B = np.where(y_B, beaten_B / negatives, 1 - beaten_B / positives)
+  auc = side_B[y_B].mean()
+  balanced = (right_B[y_B].mean() + right_B[~y_B].mean()) / 2
+  return {
+    'accuracy': _figure(accuracy, (right_B - accuracy) / len(y_B), group_B),
+    'balanced_accuracy': _figure(
+      balanced, (right_B - of_class) / size_B / 2, group_B
+    ),
+    'auc': _figure(auc, (side_B - auc) / size_B, group_B),
+  }
+
+
+def run(
+  rows: Rows, y_B: np.ndarray, ks: Sequence[int] = KS, seed: int = 0
+) -> dict[str, Any]:
+  """All probes of one concept, on the same held-out rows.
+
+  Args:
+    rows: what is probed.
+    y_B: bool, the concept.
+    ks: how many latents a sparse probe has; more than there are is left out.
+    seed: of the shuffled labels.
+
+  Returns:
+    Plain for JSON: `train`, `test` (rows), `groups` (held out), `share` (of
+    test rows with the label) and `probes`, a list of {'on', 'k', `scores`}; a
+    sparse one has the latents it chose (`latents`) and their weights. 'on' is
+    latents, random_sae, coordinates (of x), pca or shuffled_labels; or k is
+    None, all of x, and 'on' activations or difference_of_means. For shuffled
+    labels value, low and high are mean, least and most of ten shuffles.
+
+  Raises:
+    ValueError: train or test rows are all of one class.
+  """
+  y_B, test_B = np.asarray(y_B, bool), rows.test_B
+  train_B, group_B = ~test_B, rows.group_B[test_B]
+  rng, probes = np.random.default_rng(seed), []
+
+  def add(on, k, features_BC, fit=logistic, index=None):
+    fitted = fit(features_BC[train_B], y_B[train_B])
+    found = scores(fitted(features_BC[test_B]), y_B[test_B], group_B)
+    chosen = {}
+    if index is not None:
+      chosen = {'latents': index.tolist(), 'weights': fitted.w_D.tolist()}
+    probes.append({'on': on, 'k': k, **found, **chosen})
+
+  add('activations', None, rows.x_BD)
+  add('difference_of_means', None, rows.x_BD, fit=difference_of_means)
+  component_BC = _components(rows.x_BD, train_B, max(ks))
+  sources = {
+    'latents': rows.f_BF,
+    'random_sae': rows.control_BF,
+    'coordinates': rows.x_BD,
+  }
+  for on, features_BF in sources.items():
+    if features_BF is None:
+      continue
+    order = ranked(features_BF[train_B], y_B[train_B])
+    for k in ks:
+      if k <= len(order):
+        add(on, k, features_BF[:, order[:k]], index=order[:k])
+  for k in ks:
+    if k <= component_BC.shape[1]:
+      add('pca', k, component_BC[:, :k])
+  shuffled = []
+  for _ in range(_SHUFFLES):
+    y_train_B = rng.permutation(y_B[train_B])
+    order = ranked(rows.f_BF[train_B], y_train_B)
+    for k in ks:
+      if k <= len(order):
+        features_Bk = rows.f_BF[:, order[:k]]
+        fitted = logistic(features_Bk[train_B], y_train_B)
+        found = scores(fitted(features_Bk[test_B]), y_B[test_B], group_B)
+        shuffled.append((k, found))
+  probes += _over_shuffles(shuffled)
+  return {
+    'train': int(train_B.sum()),
+    'test': int(test_B.sum()),
+    'groups': len(np.unique(group_B)),
+    'share': float(y_B[test_B].mean()),
+    'probes': probes,
+  }
+
+
+def _over_shuffles(found) -> list[dict[str, Any]]:
+  """One probe for each k: the mean over shuffles, from least to most."""
+  probes = []
+  for k in dict.fromkeys(k for k, _ in found):
+    of_k = [scores for each, scores in found if each == k]
+    one = {'on': 'shuffled_labels', 'k': k}
+    for name in of_k[0]:
+      values = [each[name]['value'] for each in of_k]
+      one[name] = {
+        'value': float(np.mean(values)),
+        'low': min(values),
+        'high': max(values),
+      }
+    probes.append(one)
+  return probes
+
+
+def _components(x_BD, train_B, count: int) -> np.ndarray:
+  """All rows along the train rows' first principal components."""
+  mean_D = x_BD[train_B].mean(0)
+  _, _, W_CD = np.linalg.svd(x_BD[train_B] - mean_D, full_matrices=False)
+  return (x_BD - mean_D) @ W_CD[:count].T
+
+
+def best(found: Mapping[str, Any], on: str, k: int | None = None):
+  """One probe of `run`'s result, by what it is on and its k; None if absent."""
+  for one in found['probes']:
+    if one['on'] == on and one['k'] == k:
+      return one
+  return None

@@ -142,12 +142,17 @@ def test_a_planted_latent_is_found_and_no_control_passes():
   assert one['latents'] == [7] and one['auc']['low'] > 0.99
   for on in ('random_sae', 'shuffled_labels', 'coordinates', 'pca'):
     assert probe.best(found, on, 1)['auc']['value'] < 0.65, on
+  assert probe.report(found).endswith('k of the raw activation at k = 1, 3.')
 
 
 def test_where_there_is_no_concept_no_interval_is_above_chance():
   y_B = np.random.default_rng(4).random(800) < 0.4
-  for one in probe.run(some_rows(), y_B, ks=(1, 3))['probes']:
+  found = probe.run(some_rows(), y_B, ks=(1, 3))
+  for one in found['probes']:
     assert one['auc']['low'] < 0.5, one
+  assert probe.report(found).endswith(
+    'No sparse probe on latents passes its control.'
+  )
 
 
 def test_rows_of_a_group_are_not_in_train_and_test():

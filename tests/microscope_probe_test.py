@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -52,14 +53,14 @@ def test_each_character_has_the_labels_that_python_gives_it():
 
 
 def test_a_character_has_one_class():
-  for document in sources.documents('python', 'eval'):
-    if document.name.endswith('.py'):
-      found = python_labels.of_characters(document.text)
-      assert sum(found[c] for c in python_labels.CLASSES).max() <= 1
+  for document in itertools.islice(sources.documents('python', 'eval'), 8):
+    found = python_labels.of_characters(document.text)
+    assert sum(found[c] for c in python_labels.CLASSES).max() <= 1
 
 
 def test_pieces_are_the_text_again_and_follow_each_other(tokenizer):
-  texts = [d.text for d in sources.documents('python', 'eval')][:12]
+  some = itertools.islice(sources.documents('python', 'eval'), 8)
+  texts = [document.text for document in some]
   texts += ['a😀b\n\tü ▁ <0x41>', ' ' * 70 + 'x', CODE]
   for text in texts:
     pieces = tokenizer.pieces(tokenizer.encode(text))

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -84,18 +85,23 @@ class Code:
 def read_code(tokenizer: tokenizers.Tokenizer, settings: Settings) -> Code:
   """Modules of the running Python: some to train on, the held-out to test."""
 
-  def modules(split):
-    found = sources.documents('python', split)
-    return [d for d in found if d.name.endswith('.py')]
-
-  seen = modules('train')
+  # The source's first pass is the code of all modules; prose follows.
+  modules = list(
+    itertools.takewhile(
+      lambda document: document.name.endswith('.py'),
+      sources.documents('python'),
+    )
+  )
+  seen, held_out = (
+    [d for d in modules if d.split == split] for split in ('train', 'eval')
+  )
   rng = np.random.default_rng(settings.seed)
   chosen = sorted(rng.permutation(len(seen))[: settings.train_modules])
   windows = functools.partial(
     python_labels.windows, tokenizer=tokenizer, length=settings.length
   )
   train = windows([seen[i] for i in chosen], most=settings.train_windows)
-  test = windows(modules('eval'), most=settings.test_windows)
+  test = windows(held_out, most=settings.test_windows)
   both = lambda a, b: np.concatenate([a, b])
   return Code(
     both(train.tokens_NT, test.tokens_NT),

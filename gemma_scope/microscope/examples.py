@@ -22,6 +22,7 @@ from gemma_scope.microscope import index as index_lib
 
 _SETS = (1, 2, 4, 8)  # pieces that a rule may name
 _OFFSETS = (0, -1, -2)
+_GAIN = 0.02  # what a longer or farther rule must bring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,7 @@ def rule(found: Examples) -> Rule | None:
 
   Candidates: at each offset, the 1, 2, 4 or 8 ids most common where it fires.
   Scored token by token (mean of the shares right where it fires and where it
-  does not); of equals the nearer and shorter one.
+  does not); a longer or farther one must be better by 0.02.
   """
   if not found.firing:
     return None
@@ -153,6 +154,6 @@ def rule(found: Examples) -> Rule | None:
         [candidate.at(e) for e in found.firing + found.silent]
       )
       score = (said[fires].mean() + (~said[~fires]).mean()) / 2
-      if score > best_score + 1e-3:
+      if score > best_score + _GAIN:
         best, best_score = candidate, score
   return best

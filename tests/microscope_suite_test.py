@@ -85,6 +85,9 @@ def test_a_suite_goes_on_and_refuses_other_settings(model, tokenizer, tmp_path):
   assert path.read_bytes() == before
   with pytest.raises(ValueError, match='other settings'):
     measure(dataclasses.replace(SETTINGS, seed=1))
+  saes[0][0]['b_dec'][0] = 1
+  with pytest.raises(ValueError, match='another SAE of this name'):
+    measure(SETTINGS)
 
   found = json.loads(before)['eval_result_metrics']
   core = found['core']

@@ -31,6 +31,11 @@ def tokenizer():
   return tokenizers.Tokenizer(weights.tokenizer('tiny', ''))
 
 
+@pytest.fixture(scope='module')
+def code(tokenizer):
+  return suite.read_code(tokenizer, SETTINGS)
+
+
 def perfect(d=128):
   """x = relu(x) - relu(-x): as many latents as twice the width."""
   eye = np.eye(d, dtype=np.float32)
@@ -43,8 +48,7 @@ def perfect(d=128):
   }
 
 
-def test_train_and_held_out_code_are_of_different_modules(tokenizer):
-  code = suite.read_code(tokenizer, SETTINGS)
+def test_train_and_held_out_code_are_of_different_modules(code, tokenizer):
   assert not set(code.group_N[code.test_N]) & set(code.group_N[~code.test_N])
   assert len(np.unique(code.group_N[~code.test_N])) == SETTINGS.train_modules
   assert (code.tokens_NT[:, 0] == tokenizer.bos_id).all()
@@ -52,9 +56,8 @@ def test_train_and_held_out_code_are_of_different_modules(tokenizer):
 
 
 def test_nothing_is_lost_with_a_perfect_sae_and_all_with_an_empty_one(
-  model, tokenizer
+  model, code
 ):
-  code = suite.read_code(tokenizer, SETTINGS)
   batches = [(code.tokens_NT[:8], code.keep_NT[:8])]
   place = places.of(CARD)
   whole = fidelity.of(*model, perfect(), place, batches)
@@ -82,6 +85,9 @@ def test_a_suite_goes_on_and_refuses_other_settings(model, tokenizer, tmp_path):
   assert path.read_bytes() == before
   with pytest.raises(ValueError, match='other settings'):
     measure(dataclasses.replace(SETTINGS, seed=1))
+  saes[0][0]['b_dec'][0] = 1
+  with pytest.raises(ValueError, match='another SAE of this name'):
+    measure(SETTINGS)
 
   found = json.loads(before)['eval_result_metrics']
   core = found['core']
@@ -103,3 +109,23 @@ def test_a_suite_goes_on_and_refuses_other_settings(model, tokenizer, tmp_path):
   rows = suite.table([path]).splitlines()
   assert len(rows) == 3 and 'perfect' in rows[2]
   assert len({row.count('|') for row in rows}) == 1
+
+
+@pytest.mark.parametrize('sites', [['mlp_in/1'], ['mlp_out/1', 'mlp_out/2']])
+def test_what_reads_and_writes_elsewhere_has_no_scores_of_its_decoder(
+  model, code, tokenizer, sites, tmp_path
+):
+  targets = sites if len(sites) > 1 else ['mlp_out/1']
+  card = CARD | {'sites': sites, 'targets': targets, 'name': 'other'}
+  card['type'] = 'transcoder' if len(sites) == 1 else 'crosscoder'
+  params = perfect()
+  if len(sites) > 1:
+    params = {key: np.stack([a, a]) for key, a in params.items()}
+    eye_LL = np.eye(2, dtype=np.float32)[:, None, :, None]
+    params['W_dec'] = params['W_dec'][:, :, None] * eye_LL
+  found = suite.of_one(*model, params, card, code, tokenizer, SETTINGS)
+  assert set(found) == {'core', 'sparse_probing'}
+  result = {'sae': card, 'eval_result_metrics': found}
+  (tmp_path / 'a.json').write_text(json.dumps(result))
+  row = suite.table([tmp_path / 'a.json']).splitlines()[2]
+  assert row.endswith('| - (-) | - (-) | - (-) | - (-) |')

@@ -78,12 +78,17 @@ class Endpoint:
         f'{self.base_url!r} is no address of a server; expected something like '
         'https://host/v1.'
       )
-    local = url.hostname in ('127.0.0.1', 'localhost', '::1')
-    if url.scheme == 'http' and not local and os.environ.get(self.key_variable):
+    clear = url.scheme == 'http' and not self._local
+    if clear and os.environ.get(self.key_variable):
       raise ValueError(
         f'{self.base_url} is not encrypted and {self.key_variable} is set: the '
         'key would go over the network in the clear. Use https, or unset it.'
       )
+
+  @property
+  def _local(self) -> bool:
+    host = urllib.parse.urlsplit(self.base_url).hostname
+    return host in ('127.0.0.1', 'localhost', '::1')
 
   def __call__(self, question: str) -> str:
     """The answer; AskError after the last try, or at once where none helps."""
@@ -126,7 +131,10 @@ class Endpoint:
       json.dumps(body).encode(),
       headers,
     )
-    opener = urllib.request.build_opener(_NoRedirect)
+    handlers = [_NoRedirect]
+    if self._local:  # a proxy of the environment is not this machine
+      handlers.append(urllib.request.ProxyHandler({}))
+    opener = urllib.request.build_opener(*handlers)
     with opener.open(request, timeout=self.timeout_s) as reply:
       data = reply.read(_LONGEST + 1)
     try:

@@ -22,6 +22,7 @@ from gemma_scope.microscope import index as index_lib
 
 _SETS = (1, 2, 4, 8)  # pieces that a rule may name
 _OFFSETS = (0, -1, -2)
+_GAIN = 0.02  # what a longer or farther rule must bring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +105,13 @@ def of(index: index_lib.Index, feature: int, width: int = 32) -> Examples:
       found = _window(index, int(sequence), middle, 0, values_W, width)
       silent.append((int(sequence), found))
 
+  # float16 windows may have lost a very small value.
+  firing = [(s, e) for s, e in firing if any(e.fires)]
+  silent = [(s, e) for s, e in silent if e.ids]
+
   def half(found, which):
     return tuple(
-      e for s, e in found if zlib.crc32(f'{s}'.encode()) % 2 == which and e
+      e for s, e in found if zlib.crc32(f'{s}'.encode()) % 2 == which
     )
 
   return Examples(
@@ -131,7 +136,7 @@ def rule(found: Examples) -> Rule | None:
 
   Candidates: at each offset, the 1, 2, 4 or 8 ids most common where it fires.
   Scored token by token (mean of the shares right where it fires and where it
-  does not); of equals the nearer and shorter one.
+  does not); a longer or farther one must be better by 0.02.
   """
   if not found.firing:
     return None
@@ -153,6 +158,6 @@ def rule(found: Examples) -> Rule | None:
         [candidate.at(e) for e in found.firing + found.silent]
       )
       score = (said[fires].mean() + (~said[~fires]).mean()) / 2
-      if score > best_score + 1e-3:
+      if score > best_score + _GAIN:
         best, best_score = candidate, score
   return best

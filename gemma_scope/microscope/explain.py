@@ -5,7 +5,7 @@
   detection  shown a window, does the label say that the latent fires there?
   fuzzing    shown a window with marked tokens, are these where it fires?
   score      balanced accuracy over held-out windows, with a 95 % interval,
-             beside the same label on another latent's windows (shuffled)
+             beside another latent's label on the same windows (shuffled)
 
 A rule can be held against a window exactly; a label says whether it is one.
 
@@ -215,24 +215,23 @@ def explain(
     if index.positive_FL is not None:
       ids = index.positive_FL[feature]
       row['promoted'] = [p.replace('▁', ' ') for p in pieces(ids[ids >= 0])]
-    known = examples.rule(found)
-    if known is None or not found.heldout_firing:
+    if not found.firing or not found.heldout_firing:
       row['why'] = 'It fires on too few sequences to label and to score.'
       labelled.append((row, None, found))
       continue
     if model is None:
+      label = examples.rule(found)
       row |= {
-        'label': known.text(pieces), 'by': 'rule', 'kind': 'rule',
-        'question': None, 'offset': known.offset, 'ids': list(known.ids),
+        'label': label.text(pieces), 'by': 'rule', 'kind': 'rule',
+        'question': None, 'offset': label.offset, 'ids': list(label.ids),
       }  # fmt: skip
-      labelled.append((row, known, found))
     else:
       asked = question(found, pieces, row['promoted'])
       label = ' '.join(model(asked).split())
       row |= {
         'label': label, 'by': model.name, 'kind': 'model', 'question': asked
       }  # fmt: skip
-      labelled.append((row, label, found))
+    labelled.append((row, label, found))
   known = [i for i, (_, label, _) in enumerate(labelled) if label is not None]
   for n, i in enumerate(known):
     row, label, found = labelled[i]

@@ -290,3 +290,46 @@ def best(found: Mapping[str, Any], on: str, k: int | None = None):
     if one['on'] == on and one['k'] == k:
       return one
   return None
+
+
+def report(found: Mapping[str, Any]) -> str:
+  """`run`'s result as lines of text; the last says what it shows.
+
+  Latents are said to hold the concept where, at some k, their interval lies
+  above that of the random SAE's k latents and above all shuffles; and beyond
+  the raw activation where it lies above that of k coordinates and k components
+  too.
+  """
+  lines = [f'{"probe on":24}{"k":>4}  AUC, held out        balanced accuracy']
+  for one in found['probes']:
+    k = '' if one['k'] is None else one['k']
+    cells = [_cell(one[name]) for name in ('auc', 'balanced_accuracy')]
+    lines.append(f'{one["on"]:24}{k:>4}  ' + '  '.join(cells))
+
+  def above(one, controls):
+    others = [best(found, on, one['k']) for on in controls]
+    low = one['auc']['low']
+    return low is not None and all(
+      other is None or low > (other['auc']['high'] or 1) for other in others
+    )
+
+  sparse = [one for one in found['probes'] if one['on'] == 'latents']
+  held = [o for o in sparse if above(o, ('random_sae', 'shuffled_labels'))]
+  beyond = [o for o in held if above(o, ('coordinates', 'pca'))]
+  if not held:
+    lines.append('No sparse probe on latents passes its control.')
+  else:
+    ks = lambda probes: ', '.join(str(one['k']) for one in probes)
+    lines.append(f'Latents pass the random SAE and shuffles at k = {ks(held)}')
+    lines.append(
+      f'and k of the raw activation at k = {ks(beyond)}.'
+      if beyond
+      else 'but no more than k of the raw activation do, at any k.'
+    )
+  return '\n'.join(lines)
+
+
+def _cell(figure: Mapping[str, float | None]) -> str:
+  if figure['low'] is None:
+    return f'{figure["value"]:.3f}{"":16}'
+  return f'{figure["value"]:.3f} ({figure["low"]:.3f}, {figure["high"]:.3f})'

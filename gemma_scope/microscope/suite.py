@@ -21,9 +21,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import itertools
 import json
 import os
 import pathlib
+import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -83,19 +86,23 @@ class Code:
 
 def read_code(tokenizer: tokenizers.Tokenizer, settings: Settings) -> Code:
   """Modules of the running Python: some to train on, the held-out to test."""
-
-  def modules(split):
-    found = sources.documents('python', split)
-    return [d for d in found if d.name.endswith('.py')]
-
-  seen = modules('train')
+  # The source's first pass is the code of all modules; prose follows.
+  modules = list(
+    itertools.takewhile(
+      lambda document: document.name.endswith('.py'),
+      sources.documents('python'),
+    )
+  )
+  seen, held_out = (
+    [d for d in modules if d.split == split] for split in ('train', 'eval')
+  )
   rng = np.random.default_rng(settings.seed)
   chosen = sorted(rng.permutation(len(seen))[: settings.train_modules])
   windows = functools.partial(
     python_labels.windows, tokenizer=tokenizer, length=settings.length
   )
   train = windows([seen[i] for i in chosen], most=settings.train_windows)
-  test = windows(modules('eval'), most=settings.test_windows)
+  test = windows(held_out, most=settings.test_windows)
   both = lambda a, b: np.concatenate([a, b])
   return Code(
     both(train.tokens_NT, test.tokens_NT),
@@ -121,19 +128,27 @@ def run(
     The files, one an SAE, in order.
 
   Raises:
-    ValueError: a file of `out` has other settings; an SAE does not fit.
+    ValueError: a file of `out` is of other settings, or of another SAE of that
+      name; an SAE does not fit the model.
   """
   out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
   code, done = None, []
   for sae_params, card in saes:
     path = out / f'{card["name"].replace("/", "_")}_eval_results.json'
-    config = dataclasses.asdict(settings) | {'code': gemma_scope.__version__}
-    config |= {'tokenizer_sha256': tokenizer.sha256, 'model': card.get('model')}
+    config = {
+      **dataclasses.asdict(settings),
+      'code': gemma_scope.__version__,
+      'python': platform.python_version(),  # whose modules are the text
+      'model': card.get('model'),
+      'tokenizer_sha256': tokenizer.sha256,
+      'sae_sha256': _digest(sae_params),
+    }
     if path.exists():
       if json.loads(path.read_text())['eval_config'] != config:
         raise ValueError(
-          f'{path} was measured with other settings; name another folder.'
+          f'{path} is of other settings or of another SAE of this name; name '
+          'another folder.'
         )
       report(f'{card["name"]}: measured already')
     else:
@@ -151,6 +166,14 @@ def run(
       os.replace(temporary, path)
     done.append(path)
   return done
+
+
+def _digest(params: Mapping[str, Any]) -> str:
+  digest = hashlib.sha256()
+  for name in sorted(params):
+    array = np.ascontiguousarray(params[name], np.float32)
+    digest.update(f'{name} {array.shape} '.encode() + array.tobytes())
+  return digest.hexdigest()
 
 
 def table(paths: Sequence[str | os.PathLike[str]]) -> str:

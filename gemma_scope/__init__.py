@@ -78,4 +78,4 @@ The alphabet of axes, in names and in einsums:
   S members         N sites      V vocabulary         K heads   H head size
 """
 
-__version__ = '0.2.0'
+__version__ = '0.3.0'

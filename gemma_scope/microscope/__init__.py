@@ -8,6 +8,16 @@ Works on any (params, card) of `release.load` or `formats.published.load`.
   build        members of a collection -> an index each, in one pass
   neuronpedia  an index -> Neuronpedia's files
   pages        indexes -> a folder of static pages
+  python_labels  labels of Python source, from tokenize and ast
+  probe        concepts from labelled rows, with controls and intervals
+  rows         prompts or tokens -> the rows that a probe reads
+  removal      spurious latents taken out: SCR, TPP
+  absorption   latents silent where their concept is there
+  fidelity     KL, cosine, norms: what an SAE keeps
+  suite        SAEBench's scores, as far as offline labels go
+  ask          a language model that answers: endpoint, local Gemma, cache
+  examples     windows where a latent fires; rules
+  explain      labels for latents, and their scores
 
 It imports what stands above it in the package, and never train or stack.
 """

@@ -92,7 +92,7 @@ class _Shards:
   latents: int
   mesh: Mesh | None
   dtype: str
-  platform: str = 'cpu'
+  device: jax.Device  # one of them: all are alike
 
   @property
   def local(self) -> int:
@@ -171,7 +171,7 @@ def _decoder_to(m: int, W_LLFD: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _write(shards, f_BLK, i_BLK, W_LLFD):
   """f W_dec, [B, L, D]."""
-  add = plain.on(shards.platform, plain.gather_add)
+  add = plain.on(shards.device, plain.gather_add)
 
   def local(f_BLK, i_BLK, W_LLFD):
     at_BLK = shards.flat(i_BLK)
@@ -191,7 +191,7 @@ def _write_forward(shards, f_BLK, i_BLK, W_LLFD):
 
 def _write_backward(shards, saved, g_BLD):
   dot, add = (
-    plain.on(shards.platform, function)
+    plain.on(shards.device, function)
     for function in (plain.gather_dot, plain.scatter_add)
   )
 
@@ -235,14 +235,12 @@ class Candidates:
   def __init__(
     self, mask: jax.Array, count: int, mesh: Mesh | None, dtype: str
   ):
-    platform = jax.default_backend()
-    if mesh is not None:
-      platform = mesh.devices.flat[0].platform
-      if mesh.shape['data'] * mesh.shape['latent'] == 1:
-        mesh = None
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    if mesh is not None and mesh.size == 1:
+      mesh = None
     self.shape = mask.shape[1:]
     self._shards = _Shards(
-      math.prod(self.shape[:-1]), mask.shape[-1], mesh, dtype, platform
+      math.prod(self.shape[:-1]), mask.shape[-1], mesh, dtype, device
     )
     self.count = min(count, self._shards.local)
 
@@ -303,7 +301,7 @@ class Candidates:
   def encoder_gradient(self, g: jax.Array, x: jax.Array) -> jax.Array:
     """Gradient of W_enc [F, D] or [L, F, D] from that of x W_enc^T."""
 
-    add = plain.on(self._shards.platform, plain.scatter_add)
+    add = plain.on(self._shards.device, plain.scatter_add)
 
     def local(g_BLK, i_BLK, x_BLD):
       dW_LFD = [

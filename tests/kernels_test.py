@@ -7,6 +7,7 @@ copies. Where libtpu is installed, they are compiled for pods as well.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import subprocess
 import sys
 
@@ -24,14 +25,17 @@ INTERPRET = {'tpu': pltpu.InterpretParams(), 'gpu': True}
 KERNELS = {'tpu': tpu, 'gpu': gpu}
 
 
+SIZES = ((16, 8, 128, 128), (5, 3, 17, 256), (9, 130, 300, 128))
+
+
 def case(filling: str, rows=16, slots=8, latents=128, width=128):
   """c, i [R, K], W [N, D], v [R, D]; slots behind the used ones have c = 0."""
   c = jax.random.normal(KEYS[0], (rows, slots))
   i = jax.random.randint(KEYS[1], (rows, slots), 0, latents)
   if filling == 'none':
-    c = jnp.zeros_like(c)
-  elif filling == 'some':
-    used = jnp.arange(slots) < jnp.arange(rows)[:, None] % slots
+    c, i = jnp.zeros_like(c), jnp.zeros_like(i)
+  elif filling == 'some':  # no two rows use as many
+    used = jnp.arange(slots) < jnp.arange(rows)[:, None] % (slots + 1)
     c, i = jnp.where(used, c, 0), jnp.where(used, i, 0)
   elif filling == 'one latent':  # all pairs in one row of the result
     i = jnp.full_like(i, latents - 1)
@@ -39,34 +43,30 @@ def case(filling: str, rows=16, slots=8, latents=128, width=128):
   return c, i, W, jax.random.normal(KEYS[3], (rows, width))
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('filling', ['full', 'some', 'none', 'one latent'])
-@pytest.mark.parametrize('platform', ['tpu', 'gpu'])
-def test_sums_are_those_of_the_definitions(platform, filling, dtype):
-  c, i, W, v = case(filling)
-  kernels, how = KERNELS[platform], INTERPRET[platform]
-  assert kernels.fits(*i.shape, len(W), W.shape[1])
-  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+def held_to_definitions(platform, filling, size, dtype):
+  c, i, W, v = case(filling, *size)
   for name, arguments in (
     ('gather_add', (c, i, W, dtype)),
     ('gather_dot', (v, i, W, dtype)),
     ('scatter_add', (c, i, v, len(W), dtype)),
   ):
-    found = getattr(kernels, name)(*arguments, how)
-    close(found, getattr(plain, name)(*arguments))
+    found = getattr(KERNELS[platform], name)(*arguments, INTERPRET[platform])
+    np.testing.assert_allclose(
+      found, getattr(plain, name)(*arguments), rtol=1e-4, atol=1e-4
+    )
 
 
-@pytest.mark.parametrize('width', [384, 640])
-def test_odd_widths_on_a_gpu(width):
-  c, i, W, v = case('some', 5, 3, 17, width)
-  np.testing.assert_allclose(
-    gpu.gather_add(c, i, W, 'float32', True), plain.gather_add(c, i, W),
-    rtol=1e-4, atol=1e-4,
-  )  # fmt: skip
-  np.testing.assert_allclose(
-    gpu.scatter_add(c, i, v, 17, 'float32', True),
-    plain.scatter_add(c, i, v, 17), rtol=1e-4, atol=1e-4,
-  )  # fmt: skip
+@pytest.mark.parametrize('filling', ['full', 'some', 'none', 'one latent'])
+@pytest.mark.parametrize('platform', ['tpu', 'gpu'])
+def test_sums_are_those_of_the_definitions(platform, filling):
+  held_to_definitions(platform, filling, SIZES[0], 'float32')
+
+
+@pytest.mark.parametrize('size', SIZES[1:])
+@pytest.mark.parametrize('platform', ['tpu', 'gpu'])
+def test_sizes_that_are_no_tiles(platform, size):
+  """K above a tile and below, latents and rows that fill none."""
+  held_to_definitions(platform, 'some', size, 'bfloat16')
 
 
 def test_pre_activations_become_a_bit_each():
@@ -82,35 +82,56 @@ def test_pre_activations_become_a_bit_each():
   assert 0.05 < found.mean() < 0.4 and sure.mean() > 0.99
 
 
-def test_a_step_takes_kernels_where_the_shapes_fit(monkeypatch):
-  """The choice itself, with the kernels run in their interpreter."""
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What `plain.on` asks of a device."""
+
+  platform: str
+  device_kind: str
+
+
+def test_a_device_takes_its_kernels_where_the_shapes_fit(monkeypatch):
   c, i, W, v = case('some')
   called = []
+  for kernels in (tpu, gpu):
+    for name in ('gather_add', 'gather_dot', 'scatter_add'):
 
-  def spied(name):
-    def kernel(*arguments):
-      called.append(name)
-      return getattr(gpu, f'_{name}')(*arguments, True)
+      def spy(*arguments, kernels=kernels, name=name):
+        called.append(f'{kernels.__name__.split(".")[-1]}.{name}')
+        return getattr(plain, name)(*arguments)
 
-    monkeypatch.setattr(gpu, f'_{name}', getattr(gpu, name), raising=False)
-    monkeypatch.setattr(gpu, name, kernel)
-    kernel.__name__ = name
+      monkeypatch.setattr(kernels, name, spy)
 
-  for name in ('gather_add', 'gather_dot', 'scatter_add'):
-    spied(name)
-  for function, arguments in (
-    (plain.gather_add, (c, i, W, 'float32')),
-    (plain.gather_dot, (v, i, W, 'float32')),
-    (plain.scatter_add, (c, i, v, len(W), 'float32')),
-  ):
-    found = plain.on('gpu', function)(*arguments)
-    np.testing.assert_allclose(
-      found, function(*arguments), rtol=1e-4, atol=1e-4
-    )
-  assert called == ['gather_add', 'gather_dot', 'scatter_add']
-  plain.on('gpu', plain.gather_add)(c, i, W[:, :100], 'float32')
-  assert len(called) == 3  # 100 columns are no blocks
-  assert plain.on('cpu', plain.gather_add) is plain.gather_add
+  def names(device, W=W):
+    called.clear()
+    for function, arguments in (
+      (plain.gather_add, (c, i, W, 'float32')),
+      (plain.gather_dot, (v[:, : W.shape[1]], i, W, 'float32')),
+      (plain.scatter_add, (c, i, v[:, : W.shape[1]], len(W), 'float32')),
+    ):
+      found = plain.on(device, function)(*arguments)
+      np.testing.assert_allclose(found, function(*arguments))
+    return {name.split('.')[0] for name in called}, len(called)
+
+  assert names(Device('tpu', 'TPU v5 lite')) == ({'tpu'}, 3)
+  assert names(Device('gpu', 'NVIDIA H100 80GB HBM3')) == ({'gpu'}, 3)
+  assert names(Device('tpu', 'TPU v3')) == (set(), 0)  # its compiler refuses
+  assert names(Device('tpu', 'TPU v4'), W[:, :100]) == (set(), 0)  # no tile
+  assert names(jax.devices()[0]) == (set(), 0)
+
+
+def test_members_take_a_kernel_in_turn(monkeypatch):
+  """vmap gives what each alone gives, and does not batch the kernel."""
+  c, i, W, _ = case('some')
+  interpreted = lambda *a: gpu_gather_add(*a, True)
+  gpu_gather_add = gpu.gather_add
+  monkeypatch.setattr(gpu, 'gather_add', interpreted)
+  add = plain.on(Device('gpu', 'H100'), plain.gather_add)
+  both = lambda a: jnp.stack([a, a[::-1]])
+  found = jax.vmap(lambda c, i: add(c, i, W, 'float32'))(both(c), both(i))
+  alone = plain.gather_add(c, i, W)
+  np.testing.assert_allclose(found[0], alone, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(found[1], alone[::-1], rtol=1e-4, atol=1e-4)
 
 
 def test_gpu_kernels_are_lowered_to_triton():

@@ -69,19 +69,11 @@ def scatter_add(
   Pairs are sorted by n: rows are written in order, and always in the same one.
   Those with c = 0 come last, and are left out.
   """
-  n_P, order_P = jax.lax.sort(
-    (
-      jnp.where(c_RK == 0, count, i_RK).reshape(-1),
-      jnp.arange(i_RK.size, dtype=jnp.int32),
-    ),
-    num_keys=1,
-  )
+  n_P, c_P, r_P, used = sorted_pairs(c_RK, i_RK, count)
   v_RD = _round(v_RD, dtype)
-  c_P = _round(c_RK, dtype).reshape(-1)[order_P]
-  columns = n_P, c_P, order_P // i_RK.shape[1]
   pad = -i_RK.size % _PAIRS
+  columns = n_P, _round(c_P, dtype), r_P
   columns = [jnp.pad(a, (0, pad), mode='edge') for a in columns]
-  used = jnp.sum(c_RK != 0)
 
   def add(at, sum_ND):
     n_p, c_p, r_p = (
@@ -101,23 +93,44 @@ def scatter_add(
   return jax.lax.fori_loop(0, -(-used // _PAIRS), add, zero_ND)
 
 
+def sorted_pairs(c_RK: jax.Array, i_RK: jax.Array, count: int):
+  """The pairs (r, k) in the order of i, those with c = 0 last.
+
+  Returns:
+    i (`count` where c = 0), c and r of each, [R K], and how many are not 0.
+  """
+  n_P, order_P = jax.lax.sort(
+    (
+      jnp.where(c_RK == 0, count, i_RK).reshape(-1),
+      jnp.arange(i_RK.size, dtype=jnp.int32),
+    ),
+    num_keys=1,
+  )
+  c_P = c_RK.reshape(-1)[order_P]
+  return n_P, c_P, order_P // i_RK.shape[1], jnp.sum(c_RK != 0)
+
+
 def _round(x, dtype):
   """The factors of a matmul in `dtype`, in float32."""
   return x.astype(dtype).astype(jnp.float32)
 
 
-def on(platform: str, function):
-  """One of the sums above, or the platform's kernel where the shapes fit it."""
-  if platform not in ('tpu', 'gpu'):
+def on(device: jax.Device, function):
+  """One of the sums above, or the device's kernel where the shapes fit it.
+
+  A kernel is never batched: under `vmap` members take it in turn.
+  """
+  if device.platform not in ('tpu', 'gpu'):
     return function
   from gemma_scope.kernels import gpu, tpu  # Pallas: seconds to import
 
-  kernels = {'tpu': tpu, 'gpu': gpu}[platform]
+  kernels = {'tpu': tpu, 'gpu': gpu}[device.platform]
+  kernel = getattr(kernels, function.__name__)
 
   def run(a, i_RK, b, *more):
-    latents = more[0] if function is scatter_add else len(b)
-    if kernels.fits(*i_RK.shape, latents, b.shape[1]):
-      return getattr(kernels, function.__name__)(a, i_RK, b, *more)
-    return function(a, i_RK, b, *more)
+    if not kernels.fits(device.device_kind, b.shape[1]):
+      return function(a, i_RK, b, *more)
+    of_arrays = lambda a, i_RK, b: kernel(a, i_RK, b, *more)
+    return jax.custom_batching.sequential_vmap(of_arrays)(a, i_RK, b)
 
   return run

@@ -1,298 +1,356 @@
 """The sparse step's sums on a TPU: rows of a weight matrix moved by DMA.
 
-  gather_add(c, i, W)      y[r] = sum_k c[r, k] W[i[r, k]]
-  gather_dot(v, i, W)      f[r, k] = W[i[r, k]] . v[r]
-  scatter_add(c, i, v, N)  dW[n] = sum over (r, k) with i[r, k] = n of c v[r]
-  encode_bits(x, W, b)     32 latents a word: whether x W^T > b
+`gather_add`, `gather_dot`, `scatter_add`: the functions of `plain` with the
+same names define them. A row of W is d numbers in HBM, and K of them are needed
+for each row of a batch:
 
-A row of W is d numbers in HBM, and K of them are needed for each row of a
-batch: they are fetched into VMEM while the row before is summed. Nothing is
-B x F: `encode_bits` leaves one bit of each pre-activation.
+  gathers  a row's _SLOTS rows of W are fetched, eight requests at a time, while
+           those before them are summed; slots after the last that is used (few
+           are, where latents are sharded) are neither fetched nor summed
+  scatter  pairs (row, latent) sorted by latent; a block of _LATENTS latents is
+           the sum of its groups of _PAIRS pairs, each a product of [latents,
+           pairs] (c where the pair is the latent's, else 0) with the fetched
+           rows [pairs, d]: every latent is written once, always in one order
 
-The definitions are the plain functions of `plain` with the same names (and
-x W^T > b). Tested against them in the interpreter, and compiled by the TPU's
-compiler for v5e, v5p and v6e at d = 2304, F = 2^17 and 2^20; never run on one.
-Block sizes follow from VMEM: two rows' K x d (2.4 MB at d = 2304, K = 128), or
-128 pairs' rows beside 64 latents' sums (1.8 MB), or [256, 4096] pre-activations
-(4 MB) beside two blocks of weights (8 MB), of 16 MB that a kernel may have.
+A row that is not finite spoils the block of latents that it is added to; a step
+with such a gradient changes nothing anyway (`stack.update`).
+
+Tested against the definitions in the interpreter, and compiled for v4, v5e, v5p
+and v6e; never run on a TPU. Sizes follow from VMEM (16 MB that a kernel may
+have; at d = 2304 the gathers hold 2.4 MB, the scatter 4.8) and from the
+compiler's schedule: at K = 128 a row of `gather_add` is 1,950 instruction words
+on v5e, 1,410 of them for the requests, where 128 rows of d take HBM as long as
+2,160. v3's compiler refuses to move single rows (`fits`).
 """
 
 from __future__ import annotations
+
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-_ROWS = 8  # of a batch, a block
-_LATENTS = 64  # whose sums are made in one block
-_PAIRS = 128  # (row, latent) pairs fetched together
-_ENCODE = (256, 4096)  # rows and latents of a block of pre-activations
+from gemma_scope.kernels import plain
+
+_ROWS = 8  # of a batch, in a block
+_SLOTS = 128  # fetched together
+_REQUESTS = 8  # issued together: rows of a tile
+_LATENTS = 128  # whose sums are made together
+_PAIRS = 128  # (row, latent) pairs added together
+_WIDEST = 8192
 _EXACT = jax.lax.Precision.HIGHEST
+# Addresses are within their arrays, as `plain` promises; checks would be a
+# third of the instructions of a request.
+_UNCHECKED = pltpu.CompilerParams(disable_bounds_checks=True)
 
 
-def fits(rows: int, slots: int, latents: int, width: int) -> bool:
-  """Whether the shapes are whole tiles; else the plain functions serve."""
-  return (
-    not (rows % _ROWS or slots % 8 or latents % _LATENTS or width % 128)
-    and latents >= slots
-  )
+def fits(kind: str, width: int) -> bool:
+  """Whether a chip of this kind takes rows of this width.
+
+  Args:
+    kind: `jax.Device.device_kind`, such as 'TPU v5 lite'.
+    width: d, whole tiles, of which some hundreds are in VMEM.
+  """
+  version = re.search(r'\d+', kind)
+  new = bool(version) and int(version[0]) > 3
+  return new and width % 128 == 0 and width <= _WIDEST
 
 
 def _round(x, dtype):
   return x.astype(dtype).astype(jnp.float32)
 
 
-def _gather(i_ref, W_ref, buffer, arrived, use):
-  """Calls use(r, W's rows [K, D]) for each row; the next are on their way."""
-  slots = i_ref.shape[1]
+def _fetch(W_ref, row_of, buffer, arrived, first, last):
+  """Requests W's rows `row_of(k)` for the tiles of k in [first, last)."""
 
-  def start(r, place):
-    def one(k, _):
+  def tile(g, carry):
+    for j in range(_REQUESTS):
+      k = g * _REQUESTS + j
       pltpu.make_async_copy(
-        W_ref.at[pl.ds(i_ref[r, k], 1), :],
-        buffer.at[place, pl.ds(k, 1), :],
-        arrived.at[place],
+        W_ref.at[pl.ds(row_of(k), 1), :], buffer.at[pl.ds(k, 1), :], arrived
       ).start()
-      return _
+    return carry
 
-    jax.lax.fori_loop(0, slots, one, 0)
-
-  start(0, 0)
-  for r in range(_ROWS):
-    place = r % 2
-    if r + 1 < _ROWS:
-      start(r + 1, 1 - place)
-    # Waits for as many bytes as all of the row's copies bring.
-    pltpu.make_async_copy(
-      W_ref.at[pl.ds(0, slots), :], buffer.at[place], arrived.at[place]
-    ).wait()
-    use(r, buffer[place])
+  jax.lax.fori_loop(first // _REQUESTS, pl.cdiv(last, _REQUESTS), tile, 0)
 
 
-def _call(kernel, i_RK, other, W_ND, out_width, interpret):
+def _await(buffer, arrived, first, last):
+  """Until all that `_fetch` requested is there."""
+
+  def tile(g, carry):
+    rows = buffer.at[pl.ds(0, _REQUESTS), :]  # as many bytes as a tile's rows
+    pltpu.make_async_copy(rows, rows, arrived).wait()
+    return carry
+
+  jax.lax.fori_loop(first // _REQUESTS, pl.cdiv(last, _REQUESTS), tile, 0)
+
+
+def _across(column_K1: jax.Array) -> jax.Array:
+  """[K, 1] -> [1, K]."""
+  count = len(column_K1)
+  i_KK, j_KK = (
+    jax.lax.broadcasted_iota(jnp.int32, (count, count), axis) for axis in (0, 1)
+  )
+  return jnp.sum(jnp.where(i_KK == j_KK, column_K1, 0), 0, keepdims=True)
+
+
+def _down(row_1K: jax.Array) -> jax.Array:
+  """[1, K] -> [K, 1]."""
+  count = row_1K.shape[1]
+  i_KK, j_KK = (
+    jax.lax.broadcasted_iota(jnp.int32, (count, count), axis) for axis in (0, 1)
+  )
+  return jnp.sum(jnp.where(i_KK == j_KK, row_1K, 0), 1, keepdims=True)
+
+
+def _gather(used_R, i_RK, other, W_ND, out_width, use, interpret):
+  """Calls `use` for _SLOTS slots of a row after the other, fetched before.
+
+  Args:
+    used_R: how many of a row's slots are.
+    other: [R, ...], a second operand.
+    out_width: the result is [R, out_width], zero at first.
+    use: (r, first slot, slots used of these, their rows' tile of 8, scratch
+      [_SLOTS, 1], other's and the result's ref).
+  """
   rows, slots = i_RK.shape
+  pad = -rows % _ROWS, -slots % _SLOTS
+  i_RK = jnp.pad(i_RK, ((0, pad[0]), (0, pad[1])))
+  other = jnp.pad(other, ((0, pad[0]), (0, 0)))
+  used_GR = jnp.pad(used_R, (0, pad[0])).reshape(-1, 1, _ROWS)
+  parts = i_RK.shape[1] // _SLOTS
+
+  def kernel(used_ref, i_ref, other_ref, W_ref, out_ref, *scratch):
+    buffer, column_ref, arrived = scratch
+    out_ref[:] = jnp.zeros_like(out_ref)
+
+    def used(unit):
+      r, part = unit // parts, unit % parts
+      return jnp.clip(used_ref[0, 0, r] - part * _SLOTS, 0, _SLOTS)
+
+    def start(unit):
+      r, first = unit // parts, unit % parts * _SLOTS
+      _fetch(
+        W_ref, lambda k: i_ref[r, first + k], buffer.at[unit % 2],
+        arrived.at[unit % 2], 0, used(unit),
+      )  # fmt: skip
+
+    def each(unit, carry):
+      @pl.when(unit + 1 < _ROWS * parts)
+      def _():
+        start(unit + 1)
+
+      here, count = buffer.at[unit % 2], used(unit)
+      _await(here, arrived.at[unit % 2], 0, count)
+      first = pl.multiple_of(unit % parts * _SLOTS, _SLOTS)
+
+      def tile(g):
+        return here[pl.ds(pl.multiple_of(g * _REQUESTS, _REQUESTS), _REQUESTS)]
+
+      use(unit // parts, first, count, tile, column_ref, other_ref, out_ref)
+      return carry
+
+    start(0)
+    jax.lax.fori_loop(0, _ROWS * parts, each, 0)
+
   block = lambda width: pl.BlockSpec((_ROWS, width), lambda g: (g, 0))
-  return pl.pallas_call(
+  smem = functools.partial(pl.BlockSpec, memory_space=pltpu.SMEM)
+  found = pl.pallas_call(
     kernel,
-    grid=(rows // _ROWS,),
+    grid=(len(i_RK) // _ROWS,),
     in_specs=[
-      pl.BlockSpec((_ROWS, slots), lambda g: (g, 0), memory_space=pltpu.SMEM),
+      smem((1, 1, _ROWS), lambda g: (g, 0, 0)),
+      smem((_ROWS, i_RK.shape[1]), lambda g: (g, 0)),
       block(other.shape[1]),
       pl.BlockSpec(memory_space=pl.ANY),
     ],
     out_specs=block(out_width),
-    out_shape=jax.ShapeDtypeStruct((rows, out_width), jnp.float32),
+    out_shape=jax.ShapeDtypeStruct((len(i_RK), out_width), jnp.float32),
     scratch_shapes=[
-      pltpu.VMEM((2, slots, W_ND.shape[1]), W_ND.dtype),
+      pltpu.VMEM((2, _SLOTS, W_ND.shape[1]), W_ND.dtype),
+      pltpu.VMEM((_SLOTS, 1), jnp.float32),
       pltpu.SemaphoreType.DMA((2,)),
     ],
+    compiler_params=_UNCHECKED,
     interpret=interpret,
-  )(i_RK, other, W_ND)
+  )(used_GR, i_RK, other, W_ND)
+  return found[:rows]
+
+
+def _last(there_RK: jax.Array) -> jax.Array:
+  """Slots up to the last true one, [R]."""
+  slot_K = 1 + jnp.arange(there_RK.shape[1], dtype=jnp.int32)
+  return jnp.max(jnp.where(there_RK, slot_K, 0), 1)
 
 
 def gather_add(
   c_RK: jax.Array, i_RK: jax.Array, W_ND: jax.Array, dtype='float32',
   interpret=False,
 ) -> jax.Array:  # fmt: skip
-  """`plain.gather_add`, [R, D]; shapes as `fits` says."""
+  """`plain.gather_add`, [R, D]."""
+  c_RK = _round(c_RK, dtype)
 
-  def kernel(i_ref, c_ref, W_ref, y_ref, buffer, arrived):
-    def use(r, W_KD):
-      c_1K = _round(c_ref[r : r + 1, :], dtype)
-      y_ref[r : r + 1, :] = jnp.dot(
-        c_1K, _round(W_KD, dtype), precision=_EXACT,
-        preferred_element_type=jnp.float32,
-      )  # fmt: skip
+  def use(r, first, count, tile, column_ref, c_ref, y_ref):
+    column_ref[:] = _down(c_ref[pl.ds(r, 1), pl.ds(first, _SLOTS)])
 
-    _gather(i_ref, W_ref, buffer, arrived, use)
+    def add(g, sum_8D):
+      at = pl.ds(pl.multiple_of(g * _REQUESTS, _REQUESTS), _REQUESTS)
+      return sum_8D + column_ref[at] * _round(tile(g), dtype)
 
-  return _call(kernel, i_RK, c_RK, W_ND, W_ND.shape[1], interpret)
+    zero_8D = jnp.zeros((_REQUESTS, y_ref.shape[1]), jnp.float32)
+    sum_8D = jax.lax.fori_loop(0, pl.cdiv(count, _REQUESTS), add, zero_8D)
+    y_ref[pl.ds(r, 1), :] += jnp.sum(sum_8D, 0, keepdims=True)
+
+  pad = -i_RK.shape[1] % _SLOTS
+  c_RP = jnp.pad(c_RK, ((0, 0), (0, pad)))
+  return _gather(
+    _last(c_RK != 0), i_RK, c_RP, W_ND, W_ND.shape[1], use, interpret
+  )
 
 
 def gather_dot(
   v_RD: jax.Array, i_RK: jax.Array, W_ND: jax.Array, dtype='float32',
   interpret=False,
 ) -> jax.Array:  # fmt: skip
-  """`plain.gather_dot`, [R, K]; shapes as `fits` says."""
+  """`plain.gather_dot`, [R, K]; equal slots at a row's end are found once."""
+  slots = i_RK.shape[1]
+  used_R = jnp.minimum(_last(i_RK != i_RK[:, -1:]) + 1, slots)
 
-  def kernel(i_ref, v_ref, W_ref, f_ref, buffer, arrived):
-    def use(r, W_KD):
-      v_1D = _round(v_ref[r : r + 1, :], dtype)
-      f_ref[r : r + 1, :] = jax.lax.dot_general(
-        v_1D, _round(W_KD, dtype), (((1,), (1,)), ((), ())), precision=_EXACT,
-        preferred_element_type=jnp.float32,
-      )  # fmt: skip
+  def use(r, first, count, tile, column_ref, v_ref, f_ref):
+    v_1D = v_ref[pl.ds(r, 1), :]
 
-    _gather(i_ref, W_ref, buffer, arrived, use)
+    def multiply(g, carry):
+      at = pl.ds(pl.multiple_of(g * _REQUESTS, _REQUESTS), _REQUESTS)
+      product_8D = _round(tile(g), dtype) * v_1D
+      column_ref[at] = jnp.sum(product_8D, 1, keepdims=True)
+      return carry
 
-  return _call(kernel, i_RK, v_RD, W_ND, i_RK.shape[1], interpret)
+    jax.lax.fori_loop(0, pl.cdiv(count, _REQUESTS), multiply, 0)
+    f_ref[pl.ds(r, 1), pl.ds(first, _SLOTS)] = _across(column_ref[:])
+
+  width = slots + -slots % _SLOTS
+  found_RK = _gather(
+    used_R, i_RK, _round(v_RD, dtype), W_ND, width, use, interpret
+  )[:, :slots]
+  last_R1 = jnp.take_along_axis(found_RK, used_R[:, None] - 1, 1)
+  return jnp.where(jnp.arange(slots) < used_R[:, None], found_RK, last_R1)
 
 
 def scatter_add(
   c_RK: jax.Array, i_RK: jax.Array, v_RD: jax.Array, count: int,
   dtype='float32', interpret=False,
 ) -> jax.Array:  # fmt: skip
-  """`plain.scatter_add`, [N, D]; always in the same order.
-
-  Pairs are sorted by latent; those with c = 0 come last and belong to none. A
-  block is _LATENTS latents; it reads the groups of _PAIRS in which its own lie.
-  """
-  pairs = i_RK.size
-  n_P, order_P = jax.lax.sort(
-    (
-      jnp.where(c_RK == 0, count, i_RK).reshape(-1),
-      jnp.arange(pairs, dtype=jnp.int32),
-    ),
-    num_keys=1,
+  """`plain.scatter_add`, [N, D]."""
+  n_P, c_P, r_P, used = plain.sorted_pairs(c_RK, i_RK, count)
+  pad = -len(n_P) % _PAIRS
+  n_Gp, c_Gp, r_Gp = (
+    jnp.pad(a, (0, pad)).reshape(-1, 1, _PAIRS) for a in (n_P, c_P, r_P)
   )
-  c_P = _round(c_RK, dtype).reshape(-1)[order_P]
-  r_P = order_P // i_RK.shape[1]
-  blocks = count // _LATENTS
-  first_G = jnp.searchsorted(
-    n_P, jnp.arange(blocks + 1, dtype=n_P.dtype) * _LATENTS
-  ).astype(jnp.int32)
-  pad = -pairs % _PAIRS
-  groups = [
-    jnp.pad(a, (0, pad)).reshape(-1, 1, _PAIRS) for a in (n_P, r_P, c_P)
-  ]
+  groups, blocks = len(n_Gp), pl.cdiv(count, _LATENTS)
+  block_T, group_T, first_T, last_T = _turns(n_P, used, blocks, groups)
 
-  def kernel(first_ref, n_hbm, r_hbm, c_hbm, v_hbm, out_ref, *scratch):
-    n_ref, r_ref, c_ref, rows, of_pairs, of_rows = scratch
-    block = pl.program_id(0)
-    low, high = first_ref[block], first_ref[block + 1]
-    out_ref[:] = jnp.zeros_like(out_ref)
+  def kernel(
+    block_ref, group_ref, first_ref, last_ref, n_ref, c_ref, r_ref, next_ref,
+    v_ref, out_ref, buffer, arrived,
+  ):  # fmt: skip
+    turn = pl.program_id(0)
 
-    def row_copy(p):
-      return pltpu.make_async_copy(
-        v_hbm.at[pl.ds(r_ref[0, 0, p], 1), :], rows.at[pl.ds(p, 1), :], of_rows
+    def start(turn, of_pairs):
+      _fetch(
+        v_ref, lambda p: of_pairs[0, 0, p], buffer.at[turn % 2],
+        arrived.at[turn % 2], first_ref[turn], last_ref[turn],
+      )  # fmt: skip
+
+    @pl.when(turn == 0)
+    def _():
+      buffer[:] = jnp.zeros_like(buffer)  # is multiplied by 0 before it is used
+      start(turn, r_ref)
+
+    @pl.when(turn + 1 < pl.num_programs(0))
+    def _():
+      start(turn + 1, next_ref)
+
+    block, first, last = block_ref[turn], first_ref[turn], last_ref[turn]
+    here = buffer.at[turn % 2]
+
+    @pl.when((turn == 0) | (block != block_ref[jnp.maximum(turn - 1, 0)]))
+    def _():
+      out_ref[:] = jnp.zeros_like(out_ref)
+
+    @pl.when(first < last)
+    def _():
+      _await(here, arrived.at[turn % 2], first, last)
+      n_Np, p_Np = (
+        jax.lax.broadcasted_iota(jnp.int32, (_LATENTS, _PAIRS), axis)
+        for axis in (0, 1)
       )
+      own_Np = (n_ref[0] == block * _LATENTS + n_Np) & (p_Np >= first)
+      c_Np = jnp.where(own_Np & (p_Np < last), c_ref[0], 0)
+      out_ref[:] += jnp.dot(
+        c_Np.astype(dtype), here[:].astype(dtype),
+        precision=_EXACT if dtype == 'float32' else None,
+        preferred_element_type=jnp.float32,
+      )  # fmt: skip
 
-    def group(g, _):
-      copies = [
-        pltpu.make_async_copy(a.at[pl.ds(g, 1)], b, of_pairs.at[s])
-        for s, (a, b) in enumerate(
-          [(n_hbm, n_ref), (r_hbm, r_ref), (c_hbm, c_ref)]
-        )
-      ]
-      for copy in copies:
-        copy.start()
-      for copy in copies:
-        copy.wait()
-      start = jnp.maximum(low - g * _PAIRS, 0)
-      stop = jnp.minimum(high - g * _PAIRS, _PAIRS)
-
-      def fetch(p, _):
-        row_copy(p).start()
-        return _
-
-      def arrive(p, _):
-        row_copy(p).wait()
-        return _
-
-      def add(p, _):
-        at = n_ref[0, 0, p] - block * _LATENTS
-        row_1D = _round(rows[pl.ds(p, 1), :], dtype)
-        out_ref[pl.ds(at, 1), :] += c_ref[0, 0, p] * row_1D
-        return _
-
-      for step in (fetch, arrive, add):
-        jax.lax.fori_loop(start, stop, step, 0)
-      return _
-
-    jax.lax.fori_loop(low // _PAIRS, pl.cdiv(high, _PAIRS), group, 0)
-
-  smem = lambda dtype: pltpu.SMEM((1, 1, _PAIRS), dtype)
+  pairs = lambda t, block, group, *_: (group[t], 0, 0)
+  after = lambda t, block, group, *_: (
+    group[jnp.minimum(t + 1, len(block_T) - 1)], 0, 0,
+  )  # fmt: skip
+  width = v_RD.shape[1]
   return pl.pallas_call(
     kernel,
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=1,
-      grid=(blocks,),
-      in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 4,
-      out_specs=pl.BlockSpec((_LATENTS, v_RD.shape[1]), lambda g, _: (g, 0)),
+      num_scalar_prefetch=4,
+      grid=(len(block_T),),
+      in_specs=[
+        pl.BlockSpec((1, 1, _PAIRS), pairs),
+        pl.BlockSpec((1, 1, _PAIRS), pairs),
+        pl.BlockSpec((1, 1, _PAIRS), pairs, memory_space=pltpu.SMEM),
+        pl.BlockSpec((1, 1, _PAIRS), after, memory_space=pltpu.SMEM),
+        pl.BlockSpec(memory_space=pl.ANY),
+      ],
+      out_specs=pl.BlockSpec(
+        (_LATENTS, width), lambda t, block, *_: (block[t], 0)
+      ),
       scratch_shapes=[
-        smem(jnp.int32),
-        smem(jnp.int32),
-        smem(jnp.float32),
-        pltpu.VMEM((_PAIRS, v_RD.shape[1]), v_RD.dtype),
-        pltpu.SemaphoreType.DMA((3,)),
-        pltpu.SemaphoreType.DMA,
+        pltpu.VMEM((2, _PAIRS, width), v_RD.dtype),
+        pltpu.SemaphoreType.DMA((2,)),
       ],
     ),
-    out_shape=jax.ShapeDtypeStruct((count, v_RD.shape[1]), jnp.float32),
+    out_shape=jax.ShapeDtypeStruct((count, width), jnp.float32),
+    compiler_params=_UNCHECKED,
     interpret=interpret,
-  )(first_G, *groups, v_RD)
+  )(
+    block_T, group_T, first_T, last_T, n_Gp, c_Gp, r_Gp, r_Gp, v_RD
+  )  # fmt: skip
 
 
-def encode_bits(
-  x_BD: jax.Array, W_FD: jax.Array, bound_F: jax.Array, dtype='float32',
-  interpret=False,
-) -> jax.Array:  # fmt: skip
-  """Whether x W^T > bound, a bit a latent: uint32 [B, F // 32].
+def _turns(n_P, used, blocks: int, groups: int):
+  """Which block takes which group of pairs, in which turn.
 
-  Bit j of word w is latent 32 w + j. B, F and D are whole blocks of 256, 4096
-  and 128. Bits are packed by a product with powers of two, 16 bits at a time,
-  which is exact in float32.
+  A block of latents takes the groups in which its pairs lie, one at least; at
+  most blocks + groups turns, of which those that are left do nothing.
+
+  Returns:
+    For each turn: block, group, and the first and the end of its pairs within
+    the group.
   """
-  (rows, width), latents = x_BD.shape, len(W_FD)
-  block_rows, block_latents = _ENCODE
-  depth = next(n for n in (256, 128) if width % n == 0)
-  if rows % block_rows or latents % block_latents:
-    raise ValueError(
-      f'encode_bits takes rows by {block_rows} and latents by {block_latents}; '
-      f'found {rows} and {latents}.'
-    )
-  words = block_latents // 32
-  j_F = jnp.arange(block_latents)
-  power = lambda low: jnp.where(
-    (j_F[:, None] // 32 == jnp.arange(words))
-    & (j_F[:, None] % 32 // 16 == (0 if low else 1)),
-    2.0 ** (j_F[:, None] % 16),
-    0,
-  ).astype(jnp.bfloat16)
-
-  def kernel(x_ref, W_ref, bound_ref, low_ref, high_ref, out_ref, z_ref):
-    at = pl.program_id(2)
-
-    @pl.when(at == 0)
-    def _():
-      z_ref[:] = jnp.zeros_like(z_ref)
-
-    z_ref[:] += jax.lax.dot_general(
-      x_ref[:].astype(dtype), W_ref[:].astype(dtype), (((1,), (1,)), ((), ())),
-      precision=_EXACT if dtype == 'float32' else None,
-      preferred_element_type=jnp.float32,
-    )  # fmt: skip
-
-    @pl.when(at == pl.num_programs(2) - 1)
-    def _():
-      bits = jnp.where(z_ref[:] > bound_ref[:], 1.0, 0.0).astype(jnp.bfloat16)
-      low, high = (
-        jnp.dot(bits, p[:], preferred_element_type=jnp.float32).astype(
-          jnp.int32
-        )
-        for p in (low_ref, high_ref)
-      )
-      out_ref[:] = low | (high << 16)
-
-  whole = lambda shape: pl.BlockSpec(shape, lambda b, f, d: (0, 0))
-  packed = pl.pallas_call(
-    kernel,
-    grid=(rows // block_rows, latents // block_latents, width // depth),
-    in_specs=[
-      pl.BlockSpec((block_rows, depth), lambda b, f, d: (b, d)),
-      pl.BlockSpec((block_latents, depth), lambda b, f, d: (f, d)),
-      pl.BlockSpec((1, block_latents), lambda b, f, d: (0, f)),
-      whole((block_latents, words)),
-      whole((block_latents, words)),
-    ],
-    out_specs=pl.BlockSpec((block_rows, words), lambda b, f, d: (b, f)),
-    out_shape=jax.ShapeDtypeStruct((rows, latents // 32), jnp.int32),
-    scratch_shapes=[pltpu.VMEM((block_rows, block_latents), jnp.float32)],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'parallel', 'arbitrary'),
-      vmem_limit_bytes=48 << 20,
-    ),
-    interpret=interpret,
-  )(x_BD, W_FD, bound_F[None], power(True), power(False))
-  return jax.lax.bitcast_convert_type(packed, jnp.uint32)
+  bound = _LATENTS * jnp.arange(blocks + 1, dtype=n_P.dtype)
+  end = jnp.minimum(jnp.searchsorted(n_P, bound), used).astype(jnp.int32)
+  begin_N, end_N = end[:-1], end[1:]
+  first_N = jnp.minimum(begin_N // _PAIRS, groups - 1)
+  count_N = jnp.maximum(pl.cdiv(end_N, _PAIRS) - first_N, 1)
+  passed_N = jnp.cumsum(count_N)
+  turn_T = jnp.arange(blocks + groups, dtype=jnp.int32)
+  block_T = jnp.minimum(
+    jnp.searchsorted(passed_N, turn_T, side='right'), blocks - 1
+  ).astype(jnp.int32)
+  nth_T = turn_T - (passed_N - count_N)[block_T]
+  idle_T = nth_T >= count_N[block_T]
+  group_T = jnp.minimum(first_N[block_T] + nth_T, groups - 1)
+  low_T = jnp.clip(begin_N[block_T] - group_T * _PAIRS, 0, _PAIRS)
+  high_T = jnp.clip(end_N[block_T] - group_T * _PAIRS, 0, _PAIRS)
+  return block_T, group_T, low_T, jnp.where(idle_T, low_T, high_T)

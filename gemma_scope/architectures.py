@@ -1,8 +1,8 @@
 """The architectures: how pre-activations become latents, and are trained to.
 
 Each is an `Autoencoder` with its own `activate`, and knows where a gradient can
-be (`may_act`) and which released parameters act the same: all but TopK are
-released as a JumpReLU.
+be (`bound` or `may_act`) and which released parameters act the same: all but
+TopK are released as a JumpReLU.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class JumpReLU(sae.Autoencoder):
     active = functions.step(z, theta, self.bandwidth, self.to_input)
     return sae.Latents(z, f, active, f, theta, _ZERO)
 
-  def may_act(self, projected, k, blocks):
-    return projected + self.b_enc > self.threshold() - self.bandwidth / 2
+  def bound(self):
+    return self.b_enc, self.threshold() - self.bandwidth / 2
 
   def released(self, params, theta, k):
     found = super().released(params, theta, k)
@@ -80,8 +80,8 @@ class ReLU(sae.Autoencoder):
     f = jax.nn.relu(z)
     return sae.Latents(z, f, _fires(f), f, _ZERO, _ZERO)
 
-  def may_act(self, projected, k, blocks):
-    return projected + self.b_enc > 0
+  def bound(self):
+    return self.b_enc, _ZERO
 
 
 class TopK(sae.Autoencoder):
@@ -148,8 +148,8 @@ class Gated(sae.Autoencoder):
     f = jnp.where(gate > 0, jax.nn.relu(z), 0)
     return sae.Latents(z, f, _fires(f), jax.nn.relu(gate), _ZERO, _ZERO)
 
-  def may_act(self, projected, k, blocks):
-    return projected + self.b_gate > 0
+  def bound(self):
+    return self.b_gate, _ZERO
 
   def released(self, params, theta, k):
     found = super().released(params, theta, k)

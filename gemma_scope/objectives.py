@@ -224,33 +224,39 @@ def value_and_grad(
     )  # fmt: skip
 
   gradient = jax.value_and_grad(of, argnums=(0, 1), has_aux=True)
-  # The encoder's product serves both ways.
-  projected_BF, transpose = jax.vjp(
-    lambda params: module.apply({'params': params}, x_BD, method='project'),
-    params,
-  )
   bound = module.bind({'params': params})
-  candidates = sparse.Candidates(
-    bound.may_act(projected_BF, value, 4 * active_limit),
-    active_limit,
-    mesh,
-    module.matmul_dtype,
-  )
+  found = bound.encode_candidates(x_BD, active_limit, mesh)
+  if found is None:
+    # The encoder's product serves both ways.
+    projected_BF, transpose = jax.vjp(
+      lambda params: module.apply({'params': params}, x_BD, method='project'),
+      params,
+    )
+    candidates = sparse.Candidates.of_mask(
+      bound.may_act(projected_BF, value, 4 * active_limit),
+      active_limit,
+      mesh,
+      module.matmul_dtype,
+    )
+  else:
+    candidates, kept_BK = found
   fits = candidates.most <= candidates.count
   if objective.auxk:
     fits &= ~jnp.any(dead_F)
 
   def sparse_way(params):
-    projected_BK = candidates.values(projected_BF)
-    found, (own, outer_BK) = gradient(params, projected_BK, candidates)
+    projected_BK = candidates.values(projected_BF) if found is None else kept_BK
+    result, (own, outer_BK) = gradient(params, projected_BK, candidates)
     bound = module.bind({'params': params})
     encoder = bound.encoder_gradient(outer_BK, x_BD, candidates)
-    return found, {**own, **{n: own[n] + g for n, g in encoder.items()}}
+    return result, {**own, **{n: own[n] + g for n, g in encoder.items()}}
 
   def dense_way(params):
-    found, (own, outer_BF) = gradient(params, projected_BF, None)
+    if found is not None:
+      return jax.value_and_grad(whole, has_aux=True)(params)
+    result, (own, outer_BF) = gradient(params, projected_BF, None)
     (encoder,) = transpose(outer_BF)
-    return found, jax.tree.map(jnp.add, own, encoder)
+    return result, jax.tree.map(jnp.add, own, encoder)
 
   return jax.lax.cond(agree(fits), sparse_way, dense_way, params)
 

@@ -32,6 +32,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gemma_scope import activation_functions as functions
 from gemma_scope import sparse
@@ -275,6 +276,13 @@ class Autoencoder(nn.Module):
     """Latents of x W_enc^T, all of them or the candidates alone."""
     raise NotImplementedError
 
+  def bound(self) -> tuple[jax.Array, jax.Array] | None:
+    """A bias, and above what x W_enc^T + bias a gradient can be.
+
+    Latents' own values; None where they depend on the batch.
+    """
+    return None
+
   def may_act(
     self, projected: jax.Array, k: jax.Array, blocks: int
   ) -> jax.Array:
@@ -285,7 +293,22 @@ class Autoencoder(nn.Module):
       k: how many TopK and BatchTopK keep.
       blocks: `activation_functions.at_most_kth`'s.
     """
-    raise NotImplementedError
+    bias, least = self.bound()
+    return projected + bias > least
+
+  def encode_candidates(
+    self, x: jax.Array, count: int, mesh: Mesh | None
+  ) -> tuple[sparse.Candidates, jax.Array] | None:
+    """Those that `bound` lets be, and x W_enc^T of them; None: no kernel."""
+    kernel = sparse.encoder(mesh, self.d_in, self.matmul_dtype)
+    bound = self.bound()
+    if kernel is None or bound is None:
+      return None
+    x = x - self.b_dec if self.pre_encoder_bias else x
+    with jax.named_scope('encoder'):
+      return sparse.Candidates.of_encoder(
+        kernel, x, self.W_enc, *bound, count, mesh, self.matmul_dtype
+      )
 
   def __call__(self, x: jax.Array, k: jax.Array | float = 1.0) -> jax.Array:
     """Reconstruction [B, D_out] of x [B, D]."""

@@ -15,7 +15,9 @@ Where latents are sharded, each shard selects K of its own, counted within it:
 what crosses shards is sums of [B, D] and [B, K], never pre-activations.
 
 The three sums are in `kernels`: plain functions, and Pallas kernels of the same
-names that take their place on a TPU or a GPU where the shapes fit.
+names that take their place on a TPU or a GPU where the shapes fit. There the
+candidates of thresholds that are known beforehand are found by a kernel, too,
+which does not write z (`Candidates.of_encoder`).
 """
 
 from __future__ import annotations
@@ -28,12 +30,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma_scope.kernels import plain
+from gemma_scope.kernels import choice, plain
 
 _WORD = 32
-# Stands for z where a row has fewer than K candidates: below any threshold,
-# and finite, so that its zero gradients stay zero.
-ABSENT = -1e30
 
 
 def select(mask_BF: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -171,7 +170,7 @@ def _decoder_to(m: int, W_LLFD: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _write(shards, f_BLK, i_BLK, W_LLFD):
   """f W_dec, [B, L, D]."""
-  add = plain.on(shards.device, plain.gather_add)
+  add = choice.on(shards.device, plain.gather_add)
 
   def local(f_BLK, i_BLK, W_LLFD):
     at_BLK = shards.flat(i_BLK)
@@ -191,7 +190,7 @@ def _write_forward(shards, f_BLK, i_BLK, W_LLFD):
 
 def _write_backward(shards, saved, g_BLD):
   dot, add = (
-    plain.on(shards.device, function)
+    choice.on(shards.device, function)
     for function in (plain.gather_dot, plain.scatter_add)
   )
 
@@ -219,6 +218,21 @@ def _write_backward(shards, saved, g_BLD):
 _write.defvjp(_write_forward, _write_backward)
 
 
+def encoder(mesh: Mesh | None, width: int, dtype: str):
+  """The devices' kernel that encodes and keeps candidates; None: there is none.
+
+  Args:
+    mesh: the devices, None for one.
+    width: of the encoder's input.
+    dtype: of the matmuls' factors.
+  """
+  return choice.encoder(_device(mesh), width, dtype)
+
+
+def _device(mesh):
+  return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
 class Candidates:
   """The latents of a batch that can have a gradient, at most K a row.
 
@@ -226,37 +240,89 @@ class Candidates:
   candidates' [B, K] or [B, L, K]: K of each layer in each shard of latents.
 
   Args:
-    mask: bool [B, F] or [B, L, F].
+    shape: of latents, [F] or [L, F].
     count: K.
     mesh: the devices, None for one; rows lie on 'data', latents on 'latent'.
     dtype: of the matmuls' factors.
+    find: a function of a shard's part of `inputs` and K that gives candidates
+      [B, L, K], how many there are [B, L], and further values of candidates.
+    inputs: specs and arrays.
   """
 
-  def __init__(
-    self, mask: jax.Array, count: int, mesh: Mesh | None, dtype: str
-  ):
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  def __init__(self, shape, count, mesh, dtype, find, specs, *inputs):
+    device = _device(mesh)
     if mesh is not None and mesh.size == 1:
       mesh = None
-    self.shape = mask.shape[1:]
+    self.shape = shape
     self._shards = _Shards(
-      math.prod(self.shape[:-1]), mask.shape[-1], mesh, dtype, device
+      math.prod(shape[:-1]), shape[-1], mesh, dtype, device
     )
     self.count = min(count, self._shards.local)
 
-    def local(mask_BLF):
-      i, found = select(mask_BLF.reshape(-1, mask_BLF.shape[-1]), self.count)
-      return (a.reshape(*mask_BLF.shape[:-1], -1) for a in (i, found))
+    def local(*inputs):
+      i_BLK, found_BL, *more = find(*inputs, self.count)
+      return i_BLK, found_BL[..., None], *more
 
-    mask_BLF = mask.reshape(len(mask), self._shards.layers, -1)
-    self._i, found = self._shards.run(
-      lambda mask_BLF: tuple(local(mask_BLF)),
-      (_CANDIDATES,), (_CANDIDATES,) * 2, mask_BLF,
-    )  # fmt: skip
+    results = jax.eval_shape(lambda *a: find(*a, self.count), *inputs)
+    self._i, found, *self._more = self._shards.run(
+      local, specs, (_CANDIDATES,) * len(results), *inputs
+    )
     # The most of any row, layer and shard; some are missing if it is above K.
     self.most = jnp.max(found)
     slots = jnp.arange(self._i.shape[-1]) % self.count
     self._there = slots < jnp.repeat(found, self.count, -1)
+
+  @classmethod
+  def of_mask(
+    cls, mask: jax.Array, count: int, mesh: Mesh | None, dtype: str
+  ) -> Candidates:
+    """Those of a mask, bool [B, F] or [B, L, F]."""
+
+    def find(mask_BLF, count):
+      latents = mask_BLF.shape[-1]
+      i, found = select(mask_BLF.reshape(-1, latents), count)
+      lead = mask_BLF.shape[:-1]
+      return i.reshape(*lead, -1), found.reshape(lead)
+
+    shape = mask.shape[1:]
+    mask_BLF = mask.reshape(len(mask), math.prod(shape[:-1]), -1)
+    return cls(shape, count, mesh, dtype, find, (_CANDIDATES,), mask_BLF)
+
+  @classmethod
+  def of_encoder(
+    cls, kernel, x: jax.Array, W_enc: jax.Array, bias: jax.Array,
+    least: jax.Array, count: int, mesh: Mesh | None, dtype: str,
+  ) -> tuple[Candidates, jax.Array]:  # fmt: skip
+    """Those with x W_enc^T + bias > least, and x W_enc^T there.
+
+    Args:
+      kernel: `encoder`'s.
+      x: rows [B, D] or [B, L, D].
+      W_enc: [F, D] or [L, F, D].
+      bias, least: latents' own values.
+      count, mesh, dtype: see above.
+    """
+
+    def find(x_BLD, W_LFD, bias_LF, least_LF, count):
+      found = [
+        kernel(x_BLD[:, l], W_LFD[l], bias_LF[l], least_LF[l], count)
+        for l in range(len(W_LFD))
+      ]
+      i_BLK, z_BLK, found_BL = (
+        jnp.stack(a, 1) for a in zip(*found, strict=True)
+      )
+      return i_BLK, found_BL, z_BLK
+
+    shape = W_enc.shape[:-1]
+    layered = lambda v: v if len(shape) == 2 else v[None]
+    own = (layered(jnp.broadcast_to(v, shape)) for v in (bias, least))
+    x_BLD = x if len(shape) == 2 else x[:, None]
+    found = cls(
+      shape, count, mesh, dtype, find, (_ROWS, _ENCODER, _OWN, _OWN),
+      x_BLD, layered(W_enc), *own,
+    )  # fmt: skip
+    (z_BLK,) = found._more
+    return found, found._out(z_BLK)
 
   def _in(self, a: jax.Array) -> jax.Array:
     """Candidates' or rows' values with the axis L."""
@@ -266,7 +332,7 @@ class Candidates:
     return a if len(self.shape) == 2 else a[:, 0]
 
   def values(self, z: jax.Array) -> jax.Array:
-    """Rows' values [B, F] at the candidates, `ABSENT` in empty slots."""
+    """Rows' values [B, F] at the candidates, `plain.ABSENT` in empty slots."""
 
     def local(z_BLF, i_BLK):
       return jnp.take_along_axis(z_BLF, i_BLK, -1)
@@ -274,7 +340,7 @@ class Candidates:
     z_BLK = self._shards.run(
       local, (_CANDIDATES,) * 2, _CANDIDATES, self._in(z), self._i
     )
-    return self._out(jnp.where(self._there, z_BLK, ABSENT))
+    return self._out(jnp.where(self._there, z_BLK, plain.ABSENT))
 
   def at(self, v: jax.Array) -> jax.Array:
     """Latents' own values at the candidates."""
@@ -301,7 +367,7 @@ class Candidates:
   def encoder_gradient(self, g: jax.Array, x: jax.Array) -> jax.Array:
     """Gradient of W_enc [F, D] or [L, F, D] from that of x W_enc^T."""
 
-    add = plain.on(self._shards.device, plain.scatter_add)
+    add = choice.on(self._shards.device, plain.scatter_add)
 
     def local(g_BLK, i_BLK, x_BLD):
       dW_LFD = [

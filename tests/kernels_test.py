@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import subprocess
 import sys
 
@@ -17,8 +18,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from gemma_scope import topologies
-from gemma_scope.kernels import gpu, plain, tpu
+from gemma_scope import architectures, objectives, sparse, topologies
+from gemma_scope import mesh as mesh_lib
+from gemma_scope.kernels import choice, gpu, plain, tpu, tpu_encode
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 INTERPRET = {'tpu': pltpu.InterpretParams(), 'gpu': True}
@@ -69,22 +71,98 @@ def test_sizes_that_are_no_tiles(platform, size):
   held_to_definitions(platform, 'some', size, 'bfloat16')
 
 
-def test_pre_activations_become_a_bit_each():
-  x = jax.random.normal(KEYS[0], (256, 128))
-  W = jax.random.normal(KEYS[1], (4096, 128))
-  bound = 10 + jax.random.normal(KEYS[2], (4096,))
-  bits = tpu.encode_bits(x, W, bound, interpret=INTERPRET['tpu'])
-  assert bits.shape == (256, 128) and bits.dtype == jnp.uint32
-  z, at = np.asarray(x @ W.T), np.arange(4096)
-  found = np.asarray(bits)[:, at // 32] >> (at % 32).astype(np.uint32) & 1
-  sure = np.abs(z - np.asarray(bound)) > 1e-3  # of the order of its sums
-  np.testing.assert_array_equal((found == 1)[sure], (z > bound)[sure])
-  assert 0.05 < found.mean() < 0.4 and sure.mean() > 0.99
+def factors(rows, latents, width):
+  """x [B, D] and W [F, D] that bfloat16 holds, and a bias and a least [F]."""
+  of = lambda key, *shape: jax.random.normal(key, shape)
+  x, W = of(KEYS[0], rows, width) * width**-0.5, of(KEYS[1], latents, width)
+  x, W = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, W))
+  return x, W, 0.1 * of(KEYS[2], latents), 1 + 0.1 * of(KEYS[3], latents)
+
+
+def held_to_mask(x, W, bias, least, count, most_of_all):
+  """Same latents, in order, same counts, z to rounding; the counts' range."""
+  z = x @ W.T
+  i, found = sparse.select(z + bias > least, count)
+  z = jnp.take_along_axis(z, i, 1)
+  z = jnp.where(jnp.arange(count) < found[:, None], z, plain.ABSENT)
+  kept = tpu_encode.encode(x, W, bias, least, count, interpret=True)
+  np.testing.assert_array_equal(kept[0], i)
+  np.testing.assert_array_equal(kept[2], found)
+  np.testing.assert_allclose(kept[1], z, rtol=1e-4, atol=1e-5)
+  assert int(jnp.max(found)) in most_of_all
+  return found
+
+
+def test_an_encoder_keeps_candidates_alone():
+  """Rows and latents that fill no block, more candidates than a row holds."""
+  x, W, bias, least = factors(70, 1100, 128)
+  held_to_mask(x, W, bias, least + 1, 96, range(1, 97))
+  found = held_to_mask(x, W, bias, least, 160, range(161, 1000))
+  assert int(jnp.min(found)) < 160  # and some rows hold all of theirs
+
+
+@pytest.mark.parametrize('least, count', [(99.0, 0), (-99.0, 512), (2.0, 0)])
+def test_an_encoder_finds_none_or_all(least, count):
+  x, W, bias, _ = factors(8, 512, 128)
+  if least == 2:  # what is equal to the bound is no candidate
+    W = jnp.zeros_like(W).at[:, 0].set(1)
+    x, bias = jnp.full_like(x, 2), jnp.zeros_like(bias)
+  least = jnp.full(512, least)
+  found = held_to_mask(x, W, bias, least, 16, (count,))
+  assert int(jnp.min(found)) == count
+
+
+@pytest.mark.parametrize(
+  'arch, shape',
+  [('jumprelu', (1, 1, 1)), ('jumprelu', (2, 2, 2)), ('gated', (1, 1, 4))],
+)
+def test_a_step_whose_encoder_is_a_kernel(monkeypatch, arch, shape):
+  """Gives what it gives without, in the sparse way and in the dense one."""
+  mesh = mesh_lib.make(
+    dict(zip(mesh_lib.AXES, shape, strict=True)),
+    jax.devices()[: int(np.prod(shape))],
+  )
+  module = architectures.ARCHITECTURES[arch](
+    d_in=128, d_out=128, width=256, matmul_dtype='bfloat16'
+  )
+  objective = objectives.Objective('target_l0' if arch == 'jumprelu' else 'l1')
+  keys = jax.random.split(KEYS[0], 2)
+  x = jax.random.normal(keys[0], (32, 128)) * 128**-0.5
+  params = module.init(keys[1], x)['params']
+  if arch == 'jumprelu':
+    params['log_threshold'] += jnp.log(100.0)
+  else:
+    params['b_gate'] -= 0.1
+  data = dict(
+    x_BD=x, y_BD=x, value=jnp.float32(20), coefficient=jnp.float32(1),
+    warm_up=jnp.float32(1), dead_F=jnp.zeros(256, bool),
+  )  # fmt: skip
+
+  def step(limit):
+    found = jax.jit(
+      lambda params: objectives.value_and_grad(
+        module, objective, params, **data, active_limit=limit, mesh=mesh
+      )
+    )(params)
+    return found[0][1].sparse, found
+
+  without = [step(limit) for limit in (64, 2)]
+  kernel = lambda x, W, bias, least, count: tpu_encode.encode(
+    x, W, bias, least, count, interpret=True
+  )
+  monkeypatch.setattr(choice, 'encoder', lambda *_: kernel)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  for limit, taken, (sparse_before, before) in zip(
+    (64, 2), (1, 0), without, strict=True
+  ):
+    sparse_now, now = step(limit)
+    assert sparse_now == sparse_before == taken
+    jax.tree.map(close, now, before)
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-  """What `plain.on` asks of a device."""
+  """What `choice.on` asks of a device."""
 
   platform: str
   device_kind: str
@@ -109,7 +187,7 @@ def test_a_device_takes_its_kernels_where_the_shapes_fit(monkeypatch):
       (plain.gather_dot, (v[:, : W.shape[1]], i, W, 'float32')),
       (plain.scatter_add, (c, i, v[:, : W.shape[1]], len(W), 'float32')),
     ):
-      found = plain.on(device, function)(*arguments)
+      found = choice.on(device, function)(*arguments)
       np.testing.assert_allclose(found, function(*arguments))
     return {name.split('.')[0] for name in called}, len(called)
 
@@ -126,7 +204,7 @@ def test_members_take_a_kernel_in_turn(monkeypatch):
   interpreted = lambda *a: gpu_gather_add(*a, True)
   gpu_gather_add = gpu.gather_add
   monkeypatch.setattr(gpu, 'gather_add', interpreted)
-  add = plain.on(Device('gpu', 'H100'), plain.gather_add)
+  add = choice.on(Device('gpu', 'H100'), plain.gather_add)
   both = lambda a: jnp.stack([a, a[::-1]])
   found = jax.vmap(lambda c, i: add(c, i, W, 'float32'))(both(c), both(i))
   alone = plain.gather_add(c, i, W)
@@ -156,7 +234,7 @@ def test_gpu_kernels_are_lowered_to_triton():
 _COMPILE = """
 import jax, jax.numpy as jnp
 from gemma_scope import topologies
-from gemma_scope.kernels import tpu
+from gemma_scope.kernels import tpu, tpu_encode
 pod = topologies.pod('v5e:2x2')
 mesh = jax.sharding.Mesh(pod.devices[:1], ('x',))
 place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -169,7 +247,7 @@ with topologies.targeted(mesh):
     (tpu.gather_add, (c, i, W)),
     (tpu.gather_dot, (v, i, W)),
     (lambda c, i, v: tpu.scatter_add(c, i, v, N), (c, i, v)),
-    (tpu.encode_bits, (v, W, b)),
+    (lambda *a: tpu_encode.encode(*a, K), (v, W, b, b)),
   ):
     jitted = jax.jit(function, out_shardings=place)
     memory = jitted.lower(*arguments).compile().memory_analysis()
@@ -186,5 +264,5 @@ def test_tpu_kernels_compile_at_true_size():
   )
   assert done.returncode == 0, done.stderr[-2000:]
   temporaries = [int(line) for line in done.stdout.split()]
-  # Pre-activations would be 2 GiB.
-  assert len(temporaries) == 4 and max(temporaries) < 2**28
+  # W in bfloat16 is 0.56 GiB, pre-activations would be 2.
+  assert len(temporaries) == 4 and max(temporaries) < 2**30

@@ -100,7 +100,7 @@ def test_a_batch_on_a_mesh(shape, layers):
 
   @jax.jit
   def sparsely(z, v, W_dec):
-    found = sparse.Candidates(z > 1.0, 32, mesh, 'float32')
+    found = sparse.Candidates.of_mask(z > 1.0, 32, mesh, 'float32')
     own = found.values(z)
 
     def latents_of(z_BK, v_F):

@@ -1,11 +1,11 @@
-"""The sums that a sparse step is made of, on one device, and their kernels.
+"""The sums that a sparse step is made of, on one device.
 
   gather_add(c, i, W)      y[r] = sum_k c[r, k] W[i[r, k]]
   gather_dot(v, i, W)      f[r, k] = W[i[r, k]] . v[r]
   scatter_add(c, i, v, N)  dW[n] = sum over (r, k) with i[r, k] = n of c v[r]
 
 c, i are [R, K], W [N, D], v [R, D]. These functions define the sums, and are
-what a CPU runs; `on` gives a platform's Pallas kernel of the same name.
+what a CPU runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import jax.numpy as jnp
 
 _UNROLL = 16  # gathered rows summed in one fused loop
 _PAIRS = 8  # sorted (row, latent) pairs, unrolled
+# Stands for z where a row has fewer than K candidates: below any threshold,
+# and finite, so that its zero gradients stay zero.
+ABSENT = -1e30
 
 
 def gather_add(
@@ -113,24 +116,3 @@ def sorted_pairs(c_RK: jax.Array, i_RK: jax.Array, count: int):
 def _round(x, dtype):
   """The factors of a matmul in `dtype`, in float32."""
   return x.astype(dtype).astype(jnp.float32)
-
-
-def on(device: jax.Device, function):
-  """One of the sums above, or the device's kernel where the shapes fit it.
-
-  A kernel is never batched: under `vmap` members take it in turn.
-  """
-  if device.platform not in ('tpu', 'gpu'):
-    return function
-  from gemma_scope.kernels import gpu, tpu  # Pallas: seconds to import
-
-  kernels = {'tpu': tpu, 'gpu': gpu}[device.platform]
-  kernel = getattr(kernels, function.__name__)
-
-  def run(a, i_RK, b, *more):
-    if not kernels.fits(device.device_kind, b.shape[1]):
-      return function(a, i_RK, b, *more)
-    of_arrays = lambda a, i_RK, b: kernel(a, i_RK, b, *more)
-    return jax.custom_batching.sequential_vmap(of_arrays)(a, i_RK, b)
-
-  return run

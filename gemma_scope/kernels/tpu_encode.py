@@ -20,40 +20,47 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from gemma_scope.kernels import plain
+
 _ROWS, _LATENTS = 512, 512  # of a block
 _STRIP = 32  # rows that look for candidates together
-_VMEM = 20 << 20  # bytes for two blocks each of x and W
+_VMEM = 13 << 20  # bytes of the 16 MB that a kernel has everywhere
 
 
-def _blocks(rows: int, width: int, size: int) -> tuple[int, int]:
-  """Rows and latents of a block, factors of `size` bytes."""
-  of_rows, of_latents = _ROWS, _LATENTS
-  while 2 * (of_rows + of_latents) * width * size > _VMEM and of_rows > _STRIP:
-    if of_latents > 128:
-      of_latents //= 2
+def _blocks(width: int, count: int) -> tuple[int, int]:
+  """Rows and latents of a block: as many as VMEM holds."""
+
+  def bytes_of(rows, latents):
+    factors = 2 * 2 * (rows + latents) * width  # two blocks each, bfloat16
+    return factors + 4 * rows * latents + 2 * 2 * 4 * rows * count
+
+  rows, latents = _ROWS, _LATENTS
+  while bytes_of(rows, latents) > _VMEM and rows > _STRIP:
+    if latents > 128:
+      latents //= 2
     else:
-      of_rows //= 2
-  return of_rows, of_latents
+      rows //= 2
+  return rows, latents
 
 
 def encode(
   x_BD: jax.Array, W_FD: jax.Array, bias_F: jax.Array, least_F: jax.Array,
-  count: int, absent: float, dtype='float32', interpret=False,
+  count: int, interpret=False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
   """The first `count` latents of each row with x W^T + bias > least.
 
   Args:
-    x_BD, W_FD: factors, rounded to `dtype`; summed in float32.
+    x_BD, W_FD: factors, rounded to bfloat16, as XLA rounds those of a matmul
+      at its default precision; summed in float32.
     bias_F, least_F: see above.
     count: K.
-    absent: z of empty slots.
 
   Returns:
-    i int32 [B, K], 0 in empty slots, x W^T there, and how many there are, [B].
+    i int32 [B, K], x W^T there, and how many there are, [B]; 0 and
+    `plain.ABSENT` in empty slots.
   """
   (rows, width), latents = x_BD.shape, len(W_FD)
-  size = jnp.dtype(dtype).itemsize
-  of_rows, of_latents = _blocks(rows, width, size)
+  of_rows, of_latents = _blocks(width, count)
   strips = of_rows // _STRIP
 
   def kernel(x_ref, W_ref, bias_ref, least_ref, i_ref, z_ref, found_ref, all_z):
@@ -62,7 +69,7 @@ def encode(
     @pl.when(pl.program_id(1) == 0)
     def _():
       i_ref[:] = jnp.zeros_like(i_ref)
-      z_ref[:] = jnp.full_like(z_ref, absent)
+      z_ref[:] = jnp.full_like(z_ref, plain.ABSENT)
       found_ref[:] = jnp.zeros_like(found_ref)
 
     lane_bf = jax.lax.broadcasted_iota(jnp.int32, all_z.shape, 1)
@@ -71,13 +78,13 @@ def encode(
       preferred_element_type=jnp.float32,
     )  # fmt: skip
     may = (z_bf + bias_ref[:] > least_ref[:]) & (lane_bf < latents - first)
-    all_z[:] = jnp.where(may, z_bf, absent)
+    all_z[:] = jnp.where(may, z_bf, plain.ABSENT)
 
     def strip(s, carry):
       at = pl.ds(pl.multiple_of(s * _STRIP, _STRIP), _STRIP)
       lane_sf = jax.lax.broadcasted_iota(jnp.int32, (_STRIP, of_latents), 1)
       slot_sK = jax.lax.broadcasted_iota(jnp.int32, (_STRIP, count), 1)
-      may_sf = (all_z[at] > absent).astype(jnp.int32)
+      may_sf = (all_z[at] > plain.ABSENT).astype(jnp.int32)
       more_s1 = jnp.sum(may_sf, 1, keepdims=True)
       found_s1 = found_ref[at]
       turns = jnp.max(jnp.minimum(more_s1, count - found_s1))
@@ -85,7 +92,7 @@ def encode(
       def keep(_, carry):
         last_s1, slot_s1 = carry
         z_sf = all_z[at]
-        left = (z_sf > absent) & (lane_sf > last_s1)
+        left = (z_sf > plain.ABSENT) & (lane_sf > last_s1)
         next_s1 = jnp.min(
           jnp.where(left, lane_sf, of_latents), 1, keepdims=True
         )
@@ -123,9 +130,13 @@ def encode(
     ],
     scratch_shapes=[pltpu.VMEM((of_rows, of_latents), jnp.float32)],
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'arbitrary'),
-      vmem_limit_bytes=32 << 20,
+      dimension_semantics=('parallel', 'arbitrary')
     ),
     interpret=interpret,
-  )(x_BD.astype(dtype), W_FD.astype(dtype), bias_F[None], least_F[None])
+  )(
+    x_BD.astype(jnp.bfloat16),
+    W_FD.astype(jnp.bfloat16),
+    bias_F[None],
+    least_F[None],
+  )
   return i_BK, z_BK, found_B1[:, 0]

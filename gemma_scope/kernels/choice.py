@@ -1,11 +1,13 @@
 """Which functions a device runs: a kernel where it has one, else the plain one.
 
-A TPU has those of `tpu` and `tpu_encode` from v4 on, a GPU those of `gpu`, both
-where d is whole tiles; all else is plain. The choice is made when a program is
-traced, by the devices of its mesh.
+A TPU has those of `tpu` and `tpu_encode` from v4 on, a GPU those of `gpu` and
+`gpu_encode`, both where d is whole tiles; all else is plain. The choice is made
+when a program is traced, by the devices of its mesh.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 
@@ -32,23 +34,27 @@ def on(device: jax.Device, function):
 
 
 def encoder(device: jax.Device, width: int, dtype: str):
-  """The device's fused encoder, `tpu_encode.encode`; None: there is none.
+  """The device's fused encoder, as `tpu_encode.encode`; None: there is none.
 
   It multiplies as XLA does at its default precision. Where another is asked
   for, its candidates would not be those of the dense step.
   """
   exact = jax.config.jax_default_matmul_precision not in (None, 'default')
-  if device.platform != 'tpu' or (dtype == 'float32' and exact):
+  if device.platform not in ('tpu', 'gpu') or (dtype == 'float32' and exact):
     return None
-  from gemma_scope.kernels import tpu, tpu_encode
+  from gemma_scope.kernels import gpu, gpu_encode, tpu, tpu_encode
 
-  if not tpu.fits(device.device_kind, width):
+  kernels, encode = {
+    'tpu': (tpu, tpu_encode.encode),
+    'gpu': (gpu, functools.partial(gpu_encode.encode, dtype=dtype)),
+  }[device.platform]
+  if not kernels.fits(device.device_kind, width):
     return None
 
-  def encode(x_BD, W_FD, bias_F, least_F, count):
-    kernel = lambda *arrays: tpu_encode.encode(*arrays, count)
-    return jax.custom_batching.sequential_vmap(kernel)(
+  def run(x_BD, W_FD, bias_F, least_F, count):
+    of_arrays = lambda *arrays: encode(*arrays, count)
+    return jax.custom_batching.sequential_vmap(of_arrays)(
       x_BD, W_FD, bias_F, least_F
     )
 
-  return encode
+  return run

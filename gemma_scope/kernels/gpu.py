@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from gemma_scope.kernels import plain
+
 _MOST = 1024  # columns of a block
 
 
@@ -52,10 +54,10 @@ def gather_add(
   interpret=False,
 ) -> jax.Array:  # fmt: skip
   """`plain.gather_add`, [R, D]."""
-  (rows, slots), width = i_RK.shape, W_ND.shape[1]
+  rows, width = len(i_RK), W_ND.shape[1]
   block = _block(width)
 
-  def kernel(c_ref, i_ref, W_ref, y_ref):
+  def kernel(used_ref, c_ref, i_ref, W_ref, y_ref):
     r, columns = pl.program_id(0), pl.ds(pl.program_id(1) * block, block)
 
     def add(k, sum_d):
@@ -63,12 +65,13 @@ def gather_add(
       return sum_d + _round(c_ref[r, k], dtype) * _round(row_d, dtype)
 
     zero_d = jnp.zeros(block, jnp.float32)
-    y_ref[r, columns] = jax.lax.fori_loop(0, slots, add, zero_d)
+    y_ref[r, columns] = jax.lax.fori_loop(0, used_ref[r], add, zero_d)
 
   shape = rows, width
   return _call(
-    kernel, (rows, width // block), shape, interpret, c_RK, i_RK, W_ND
-  )
+    kernel, (rows, width // block), shape, interpret,
+    plain.last(c_RK != 0), c_RK, i_RK, W_ND,
+  )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
@@ -80,9 +83,12 @@ def gather_dot(
   (rows, slots), width = i_RK.shape, W_ND.shape[1]
   block = _block(width)
 
-  def kernel(v_ref, i_ref, W_ref, f_ref):
+  used_R = plain.differing(i_RK)
+
+  def kernel(used_ref, v_ref, i_ref, W_ref, f_ref):
     r, k = pl.program_id(0), pl.program_id(1)
     n = i_ref[r, k]
+    blocks = (k < used_ref[r]).astype(jnp.int32) * (width // block)
 
     def add(at, sum_d):
       columns = pl.ds(at * block, block)
@@ -90,11 +96,12 @@ def gather_dot(
       return sum_d + _round(v_d, dtype) * _round(row_d, dtype)
 
     zero_d = jnp.zeros(block, jnp.float32)
-    f_ref[r, k] = jnp.sum(jax.lax.fori_loop(0, width // block, add, zero_d))
+    f_ref[r, k] = jnp.sum(jax.lax.fori_loop(0, blocks, add, zero_d))
 
-  return _call(
-    kernel, (rows, slots), (rows, slots), interpret, v_RD, i_RK, W_ND
+  found_RK = _call(
+    kernel, (rows, slots), (rows, slots), interpret, used_R, v_RD, i_RK, W_ND
   )
+  return plain.repeat_last(found_RK, used_R)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
@@ -105,15 +112,8 @@ def scatter_add(
   """`plain.scatter_add`, [N, D]: pairs sorted by latent, a program a latent."""
   width = v_RD.shape[1]
   block = _block(width)
-  n_P, order_P = jax.lax.sort(
-    (
-      jnp.where(c_RK == 0, count, i_RK).reshape(-1),
-      jnp.arange(i_RK.size, dtype=jnp.int32),
-    ),
-    num_keys=1,
-  )
-  c_P = _round(c_RK, dtype).reshape(-1)[order_P]
-  r_P = order_P // i_RK.shape[1]
+  n_P, c_P, r_P, _ = plain.sorted_pairs(c_RK, i_RK, count)
+  c_P = _round(c_P, dtype)
   first_N = jnp.searchsorted(n_P, jnp.arange(count + 1, dtype=n_P.dtype))
   first_N = first_N.astype(jnp.int32)
 

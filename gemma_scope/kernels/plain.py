@@ -96,6 +96,27 @@ def scatter_add(
   return jax.lax.fori_loop(0, -(-used // _PAIRS), add, zero_ND)
 
 
+# What the kernels share: candidates fill a row's first slots, the rest have
+# c = 0 and the same i, and need not be read.
+
+
+def last(there_RK: jax.Array) -> jax.Array:
+  """How many slots there are up to the last true one, [R]."""
+  slot_K = 1 + jnp.arange(there_RK.shape[1], dtype=jnp.int32)
+  return jnp.max(jnp.where(there_RK, slot_K, 0), 1)
+
+
+def differing(i_RK: jax.Array) -> jax.Array:
+  """How many slots there are up to the first of those alike at the end, [R]."""
+  return jnp.minimum(last(i_RK != i_RK[:, -1:]) + 1, i_RK.shape[1])
+
+
+def repeat_last(a_RK: jax.Array, used_R: jax.Array) -> jax.Array:
+  """What is found in the last used slot, in those after it too."""
+  last_R1 = jnp.take_along_axis(a_RK, used_R[:, None] - 1, 1)
+  return jnp.where(jnp.arange(a_RK.shape[1]) < used_R[:, None], a_RK, last_R1)
+
+
 def sorted_pairs(c_RK: jax.Array, i_RK: jax.Array, count: int):
   """The pairs (r, k) in the order of i, those with c = 0 last.
 

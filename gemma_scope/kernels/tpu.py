@@ -41,7 +41,6 @@ _REQUESTS = 8  # issued together: rows of a tile
 _LATENTS = 128  # whose sums are made together
 _PAIRS = 128  # (row, latent) pairs added together
 _WIDEST = 8192
-_EXACT = jax.lax.Precision.HIGHEST
 # Addresses are within their arrays, as `plain` promises; checks would be a
 # third of the instructions of a request.
 _UNCHECKED = pltpu.CompilerParams(disable_bounds_checks=True)
@@ -165,7 +164,7 @@ def _gather(used_R, i_RK, other, W_ND, out_width, use, interpret):
       smem((1, 1, _ROWS), lambda g: (g, 0, 0)),
       smem((_ROWS, i_RK.shape[1]), lambda g: (g, 0)),
       block(other.shape[1]),
-      pl.BlockSpec(memory_space=pl.ANY),
+      pl.BlockSpec(memory_space=pltpu.HBM),
     ],
     out_specs=block(out_width),
     out_shape=jax.ShapeDtypeStruct((len(i_RK), out_width), jnp.float32),
@@ -178,12 +177,6 @@ def _gather(used_R, i_RK, other, W_ND, out_width, use, interpret):
     interpret=interpret,
   )(used_GR, i_RK, other, W_ND)
   return found[:rows]
-
-
-def _last(there_RK: jax.Array) -> jax.Array:
-  """Slots up to the last true one, [R]."""
-  slot_K = 1 + jnp.arange(there_RK.shape[1], dtype=jnp.int32)
-  return jnp.max(jnp.where(there_RK, slot_K, 0), 1)
 
 
 def gather_add(
@@ -207,7 +200,7 @@ def gather_add(
   pad = -i_RK.shape[1] % _SLOTS
   c_RP = jnp.pad(c_RK, ((0, 0), (0, pad)))
   return _gather(
-    _last(c_RK != 0), i_RK, c_RP, W_ND, W_ND.shape[1], use, interpret
+    plain.last(c_RK != 0), i_RK, c_RP, W_ND, W_ND.shape[1], use, interpret
   )
 
 
@@ -217,7 +210,7 @@ def gather_dot(
 ) -> jax.Array:  # fmt: skip
   """`plain.gather_dot`, [R, K]; equal slots at a row's end are found once."""
   slots = i_RK.shape[1]
-  used_R = jnp.minimum(_last(i_RK != i_RK[:, -1:]) + 1, slots)
+  used_R = plain.differing(i_RK)
 
   def use(r, first, count, tile, column_ref, v_ref, f_ref):
     v_1D = v_ref[pl.ds(r, 1), :]
@@ -234,9 +227,8 @@ def gather_dot(
   width = slots + -slots % _SLOTS
   found_RK = _gather(
     used_R, i_RK, _round(v_RD, dtype), W_ND, width, use, interpret
-  )[:, :slots]
-  last_R1 = jnp.take_along_axis(found_RK, used_R[:, None] - 1, 1)
-  return jnp.where(jnp.arange(slots) < used_R[:, None], found_RK, last_R1)
+  )
+  return plain.repeat_last(found_RK[:, :slots], used_R)
 
 
 def scatter_add(
@@ -291,7 +283,6 @@ def scatter_add(
       c_Np = jnp.where(own_Np & (p_Np < last), c_ref[0], 0)
       out_ref[:] += jnp.dot(
         c_Np.astype(dtype), here[:].astype(dtype),
-        precision=_EXACT if dtype == 'float32' else None,
         preferred_element_type=jnp.float32,
       )  # fmt: skip
 
@@ -310,7 +301,7 @@ def scatter_add(
         pl.BlockSpec((1, 1, _PAIRS), pairs),
         pl.BlockSpec((1, 1, _PAIRS), pairs, memory_space=pltpu.SMEM),
         pl.BlockSpec((1, 1, _PAIRS), after, memory_space=pltpu.SMEM),
-        pl.BlockSpec(memory_space=pl.ANY),
+        pl.BlockSpec(memory_space=pltpu.HBM),
       ],
       out_specs=pl.BlockSpec(
         (_LATENTS, width), lambda t, block, *_: (block[t], 0)

@@ -105,20 +105,20 @@ def _down(row_1K: jax.Array) -> jax.Array:
   return jnp.sum(jnp.where(i_KK == j_KK, row_1K, 0), 1, keepdims=True)
 
 
-def _gather(used_R, i_RK, other, W_ND, out_width, use, interpret):
+def _gather(used_R, i_RK, other, W_ND, out_shape, use, interpret):
   """Calls `use` for _SLOTS slots of a row after the other, fetched before.
 
   Args:
     used_R: how many of a row's slots are.
     other: [R, ...], a second operand.
-    out_width: the result is [R, out_width], zero at first.
-    use: (r, first slot, slots used of these, their rows' tile of 8, scratch
-      [_SLOTS, 1], other's and the result's ref).
+    out_shape: the result is [R, *out_shape], zero at first.
+    use: (r, which _SLOTS slots of it, how many of these are used, their rows'
+      tile of 8, scratch [_SLOTS, 1], other's and the result's ref).
   """
   rows, slots = i_RK.shape
   pad = -rows % _ROWS, -slots % _SLOTS
   i_RK = jnp.pad(i_RK, ((0, pad[0]), (0, pad[1])))
-  other = jnp.pad(other, ((0, pad[0]), (0, 0)))
+  other = jnp.pad(other, ((0, pad[0]), *((0, 0),) * (other.ndim - 1)))
   used_GR = jnp.pad(used_R, (0, pad[0])).reshape(-1, 1, _ROWS)
   parts = i_RK.shape[1] // _SLOTS
 
@@ -144,18 +144,21 @@ def _gather(used_R, i_RK, other, W_ND, out_width, use, interpret):
 
       here, count = buffer.at[unit % 2], used(unit)
       _await(here, arrived.at[unit % 2], 0, count)
-      first = pl.multiple_of(unit % parts * _SLOTS, _SLOTS)
 
       def tile(g):
         return here[pl.ds(pl.multiple_of(g * _REQUESTS, _REQUESTS), _REQUESTS)]
 
-      use(unit // parts, first, count, tile, column_ref, other_ref, out_ref)
+      use(
+        unit // parts, unit % parts, count, tile, column_ref, other_ref, out_ref
+      )
       return carry
 
     start(0)
     jax.lax.fori_loop(0, _ROWS * parts, each, 0)
 
-  block = lambda width: pl.BlockSpec((_ROWS, width), lambda g: (g, 0))
+  block = lambda shape: pl.BlockSpec(
+    (_ROWS, *shape), lambda g: (g, *(0,) * len(shape))
+  )
   smem = functools.partial(pl.BlockSpec, memory_space=pltpu.SMEM)
   found = pl.pallas_call(
     kernel,
@@ -163,11 +166,11 @@ def _gather(used_R, i_RK, other, W_ND, out_width, use, interpret):
     in_specs=[
       smem((1, 1, _ROWS), lambda g: (g, 0, 0)),
       smem((_ROWS, i_RK.shape[1]), lambda g: (g, 0)),
-      block(other.shape[1]),
+      block(other.shape[1:]),
       pl.BlockSpec(memory_space=pltpu.HBM),
     ],
-    out_specs=block(out_width),
-    out_shape=jax.ShapeDtypeStruct((len(i_RK), out_width), jnp.float32),
+    out_specs=block(out_shape),
+    out_shape=jax.ShapeDtypeStruct((len(i_RK), *out_shape), jnp.float32),
     scratch_shapes=[
       pltpu.VMEM((2, _SLOTS, W_ND.shape[1]), W_ND.dtype),
       pltpu.VMEM((_SLOTS, 1), jnp.float32),
@@ -186,8 +189,8 @@ def gather_add(
   """`plain.gather_add`, [R, D]."""
   c_RK = _round(c_RK, dtype)
 
-  def use(r, first, count, tile, column_ref, c_ref, y_ref):
-    column_ref[:] = _down(c_ref[pl.ds(r, 1), pl.ds(first, _SLOTS)])
+  def use(r, part, count, tile, column_ref, c_ref, y_ref):
+    column_ref[:] = _down(c_ref[r, pl.ds(part, 1), :])
 
     def add(g, sum_8D):
       at = pl.ds(pl.multiple_of(g * _REQUESTS, _REQUESTS), _REQUESTS)
@@ -198,9 +201,10 @@ def gather_add(
     y_ref[pl.ds(r, 1), :] += jnp.sum(sum_8D, 0, keepdims=True)
 
   pad = -i_RK.shape[1] % _SLOTS
-  c_RP = jnp.pad(c_RK, ((0, 0), (0, pad)))
+  c_RPk = jnp.pad(c_RK, ((0, 0), (0, pad))).reshape(len(c_RK), -1, _SLOTS)
+  width = W_ND.shape[1:]
   return _gather(
-    plain.last(c_RK != 0), i_RK, c_RP, W_ND, W_ND.shape[1], use, interpret
+    plain.last(c_RK != 0), i_RK, c_RPk, W_ND, width, use, interpret
   )
 
 
@@ -212,7 +216,7 @@ def gather_dot(
   slots = i_RK.shape[1]
   used_R = plain.differing(i_RK)
 
-  def use(r, first, count, tile, column_ref, v_ref, f_ref):
+  def use(r, part, count, tile, column_ref, v_ref, f_ref):
     v_1D = v_ref[pl.ds(r, 1), :]
 
     def multiply(g, carry):
@@ -222,13 +226,13 @@ def gather_dot(
       return carry
 
     jax.lax.fori_loop(0, pl.cdiv(count, _REQUESTS), multiply, 0)
-    f_ref[pl.ds(r, 1), pl.ds(first, _SLOTS)] = _across(column_ref[:])
+    f_ref[r, pl.ds(part, 1), :] = _across(column_ref[:])
 
-  width = slots + -slots % _SLOTS
-  found_RK = _gather(
-    used_R, i_RK, _round(v_RD, dtype), W_ND, width, use, interpret
-  )
-  return plain.repeat_last(found_RK[:, :slots], used_R)
+  parts = pl.cdiv(slots, _SLOTS)
+  v_RD = _round(v_RD, dtype)
+  found_RPk = _gather(used_R, i_RK, v_RD, W_ND, (parts, _SLOTS), use, interpret)
+  found_RK = found_RPk.reshape(len(i_RK), -1)[:, :slots]
+  return plain.repeat_last(found_RK, used_R)
 
 
 def scatter_add(

@@ -12,15 +12,20 @@ for each row of a batch:
            pairs] (c where the pair is the latent's, else 0) with the fetched
            rows [pairs, d]: every latent is written once, always in one order
 
+Gathers sum in float32; a scatter's product has the precision of XLA's matmuls.
 A row that is not finite spoils the block of latents that it is added to; a step
 with such a gradient changes nothing anyway (`stack.update`).
 
-Tested against the definitions in the interpreter, and compiled for v4, v5e, v5p
-and v6e; never run on a TPU. Sizes follow from VMEM (16 MB that a kernel may
-have; at d = 2304 the gathers hold 2.4 MB, the scatter 4.8) and from the
-compiler's schedule: at K = 128 a row of `gather_add` is 1,950 instruction words
-on v5e, 1,410 of them for the requests, where 128 rows of d take HBM as long as
-2,160. v3's compiler refuses to move single rows (`fits`).
+Tested against the definitions in the interpreter, and compiled for v4, v5e,
+v5p, v6e and tpu7x at d = 2304, K = 128, F = 2^17, for v5e and v5p at F = 2^20;
+never run on a TPU. v3's compiler refuses to move single rows (`fits`).
+
+Sizes follow from VMEM (16 MB that a kernel has everywhere; at d = 2304 the
+gathers take 2.7 MB, the scatter 5) and from v5e's schedule, in instructions:
+eight slots are 111 to request and 26 (`gather_dot`: 33) to sum, 2,500 a row of
+K = 128 with what is done once, where HBM takes 2,160 cycles to bring 128 rows;
+a group of pairs is 1,380 to request and 730 to multiply. With one request a
+turn of its loop and its address checked, a slot took 26 to request, now 14.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ at a trained sparsity, K times over all blocks at most.
 
 Compiled for v4, v5e, v5p, v6e and tpu7x at d = 2304, F = 2^17, for v5e and v5p
 at F = 2^20; never run on a TPU. By v5e's schedule the product of a block of
-d = 2304 is 7,950 instructions, its 16 strips are 123 each, and 112 for each time
-they look: 59 % of the product's own rate if that is twice. A block's weights
-are 4,300 cycles of HBM; fewer rows than 512 would wait for them.
+d = 2304 is 7,950 instructions, its 16 strips are 123 each, and 112 for each
+time they look: 59 % of the product's own rate if that is twice. A block's
+weights are 4,300 cycles of HBM; fewer rows than 512 would wait for them.
 """
 
 from __future__ import annotations

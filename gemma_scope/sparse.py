@@ -245,11 +245,12 @@ class Candidates:
     mesh: the devices, None for one; rows lie on 'data', latents on 'latent'.
     dtype: of the matmuls' factors.
     find: a function of a shard's part of `inputs` and K that gives candidates
-      [B, L, K], how many there are [B, L], and further values of candidates.
-    inputs: specs and arrays.
+      [B, L, K], how many there are [B, L], and values of candidates.
+    more: how many such values.
+    specs, inputs: arrays, and how they lie on the mesh.
   """
 
-  def __init__(self, shape, count, mesh, dtype, find, specs, *inputs):
+  def __init__(self, shape, count, mesh, dtype, find, more, specs, *inputs):
     device = _device(mesh)
     if mesh is not None and mesh.size == 1:
       mesh = None
@@ -260,12 +261,11 @@ class Candidates:
     self.count = min(count, self._shards.local)
 
     def local(*inputs):
-      i_BLK, found_BL, *more = find(*inputs, self.count)
-      return i_BLK, found_BL[..., None], *more
+      i_BLK, found_BL, *kept = find(*inputs, self.count)
+      return i_BLK, found_BL[..., None], *kept
 
-    results = jax.eval_shape(lambda *a: find(*a, self.count), *inputs)
     self._i, found, *self._more = self._shards.run(
-      local, specs, (_CANDIDATES,) * len(results), *inputs
+      local, specs, (_CANDIDATES,) * (2 + more), *inputs
     )
     # The most of any row, layer and shard; some are missing if it is above K.
     self.most = jnp.max(found)
@@ -286,7 +286,7 @@ class Candidates:
 
     shape = mask.shape[1:]
     mask_BLF = mask.reshape(len(mask), math.prod(shape[:-1]), -1)
-    return cls(shape, count, mesh, dtype, find, (_CANDIDATES,), mask_BLF)
+    return cls(shape, count, mesh, dtype, find, 0, (_CANDIDATES,), mask_BLF)
 
   @classmethod
   def of_encoder(
@@ -318,7 +318,7 @@ class Candidates:
     own = (layered(jnp.broadcast_to(v, shape)) for v in (bias, least))
     x_BLD = x if len(shape) == 2 else x[:, None]
     found = cls(
-      shape, count, mesh, dtype, find, (_ROWS, _ENCODER, _OWN, _OWN),
+      shape, count, mesh, dtype, find, 1, (_ROWS, _ENCODER, _OWN, _OWN),
       x_BLD, layered(W_enc), *own,
     )  # fmt: skip
     (z_BLK,) = found._more

@@ -350,7 +350,7 @@ class _Watch:
       else ''
     )
     sentence = f'Process {number}{where} {what}'
-    if not self._index:  # the coordinator goes with it: the others hear why
+    if number:  # the others hear the cause, and not this process's own silence
       self._tell(sentence)
     _end(
       f'{sentence}; process {self._index} ends too. The same command on every '

@@ -17,18 +17,8 @@ GS1 = 'layers={};sites=resid_post;widths={};sparsity=6e-4;penalty=l0'
 # (table, config file, argument, mesh (sae, data, latent) or none, topology)
 CASES = [
   *(
-    ('step', 'gemma_scope_2b', GS1.format(12, width), mesh, topology)
-    for topology, devices in (
-      ('v3:4x2', 16), ('v5p:2x2x1', 4), ('v5p:2x2x4', 16), ('v5e:4x4', 16),
-      ('v6e:4x4', 16),
-    )
-    for width, mesh in (
-      ('16k', (1, devices, 1)), ('131k', (1, 1, devices)),
-      ('1m', (1, 1, devices)),
-    )
-  ),
-  *(
-    ('step', 'gemma_scope_9b', GS1.format(20, width), mesh, topology)
+    ('step', config, GS1.format(layer, width), mesh, topology)
+    for config, layer in (('gemma_scope_2b', 12), ('gemma_scope_9b', 20))
     for topology, devices in (
       ('v3:4x2', 16), ('v5p:2x2x1', 4), ('v5p:2x2x4', 16), ('v5e:4x4', 16),
       ('v6e:4x4', 16),

@@ -97,20 +97,24 @@ def dimensions(config: ConfigDict) -> sites.Dimensions:
   return types.SimpleNamespace(**facts['dimensions'])
 
 
+def layout(config: ConfigDict, share: float = 1.0) -> activations.Layout:
+  """The arithmetic of a run's chunks; `share` of its rows count."""
+  a = config.activations
+  return activations.Layout.of(
+      chunk_rows=a.chunk_rows, seq_len=config.text.seq_len,
+      batch=config.train.batch, lm_batch=a.lm_batch, dtype=a.dtype,
+      share=share,
+  )  # fmt: skip
+
+
 def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
   """Where rows come from, and the facts that a resumed run must agree on."""
   c, a = config.collection, config.activations
   at = config_lib.site_list(config)
-  layout = functools.partial(
-      activations.Layout.of, chunk_rows=a.chunk_rows,
-      seq_len=config.text.seq_len, batch=config.train.batch,
-      lm_batch=a.lm_batch, dtype=a.dtype,
-  )  # fmt: skip
   if a.store:
-    return _open_store(config, at, layout, report)
+    return _open_store(config, at, report)
   tokenizer, store = open_text(config, workdir, report)
   sequences = store.sequences(config.text.seq_len)
-  layout = layout(share=store.share)
   report(f'loading {config.lm.name}')
   gemma, params = weights.load(
     config.lm.name,
@@ -121,7 +125,8 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
   )
   rows = text.shuffled(sequences, config.seed)
   source = activations.ModelSource(
-      gemma, params, at, functools.partial(text.batch, rows), layout, mesh,
+      gemma, params, at, functools.partial(text.batch, rows),
+      layout(config, store.share), mesh,
       special(tokenizer, store).keep,
   )  # fmt: skip
   facts = {
@@ -134,22 +139,22 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
   return source, facts
 
 
-def _open_store(config, at, layout, report):
+def _open_store(config, at, report):
   """The config's activation store, if it is what the config describes."""
   store = config.activations.store
   source = activation_store.StoreSource(store, at, config.train.batch)
   found = {'lm.name': source.facts['model'], 'chunks': source.layout}
-  layout = layout(share=source.layout.share)
-  wanted = {'lm.name': config.lm.name, 'chunks': layout}
+  chunks = layout(config, source.layout.share)
+  wanted = {'lm.name': config.lm.name, 'chunks': chunks}
   for field, value in wanted.items():
     if found[field] != value:
       raise config_lib.ConfigError(
         f'The activation store {store!r} has {field} {found[field]}, and the '
         f'config describes {value}; use the config that it was written with.'
       )
-  steps = source.chunks * layout.batches
+  steps = source.chunks * chunks.batches
   report(
-    f'reading {store}: {steps:,} steps of {layout.batch} rows, '
+    f'reading {store}: {steps:,} steps of {chunks.batch} rows, '
     f'{config.train.steps / steps:.2f} passes in this run'
   )
   return source, {**source.facts, **source.fingerprint}

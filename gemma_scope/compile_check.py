@@ -123,11 +123,11 @@ def check(
 def _harvest(config: ConfigDict, mesh):
   """Name, tokens, FLOPs and what lowers the forward pass."""
   at = config_lib.site_list(config)
+  layers = max(config.collection.layers) + 1
   gemma, wanted = weights.shapes(
-      config.lm.name, config.lm.checkpoint, config.lm.dtype, mesh,
-      max(config.collection.layers) + 1,
+      config.lm.name, config.lm.checkpoint, config.lm.dtype, mesh, layers,
   )  # fmt: skip
-  layout = _layout(config)
+  layout = collection.layout(config)
   source = activations.ModelSource(gemma, None, at, None, layout, mesh, None)
   tokens_BT = jax.ShapeDtypeStruct(
     (layout.lm_batch, layout.seq_len),
@@ -136,14 +136,9 @@ def _harvest(config: ConfigDict, mesh):
   )
   params = traverse_util.unflatten_dict(wanted, sep='/')
   count = layout.lm_batch * layout.seq_len
-  flops = count * forward_flops(gemma.config, len(wanted_layers(wanted)))
+  flops = count * forward_flops(gemma.config, layers)
   lower = lambda: source.harvest.lower(params, tokens_BT)
   return 'harvest', count, flops / mesh.size, lower
-
-
-def wanted_layers(wanted) -> set[str]:
-  """The blocks that a tree of parameters by path has."""
-  return {key.split('/')[0] for key in wanted if key.startswith('layer_')}
 
 
 def forward_flops(model: lm.Config, layers: int) -> float:
@@ -153,19 +148,12 @@ def forward_flops(model: lm.Config, layers: int) -> float:
   return 2.0 * layers * d * (attention + 3 * model.d_ff)
 
 
-def _layout(config: ConfigDict) -> activations.Layout:
-  a = config.activations
-  return activations.Layout.of(
-      chunk_rows=a.chunk_rows, seq_len=config.text.seq_len,
-      batch=config.train.batch, lm_batch=a.lm_batch, dtype=a.dtype,
-  )  # fmt: skip
-
-
 def _step(config: ConfigDict, mesh):
   """Name, rows, FLOPs and what lowers the training step."""
-  stacks, _ = collection.make_stacks(config, collection.dimensions(config))
+  model = collection.dimensions(config)
+  stacks, _ = collection.make_stacks(config, model)
   at = config_lib.site_list(config)
-  rows, model = config.train.batch, collection.dimensions(config)
+  rows = config.train.batch
   batch = {
     site: jax.ShapeDtypeStruct(
       (rows, site.width(model)),

@@ -203,7 +203,7 @@ def _members(config: lm.Config, given, mesh: Mesh | None) -> list[_Replacement]:
     for key, array in arrays.items():
       if not np.isfinite(np.asarray(array)).all():
         raise ValueError(f'{name} has NaN or infinity in {key}.')
-    put = functools.partial(_put, arrays, mesh)
+    put = functools.partial(splice.put, arrays, mesh)
     if size <= _RESIDENT_BYTES:
       put = functools.cache(put)
     found.append(_Replacement(place, name, put))
@@ -240,14 +240,6 @@ def _fitting_place(config: lm.Config, arrays, card) -> places.Place:
       'another model or site?'
     ) from None
   return place
-
-
-def _put(arrays, mesh: Mesh | None) -> dict[str, jax.Array]:
-  """A member on the devices, latents over the mesh's axis where they divide."""
-  arrays = {key: np.asarray(a, np.float32) for key, a in arrays.items()}
-  return jax.device_put(
-    arrays, None if mesh is None else splice.shardings(mesh, arrays)
-  )
 
 
 class _Text:

@@ -82,6 +82,16 @@ def shardings(
   return found
 
 
+def put(
+  params: Mapping[str, np.ndarray], mesh: Mesh | None
+) -> dict[str, jax.Array]:
+  """A member on the devices, latents over the mesh's axis where they divide."""
+  arrays = {key: np.asarray(a, np.float32) for key, a in params.items()}
+  return jax.device_put(
+    arrays, None if mesh is None else shardings(mesh, arrays)
+  )
+
+
 def everywhere(tree, mesh: Mesh | None):
   """Replicated, so that every process of a pod can read it."""
   if mesh is None:

@@ -84,25 +84,24 @@ def pod(topology: str) -> Pod:
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   # A process holds a TPU alone; several may compile for one that is not here.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  os.environ.setdefault('TPU_STDERR_LOG_LEVEL', '3')  # no notes on its start
+  os.environ.setdefault('TPU_MIN_LOG_LEVEL', '3')
   from jax.experimental import topologies
 
-  try:
-    import libtpu  # noqa: F401
-  except ImportError:
+  if not is_there():
     raise RuntimeError(
       'The TPU compiler is not installed: pip install libtpu, in the version '
       'that jax[tpu] names.'
+    )
+  try:
+    found = topologies.get_topology_desc(
+      platform='tpu', topology_name=topology
+    ).devices
+  except Exception as error:  # of XLA's many kinds
+    raise ValueError(
+      f'libtpu knows no topology {topology!r} '
+      f'({str(error).splitlines()[0][:120]}).'
     ) from None
-  with _quiet():
-    try:
-      found = topologies.get_topology_desc(
-        platform='tpu', topology_name=topology
-      ).devices
-    except Exception as error:  # of XLA's many kinds
-      raise ValueError(
-        f'libtpu knows no topology {topology!r} '
-        f'({str(error).splitlines()[0][:120]}).'
-      ) from None
   chips = len({tuple(device.coords) for device in found})
   share = chips / len(found)
   return Pod(
@@ -117,19 +116,6 @@ def targeted(mesh: jax.sharding.Mesh):
   """While programs are lowered for a mesh: kernels ask what chip it has."""
   use = getattr(jax.sharding, 'use_abstract_mesh', None)
   return use(mesh.abstract_mesh) if use else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _quiet():
-  """libtpu's notes on its start go to a log that nobody asked for."""
-  before = os.environ.get('TPU_STDERR_LOG_LEVEL')
-  os.environ['TPU_STDERR_LOG_LEVEL'] = '3'
-  os.environ['TPU_MIN_LOG_LEVEL'] = '3'
-  try:
-    yield
-  finally:
-    if before is not None:
-      os.environ['TPU_STDERR_LOG_LEVEL'] = before
 
 
 def is_there() -> bool:

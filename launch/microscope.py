@@ -55,12 +55,13 @@ def build(workdir: pathlib.Path, out: pathlib.Path) -> None:
     2 * len(text.sequences_NT), config.text.seq_len, label='index', every_s=20
   )
   out.mkdir(parents=True, exist_ok=True)
+  rows = [(m.load(), m.card) for m in members]
   entries = []
   with runs.Interrupt() as interrupt:
     found = build_lib.build(
       gemma,
       params,
-      [(m.load(), m.card) for m in members],
+      rows,
       text,
       batch=BATCH.value,
       mesh=mesh,
@@ -68,10 +69,10 @@ def build(workdir: pathlib.Path, out: pathlib.Path) -> None:
       poll=interrupt.check,
       state=build_lib.State(out / 'partial.npz', text, members),
     )
-    for member, one in zip(members, found, strict=True):
+    for member, (arrays, _), one in zip(members, rows, found, strict=True):
       path = build_lib.name_of(member.path)
       index.write(out / 'indexes' / path, one)
-      decoder_FD = logits.decoders(member.load())
+      decoder_FD = logits.decoders(arrays)
       entries.append(pages.Entry(path, one, member.metrics, decoder_FD))
   progress.close()
   (out / 'partial.npz').unlink(missing_ok=True)

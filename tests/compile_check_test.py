@@ -63,18 +63,20 @@ libtpu = pytest.mark.skipif(
 )
 
 
+def command(out, *flags):
+  """In a process of its own: libtpu stays in the one that loads it."""
+  script = [sys.executable, 'launch/compile_check.py', f'--out={out}']
+  return subprocess.run(
+    [*script, '--topology=v5e:2x2', *flags], capture_output=True, text=True
+  )
+
+
 @libtpu
 def test_both_programs_of_a_config_compile_for_a_pod(tmp_path):
-  """In a process of its own: libtpu stays in the one that loads it."""
   out = tmp_path / 'out.jsonl'
-  done = subprocess.run(
-    [
-      sys.executable, 'launch/compile_check.py', '--topology=v5e:2x2',
-      '--config=configs/tiny.py:layers=1;sites=resid_post;sparsity=8',
-      '--config.mesh.latent=2', '--config.mesh.data=2', f'--out={out}',
-    ],
-    capture_output=True,
-    text=True,
+  done = command(
+      out, '--config=configs/tiny.py:layers=1;sites=resid_post;sparsity=8',
+      '--config.mesh.latent=2', '--config.mesh.data=2',
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   harvest, step = map(json.loads, out.read_text().splitlines())
@@ -93,14 +95,10 @@ def test_both_programs_of_a_config_compile_for_a_pod(tmp_path):
 @libtpu
 def test_what_does_not_fit_says_so_and_what_to_change(tmp_path):
   out = tmp_path / 'out.jsonl'
-  done = subprocess.run(
-    [
-      sys.executable, 'launch/compile_check.py', '--topology=v5e:2x2',
-      '--config=configs/tiny.py:layers=1;sites=resid_post;sparsity=8;widths=8388608',
-      '--programs=step', f'--out={out}', '--config.mesh.data=4',
-    ],
-    capture_output=True,
-    text=True,
+  tiny = 'configs/tiny.py:layers=1;sites=resid_post;sparsity=8'
+  done = command(
+      out, f'--config={tiny};widths=8388608', '--programs=step',
+      '--config.mesh.data=4',
   )  # fmt: skip
   assert done.returncode == 1
   record = json.loads(out.read_text())

@@ -236,7 +236,7 @@ def test_effects_are_those_of_the_models_own_unembedding(model, built):
   """
   gemma, params = model
   for (p, card), found in zip(MEMBERS[:2], built[:2], strict=True):
-    rows_FD = logits.directions(gemma, params, p, card)
+    rows_FD = logits.directions(params, p, card)
     assert rows_FD.shape == (F, D)
     x_D = np.random.default_rng(5).normal(size=D).astype(np.float32) * 3
 
@@ -268,7 +268,7 @@ def test_attention_is_carried_through_its_output_and_norm(model):
   step = raw(lambda x: x + p['W_dec'][3]) - raw(lambda x: x)
   gain = 1 + np.asarray(params['layer_2']['post_attention_norm']['scale'])
   wanted = step[0, 2] * gain
-  found = logits.directions(gemma, params, p, card)[3]
+  found = logits.directions(params, p, card)[3]
   np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
 
 

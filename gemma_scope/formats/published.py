@@ -76,7 +76,7 @@ def load(path: str, revision: str = '') -> tuple[member.Params, dict]:
 
 def load_all(path: str, revision: str = '') -> list[tuple[member.Params, dict]]:
   """The same of every SAE of a release of ours; else of the one at `path`."""
-  if (pathlib.Path(path) / 'manifest.json').exists():
+  if _sealed(pathlib.Path(path)):
     return [(m.load(), m.card) for m in release.load_all(path)]
   return [load(path, revision)]
 
@@ -96,7 +96,7 @@ def offered(paths: str) -> list[release.Member]:
   """
   found: list[release.Member] = []
   for path in paths.split(','):
-    if (pathlib.Path(path) / 'manifest.json').exists():
+    if _sealed(pathlib.Path(path)):
       found += release.load_all(path)
     elif inside := manifest.locate(pathlib.Path(os.path.abspath(path))):
       of_release = release.load_all(inside[0]) if _sealed(inside[0]) else []
@@ -109,11 +109,12 @@ def offered(paths: str) -> list[release.Member]:
 
 
 def _sealed(root: pathlib.Path) -> bool:
+  """Whether it is a release, or another layout of several."""
   return (root / manifest.NAME).exists()
 
 
 def _read(folder: pathlib.Path, path: str):
-  if (folder / 'manifest.json').exists():
+  if _sealed(folder):
     raise npz.Refused(
       f'{npz.show(folder)} is a release of several; name one of its folders.'
     )

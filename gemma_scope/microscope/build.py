@@ -7,7 +7,8 @@ For each batch of sequences
                 value) a token, K the most that any token has
   `Statistics`  counts, maxima, histograms, largest values, samples, co-firing
 
-then a second look at the sequences that hold an example, for its window. What a
+then a second look, once for all, at the sequences that hold an example, for its
+window. What a
 member needs on the host never has B x F numbers, and none of it depends on how
 the text was cut into batches or ordered (but for the windows' float16).
 
@@ -33,7 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gemma_scope
 from gemma_scope import lm, places, sae, sparse, splice
-from gemma_scope.microscope import logits
+from gemma_scope.microscope import index, logits
 from gemma_scope.microscope.index import Index
 from gemma_scope.microscope.statistics import Firings, Statistics
 
@@ -159,7 +160,7 @@ def build(
   """
   several = [places.of(card) for _, card in members]
   reads = tuple(dict.fromkeys(s for place in several for s in place.sites))
-  on_device = [_put(params, mesh) for params, _ in members]
+  on_device = [splice.put(params, mesh) for params, _ in members]
   count = len(text.sequences_NT)
   statistics = [Statistics(p['b_enc'].size, count) for p, _ in members]
   kept = state.load() if state else None
@@ -171,37 +172,40 @@ def build(
   total = 2 * count
   encoders = [_Encoder(params) for params in on_device]
 
-  def firings(which: Sequence[int], at: np.ndarray):
-    """(member, its `Firings`) for some members, on some sequences."""
+  def firings(at: np.ndarray):
+    """Each member's `Firings` on some sequences, from one pass of the model."""
     filled = np.resize(at, batch)  # one shape, one program
     tokens_BT = _on_data(text.sequences_NT[filled], mesh)
     taps = splice.taps(gemma, lm_params, tokens_BT, reads)
     keep_BT = text.keep_NT[filled].copy()
     keep_BT[len(at) :] = False
-    for i in which:
-      x = tuple(taps[site] for site in several[i].sites)
-      yield i, encoders[i](x, keep_BT, filled)
+    for place, encode in zip(several, encoders, strict=True):
+      yield encode(tuple(taps[s] for s in place.sites), keep_BT, filled)
 
   for first in range(start, count, batch):
     poll()
     at = np.arange(first, min(first + batch, count))
-    for i, found in firings(range(len(members)), at):
-      statistics[i].add(found, text.documents_NT)
+    for one, fires in zip(statistics, firings(at), strict=True):
+      one.add(fires, text.documents_NT)
     progress(at[-1] + 1, total)
     if state:
       state.save(at[-1] + 1, lambda: [one.arrays() for one in statistics])
-  for i, (params, card) in enumerate(members):
-    found = statistics[i].finish()
-    windows = _Windows(found, text.sequences_NT.shape[1])
-    wanted = windows.sequences()
-    for first in range(0, len(wanted), batch):
-      poll()
-      for _, fires in firings([i], wanted[first : first + batch]):
-        windows.add(fires)
-    progress(count + round(count * (i + 1) / len(members)), total)
+  finished = [one.finish() for one in statistics]
+  windows = [_Windows(found, text.sequences_NT.shape[1]) for found in finished]
+  wanted = np.unique(np.concatenate([one.sequences() for one in windows]))
+  for first in range(0, len(wanted), batch):
+    poll()
+    at = wanted[first : first + batch]
+    for one, fires in zip(windows, firings(at), strict=True):
+      one.add(fires)
+    done = min(first + batch, len(wanted))
+    progress(count + round(count * done / len(wanted)), total)
+  for (params, card), found, around in zip(
+    members, finished, windows, strict=True
+  ):
     yield Index(
       meta={
-        'version': 1,
+        'version': index.VERSION,
         'card': dict(card),
         'model': gemma.config.name,
         'corpus': text.about,
@@ -212,19 +216,10 @@ def build(
       sequences_NT=text.sequences_NT,
       keep_NT=text.keep_NT,
       **found,
-      **windows.arrays,
+      **around.arrays,
       **logits.geometry(params),
-      **logits.effects(gemma, lm_params, params, card),
+      **logits.effects(lm_params, params, card),
     )
-
-
-def _put(params, mesh: Mesh | None):
-  if mesh is None:
-    return {key: jax.device_put(value) for key, value in params.items()}
-  where = splice.shardings(mesh, params)
-  return {
-    key: jax.device_put(value, where[key]) for key, value in params.items()
-  }
 
 
 def _on_data(tokens_BT, mesh: Mesh | None):

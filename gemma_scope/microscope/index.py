@@ -9,7 +9,6 @@ around that position.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -20,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from gemma_scope import npz
+from gemma_scope import manifest, npz
 
 VERSION = 1
 _META, _ARRAYS = 'index.json', 'arrays.safetensors'
@@ -105,6 +104,8 @@ _FIELDS = [f.name for f in dataclasses.fields(Index) if f.name != 'meta']
 def write(folder: str | os.PathLike[str], index: Index) -> None:
   """Writes an index, whole or not at all; one that is there is replaced."""
   folder = pathlib.Path(folder)
+  if folder.exists() and not (folder / _META).exists():
+    raise ValueError(f'{folder} is there and holds no index; move it away.')
   partial = folder.with_name(f'.{folder.name}.partial')
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
@@ -114,13 +115,10 @@ def write(folder: str | os.PathLike[str], index: Index) -> None:
     if getattr(index, name) is not None
   }
   save_file(arrays, partial / _ARRAYS)
-  digest = _digest(partial / _ARRAYS)
+  digest = manifest.describe(partial / _ARRAYS)['sha256']
   text = json.dumps({**index.meta, 'arrays_sha256': digest}, indent=1)
   (partial / _META).write_text(text + '\n')
-  if folder.exists():
-    if not (folder / _META).exists():
-      raise ValueError(f'{folder} is there and holds no index; move it away.')
-    shutil.rmtree(folder)
+  shutil.rmtree(folder, ignore_errors=True)
   os.rename(partial, folder)
 
 
@@ -136,7 +134,8 @@ def read(folder: str | os.PathLike[str]) -> Index:
       meta = json.loads(file.read())
     if meta.get('version') != VERSION:
       raise ValueError(f'is of version {meta.get("version")}')
-    if _digest(folder / _ARRAYS) != meta['arrays_sha256']:
+    found = manifest.describe(folder / _ARRAYS)['sha256']
+    if found != meta['arrays_sha256']:
       raise ValueError('has other arrays than it was written with')
     arrays = load_file(folder / _ARRAYS)
     unknown = set(arrays) ^ set(_FIELDS)
@@ -151,8 +150,3 @@ def read(folder: str | os.PathLike[str]) -> Index:
 
 
 _SOME = ('positive', 'negative')  # not there where a latent moves no logits
-
-
-def _digest(path: pathlib.Path) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -39,7 +39,6 @@ _NORM = {
 
 
 def directions(
-  gemma: lm.Gemma,
   lm_params: lm.Params,
   params: Mapping[str, np.ndarray],
   card: Mapping[str, Any],
@@ -58,12 +57,10 @@ def directions(
     heads_KHD = np.asarray(block['attn']['attn_vec_einsum']['w'], np.float32)
     W_dec = W_dec @ heads_KHD.reshape(-1, heads_KHD.shape[-1])
   scale_D = np.asarray(block[_NORM[target.kind]]['scale'], np.float32)
-  del gemma
   return W_dec * (1 + scale_D)
 
 
 def effects(
-  gemma: lm.Gemma,
   lm_params: lm.Params,
   params: Mapping[str, np.ndarray],
   card: Mapping[str, Any],
@@ -75,7 +72,7 @@ def effects(
     'negative_FL',
     'negative_value_FL',
   )
-  rows_FD = directions(gemma, lm_params, params, card)
+  rows_FD = directions(lm_params, params, card)
   if rows_FD is None:
     return dict.fromkeys(names)
   table_VD = lm_params['embedder']['input_embedding']

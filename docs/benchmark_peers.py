@@ -128,9 +128,10 @@ def main() -> None:
   before = None
   for _ in range(args.rounds):
     for (side, name), found in times.items():
-      if side is not before:  # the other's threads spin for a while
-        time.sleep(1)
-        side.seconds('matmul')
+      if side is not before:
+        time.sleep(1)  # the other's threads spin for a while
+        for one in side.names:  # and the first steps after it are cold
+          side.seconds(one)
       before = side
       found.append(side.seconds(name))
   for (side, name), found in times.items():

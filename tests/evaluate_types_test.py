@@ -314,7 +314,7 @@ def test_sharded_equals_one_device(model, members, which):
     x = tuple(put(taps[site]) for site in place.sites)
     y = tuple(put(taps[site]) for site in place.targets)
     y = None if place.sites == place.targets else y
-    on = evaluate._put(arrays, devices)
+    on = splice.put(arrays, devices)
     total = splice.active(on, x, put(keep_BT), devices)
     return splice.reconstruct(on, x, y, put(keep_BT), devices), total
 

@@ -15,6 +15,8 @@ Works on any (params, card) of `release.load` or `formats.published.load`.
   absorption   latents silent where their concept is there
   fidelity     KL, cosine, norms: what an SAE keeps
   suite        SAEBench's scores, as far as offline labels go
+  intervene    latents changed inside a pass
+  effects      what a change does: losses, dose-response, steered text
   ask          a language model that answers: endpoint, local Gemma, cache
   examples     windows where a latent fires; rules
   explain      labels for latents, and their scores

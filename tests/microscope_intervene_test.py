@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from gemma_scope import generate, lm, mesh, places, sae, splice, weights
-from gemma_scope.microscope import effects
+from gemma_scope.microscope import effects, removal
 from gemma_scope.microscope import intervene as iv
-from gemma_scope.microscope import removal
 
 T, F = 16, 40
 TOKENS_T = [2, *np.random.default_rng(3).integers(10, 4000, T - 1).tolist()]

@@ -148,9 +148,10 @@ def summary(found: Effects, position: int | None = None) -> list[dict]:
     last = int(counts_T.sum()) - 1 if position is None else position
     losses_T = counts_T[1:] & counts_T[:-1]
     delta_T = found.loss_BT[b] - found.clean_loss_BT[b]
+    mean = float(delta_T[losses_T].mean()) if losses_T.any() else 0.0
     lines.append({
         'kl': float(found.kl_BT[b][counts_T].mean()),
-        'delta_loss': float(delta_T[losses_T].mean()) if losses_T.any() else 0.0,
+        'delta_loss': mean,
         'delta_logit': float((found.logit_BT - found.clean_logit_BT)[b, last]),
     })  # fmt: skip
   return lines
@@ -185,7 +186,7 @@ def dose_response(
     own,
     *(intervene.control(subject, own, seed + i) for i in range(controls)),
   ]
-  both = Rows(*(np.concatenate(parts) for parts in zip(*all_rows)))
+  both = Rows(*map(np.concatenate, zip(*all_rows, strict=True)))
   # One other latent keeps its place through all strengths.
   for i in range(controls):
     part = slice((i + 1) * len(series), (i + 2) * len(series))

@@ -121,16 +121,21 @@ def write(
 
 def _put(path: pathlib.Path, key: str, value: Any) -> None:
   text = json.dumps(value, separators=(',', ':'), allow_nan=False)
-  packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+  packed = base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
   path.write_text(f"scope('{key}','{packed}')\n")
+
+
+def _digits(values) -> np.ndarray:
+  """Four digits of each number, float64."""
+  values = np.asarray(values, float)
+  size = np.abs(np.where(np.isfinite(values) & (values != 0), values, 1))
+  unit = 10.0 ** (3 - np.floor(np.log10(size)))
+  return np.round(values * unit) / unit
 
 
 def _short(values) -> list[float | None]:
   """Four digits of each; None where there is no number."""
-  return [
-    float(f'{v:.4g}') if math.isfinite(v) else None
-    for v in np.asarray(values, float).ravel()
-  ]
+  return [v if math.isfinite(v) else None for v in _digits(values).ravel()]
 
 
 def _one(value) -> float | None:
@@ -204,13 +209,16 @@ def _feature(entry: Entry, j: int, used: set[int]) -> dict[str, Any]:
     ids = row[inside].tolist()
     used.update(ids)
     peak = None if position is None else int(position - inside[0])
-    return {'ids': ids, 'values': _short(window[inside - start]), 'peak': peak}
+    values = window[inside - start].tolist()
+    return {'ids': ids, 'values': values, 'peak': peak}
 
   def examples(sequences, positions, windows):
     half = windows.shape[-1] // 2
     return [
       example(s, p, window, p - half)
-      for s, p, window in zip(sequences, positions, windows, strict=True)
+      for s, p, window in zip(
+        sequences, positions, _digits(windows), strict=True
+      )
       if s >= 0
     ]
 
@@ -239,7 +247,7 @@ def _feature(entry: Entry, j: int, used: set[int]) -> dict[str, Any]:
     'silent': [
       example(s, None, window, 0)
       for s, window in zip(
-        index.silent_FM[j], index.window_silent_FMW[j], strict=True
+        index.silent_FM[j], _digits(index.window_silent_FMW[j]), strict=True
       )
       if s >= 0
     ],

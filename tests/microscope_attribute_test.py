@@ -1,0 +1,138 @@
+"""Attributions: held to slopes, to removal, to sums and to planted causes."""
+
+from __future__ import annotations
+
+import microscope_index_test as indexed
+import microscope_intervene_test as changed
+import numpy as np
+import pytest
+
+from gemma_scope import weights
+from gemma_scope.microscope import attribute, effects, removal
+from gemma_scope.microscope import intervene as iv
+
+TOKENS_T, T = changed.TOKENS_T, changed.T
+LOGIT = (7, 9)
+
+
+@pytest.fixture(scope='module')
+def model():
+  return weights.load('tiny')
+
+
+@pytest.fixture(scope='module')
+def subjects(model):
+  found = {}
+  for name, member in changed.MEMBERS.items():
+    _, f_TF = changed.values(model, name)
+    found[name] = iv.subject(*model, *member, f_TF[1:].max(0))
+  return found
+
+
+@pytest.mark.parametrize('name', changed.MEMBERS)
+def test_a_gradient_is_the_slope_of_a_small_change(model, subjects, name):
+  """At one token, of a latent that fires there; both signs cancel curvature."""
+  subject = subjects[name]
+  found = attribute.attribute(
+    subject, TOKENS_T, LOGIT, top=4, others=0, controls=0, random_sae=False
+  )
+  _, f_TF = changed.values(model, name)
+  checked = 0
+  for line in found['features']:
+    i = line['feature']
+    t = int(np.argmax(np.abs(line['by_token'])))
+    small = 0.002 * f_TF[t, i] / subject.max_F[i]
+    rows = iv.rows(subject, [[iv.Change(i, 'add', s * small)] for s in (1, -1)])
+    where_BT = np.arange(T)[None] == t
+    measured = effects.effects(
+      subject, np.array([TOKENS_T]), rows, logit=LOGIT, where_BT=where_BT
+    ).logit_BT[:, T - 1]
+    slope = (measured[0] - measured[1]) / 0.004
+    assert slope == pytest.approx(line['by_token'][t], rel=0.05, abs=2e-3)
+    checked += abs(slope) > 0.01
+  assert checked
+
+
+@pytest.mark.parametrize('name', ['sae', 'transcoder', 'clt'])
+def test_the_integral_adds_up(subjects, name):
+  found = attribute.attribute(
+    subjects[name], TOKENS_T, LOGIT, top=2, others=0, controls=0, steps=64,
+    random_sae=False,
+  )  # fmt: skip
+  parts = abs(found['latents']) + abs(found['error'])
+  assert parts > 0.05 and abs(found['other']) < 0.03 * parts
+
+
+def test_exact_effects_are_those_of_removal(subjects, model):
+  subject, (params, _) = subjects['sae'], changed.MEMBERS['sae']
+  found = attribute.attribute(
+    subject, TOKENS_T, LOGIT, top=3, others=2, controls=2, random_sae=False
+  )
+  gemma, lm_params = model
+
+  def value(edits):
+    logits = gemma.forward(lm_params, np.array([TOKENS_T]), edits=edits)
+    logits_V = logits.logits_BTV[0, -1]
+    return float(logits_V[LOGIT[0]] - logits_V[LOGIT[1]])
+
+  assert found['value'] == pytest.approx(value({}), abs=1e-4)
+  target = subject.place.targets[0]
+  for line in found['features']:
+    # BOS is left alone by `exact`, and removal knows no such token.
+    without = removal.edit(params, [line['feature']])
+    keep_T1 = (np.arange(T) > 0)[:, None]
+    edit = lambda x, f=without, k=keep_T1: np.where(k, 0, x) + f(x) * k
+    assert line['exact'] == pytest.approx(
+      found['value'] - value({target: edit}), abs=2e-4
+    )
+
+
+def planted(model, strength: float):
+  """An SAE whose latent 0 writes `strength` of logit 7 less logit 9."""
+  gemma, lm_params = model
+  params, card = indexed.member(0, 'resid_post/3')
+  table_VD = np.asarray(lm_params['embedder']['input_embedding'])
+  gain_D = 1 + np.asarray(lm_params['final_norm']['scale'])
+  cause_D = (table_VD[7] - table_VD[9]) * gain_D
+  params['W_dec'][0] = cause_D / np.linalg.norm(cause_D)
+  params['W_dec'][0] *= strength * np.linalg.norm(params['W_dec'][1])
+  params['b_enc'][0] = 30  # it fires on all tokens
+  return iv.subject(gemma, lm_params, params, card, np.ones(indexed.F))
+
+
+def test_a_planted_cause_is_found_and_passes(model):
+  found = attribute.attribute(planted(model, 2.0), TOKENS_T, LOGIT, top=3)
+  first = found['features'][0]
+  assert first['feature'] == 0 and first['passes']
+  assert found['passing'] and found['verdict'].startswith(
+    str(len(found['passing']))
+  )
+  assert first['exact'] > first['control'] > 0
+  assert abs(found['agreement']['integrated']['spearman']) > 0.5
+  assert 'passes' in attribute.report(found)
+
+
+def test_random_directions_do_not_pass(model):
+  """Of an SAE that is itself random, none is said to matter."""
+  params, card = indexed.member(0, 'resid_post/1')
+  subject = iv.subject(*model, params, card, np.ones(indexed.F))
+  found = attribute.attribute(subject, TOKENS_T, LOGIT, top=5, seed=1)
+  assert found['passing'] == []
+  assert found['verdict'].startswith('No feature passes')
+  assert not any(line['passes'] for line in found['features'])
+
+
+def test_agreement():
+  lines = [{'gradient': g, 'exact': 2 * g} for g in (1.0, -2.0, 3.0)]
+  assert attribute.agreement(lines, 'gradient') == {
+    'spearman': pytest.approx(1.0), 'slope': pytest.approx(2.0)
+  }  # fmt: skip
+  flat = [{'gradient': g, 'exact': 0.0} for g in (1.0, -2.0, 3.0)]
+  assert attribute.agreement(flat, 'gradient')['spearman'] is None
+
+
+def test_what_is_not_there_is_said(subjects):
+  with pytest.raises(ValueError, match='There is no token 4096'):
+    attribute.attribute(subjects['sae'], TOKENS_T, (4096, None))
+  with pytest.raises(ValueError, match='There is no position 16'):
+    attribute.attribute(subjects['sae'], TOKENS_T, (1, None), position=16)

@@ -6,6 +6,9 @@
 
 One `Hooks` belongs to one trace: what it recorded are that trace's values.
 Norms and the inputs of attention's scores are computed in float32 here.
+
+Frozen, the norms' denominators and the attention's weights have no gradient:
+the derivative is then that of the model that is linear but for its MLPs.
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ class Hooks:
     config: sites.Dimensions,
     taps: Collection[sites.Site],
     edits: Mapping[sites.Site, Edit],
+    frozen: bool = False,
   ):
+    self.frozen = frozen
     self.taps = frozenset(taps)
     self.edits = dict(edits)
     self.values: dict[sites.Site, jax.Array] = {}
@@ -78,9 +83,9 @@ class Hooks:
       return call(*args, **kwargs)
     root, *path = module.path or ('',)
     if not root.startswith('layer_'):
-      return (
-        _norm(module, args[0]) if _is_norm(module) else call(*args, **kwargs)
-      )
+      if _is_norm(module):
+        return self._norm(module, args[0])
+      return call(*args, **kwargs)
     layer, path = int(root.removeprefix('layer_')), tuple(path)
     if not path:  # the block itself: (x, positions, cache, mask) -> (cache, x)
       x_BTD = self._visit(layer, 'resid_pre', args[0])
@@ -96,24 +101,34 @@ class Hooks:
       x = self._visit(layer, before, args[0])
       ungained = 'mlp_in_ungained' if after == 'mlp_in' else None
       visit = functools.partial(self._visit, layer, ungained)
-      return self._visit(layer, after, _norm(module, x, visit))
+      return self._visit(layer, after, self._norm(module, x, visit))
     if path[-1] in _SCORE_INPUTS:
-      return call(*args, **kwargs).astype(jnp.float32)
+      return self._scores(path[-1], call(*args, **kwargs).astype(jnp.float32))
     if path[-1] == 'attn_vec_einsum':  # (equation, heads [B, T, K, H])
       heads = args[1].astype(module.get_variable('params', 'w').dtype)
       args = (args[0], self._visit(layer, before, heads))
     return self._visit(layer, after, call(*args, **kwargs))
 
+  def _scores(self, name: str, x):
+    """Queries, keys and values, of which values alone have a frozen gradient.
+
+    The leading axis of kv_einsum is (key, value), that of qkv_einsum all three.
+    """
+    if not self.frozen:
+      return x
+    still = jax.lax.stop_gradient(x)
+    return still if name == 'q_einsum' else still.at[-1].set(x[-1])
+
+  def _norm(self, module, x, visit_ungained=lambda x: x):
+    """Gemma's RMSNorm in float32: x / rms(x) * (1 + scale)."""
+    dtype = x.dtype
+    x = x.astype(jnp.float32)
+    one = jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
+    x = x * (jax.lax.stop_gradient(one) if self.frozen else one)
+    x = visit_ungained(x)
+    gain = 1 + module.get_variable('params', 'scale').astype(jnp.float32)
+    return (x * gain).astype(dtype)
+
 
 def _is_norm(module) -> bool:
   return type(module).__name__ == 'RMSNorm'
-
-
-def _norm(module, x, visit_ungained=lambda x: x):
-  """Gemma's RMSNorm in float32: x / rms(x) * (1 + scale)."""
-  dtype = x.dtype
-  x = x.astype(jnp.float32)
-  x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
-  x = visit_ungained(x)
-  gain = 1 + module.get_variable('params', 'scale').astype(jnp.float32)
-  return (x * gain).astype(dtype)

@@ -257,6 +257,7 @@ class Gemma:
     logits: bool = True,
     positions_BT: jax.Array | None = None,
     mask_BTT: jax.Array | None = None,
+    frozen: bool = False,
   ) -> Output:
     """One pass; pure, so that jit, grad and vmap of it are what they seem.
 
@@ -269,6 +270,7 @@ class Gemma:
       logits: False stops after the last tapped layer and forms no logits.
       positions_BT, mask_BTT: for packed documents; by default positions count
         the tokens that are not padding, and attention is causal.
+      frozen: no gradient through norms' denominators and attention's weights.
 
     Returns:
       `Output`; logits are float32.
@@ -276,7 +278,7 @@ class Gemma:
     Raises:
       ValueError: a tap or an edit at a site that this model does not have.
     """
-    visits = hooks.Hooks(self.config, taps, edits or {})
+    visits = hooks.Hooks(self.config, taps, edits or {}, frozen)
     depth = self.config.num_layers
     if not logits:
       depth = 1 + max((site.layer for site in visits.taps), default=-1)

@@ -82,7 +82,7 @@ def attribute(
   """
   tokens_T = [int(i) for i in tokens_T]
   position = len(tokens_T) - 1 if position is None else position
-  _check(subject, tokens_T, logit, position)
+  check(subject, tokens_T, logit, position)
   found = _search(subject, tokens_T, logit, position, steps)
   order = [np.argsort(-np.abs(found[k]), kind='stable')[:top] for k in _WAYS]
   fires = found['fires']
@@ -115,7 +115,7 @@ def attribute(
     line['passes'] = line['beyond_control'] and abs(exact[n]) > bar
     features.append(line)
   beyond = sum(line['beyond_control'] for line in features)
-  chance = _by_chance(len(chosen), controls)
+  chance = by_chance(len(chosen), controls)
   if beyond <= chance:
     for line in features:
       line['passes'] = False
@@ -147,7 +147,8 @@ def _largest(found, top: int) -> list[int]:
   return [i for i in both if found['fires'][i]]
 
 
-def _check(subject, tokens_T, logit, position):
+def check(subject, tokens_T, logit, position) -> None:
+  """ValueError for a token or a position that is not there."""
   size = subject.gemma.config.vocab_size
   for token in [*tokens_T, *(t for t in logit if t is not None)]:
     if not 0 <= token < size:
@@ -173,7 +174,7 @@ def _verdict(count, beyond, chance, passing, twin) -> str:
   return f'{said}; {len(passing)} of them more than these{also}.'
 
 
-def _by_chance(count: int, controls: int) -> int:
+def by_chance(count: int, controls: int) -> int:
   """As many latents are beyond all their controls in 95 % of chance's draws."""
   from scipy import stats  # slow to import
 

@@ -177,7 +177,7 @@ def test_searching_opening_hovering_and_keys(page, entries):
   fired = int(np.argmax(entries[0].index.top_FE[:, 0]))
   word = next(
     w
-    for w in pages._words(entries[0].index, fired)
+    for w in pages.words(entries[0].index, fired)
     if pieces([w])[0] not in HOSTILE
   )
   page.check('input[type=checkbox]')

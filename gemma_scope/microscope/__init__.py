@@ -23,6 +23,11 @@ Works on any (params, card) of `release.load` or `formats.published.load`.
   ask          a language model that answers: endpoint, local Gemma, cache
   examples     windows where a latent fires; rules
   explain      labels for latents, and their scores
+  questions    what can be asked about a text, answered in JSON
+  live         the pages, served with these questions
+  session      a run's folder, opened
+  commands     what launch/microscope.py can be told
 
-It imports what stands above it in the package, and never train or stack.
+It imports what stands above it in the package, and never train or stack (but
+session opens a run's text as training does, by collection).
 """

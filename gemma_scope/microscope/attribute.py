@@ -108,11 +108,11 @@ def attribute(
       'exact': float(exact[n]),
       'by_token': found['by_token'][i].tolist(),
       'control': most,
-      'beyond_control': most is not None and abs(exact[n]) > most,
+      'beyond_control': most is not None and bool(abs(exact[n]) > most),
       'chosen': mine,
     }
     bar = max(map(abs, twin), default=0.0)
-    line['passes'] = line['beyond_control'] and abs(exact[n]) > bar
+    line['passes'] = line['beyond_control'] and bool(abs(exact[n]) > bar)
     features.append(line)
   beyond = sum(line['beyond_control'] for line in features)
   chance = by_chance(len(chosen), controls)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from gemma_scope import generate, places, sae, splice
+from gemma_scope import generate, lm, places, sae, splice
 from gemma_scope.microscope import intervene
 from gemma_scope.microscope.intervene import Change, Rows, Subject
 
@@ -246,6 +246,41 @@ def _read(params, x, y, top: int):
   f_TF = f.reshape(len(f), -1)
   value_TK, feature_TK = jax.lax.top_k(f_TF, top)
   return feature_TK, value_TK, jnp.sum(f_TF > 0, -1), share_T
+
+
+class Prediction(NamedTuple):
+  """What the model says after each token of a text; host memory."""
+
+  token_TK: np.ndarray  # the likeliest, falling
+  probability_TK: np.ndarray
+  loss_T: np.ndarray  # of token t + 1, nats; T - 1 of them
+
+
+def predict(
+  gemma: lm.Gemma, lm_params: lm.Params, tokens_T: Sequence[int], top: int
+) -> Prediction:
+  """The `top` likeliest next tokens at each position."""
+  tokens_1T, length = padded([tokens_T]), len(tokens_T)
+  found = _predict(gemma, lm_params, tokens_1T, top)
+  token_TK, probability_TK, loss_T = (np.asarray(a)[0] for a in found)
+  return Prediction(
+    token_TK[:length], probability_TK[:length], loss_T[: length - 1]
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('gemma', 'top'))
+def _predict(gemma, lm_params, tokens_1T, top: int):
+  at = splice.last(gemma)
+  x_1TD = gemma.forward(lm_params, tokens_1T, taps=(at,), logits=False).taps[at]
+
+  def of_slice(x_1tD, next_1t):
+    logp = jax.nn.log_softmax(gemma.unembed(lm_params, x_1tD))
+    value, token = jax.lax.top_k(logp, top)
+    own = jnp.take_along_axis(logp, next_1t[..., None], -1)[..., 0]
+    return token, jnp.exp(value), -own
+
+  parts = splice.by_slices(of_slice, None, x_1TD, jnp.roll(tokens_1T, -1, 1))
+  return tuple(map(splice.join, parts))
 
 
 # What the model says with a change.

@@ -1,6 +1,6 @@
 """Indexes -> a folder of static pages that opens from a disk, with no server.
 
-  index.html assets/          one page, its style, two scripts
+  index.html assets/          one page, its style, three scripts
   data/collection.js          what the SAEs are and how they were measured
   data/vocabulary.js          the pieces of the tokens that occur
   data/m3/list.js             what is searched of SAE 3: few numbers a feature
@@ -31,7 +31,7 @@ from gemma_scope import places, sites
 from gemma_scope.microscope.index import Index
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
-FILES = ('index.html', 'scope.css', 'tokens.js', 'scope.js')
+FILES = ('index.html', 'scope.css', 'tokens.js', 'scope.js', 'live.js')
 CHUNK = 64  # features a file
 _TOP, _OPEN = 16, 2  # examples shown; tenths that are unfolded
 _PAIRS = 8  # SAEs that one is compared with
@@ -170,24 +170,24 @@ def _described(entry: Entry, i: int, near: Sequence[int]) -> dict[str, Any]:
 def _listed(entry: Entry, used: set[int]) -> dict[str, Any]:
   """What the search knows of each feature."""
   index = entry.index
-  words = [_words(index, j) for j in range(len(index.max_F))]
+  latents = range(len(index.max_F))
+  fires_on = [words(index, j) for j in latents]
   logits = index.positive_FL
-  logits = [[]] * len(words) if logits is None else logits[:, :5].tolist()
-  for ids in (*words, *logits):
+  logits = [[]] * len(latents) if logits is None else logits[:, :5].tolist()
+  for ids in (*fires_on, *logits):
     used.update(ids)
   return {
     'density': _short(index.density_F),
     'max': _short(index.max_F),
-    'word': words,
+    'word': fires_on,
     'logit': logits,
     'label': [
-      str(entry.labels[j]['text']) if j in entry.labels else ''
-      for j in range(len(words))
+      str(entry.labels[j]['text']) if j in entry.labels else '' for j in latents
     ],
   }
 
 
-def _words(index: Index, j: int) -> list[int]:
+def words(index: Index, j: int) -> list[int]:
   """The tokens at its largest values, the most frequent first; at most five."""
   there = index.top_sequence_FE[j] >= 0
   ids = index.sequences_NT[

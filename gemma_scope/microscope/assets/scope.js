@@ -20,6 +20,7 @@ function load(key) {
 }
 
 let all, vocabulary;
+const served = location.protocol.startsWith('http'); // by launch/microscope.py serve
 const main = document.getElementById('main');
 const piece = (id) => vocabulary[id] ?? '\ufffd';
 const percent = (x) => number(100 * x) + ' %';
@@ -191,6 +192,7 @@ async function list(id) {
   const alive = rows.filter((r) => r.density > 0);
   page(m.name, [h('a', { href: to() }, all.title), m.name],
     h('h1', {}, m.place, h('span', { class: 'soft' }, ` ${m.widthName} ${m.architecture}, L0 ${number(m.meanL0)}`)),
+    served ? h('p', {}, h('a', { href: to('live', id) }, 'Try it on your own text')) : null,
     h('div', { class: 'grid' },
       card('two-thirds', '', h('div', { class: 'bar' }, search, by, h('label', { class: 'soft' }, rare, ' with dead and dense')), said, result),
       card('third', 'Density and largest value',
@@ -220,6 +222,7 @@ async function feature(id, j) {
     h('h1', {}, `#${j} `, f.label ? f.label.text : h('span', { class: 'soft' }, 'unlabelled')),
     f.label ? h('p', { class: f.label.score >= 0.7 ? 'soft' : 'warn' },
       `Label by ${f.label.by}; it tells firing from silent text in ${percent(f.label.score)} of held-out examples (chance 50 %; with labels shuffled ${percent(f.label.control)}).`) : null,
+    served && f.fired ? h('p', {}, h('a', { href: to('live', id, 'f', j) }, 'Steer with it, or see it on your own text')) : null,
     f.fired === 0 ? h('p', { class: 'warn' }, 'It never fired on this text.') : null,
     f.density > 0.1 ? h('p', { class: 'warn' }, 'It fires on more than a tenth of all tokens: such features rarely mean one thing.') : null,
     h('div', { class: 'grid' },
@@ -288,6 +291,7 @@ async function show() {
     if (kind && !all.members[id]) throw new Error('there is no such SAE here');
     if (!kind) collection();
     else if (kind === 'c') await compare(id, Number(what));
+    else if (kind === 'live') await live(id, what === 'f' ? Number(b) : null);
     else if (what === 'f') await feature(id, Number(b));
     else await list(id);
     scrollTo(0, 0);

@@ -1,0 +1,268 @@
+"""What launch/microscope.py can be told, one function each.
+
+build    index and pages            serve    pages with a live view
+why      a logit traced to latents  probe    a concept's latents
+explain  labels, and their scores   suite    SAEBench's scores
+pages    written again              export   Neuronpedia's files
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+import numpy as np
+
+from gemma_scope import places
+from gemma_scope.microscope import (
+  ask,
+  attribute,
+  effects,
+  explain,
+  graph,
+  live,
+  neuronpedia,
+  probe,
+  questions,
+  rows,
+  suite,
+)
+from gemma_scope.microscope import build as build_lib
+from gemma_scope.microscope.session import Session, spoken
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """The flags of launch/microscope.py that one command or another reads."""
+
+  sae: str = ''
+  sequences: int = 1024
+  batch: int = 32
+  port: int = 8642
+  text: str = ''
+  logit: tuple[str, ...] = ()
+  prompts: str = ''
+  pooling: str = 'last'
+  features: str = '200'
+  endpoint: str = ''
+  labeller: str = ''
+  most_questions: int = 10_000
+  model_id: str = ''
+  title: str = 'gemma-scope'
+  creator: str = ''
+
+
+def build(session: Session, options: Options, poll: Callable[[], None]) -> None:
+  """Indexes all SAEs in one pass, writes the pages, prints their address."""
+  first = session.build(options.sequences, options.batch, poll)
+  session.report(f'microscope  {first.resolve().as_uri()}')
+
+
+def pages(session: Session, options: Options, poll) -> None:
+  """Writes the pages again, with the labels that are there."""
+  del options, poll
+  session.report(f'microscope  {session.pages().resolve().as_uri()}')
+
+
+def serve(session: Session, options: Options, poll) -> None:
+  """Serves the pages, with a live view, to this machine."""
+  del poll
+  folder = session.out / 'pages'
+  if not (folder / 'index.html').exists():
+    raise ValueError(f'{folder} is not there; run build first.')
+  shown = [
+    questions.Shown(
+      build_lib.name_of(one.path), one.card, one.load, session.index(one)
+    )
+    for one in session.members
+  ]
+  found = questions.Questions(
+    *session.model, session.tokenizer, shown, session.mesh
+  )
+  live.serve(found, folder, options.port, session.report)
+
+
+def why(session: Session, options: Options, poll) -> None:
+  """Traces a logit to latents; over transcoders and CLTs, a graph as well."""
+  del poll
+  if not options.text:
+    raise ValueError('Say --text=, what the model has read.')
+  member = session.find(options.sae)
+  subject, tokenizer = session.subject(member), session.tokenizer
+  ids = [tokenizer.bos_id, *map(int, tokenizer.encode(options.text))]
+  logit = _logit(session, options, ids)
+  pieces = tokenizer.pieces([t for t in logit if t is not None])
+  session.report(
+    f'{build_lib.name_of(member.path)}: {spoken(pieces)} after '
+    f'{options.text[-60:]!r}'
+  )
+  found = attribute.attribute(subject, ids, logit)
+  session.report(attribute.report(found, session.named(member)))
+  _keep(session, 'why', {'text': options.text, 'logit': pieces, **found})
+  if places.of(member.card).type in ('transcoder', 'clt'):
+    together = _together(session, member)
+    traced = graph.trace([session.subject(m) for m in together], ids, logit)
+    names = [session.named(one) for one in together]
+    session.report(
+      graph.report(
+        traced, tokenizer.pieces(ids), lambda m, feature: names[m](feature)
+      )
+    )
+    _keep(session, 'graph', graph.plain(traced))
+
+
+def _logit(session: Session, options: Options, ids) -> tuple[int, int | None]:
+  """--logit=a,b as tokens; without it the two likeliest ones."""
+  if not options.logit:
+    found = effects.predict(*session.model, ids, 2)
+    return tuple(map(int, found.token_TK[-1]))
+  if len(options.logit) > 2:
+    raise ValueError('--logit= is one token, or two with a comma.')
+  found = []
+  for word in options.logit:
+    tokens = session.tokenizer.encode(word)
+    if len(tokens) != 1:
+      raise ValueError(
+        f'--logit: {word!r} is not one token but '
+        f'{session.tokenizer.pieces(tokens)}.'
+      )
+    found.append(int(tokens[0]))
+  return (found[0], found[1] if len(found) > 1 else None)
+
+
+def _together(session: Session, member):
+  """A transcoder with its fellows of other layers; a CLT alone."""
+  cards = [(one.card, session.index(one)) for one in session.members]
+  first = session.members.index(member)
+  return [session.members[i] for i in questions.together(cards, first)]
+
+
+def _keep(session: Session, name: str, found: dict) -> None:
+  path = session.out / f'{name}.json'
+  path.write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
+  session.report(f'written  {path}')
+
+
+def find_concept(session: Session, options: Options, poll) -> None:
+  """Probes a concept from labelled prompts, with controls."""
+  del poll
+  if not options.prompts:
+    raise ValueError(
+      'Say --prompts=FILE, JSONL with "text" and "label" (true or false).'
+    )
+  member = session.find(options.sae)
+  prompts = rows.read_prompts(options.prompts)
+  found_rows = rows.of_prompts(
+    *session.model, member.load(), member.card, prompts, session.tokenizer,
+    options.pooling, options.batch,
+  )  # fmt: skip
+  found = probe.run(found_rows, prompts.label_N)
+  session.report(probe.report(found))
+  best = probe.best(found, 'latents', 5) or probe.best(found, 'latents', 1)
+  if best:
+    name = session.named(member)
+    for feature, weight in zip(best['latents'], best['weights'], strict=True):
+      session.report(f'  latent {feature:>7}  {weight:+.3f}  {name(feature)}')
+  session.out.mkdir(parents=True, exist_ok=True)
+  _keep(session, 'probe', found)
+
+
+def label(session: Session, options: Options, poll) -> None:
+  """Labels latents by an endpoint's model, or by rules; the pages have them."""
+  member = session.find(options.sae)
+  one = session.index(member)
+  features = _features(options.features, one)
+  model = None
+  if options.endpoint:
+    if not options.labeller:
+      raise ValueError("Say --labeller=, the endpoint's name of its model.")
+    model = ask.Kept(
+      ask.Endpoint(options.labeller, options.endpoint),
+      session.out / 'answers.jsonl', options.most_questions,
+    )  # fmt: skip
+  elif options.labeller == 'local':
+    model = ask.Kept(
+      ask.LocalGemma(
+        session.config.lm.name, *session.model, session.tokenizer
+      ),
+      session.out / 'answers.jsonl', options.most_questions,
+    )  # fmt: skip
+  elif options.labeller:
+    raise ValueError('--labeller= goes with --endpoint=, or is "local".')
+  found = explain.explain(one, features, session.tokenizer.pieces, model)
+  explain.write(session.label_file(member), found)
+  session.report(json.dumps(explain.summary(found)))
+  session.report(f'written  {session.label_file(member)}')
+  pages(session, options, poll)
+
+
+def _features(given: str, one) -> list[int]:
+  """'all', '200' (the most frequent ones), or '3,17,' (those)."""
+  alive = np.flatnonzero(one.fired_F)
+  order = alive[np.argsort(-one.fired_F[alive], kind='stable')]
+  if given == 'all':
+    return sorted(map(int, alive))
+  parts = [part for part in given.split(',') if part.strip()]
+  if not parts or not all(part.strip().isdigit() for part in parts):
+    raise ValueError(
+      f'--features= is all, a number (the most frequent ones), or numbers of '
+      f'latents with commas, such as 3,17; found {given!r}.'
+    )
+  numbers = list(map(int, parts))
+  if len(numbers) == 1 and not given.endswith(','):
+    return sorted(map(int, order[: numbers[0]]))
+  wrong = [i for i in numbers if i >= len(one.max_F)]
+  if wrong:
+    raise ValueError(f'There is no latent {wrong[0]}.')
+  return numbers
+
+
+def score(session: Session, options: Options, poll) -> None:
+  """SAEBench's scores, on labels that Python's own source gives."""
+  del poll
+  members = session.members
+  if options.sae:
+    members = [session.find(options.sae)]
+  paths = suite.run(
+    *session.model, [(m.load(), m.card) for m in members], session.tokenizer,
+    session.out / 'suite', report=session.report,
+  )  # fmt: skip
+  session.report(suite.table(paths))
+
+
+def export(session: Session, options: Options, poll) -> None:
+  """Writes Neuronpedia's bulk files from the indexes."""
+  del poll
+  for member in session.members:
+    name = build_lib.name_of(member.path)
+    folder = session.out / 'neuronpedia' / name
+    count = neuronpedia.write(
+      folder, session.index(member), session.tokenizer.pieces,
+      model=options.model_id or session.config.lm.name, name=options.title,
+      creator=options.creator,
+    )  # fmt: skip
+    session.report(f'{folder}: {count:,} latents')
+
+
+COMMANDS = {
+  'build': build,
+  'pages': pages,
+  'serve': serve,
+  'why': why,
+  'probe': find_concept,
+  'explain': label,
+  'suite': score,
+  'export': export,
+}
+
+
+def run(name: str, session: Session, options: Options, poll) -> None:
+  """One command.
+
+  Raises:
+    ValueError: one sentence on what is missing or wrong.
+  """
+  if name not in COMMANDS:
+    raise ValueError(f'There is no {name!r}; say {", ".join(COMMANDS)}.')
+  COMMANDS[name](session, options, poll)

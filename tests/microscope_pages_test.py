@@ -133,18 +133,18 @@ def test_intervals_hold_the_share(count, of):
 # In Chromium.
 
 
-@pytest.fixture(scope='module')
-def page(folder):
-  chromium = shutil.which('chromium')
+def chromium(address):
+  """A page of a headless browser; what it said and asked for are kept."""
+  path = shutil.which('chromium')
   playwright = pytest.importorskip(
     'playwright.sync_api',
     reason='playwright, which drives it, is not installed',
   )
-  if chromium is None:
+  if path is None:
     pytest.skip('Chromium is not installed')
   with playwright.sync_playwright() as play:
     browser = play.chromium.launch(
-      executable_path=chromium,
+      executable_path=path,
       args=[
         '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
         '--disable-background-networking', '--disable-component-update',
@@ -156,10 +156,15 @@ def page(folder):
     page.on('console', lambda m: page.said.append(m.text))
     page.on('pageerror', lambda e: page.said.append(str(e)))
     page.on('request', lambda r: page.asked.append(r.url))
-    page.goto((folder / 'index.html').as_uri())
+    page.goto(address)
     page.wait_for_selector('main h1')
     yield page
     browser.close()
+
+
+@pytest.fixture(scope='module')
+def page(folder):
+  yield from chromium((folder / 'index.html').as_uri())
 
 
 def go(page, route):

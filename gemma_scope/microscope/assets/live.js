@@ -50,7 +50,7 @@ async function live(id, first) {
     const ranked = [...best.values()].map((one) => ({ ...one, share: one.most / (list.max[one.j] || one.most) }))
       .sort((x, y) => y.share - x.share);
     const left = ranked.filter((one) => dense(one.j)).length;
-    const rows = ranked.filter((one) => state.dense || !dense(one.j)).slice(0, 40);
+    const rows = ranked.filter((one) => state.dense || !dense(one.j)).slice(0, state.more ? 100 : 12);
     const paint = (one) => spans.forEach((span, t) => {
       const v = one ? (one.at.get(t) || 0) / (list.max[one.j] || one.most) : 0;
       span.style.backgroundColor = v > 0 ? `rgba(var(--heat), ${(0.12 + 0.6 * Math.min(v, 1)).toFixed(2)})` : '';
@@ -86,7 +86,8 @@ async function live(id, first) {
       h('p', { class: 'soft' }, `${best.size} fire. `, h('label', {}, check, ` with those that fire on more than 10 % of tokens (${left})`)),
       h('div', { class: 'scroll' }, h('table', {}, h('thead', {}, h('tr', {}, ['latent', 'largest', 'share', 'tokens', ''].map((n, i) =>
         h('th', { class: i && i < 4 ? 'number' : '' }, n)))),
-        h('tbody', {}, rows.map((one) => row(one.j, [number(one.most), percent(one.share), one.at.size]))))));
+        h('tbody', {}, rows.map((one) => row(one.j, [number(one.most), percent(one.share), one.at.size]))))),
+      state.more ? null : button('more', () => { state.more = true; read(); }));
     return h('div', { class: 'tokens', id: 'text' }, spans);
   };
   const read = run(shownText, reading);
@@ -189,11 +190,11 @@ async function live(id, first) {
       card('two-thirds', 'Text', text, h('div', { class: 'bar' }, button('Read', read),
         h('span', { class: 'soft' }, 'BOS stands before it; a line break is shown as \u21b5.')), shownText),
       h('div', { class: 'third card', id: 'token' }, side),
-      card('', '', below),
       card('', 'Change latents', changes, h('div', { class: 'bar' }, button('Steer', run(result, steer)), button('Effects', run(result, effect)),
         field('tokens', numeric('tokens', 4)), field('temperature', numeric('temperature', 4)), field('seed', numeric('seed', 4))), result),
       card('', 'Why does it say that', h('div', { class: 'bar' }, field('token', box('a', 10)), field('less', box('b', 10)),
-        h('span', { class: 'soft' }, 'empty: the two likeliest'), button('Why', run(cause, why)), graphed ? button('Graph', run(cause, trace)) : null), cause)));
+        h('span', { class: 'soft' }, 'empty: the two likeliest'), button('Why', run(cause, why)), graphed ? button('Graph', run(cause, trace)) : null), cause),
+      card('', '', below)));
   drawChanges();
   read();
 }

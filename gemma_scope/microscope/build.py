@@ -115,10 +115,10 @@ class State:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
       return None  # cut off while it was written
 
-  def save(self, done: int, states) -> None:
-    """Every few calls; whole or not at all."""
+  def save(self, done: int, states, now: bool = False) -> None:
+    """Every few calls, or now; whole or not at all."""
     self._calls += 1
-    if self._calls % self._every:
+    if self._calls % self._every and not now:
       return
     arrays = {
       f'{i}/{name}': array
@@ -182,14 +182,20 @@ def build(
     for place, encode in zip(several, encoders, strict=True):
       yield encode(tuple(taps[s] for s in place.sites), keep_BT, filled)
 
+  arrays = lambda: [one.arrays() for one in statistics]
   for first in range(start, count, batch):
-    poll()
+    try:
+      poll()
+    except Exception:
+      if state and first > start:
+        state.save(first, arrays, now=True)
+      raise
     at = np.arange(first, min(first + batch, count))
     for one, fires in zip(statistics, firings(at), strict=True):
       one.add(fires, text.documents_NT)
     progress(at[-1] + 1, total)
     if state:
-      state.save(at[-1] + 1, lambda: [one.arrays() for one in statistics])
+      state.save(at[-1] + 1, arrays)
   finished = [one.finish() for one in statistics]
   windows = [_Windows(found, text.sequences_NT.shape[1]) for found in finished]
   wanted = np.unique(np.concatenate([one.sequences() for one in windows]))

@@ -1,0 +1,169 @@
+"""launch/microscope.py's commands, one after the other on a small run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+
+import microscope_index_test as indexed
+import microscope_pages_test as paged
+import numpy as np
+import pytest
+import release_test
+
+from configs import tiny
+from gemma_scope import release, runs
+from gemma_scope.microscope import commands, session
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """A run's folder: config, text and a release of random SAEs."""
+  folder = tmp_path_factory.mktemp('run')
+  corpus = folder / 'corpus'
+  corpus.mkdir()
+  for i in range(60):
+    lines = [f'def f{i}(self, x):', '  return x.', 'import os', ''] * (
+      3 + i % 5
+    )
+    (corpus / f'{i:02}.txt').write_text('\n'.join(lines))
+  config = tiny.get_config()
+  config.text.source, config.text.seq_len = f'files:{corpus}/*.txt', 24
+  (folder / 'config.json').write_text(config.to_json_best_effort())
+  members = []
+  for seed, width in ((0, 40), (1, 60)):
+    params, card = indexed.member(seed, 'resid_post/1', width)
+    card = release_test._card('resid_post/1', seed=seed) | card
+    members.append((params, card, None))
+  release.save(folder / 'release', members)
+  return folder
+
+
+@pytest.fixture
+def said():
+  return []
+
+
+def run(name, workdir, said, release='', poll=lambda: None, **options):
+  opened = session.Session(workdir, saes=release, report=said.append)
+  options = commands.Options(**{'sequences': 40, 'batch': 8} | options)
+  commands.run(name, opened, options, poll)
+  return opened
+
+
+def test_build_stops_and_goes_on(workdir, said):
+  polls = iter([None] * 3)
+
+  def stop():
+    if next(polls, 'stop'):
+      raise runs.Interrupted
+
+  with pytest.raises(runs.Interrupted):
+    run('build', workdir, said, poll=stop)
+  out = workdir / 'microscope'
+  assert (out / 'partial.npz').exists() and not (out / 'pages').exists()
+  run('build', workdir, said)
+  assert not (out / 'partial.npz').exists()
+  assert said[-1].startswith('microscope  file:///')
+  assert (out / 'pages' / 'index.html').exists()
+
+
+SAE = 'width_40'
+TEXT = 'the cat sat on'
+
+
+def test_why(workdir, said):
+  run('why', workdir, said, sae=SAE, text=TEXT, logit=('self', 'def'))
+  assert "'self' less 'def'" in said[0]
+  assert 'gradient against exact' in said[1]
+  kept = json.loads((workdir / 'microscope' / 'why.json').read_text())
+  assert kept['text'] == TEXT and kept['verdict']
+
+
+def test_labels_reach_the_pages(workdir, said):
+  opened = run('explain', workdir, said, sae=SAE, features='5')
+  member = opened.find(SAE)
+  labels = opened.labels(member)
+  assert 0 < len(labels) <= 5
+  text = next(iter(labels.values()))['text']
+  name = opened.named(member)
+  assert name(next(iter(labels))) == text
+  i = opened.members.index(member)
+  listed = paged.data(workdir / 'microscope' / 'pages', f'm{i}/list')
+  assert text in listed['label']
+
+
+def test_probe(workdir, said, tmp_path):
+  rng, lines = np.random.default_rng(0), []
+  for n in range(40):
+    words = rng.choice(['self', 'return', 'import', 'None'], 4)
+    lines.append({
+        'text': ' '.join(words) + (' class' if n % 2 else ' 17'),
+        'label': bool(n % 2),
+    })  # fmt: skip
+  path = tmp_path / 'prompts.jsonl'
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  run('probe', workdir, said, sae=SAE, prompts=str(path))
+  assert 'balanced accuracy' in said[0]
+  kept = json.loads((workdir / 'microscope' / 'probe.json').read_text())
+  assert kept['test'] and kept['probes']
+
+
+def test_export(workdir, said):
+  run('export', workdir, said, title='mine')
+  assert len(said) == 2 and 'latents' in said[0]
+  assert list((workdir / 'microscope' / 'neuronpedia').rglob('*.jsonl.gz'))
+
+
+def test_serve_serves_the_built_pages(workdir, said, monkeypatch):
+  """What uvicorn gets: this machine's loopback, and nothing in a log."""
+  uvicorn = pytest.importorskip('uvicorn', reason='uvicorn is not installed')
+  given = {}
+  monkeypatch.setattr(
+    uvicorn, 'run', lambda app, **more: given.update(more, app=app)
+  )
+  run('serve', workdir, said, port=8000)
+  assert given['host'] == '127.0.0.1' and given['access_log'] is False
+  assert said[0].startswith('live  http://127.0.0.1:8000/?token=')
+  run('serve', workdir, said, port=8000)
+  assert said[0] != said[2]  # another token
+
+
+def test_what_is_missing_is_said(workdir, said, tmp_path):
+  cases = [
+    ('why', {'sae': SAE}, 'Say --text='),
+    ('why', {'sae': 'width', 'text': 'a'}, 'names 2 SAEs'),
+    ('why', {'sae': 'nothing', 'text': 'a'}, 'names 0 SAEs'),
+    ('why', {'sae': SAE, 'text': 'a', 'logit': ('two tokens',)}, 'not one'),
+    ('probe', {'sae': SAE}, 'Say --prompts='),
+    ('explain', {'sae': SAE, 'features': 'x'}, '--features= is all'),
+    ('explain', {'sae': SAE, 'features': '99,'}, 'There is no latent 99'),
+    ('explain', {'sae': SAE, 'endpoint': 'http://127.0.0.1:1'}, '--labeller='),
+    ('explain', {'sae': SAE, 'labeller': 'x'}, 'goes with --endpoint='),
+    ('boil', {}, "There is no 'boil'"),
+  ]
+  for name, options, expected in cases:
+    with pytest.raises(ValueError, match=expected):
+      run(name, workdir, said, **options)
+  with pytest.raises(ValueError, match='run build first'):
+    opened = session.Session(workdir, tmp_path / 'empty', report=said.append)
+    commands.run('serve', opened, commands.Options(), None)
+  with pytest.raises(ValueError, match='has no config.json'):
+    run('build', tmp_path, said, release=str(workdir / 'release'))
+
+
+def test_every_option_is_a_flag():
+  """launch/microscope.py and `Options` agree on names and defaults."""
+  spec = importlib.util.spec_from_file_location(
+    'launch_microscope', ROOT / 'launch' / 'microscope.py'
+  )
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  given = {flag.name: flag.default for flag in module.OPTIONS}
+  given['logit'] = tuple(given['logit'])
+  options = commands.Options()
+  assert given == {key: getattr(options, key) for key in given}
+  assert set(given) == set(commands.Options.__dataclass_fields__)

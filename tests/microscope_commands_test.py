@@ -69,6 +69,8 @@ def test_build_stops_and_goes_on(workdir, said):
   assert not (out / 'partial.npz').exists()
   assert said[-1].startswith('microscope  file:///')
   assert (out / 'pages' / 'index.html').exists()
+  run('build', workdir, said)
+  assert said[-2].endswith('is built') and said[-1].startswith('microscope')
 
 
 SAE = 'width_40'

@@ -186,8 +186,7 @@ class Stop(Exception):
 
 
 def test_a_stopped_pass_continues_to_the_same(model, text, built, tmp_path):
-  rows = [type('Row', (), {'path': card['name']}) for _, card in MEMBERS]
-  state = lambda: build.State(tmp_path / 'partial.npz', text, rows, every=1)
+  state = lambda: build.State(tmp_path / 'partial.npz', text, MEMBERS, every=1)
   calls = []
 
   def poll():
@@ -206,8 +205,10 @@ def test_a_stopped_pass_continues_to_the_same(model, text, built, tmp_path):
   for one, two in zip(built, found, strict=True):
     same(one, two)
   assert done[0] == 24  # only the last batch was left
-  other = build.State(tmp_path / 'partial.npz', text, rows[:1], every=1)
-  assert other.load() is None
+  changed = [(p | {'b_enc': p['b_enc'] + 1}, card) for p, card in MEMBERS]
+  for rows in (MEMBERS[:1], changed):
+    other = build.State(tmp_path / 'partial.npz', text, rows, every=1)
+    assert other.load() is None
   (tmp_path / 'partial.npz').write_bytes(b'PK cut')
   assert state().load() is None
 

@@ -81,7 +81,9 @@ def test_a_features_record_is_its_index(folder, entries):
   assert record['low'] < record['density'] < record['high']
   assert record['histogram'] == one.histogram_FH[j].tolist()
   example = record['top'][0]
-  assert example['values'][example['peak']] == pytest.approx(
+  values = np.frombuffer(base64.b64decode(example['values']), '<f2')
+  assert len(values) == len(example['ids'])
+  assert values[example['peak']] == pytest.approx(
     float(one.top_FE[j, 0]), rel=1e-2
   )
   n, t = one.top_sequence_FE[j, 0], one.top_position_FE[j, 0]
@@ -173,7 +175,7 @@ def go(page, route):
   page.wait_for_selector('main h1')
 
 
-def test_searching_opening_hovering_and_keys(page, entries):
+def test_searching_opening_hovering_and_keys(page, entries, folder):
   go(page, '#/')
   assert page.text_content('h1') == '<i>Title</i>'
   assert page.locator('circle.dot').count() == 4
@@ -196,6 +198,10 @@ def test_searching_opening_hovering_and_keys(page, entries):
   peak = page.locator('.token.peak').first
   peak.hover()
   assert page.locator('.tip').is_visible()
+  record = data(folder, f'm0/c{fired // pages.CHUNK}')[fired % pages.CHUNK]
+  most = np.frombuffer(base64.b64decode(record['top'][0]['values']), '<f2')
+  said = float(page.text_content('.tip').rpartition('  ')[2])
+  assert said == pytest.approx(float(most[record['top'][0]['peak']]), rel=5e-3)
   assert json.loads(page.text_content('.tip').rpartition('  ')[0]) is not None
   page.keyboard.press('j')
   page.wait_for_timeout(100)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -87,14 +88,23 @@ def name_of(path: str) -> str:
 
 
 class State:
-  """The first pass's statistics on disk; refused where the pass is another."""
+  """The first pass's statistics on disk; unused where the pass is another.
 
-  def __init__(self, path: pathlib.Path, text: Text, members, every: int = 8):
+  Attributes:
+    key: of the text and of the members, parameters and all.
+  """
+
+  def __init__(
+    self, path: pathlib.Path, text: Text, members: Sequence[Row], every: int = 8
+  ):
     self._path, self._every, self._calls = path, every, 0
     digest = hashlib.sha256(text.sequences_NT.tobytes())
-    for member in members:
-      digest.update(f'{member.path}\n'.encode())
-    self._key = digest.hexdigest()
+    digest.update(gemma_scope.__version__.encode())
+    for params, card in members:
+      digest.update(json.dumps(card, sort_keys=True, default=str).encode())
+      for name in sorted(params):
+        digest.update(name.encode() + np.ascontiguousarray(params[name]).data)
+    self.key = digest.hexdigest()
 
   def load(self) -> tuple[int, list[dict[str, np.ndarray]]] | None:
     """(sequences done, arrays of each member), or None: from the start."""
@@ -102,7 +112,7 @@ class State:
       return None
     try:
       with np.load(self._path, allow_pickle=False) as file:
-        if str(file['key']) != self._key:
+        if str(file['key']) != self.key:
           return None
         found: list[dict[str, np.ndarray]] = []
         for name in file.files:
@@ -127,7 +137,7 @@ class State:
     }
     partial = self._path.with_name(f'.{self._path.name}')
     with open(partial, 'wb') as file:
-      np.savez(file, key=self._key, done=done, **arrays)
+      np.savez(file, key=self.key, done=done, **arrays)
     os.replace(partial, self._path)
 
 
@@ -300,7 +310,7 @@ class _Windows:
     self._start = np.concatenate([start.ravel() for _, start in at.values()])
     key = self._sequence.astype(np.int64) * self._latents + latent
     self._order = np.argsort(key, kind='stable')
-    self._key = key[self._order]
+    self.key = key[self._order]
     self._values = np.zeros((len(key), width), np.float16)
 
   def sequences(self) -> np.ndarray:
@@ -312,7 +322,7 @@ class _Windows:
     """Fills the windows that these firings fall into."""
     key = fires.sequence.astype(np.int64) * self._latents + fires.latent
     low, high = (
-      np.searchsorted(self._key, key, side) for side in ('left', 'right')
+      np.searchsorted(self.key, key, side) for side in ('left', 'right')
     )
     many = high - low
     firing = np.repeat(np.arange(len(key)), many)

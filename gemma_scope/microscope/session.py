@@ -136,16 +136,23 @@ class Session:
   ) -> pathlib.Path:
     """Indexes all members in one pass and writes the pages -> their address.
 
-    Stopped by `poll`, it goes on from what is on disk when called again.
+    Stopped by `poll`, it goes on from what is on disk when called again; what
+    is built of this text and of these SAEs is left as it is.
     """
     text, members = self.text(sequences), self.members
+    rows = [(member.load(), member.card) for member in members]
+    state = build_lib.State(self.out / 'partial.npz', text, rows)
+    saes = self.saes or str(self.workdir / 'release')
+    about = json.dumps({'saes': saes, 'key': state.key}) + '\n'
+    kept, first = self.out / _MEMBERS, self.out / 'pages' / 'index.html'
+    if first.exists() and kept.exists() and kept.read_text() == about:
+      self.report(f'{self.out} is built')
+      return first
     progress = metrics.Progress(
       2 * len(text.sequences_NT), self.config.text.seq_len, label='index',
       every_s=20,
     )  # fmt: skip
     self.out.mkdir(parents=True, exist_ok=True)
-    state = build_lib.State(self.out / 'partial.npz', text, members)
-    rows = [(member.load(), member.card) for member in members]
     found = build_lib.build(
       *self.model, rows, text, batch=batch, mesh=self.mesh, poll=poll,
       progress=lambda done, _: progress.update(done, {}), state=state,
@@ -153,8 +160,7 @@ class Session:
     for member, one in zip(members, found, strict=True):
       index.write(self.folder(member), one)
     progress.close()
-    saes = self.saes or str(self.workdir / 'release')
-    (self.out / _MEMBERS).write_text(json.dumps({'saes': saes}) + '\n')
+    kept.write_text(about)
     (self.out / 'partial.npz').unlink(missing_ok=True)
     return self.pages()
 

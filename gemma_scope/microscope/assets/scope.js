@@ -19,6 +19,16 @@ function load(key) {
   return known[key];
 }
 
+// float16 values in base64, as an example has them.
+function halves(text) {
+  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0)), view = new DataView(bytes.buffer);
+  return Array.from({ length: bytes.length / 2 }, (_, i) => {
+    const bits = view.getUint16(2 * i, true), exponent = (bits >> 10) & 31, rest = bits & 1023;
+    const size = exponent ? 2 ** (exponent - 15) * (1 + rest / 1024) : 2 ** -24 * rest;
+    return bits >> 15 ? -size : size;
+  });
+}
+
 let all, vocabulary;
 const served = location.protocol.startsWith('http'); // by launch/microscope.py serve
 const main = document.getElementById('main');
@@ -211,9 +221,12 @@ async function feature(id, j) {
   if (!(j >= 0 && j < m.width)) throw new Error(`${m.name} has no feature ${j}`);
   const chunk = await load(`m${id}/c${Math.floor(j / all.chunk)}`), f = chunk[j % all.chunk];
   const other = (k) => h('a', { href: to('s', id, 'f', k) }, `#${k}`);
-  const example = (e) => h('div', { class: 'tokens' },
-    h('span', { class: 'value' }, number(e.peak === null ? 0 : e.values[e.peak])),
-    tokens(e.ids.map(piece), e.values, f.max, e.peak));
+  const example = (e) => {
+    const values = halves(e.values);
+    return h('div', { class: 'tokens' },
+      h('span', { class: 'value' }, number(e.peak === null ? 0 : values[e.peak])),
+      tokens(e.ids.map(piece), values, f.max, e.peak));
+  };
   const moved = (pairs) => h('div', {}, pairs.map(([t, v]) => chip(t, `${number(v)} per unit of activation`)));
   const related = (pairs, name) => pairs.length ? h('table', {}, h('tbody', {}, pairs.map(([k, v]) =>
     h('tr', {}, h('td', {}, other(k)), h('td', { class: 'number' }, hint(h('span', {}, number(v)), name))))))

@@ -140,24 +140,21 @@ def rule(found: Examples) -> Rule | None:
   """
   if not found.firing:
     return None
-  fires = np.concatenate([e.fires for e in found.firing + found.silent])
+  every = found.firing + found.silent
+  fires = np.concatenate([e.fires for e in every])
   best, best_score = None, -1.0
   for offset in _OFFSETS:
-    counts: dict[int, int] = {}
-    for example in found.firing:
-      for t, on in enumerate(example.fires):
-        if on and t + offset >= 0:
-          one = example.ids[t + offset]
-          counts[one] = counts.get(one, 0) + 1
-    order = sorted(counts, key=lambda i: (-counts[i], i))
+    # What stands there, of each token; -1 outside of the window.
+    there = np.concatenate(
+      [(*[-1] * -offset, *e.ids[: len(e.ids) + offset]) for e in every]
+    )
+    ids, counts = np.unique(there[fires & (there >= 0)], return_counts=True)
+    order = ids[np.lexsort((ids, -counts))].tolist()
     for size in _SETS:
       if size > len(order) and size > 1 or not order:
         break
-      candidate = Rule(offset, tuple(order[:size]))
-      said = np.concatenate(
-        [candidate.at(e) for e in found.firing + found.silent]
-      )
+      said = np.isin(there, order[:size])
       score = (said[fires].mean() + (~said[~fires]).mean()) / 2
       if score > best_score + _GAIN:
-        best, best_score = candidate, score
+        best, best_score = Rule(offset, tuple(order[:size])), score
   return best

@@ -233,8 +233,10 @@ async function feature(id, j) {
     : h('p', { class: 'soft' }, 'None.');
   page(`#${j} ${m.name}`, [h('a', { href: to() }, all.title), h('a', { href: to('s', id) }, m.name), `#${j}`],
     h('h1', {}, `#${j} `, f.label ? f.label.text : h('span', { class: 'soft' }, 'unlabelled')),
-    f.label ? h('p', { class: f.label.score >= 0.7 ? 'soft' : 'warn' },
-      `Label by ${f.label.by}; it tells firing from silent text in ${percent(f.label.score)} of held-out examples (chance 50 %; with labels shuffled ${percent(f.label.control)}).`) : null,
+    f.label ? h('p', { class: f.label.low ? 'warn' : 'soft' }, `Label by ${f.label.by}; `, f.label.score === null
+      ? 'too few held-out examples to score it.'
+      : `it tells firing from silent text in ${percent(f.label.score)} of held-out examples (chance 50 %; another feature\u2019s label ${percent(f.label.control)})` +
+        (f.label.low ? ': not shown to be better.' : '.')) : null,
     served && f.fired ? h('p', {}, h('a', { href: to('live', id, 'f', j) }, 'Steer with it, or see it on your own text')) : null,
     f.fired === 0 ? h('p', { class: 'warn' }, 'It never fired on this text.') : null,
     f.density > 0.1 ? h('p', { class: 'warn' }, 'It fires on more than a tenth of all tokens: such features rarely mean one thing.') : null,

@@ -378,7 +378,9 @@ def report(found: dict[str, Any], named=lambda feature: '') -> str:
     named: feature -> its label, or ''.
   """
   whole = found['value'] - found['without']
-  share = lambda v: f'{v:.3f} ({v / whole:.0%})' if whole else f'{v:.3f}'
+  # Of parts that cancel, shares say nothing.
+  clear = abs(whole) > (abs(found['latents']) + abs(found['error'])) / 10
+  share = lambda v: f'{v:.3f} ({v / whole:.0%})' if clear else f'{v:.3f}'
   lines = [
     f'value {found["value"]:.3f}, without latents and error '
     f'{found["without"]:.3f}',

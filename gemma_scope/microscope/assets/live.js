@@ -156,7 +156,8 @@ async function live(id, first) {
 
   // Causes.
   const cause = h('div', { id: 'cause' });
-  const share = (v, f) => `${number(v)} (${percent(v / (f.value - f.without))})`;
+  const share = (v, f) => Math.abs(f.value - f.without) > (Math.abs(f.latents) + Math.abs(f.error)) / 10 // of parts that cancel, shares say nothing
+    ? `${number(v)} (${percent(v / (f.value - f.without))})` : number(v);
   const why = async () => {
     const f = await ask('why', question());
     const shade = (line) => f.pieces.map((p, t) => hint(h('span', { class: 'token',

@@ -4,6 +4,7 @@
   ... serve    the pages, with a live view on your own text: steer, ablate, why
   ... why --sae=resid_post/layer_2/width_1k/average_l0_33 --text='if x is not'
       (--logit=a,b: tokens; by default the two likeliest)
+  ... steer --sae=... --text='The value' --change=503:add:0.5
   ... probe --sae=... --prompts=labelled.jsonl [--pooling=mean]
   ... explain --sae=... [--features=all] [--endpoint=URL --labeller=NAME]
   ... suite [--sae=...]       ... export --model_id=gemma-2-2b --title=my-saes
@@ -37,8 +38,12 @@ OPTIONS = [
   flags.DEFINE_integer('sequences', 1024, 'To read, for build.', 2),
   flags.DEFINE_integer('batch', 32, 'Sequences a forward pass.', 1),
   flags.DEFINE_integer('port', 8642, 'Of serve.', 1, 65535),
-  flags.DEFINE_string('text', '', 'What the model has read, for why.'),
-  flags.DEFINE_list('logit', [], 'Tokens a,b or a, for why.'),
+  flags.DEFINE_string('text', '', 'What the model has read, why and steer.'),
+  flags.DEFINE_list('logit', [], 'Tokens a,b or a, for why and steer.'),
+  flags.DEFINE_list('change', [], 'LATENT:KIND:STRENGTH, for steer.'),
+  flags.DEFINE_integer('tokens', 48, 'To write, for steer.', 1),
+  flags.DEFINE_float('temperature', 0.5, 'Of steer; 0: the likeliest.', 0.0),
+  flags.DEFINE_integer('seed', 0, 'Of steer.', 0),
   flags.DEFINE_string('prompts', '', 'Labelled JSONL, for probe.'),
   flags.DEFINE_enum('pooling', 'last', ['last', 'mean', 'max'], 'For probe.'),
   flags.DEFINE_string('features', '200', 'all, a number, or latents.'),

@@ -14,7 +14,7 @@ import release_test
 
 from configs import tiny
 from gemma_scope import release, runs
-from gemma_scope.microscope import commands, session
+from gemma_scope.microscope import commands, effects, session
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -85,6 +85,21 @@ def test_why(workdir, said):
   assert kept['text'] == TEXT and kept['verdict']
 
 
+def test_steer(workdir, said):
+  opened = run('build', workdir, said)
+  index = opened.index(opened.find(SAE))
+  latent = int(np.argmax(index.fired_F))
+  run(
+    'steer', workdir, said, sae=SAE, text=TEXT, tokens=6, logit=('self',),
+    change=(f'{latent}:add:2',),
+  )  # fmt: skip
+  default, _, steered, _ = said[2:6]
+  assert default.startswith('default: perplexity') and 'KL' in steered
+  assert said[-1].count('\n') == len(effects.STRENGTHS)
+  run('steer', workdir, said, sae=SAE, text=TEXT, change=(f'{latent}', '3'))
+  assert 'steered' in said[-2]
+
+
 def test_labels_reach_the_pages(workdir, said):
   opened = run('explain', workdir, said, sae=SAE, features='5')
   member = opened.find(SAE)
@@ -140,6 +155,9 @@ def test_what_is_missing_is_said(workdir, said, tmp_path):
     ('why', {'sae': 'width', 'text': 'a'}, 'names 2 SAEs'),
     ('why', {'sae': 'nothing', 'text': 'a'}, 'names 0 SAEs'),
     ('why', {'sae': SAE, 'text': 'a', 'logit': ('two tokens',)}, 'not one'),
+    ('steer', {'sae': SAE, 'text': 'a'}, 'Say --change='),
+    ('steer', {'sae': SAE, 'text': 'a', 'change': ('x:add',)}, 'is not LATENT'),
+    ('steer', {'sae': SAE, 'text': 'a', 'change': ('3:x',)}, 'no change'),
     ('probe', {'sae': SAE}, 'Say --prompts='),
     ('explain', {'sae': SAE, 'features': 'x'}, '--features= is all'),
     ('explain', {'sae': SAE, 'features': '99,'}, 'There is no latent 99'),
@@ -165,7 +183,7 @@ def test_every_option_is_a_flag():
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   given = {flag.name: flag.default for flag in module.OPTIONS}
-  given['logit'] = tuple(given['logit'])
+  given |= {key: tuple(given[key]) for key in ('logit', 'change')}
   options = commands.Options()
   assert given == {key: getattr(options, key) for key in given}
   assert set(given) == set(commands.Options.__dataclass_fields__)

@@ -21,6 +21,7 @@ from gemma_scope.microscope import (
   effects,
   explain,
   graph,
+  intervene,
   live,
   neuronpedia,
   probe,
@@ -42,6 +43,10 @@ class Options:
   port: int = 8642
   text: str = ''
   logit: tuple[str, ...] = ()
+  change: tuple[str, ...] = ()
+  tokens: int = 48
+  temperature: float = 0.5
+  seed: int = 0
   prompts: str = ''
   pooling: str = 'last'
   features: str = '200'
@@ -83,14 +88,19 @@ def serve(session: Session, options: Options, poll) -> None:
   live.serve(found, folder, options.port, session.report)
 
 
+def _ids(session: Session, options: Options) -> list[int]:
+  if not options.text:
+    raise ValueError('Say --text=, what the model has read.')
+  tokenizer = session.tokenizer
+  return [tokenizer.bos_id, *map(int, tokenizer.encode(options.text))]
+
+
 def why(session: Session, options: Options, poll) -> None:
   """Traces a logit to latents; over transcoders and CLTs, a graph as well."""
   del poll
-  if not options.text:
-    raise ValueError('Say --text=, what the model has read.')
-  member = session.find(options.sae)
-  subject, tokenizer = session.subject(member), session.tokenizer
-  ids = [tokenizer.bos_id, *map(int, tokenizer.encode(options.text))]
+  ids = _ids(session, options)
+  member, tokenizer = session.find(options.sae), session.tokenizer
+  subject = session.subject(member)
   logit = _logit(session, options, ids)
   pieces = tokenizer.pieces([t for t in logit if t is not None])
   session.report(
@@ -110,6 +120,55 @@ def why(session: Session, options: Options, poll) -> None:
       )
     )
     _keep(session, 'graph', graph.plain(traced))
+
+
+def steer(session: Session, options: Options, poll) -> None:
+  """A text goes on by default and with changes; one change's dose-response."""
+  del poll
+  ids = _ids(session, options)
+  if not options.change:
+    raise ValueError(
+      'Say --change=LATENT:KIND:STRENGTH, such as 17:add:0.5 or 17:ablate; '
+      f'several with commas. Kinds: {", ".join(intervene.KINDS[1:])}.'
+    )
+  changes = [_change(text) for text in options.change]
+  subject = session.subject(session.find(options.sae))
+  found = effects.steer(
+    subject, ids, changes, max_new_tokens=options.tokens,
+    temperature=options.temperature, seed=options.seed,
+    stop=[session.tokenizer.eos_id], forbid=[session.tokenizer.bos_id],
+  )  # fmt: skip
+  for name, one in found.items():
+    kl = f', KL {one["kl"]:.3f} nats a token' if one.get('kl') else ''
+    session.report(
+      f'{name}: perplexity to the unchanged model {one["perplexity"]:.2f}{kl}'
+    )
+    session.report(options.text + session.tokenizer.decode(one['ids']))
+  if len(changes) > 1:
+    return
+  logit = _logit(session, options, ids)
+  pieces = session.tokenizer.pieces([t for t in logit if t is not None])
+  strengths = (1.0,)
+  if changes[0].kind in ('add', 'clamp'):
+    strengths = effects.STRENGTHS
+  curve = effects.dose_response(
+    subject, ids, changes[0], strengths=strengths, logit=logit
+  )
+  session.report(f'{spoken(pieces)} at the end; control: as long vectors')
+  session.report(effects.curve_table(curve))
+
+
+def _change(text: str) -> intervene.Change:
+  feature, _, rest = text.partition(':')
+  kind, _, strength = rest.partition(':')
+  try:
+    return intervene.Change(
+      int(feature), kind or 'ablate', float(strength or 1)
+    )
+  except ValueError:
+    raise ValueError(
+      f'--change: {text!r} is not LATENT:KIND:STRENGTH, such as 17:add:0.5.'
+    ) from None
 
 
 def _logit(session: Session, options: Options, ids) -> tuple[int, int | None]:
@@ -250,6 +309,7 @@ COMMANDS = {
   'pages': pages,
   'serve': serve,
   'why': why,
+  'steer': steer,
   'probe': find_concept,
   'explain': label,
   'suite': score,

@@ -205,6 +205,21 @@ def dose_response(
   return lines
 
 
+def curve_table(curve: Sequence[dict[str, Any]]) -> str:
+  """A dose-response as lines of text; controls: mean (least to most)."""
+  lines = [f'{"strength":>8}  KL, delta loss, delta logit, and their controls']
+  for point in curve:
+    cells = []
+    for key, value in point.items():
+      if key in point['control']:
+        mean, least, most = point['control'][key]
+        cells.append(
+          f'{value:+.3f} [{mean:+.3f} ({least:+.3f} to {most:+.3f})]'
+        )
+    lines.append(f'{point["strength"]:>8.2f}  ' + '  '.join(cells))
+  return '\n'.join(lines)
+
+
 # What a text's latents are.
 
 

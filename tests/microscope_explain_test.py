@@ -64,7 +64,7 @@ def an_index(f_NTF, tokens_NT):
     sample_FQR=sample, sample_sequence_FQR=sample_at[0],
     sample_position_FQR=sample_at[1], silent_FM=silent_FM,
     window_top_FEW=window_top, window_sample_FQRW=window_sample,
-    window_silent_FMW=np.zeros((F, M, W), np.float16), positive_FL=None,
+    positive_FL=None,
   )  # fmt: skip
 
 

@@ -294,7 +294,6 @@ class _Windows:
         found['sample_sequence_FQR'],
         found['sample_position_FQR'] - width // 2,
       ),
-      'silent': (found['silent_FM'], np.zeros_like(found['silent_FM'])),
     }
     self._shapes = {name: sequence.shape for name, (sequence, _) in at.items()}
     self._width, self._latents = width, len(found['max_F'])
@@ -338,7 +337,6 @@ class _Windows:
     names = {
       'top': 'window_top_FEW',
       'sample': 'window_sample_FQRW',
-      'silent': 'window_silent_FMW',
     }
     found, first = {}, 0
     for name, shape in self._shapes.items():

@@ -97,13 +97,16 @@ def of(index: index_lib.Index, feature: int, width: int = 32) -> Examples:
       firing.append(
         (int(sequence), _window(index, *place, start, values_W, width))
       )
-  for sequence, values_W in zip(
-    index.silent_FM[feature], index.window_silent_FMW[feature], strict=True
-  ):
+  # All of a silent sequence is silent: as many windows as it has room for.
+  length = index.sequences_NT.shape[1]
+  silence = np.zeros(length, np.float16)
+  middles = range(min(width, length) // 2, max(length - width // 2, 1), width)
+  for sequence in index.silent_FM[feature].tolist():
     if sequence >= 0:
-      middle = min(index.sequences_NT.shape[1], len(values_W)) // 2
-      found = _window(index, int(sequence), middle, 0, values_W, width)
-      silent.append((int(sequence), found))
+      silent += [
+        (sequence, _window(index, sequence, middle, 0, silence, width))
+        for middle in middles
+      ]
 
   # float16 windows may have lost a very small value.
   firing = [(s, e) for s, e in firing if any(e.fires)]

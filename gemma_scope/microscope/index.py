@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from gemma_scope import manifest, npz
 
-VERSION = 1
+VERSION = 2
 _META, _ARRAYS = 'index.json', 'arrays.safetensors'
 _MOST_META = 1 << 22
 
@@ -56,9 +56,9 @@ class Index:
     negative_FL, negative_value_FL: those that it lowers most, rising.
     decoder_norm_F, encoder_norm_F, cosine_F, threshold_F: float32; cosine of a
       latent's encoder and decoder (nan where their spaces differ).
-    window_top_FEW, window_sample_FQRW, window_silent_FMW: float16, the latent's
-      values around each example's position, W tokens, from position - W // 2 (0
-      outside the sequence; silent ones from the sequence's start).
+    window_top_FEW, window_sample_FQRW: float16, the latent's values around each
+      example's position, W tokens, from position - W // 2 (0 outside the
+      sequence).
   """
 
   meta: dict[str, Any]
@@ -90,7 +90,6 @@ class Index:
   threshold_F: np.ndarray
   window_top_FEW: np.ndarray
   window_sample_FQRW: np.ndarray
-  window_silent_FMW: np.ndarray
 
   @property
   def density_F(self) -> np.ndarray:

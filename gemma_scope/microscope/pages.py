@@ -34,7 +34,7 @@ from gemma_scope.microscope.index import Index
 ASSETS = pathlib.Path(__file__).parent / 'assets'
 FILES = ('index.html', 'scope.css', 'tokens.js', 'scope.js', 'live.js')
 CHUNK = 64  # features a file
-_TOP, _OPEN = 16, 2  # examples shown; tenths that are unfolded
+_TOP, _SILENT, _OPEN = 16, 4, 2  # examples shown; tenths that are unfolded
 _PAIRS = 8  # SAEs that one is compared with
 _MATCHES = 3
 _Z = 1.96  # of a 95 % interval
@@ -223,6 +223,7 @@ def _feature(entry: Entry, j: int, used: set[int]) -> dict[str, Any]:
       if s >= 0
     ]
 
+  silence_W = np.zeros(index.window_top_FEW.shape[-1], np.float16)
   pairs = lambda ids, values: [
     [int(k), v] for k, v in zip(ids, _short(values), strict=True) if k >= 0
   ]
@@ -246,10 +247,8 @@ def _feature(entry: Entry, j: int, used: set[int]) -> dict[str, Any]:
     'near': pairs(index.neighbour_FC[j], index.neighbour_value_FC[j]),
     'with': pairs(index.cofiring_FC[j], index.cofiring_value_FC[j]),
     'silent': [
-      example(s, None, window, 0)
-      for s, window in zip(
-        index.silent_FM[j].tolist(), index.window_silent_FMW[j], strict=True
-      )
+      example(s, None, silence_W, 0)
+      for s in index.silent_FM[j][:_SILENT].tolist()
       if s >= 0
     ],
     'tenths': [],

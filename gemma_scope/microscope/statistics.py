@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse as scipy_sparse
 
-EXAMPLES, SAMPLES, SILENT, POOL, NEAR = 24, 4, 4, 64, 12
+EXAMPLES, SAMPLES, SILENT, POOL, NEAR = 24, 4, 16, 64, 12
 TENTHS = 10
 # Eight bins an octave would be finer than a page shows; values of raw
 # activations lie well within 2^-8 .. 2^16.

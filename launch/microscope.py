@@ -3,7 +3,7 @@
   .venv/bin/python launch/microscope.py build --workdir=runs/tiny
   ... serve    the pages, with a live view on your own text: steer, ablate, why
   ... why --sae=resid_post/layer_2/width_1k/average_l0_33 --text='if x is not'
-      (--logit=a,b: tokens; by default the two likeliest)
+      (--logit=' None, self': tokens; by default the two likeliest)
   ... steer --sae=... --text='The value' --change=503:add:0.5
   ... probe --sae=... --prompts=labelled.jsonl [--pooling=mean]
   ... explain --sae=... [--features=all] [--endpoint=URL --labeller=NAME]
@@ -39,7 +39,7 @@ OPTIONS = [
   flags.DEFINE_integer('batch', 32, 'Sequences a forward pass.', 1),
   flags.DEFINE_integer('port', 8642, 'Of serve.', 1, 65535),
   flags.DEFINE_string('text', '', 'What the model has read, why and steer.'),
-  flags.DEFINE_list('logit', [], 'Tokens a,b or a, for why and steer.'),
+  flags.DEFINE_string('logit', '', 'Tokens a,b or a, for why and steer.'),
   flags.DEFINE_list('change', [], 'LATENT:KIND:STRENGTH, for steer.'),
   flags.DEFINE_integer('tokens', 48, 'To write, for steer.', 1),
   flags.DEFINE_float('temperature', 0.5, 'Of steer; 0: the likeliest.', 0.0),

@@ -78,7 +78,7 @@ TEXT = 'the cat sat on'
 
 
 def test_why(workdir, said):
-  run('why', workdir, said, sae=SAE, text=TEXT, logit=('self', 'def'))
+  run('why', workdir, said, sae=SAE, text=TEXT, logit='self,def')
   assert "'self' less 'def'" in said[0]
   assert 'gradient against exact' in said[1]
   kept = json.loads((workdir / 'microscope' / 'why.json').read_text())
@@ -90,7 +90,7 @@ def test_steer(workdir, said):
   index = opened.index(opened.find(SAE))
   latent = int(np.argmax(index.fired_F))
   run(
-    'steer', workdir, said, sae=SAE, text=TEXT, tokens=6, logit=('self',),
+    'steer', workdir, said, sae=SAE, text=TEXT, tokens=6, logit='self',
     change=(f'{latent}:add:2',),
   )  # fmt: skip
   default, _, steered, _ = said[2:6]
@@ -154,7 +154,7 @@ def test_what_is_missing_is_said(workdir, said, tmp_path):
     ('why', {'sae': SAE}, 'Say --text='),
     ('why', {'sae': 'width', 'text': 'a'}, 'names 2 SAEs'),
     ('why', {'sae': 'nothing', 'text': 'a'}, 'names 0 SAEs'),
-    ('why', {'sae': SAE, 'text': 'a', 'logit': ('two tokens',)}, 'not one'),
+    ('why', {'sae': SAE, 'text': 'a', 'logit': 'two tokens'}, 'not one'),
     ('steer', {'sae': SAE, 'text': 'a'}, 'Say --change='),
     ('steer', {'sae': SAE, 'text': 'a', 'change': ('x:add',)}, 'is not LATENT'),
     ('steer', {'sae': SAE, 'text': 'a', 'change': ('3:x',)}, 'no change'),
@@ -183,7 +183,7 @@ def test_every_option_is_a_flag():
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   given = {flag.name: flag.default for flag in module.OPTIONS}
-  given |= {key: tuple(given[key]) for key in ('logit', 'change')}
+  given['change'] = tuple(given['change'])
   options = commands.Options()
   assert given == {key: getattr(options, key) for key in given}
   assert set(given) == set(commands.Options.__dataclass_fields__)

@@ -42,7 +42,7 @@ class Options:
   batch: int = 32
   port: int = 8642
   text: str = ''
-  logit: tuple[str, ...] = ()
+  logit: str = ''
   change: tuple[str, ...] = ()
   tokens: int = 48
   temperature: float = 0.5
@@ -176,10 +176,11 @@ def _logit(session: Session, options: Options, ids) -> tuple[int, int | None]:
   if not options.logit:
     found = effects.predict(*session.model, ids, 2)
     return tuple(map(int, found.token_TK[-1]))
-  if len(options.logit) > 2:
+  words = options.logit.split(',')  # spaces belong to the tokens
+  if len(words) > 2:
     raise ValueError('--logit= is one token, or two with a comma.')
   found = []
-  for word in options.logit:
+  for word in words:
     tokens = session.tokenizer.encode(word)
     if len(tokens) != 1:
       raise ValueError(

@@ -179,7 +179,8 @@ async function live(id, first) {
   };
   const trace = async () => {
     const g = await ask('graph', question());
-    return drawGraph(g);
+    const lists = await Promise.all(g.members.map((i) => load(`m${i}/list`)));
+    return drawGraph(g, (n) => lists[n.member].label[n.feature] || lists[n.member].word[n.feature].map((t) => named(piece(t))).slice(0, 4).join(' '));
   };
   const graphed = /^(transcoder|clt)/.test(m.place);
 
@@ -201,7 +202,7 @@ async function live(id, first) {
 }
 
 // A graph: tokens from left to right, layers upwards, the logit on top.
-function drawGraph(g) {
+function drawGraph(g, words) {
   const features = g.nodes.filter((n) => n.kind !== 'logit');
   const columns = [...new Set(features.map((n) => n.position))].sort((a, b) => a - b);
   const depth = Math.max(...features.map((n) => n.layer)) + 1, W = Math.max(640, columns.length * 90), H = 90 + 84 * (depth + 1);
@@ -214,7 +215,7 @@ function drawGraph(g) {
   });
   const most = Math.max(...g.edges.map((e) => Math.abs(e[2])), 1e-9);
   const about = (n) => n.kind === 'feature'
-    ? `layer ${n.layer} #${n.feature}: predicted ${number(n.predicted)}, exact ${number(n.exact)}, control ${number(n.control)}`
+    ? `layer ${n.layer} #${n.feature} ${words(n)}: predicted ${number(n.predicted)}, exact ${number(n.exact)}, control ${number(n.control)}`
     : `${n.kind}${n.layer >= 0 && n.kind === 'error' ? ' of layer ' + n.layer : ''}`;
   const dot = (n, i) => {
     const [x, y] = place[i];
@@ -238,6 +239,7 @@ function drawGraph(g) {
     h('text', { x: W / 2 + 14, y: 28 }, g.logit.map(named).join(' less ')))),
   table([{ name: 'layer', get: (n) => n.layer, number: true }, { name: 'token', get: (n) => n.position, show: (n) => named(g.pieces[n.position]) },
     { name: 'feature', get: (n) => n.feature, show: (n) => `#${n.feature}`, link: (n) => to('s', g.members[n.member], 'f', n.feature) },
+    { name: 'fires on', get: words },
     ...['influence', 'predicted', 'exact', 'control'].map((k) => ({ name: k, get: (n) => n[k], show: (n) => number(n[k]), number: true })),
-    { name: '', get: (n) => n.beyond_control, show: (n) => n.beyond_control ? 'beyond control' : '' }], lines, [3, true])];
+    { name: '', get: (n) => n.beyond_control, show: (n) => n.beyond_control ? 'beyond control' : '' }], lines, [4, true])];
 }

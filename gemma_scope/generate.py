@@ -65,9 +65,8 @@ def generate(
       index. Ids in 0 .. 2**32 - 1.
     stop: a row ends with the first of these ids.
     forbid: ids never sampled. Padding never is.
-    edits: {site: fn(x_BTD) -> x_BTD}, or a function that gives it for
-      positions_BT (int32, 0 at the prompt's first token, -1 at padding), with
-      which an edit can leave BOS alone.
+    edits: {site: fn(x_BTD) -> x_BTD}, or a function that gives it for the
+      tokens_BT that a pass reads, with which an edit can leave BOS alone.
     batch: rows of one pass; the last one is filled up. All prompts by default.
     prompt_len: P, by default the longest prompt, rounded up.
     poll: called before each batch; may raise to stop.
@@ -146,7 +145,7 @@ def _check(rows: list[np.ndarray], width: int, vocab_size: int) -> None:
 
 
 def _bound(edits) -> Partial:
-  """positions_BT -> edits, as a pytree: functions static, bound arrays not."""
+  """tokens_BT -> edits, as a pytree: functions static, bound arrays not."""
   if callable(edits):
     return edits if isinstance(edits, Partial) else Partial(edits)
   fns = {
@@ -156,8 +155,8 @@ def _bound(edits) -> Partial:
   return Partial(_everywhere, fns)
 
 
-def _everywhere(edits, positions_BT):
-  del positions_BT
+def _everywhere(edits, tokens_BT):
+  del tokens_BT
   return edits
 
 
@@ -179,14 +178,14 @@ def _sample(
     mask_BTC = (slots_C[None, None, :] <= slots_T[None, :, None]) & (
       slots_C[None, None, :] >= first_B1[:, :, None]
     )
-    positions_BT = jnp.maximum(slots_T[None, :] - first_B1, -1)
+    positions_BT = jnp.maximum(slots_T[None, :] - first_B1, 0)
     return gemma.extend(
       params,
       cache,
       tokens_BT,
-      positions_BT=jnp.maximum(positions_BT, 0),
+      positions_BT=positions_BT,
       mask_BTC=mask_BTC,
-      edits=edits(positions_BT),
+      edits=edits(tokens_BT),
     )
 
   def pick(logits_BV, n, stopped_B):

@@ -365,8 +365,14 @@ def _blocks(model, caches, tokens_BT, positions_BT, mask_BTC, pin):
 
 
 def _unembed(model, x_BTD):
-  logits_BTV = model.embedder.decode(model.final_norm(x_BTD))
-  logits_BTV = logits_BTV.astype(jnp.float32)
+  # As `embedder.decode`, but sums stay float32: in bfloat16 logits of 16 to 32
+  # would be multiples of an eighth.
+  logits_BTV = jnp.einsum(
+    '...d,vd->...v',
+    model.final_norm(x_BTD),
+    model.embedder.input_embedding_table.astype(x_BTD.dtype),
+    preferred_element_type=jnp.float32,
+  )
   cap = model.config.final_logit_softcap
   return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 

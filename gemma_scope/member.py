@@ -16,6 +16,7 @@ bounds how many bytes params.npz may have before that file is opened.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import pathlib
@@ -31,6 +32,16 @@ KEYS = ('W_enc', 'b_enc', 'W_dec', 'b_dec', 'threshold')
 OPTIONAL_KEYS = ('W_skip', 'k')
 
 _ZIP_BYTES = 1 << 14  # directory and headers of a params.npz, with room
+
+
+def digest(params: Mapping[str, np.ndarray]) -> str:
+  """SHA-256 of the parameters: the same numbers, whatever file they are in."""
+  found = hashlib.sha256()
+  for name in sorted(params):
+    array = np.ascontiguousarray(params[name], np.float32)
+    found.update(f'{name} {array.shape} '.encode())
+    found.update(array.data)
+  return found.hexdigest()
 
 
 def fit(params: Mapping[str, np.ndarray], card: object) -> Params:

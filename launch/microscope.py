@@ -70,10 +70,11 @@ def main(arguments: list[str]) -> None:
   )  # fmt: skip
   options = commands.Options(**{flag.name: flag.value for flag in OPTIONS})
   try:
-    with runs.Interrupt() as interrupt:
-      commands.run(arguments[1], opened, options, interrupt.check)
+    commands.run(arguments[1], opened, options)
   except runs.Interrupted:
     sys.exit('stopped and saved; the same command continues')
+  except KeyboardInterrupt:
+    sys.exit('stopped')
   except (ValueError, RuntimeError, OSError) as error:
     sys.exit(f'{type(error).__name__}: {error}')
 

@@ -59,7 +59,8 @@ def recomputed(config, edits=None):
 
   @jax.jit  # one shape: padding on the right changes nothing (lm_test)
   def logits(tokens_T, last):
-    out = gemma.forward(params, tokens_T[None], edits=edits)
+    own = edits(tokens_T[None]) if callable(edits) else edits
+    out = gemma.forward(params, tokens_T[None], edits=own)
     return out.logits_BTV[0, last].at[jnp.array([0, 39])].set(-jnp.inf)
 
   replies = []
@@ -95,17 +96,18 @@ def test_edits_act_on_prompt_and_generated_tokens():
   assert sample(GEMMA3, temperature=0, edits=edits) == want
 
 
-def test_an_edit_by_position_leaves_bos_alone():
+def test_an_edit_by_token_leaves_bos_alone():
   vector = 3 * jax.random.normal(jax.random.key(7), (16,))
-  want = recomputed(GEMMA2, {SITE: lambda x: x.at[:, 1:].add(vector)})
-  assert want != plain(GEMMA2)
   seen = []
 
-  def edits(positions_BT):
-    seen.append(positions_BT.shape)
-    on_BT1 = (positions_BT > 0)[..., None]
+  def edits(tokens_BT):
+    seen.append(tokens_BT.shape)
+    on_BT1 = (tokens_BT != 2)[..., None]
     return {SITE: lambda x_BTD: x_BTD + on_BT1 * vector}
 
+  want = recomputed(GEMMA2, edits)
+  assert want != plain(GEMMA2)
+  seen.clear()
   assert sample(temperature=0, edits=edits) == want
   assert sample(temperature=0, edits=edits) == want
   assert seen == [(4, 16), (4, 1)]  # prefill and one step, traced once

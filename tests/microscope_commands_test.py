@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import pathlib
+import shutil
 
 import microscope_index_test as indexed
 import microscope_pages_test as paged
@@ -47,10 +49,10 @@ def said():
   return []
 
 
-def run(name, workdir, said, release='', poll=lambda: None, **options):
-  opened = session.Session(workdir, saes=release, report=said.append)
+def run(name, workdir, said, given='', out=None, **options):
+  opened = session.Session(workdir, out, given=given, report=said.append)
   options = commands.Options(**{'sequences': 40, 'batch': 8} | options)
-  commands.run(name, opened, options, poll)
+  commands.run(name, opened, options)
   return opened
 
 
@@ -61,8 +63,9 @@ def test_build_stops_and_goes_on(workdir, said):
     if next(polls, 'stop'):
       raise runs.Interrupted
 
+  opened = session.Session(workdir, report=said.append)
   with pytest.raises(runs.Interrupted):
-    run('build', workdir, said, poll=stop)
+    opened.build(40, 8, stop)
   out = workdir / 'microscope'
   assert (out / 'partial.npz').exists() and not (out / 'pages').exists()
   run('build', workdir, said)
@@ -71,6 +74,46 @@ def test_build_stops_and_goes_on(workdir, said):
   assert (out / 'pages' / 'index.html').exists()
   run('build', workdir, said)
   assert said[-2].endswith('is built') and said[-1].startswith('microscope')
+
+
+def test_what_is_built_is_what_is_shown(workdir, said, tmp_path):
+  """Of other SAEs, of retrained ones, of pages that were not written."""
+  both = f'{workdir}/release'
+  one = next((workdir / 'release').rglob('width_40/*'))
+  run('build', workdir, said, given=str(one), out=tmp_path / 'm')
+  for command in ('serve', 'pages', 'explain'):
+    with pytest.raises(ValueError, match='is built of'):
+      run(command, workdir, said, given=both, out=tmp_path / 'm', sae=SAE)
+  opened = run('pages', workdir, said, out=tmp_path / 'm')
+  assert len(opened.saes) == 1  # those that it is built of, without --release
+  # Killed while the pages were written: built again.
+  kept = tmp_path / 'm' / 'members.json'
+  text = kept.read_text()
+  kept.unlink()
+  run('build', workdir, said, given=str(one), out=tmp_path / 'm')
+  assert not said[-2].endswith('is built') and kept.read_text() == text
+  # The same place, other parameters.
+  moved = tmp_path / 'run'
+  shutil.copytree(workdir, moved)
+  params, card = indexed.member(7, 'resid_post/1', 40)
+  card = release_test._card('resid_post/1', seed=0) | card
+  shutil.rmtree(moved / 'release')
+  release.save(moved / 'release', [(params, card, None)])
+  with pytest.raises(ValueError, match='of other parameters'):
+    run('why', moved, said, sae=SAE, text=TEXT)
+  run('build', moved, said)
+  run('why', moved, said, sae=SAE, text=TEXT)
+
+
+def test_two_releases_of_the_same_names(workdir, said, tmp_path):
+  shutil.copytree(workdir / 'release', tmp_path / 'other' / 'release')
+  both = f'{workdir}/release,{tmp_path}/other/release'
+  opened = run('build', workdir, said, given=both, out=tmp_path / 'm')
+  names = [one.name for one in opened.saes]
+  assert len(set(names)) == 4
+  assert len(list((tmp_path / 'm' / 'indexes').rglob('index.json'))) == 4
+  with pytest.raises(ValueError, match='given twice'):
+    run('build', workdir, said, given=f'{workdir}/release,{workdir}/release')
 
 
 SAE = 'width_40'
@@ -105,10 +148,13 @@ def test_labels_reach_the_pages(workdir, said):
   member = opened.find(SAE)
   labels = opened.labels(member)
   assert 0 < len(labels) <= 5
+  again = run('explain', workdir, said, sae=SAE, features='3,4,')
+  assert set(again.labels(member)) >= set(labels)  # added to, not replaced
+  labels = again.labels(member)
   text = next(iter(labels.values()))['text']
-  name = opened.named(member)
+  name = again.named(member)
   assert name(next(iter(labels))) == text
-  i = opened.members.index(member)
+  i = opened.saes.index(member)
   listed = paged.data(workdir / 'microscope' / 'pages', f'm{i}/list')
   assert text in listed['label']
 
@@ -132,7 +178,12 @@ def test_probe(workdir, said, tmp_path):
 def test_export(workdir, said):
   run('export', workdir, said, title='mine')
   assert len(said) == 2 and 'latents' in said[0]
-  assert list((workdir / 'microscope' / 'neuronpedia').rglob('*.jsonl.gz'))
+  folder = workdir / 'microscope' / 'neuronpedia'
+  assert len(list(folder.rglob('source.jsonl.gz'))) == 2
+  (labelled,) = folder.rglob('explanations/*.jsonl.gz')  # of one SAE alone
+  with gzip.open(labelled, 'rt') as file:
+    line = json.loads(file.readline())
+  assert line['description'] and line['explanationModelName'] == 'rule'
 
 
 def test_serve_serves_the_built_pages(workdir, said, monkeypatch):
@@ -169,10 +220,9 @@ def test_what_is_missing_is_said(workdir, said, tmp_path):
     with pytest.raises(ValueError, match=expected):
       run(name, workdir, said, **options)
   with pytest.raises(ValueError, match='run build first'):
-    opened = session.Session(workdir, tmp_path / 'empty', report=said.append)
-    commands.run('serve', opened, commands.Options(), None)
+    run('serve', workdir, said, out=tmp_path / 'empty')
   with pytest.raises(ValueError, match='has no config.json'):
-    run('build', tmp_path, said, release=str(workdir / 'release'))
+    run('build', tmp_path, said, given=str(workdir / 'release'))
 
 
 def test_every_option_is_a_flag():

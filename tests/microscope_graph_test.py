@@ -164,8 +164,10 @@ def test_pruning_keeps_paths_alone():
 @pytest.mark.parametrize('name', ['tiny', 'clt'])
 def test_a_graph_is_measured_and_written(name, tmp_path):
   subjects, tokens_T = CASES[name]()
-  found = graph.trace(subjects, tokens_T, (7, 9), most=20, controls=3)
-  assert found.edges and found.nodes and 0 < found.explained < 1
+  found = graph.trace(subjects, tokens_T, (7, 9), most=20)
+  assert found.edges and found.nodes
+  assert sum(found.ends.values()) == pytest.approx(1)
+  assert min(found.ends.values()) >= 0 and len(found.shuffled) == 19
   assert {t for _, t, _ in found.edges} <= {*found.nodes, graph.LOGIT}
   for line in found.features:
     i = line['node']
@@ -184,11 +186,14 @@ def test_a_graph_is_measured_and_written(name, tmp_path):
     ]
     change = (logits[0] - logits[1])[7] - (logits[0] - logits[1])[9]
     assert line['exact'] == pytest.approx(float(change), abs=1e-4)
+    more = sum(most >= abs(line['exact']) for most in found.shuffled)
+    assert line['p'] == (1 + more) / 20
+    assert line['passes'] is (line['p'] <= 0.05)
   graph.write(tmp_path / 'graph.json', found)
   written = json.loads((tmp_path / 'graph.json').read_text())
   assert written['nodes'][-1]['kind'] == 'logit'
   assert len(written['nodes']) == len(found.nodes) + 1
-  assert 'chance' in graph.report(found, [str(t) for t in tokens_T])
+  assert 'shuffled' in graph.report(found, [str(t) for t in tokens_T])
 
 
 def test_only_transcoders_one_a_layer():
@@ -198,3 +203,29 @@ def test_only_transcoders_one_a_layer():
   params, card = indexed.member(0, 'resid_post/1')
   with pytest.raises(ValueError, match='over transcoders and CLTs'):
     check([iv.subject(*tiny(), params, card, np.ones(indexed.F))])
+
+
+def test_the_logit_of_a_graph_is_the_models(tmp_path):
+  """One logit, with a soft-cap: first-order changes of what is measured."""
+  model = random_models.model(random_models.GEMMA2)
+  subjects = transcoders(model, False, (0, 1), 16, 20, 3.0)
+  tokens_T = [2, *range(5, 16)]
+  replaced = Replacement(subjects, tokens_T)
+  at = len(tokens_T) - 1
+  for logit in ((7, None), (7, 9)):
+    target, value = graph._readout(subjects[0], replaced.last_TD, logit, at)
+    last = splice.last(subjects[0].gemma)
+    step_D = np.random.default_rng(0).normal(size=16).astype(np.float32)
+
+    def of(scale, last=last, step_D=step_D, logit=logit):
+      logits_V = subjects[0].gemma.unembed(
+        model[1], replaced.last_TD[at][None, None] + scale * step_D
+      )[0, 0]
+      return logits_V[7] - (logits_V[9] if logit[1] else 0)
+
+    # Its norm held: the part along the residual itself does not count.
+    x_D = replaced.last_TD[at]
+    step_D -= x_D * (step_D @ x_D) / (x_D @ x_D)
+    slope = (of(1e-2) - of(-1e-2)) / 2e-2
+    assert float(slope) == pytest.approx(float(target[2] @ step_D), rel=2e-2)
+    assert value == pytest.approx(float(target[2] @ x_D), rel=1e-5)

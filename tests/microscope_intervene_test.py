@@ -87,31 +87,38 @@ def tapped(subject, rows, where_BT, at):
 
 
 @pytest.mark.parametrize('name', MEMBERS)
-@pytest.mark.parametrize('kind', ['add', 'clamp', 'ablate', 'project_out'])
-def test_equals_numpy_at_the_first_target(model, subjects, name, kind):
+def test_equals_numpy_at_the_first_target(model, subjects, name):
+  """A row for each kind of change, two latents in each, from token 3 on."""
   subject, (params, _) = subjects[name], MEMBERS[name]
   taps, f_TF = values(model, name)
   layers = len(subject.place.sites)
   chosen = [i for i in np.argsort(-f_TF.sum(0)) if i < F // layers][:2]
-  changes = [iv.Change(int(i), kind, 0.6 + k) for k, i in enumerate(chosen)]
-  rows = iv.rows(subject, [changes])
-  where_BT = np.arange(T)[None] > 2
+  kinds = ('add', 'clamp', 'ablate', 'project_out')
+  rows = iv.rows(
+    subject,
+    [
+      [iv.Change(int(i), kind, 0.6 + k) for k, i in enumerate(chosen)]
+      for kind in kinds
+    ],
+  )
+  where_BT = np.broadcast_to(np.arange(T) > 2, (len(kinds), T))
   target = subject.place.targets[0]
-  (got,) = tapped(subject, rows, where_BT, (target,))[target]
+  got_BTD = tapped(subject, rows, where_BT, (target,))[target]
   y_TD = np.asarray(taps[target][0], np.float64)
   W_dec = params['W_dec'][0, :, 0] if layers > 1 else params['W_dec']
   W_KD = W_dec[chosen].astype(np.float64)
   f_TK, top_K = f_TF[:, chosen], subject.max_F[chosen] * [0.6, 1.6]
-  after_TK = {
-    'add': f_TK + top_K, 'clamp': 0 * f_TK + top_K, 'ablate': 0 * f_TK,
-    'project_out': f_TK,
-  }[kind]  # fmt: skip
-  want = y_TD + (after_TK - f_TK) @ W_KD
-  if kind == 'project_out':
-    want = y_TD - y_TD @ np.linalg.pinv(W_KD) @ W_KD
-  want[:3] = y_TD[:3]
-  assert np.abs(want - y_TD).max() > 1e-2
-  np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-4)
+  written = {
+    'add': 0 * f_TK + top_K,
+    'clamp': top_K - f_TK,
+    'ablate': -f_TK,
+    'project_out': -y_TD @ np.linalg.pinv(W_KD),
+  }
+  for kind, got_TD in zip(kinds, got_BTD, strict=True):
+    want_TD = y_TD + written[kind] @ W_KD
+    want_TD[:3] = y_TD[:3]
+    assert np.abs(want_TD - y_TD).max() > 1e-2
+    np.testing.assert_allclose(got_TD, want_TD, rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize('name', MEMBERS)
@@ -202,21 +209,71 @@ def test_ablation_is_what_removal_does(model, subjects):
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', ['sae', 'crosscoder'])
+@pytest.mark.parametrize('name', ['sae', 'crosscoder', 'clt'])
 def test_a_control_is_as_long_and_another_latents(subjects, name):
   subject, (params, _) = subjects[name], MEMBERS[name]
   alive = np.flatnonzero(subject.max_F)
   layers = len(subject.place.sites)
-  rows = iv.rows(subject, [[iv.Change(int(i), 'ablate')] for i in alive[:8]])
+  pairs = alive[: 2 * (len(alive) // 2)].reshape(-1, 2).tolist()
+  rows = iv.rows(subject, [[iv.Change(i) for i in pair] for pair in pairs])
   other = iv.control(subject, rows, seed=1)
-  assert not np.isin(other.writer_BK, rows.feature_BK).any()
   per = subject.width // layers
   np.testing.assert_array_equal(other.writer_BK // per, rows.feature_BK // per)
+  for row, writers in zip(rows.feature_BK, other.writer_BK, strict=True):
+    assert len({*row, *writers}) == 4 and set(writers) <= set(alive)
   W_dec = params['W_dec'].reshape(subject.width, -1)
+  if name == 'crosscoder':  # what it writes at its own layer
+    W_dec = np.einsum('lfld->lfd', params['W_dec']).reshape(-1, 128)
   norm = np.linalg.norm(W_dec, axis=1)
   np.testing.assert_allclose(
     norm[other.writer_BK] * other.gain_BK, norm[rows.feature_BK], rtol=1e-5
   )
+
+
+def test_no_control_without_another_latent(model):
+  params, card = MEMBERS['sae']
+  subject = iv.subject(*model, params, card, np.arange(F) == 3)
+  with pytest.raises(ValueError, match='another latent of this layer'):
+    iv.control(subject, iv.rows(subject, [[iv.Change(3)]]))
+
+
+def test_a_residual_crosscoder_is_written_once(model):
+  """The same decoder at all layers, ablated: gone once, not at each layer."""
+  params, card = MEMBERS['crosscoder']
+  params = {key: array.copy() for key, array in params.items()}
+  params['W_dec'][0, 0] = params['W_dec'][0, 0, :1]
+  params['b_enc'][0, 0] = 30  # it fires on all tokens
+  subject = iv.subject(*model, params, card, np.ones(48))
+  last = subject.place.targets[-1]
+  x_TD = (
+    model[0]
+    .forward(model[1], np.array([TOKENS_T]), taps=(subject.place.sites[0],))
+    .taps[subject.place.sites[0]][0]
+  )
+  z_T = x_TD @ params['W_enc'][0, :, 0] + params['b_enc'][0, 0]
+  f_T = np.where(z_T > 14, z_T, 0)
+  assert (f_T > 0).sum() > 5
+  removed = lambda x: x - (f_T[:, None] * params['W_dec'][0, 0, 0])[None]
+  want = model[0].forward(
+    model[1], np.array([TOKENS_T]), taps=(last,),
+    edits={subject.place.targets[0]: removed},
+  ).taps[last]  # fmt: skip
+  rows = iv.rows(subject, [[iv.Change(0)]])
+  got = tapped(subject, rows, np.ones((1, T), bool), (last,))[last]
+  np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-3)
+
+
+def test_equal_and_zero_decoders_are_projected_out(model):
+  params, card = MEMBERS['sae']
+  params = params | {'W_dec': params['W_dec'].copy()}
+  params['W_dec'][1], params['W_dec'][2] = params['W_dec'][0], 0
+  subject = iv.subject(*model, params, card, np.ones(F))
+  out = lambda *latents: [iv.Change(i, 'project_out') for i in latents]
+  rows = iv.rows(subject, [out(0), out(0, 1), out(0, 2)])
+  at = subject.place.targets[0]
+  one, two, three = tapped(subject, rows, np.ones((3, T), bool), (at,))[at]
+  np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(three, one, rtol=1e-3, atol=1e-4)
 
 
 def test_dose_response_starts_at_nothing_and_grows(model, subjects):

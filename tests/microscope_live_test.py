@@ -46,7 +46,7 @@ def asked():
   members += [transcoder(layer) for layer in (0, 2)]
   found = list(build.build(*model, members, text, batch=12))
   shown = [
-    questions.Shown(f'sae/{i}', card, lambda p=params: p, one)
+    questions.Shown(f'sae/{i}', card, lambda p=params, o=one: (p, o), one)
     for i, (one, (params, card)) in enumerate(zip(found, members, strict=True))
   ]
   entries = [
@@ -86,7 +86,7 @@ def request(port, path='/', method='GET', body=None, cookie=TOKEN, **headers):
   connection = http.client.HTTPConnection('127.0.0.1', port, timeout=120)
   headers = {key.replace('_', '-'): value for key, value in headers.items()}
   if cookie:
-    headers['Cookie'] = f'microscope={cookie}'
+    headers['Cookie'] = f'microscope_{port}={cookie}'
   connection.request(method, path, body, headers)
   reply = connection.getresponse()
   return reply.status, dict(reply.getheaders()), reply.read()
@@ -209,6 +209,11 @@ def test_changes_and_doses(server):
   assert abs(kl[0]) < 1e-5 < kl[1] < kl[4]
   status, found = answer(server, 'dose', **question)
   assert status == 400 and 'A change has' in found['error']
+  for logit in ([10**12, None], [5000, None], [5, -7]):
+    status, found = answer(
+      server, 'change', **question | {'logit': logit}, changes=[]
+    )
+    assert status == 400 and 'There is no token' in found['error']
   question['logit'] = ['several tokens here', None]
   status, found = answer(server, 'change', **question, changes=[])
   assert status == 400 and 'is not one token' in found['error']
@@ -286,6 +291,26 @@ def test_a_reader_steers_and_asks_why(page):
   assert page.evaluate('window.hit') is None
   wrong = [said for said in page.said if '400' not in said]
   assert not wrong, wrong  # Chromium says so of an answer that refuses
+
+
+def test_a_bad_address_spoils_nothing(page):
+  for route in ('#/live/0/f/99999', '#/live/0/f/x'):
+    page.evaluate(f"location.hash = '{route}'")
+    page.wait_for_selector('h1:has-text("Nothing here")')
+    page.evaluate("location.hash = '#/live/0'")
+    page.wait_for_selector('textarea')
+
+
+def test_the_last_question_is_the_one_shown(page):
+  page.evaluate("location.hash = '#/live/0'")
+  page.wait_for_selector('#text .token:nth-child(3)')
+  page.fill('textarea', 'import os ' * 200)
+  page.get_by_role('button', name='Read').click()
+  page.fill('textarea', 'self')
+  page.get_by_role('button', name='Read').click()
+  page.wait_for_selector('#text:has-text("self")')
+  page.wait_for_timeout(1500)
+  assert 'import' not in page.text_content('#text')
 
 
 def test_a_graph_is_drawn(page):

@@ -17,6 +17,7 @@ Works on any (params, card) of `release.load` or `formats.published.load`.
   suite        SAEBench's scores, as far as offline labels go
   intervene    latents changed inside a pass
   effects      what a change does: losses, dose-response, steered text
+  null         what a search finds where decoders are shuffled
   attribute    a logit traced to latents, the exact effects beside it
   replacement  a text's linear model over transcoders
   graph        what a logit was made of, through several layers

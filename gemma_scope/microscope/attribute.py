@@ -13,18 +13,20 @@
 The gradient is that of the whole model after the SAE: layers that follow, and
 other targets among them, respond. Exact effects of the latents that are said to
 matter, and of some that are not, stand beside what was predicted, with rank
-correlation and slope.
+correlation and slope. Of a crosscoder of the residual stream a latent is what
+it writes to its own layer, and the error is left out (`intervene`).
 
-A latent passes if its exact effect is beyond that of every as long vector along
-another latent's decoder, and beyond that of every latent that the same search
-finds in a random SAE with as many latents on. Where no more pass the first than
-chance lets, one in `controls` + 1, none does.
+The latents shown are the largest of many, so their control is the largest of as
+many (`null`): decoders are shuffled among the latents, each as long as before,
+the same search is made, and what it finds is measured exactly. A latent passes
+if in at most 5 % of shuffles something has as much effect: where latents mean
+nothing, one text in twenty shows any that passes.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,11 +34,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope import sae, sites, splice
-from gemma_scope.microscope import effects, intervene
-from gemma_scope.microscope import rows as rows_lib
+from gemma_scope.microscope import effects, intervene, null
 from gemma_scope.microscope.intervene import Change, Rows, Subject
 
 _AT_ONCE = 8  # passes with a gradient
+LEVEL = 0.05
+_WAYS = ('gradient', 'integrated')
+_FACTS = (
+  'value', 'without', 'latents', 'error', 'other', 'exact_latents',
+  'exact_error',
+)  # fmt: skip
 
 
 def attribute(
@@ -47,10 +54,9 @@ def attribute(
   position: int | None = None,
   top: int = 10,
   others: int = 20,
-  controls: int = 19,
+  shuffles: int = 19,
   steps: int = 16,
   seed: int = 0,
-  random_sae: bool = True,
 ) -> dict[str, Any]:
   """Latents behind a logit or a difference of two; plain for JSON.
 
@@ -61,83 +67,67 @@ def attribute(
     position: of the token after which the logit is read; by default the last.
     top: latents that are measured, by each of the two predictions.
     others: latents that fire too, drawn from the rest, for the correlation.
-    controls: as long vectors beside each.
+    shuffles: of the decoders; fewer than 19 let nothing pass.
     steps: of the integral.
     seed: of what is drawn.
-    random_sae: whether the search is repeated in one.
 
   Returns:
     `value` (m); `without` (m without latents and error), `latents`, `error`,
-    `other` (integrated: shares of value - without, `other` being what the
+    `other` (integrated: parts of value - without, `other` being what the
     integral misses); `exact_error` and `exact_latents`, measured with each of
     them removed at once; `features`, the measured ones, the largest exact
     effects first: `feature`, `gradient`, `integrated`, `exact`, `by_token` (of
-    the gradient), `control` (the largest of its own), `beyond_control`,
-    `passes`, `chosen` (False for the others); `agreement`, for each prediction
-    `spearman` and `slope`; `random_sae`, the exact effects of its latents;
-    `passing`, `chance` and `verdict`.
+    the gradient), `control` (the largest effect of its own value along other
+    decoders), `p`, `passes`, `chosen` (False for the others); `agreement`, for
+    each prediction `spearman` and `slope`; `shuffled`, the largest effect of
+    each shuffle; `passing` and `verdict`.
 
   Raises:
-    ValueError: a token that is not of the vocabulary, a position outside.
+    ValueError: a token that is not of the vocabulary, a position outside; no
+      other latent to shuffle with.
   """
-  tokens_T = [int(i) for i in tokens_T]
   position = len(tokens_T) - 1 if position is None else position
   check(subject, tokens_T, logit, position)
-  found = _search(subject, tokens_T, logit, position, steps)
-  order = [np.argsort(-np.abs(found[k]), kind='stable')[:top] for k in _WAYS]
-  fires = found['fires']
-  chosen = [
-    i for i in dict.fromkeys(np.concatenate(order).tolist()) if fires[i]
-  ]
+  tokens_T = [int(i) for i in tokens_T[: position + 1]]
+  found = search(subject, tokens_T, logit, steps)
+  fires = np.flatnonzero(found['fires'])
+  chosen = _largest(found, top)
   rng = np.random.default_rng(seed)
-  rest = rng.permutation(np.setdiff1d(np.flatnonzero(fires), chosen))[:others]
+  rest = rng.permutation(np.setdiff1d(fires, chosen))[:others]
   measured = [*chosen, *map(int, rest)]
   exact, control_CN = _exact(
-    subject, tokens_T, logit, position, measured, len(chosen), controls, seed
+    subject, tokens_T, logit, measured, len(chosen), shuffles, seed
   )
-  twin = []
-  if random_sae and chosen:
-    twin = _random(subject, tokens_T, logit, position, top, steps, seed)
+  shuffled = np.zeros(0)
+  if chosen:
+    shuffled = null.largest(
+      subject, tokens_T, logit, found['f'], [found['slope'][w] for w in _WAYS],
+      top=top, shuffles=shuffles, seed=seed,
+    )  # fmt: skip
   features = []
   for n, i in enumerate(measured):
     mine = n < len(chosen)
-    most = float(np.abs(control_CN[:, n]).max()) if mine and controls else None
-    line = {
+    p = null.p_value(exact[n], shuffled) if mine else None
+    features.append({
       'feature': i,
       **{way: float(found[way][i]) for way in _WAYS},
       'exact': float(exact[n]),
       'by_token': found['by_token'][i].tolist(),
-      'control': most,
-      'beyond_control': most is not None and bool(abs(exact[n]) > most),
+      'control': float(np.abs(control_CN[:, n]).max()) if mine else None,
+      'p': p,
+      'passes': mine and p <= LEVEL,
       'chosen': mine,
-    }
-    bar = max(map(abs, twin), default=0.0)
-    line['passes'] = line['beyond_control'] and bool(abs(exact[n]) > bar)
-    features.append(line)
-  beyond = sum(line['beyond_control'] for line in features)
-  chance = by_chance(len(chosen), controls)
-  if beyond <= chance:
-    for line in features:
-      line['passes'] = False
+    })  # fmt: skip
   passing = [line['feature'] for line in features if line['passes']]
   features.sort(key=lambda line: (not line['chosen'], -abs(line['exact'])))
   return {
     **{key: found[key] for key in _FACTS},
     'features': features,
     'agreement': {way: agreement(features, way) for way in _WAYS},
-    'random_sae': twin,
+    'shuffled': sorted(map(float, shuffled), reverse=True),
     'passing': passing,
-    'beyond_control': beyond,
-    'chance': chance,
-    'verdict': _verdict(len(chosen), beyond, chance, passing, twin),
+    'verdict': verdict(len(chosen), len(passing), shuffled),
   }
-
-
-_WAYS = ('gradient', 'integrated')
-_FACTS = (
-  'value', 'without', 'latents', 'error', 'other', 'exact_latents',
-  'exact_error',
-)  # fmt: skip
 
 
 def _largest(found, top: int) -> list[int]:
@@ -159,26 +149,18 @@ def check(subject, tokens_T, logit, position) -> None:
     )
 
 
-def _verdict(count, beyond, chance, passing, twin) -> str:
+def verdict(count: int, passing: int, shuffled: np.ndarray) -> str:
+  """One sentence on how many of the latents measured pass."""
   if not count:
     return 'No latent fires on this text.'
-  said = f'{beyond} of {count} latents have more effect than as long vectors'
-  if beyond <= chance:
-    return f'No feature passes: {said}, and chance alone lets {chance}.'
+  if len(shuffled) < round(1 / LEVEL) - 1:
+    return f'Not tested: {len(shuffled)} shuffles are too few to tell.'
+  bar = (
+    f'with decoders shuffled the same search finds up to {shuffled.max():.3f}'
+  )
   if not passing:
-    return (
-      f'No feature passes: {said}, but none more than the latents of a random '
-      'SAE that the same search finds.'
-    )
-  also = " and than a random SAE's" if twin else ''
-  return f'{said}; {len(passing)} of them more than these{also}.'
-
-
-def by_chance(count: int, controls: int) -> int:
-  """As many latents are beyond all their controls in 95 % of chance's draws."""
-  from scipy import stats  # slow to import
-
-  return int(stats.binom.ppf(0.95, count, 1 / (controls + 1))) if count else 0
+    return f'No feature passes: {bar}.'
+  return f'{passing} of {count} latents pass: {bar}.'
 
 
 def agreement(features: Sequence[dict], way: str) -> dict[str, float | None]:
@@ -203,47 +185,57 @@ def agreement(features: Sequence[dict], way: str) -> dict[str, float | None]:
 # Predictions.
 
 
-def _search(subject, tokens_T, logit, position, steps) -> dict[str, Any]:
-  """Both predictions of all latents, summed over tokens."""
-  tokens_1T = effects.padded([tokens_T])
+def search(
+  subject: Subject,
+  tokens_T: Sequence[int],
+  logit: tuple[int, int | None],
+  steps: int,
+) -> dict[str, Any]:
+  """Both predictions of all latents, of a logit after the last token.
+
+  Returns:
+    `f` [T, F]; `slope`, for each way dm/df [T, F]; the ways themselves [F];
+    `by_token` [F, T]; `fires` [F]; and the figures of `attribute`.
+  """
+  tokens_1T, length = effects.padded([tokens_T]), len(tokens_T)
   keep_T = ~np.isin(tokens_1T[0], subject.special)
-  parts = _parts(
+  f_TF, path, error = _parts(
     subject.gemma, subject.lm_params, subject.params, subject.place, tokens_1T,
     keep_T,
   )  # fmt: skip
+  f_TF = np.asarray(f_TF)[:length]
   # Along the path; then y, the offset, and y without error or without latents.
-  path = tuple(map(np.asarray, parts['path']))
-  error = tuple(map(np.asarray, parts['error']))
   s_S = (np.arange(steps) + 0.5) / steps
   shifts = [
     np.stack([*(-(1 - s_S)[:, None, None] * p), 0 * p, -p, -e, e - p])
-    for p, e in zip(path, error, strict=True)
+    for p, e in zip(map(np.asarray, path), map(np.asarray, error), strict=True)
   ]
   values, slopes = [], []
   for start in range(0, steps + 4, _AT_ONCE):
     at = np.arange(start, min(start + _AT_ONCE, steps + 4))
     value_S, slope = _slopes(
       subject.gemma, subject.lm_params, subject.place.targets, tokens_1T,
-      tuple(a[np.resize(at, _AT_ONCE)] for a in shifts), position, logit[0],
+      tuple(a[np.resize(at, _AT_ONCE)] for a in shifts), length - 1, logit[0],
       -1 if logit[1] is None else logit[1],
     )  # fmt: skip
     values.append(np.asarray(value_S)[: len(at)])
     slopes.append([np.asarray(g)[: len(at)] for g in slope])
   value_S = np.concatenate(values)
   slope = [np.concatenate(column) for column in zip(*slopes, strict=True)]
-  at_y = tuple(g[steps] for g in slope)
-  along = tuple(g[:steps].mean(0) for g in slope)
-  per = subject.params['W_dec'], parts['f'], parts['error']
-  gradient_TF, _ = _contracted(*per, at_y)
-  integrated_TF, missed = _contracted(*per, along)
-  length = len(tokens_T)
-  latents, missed = float(np.sum(integrated_TF)), float(missed)
+  W_dec, once = subject.params['W_dec'], subject.carried
+  found = {'f': f_TF, 'fires': (f_TF > 0).any(0), 'slope': {}}
+  of_way = {
+    'gradient': tuple(g[steps] for g in slope),
+    'integrated': tuple(g[:steps].mean(0) for g in slope),
+  }
+  for way, g in of_way.items():
+    slope_TF, missed = map(np.asarray, _contracted(W_dec, error, g, once))
+    found['slope'][way] = slope_TF[:length]
+    found[way] = (f_TF * slope_TF[:length]).sum(0)
+  found['by_token'] = (f_TF * found['slope']['gradient']).T
   value, without, no_error, no_latents = map(float, value_S[steps:])
-  return {
-    'gradient': np.asarray(gradient_TF).sum(0),
-    'integrated': np.asarray(integrated_TF).sum(0),
-    'by_token': np.asarray(gradient_TF)[:length].T,
-    'fires': np.asarray(parts['f'] > 0).any(0),
+  latents, missed = float(found['integrated'].sum()), float(missed)
+  return found | {
     'value': value,
     'without': without,
     'latents': latents,
@@ -256,7 +248,7 @@ def _search(subject, tokens_T, logit, position, steps) -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnames=('gemma', 'place'))
 def _parts(gemma, lm_params, params, place, tokens_1T, keep_T):
-  """f [T, F]; at each target the error and y - offset, 0 at special tokens."""
+  """f [T, F]; at each target y - offset and the error, 0 at special tokens."""
   at = tuple(sorted({*place.sites, *place.targets}))
   taps = gemma.forward(lm_params, tokens_1T, taps=at, logits=False).taps
   x, y = (
@@ -265,15 +257,19 @@ def _parts(gemma, lm_params, params, place, tokens_1T, keep_T):
   )
   with jax.default_matmul_precision('highest'):
     f = sae.encode(params, x)
-    error = y - sae.decode(params, f, x)
-    path = y - sae.decode(params, jnp.zeros_like(f), x)
+    if intervene.carried(place):
+      path = jnp.einsum('tlf,lfld->tld', f, params['W_dec'])
+      error = jnp.zeros_like(path)
+    else:
+      error = y - sae.decode(params, f, x)
+      path = y - sae.decode(params, jnp.zeros_like(f), x)
   kept = lambda a: jnp.where(keep_T.reshape(-1, *[1] * (a.ndim - 1)), a, 0)
   several = lambda a: jnp.moveaxis(a, -2, 0) if place.several else a[None]
-  return {
-    'f': kept(f).reshape(len(f), -1),
-    'error': tuple(several(kept(error))),
-    'path': tuple(several(kept(path))),
-  }
+  return (
+    kept(f).reshape(len(f), -1),
+    tuple(several(kept(path))),
+    tuple(several(kept(error))),
+  )
 
 
 @functools.partial(jax.jit, static_argnames=('gemma', 'targets'))
@@ -301,29 +297,30 @@ def _slopes(
   return m_S, slope
 
 
-@jax.jit
-def _contracted(W_dec, f_TF, error, slope):
-  """What each latent writes, and the error, times the slopes."""
+@functools.partial(jax.jit, static_argnames='once')
+def _contracted(W_dec, error, slope, once: bool):
+  """What a unit of each latent writes, and the error, times the slopes."""
   with jax.default_matmul_precision('highest'):
-    if W_dec.ndim == 4:  # [L, F, M, D]
-      a_TF = sum(
-        jnp.einsum('td,lfd->tlf', g_TD, W_dec[:, :, m]).reshape(f_TF.shape)
+    if W_dec.ndim == 2:
+      slope_TF = slope[0] @ W_dec.T
+    elif once:
+      g_TLD = jnp.stack(slope, 1)
+      slope_TF = jnp.einsum('tld,lfld->tlf', g_TLD, W_dec)
+    else:  # [L, F, M, D]
+      slope_TF = sum(
+        jnp.einsum('td,lfd->tlf', g_TD, W_dec[:, :, m])
         for m, g_TD in enumerate(slope)
       )
-    else:
-      a_TF = slope[0] @ W_dec.T
     missed = sum(
       jnp.sum(e_TD * g_TD) for e_TD, g_TD in zip(error, slope, strict=True)
     )
-    return a_TF * f_TF, missed
+  return slope_TF.reshape(len(slope_TF), -1), missed
 
 
 # Measurements.
 
 
-def _exact(
-  subject, tokens_T, logit, position, features, chosen, controls, seed
-):
+def _exact(subject, tokens_T, logit, features, chosen, controls, seed):
   """Exact effects of ablations [N], and of the controls of the first [C, N]."""
   if not features:
     return np.zeros(0), np.zeros((controls, 0))
@@ -337,41 +334,14 @@ def _exact(
     subject, effects.padded([tokens_T]),
     Rows(*map(np.concatenate, zip(*every, strict=True))), logit=logit,
   )  # fmt: skip
-  change_B = (found.clean_logit_BT - found.logit_BT)[:, position]
+  change_B = (found.clean_logit_BT - found.logit_BT)[:, len(tokens_T) - 1]
   exact_N, rest = change_B[: len(features)], change_B[len(features) :]
   return exact_N, rest.reshape(controls, chosen)
 
 
-def _random(subject, tokens_T, logit, position, top, steps, seed):
-  """Exact effects of the latents that the same search finds in a random SAE."""
-  twin = random_subject(subject, [tokens_T], seed)
-  found = _search(twin, tokens_T, logit, position, steps)
-  chosen = _largest(found, top)
-  exact, _ = _exact(twin, tokens_T, logit, position, chosen, 0, 0, seed)
-  return sorted(map(float, exact), key=lambda v: -abs(v))
-
-
-def random_subject(
-  subject: Subject, texts: Sequence[Sequence[int]], seed: int = 0
-) -> Subject:
-  """A random SAE of this shape with the same L0 on these texts (`controls`)."""
-  tokens_PT = effects.padded(texts)
-  keep_PT = ~np.isin(tokens_PT, subject.special)
-  x_by_site = rows_lib.activations(
-    subject.gemma, subject.lm_params, tokens_PT, subject.place, len(tokens_PT)
-  )
-  params = {key: np.asarray(a) for key, a in subject.params.items()}
-  made = rows_lib.control(x_by_site, keep_PT, subject.place, params, seed)
-  f_BF = rows_lib.latents(
-    made, rows_lib.read_at(x_by_site, subject.place, keep_PT)
-  )
-  return Subject(
-    subject.gemma, subject.lm_params, made, subject.place, f_BF.max(0),
-    subject.special,
-  )  # fmt: skip
-
-
-def report(found: dict[str, Any], named=lambda feature: '') -> str:
+def report(
+  found: dict[str, Any], named: Callable[[int], str] = lambda feature: ''
+) -> str:
   """`attribute`'s result as lines of text.
 
   Args:
@@ -389,14 +359,15 @@ def report(found: dict[str, Any], named=lambda feature: '') -> str:
     f'removed at once: latents {found["exact_latents"]:.3f}, error '
     f'{found["exact_error"]:.3f}',
     f'{"feature":>8} {"gradient":>9} {"integrated":>10} {"exact":>8} '
-    f'{"control":>8}',
+    f'{"control":>8} {"p":>5}',
   ]
   for line in found['features']:
     if line['chosen']:
       lines.append(
         f'{line["feature"]:>8} {line["gradient"]:>9.3f} '
         f'{line["integrated"]:>10.3f} {line["exact"]:>8.3f} '
-        f'{line["control"] or 0:>8.3f} {"passes" if line["passes"] else "":6} '
+        f'{line["control"]:>8.3f} {line["p"]:>5.2f} '
+        f'{"passes" if line["passes"] else "":6} '
         f'{named(line["feature"])}'.rstrip()
       )
   for way, one in found['agreement'].items():
@@ -405,7 +376,4 @@ def report(found: dict[str, Any], named=lambda feature: '') -> str:
         f'{way} against exact, {len(found["features"])} latents: rank '
         f'correlation {one["spearman"]:.2f}, slope {one["slope"]:.2f}'
       )
-  if found['random_sae']:
-    most = ', '.join(f'{abs(v):.3f}' for v in found['random_sae'][:3])
-    lines.append(f'a random SAE: its latents have at most {most}')
   return '\n'.join([*lines, found['verdict']])

@@ -34,7 +34,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gemma_scope
-from gemma_scope import lm, places, sae, sparse, splice
+from gemma_scope import lm, member, places, sae, sparse, splice
 from gemma_scope.microscope import index, logits
 from gemma_scope.microscope.index import Index
 from gemma_scope.microscope.statistics import Firings, Statistics
@@ -99,11 +99,10 @@ class State:
   ):
     self._path, self._every, self._calls = path, every, 0
     digest = hashlib.sha256(text.sequences_NT.tobytes())
-    digest.update(gemma_scope.__version__.encode())
+    digest.update(f'{gemma_scope.__version__} {index.VERSION}'.encode())
     for params, card in members:
       digest.update(json.dumps(card, sort_keys=True, default=str).encode())
-      for name in sorted(params):
-        digest.update(name.encode() + np.ascontiguousarray(params[name]).data)
+      digest.update(member.digest(params).encode())
     self.key = digest.hexdigest()
 
   def load(self) -> tuple[int, list[dict[str, np.ndarray]]] | None:
@@ -223,6 +222,7 @@ def build(
       meta={
         'version': index.VERSION,
         'card': dict(card),
+        'sae_sha256': member.digest(params),
         'model': gemma.config.name,
         'corpus': text.about,
         'tokens': int(text.keep_NT.sum()),

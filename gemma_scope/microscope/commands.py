@@ -9,12 +9,12 @@ pages    written again              export   Neuronpedia's files
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable
 
 import numpy as np
 
-from gemma_scope import places
+from gemma_scope import places, runs
 from gemma_scope.microscope import (
   ask,
   attribute,
@@ -29,8 +29,7 @@ from gemma_scope.microscope import (
   rows,
   suite,
 )
-from gemma_scope.microscope import build as build_lib
-from gemma_scope.microscope.session import Session, spoken
+from gemma_scope.microscope.session import Sae, Session, spoken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,34 +57,33 @@ class Options:
   creator: str = ''
 
 
-def build(session: Session, options: Options, poll: Callable[[], None]) -> None:
+def build(session: Session, options: Options) -> None:
   """Indexes all SAEs in one pass, writes the pages, prints their address."""
-  first = session.build(options.sequences, options.batch, poll)
+  with runs.Interrupt() as interrupt:
+    first = session.build(options.sequences, options.batch, interrupt.check)
   session.report(f'microscope  {first.resolve().as_uri()}')
 
 
-def pages(session: Session, options: Options, poll) -> None:
+def pages(session: Session, options: Options) -> None:
   """Writes the pages again, with the labels that are there."""
-  del options, poll
+  del options
   session.report(f'microscope  {session.pages().resolve().as_uri()}')
 
 
-def serve(session: Session, options: Options, poll) -> None:
+def serve(session: Session, options: Options) -> None:
   """Serves the pages, with a live view, to this machine."""
-  del poll
-  folder = session.out / 'pages'
-  if not (folder / 'index.html').exists():
-    raise ValueError(f'{folder} is not there; run build first.')
+  session.check_built()
   shown = [
     questions.Shown(
-      build_lib.name_of(one.path), one.card, one.load, session.index(one)
+      one.name, one.member.card, functools.partial(session.load, one),
+      session.index(one),
     )
-    for one in session.members
-  ]
+    for one in session.saes
+  ]  # fmt: skip
   found = questions.Questions(
     *session.model, session.tokenizer, shown, session.mesh
   )
-  live.serve(found, folder, options.port, session.report)
+  live.serve(found, session.out / 'pages', options.port, session.report)
 
 
 def _ids(session: Session, options: Options) -> list[int]:
@@ -95,24 +93,20 @@ def _ids(session: Session, options: Options) -> list[int]:
   return [tokenizer.bos_id, *map(int, tokenizer.encode(options.text))]
 
 
-def why(session: Session, options: Options, poll) -> None:
+def why(session: Session, options: Options) -> None:
   """Traces a logit to latents; over transcoders and CLTs, a graph as well."""
-  del poll
   ids = _ids(session, options)
-  member, tokenizer = session.find(options.sae), session.tokenizer
-  subject = session.subject(member)
+  sae, tokenizer = session.find(options.sae), session.tokenizer
+  subject = session.subject(sae)
   logit = _logit(session, options, ids)
   pieces = tokenizer.pieces([t for t in logit if t is not None])
-  session.report(
-    f'{build_lib.name_of(member.path)}: {spoken(pieces)} after '
-    f'{options.text[-60:]!r}'
-  )
+  session.report(f'{sae.name}: {spoken(pieces)} after {options.text[-60:]!r}')
   found = attribute.attribute(subject, ids, logit)
-  session.report(attribute.report(found, session.named(member)))
+  session.report(attribute.report(found, session.named(sae)))
   _keep(session, 'why', {'text': options.text, 'logit': pieces, **found})
-  if places.of(member.card).type in ('transcoder', 'clt'):
-    together = _together(session, member)
-    traced = graph.trace([session.subject(m) for m in together], ids, logit)
+  if places.of(sae.member.card).type in ('transcoder', 'clt'):
+    together = _together(session, sae)
+    traced = graph.trace([session.subject(one) for one in together], ids, logit)
     names = [session.named(one) for one in together]
     session.report(
       graph.report(
@@ -122,9 +116,8 @@ def why(session: Session, options: Options, poll) -> None:
     _keep(session, 'graph', graph.plain(traced))
 
 
-def steer(session: Session, options: Options, poll) -> None:
+def steer(session: Session, options: Options) -> None:
   """A text goes on by default and with changes; one change's dose-response."""
-  del poll
   ids = _ids(session, options)
   if not options.change:
     raise ValueError(
@@ -191,11 +184,11 @@ def _logit(session: Session, options: Options, ids) -> tuple[int, int | None]:
   return (found[0], found[1] if len(found) > 1 else None)
 
 
-def _together(session: Session, member):
+def _together(session: Session, sae: Sae) -> list[Sae]:
   """A transcoder with its fellows of other layers; a CLT alone."""
-  cards = [(one.card, session.index(one)) for one in session.members]
-  first = session.members.index(member)
-  return [session.members[i] for i in questions.together(cards, first)]
+  every = [(one.member.card, session.index(one)) for one in session.saes]
+  first = session.saes.index(sae)
+  return [session.saes[i] for i in questions.together(every, first)]
 
 
 def _keep(session: Session, name: str, found: dict) -> None:
@@ -204,34 +197,34 @@ def _keep(session: Session, name: str, found: dict) -> None:
   session.report(f'written  {path}')
 
 
-def find_concept(session: Session, options: Options, poll) -> None:
+def find_concept(session: Session, options: Options) -> None:
   """Probes a concept from labelled prompts, with controls."""
-  del poll
   if not options.prompts:
     raise ValueError(
       'Say --prompts=FILE, JSONL with "text" and "label" (true or false).'
     )
-  member = session.find(options.sae)
+  sae = session.find(options.sae)
   prompts = rows.read_prompts(options.prompts)
   found_rows = rows.of_prompts(
-    *session.model, member.load(), member.card, prompts, session.tokenizer,
-    options.pooling, options.batch,
+    *session.model, sae.member.load(), sae.member.card, prompts,
+    session.tokenizer, options.pooling, options.batch,
   )  # fmt: skip
   found = probe.run(found_rows, prompts.label_N)
   session.report(probe.report(found))
   best = probe.best(found, 'latents', 5) or probe.best(found, 'latents', 1)
   if best:
-    name = session.named(member)
+    name = session.named(sae)
     for feature, weight in zip(best['latents'], best['weights'], strict=True):
       session.report(f'  latent {feature:>7}  {weight:+.3f}  {name(feature)}')
   session.out.mkdir(parents=True, exist_ok=True)
   _keep(session, 'probe', found)
 
 
-def label(session: Session, options: Options, poll) -> None:
+def label(session: Session, options: Options) -> None:
   """Labels latents by an endpoint's model, or by rules; the pages have them."""
-  member = session.find(options.sae)
-  one = session.index(member)
+  session.check_built()
+  sae = session.find(options.sae)
+  one = session.index(sae)
   features = _features(options.features, one)
   model = None
   if options.endpoint:
@@ -251,10 +244,10 @@ def label(session: Session, options: Options, poll) -> None:
   elif options.labeller:
     raise ValueError('--labeller= goes with --endpoint=, or is "local".')
   found = explain.explain(one, features, session.tokenizer.pieces, model)
-  explain.write(session.label_file(member), found)
+  path = session.keep_labels(sae, found)
   session.report(json.dumps(explain.summary(found)))
-  session.report(f'written  {session.label_file(member)}')
-  pages(session, options, poll)
+  session.report(f'written  {path}')
+  pages(session, options)
 
 
 def _features(given: str, one) -> list[int]:
@@ -278,29 +271,24 @@ def _features(given: str, one) -> list[int]:
   return numbers
 
 
-def score(session: Session, options: Options, poll) -> None:
+def score(session: Session, options: Options) -> None:
   """SAEBench's scores, on labels that Python's own source gives."""
-  del poll
-  members = session.members
-  if options.sae:
-    members = [session.find(options.sae)]
+  saes = [session.find(options.sae)] if options.sae else session.saes
   paths = suite.run(
-    *session.model, [(m.load(), m.card) for m in members], session.tokenizer,
-    session.out / 'suite', report=session.report,
+    *session.model, [(one.member.load(), one.member.card) for one in saes],
+    session.tokenizer, session.out / 'suite', report=session.report,
   )  # fmt: skip
   session.report(suite.table(paths))
 
 
-def export(session: Session, options: Options, poll) -> None:
+def export(session: Session, options: Options) -> None:
   """Writes Neuronpedia's bulk files from the indexes."""
-  del poll
-  for member in session.members:
-    name = build_lib.name_of(member.path)
-    folder = session.out / 'neuronpedia' / name
+  for sae in session.saes:
+    folder = session.out / 'neuronpedia' / sae.name
     count = neuronpedia.write(
-      folder, session.index(member), session.tokenizer.pieces,
+      folder, session.index(sae), session.tokenizer.pieces,
       model=options.model_id or session.config.lm.name, name=options.title,
-      creator=options.creator,
+      creator=options.creator, labels=session.labels(sae),
     )  # fmt: skip
     session.report(f'{folder}: {count:,} latents')
 
@@ -318,12 +306,13 @@ COMMANDS = {
 }
 
 
-def run(name: str, session: Session, options: Options, poll) -> None:
+def run(name: str, session: Session, options: Options) -> None:
   """One command.
 
   Raises:
     ValueError: one sentence on what is missing or wrong.
+    runs.Interrupted: build was stopped, and has saved.
   """
   if name not in COMMANDS:
     raise ValueError(f'There is no {name!r}; say {", ".join(COMMANDS)}.')
-  COMMANDS[name](session, options, poll)
+  COMMANDS[name](session, options)

@@ -40,7 +40,7 @@ class Effects(NamedTuple):
   clean_loss_BT: np.ndarray
   logit_BT: np.ndarray
   clean_logit_BT: np.ndarray
-  counts_BT: np.ndarray  # where a token is text; of losses too
+  counts_BT: np.ndarray  # where a token may be changed: all but special ones
 
 
 def effects(
@@ -83,13 +83,13 @@ def effects(
     found = _effects(
       subject.gemma, subject.place, subject.lm_params, subject.params,
       tokens_PT[prompt_B[filled]], before_PTD[prompt_B[filled]], part,
-      usual_BT[filled], np.int32(logit[0]), np.int32(minus),
+      usual_BT[filled], np.int32(logit[0]), np.int32(minus), given.projects,
     )  # fmt: skip
     parts.append([np.asarray(a)[: len(at)] for a in found])
   kl, loss, clean, logit_BT, clean_logit = (
     np.concatenate(column) for column in zip(*parts, strict=True)
   )
-  counts_BT = (tokens_PT != 0)[prompt_B]
+  counts_BT = usual_PT[prompt_B]
   return Effects(kl, loss, clean, logit_BT, clean_logit, counts_BT)
 
 
@@ -112,15 +112,15 @@ def _last(gemma, lm_params, tokens_PT):
   return gemma.forward(lm_params, tokens_PT, taps=(at,), logits=False).taps[at]
 
 
-@functools.partial(jax.jit, static_argnames=('gemma', 'place'))
+@functools.partial(jax.jit, static_argnames=('gemma', 'place', 'projects'))
 def _effects(
   gemma, place, lm_params, params, tokens_BT, before_BTD, rows, where_BT, plus,
-  minus,
+  minus, projects,
 ):  # fmt: skip
   at = splice.last(gemma)
   after_BTD = gemma.forward(
       lm_params, tokens_BT, taps=(at,), logits=False,
-      edits=intervene.edits(place, params, rows, where_BT),
+      edits=intervene.edits(place, params, rows, where_BT, projects),
   ).taps[at]  # fmt: skip
   next_BT = jnp.roll(tokens_BT, -1, 1)
 
@@ -140,12 +140,15 @@ def _effects(
 def summary(found: Effects, position: int | None = None) -> list[dict]:
   """Of each row: mean KL, mean change of loss, change of logit; for JSON.
 
+  Means are over the tokens that may be changed, and over the losses between
+  two of them.
+
   Args:
-    position: where the logit is read; by default at the text's last token.
+    position: where the logit is read; by default at the last such token.
   """
   lines = []
   for b, counts_T in enumerate(found.counts_BT):
-    last = int(counts_T.sum()) - 1 if position is None else position
+    last = int(np.flatnonzero(counts_T)[-1]) if position is None else position
     losses_T = counts_T[1:] & counts_T[:-1]
     delta_T = found.loss_BT[b] - found.clean_loss_BT[b]
     mean = float(delta_T[losses_T].mean()) if losses_T.any() else 0.0
@@ -303,12 +306,15 @@ def _predict(gemma, lm_params, tokens_1T, top: int):
 
 @dataclasses.dataclass(frozen=True)
 class _At:
-  """positions_BT -> edits, for `generate`: its first token is left alone."""
+  """tokens_BT -> edits, for `generate`: special tokens are left alone."""
 
   place: places.Place
+  special: tuple[int, ...]
+  projects: bool
 
-  def __call__(self, params, rows, positions_BT):
-    return intervene.edits(self.place, params, rows, positions_BT > 0)
+  def __call__(self, params, rows, tokens_BT):
+    where_BT = ~jnp.isin(tokens_BT, jnp.array(self.special))
+    return intervene.edits(self.place, params, rows, where_BT, self.projects)
 
 
 def steer(
@@ -345,7 +351,11 @@ def steer(
     streams=[0, 0],
     stop=stop,
     forbid=forbid,
-    edits=Partial(_At(subject.place), subject.params, given),
+    edits=Partial(
+      _At(subject.place, subject.special, given.projects),
+      subject.params,
+      given,
+    ),
   )
   texts = padded([[*prompt, *map(int, reply)] for reply in found])
   cost = effects(subject, texts, given, np.arange(2))

@@ -8,8 +8,9 @@
   edges to 0.98 (Ameisen et al., Circuit Tracing, 2025).
 
 Each feature that stays is ablated, at its token, in the whole model with its
-own MLPs and attention: what was predicted along all paths of the graph, what
-was measured, and what as long vectors along other latents' decoders do.
+own MLPs and attention: what was predicted along all paths of the graph, and
+what was measured. The control is that of `attribute`, by token: as many latents
+at a token, those that the gradient says matter most when decoders are shuffled.
 """
 
 from __future__ import annotations
@@ -24,8 +25,14 @@ from typing import Any
 import numpy as np
 
 from gemma_scope import splice
-from gemma_scope.microscope import attribute, effects, intervene, replacement
-from gemma_scope.microscope.intervene import Change, Rows, Subject
+from gemma_scope.microscope import (
+  attribute,
+  effects,
+  intervene,
+  null,
+  replacement,
+)
+from gemma_scope.microscope.intervene import Change, Subject
 from gemma_scope.microscope.replacement import KINDS, Replacement, Sources
 
 _AT_ONCE = 32  # features whose sources are found before influence is new
@@ -41,13 +48,14 @@ class Graph:
     nodes: indexes of those that stayed.
     edges: (source, target, A); a target is a node or `LOGIT`.
     influence: of every source.
-    value: of the logit, before the soft-cap; its A add up to it.
-    explained: share of the influence that ends in embeddings, the rest in
-      errors.
-    features: those that stayed, each with `node`, `predicted`, `exact`,
-      `control` and `beyond_control`.
+    value: of the logit; with a soft-cap, times its slope there, so that A are
+      first-order changes of the logit itself. Its A add up to it.
+    ends: shares of the influence that end in embeddings, in errors, in biases,
+      and in features whose own sources were not looked for.
+    features: those that stayed, each with `node`, `predicted`, `exact`, `p` and
+      `passes`.
     agreement: of predicted with exact (`attribute.agreement`).
-    chance: how many are beyond their controls by chance alone.
+    shuffled: the largest effect of each shuffle.
   """
 
   sources: Sources
@@ -55,10 +63,10 @@ class Graph:
   edges: list[tuple[int, int, float]]
   influence: np.ndarray
   value: float
-  explained: float
+  ends: dict[str, float]
   features: list[dict[str, Any]]
   agreement: dict[str, float | None]
-  chance: int
+  shuffled: list[float]
 
 
 def trace(
@@ -70,7 +78,7 @@ def trace(
   most: int = 256,
   nodes: float = 0.8,
   edges: float = 0.98,
-  controls: int = 19,
+  shuffles: int = 19,
   seed: int = 0,
 ) -> Graph:
   """The graph behind a logit, or a difference of two.
@@ -78,11 +86,11 @@ def trace(
   Args:
     subjects: transcoders, at most one a layer, or one CLT; of one model.
     tokens_T: ids, BOS first.
-    logit: tokens (a, b); b None: less the mean of all logits.
+    logit: tokens (a, b); b None: a's alone.
     position: of the token after which the logit is read; by default the last.
     most: features whose own sources are found.
     nodes, edges: shares of the influence that stay.
-    controls: as long vectors beside each ablation.
+    shuffles: of the decoders; fewer than 19 let nothing pass.
     seed: of these.
 
   Raises:
@@ -91,6 +99,7 @@ def trace(
   position = len(tokens_T) - 1 if position is None else position
   replacement.check(subjects)
   attribute.check(subjects[0], tokens_T, logit, position)
+  tokens_T = [int(i) for i in tokens_T[: position + 1]]
   model = Replacement(subjects, tokens_T)
   sources = model.sources
   target, value = _readout(subjects[0], model.last_TD, logit, position)
@@ -108,31 +117,50 @@ def trace(
     rows |= dict(zip(chosen, found, strict=True))
   influence_n = influence(of_logit_n, rows)
   kept, kept_edges = prune(sources, of_logit_n, rows, influence_n, nodes, edges)
-  of_kind = [influence_n[sources.kind == k].sum() for k in range(len(KINDS))]
-  known = of_kind[1] + of_kind[2]
-  measured = _measured(
-    subjects, sources, tokens_T, logit, position,
-    [i for i in kept if sources.kind[i] == 0],
-    along_all_paths(sources, of_logit_n, rows), controls, seed,
-  )  # fmt: skip
+  mine = [i for i in kept if sources.kind[i] == 0]
+  predicted_n = along_all_paths(sources, of_logit_n, rows)
+  measured = _measured(subjects, sources, tokens_T, logit, mine, predicted_n)
+  most_C = _shuffled(subjects, sources, tokens_T, logit, mine, shuffles, seed)
+  for line in measured:
+    line['p'] = null.p_value(line['exact'], most_C)
+    line['passes'] = line['p'] <= attribute.LEVEL
   return Graph(
     sources, kept, kept_edges, influence_n, value,
-    float(of_kind[2] / known) if known else 0.0, measured,
+    _ends(sources, influence_n, rows), measured,
     attribute.agreement(measured, 'predicted'),
-    attribute.by_chance(len(measured), controls),
+    sorted(map(float, most_C), reverse=True),
   )  # fmt: skip
 
 
 def _readout(subject: Subject, last_TD, logit, position: int):
   """The logit as a target, a vector of the last residual stream; its value."""
   gain_D = 1 + np.asarray(subject.lm_params['final_norm']['scale'], np.float32)
-  table_VD = subject.lm_params['embedder']['input_embedding']
-  plus, minus = logit
-  away_D = table_VD.mean(0) if minus is None else table_VD[minus]
-  vector_D = np.asarray(table_VD[plus] - away_D, np.float32) * gain_D
   x_D = last_TD[position]
-  vector_D = vector_D / np.sqrt(np.mean(np.square(x_D)) + 1e-6)
+  gain_D = gain_D / np.sqrt(np.mean(np.square(x_D)) + 1e-6)
+  cap, vectors = subject.gemma.config.final_softcap, []
+  for token in logit:
+    if token is None:
+      continue
+    row_D = subject.lm_params['embedder']['input_embedding'][token]
+    vector_D = np.asarray(row_D, np.float32) * gain_D
+    slope = 1 if cap is None else 1 - np.tanh(vector_D @ x_D / cap) ** 2
+    vectors.append(slope * vector_D)
+  vector_D = vectors[0] - sum(vectors[1:])
   return (splice.last(subject.gemma), position, vector_D), float(vector_D @ x_D)
+
+
+def _ends(sources, influence_n, rows) -> dict[str, float]:
+  """Where influence ends: what is not shared out any further."""
+  unexpanded = [
+    i for i in np.flatnonzero(sources.kind == 0) if int(i) not in rows
+  ]
+  found = {
+    kind: float(influence_n[sources.kind == k].sum())
+    for k, kind in enumerate(KINDS)
+    if k
+  } | {'unexpanded': float(influence_n[unexpanded].sum())}
+  total = sum(found.values())
+  return {key: value / total if total else 0.0 for key, value in found.items()}
 
 
 def influence(
@@ -214,46 +242,44 @@ def _most(score_n: np.ndarray, share: float) -> np.ndarray:
 
 
 def _measured(
-  subjects,
-  sources,
-  tokens_T,
-  logit,
-  position,
-  nodes,
-  predicted_n,
-  controls,
-  seed,
+  subjects, sources, tokens_T, logit, nodes, predicted_n
 ) -> list[dict[str, Any]]:
-  """Each feature ablated at its token, beside its controls."""
+  """Each feature ablated at its token."""
   tokens_1T, lines = effects.padded([tokens_T]), []
   for n, subject in enumerate(subjects):
     mine = [i for i in nodes if sources.member[i] == n]
     if not mine:
       continue
-    own = intervene.rows(
+    rows = intervene.rows(
       subject, [[Change(int(sources.feature[i]))] for i in mine]
     )
-    every = [own]
-    every += [
-      intervene.control(subject, own, seed + c) for c in range(controls)
-    ]
-    given = Rows(*map(np.concatenate, zip(*every, strict=True)))
     where_BT = sources.position[mine][:, None] == np.arange(tokens_1T.shape[1])
     found = effects.effects(
-      subject, tokens_1T, given, logit=logit,
-      where_BT=np.tile(where_BT, (1 + controls, 1)),
-    )  # fmt: skip
-    change_BT = found.clean_logit_BT - found.logit_BT
-    change_CN = change_BT[:, position].reshape(1 + controls, len(mine))
-    for k, i in enumerate(mine):
-      exact = float(change_CN[0, k])
-      most = float(np.abs(change_CN[1:, k]).max()) if controls else None
-      lines.append({
-          'node': i, 'predicted': float(predicted_n[i]), 'exact': exact,
-          'control': most,
-          'beyond_control': most is not None and abs(exact) > most,
-      })  # fmt: skip
+      subject, tokens_1T, rows, logit=logit, where_BT=where_BT
+    )
+    change_B = (found.clean_logit_BT - found.logit_BT)[:, len(tokens_T) - 1]
+    lines += [
+      {'node': i, 'predicted': float(predicted_n[i]), 'exact': float(exact)}
+      for i, exact in zip(mine, change_B, strict=True)
+    ]
   return lines
+
+
+def _shuffled(
+  subjects, sources, tokens_T, logit, nodes, shuffles, seed
+) -> np.ndarray:
+  """The largest effect of each shuffle, over all subjects."""
+  most_C = np.zeros(shuffles)
+  for n, subject in enumerate(subjects):
+    count = sum(sources.member[i] == n for i in nodes)
+    if count:
+      found = attribute.search(subject, tokens_T, logit, 1)
+      own_C = null.largest(
+        subject, tokens_T, logit, found['f'], [found['slope']['gradient']],
+        top=int(count), shuffles=shuffles, seed=seed, by_token=True,
+      )  # fmt: skip
+      most_C = np.maximum(most_C, own_C)
+  return most_C
 
 
 # For people and for other programs.
@@ -279,9 +305,10 @@ def plain(graph: Graph) -> dict[str, Any]:
   return {
     'nodes': [*nodes, {'kind': 'logit', 'value': graph.value}],
     'edges': [[index[a], index[b], w] for a, b, w in graph.edges],
-    'explained': graph.explained,
+    'ends': graph.ends,
+    'verdict': verdict(graph),
     'agreement': graph.agreement,
-    'chance': graph.chance,
+    'shuffled': graph.shuffled,
   }
 
 
@@ -307,10 +334,10 @@ def report(
   s = graph.sources
   lines = [
     f'logit {graph.value:.3f}; {len(graph.nodes)} nodes, {len(graph.edges)} '
-    f'edges; {graph.explained:.0%} of the influence ends in embeddings, the '
-    'rest in errors',
+    'edges; the influence ends in '
+    + ', '.join(f'{k} {v:.0%}' for k, v in graph.ends.items()),
     f'{"layer":>5} {"token":>12} {"feature":>8} {"influence":>9} '
-    f'{"predicted":>9} {"exact":>8} {"control":>8}',
+    f'{"predicted":>9} {"exact":>8} {"p":>5}',
   ]
   for line in sorted(
     graph.features, key=lambda line: -graph.influence[line['node']]
@@ -319,19 +346,21 @@ def report(
     lines.append(
       f'{s.layer[i]:>5} {pieces[s.position[i]]!r:>12} {s.feature[i]:>8} '
       f'{graph.influence[i]:>9.3f} {line["predicted"]:>9.3f} '
-      f'{line["exact"]:>8.3f} {line["control"] or 0:>8.3f} '
-      f'{"beyond" if line["beyond_control"] else "":6} '
+      f'{line["exact"]:>8.3f} {line["p"]:>5.2f} '
+      f'{"passes" if line["passes"] else "":6} '
       f'{named(int(s.member[i]), int(s.feature[i]))}'.rstrip()
     )
-  beyond = sum(line['beyond_control'] for line in graph.features)
   if graph.agreement['slope'] is not None:
     lines.append(
       f'predicted against exact: rank correlation '
       f'{graph.agreement["spearman"]:.2f}, slope {graph.agreement["slope"]:.2f}'
     )
-  said = f'{beyond} of {len(graph.features)} beyond all their controls'
-  if beyond <= graph.chance:
-    return '\n'.join(
-      [*lines, f'No feature passes: {said}, and chance lets {graph.chance}.']
-    )
-  return '\n'.join([*lines, f'{said}; chance alone lets {graph.chance}.'])
+  return '\n'.join([*lines, verdict(graph)])
+
+
+def verdict(graph: Graph) -> str:
+  """One sentence on how many of its features pass."""
+  passing = sum(line['passes'] for line in graph.features)
+  return attribute.verdict(
+    len(graph.features), passing, np.array(graph.shuffled)
+  )

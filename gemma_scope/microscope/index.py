@@ -31,8 +31,9 @@ class Index:
   """One SAE's index.
 
   Attributes:
-    meta: plain JSON: 'version', 'card' (of the SAE), 'model', 'corpus' (name,
-      sha256, split), 'tokens' (that counted), 'sequences', 'code' (version).
+    meta: plain JSON: 'version', 'card' and 'sae_sha256' (of the SAE), 'model',
+      'corpus' (name, sha256, split), 'tokens' (that counted), 'sequences',
+      'code' (version).
     sequences_NT: int32, the text, BOS first.
     keep_NT: bool, where a token counted.
     fired_F: int64, on how many tokens a latent fired.

@@ -12,9 +12,14 @@ input. Tokens that no SAE was trained on (BOS, padding) are left alone.
 A latent's own value never depends on its own change, for it is read before it
 is written; in an SAE over several layers those of later layers see the change.
 
+What a crosscoder of the residual stream says at a later layer holds what it
+wrote before: a change is written at the latent's own layer, and the model
+carries it on. All others write at every layer that the latent writes to.
+
 A row of a batch has its own changes: a dose-response curve, or an ablation of
 each of many latents, is one pass. The control of a change adds as long a vector
-at the same tokens, along another latent's decoder.
+at the same tokens, along another latent's decoder; of project_out it projects
+out another latent's decoder.
 """
 
 from __future__ import annotations
@@ -59,6 +64,11 @@ class Rows(NamedTuple):
   writer_BK: np.ndarray  # whose decoder is written: a control's is another's
   gain_BK: np.ndarray  # that makes it as long
 
+  @property
+  def projects(self) -> bool:
+    """Whether one of them is project_out."""
+    return bool((np.asarray(self.kind_BK) == _PROJECT).any())
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subject:
@@ -83,6 +93,16 @@ class Subject:
   def width(self) -> int:
     """Latents, of all layers together."""
     return self.params['b_enc'].size
+
+  @property
+  def carried(self) -> bool:
+    """Whether what is written at a layer is there again at later ones."""
+    return carried(self.place)
+
+
+def carried(place: places.Place) -> bool:
+  """Of a crosscoder of the residual stream."""
+  return place.type == 'crosscoder' and place.kind.startswith('resid')
 
 
 def subject(
@@ -169,25 +189,58 @@ def _check(subject: Subject, change: Change) -> None:
 def control(subject: Subject, given: Rows, seed: int = 0) -> Rows:
   """The same vectors' lengths along the decoders of other latents that fired.
 
-  Drawn from the latents of the same layer, none of those that are changed.
+  Drawn from the same layer, none of those of the row, none twice in a row.
+
+  Raises:
+    ValueError: a layer has no other latent that fired and writes.
   """
   rng = np.random.default_rng(seed)
-  layers = len(subject.place.sites)
-  layer_F = np.arange(subject.width) // (subject.width // layers)
+  layer_F, norm_F = decoders(subject)
+  pools = [
+    np.flatnonzero((subject.max_F > 0) & (norm_F > 0) & (layer_F == layer))
+    for layer in range(len(subject.place.sites))
+  ]
+  writer_BK = given.feature_BK.copy()
+  for b, row in enumerate(given.feature_BK):
+    mine = row[given.kind_BK[b] != _NONE].tolist()
+    for k, feature in enumerate(row):
+      if given.kind_BK[b, k] == _NONE:
+        continue
+      pool = pools[layer_F[feature]]
+      if len(pool) <= np.isin(mine, pool).sum():
+        raise ValueError(
+          'A control needs another latent of this layer that fired; there is '
+          'none.'
+        )
+      while True:
+        drawn = int(rng.choice(pool))
+        if drawn not in mine:
+          break
+      mine.append(drawn)
+      writer_BK[b, k] = drawn
+  return given._replace(
+    writer_BK=writer_BK, gain_BK=gains(norm_F, given.feature_BK, writer_BK)
+  )
+
+
+def decoders(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+  """Each latent's layer, and the length of what it writes, [F] both."""
+  per = subject.width // len(subject.place.sites)
+  layer_F = np.arange(subject.width) // per
   W_dec = subject.params['W_dec']
-  axes = (-2, -1) if W_dec.ndim == 4 else -1
-  norm_F = np.sqrt(np.sum(np.square(np.asarray(W_dec)), axes)).reshape(-1)
-  changed = np.unique(given.feature_BK[given.kind_BK != _NONE])
-  pools = []
-  for layer in range(layers):
-    pool = np.flatnonzero((subject.max_F > 0) & (layer_F == layer))
-    pool = np.setdiff1d(pool, changed)
-    pools.append(pool if len(pool) else np.flatnonzero(layer_F == layer))
-  writer_BK = np.empty_like(given.feature_BK)
-  for at, feature in np.ndenumerate(given.feature_BK):
-    writer_BK[at] = rng.choice(pools[layer_F[feature]])
-  gain_BK = norm_F[given.feature_BK] / norm_F[writer_BK]
-  return given._replace(writer_BK=writer_BK, gain_BK=gain_BK.astype(np.float32))
+  if subject.carried:  # what it writes to its own layer
+    W_dec = jnp.stack([W_dec[l, :, l] for l in range(len(W_dec))])
+    square_F = jnp.sum(jnp.square(W_dec), -1)
+  else:
+    axes = (-2, -1) if W_dec.ndim == 4 else -1
+    square_F = jnp.sum(jnp.square(W_dec), axes)
+  return layer_F, np.sqrt(np.asarray(square_F)).reshape(-1)
+
+
+def gains(norm_F, feature, writer) -> np.ndarray:
+  """What makes another latent's decoder as long as a latent's own."""
+  found = norm_F[feature] / np.where(norm_F[writer] > 0, norm_F[writer], 1)
+  return found.astype(np.float32)
 
 
 def edits(
@@ -195,6 +248,7 @@ def edits(
   params: Mapping[str, jax.Array],
   rows: Rows,
   where_BT: jax.Array,
+  projects: bool = True,
 ) -> dict[sites.Site, hooks.Edit]:
   """Edits of one pass, to be made inside its trace.
 
@@ -202,6 +256,8 @@ def edits(
     place, params: of a `Subject`.
     rows: the changes, as many rows as the pass has.
     where_BT: bool, the tokens that they apply to.
+    projects: False where none is project_out (`Rows.projects`), which takes an
+      inverse and long to compile.
   """
   per = params['b_enc'].size // len(place.sites)
   layer_BK, own_BK = (
@@ -228,18 +284,12 @@ def edits(
     W_BKD = (
       W_BKD[layer_BK, writer_BK, layer] if W_BKD.ndim == 4 else W_BKD[writer_BK]
     ) * rows.gain_BK[..., None]
-    total_BTK = sum(step.values())
-    part_BTK = jnp.einsum('btd,bkd->btk', y_BTD, W_BKD)
-    out_BK = (rows.kind_BK == _PROJECT) & (layer_BK <= layer)
-    both_BKK = out_BK[:, :, None] & out_BK[:, None]
-    gram_BKK = jnp.where(
-      both_BKK, jnp.einsum('bkd,bjd->bkj', W_BKD, W_BKD), 0
-    ) + jnp.where(out_BK, 0.0, 1.0)[..., None] * jnp.eye(out_BK.shape[-1])
-    removed_BTK = jnp.linalg.solve(
-      gram_BKK, jnp.swapaxes(jnp.where(out_BK[:, None], part_BTK, 0), 1, 2)
-    )
-    removed_BTK = jnp.swapaxes(removed_BTK, 1, 2)
-    total_BTK -= jnp.where(where_BT[..., None], removed_BTK, 0)
+    total_BTK = step[layer] if carried(place) else sum(step.values())
+    if projects:
+      there_BK = layer_BK == layer if carried(place) else layer_BK <= layer
+      out_BK = (rows.kind_BK == _PROJECT) & there_BK
+      part_BTK = _projected(jnp.where(out_BK[..., None], W_BKD, 0), y_BTD)
+      total_BTK -= jnp.where(where_BT[..., None], part_BTK, 0)
     return (y_BTD + jnp.einsum('btk,bkd->btd', total_BTK, W_BKD)).astype(dtype)
 
   def reader(layer):
@@ -267,6 +317,16 @@ def edits(
       found[site] = reader(layer)
     found[target] = writer(layer, site == target)
   return found
+
+
+def _projected(W_BKD, y_BTD):
+  """y's part in the span of some decoders, as their multiples [B, T, K].
+
+  Of decoders that are equal, or zero, the span has fewer dimensions.
+  """
+  gram_BKK = jnp.einsum('bkd,bjd->bkj', W_BKD, W_BKD)
+  inverse_BKK = jnp.linalg.pinv(gram_BKK, hermitian=True)
+  return jnp.einsum('btd,bkd->btk', y_BTD, W_BKD) @ inverse_BKK
 
 
 def _values(params, layer: int, own_BK, x_BTD):

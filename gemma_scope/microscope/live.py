@@ -23,7 +23,6 @@ from typing import Any
 from gemma_scope.microscope.questions import Questions
 
 _MOST_BYTES = 1 << 20  # of a question
-_COOKIE = 'microscope'
 _POLICY = (
   "default-src 'none'; script-src 'self'; style-src 'self'; "
   "connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -59,10 +58,12 @@ def app(questions: Questions, pages: str | os.PathLike[str], token: str):
       asked = json.loads(body)
       if not isinstance(asked, dict):
         raise ValueError('A question is a JSON object.')
-      found = await run_in_threadpool(answer, name, asked)
+      return JSONResponse(await run_in_threadpool(answer, name, asked))
     except (ValueError, RecursionError) as error:
       return JSONResponse({'error': str(error)[:500]}, 400)
-    return JSONResponse(found)
+    except (RuntimeError, OSError) as error:  # no memory, no file any more
+      said = f'{type(error).__name__}: {error}'
+      return JSONResponse({'error': said[:500]}, 500)
 
   return Starlette(
     routes=[
@@ -112,6 +113,8 @@ class _Guard:
         ]
       await send(message)
 
+    # Browsers send a cookie to all ports of a host: its name has this one's.
+    cookie = f'microscope_{request.url.port}'
     origin = request.headers.get('origin')
     own = f'http://{request.headers.get("host", "")}'
     if origin is not None and origin != own:
@@ -121,9 +124,9 @@ class _Guard:
     ):
       inner = RedirectResponse('/', 303)
       inner.set_cookie(
-        _COOKIE, self._token, httponly=True, samesite='strict', path='/'
+        cookie, self._token, httponly=True, samesite='strict', path='/'
       )
-    elif not same(request.cookies.get(_COOKIE, '')):
+    elif not same(request.cookies.get(cookie, '')):
       inner = PlainTextResponse(
         'Open the address that launch/microscope.py serve printed: it has the '
         'token.',

@@ -3,6 +3,7 @@
   release.jsonl.gz model.jsonl.gz sourceset.jsonl.gz source.jsonl.gz
   features/batch-N.jsonl.gz       one line a latent
   activations/batch-N.jsonl.gz    one line an example
+  explanations/batch-0.jsonl.gz   one line a label, where there are labels
 
 Fields are those of a feature's record there: fraction of tokens, largest value,
 top and bottom logits, histogram, nearest decoders, and examples with their
@@ -16,7 +17,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ def write(
   model: str,
   name: str,
   creator: str,
+  labels: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> int:
   """Writes one source.
 
@@ -58,6 +60,7 @@ def write(
     model: Neuronpedia's name of the model, such as 'gemma-2-2b'.
     name: of the release, letters, digits and dashes.
     creator: who made the SAE.
+    labels: latent -> {'text', 'by'}.
 
   Returns:
     How many latents were written: those that fired.
@@ -87,6 +90,17 @@ def write(
       'dataset': corpus.get('name', ''), 'num_prompts': index.meta['sequences'],
       'num_tokens_in_prompt': int(index.sequences_NT.shape[1])}],
   )  # fmt: skip
+  if labels:
+    (folder / 'explanations').mkdir()
+    _lines(
+      folder / 'explanations/batch-0.jsonl.gz',
+      (
+        {'modelId': model, 'layer': source, 'index': str(j),
+         'description': label['text'], 'explanationModelName': label['by'],
+         'typeName': 'gemma_scope'}
+        for j, label in sorted(labels.items())
+      ),
+    )  # fmt: skip
   fired = np.flatnonzero(index.fired_F)
   for batch, start in enumerate(range(0, len(fired), _BATCH)):
     part = fired[start : start + _BATCH]

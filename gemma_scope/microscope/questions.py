@@ -39,13 +39,13 @@ class Shown:
   Attributes:
     path: its name there.
     card: its card.
-    load: its parameters.
+    load: its parameters and index, if that is theirs.
     index: what it fires on.
   """
 
   path: str
   card: Mapping[str, Any]
-  load: Callable[[], member.Params]
+  load: Callable[[], tuple[member.Params, Index]]
   index: Index
 
 
@@ -80,8 +80,8 @@ class Questions:
     if i not in self._subjects:
       one = self._shown[i]
       self._subjects[i] = intervene.subject(
-        self._gemma, self._lm_params, one.load(), one.card, one.index.max_F,
-        self._special, self._mesh,
+        self._gemma, self._lm_params, one.load()[0], one.card,
+        one.index.max_F, self._special, self._mesh,
       )  # fmt: skip
       while len(self._subjects) > _KEPT:
         self._subjects.popitem(last=False)
@@ -119,7 +119,10 @@ class Questions:
     return first, second
 
   def _token(self, given) -> int:
+    size = self._gemma.config.vocab_size
     if type(given) is int:
+      if not 0 <= given < size:
+        raise ValueError(f'There is no token {given}; the model has {size:,}.')
       return given
     if not isinstance(given, str) or not given:
       raise ValueError('A token is its text, or its number.')
@@ -187,7 +190,8 @@ class Questions:
       },
       'mean': said[0],
       'control_mean': {
-        key: float(np.mean([one[key] for one in said[1:]])) for key in said[0]
+        key: float(np.mean([abs(one[key]) for one in said[1:]]))
+        for key in said[0]
       },
     }
 
@@ -196,13 +200,15 @@ class Questions:
     subject, ids = self._subject(asked), self._tokens(asked)
     (change,) = self._changes({'changes': [asked.get('change')]})
     logit = self._logit(asked, ids)
+    strengths = (1.0,)
+    if change.kind in ('add', 'clamp'):
+      strengths = (-2, -1, -0.5, 0, 0.5, 1, 2, 4)
     return {
       'logit': self._tokenizer.pieces([t for t in logit if t is not None]),
       'curve': effects.dose_response(
-        subject, ids, change, strengths=(-2, -1, -0.5, 0, 0.5, 1, 2, 4),
-        logit=logit,
+        subject, ids, change, strengths=strengths, logit=logit
       ),
-    }  # fmt: skip
+    }
 
   def steer(self, asked: Mapping) -> dict[str, Any]:
     """The continuation by default and with changes, from the same seed."""

@@ -1,31 +1,52 @@
-"""A run's folder, opened: its model, text and SAEs, and the microscope's files.
+"""A run's folder, opened: model, text and SAEs, and the microscope's files.
 
-  <out>/indexes/<name>/   an index an SAE (`index`), labels.jsonl (`explain`)
-  <out>/members.json      which SAEs they are of, in the order of the pages
-  <out>/pages/            the pages
+  <out>/members.json         which SAEs it is built of, in the pages' order
+  <out>/indexes/<name>/      an index an SAE (`index`)
+  <out>/labels/<name>.jsonl  what `explain` said of it
+  <out>/pages/               the pages
 
 The config is the run's own, or one that names the model and text of published
-SAEs. Everything is opened when it is first asked for.
+SAEs. Everything is opened when it is first asked for. An index, and a label, is
+of the parameters whose digest it holds, and is refused for any others.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from gemma_scope import collection, lm, metrics, release, tokenizers, weights
+from gemma_scope import (
+  collection,
+  lm,
+  metrics,
+  release,
+  tokenizers,
+  weights,
+)
+from gemma_scope import member as member_lib
 from gemma_scope import mesh as mesh_lib
 from gemma_scope.formats import published
 from gemma_scope.microscope import build as build_lib
-from gemma_scope.microscope import index, intervene, logits, pages
+from gemma_scope.microscope import explain, index, intervene, logits, pages
 from gemma_scope.microscope.index import Index
 
-_MEMBERS, _LABELS = 'members.json', 'labels.jsonl'
+_MEMBERS = 'members.json'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sae:
+  """An SAE of a session, and its name in the microscope."""
+
+  name: str
+  member: release.Member
 
 
 class Session:
@@ -35,8 +56,8 @@ class Session:
     workdir: of the run; holds config.json and release/ unless others are given.
     out: of the microscope; by default <workdir>/microscope.
     config: None: the run's.
-    saes: releases, or SAEs anywhere, joined by commas; '': those that are
-      indexed, else the run's.
+    given: releases, or SAEs anywhere, joined by commas; '': those that the
+      microscope is built of, else the run's.
     report: takes a line of text.
   """
 
@@ -45,11 +66,11 @@ class Session:
     workdir: pathlib.Path,
     out: pathlib.Path | None = None,
     config: ConfigDict | None = None,
-    saes: str = '',
+    given: str = '',
     report: Callable[[str], None] = print,
   ):
     self.workdir, self.out = workdir, out or workdir / 'microscope'
-    self.saes, self._config, self.report = saes, config, report
+    self._given, self._config, self.report = given, config, report
 
   @functools.cached_property
   def config(self) -> ConfigDict:
@@ -94,58 +115,98 @@ class Session:
       collection.special(tokenizer, store).keep, tokenizer.eos_id,
     )  # fmt: skip
 
-  @functools.cached_property
-  def members(self) -> list[release.Member]:
-    """The SAEs, in the order of the pages."""
-    kept = self.out / _MEMBERS
-    if not self.saes and kept.exists():
-      return published.offered(json.loads(kept.read_text())['saes'])
-    return published.offered(self.saes or str(self.workdir / 'release'))
+  @property
+  def _built(self) -> dict[str, Any] | None:
+    """members.json; None where nothing is built."""
+    path = self.out / _MEMBERS
+    return json.loads(path.read_text()) if path.exists() else None
 
-  def find(self, name: str) -> release.Member:
-    """The member of this name, or the only one whose name has it in it."""
-    names = [build_lib.name_of(member.path) for member in self.members]
-    found = [i for i, each in enumerate(names) if name in each]
-    exact = [i for i in found if names[i] == name]
-    if len(exact or found) != 1:
-      shown = [names[i] for i in found] or names
+  @functools.cached_property
+  def _paths(self) -> list[str]:
+    """Of the SAEs; those on disk from `workdir`, wherever that is moved."""
+    built = self._built
+    if not self._given and built:
+      return built['saes']
+    given = self._given or str(self.workdir / 'release')
+    return [
+      os.path.relpath(path, self.workdir) if os.path.exists(path) else path
+      for path in given.split(',')
+    ]
+
+  @functools.cached_property
+  def saes(self) -> list[Sae]:
+    """Those given, or that it is built of; in the order of the pages."""
+    found = []
+    for path in self._paths:
+      here = self.workdir / path
+      path = str(here) if here.exists() else path
+      for one in published.offered(path):
+        found.append((build_lib.name_of(one.path), path, one))
+    names = [name for name, _, _ in found]
+    several = {name for name in names if names.count(name) > 1}
+    saes = [
+      Sae(
+        f'{build_lib.name_of(path).replace("/", "_")}/{name}'
+        if name in several
+        else name,
+        one,
+      )
+      for name, path, one in found
+    ]
+    if len({one.name for one in saes}) < len(saes):
+      raise ValueError('The same SAE is given twice.')
+    return saes
+
+  def find(self, name: str) -> Sae:
+    """The SAE of this name, or the only one whose name has it in it."""
+    found = [one for one in self.saes if name in one.name]
+    found = [one for one in found if one.name == name] or found
+    if len(found) != 1:
+      shown = [one.name for one in found or self.saes]
       raise ValueError(
         f'--sae={name!r} names {len(found)} SAEs and should name one; there '
         f'are {", ".join(shown[:8])}{", ..." if len(shown) > 8 else ""}.'
       )
-    return self.members[(exact or found)[0]]
+    return found[0]
 
-  def index(self, member: release.Member) -> Index:
+  def index(self, sae: Sae) -> Index:
     """Its index; ValueError where it was not built."""
-    return index.read(self.folder(member))
+    return index.read(self.out / 'indexes' / sae.name)
 
-  def folder(self, member: release.Member) -> pathlib.Path:
-    """Of its index and labels."""
-    return self.out / 'indexes' / build_lib.name_of(member.path)
+  def load(self, sae: Sae) -> tuple[member_lib.Params, Index]:
+    """Its parameters and their index; ValueError where it is of others."""
+    params, found = sae.member.load(), self.index(sae)
+    if found.meta['sae_sha256'] != member_lib.digest(params):
+      raise ValueError(
+        f'The index of {sae.name} is of other parameters than '
+        f'{sae.member.folder} holds now; run build again.'
+      )
+    return params, found
 
-  def subject(self, member: release.Member) -> intervene.Subject:
+  def subject(self, sae: Sae) -> intervene.Subject:
     """It in its model, in units of its index's largest values."""
-    special = self.tokenizer
+    params, found = self.load(sae)
+    t = self.tokenizer
+    special = t.pad_id, t.bos_id, t.eos_id
     return intervene.subject(
-      *self.model, member.load(), member.card, self.index(member).max_F,
-      (special.pad_id, special.bos_id, special.eos_id), self.mesh,
+      *self.model, params, sae.member.card, found.max_F,
+      special, self.mesh,
     )  # fmt: skip
 
   def build(
     self, sequences: int, batch: int, poll: Callable[[], None]
   ) -> pathlib.Path:
-    """Indexes all members in one pass and writes the pages -> their address.
+    """Indexes all SAEs in one pass, writes the pages -> the first one's path.
 
     Stopped by `poll`, it goes on from what is on disk when called again; what
     is built of this text and of these SAEs is left as it is.
     """
-    text, members = self.text(sequences), self.members
-    rows = [(member.load(), member.card) for member in members]
+    text = self.text(sequences)
+    rows = [(one.member.load(), one.member.card) for one in self.saes]
     state = build_lib.State(self.out / 'partial.npz', text, rows)
-    saes = self.saes or str(self.workdir / 'release')
-    about = json.dumps({'saes': saes, 'key': state.key}) + '\n'
-    kept, first = self.out / _MEMBERS, self.out / 'pages' / 'index.html'
-    if first.exists() and kept.exists() and kept.read_text() == about:
+    first, built = self.out / 'pages' / 'index.html', self._built
+    about = {'saes': self._paths, 'key': state.key}
+    if first.exists() and built == about:
       self.report(f'{self.out} is built')
       return first
     progress = metrics.Progress(
@@ -157,52 +218,82 @@ class Session:
       *self.model, rows, text, batch=batch, mesh=self.mesh, poll=poll,
       progress=lambda done, _: progress.update(done, {}), state=state,
     )  # fmt: skip
-    for member, one in zip(members, found, strict=True):
-      index.write(self.folder(member), one)
+    for sae, one in zip(self.saes, found, strict=True):
+      index.write(self.out / 'indexes' / sae.name, one)
     progress.close()
-    kept.write_text(about)
+    (self.out / _MEMBERS).unlink(missing_ok=True)  # the pages are not yet these
+    first = self._write_pages()
+    (self.out / _MEMBERS).write_text(json.dumps(about) + '\n')
     (self.out / 'partial.npz').unlink(missing_ok=True)
-    return self.pages()
+    return first
 
   def pages(self) -> pathlib.Path:
-    """Writes the pages from indexes and labels -> the first one's path."""
-    self.report(f'writing the pages of {len(self.members)} SAEs')
-    entries = [
-      pages.Entry(
-        build_lib.name_of(member.path), self.index(member), member.metrics,
-        logits.decoders(member.load()), self.labels(member),
+    """Writes the pages again, with the labels there are -> the first's path."""
+    self.check_built()
+    return self._write_pages()
+
+  def check_built(self) -> None:
+    """ValueError unless the pages are there, and of these SAEs."""
+    built = self._built
+    if built is None or not (self.out / 'pages' / 'index.html').exists():
+      raise ValueError(f'{self.out} is not built; run build first.')
+    if built['saes'] != self._paths:
+      raise ValueError(
+        f'{self.out} is built of {", ".join(built["saes"])} and --release is '
+        'of others; leave it out, run build, or name another --out.'
       )
-      for member in self.members
-    ]  # fmt: skip
+
+  def _write_pages(self) -> pathlib.Path:
+    self.report(f'writing the pages of {len(self.saes)} SAEs')
+    entries = []
+    for one in self.saes:
+      params, found = self.load(one)
+      entries.append(
+        pages.Entry(
+          one.name, found, one.member.metrics, logits.decoders(params),
+          self.labels(one),
+        )
+      )  # fmt: skip
     pages.write(self.out / 'pages', entries, self.tokenizer.pieces)
     return self.out / 'pages' / 'index.html'
 
-  def labels(self, member: release.Member) -> dict[int, dict]:
-    """What `explain` wrote of it, as the pages show it; {} without."""
-    path = self.folder(member) / _LABELS
+  def _label_rows(self, sae: Sae) -> dict[int, dict[str, Any]]:
+    path = self.out / 'labels' / f'{sae.name}.jsonl'
     if not path.exists():
       return {}
     rows = map(json.loads, path.read_text(encoding='utf-8').splitlines())
+    mine = self.index(sae).meta['sae_sha256']
+    return {row['feature']: row for row in rows if row['sae_sha256'] == mine}
+
+  def keep_labels(
+    self, sae: Sae, rows: Sequence[dict[str, Any]]
+  ) -> pathlib.Path:
+    """Adds `explain`'s rows to those that are there -> the file."""
+    path = self.out / 'labels' / f'{sae.name}.jsonl'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mine = {'sae_sha256': self.index(sae).meta['sae_sha256']}
+    every = self._label_rows(sae) | {row['feature']: row | mine for row in rows}
+    explain.write(path, [every[feature] for feature in sorted(every)])
+    return path
+
+  def labels(self, sae: Sae) -> dict[int, dict[str, Any]]:
+    """feature -> its label and scores, as the pages show them."""
     value = lambda score: None if score is None else score['value']
     return {
-      row['feature']: {
+      feature: {
         'text': row['label'],
         'by': row['by'],
         'score': value(row['detection']),
         'control': value(row['shuffled']),
         'low': row['low_score'],
       }
-      for row in rows
+      for feature, row in self._label_rows(sae).items()
       if row['label'] is not None
     }
 
-  def label_file(self, member: release.Member) -> pathlib.Path:
-    """Where its labels are."""
-    return self.folder(member) / _LABELS
-
-  def named(self, member: release.Member) -> Callable[[int], str]:
+  def named(self, sae: Sae) -> Callable[[int], str]:
     """feature -> its label, or the words that it fires on, for a report."""
-    labels, one = self.labels(member), self.index(member)
+    labels, one = self.labels(sae), self.index(sae)
 
     def name(feature: int) -> str:
       if feature in labels:

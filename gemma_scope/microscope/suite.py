@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -37,6 +36,7 @@ import gemma_scope
 from gemma_scope import (
   evaluate,
   lm,
+  member,
   places,
   sources,
   tokenizers,
@@ -142,7 +142,7 @@ def run(
       'python': platform.python_version(),  # whose modules are the text
       'model': card.get('model'),
       'tokenizer_sha256': tokenizer.sha256,
-      'sae_sha256': _digest(sae_params),
+      'sae_sha256': member.digest(sae_params),
     }
     if path.exists():
       if json.loads(path.read_text())['eval_config'] != config:
@@ -166,14 +166,6 @@ def run(
       os.replace(temporary, path)
     done.append(path)
   return done
-
-
-def _digest(params: Mapping[str, Any]) -> str:
-  digest = hashlib.sha256()
-  for name in sorted(params):
-    array = np.ascontiguousarray(params[name], np.float32)
-    digest.update(f'{name} {array.shape} '.encode() + array.tobytes())
-  return digest.hexdigest()
 
 
 def table(paths: Sequence[str | os.PathLike[str]]) -> str:

@@ -15,18 +15,28 @@ function field(name, node) { return h('label', { class: 'soft' }, name, ' ', nod
 function button(name, act) { return h('button', { class: 'plain', onclick: act }, name); }
 
 // Runs a question behind a button; what goes wrong is said where its answer would be.
-function run(target, work) {
+// Of several the last one asked is shown, whichever is answered last.
+function run(target, work, clear = () => {}) {
   return async () => {
+    const mine = target.asked = (target.asked || 0) + 1, late = () => target.asked !== mine;
     target.replaceChildren(h('p', { class: 'soft', role: 'status' }, 'Working \u2026'));
-    try { target.replaceChildren(...[await work()].flat(Infinity).filter(Boolean)); }
-    catch (error) { target.replaceChildren(h('p', { class: 'warn', role: 'status' }, error.message)); }
+    try {
+      const found = await work();
+      if (!late()) target.replaceChildren(...[typeof found === 'function' ? found() : found].flat(Infinity).filter(Boolean));
+    } catch (error) {
+      if (late()) return;
+      clear();
+      target.replaceChildren(h('p', { class: 'warn', role: 'status' }, error.message));
+    }
   };
 }
 
-async function live(id, first) {
+async function live(id, first, stale) {
   const m = all.members[id];
   if (!served) throw new Error('the live view needs launch/microscope.py serve');
+  if (first !== null && !(Number.isInteger(first) && first >= 0 && first < m.width)) throw new Error(`${m.name} has no feature ${first}`);
   const list = await load(`m${id}/list`);
+  if (stale()) return;
   const state = liveState[id] ||= { text: 'def read(self, path):\n    with open(path) as f:\n        return f.',
     changes: [], seed: 0, temperature: 0.5, tokens: 48, a: '', b: '', dense: false };
   if (first !== null && !state.changes.some((c) => c.feature === first)) {
@@ -41,6 +51,9 @@ async function live(id, first) {
   const shownText = h('div', {}), side = h('div', {}), below = h('div', {});
   const reading = async () => {
     const found = await ask('read', { member: id, text: state.text });
+    return () => showReading(found);
+  };
+  const showReading = (found) => {
     const spans = [], best = new Map();
     found.latents.forEach((row, t) => row.forEach(([j, v]) => {
       const one = best.get(j) || { j, most: 0, at: new Map() };
@@ -83,14 +96,14 @@ async function live(id, first) {
     const check = h('input', { type: 'checkbox', onchange: (e) => { state.dense = e.target.checked; read(); } });
     check.checked = state.dense;
     below.replaceChildren(h('h2', {}, 'Latents of the text, by share of their largest value'),
-      h('p', { class: 'soft' }, `${best.size} fire. `, h('label', {}, check, ` with those that fire on more than 10 % of tokens (${left})`)),
+      h('p', { class: 'soft' }, `${best.size} among the 64 strongest of a token. `, h('label', {}, check, ` with those that fire on more than 10 % of tokens (${left})`)),
       h('div', { class: 'scroll' }, h('table', {}, h('thead', {}, h('tr', {}, ['latent', 'largest', 'share', 'tokens', ''].map((n, i) =>
         h('th', { class: i && i < 4 ? 'number' : '' }, n)))),
         h('tbody', {}, rows.map((one) => row(one.j, [number(one.most), percent(one.share), one.at.size]))))),
       state.more ? null : button('more', () => { state.more = true; read(); }));
     return h('div', { class: 'tokens', id: 'text' }, spans);
   };
-  const read = run(shownText, reading);
+  const read = run(shownText, reading, () => { side.replaceChildren(); below.replaceChildren(); });
   const chipOf = (text) => h('span', { class: 'chip' }, named(text));
 
   // Changes.
@@ -139,7 +152,7 @@ async function live(id, first) {
       `\u0394 logit ${found.logit.map(named).join(' less ')} at the end ${mean('delta_logit')}.`),
     line('KL of what comes next', 'kl', 'nats'), line('\u0394 loss of each token', 'delta_loss', 'nats'),
     line(`\u0394 logit ${found.logit.map(named).join(' less ')}`, 'delta_logit', ''),
-    h('p', { class: 'soft' }, 'Control: as long vectors along other latents\u2019 decoders, mean of eight; of the logit the largest.')];
+    h('p', { class: 'soft' }, 'Control: eight as long vectors along other latents\u2019 decoders; the mean size of what they do, of a token\u2019s logit the largest.')];
   };
   const dose = async (c) => {
     const found = await ask('dose', { ...question(), change: c });
@@ -168,14 +181,14 @@ async function live(id, first) {
       h('p', {}, `${f.logit.map(named).join(' less ')}: ${number(f.value)}, without latents and error ${number(f.without)}. `,
         `Integrated: latents ${share(f.latents, f)}, error ${share(f.error, f)}. Removed at once: latents ${number(f.exact_latents)}, error ${number(f.exact_error)}.`),
       h('div', { class: 'grid' }, card('two-thirds', 'Latents, by their exact effect', h('div', { class: 'scroll' }, h('table', {}, h('thead', {}, h('tr', {},
-        ['latent', 'gradient', 'integrated', 'exact', 'control', ''].map((n, i) => h('th', { class: i && i < 5 ? 'number' : '' }, n)))),
+        ['latent', 'gradient', 'integrated', 'exact', 'control', 'p', ''].map((n, i) => h('th', { class: i && i < 6 ? 'number' : '' }, n)))),
         h('tbody', {}, chosen.map((line) => h('tr', {}, h('td', {}, name(line.feature), h('div', { class: 'tokens small' }, shade(line))),
-          ['gradient', 'integrated', 'exact', 'control'].map((k) => h('td', { class: 'number' }, number(line[k]))),
+          ['gradient', 'integrated', 'exact', 'control', 'p'].map((k) => h('td', { class: 'number' }, number(line[k]))),
           h('td', {}, line.passes ? 'passes' : '', ' ', button('change', () => add(line.feature))))))))),
       card('third', 'Exact against gradient', plot(points('gradient'), [], { x: 'gradient', y: 'exact', log: '' }),
         ['gradient', 'integrated'].map((way) => h('p', { class: 'soft' },
           `${way}: rank correlation ${number(f.agreement[way].spearman)}, slope ${number(f.agreement[way].slope)}`)),
-        h('p', { class: 'soft' }, `Largest effects in a random SAE, by the same search: ${f.random_sae.slice(0, 3).map((v) => number(Math.abs(v))).join(', ')}.`)))];
+        h('p', { class: 'soft' }, `Largest effects with decoders shuffled, by the same search: ${f.shuffled.slice(0, 3).map((v) => number(v)).join(', ')}.`)))];
   };
   const trace = async () => {
     const g = await ask('graph', question());
@@ -215,7 +228,7 @@ function drawGraph(g, words) {
   });
   const most = Math.max(...g.edges.map((e) => Math.abs(e[2])), 1e-9);
   const about = (n) => n.kind === 'feature'
-    ? `layer ${n.layer} #${n.feature} ${words(n)}: predicted ${number(n.predicted)}, exact ${number(n.exact)}, control ${number(n.control)}`
+    ? `layer ${n.layer} #${n.feature} ${words(n)}: predicted ${number(n.predicted)}, exact ${number(n.exact)}, p ${number(n.p)}`
     : `${n.kind}${n.layer >= 0 && n.kind === 'error' ? ' of layer ' + n.layer : ''}`;
   const dot = (n, i) => {
     const [x, y] = place[i];
@@ -228,10 +241,9 @@ function drawGraph(g, words) {
     return node;
   };
   const lines = features.filter((n) => n.kind === 'feature').sort((a, b) => b.influence - a.influence).slice(0, 30);
-  const beyond = features.filter((n) => n.beyond_control).length;
-  return [h('p', { class: beyond > g.chance ? '' : 'warn' }, `${beyond} of ${features.filter((n) => n.kind === 'feature').length} features have more effect than as long vectors; chance alone lets ${g.chance}. `,
-    `Predicted against exact: rank correlation ${number(g.agreement.spearman)}, slope ${number(g.agreement.slope)}. `,
-    `${percent(g.explained)} of the influence ends in embeddings, the rest in errors (rings).`),
+  return [h('p', { class: features.some((n) => n.passes) ? '' : 'warn' }, g.verdict),
+  h('p', {}, `Predicted against exact: rank correlation ${number(g.agreement.spearman)}, slope ${number(g.agreement.slope)}. Influence ends in `,
+    Object.entries(g.ends).map(([kind, v]) => `${kind} ${percent(v)}`).join(', '), '; rings are no features.'),
   h('div', { class: 'scroll' }, h('svg', { viewBox: `0 0 ${W} ${H}`, role: 'img', 'aria-label': 'attribution graph' },
     g.edges.map(([a, b, w]) => h('line', { class: w > 0 ? 'edge' : 'edge less', x1: place[a][0], y1: place[a][1], x2: place[b][0], y2: place[b][1],
       'stroke-opacity': (0.08 + 0.8 * Math.abs(w) / most).toFixed(2) })),
@@ -240,6 +252,6 @@ function drawGraph(g, words) {
   table([{ name: 'layer', get: (n) => n.layer, number: true }, { name: 'token', get: (n) => n.position, show: (n) => named(g.pieces[n.position]) },
     { name: 'feature', get: (n) => n.feature, show: (n) => `#${n.feature}`, link: (n) => to('s', g.members[n.member], 'f', n.feature) },
     { name: 'fires on', get: words },
-    ...['influence', 'predicted', 'exact', 'control'].map((k) => ({ name: k, get: (n) => n[k], show: (n) => number(n[k]), number: true })),
-    { name: '', get: (n) => n.beyond_control, show: (n) => n.beyond_control ? 'beyond control' : '' }], lines, [4, true])];
+    ...['influence', 'predicted', 'exact', 'p'].map((k) => ({ name: k, get: (n) => n[k], show: (n) => number(n[k]), number: true })),
+    { name: '', get: (n) => n.passes, show: (n) => n.passes ? 'passes' : '' }], lines, [4, true])];
 }

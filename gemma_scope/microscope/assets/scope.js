@@ -33,7 +33,7 @@ let all, vocabulary;
 const served = location.protocol.startsWith('http'); // by launch/microscope.py serve
 const main = document.getElementById('main');
 const piece = (id) => vocabulary[id] ?? '\ufffd';
-const percent = (x) => number(100 * x) + ' %';
+const percent = (x) => x === null || x === undefined ? '\u2013' : number(100 * x) + ' %';
 const chip = (id, title) => hint(h('span', { class: 'chip' }, named(piece(id))), title || `token ${id}`);
 const chips = (ids) => ids.map((id) => chip(id));
 const to = (...parts) => '#/' + parts.join('/');
@@ -160,8 +160,9 @@ function collection() {
 }
 
 const shownSearch = {};
-async function list(id) {
+async function list(id, stale) {
   const m = all.members[id], data = await load(`m${id}/list`);
+  if (stale()) return;
   const state = shownSearch[id] ||= { query: '', by: 'density', rare: false };
   const rows = data.density.map((density, j) => ({ j, density, max: data.max[j], words: data.word[j],
     logits: data.logit[j], label: data.label[j],
@@ -216,10 +217,11 @@ async function list(id) {
   keys.find = () => search.focus();
 }
 
-async function feature(id, j) {
+async function feature(id, j, stale) {
   const m = all.members[id];
   if (!(j >= 0 && j < m.width)) throw new Error(`${m.name} has no feature ${j}`);
   const chunk = await load(`m${id}/c${Math.floor(j / all.chunk)}`), f = chunk[j % all.chunk];
+  if (stale()) return;
   const other = (k) => h('a', { href: to('s', id, 'f', k) }, `#${k}`);
   const example = (e) => {
     const values = halves(e.values);
@@ -235,7 +237,7 @@ async function feature(id, j) {
     h('h1', {}, `#${j} `, f.label ? f.label.text : h('span', { class: 'soft' }, 'unlabelled')),
     f.label ? h('p', { class: f.label.low ? 'warn' : 'soft' }, `Label by ${f.label.by}; `, f.label.score === null
       ? 'too few held-out examples to score it.'
-      : `it tells firing from silent text in ${percent(f.label.score)} of held-out examples (chance 50 %; another feature\u2019s label ${percent(f.label.control)})` +
+      : `it tells firing from silent text in ${percent(f.label.score)} of held-out examples (chance 50 %${f.label.control === null ? '' : `; another feature\u2019s label ${percent(f.label.control)}`})` +
         (f.label.low ? ': not shown to be better.' : '.')) : null,
     served && f.fired ? h('p', {}, h('a', { href: to('live', id, 'f', j) }, 'Steer with it, or see it on your own text')) : null,
     f.fired === 0 ? h('p', { class: 'warn' }, 'It never fired on this text.') : null,
@@ -263,9 +265,10 @@ async function feature(id, j) {
   keys.open = () => {}; keys.up = () => { location.hash = to('s', id); };
 }
 
-async function compare(a, b) {
+async function compare(a, b, stale) {
   const [A, B] = [all.members[a], all.members[b]], names = (i) => load(`m${i}/list`);
   const [there, back, la, lb] = await Promise.all([load(`m${a}/to${b}`), load(`m${b}/to${a}`), names(a), names(b)]);
+  if (stale()) return;
   const link = (id, j) => h('a', { href: to('s', id, 'f', j) }, `#${j}`);
   const rows = there.match.map((match, j) => ({ j, match, cosine: there.cosine[j] })).filter((r) => la.density[r.j] > 0);
   const mutual = rows.filter((r) => back.match[r.match[0]][0] === r.j && r.cosine[0] > 0.7).length;
@@ -298,31 +301,38 @@ async function compare(a, b) {
 // Where we are, keys, theme.
 
 const keys = {};
+let shows = 0; // a page that was left while it loaded is not shown
 async function show() {
+  const mine = ++shows, stale = () => mine !== shows;
   const parts = location.hash.replace(/^#\/?/, '').split('/').filter(Boolean);
   for (const key of Object.keys(keys)) delete keys[key];
   try {
     const [kind, a, what, b] = parts, id = Number(a);
     if (kind && !all.members[id]) throw new Error('there is no such SAE here');
     if (!kind) collection();
-    else if (kind === 'c') await compare(id, Number(what));
-    else if (kind === 'live') await live(id, what === 'f' ? Number(b) : null);
-    else if (what === 'f') await feature(id, Number(b));
-    else await list(id);
-    scrollTo(0, 0);
+    else if (kind === 'c') await compare(id, Number(what), stale);
+    else if (kind === 'live') await live(id, what === 'f' ? Number(b) : null, stale);
+    else if (what === 'f') await feature(id, Number(b), stale);
+    else await list(id, stale);
+    if (!stale()) scrollTo(0, 0);
   } catch (error) {
+    if (stale()) return;
     page('Not found', [h('a', { href: to() }, all.title)], h('h1', {}, 'Nothing here'), h('p', { class: 'warn' }, error.message));
   }
 }
 
 addEventListener('keydown', (event) => {
-  const typing = ['INPUT', 'SELECT', 'TEXTAREA'].includes(document.activeElement.tagName);
+  const at = document.activeElement.tagName, typing = ['INPUT', 'SELECT', 'TEXTAREA'].includes(at);
+  const searching = at === 'INPUT' && document.activeElement.type === 'search';
   if (event.key === 'Escape') { document.activeElement.blur(); if (!typing && keys.up) keys.up(); return; }
-  if (event.ctrlKey || event.metaKey || event.altKey || (typing && !['ArrowDown', 'ArrowUp', 'Enter'].includes(event.key))) return;
-  const act = { '/': keys.find, j: () => keys.move && keys.move(1), ArrowDown: typing && keys.move && (() => keys.move(1)),
-    k: () => keys.move && keys.move(-1), ArrowUp: typing && keys.move && (() => keys.move(-1)), Enter: keys.open,
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const arrow = ['ArrowDown', 'ArrowUp'].includes(event.key), enter = event.key === 'Enter';
+  if (typing && !(searching && (arrow || enter))) return;
+  if (enter && ['A', 'BUTTON', 'SUMMARY'].includes(at)) return; // it opens what it is on
+  const act = { '/': keys.find, j: () => keys.move && keys.move(1), ArrowDown: searching && keys.move && (() => keys.move(1)),
+    k: () => keys.move && keys.move(-1), ArrowUp: searching && keys.move && (() => keys.move(-1)), Enter: keys.open,
     t: () => document.getElementById('theme').click() }[event.key];
-  if (act && !(event.key === 'Enter' && document.activeElement.tagName === 'A')) { event.preventDefault(); act(); }
+  if (act) { event.preventDefault(); act(); }
 });
 
 const theme = document.getElementById('theme');

@@ -16,3 +16,6 @@ os.environ['XLA_FLAGS'] = ' '.join(
 # another program in flight, can starve each other until XLA aborts.
 os.environ['JAX_CPU_ENABLE_ASYNC_DISPATCH'] = 'false'
 os.environ['HF_HUB_OFFLINE'] = '1'
+# numpy's and scipy's own threads, in two processes on two cores, wait for each
+# other: a fit of a probe took six times as long.
+os.environ['OPENBLAS_NUM_THREADS'] = '1'

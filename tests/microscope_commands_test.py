@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  """A run's folder: config, text and a release of random SAEs."""
+  """A run's folder: config, text, a release of random SAEs; built."""
   folder = tmp_path_factory.mktemp('run')
   corpus = folder / 'corpus'
   corpus.mkdir()
@@ -41,6 +41,7 @@ def workdir(tmp_path_factory):
     card = release_test._card('resid_post/1', seed=seed) | card
     members.append((params, card, None))
   release.save(folder / 'release', members)
+  session.Session(folder, report=lambda _: None).build(40, 8, lambda: None)
   return folder
 
 
@@ -56,23 +57,23 @@ def run(name, workdir, said, given='', out=None, **options):
   return opened
 
 
-def test_build_stops_and_goes_on(workdir, said):
+def test_build_stops_and_goes_on(workdir, said, tmp_path):
   polls = iter([None] * 3)
 
   def stop():
     if next(polls, 'stop'):
       raise runs.Interrupted
 
-  opened = session.Session(workdir, report=said.append)
+  out = tmp_path / 'm'
+  opened = session.Session(workdir, out, report=said.append)
   with pytest.raises(runs.Interrupted):
     opened.build(40, 8, stop)
-  out = workdir / 'microscope'
   assert (out / 'partial.npz').exists() and not (out / 'pages').exists()
-  run('build', workdir, said)
+  run('build', workdir, said, out=out)
   assert not (out / 'partial.npz').exists()
   assert said[-1].startswith('microscope  file:///')
   assert (out / 'pages' / 'index.html').exists()
-  run('build', workdir, said)
+  run('build', workdir, said, out=out)
   assert said[-2].endswith('is built') and said[-1].startswith('microscope')
 
 
@@ -176,6 +177,8 @@ def test_probe(workdir, said, tmp_path):
 
 
 def test_export(workdir, said):
+  run('explain', workdir, said, sae=SAE, features='5')
+  said.clear()
   run('export', workdir, said, title='mine')
   assert len(said) == 2 and 'latents' in said[0]
   folder = workdir / 'microscope' / 'neuronpedia'

@@ -325,18 +325,20 @@ def _exact(subject, tokens_T, logit, features, chosen, controls, seed):
   if not features:
     return np.zeros(0), np.zeros((controls, 0))
   own = intervene.rows(subject, [[Change(i)] for i in features])
-  first = Rows(*(array[:chosen] for array in own))
-  every = [own]
-  every += [
-    intervene.control(subject, first, seed + c) for c in range(controls)
-  ]
+  first, rest = (
+    Rows(*(array[part] for array in own))
+    for part in (slice(chosen), slice(chosen, None))
+  )
+  both = intervene.with_controls(subject, first, controls, seed)
   found = effects.effects(
-    subject, effects.padded([tokens_T]),
-    Rows(*map(np.concatenate, zip(*every, strict=True))), logit=logit,
+    subject, effects.padded([tokens_T]), intervene.stacked([both, rest]),
+    logit=logit,
   )  # fmt: skip
   change_B = (found.clean_logit_BT - found.logit_BT)[:, len(tokens_T) - 1]
-  exact_N, rest = change_B[: len(features)], change_B[len(features) :]
-  return exact_N, rest.reshape(controls, chosen)
+  of_first, control, of_rest = np.split(
+    change_B, [chosen, chosen * (1 + controls)]
+  )
+  return np.concatenate([of_first, of_rest]), control.reshape(controls, chosen)
 
 
 def report(

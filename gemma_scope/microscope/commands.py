@@ -1,9 +1,12 @@
 """What launch/microscope.py can be told, one function each.
 
-build    index and pages            serve    pages with a live view
-why      a logit traced to latents  probe    a concept's latents
-explain  labels, and their scores   suite    SAEBench's scores
-pages    written again              export   Neuronpedia's files
+  build    index and pages            serve    pages with a live view
+  why      a logit traced to latents  steer    text with latents changed
+  probe    a concept's latents        explain  labels, and their scores
+  suite    SAEBench's scores          export   Neuronpedia's files
+  pages    written again
+
+Each takes a session and the flags; what goes wrong is a ValueError's sentence.
 """
 
 from __future__ import annotations
@@ -89,8 +92,7 @@ def serve(session: Session, options: Options) -> None:
 def _ids(session: Session, options: Options) -> list[int]:
   if not options.text:
     raise ValueError('Say --text=, what the model has read.')
-  tokenizer = session.tokenizer
-  return [tokenizer.bos_id, *map(int, tokenizer.encode(options.text))]
+  return questions.with_bos(session.tokenizer, options.text)
 
 
 def why(session: Session, options: Options) -> None:
@@ -99,7 +101,7 @@ def why(session: Session, options: Options) -> None:
   sae, tokenizer = session.find(options.sae), session.tokenizer
   subject = session.subject(sae)
   logit = _logit(session, options, ids)
-  pieces = tokenizer.pieces([t for t in logit if t is not None])
+  pieces = questions.logit_pieces(tokenizer, logit)
   session.report(f'{sae.name}: {spoken(pieces)} after {options.text[-60:]!r}')
   found = attribute.attribute(subject, ids, logit)
   session.report(attribute.report(found, session.named(sae)))
@@ -140,7 +142,7 @@ def steer(session: Session, options: Options) -> None:
   if len(changes) > 1:
     return
   logit = _logit(session, options, ids)
-  pieces = session.tokenizer.pieces([t for t in logit if t is not None])
+  pieces = questions.logit_pieces(session.tokenizer, logit)
   strengths = (1.0,)
   if changes[0].kind in ('add', 'clamp'):
     strengths = effects.STRENGTHS
@@ -164,23 +166,14 @@ def _change(text: str) -> intervene.Change:
     ) from None
 
 
-def _logit(session: Session, options: Options, ids) -> tuple[int, int | None]:
+def _logit(session: Session, options: Options, ids) -> questions.Logit:
   """--logit=a,b as tokens; without it the two likeliest ones."""
   if not options.logit:
-    found = effects.predict(*session.model, ids, 2)
-    return tuple(map(int, found.token_TK[-1]))
+    return questions.likeliest(*session.model, ids)
   words = options.logit.split(',')  # spaces belong to the tokens
   if len(words) > 2:
     raise ValueError('--logit= is one token, or two with a comma.')
-  found = []
-  for word in words:
-    tokens = session.tokenizer.encode(word)
-    if len(tokens) != 1:
-      raise ValueError(
-        f'--logit: {word!r} is not one token but '
-        f'{session.tokenizer.pieces(tokens)}.'
-      )
-    found.append(int(tokens[0]))
+  found = [questions.one_token(session.tokenizer, word) for word in words]
   return (found[0], found[1] if len(found) > 1 else None)
 
 

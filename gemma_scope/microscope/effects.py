@@ -137,18 +137,15 @@ def _effects(
   return kl_BT, loss_BT[:, :-1], clean_BT[:, :-1], logit_BT, clean_logit_BT
 
 
-def summary(found: Effects, position: int | None = None) -> list[dict]:
+def summary(found: Effects) -> list[dict]:
   """Of each row: mean KL, mean change of loss, change of logit; for JSON.
 
   Means are over the tokens that may be changed, and over the losses between
-  two of them.
-
-  Args:
-    position: where the logit is read; by default at the last such token.
+  two of them; the logit is that after the last such token.
   """
   lines = []
   for b, counts_T in enumerate(found.counts_BT):
-    last = int(np.flatnonzero(counts_T)[-1]) if position is None else position
+    last = int(np.flatnonzero(counts_T)[-1])
     losses_T = counts_T[1:] & counts_T[:-1]
     delta_T = found.loss_BT[b] - found.clean_loss_BT[b]
     mean = float(delta_T[losses_T].mean()) if losses_T.any() else 0.0
@@ -184,12 +181,9 @@ def dose_response(
     of these (mean, least, most). KL and Δloss are means over the text.
   """
   series = [[dataclasses.replace(change, strength=s)] for s in strengths]
-  own = intervene.rows(subject, series)
-  all_rows = [
-    own,
-    *(intervene.control(subject, own, seed + i) for i in range(controls)),
-  ]
-  both = Rows(*map(np.concatenate, zip(*all_rows, strict=True)))
+  both = intervene.with_controls(
+    subject, intervene.rows(subject, series), controls, seed
+  )
   # One other latent keeps its place through all strengths.
   for i in range(controls):
     part = slice((i + 1) * len(series), (i + 2) * len(series))

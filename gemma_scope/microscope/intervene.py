@@ -223,6 +223,20 @@ def control(subject: Subject, given: Rows, seed: int = 0) -> Rows:
   )
 
 
+def with_controls(
+  subject: Subject, given: Rows, count: int, seed: int = 0
+) -> Rows:
+  """The rows, and behind them `count` controls of all of them."""
+  every = [given]
+  every += [control(subject, given, seed + c) for c in range(count)]
+  return stacked(every)
+
+
+def stacked(parts: Sequence[Rows]) -> Rows:
+  """Rows one after the other."""
+  return Rows(*map(np.concatenate, zip(*parts, strict=True)))
+
+
 def decoders(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
   """Each latent's layer, and the length of what it writes, [F] both."""
   per = subject.width // len(subject.place.sites)

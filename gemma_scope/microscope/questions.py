@@ -25,11 +25,13 @@ from gemma_scope.microscope import graph as graph_lib
 from gemma_scope.microscope.index import Index
 from gemma_scope.microscope.intervene import Change, Subject
 
+Logit = tuple[int, int | None]  # tokens (a, b); b None: a's alone
+
 MOST_TOKENS = 4096  # of a text
 _MOST_CHANGES = 32
 _SHOWN = 64  # latents a token
 _NEXT = 5  # likeliest tokens, at each
-_KEPT = 4  # SAEs on the devices, and as many as a graph needs
+_KEPT = 4  # SAEs on the devices
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +94,7 @@ class Questions:
     text = asked.get('text')
     if not isinstance(text, str):
       raise ValueError('A question has a "text".')
-    ids = [self._tokenizer.bos_id, *map(int, self._tokenizer.encode(text))]
+    ids = with_bos(self._tokenizer, text)
     if not 1 < len(ids) <= MOST_TOKENS:
       raise ValueError(
         f'The text has {len(ids) - 1:,} tokens; give 1 to {MOST_TOKENS - 1:,}.'
@@ -105,12 +107,11 @@ class Questions:
       raise ValueError(f'"changes" is a list of at most {_MOST_CHANGES}.')
     return [_change(one) for one in given]
 
-  def _logit(self, asked: Mapping, ids: Sequence[int]):
+  def _logit(self, asked: Mapping, ids: Sequence[int]) -> Logit:
     """Two tokens: as given, else the two likeliest ones at the end."""
     given = asked.get('logit')
     if given is None:
-      found = effects.predict(self._gemma, self._lm_params, ids, 2)
-      return tuple(map(int, found.token_TK[-1]))
+      return likeliest(self._gemma, self._lm_params, ids)
     if not isinstance(given, list) or len(given) != 2:
       raise ValueError('"logit" is a pair of tokens; the second may be null.')
     first, second = (None if one is None else self._token(one) for one in given)
@@ -126,11 +127,10 @@ class Questions:
       return given
     if not isinstance(given, str) or not given:
       raise ValueError('A token is its text, or its number.')
-    ids = list(map(int, self._tokenizer.encode(given)))
-    if len(ids) != 1:
-      pieces = self._tokenizer.pieces(ids)
-      raise ValueError(f'{given!r} is not one token but {len(ids)}: {pieces}.')
-    return ids[0]
+    return one_token(self._tokenizer, given)
+
+  def _pieces(self, logit: Logit) -> list[str]:
+    return logit_pieces(self._tokenizer, logit)
 
   # Answers.
 
@@ -170,8 +170,7 @@ class Questions:
     subject, ids = self._subject(asked), self._tokens(asked)
     logit, changes = self._logit(asked, ids), self._changes(asked)
     given = intervene.rows(subject, [changes])
-    both = [given, *(intervene.control(subject, given, c) for c in range(8))]
-    rows = intervene.Rows(*map(np.concatenate, zip(*both, strict=True)))
+    rows = intervene.with_controls(subject, given, 8)
     found = effects.effects(subject, effects.padded([ids]), rows, logit=logit)
     length = len(ids)
     loss_BT = (found.loss_BT - found.clean_loss_BT)[:, : length - 1]
@@ -179,7 +178,7 @@ class Questions:
     said = effects.summary(found)
     return {
       'pieces': self._tokenizer.pieces(ids),
-      'logit': self._tokenizer.pieces([t for t in logit if t is not None]),
+      'logit': self._pieces(logit),
       'kl': list(map(_short, found.kl_BT[0, :length])),
       'delta_loss': [None, *map(_short, loss_BT[0])],
       'delta_logit': list(map(_short, logit_BT[0])),
@@ -204,7 +203,7 @@ class Questions:
     if change.kind in ('add', 'clamp'):
       strengths = (-2, -1, -0.5, 0, 0.5, 1, 2, 4)
     return {
-      'logit': self._tokenizer.pieces([t for t in logit if t is not None]),
+      'logit': self._pieces(logit),
       'curve': effects.dose_response(
         subject, ids, change, strengths=strengths, logit=logit
       ),
@@ -234,7 +233,7 @@ class Questions:
       line['by_token'] = list(map(_short, line['by_token']))
     return found | {
       'pieces': self._tokenizer.pieces(ids),
-      'logit': self._tokenizer.pieces([t for t in logit if t is not None]),
+      'logit': self._pieces(logit),
     }
 
   def graph(self, asked: Mapping) -> dict[str, Any]:
@@ -248,8 +247,36 @@ class Questions:
     return found | {
       'members': chosen,
       'pieces': self._tokenizer.pieces(ids),
-      'logit': self._tokenizer.pieces([t for t in logit if t is not None]),
+      'logit': self._pieces(logit),
     }
+
+
+# Shared with the commands.
+
+
+def with_bos(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+  """The ids of a text, BOS before them."""
+  return [tokenizer.bos_id, *map(int, tokenizer.encode(text))]
+
+
+def one_token(tokenizer: tokenizers.Tokenizer, text: str) -> int:
+  """The token that a text is; ValueError if it is several."""
+  ids = list(map(int, tokenizer.encode(text)))
+  if len(ids) != 1:
+    pieces = tokenizer.pieces(ids)
+    raise ValueError(f'{text!r} is not one token but {len(ids)}: {pieces}.')
+  return ids[0]
+
+
+def likeliest(gemma: lm.Gemma, lm_params: lm.Params, ids: Sequence[int]):
+  """The two likeliest tokens after a text, as a logit difference."""
+  found = effects.predict(gemma, lm_params, ids, 2)
+  return tuple(map(int, found.token_TK[-1]))
+
+
+def logit_pieces(tokenizer: tokenizers.Tokenizer, logit: Logit) -> list[str]:
+  """The tokens of a logit, or of a difference, as text."""
+  return tokenizer.pieces([t for t in logit if t is not None])
 
 
 def together(

@@ -109,7 +109,8 @@ class Replacement:
       splice.stacked([taps[s] for s in where], place.several)[0]
       for where in (place.sites, place.targets)
     )
-    f, error, b_dec = map(np.asarray, _encoded(params, x, y))
+    f, error = map(np.asarray, _encoded(params, x, y))
+    b_dec = np.asarray(params['b_dec'])
     by_layer = lambda a: np.moveaxis(a, -2, 0) if place.several else a[None]
     error, b_dec = by_layer(error), b_dec.reshape(len(place.targets), 1, -1)
     kept_T1 = self._keep_T[:, None]
@@ -166,19 +167,15 @@ class Replacement:
       yield from rows[: len(part)]
 
   @functools.cached_property
-  def _skips(self) -> dict[str, tuple]:
-    """Affine paths: (site read, layer written) -> W_skip, as arrays."""
-    found = {}
+  def _skips(self) -> dict[str, jax.Array | np.ndarray]:
+    """W_skip of each site that has one, and the tokens that it acts on."""
+    found = {'keep': self._keep_T}
     for one in self._subjects:
-      if 'W_skip' in one.params:
-        W_skip = one.params['W_skip']
-        for k, site in enumerate(one.place.sites):
-          found[site.kind, site.layer] = (
-            W_skip[k] if one.place.several else W_skip
-          )
-    return {f'{kind}/{layer}': W for (kind, layer), W in found.items()} | {
-      'keep': self._keep_T
-    }
+      W_skip = one.params.get('W_skip')
+      if W_skip is not None:
+        parts = W_skip if one.place.several else [W_skip]
+        found |= dict(zip(map(str, one.place.sites), parts, strict=True))
+    return found
 
   def _written(self, n: int, g_nMTD) -> np.ndarray:
     """A of one subject's features, [n, J]."""
@@ -223,7 +220,7 @@ def check(subjects: Sequence[Subject]) -> None:
 def _encoded(params, x, y):
   with jax.default_matmul_precision('highest'):
     f = sae.encode(params, x)
-    return f, y - sae.decode(params, f, x), params['b_dec']
+    return f, y - sae.decode(params, f, x)
 
 
 @functools.partial(jax.jit, static_argnames=('gemma', 'outputs'))
@@ -249,7 +246,7 @@ def _slopes(
       through = (read[key] - still(read[key])) @ skips[key]
       return y_BTD + skips['keep'][:, None] * through
 
-    by_layer = {int(key.split('/')[1]): key for key in skips if key != 'keep'}
+    by_layer = {sites.parse(key).layer: key for key in skips if key != 'keep'}
     for key in by_layer.values():
       edits[sites.parse(key)] = functools.partial(reader, key)
     for m in range(gemma.config.num_layers):

@@ -17,7 +17,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -218,11 +218,13 @@ class Session:
       *self.model, rows, text, batch=batch, mesh=self.mesh, poll=poll,
       progress=lambda done, _: progress.update(done, {}), state=state,
     )  # fmt: skip
-    for sae, one in zip(self.saes, found, strict=True):
+    loaded = []
+    for sae, (params, _), one in zip(self.saes, rows, found, strict=True):
       index.write(self.out / 'indexes' / sae.name, one)
+      loaded.append((params, one))
     progress.close()
     (self.out / _MEMBERS).unlink(missing_ok=True)  # the pages are not yet these
-    first = self._write_pages()
+    first = self._write_pages(loaded)
     (self.out / _MEMBERS).write_text(json.dumps(about) + '\n')
     (self.out / 'partial.npz').unlink(missing_ok=True)
     return first
@@ -230,7 +232,7 @@ class Session:
   def pages(self) -> pathlib.Path:
     """Writes the pages again, with the labels there are -> the first's path."""
     self.check_built()
-    return self._write_pages()
+    return self._write_pages(map(self.load, self.saes))
 
   def check_built(self) -> None:
     """ValueError unless the pages are there, and of these SAEs."""
@@ -243,17 +245,18 @@ class Session:
         'of others; leave it out, run build, or name another --out.'
       )
 
-  def _write_pages(self) -> pathlib.Path:
+  def _write_pages(
+    self, loaded: Iterable[tuple[member_lib.Params, Index]]
+  ) -> pathlib.Path:
+    """From the parameters and the index of each of `saes`."""
     self.report(f'writing the pages of {len(self.saes)} SAEs')
-    entries = []
-    for one in self.saes:
-      params, found = self.load(one)
-      entries.append(
-        pages.Entry(
-          one.name, found, one.member.metrics, logits.decoders(params),
-          self.labels(one),
-        )
-      )  # fmt: skip
+    entries = [
+      pages.Entry(
+        one.name, found, one.member.metrics, logits.decoders(params),
+        self.labels(one),
+      )
+      for one, (params, found) in zip(self.saes, loaded, strict=True)
+    ]  # fmt: skip
     pages.write(self.out / 'pages', entries, self.tokenizer.pieces)
     return self.out / 'pages' / 'index.html'
 

@@ -13,7 +13,8 @@ import sys
 
 import numpy as np
 
-from gemma_scope import cards, plots, release
+from gemma_scope import release
+from gemma_scope.release import card, frontier
 
 RATES = '4e-3', '1.2e-2'
 SCORES = 'mmcs', 'recovered_distinct', 'absorption', 'missed_alone'
@@ -73,7 +74,7 @@ def ladder(out: pathlib.Path, picture: pathlib.Path) -> None:
       curve.setdefault(rate, []).append((member.card, member.metrics))
 
   def badness(rows) -> float:
-    return float(np.mean([np.log(cards.value(m['fvu'])) for _, m in rows]))
+    return float(np.mean([np.log(card.value(m['fvu'])) for _, m in rows]))
 
   best = {
     a: min(c, key=lambda rate: badness(c[rate])) for a, c in curves.items()
@@ -90,15 +91,15 @@ def ladder(out: pathlib.Path, picture: pathlib.Path) -> None:
         curves[architecture][best[architecture]],
         key=lambda row: row[0]['sparsity']['value'],
       )
-      cells = [f'{cards.value(m[key]):.3f}' for _, m in rows]
+      cells = [f'{card.value(m[key]):.3f}' for _, m in rows]
       print(f'| {architecture} | {best[architecture]} | {" | ".join(cells)} |')
   worst = max(
-    abs(cards.value(m['l0']) / c['sparsity']['value'] - 1)
+    abs(card.value(m['l0']) / c['sparsity']['value'] - 1)
     for a in order
     for c, m in curves[a][best[a]]
   )
   print(f'\nLargest distance of a held-out L0 from its target: {worst:.1%}')
-  plots.frontier(picture, [row for a in order for row in curves[a][best[a]]])
+  frontier.frontier(picture, [row for a in order for row in curves[a][best[a]]])
 
 
 def main(out: pathlib.Path) -> None:

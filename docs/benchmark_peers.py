@@ -26,8 +26,8 @@ def our_steps():
   """Name -> a step that takes the sparse way where all candidates fit."""
   import jax
 
-  from gemma_scope import benchmark
   from gemma_scope import mesh as mesh_lib
+  from gemma_scope.performance import benchmark
 
   one_device = dict.fromkeys(mesh_lib.AXES, 1)
   mesh = mesh_lib.make(one_device, jax.devices()[:1])

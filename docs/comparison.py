@@ -37,7 +37,9 @@ def launch(name: str, *flags: str) -> None:
 
 def make_rows(out: pathlib.Path) -> None:
   """Harvests, trains ours from the store, and writes its batches as numpy."""
-  from gemma_scope import activation_store, batches, mesh, sites
+  from gemma_scope import mesh, sites
+  from gemma_scope.activations import chunks as chunks_lib
+  from gemma_scope.activations import store as store_lib
 
   config, harvest, store = get_config(), out / 'harvest', out / 'store'
   launch('harvest', f'--workdir={harvest}', f'--out={store}', '--chunks=6')
@@ -45,8 +47,8 @@ def make_rows(out: pathlib.Path) -> None:
   text = f'--config.text.store={harvest}/tokens'
   length, site = f'--config.train.steps={STEPS}', sites.parse(SITE)
   launch('train', f'--workdir={out}/ours', source, text, length)
-  source = activation_store.StoreSource(store, [site], config.train.batch)
-  chunks = batches.Chunks(source, config.seed, mesh.make(config.mesh))
+  source = store_lib.StoreSource(store, [site], config.train.batch)
+  chunks = chunks_lib.Chunks(source, config.seed, mesh.make(config.mesh))
   loaded = [chunks.load(index).rows[site] for index in range(source.chunks)]
   x_KBD = np.concatenate([np.asarray(x) for x in loaded])
   np.save(out / 'train.npy', x_KBD[:STEPS])
@@ -160,7 +162,8 @@ def card_of(name: str) -> dict:
 
 def score(out: pathlib.Path) -> None:
   """Ours and the chosen peers through gemma_scope.evaluate, in one table."""
-  from gemma_scope import pipeline, release, runs
+  from gemma_scope import pipeline, release
+  from gemma_scope.runtime import runs
 
   config, saes = get_config(), []
   config.text.store = f'{out}/harvest/tokens'

@@ -21,11 +21,12 @@ def our_steps(x_KBD: np.ndarray):
   """Steps of one member, of two, and of all of configs/tiny.py."""
   import jax
 
-  from gemma_scope import collection, stack, weights
+  from gemma_scope.language_model import weights
+  from gemma_scope.training import setup, stack
 
   model, two = weights.read_config('tiny', ''), comparison.ARGUMENT
   for argument in (f'{two};sparsity=32', two, ''):
-    stacks, _ = collection.make_stacks(comparison.get_config(argument), model)
+    stacks, _ = setup.make_stacks(comparison.get_config(argument), model)
     state = [tuple(one.init(jax.random.key(0)) for one in stacks)]
 
     @jax.jit

@@ -61,7 +61,7 @@ CASES = [
 
 def records(out: pathlib.Path):
   """Every case once; those that are in `out` already are not compiled again."""
-  from gemma_scope import compile_check
+  from gemma_scope.performance import compile_check
 
   done = {}
   if out.exists():

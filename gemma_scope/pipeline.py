@@ -22,22 +22,15 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from gemma_scope import (
-  checksums,
-  cluster,
-  collection,
-  evaluate,
-  metrics,
-  plots,
-  recovery,
-  release,
-  runs,
-  synthetic,
-  text,
-  train,
-  weights,
-)
 from gemma_scope import mesh as mesh_lib
+from gemma_scope import release
+from gemma_scope.activations import synthetic
+from gemma_scope.evaluation import evaluate, recovery
+from gemma_scope.language_model import weights
+from gemma_scope.release import frontier
+from gemma_scope.runtime import checksums, cluster, metrics, runs
+from gemma_scope.text import prepare
+from gemma_scope.training import loop, setup
 
 
 def run(
@@ -58,15 +51,15 @@ def run(
     report = _silent
   started = time.time()
   with runs.Lease(workdir) as lease, runs.Interrupt() as interrupt:
-    train.keep_config(config, workdir)
+    loop.keep_config(config, workdir)
     if _exists(workdir / 'release'):
       report(f'{workdir} is done; delete it to train again')
     else:
       if config.evaluation.sequences and not _known(config):
         # Too little held-out text shall not show after days of training.
-        _, store = collection.open_text(config, workdir, report)
+        _, store = setup.open_text(config, workdir, report)
         store.sequences(config.text.seq_len, 'eval')
-      result = train.train(config, workdir, lease, interrupt, report)
+      result = loop.train(config, workdir, lease, interrupt, report)
       if not result.done:
         return False
       members = result.members(config)
@@ -109,7 +102,7 @@ def write_release(
   rows = [(params, card, scores.get(card['name'])) for params, card in members]
   measured = [(card, score) for _, card, score in rows if score]
   if measured:
-    plots.frontier(workdir / 'frontier.png', measured)
+    frontier.frontier(workdir / 'frontier.png', measured)
   return release.save(out or workdir / 'release', rows, **options)
 
 
@@ -152,7 +145,7 @@ def _known(config: ConfigDict) -> bool:
 
 def _on_held_out_text(config, workdir, saes, interrupt, report):
   report('evaluating on held-out text')
-  tokenizer, store = collection.open_text(config, workdir, report)
+  tokenizer, store = setup.open_text(config, workdir, report)
   gemma, params = weights.load(
     config.lm.name,
     config.lm.checkpoint,
@@ -161,8 +154,8 @@ def _on_held_out_text(config, workdir, saes, interrupt, report):
   )
   heldout = store.sequences(config.text.seq_len, 'eval')
   count = min(config.evaluation.sequences, len(heldout))
-  order = text.shuffled(heldout, config.seed)
-  sequences_NT = np.asarray(text.batch(order, 0, count))
+  order = prepare.shuffled(heldout, config.seed)
+  sequences_NT = np.asarray(prepare.batch(order, 0, count))
   progress = metrics.Progress(
     count, config.text.seq_len, label='evaluate', every_s=20
   )
@@ -173,7 +166,7 @@ def _on_held_out_text(config, workdir, saes, interrupt, report):
       saes,
       sequences_NT,
       batch=config.evaluation.batch,
-      keep=collection.special(tokenizer, store).keep,
+      keep=setup.special(tokenizer, store).keep,
       progress=(lambda done, _: progress.update(done, {}))
       if cluster.first()
       else None,

@@ -41,8 +41,8 @@ OUT = flags.DEFINE_string('out', '', 'File to append JSON lines to.')
 def main(_) -> None:
   import jax
 
-  from gemma_scope import benchmark
   from gemma_scope import mesh as mesh_lib
+  from gemma_scope.performance import benchmark
 
   shape = dict(zip(mesh_lib.AXES, map(int, MESH.value), strict=True))
   mesh = mesh_lib.make(shape, jax.devices()[: math.prod(shape.values())])
@@ -82,7 +82,7 @@ def show(*records) -> None:
 
 def _words(record):
   """What is measured, its figures with their range, and where."""
-  from gemma_scope import metrics
+  from gemma_scope.runtime import metrics
 
   for name, value in record.items():
     if f'{name}_low' in record:

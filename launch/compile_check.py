@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
   if arguments[1:]:
     raise app.UsageError(f'What is {arguments[1]!r}? Flags start with --.')
   logging.set_verbosity(logging.ERROR)
-  from gemma_scope import compile_check
+  from gemma_scope.performance import compile_check
 
   named = next(a for a in sys.argv if a.startswith('--config='))
   fits = True

@@ -28,8 +28,9 @@ flags.mark_flags_as_required(['config', 'workdir', 'release', 'out'])
 
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
-  from gemma_scope import pipeline, release, runs
-  from gemma_scope.formats import published
+  from gemma_scope import pipeline, release
+  from gemma_scope.release.formats import published
+  from gemma_scope.runtime import runs
 
   try:
     out = pathlib.Path(OUT.value)

@@ -25,9 +25,11 @@ flags.mark_flags_as_required(['config', 'workdir', 'out', 'chunks'])
 
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
-  from gemma_scope import activation_store, collection, metrics, runs
   from gemma_scope import config as config_lib
   from gemma_scope import mesh as mesh_lib
+  from gemma_scope.activations import store
+  from gemma_scope.runtime import metrics, runs
+  from gemma_scope.training import setup
 
   config, out = CONFIG.value, pathlib.Path(OUT.value)
   try:
@@ -41,11 +43,11 @@ def main(_) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with runs.Lease(out), runs.Interrupt() as interrupt:
       mesh = mesh_lib.make(config.mesh)
-      source, facts = collection.make_source(config, workdir, mesh, print)
+      source, facts = setup.make_source(config, workdir, mesh, print)
       progress = metrics.Progress(
         CHUNKS.value, source.layout.rows, label='harvest'
       )
-      activation_store.write_store(
+      store.write_store(
           out, source, CHUNKS.value, facts, interrupt.check,
           lambda chunk: progress.update(chunk + 1),
       )  # fmt: skip

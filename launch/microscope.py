@@ -58,8 +58,8 @@ OPTIONS = [
 
 def main(arguments: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
-  from gemma_scope import runs
   from gemma_scope.microscope import commands, session
+  from gemma_scope.runtime import runs
 
   names = ', '.join(commands.COMMANDS)
   if len(arguments) != 2 or arguments[1] not in commands.COMMANDS:

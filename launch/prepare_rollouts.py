@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
   if arguments[1:]:
     raise app.UsageError(f'What is {arguments[1]!r}?')
   logging.set_verbosity(logging.WARNING)
-  from gemma_scope import runs
+  from gemma_scope.runtime import runs
 
   try:
     with runs.Lease(OUT.value), runs.Interrupt() as interrupt:
@@ -65,12 +65,15 @@ def main(arguments: list[str]) -> None:
 def prepare(poll):
   import jax
 
-  from gemma_scope import chat, checksums, metrics, text, weights
   from gemma_scope import mesh as mesh_lib
-  from gemma_scope import prompts as prompts_lib
+  from gemma_scope.language_model import weights
+  from gemma_scope.runtime import checksums, metrics
+  from gemma_scope.text import prepare as prepare_lib
+  from gemma_scope.text import prompts as prompts_lib
+  from gemma_scope.text import rollouts
 
   prompts = prompts_lib.read(PROMPTS.value)
-  tokenizer = text.Tokenizer(
+  tokenizer = prepare_lib.Tokenizer(
     TOKENIZER.value or weights.tokenizer(MODEL.value, CHECKPOINT.value)
   )
   mesh = None
@@ -98,7 +101,7 @@ def prepare(poll):
       return
     line.update(done)
 
-  store = chat.prepare_rollouts(
+  store = rollouts.prepare_rollouts(
       gemma, params, tokenizer, prompts, OUT.value, seq_len=SEQ_LEN.value,
       max_new_tokens=NEW.value, temperature=TEMPERATURE.value,
       top_k=TOP_K.value, seed=SEED.value, batch=BATCH.value,

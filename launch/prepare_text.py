@@ -11,14 +11,14 @@ of the embedded model.
 
 from __future__ import annotations
 
-import pathlib
 import sys
 
 from absl import app, flags
 
-from gemma_scope import sources, text
+from gemma_scope.language_model import weights
+from gemma_scope.text import prepare, sources
 
-EMBEDDED = pathlib.Path(text.__file__).parent / 'tiny' / 'tokenizer.model'
+EMBEDDED = weights.TINY / 'tokenizer.model'
 
 SOURCE = flags.DEFINE_string('source', None, ', '.join(sources.KINDS))
 TOKENIZER = flags.DEFINE_string(
@@ -34,14 +34,14 @@ def main(arguments: list[str]) -> None:
     raise app.UsageError(f'What is {arguments[1]!r}? Quote globs in a shell.')
   done = []
 
-  def progress(at: text.Progress) -> None:
+  def progress(at: prepare.Progress) -> None:
     done.append(at)
     print(at, file=sys.stderr, flush=True)
 
   try:
-    store = text.prepare(
+    store = prepare.prepare(
       SOURCE.value,
-      text.Tokenizer(TOKENIZER.value),
+      prepare.Tokenizer(TOKENIZER.value),
       OUT.value,
       progress=progress,
       limit_tokens=LIMIT.value,

@@ -21,8 +21,9 @@ import sys
 
 from absl import app, flags, logging
 
-from gemma_scope import npz, release
-from gemma_scope.formats import export, hub, published
+from gemma_scope import release
+from gemma_scope.release import npz
+from gemma_scope.release.formats import export, hub, published
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a training run.')
 RELEASE = flags.DEFINE_string('release', None, 'A release that is there.')
@@ -41,10 +42,11 @@ REVISION = flags.DEFINE_string('revision', '', 'Of a repository to list.')
 def write(workdir: pathlib.Path, out: pathlib.Path) -> bool:
   from ml_collections import ConfigDict
 
-  from gemma_scope import pipeline, train  # JAX: not needed for all else
+  from gemma_scope import pipeline
+  from gemma_scope.training import loop  # JAX: not needed for all else
 
   config = ConfigDict(json.loads((workdir / 'config.json').read_text()))
-  members = train.load(config, workdir).members(config)
+  members = loop.load(config, workdir).members(config)
   scores = {}
   if (workdir / 'evaluation.json').exists():
     scores = json.loads((workdir / 'evaluation.json').read_text())['members']

@@ -52,13 +52,8 @@ flags.DEFINE_integer('seed', None, 'Of everything.')
 
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
-  from gemma_scope import (
-    activation_store,
-    activations,
-    metrics,
-    runs,
-    synthetic,
-  )
+  from gemma_scope.activations import harvest, store, synthetic
+  from gemma_scope.runtime import metrics, runs
 
   out = pathlib.Path(OUT.value)
   fields = [field.name for field in dataclasses.fields(synthetic.Settings)]
@@ -73,7 +68,7 @@ def main(_) -> None:
         'chunks, chunk_rows and lm_batch are at least 1 and seq_len at least '
         f'2; found {sizes[0]}, {sizes[1]}, {sizes[2]} and {sizes[3] + 1}.'
       )
-    layout = activations.Layout.of(
+    layout = harvest.Layout.of(
       chunk_rows=CHUNK_ROWS.value,
       seq_len=SEQ_LEN.value,
       batch=1,
@@ -84,7 +79,7 @@ def main(_) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with runs.Lease(out), runs.Interrupt() as interrupt:
       progress = metrics.Progress(CHUNKS.value, layout.rows, label='synthetic')
-      activation_store.write_store(
+      store.write_store(
           out, source, CHUNKS.value,
           synthetic.facts(source.truth, layout.dtype), interrupt.check,
           lambda chunk: progress.update(chunk + 1),

@@ -25,7 +25,8 @@ def main(arguments: list[str]) -> None:
 
   try:
     config_lib.check(CONFIG.value)  # before jax, a model or a device
-    from gemma_scope import cluster, pipeline
+    from gemma_scope import pipeline
+    from gemma_scope.runtime import cluster
 
     with cluster.joined():
       pipeline.run(CONFIG.value, WORKDIR.value)

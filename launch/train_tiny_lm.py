@@ -25,7 +25,10 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from gemma_scope import checkpoints, lm, sources, text, weights
+from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import weights
+from gemma_scope.runtime import checkpoints
+from gemma_scope.text import prepare, sources
 
 OUT = flags.DEFINE_string('out', 'runs/tiny_lm', 'Folder for the model.')
 STEPS = flags.DEFINE_integer('steps', 2000, 'Training steps.')
@@ -73,13 +76,13 @@ def main(_):
   out.mkdir(parents=True, exist_ok=True)
   tokenizer_path = out / 'tokenizer.model'
   if not tokenizer_path.exists():
-    text.train_tokenizer(
+    prepare.train_tokenizer(
       sources.documents('python', 'train'), tokenizer_path, CONFIG.vocab_size
     )
-  tokenizer = text.Tokenizer(tokenizer_path)
-  text.prepare('python', tokenizer, out / 'tokens')
-  store = text.Tokens(out / 'tokens')
-  rows = text.shuffled(store.sequences(SEQ_LEN.value, 'train'), SEED.value)
+  tokenizer = prepare.Tokenizer(tokenizer_path)
+  prepare.prepare('python', tokenizer, out / 'tokens')
+  store = prepare.Tokens(out / 'tokens')
+  rows = prepare.shuffled(store.sequences(SEQ_LEN.value, 'train'), SEED.value)
   heldout = store.sequences(SEQ_LEN.value, 'eval')
   heldout_NT = np.stack(
     [heldout[i] for i in range(min(len(heldout), 512) // 16 * 16)]
@@ -119,7 +122,7 @@ def main(_):
     first, (params, state) = restored.step, restored.state
   start, per_step = time.time(), BATCH.value * SEQ_LEN.value
   for i in range(first, STEPS.value):
-    batch_BT = text.batch(rows, i * BATCH.value, BATCH.value)
+    batch_BT = prepare.batch(rows, i * BATCH.value, BATCH.value)
     params, state, loss = step(params, state, batch_BT)
     if i % 50 == 49 or i + 1 == STEPS.value:
       rate = (i + 1 - first) / (time.time() - start)

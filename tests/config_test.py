@@ -9,11 +9,12 @@ import time
 
 import pytest
 
+import gemma_scope
 from configs import tiny
 from gemma_scope import config as config_lib
-from gemma_scope import lm
+from gemma_scope.language_model import gemma as lm
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(gemma_scope.__file__).parents[1]
 MODEL = lm.SIZES['gemma2-2b']
 
 

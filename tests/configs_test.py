@@ -14,12 +14,14 @@ import jax
 import numpy as np
 import pytest
 
+import gemma_scope
 from configs import gemma_scope_2, suites, tiny
-from gemma_scope import collection, lm
 from gemma_scope import config as config_lib
+from gemma_scope.language_model import gemma as lm
+from gemma_scope.training import setup
 
 SHARED = ('__init__', 'recipe', 'suites', 'tiny')
-FOLDER = pathlib.Path(__file__).parent.parent / 'configs'
+FOLDER = pathlib.Path(gemma_scope.__file__).parents[1] / 'configs'
 MODULES = {
   path.stem: importlib.import_module(f'configs.{path.stem}')
   for path in sorted(FOLDER.glob('*.py'))
@@ -263,7 +265,7 @@ def test_fine_tuned_sets_start_from_what_another_set_releases():
 def test_shapes_of_a_stack(name, argument, W_enc, W_dec):
   config = config_of(name, argument)
   model = lm.SIZES[config.lm.name]
-  (stack,), (members,) = collection.make_stacks(config, model)
+  (stack,), (members,) = setup.make_stacks(config, model)
   state = jax.eval_shape(stack.init, jax.random.key(0))
   assert state.params['W_enc'].shape == W_enc
   assert state.params['W_dec'].shape == W_dec
@@ -278,7 +280,7 @@ def test_shapes_of_a_stack(name, argument, W_enc, W_dec):
 def test_anthropics_recipe_is_theirs_in_our_units():
   config = config_of('anthropic_jan_2025')
   model = lm.SIZES[config.lm.name]
-  (stack,), _ = collection.make_stacks(config, model)
+  (stack,), _ = setup.make_stacks(config, model)
   n, root = model.d_model, math.sqrt(model.d_model)
   s, o, c = config.sae, config.objective, config.collection
   rng = np.random.default_rng(0)

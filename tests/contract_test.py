@@ -10,19 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope import (
-  architectures,
-  config,
-  fold,
-  mesh,
-  objectives,
-  places,
-  release,
-  sae,
-  sites,
-  stack,
-)
-from gemma_scope import optimizer as optimizer_lib
+from gemma_scope import config, mesh, places, release, sae, sites
+from gemma_scope.sae import architectures, fold
+from gemma_scope.training import objectives, stack
+from gemma_scope.training import optimizer as optimizer_lib
 
 D, F, B, L = 8, 24, 64, 3
 LOW, HIGH = 2.0, 6.0  # target L0s

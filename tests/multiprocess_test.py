@@ -21,10 +21,11 @@ import time
 import jax
 import numpy as np
 import pytest
-import train_test
 
-from gemma_scope import cluster, pipeline, runs, train  # noqa: F401 (the forked use it)
 from gemma_scope import mesh as mesh_lib
+from gemma_scope.runtime import cluster, runs
+from gemma_scope.training import loop  # noqa: F401 (the forked use it)
+from tests.helpers import runs as run_helpers
 
 STEPS = 24
 LIMIT_S = 5  # a silent process is named after so long
@@ -32,7 +33,7 @@ LIMIT_S = 5  # a silent process is named after so long
 
 def small(folder: pathlib.Path):
   """One member, 24 steps, four chunks, each made while the last is used."""
-  return train_test.small(
+  return run_helpers.small(
     folder,
     **{
       'collection.layers': (0,),
@@ -121,8 +122,8 @@ def in_process(environment, log, run, *arguments):
 
 def command(flags: list[str]) -> None:
   """The real one."""
-  sys.argv = [str(train_test.ROOT / 'launch' / 'train.py'), *flags]
-  os.chdir(train_test.ROOT)
+  sys.argv = [str(run_helpers.ROOT / 'launch' / 'train.py'), *flags]
+  os.chdir(run_helpers.ROOT)
   runpy.run_path(sys.argv[0], run_name='__main__')
 
 
@@ -133,8 +134,8 @@ def alone(config, workdir: pathlib.Path, lines: list[str]):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(mesh_lib, 'make', two)
     with runs.Lease(workdir) as lease, runs.Interrupt() as interrupt:
-      train.keep_config(config, workdir)
-      train.train(config, workdir, lease, interrupt, lines.append)
+      loop.keep_config(config, workdir)
+      loop.train(config, workdir, lease, interrupt, lines.append)
   rows = (workdir / 'metrics.jsonl').read_text().splitlines()
   rows = [json.loads(row) for row in rows]
   assert [row['step'] for row in rows] == list(range(1, STEPS + 1))
@@ -144,14 +145,14 @@ def alone(config, workdir: pathlib.Path, lines: list[str]):
 def test_a_signal_to_one_stops_all_and_a_silent_one_is_named(tmp_path, caplog):
   """Two processes, then four, then one: the losses are those of one."""
   config, run = small(tmp_path), tmp_path / 'run'
-  flags = train_test.flags_of(config, run)[2:]
+  flags = run_helpers.flags_of(config, run)[2:]
   with Cluster(tmp_path, 2, command, flags) as two:
-    two.wait_for(lambda: train_test.last_step(run) >= 2)
+    two.wait_for(lambda: run_helpers.last_step(run) >= 2)
     two.send(signal.SIGTERM, 1)
     assert two.codes(range(2)) == [0, 0], two.outputs()
     report, silence = two.outputs()
   (step,) = map(int, re.findall(r'stopped and saved at step (\d+)', report))
-  assert step == train_test.last_step(run)
+  assert step == run_helpers.last_step(run)
   assert 'step' not in silence  # one reports for all
 
   with Cluster(tmp_path, 4, command, flags) as four:

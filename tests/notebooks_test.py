@@ -10,7 +10,11 @@ import re
 
 import pytest
 
-PATH = pathlib.Path(__file__).parents[1] / 'notebooks' / 'tutorial.ipynb'
+import gemma_scope
+
+PATH = (
+  pathlib.Path(gemma_scope.__file__).parents[1] / 'notebooks' / 'tutorial.ipynb'
+)
 nbformat = pytest.importorskip('nbformat', reason='nbformat is not installed')
 
 

@@ -17,7 +17,9 @@ import tomllib
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+import gemma_scope
+
+ROOT = pathlib.Path(gemma_scope.__file__).parents[1]
 LAUNCH = ROOT / 'launch'
 PIN = re.compile(r'([a-z0-9][a-z0-9-]*)==([^ ;#]+)(?: ; ([^#]+?))?(?: +#.*)?')
 TPU = (
@@ -600,14 +602,16 @@ def imports(path: pathlib.Path) -> set[str]:
 
 def test_no_module_imports_the_language_model_or_a_framework():
   """In one fresh process: all modules, and none of the heavy packages."""
-  modules = sorted((ROOT / 'gemma_scope').glob('*.py'))
+  modules = sorted((ROOT / 'gemma_scope').rglob('*.py'))
   heavy = ['gemma', 'kauldron', 'tensorflow', 'torch']
   for path in modules:
     assert not imports(path) & set(heavy), (
       f'{path.name}: import it in a function'
     )
   names = [
-    'gemma_scope' if path.stem == '__init__' else f'gemma_scope.{path.stem}'
+    '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix(
+      '.__init__'
+    )
     for path in modules
   ]
   code = f"""

@@ -17,22 +17,18 @@ import json
 
 import numpy as np
 
-from gemma_scope import places, runs
-from gemma_scope.microscope import (
-  ask,
-  attribute,
+from gemma_scope import places
+from gemma_scope.evaluation.saebench import probe, probe_inputs, suite
+from gemma_scope.microscope.autointerp import labels, llm
+from gemma_scope.microscope.circuits import (
+  attribution,
+  attribution_graph,
   effects,
-  explain,
-  graph,
   intervene,
-  live,
-  neuronpedia,
-  probe,
-  questions,
-  rows,
-  suite,
 )
+from gemma_scope.microscope.dashboard import api, neuronpedia, server
 from gemma_scope.microscope.session import Sae, Session, spoken
+from gemma_scope.runtime import runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,22 +73,20 @@ def serve(session: Session, options: Options) -> None:
   """Serves the pages, with a live view, to this machine."""
   session.check_built()
   shown = [
-    questions.Shown(
+    api.Shown(
       one.name, one.member.card, functools.partial(session.load, one),
       session.index(one),
     )
     for one in session.saes
   ]  # fmt: skip
-  found = questions.Questions(
-    *session.model, session.tokenizer, shown, session.mesh
-  )
-  live.serve(found, session.out / 'pages', options.port, session.report)
+  found = api.Questions(*session.model, session.tokenizer, shown, session.mesh)
+  server.serve(found, session.out / 'pages', options.port, session.report)
 
 
 def _ids(session: Session, options: Options) -> list[int]:
   if not options.text:
     raise ValueError('Say --text=, what the model has read.')
-  return questions.with_bos(session.tokenizer, options.text)
+  return api.with_bos(session.tokenizer, options.text)
 
 
 def why(session: Session, options: Options) -> None:
@@ -101,21 +95,23 @@ def why(session: Session, options: Options) -> None:
   sae, tokenizer = session.find(options.sae), session.tokenizer
   subject = session.subject(sae)
   logit = _logit(session, options, ids)
-  pieces = questions.logit_pieces(tokenizer, logit)
+  pieces = api.logit_pieces(tokenizer, logit)
   session.report(f'{sae.name}: {spoken(pieces)} after {options.text[-60:]!r}')
-  found = attribute.attribute(subject, ids, logit)
-  session.report(attribute.report(found, session.named(sae)))
+  found = attribution.attribute(subject, ids, logit)
+  session.report(attribution.report(found, session.named(sae)))
   _keep(session, 'why', {'text': options.text, 'logit': pieces, **found})
   if places.of(sae.member.card).type in ('transcoder', 'clt'):
     together = _together(session, sae)
-    traced = graph.trace([session.subject(one) for one in together], ids, logit)
+    traced = attribution_graph.trace(
+      [session.subject(one) for one in together], ids, logit
+    )
     names = [session.named(one) for one in together]
     session.report(
-      graph.report(
+      attribution_graph.report(
         traced, tokenizer.pieces(ids), lambda m, feature: names[m](feature)
       )
     )
-    _keep(session, 'graph', graph.plain(traced))
+    _keep(session, 'graph', attribution_graph.plain(traced))
 
 
 def steer(session: Session, options: Options) -> None:
@@ -142,7 +138,7 @@ def steer(session: Session, options: Options) -> None:
   if len(changes) > 1:
     return
   logit = _logit(session, options, ids)
-  pieces = questions.logit_pieces(session.tokenizer, logit)
+  pieces = api.logit_pieces(session.tokenizer, logit)
   strengths = (1.0,)
   if changes[0].kind in ('add', 'clamp'):
     strengths = effects.STRENGTHS
@@ -166,14 +162,14 @@ def _change(text: str) -> intervene.Change:
     ) from None
 
 
-def _logit(session: Session, options: Options, ids) -> questions.Logit:
+def _logit(session: Session, options: Options, ids) -> api.Logit:
   """--logit=a,b as tokens; without it the two likeliest ones."""
   if not options.logit:
-    return questions.likeliest(*session.model, ids)
+    return api.likeliest(*session.model, ids)
   words = options.logit.split(',')  # spaces belong to the tokens
   if len(words) > 2:
     raise ValueError('--logit= is one token, or two with a comma.')
-  found = [questions.one_token(session.tokenizer, word) for word in words]
+  found = [api.one_token(session.tokenizer, word) for word in words]
   return (found[0], found[1] if len(found) > 1 else None)
 
 
@@ -181,7 +177,7 @@ def _together(session: Session, sae: Sae) -> list[Sae]:
   """A transcoder with its fellows of other layers; a CLT alone."""
   every = [(one.member.card, session.index(one)) for one in session.saes]
   first = session.saes.index(sae)
-  return [session.saes[i] for i in questions.together(every, first)]
+  return [session.saes[i] for i in api.together(every, first)]
 
 
 def _keep(session: Session, name: str, found: dict) -> None:
@@ -197,8 +193,8 @@ def find_concept(session: Session, options: Options) -> None:
       'Say --prompts=FILE, JSONL with "text" and "label" (true or false).'
     )
   sae = session.find(options.sae)
-  prompts = rows.read_prompts(options.prompts)
-  found_rows = rows.of_prompts(
+  prompts = probe_inputs.read_prompts(options.prompts)
+  found_rows = probe_inputs.of_prompts(
     *session.model, sae.member.load(), sae.member.card, prompts,
     session.tokenizer, options.pooling, options.batch,
   )  # fmt: skip
@@ -223,22 +219,22 @@ def label(session: Session, options: Options) -> None:
   if options.endpoint:
     if not options.labeller:
       raise ValueError("Say --labeller=, the endpoint's name of its model.")
-    model = ask.Kept(
-      ask.Endpoint(options.labeller, options.endpoint),
+    model = llm.Kept(
+      llm.Endpoint(options.labeller, options.endpoint),
       session.out / 'answers.jsonl', options.most_questions,
     )  # fmt: skip
   elif options.labeller == 'local':
-    model = ask.Kept(
-      ask.LocalGemma(
+    model = llm.Kept(
+      llm.LocalGemma(
         session.config.lm.name, *session.model, session.tokenizer
       ),
       session.out / 'answers.jsonl', options.most_questions,
     )  # fmt: skip
   elif options.labeller:
     raise ValueError('--labeller= goes with --endpoint=, or is "local".')
-  found = explain.explain(one, features, session.tokenizer.pieces, model)
+  found = labels.explain(one, features, session.tokenizer.pieces, model)
   path = session.keep_labels(sae, found)
-  session.report(json.dumps(explain.summary(found)))
+  session.report(json.dumps(labels.summary(found)))
   session.report(f'written  {path}')
   pages(session, options)
 

@@ -23,20 +23,22 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from gemma_scope import (
-  collection,
-  lm,
-  metrics,
-  release,
-  tokenizers,
-  weights,
-)
-from gemma_scope import member as member_lib
 from gemma_scope import mesh as mesh_lib
-from gemma_scope.formats import published
-from gemma_scope.microscope import build as build_lib
-from gemma_scope.microscope import explain, index, intervene, logits, pages
-from gemma_scope.microscope.index import Index
+from gemma_scope import release
+from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import weights
+from gemma_scope.microscope.autointerp import labels as labels_lib
+from gemma_scope.microscope.circuits import intervene
+from gemma_scope.microscope.dashboard import pages
+from gemma_scope.microscope.index import build as build_lib
+from gemma_scope.microscope.index import logit_lens
+from gemma_scope.microscope.index import store as store_lib
+from gemma_scope.microscope.index.store import Index
+from gemma_scope.release import sae_folder as member_lib
+from gemma_scope.release.formats import published
+from gemma_scope.runtime import metrics
+from gemma_scope.text import tokenizers
+from gemma_scope.training import setup
 
 _MEMBERS = 'members.json'
 
@@ -107,12 +109,10 @@ class Session:
   def text(self, sequences: int) -> build_lib.Text:
     """Sequences of the run's training text."""
     self.workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer, store = collection.open_text(
-      self.config, self.workdir, self.report
-    )
+    tokenizer, store = setup.open_text(self.config, self.workdir, self.report)
     return build_lib.spread(
       store, self.config.text.seq_len, sequences,
-      collection.special(tokenizer, store).keep, tokenizer.eos_id,
+      setup.special(tokenizer, store).keep, tokenizer.eos_id,
     )  # fmt: skip
 
   @property
@@ -171,7 +171,7 @@ class Session:
 
   def index(self, sae: Sae) -> Index:
     """Its index; ValueError where it was not built."""
-    return index.read(self.out / 'indexes' / sae.name)
+    return store_lib.read(self.out / 'indexes' / sae.name)
 
   def load(self, sae: Sae) -> tuple[member_lib.Params, Index]:
     """Its parameters and their index; ValueError where it is of others."""
@@ -220,7 +220,7 @@ class Session:
     )  # fmt: skip
     loaded = []
     for sae, (params, _), one in zip(self.saes, rows, found, strict=True):
-      index.write(self.out / 'indexes' / sae.name, one)
+      store_lib.write(self.out / 'indexes' / sae.name, one)
       loaded.append((params, one))
     progress.close()
     (self.out / _MEMBERS).unlink(missing_ok=True)  # the pages are not yet these
@@ -252,7 +252,7 @@ class Session:
     self.report(f'writing the pages of {len(self.saes)} SAEs')
     entries = [
       pages.Entry(
-        one.name, found, one.member.metrics, logits.decoders(params),
+        one.name, found, one.member.metrics, logit_lens.decoders(params),
         self.labels(one),
       )
       for one, (params, found) in zip(self.saes, loaded, strict=True)
@@ -276,7 +276,7 @@ class Session:
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = {'sae_sha256': self.index(sae).meta['sae_sha256']}
     every = self._label_rows(sae) | {row['feature']: row | mine for row in rows}
-    explain.write(path, [every[feature] for feature in sorted(every)])
+    labels_lib.write(path, [every[feature] for feature in sorted(every)])
     return path
 
   def labels(self, sae: Sae) -> dict[int, dict[str, Any]]:

@@ -1,0 +1,328 @@
+"""Rows -> shuffled chunks -> batches; the next chunk is made while one is used.
+
+  harvest   the parts of a chunk (`activations`), in the order of the text
+  rows      those that do not count or are not finite are left out; the rest
+            is permuted as a whole by (seed, c)
+  batches   step s -> chunk s // k, batch s % k of k = n (T - 1) // B
+
+So every batch is a pure function of (config, step): there is no iterator state
+to lose, and a resumed run recomputes its chunk. All shapes are fixed: where
+rows were left out, the permutation wraps around, and a few rows of the chunk
+appear twice (about one in a thousand: the EOS between documents).
+
+A chunk keeps its rows as [k, B, D] per site, batches first, so that taking a
+batch moves nothing between devices that hold B. It stays on the devices, or,
+when it would not fit, in the memory of the hosts, each with its devices' part.
+
+Where there is memory for two, the next chunk is made while this one is trained
+on: its forward passes are dispatched between the steps, a few at a time. So the
+devices never wait for the host, a request to stop waits for one pass at most,
+and every process dispatches the same programs in the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from gemma_scope import mesh as mesh_lib
+from gemma_scope import sites
+from gemma_scope.activations import harvest
+
+
+@dataclasses.dataclass(frozen=True)
+class OnHost:
+  """An array in host memory, of which each process has its devices' part."""
+
+  shape: tuple[int, ...]
+  sharding: jax.sharding.NamedSharding
+  pieces: dict[tuple, np.ndarray]  # by its place in the array
+
+  @classmethod
+  def of(cls, x: jax.Array) -> OnHost:
+    pieces = {}
+    for shard in x.addressable_shards:
+      at = _place_in(shard.index, x.shape)
+      if at not in pieces:  # copies on several devices are one here
+        pieces[at] = np.asarray(shard.data)
+    return cls(x.shape, x.sharding, pieces)
+
+  def up(self) -> jax.Array:
+    """On the devices again."""
+    return jax.make_array_from_callback(
+      self.shape,
+      self.sharding,
+      lambda index: self.pieces[_place_in(index, self.shape)],
+    )
+
+  def __getitem__(self, index: int) -> OnHost:
+    """One of those along the first axis, which is on every device whole."""
+    spec = self.sharding.spec[1:]
+    return OnHost(
+      self.shape[1:],
+      mesh_lib.place(self.sharding.mesh, *spec),
+      {at[1:]: piece[index] for at, piece in self.pieces.items()},
+    )
+
+
+def _place_in(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple:
+  return tuple(s.indices(n) for s, n in zip(index, shape, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+  """Shuffled rows of each site as [k, B, D], and how many were left out."""
+
+  rows: dict[sites.Site, jax.Array | OnHost]
+  special: int  # rows left out: BOS, EOS, padding
+  not_finite: int  # rows left out: NaN or infinity at some site
+
+
+class Chunks:
+  """Chunks of one source, shuffled, in the memory they fit in.
+
+  Args:
+    source: `ModelSource` or `StoreSource`.
+    seed: of the permutations.
+    mesh: rows of a batch lie on its 'data' axis.
+    memory: 'device', 'host', or 'auto': the devices when what is held at once
+      takes at most a quarter of their memory.
+    ahead: 'on', 'off', or 'auto': the next chunk is made while one is in use,
+      which holds two of them; 'auto' where devices other than the CPU have a
+      quarter of the memory for both.
+
+  Attributes:
+    jobs: what `building` divides the making of a chunk into.
+    ahead: whether the next chunk is to be made while one is in use.
+  """
+
+  def __init__(
+    self,
+    source: harvest.Raw,
+    seed: int,
+    mesh: Mesh,
+    memory: str = 'auto',
+    ahead: str = 'off',
+  ):
+    self.source = source
+    self.layout = source.layout
+    self.jobs = source.parts + 1 + len(source.widths)
+    self._seed = seed
+    self._mesh = mesh
+    self._on_device, self.ahead = self._held(memory, ahead)
+    self._shuffle = jax.jit(
+      self._shuffle_rows, out_shardings=mesh_lib.place(mesh, None, 'data', None)
+    )
+    self._take = jax.jit(
+      lambda rows, index: {site: x[index] for site, x in rows.items()},
+      out_shardings=mesh_lib.place(mesh, 'data', None),
+    )
+    self._finite = jax.jit(
+      lambda part: jnp.all(
+        jnp.stack(
+          [jnp.all(jnp.isfinite(x), -1).reshape(-1) for x in part.values()]
+        ),
+        0,
+      ),
+      # Replicated, so that every process of a pod can read it.
+      out_shardings=mesh_lib.place(mesh),
+    )
+
+  def _held(self, memory: str, ahead: str) -> tuple[bool, bool]:
+    """Whether chunks stay on the devices, and whether two are held."""
+    width = sum(self.source.widths.values())
+    itemsize = jnp.dtype(self.layout.dtype).itemsize
+    size = self.layout.rows * width * itemsize
+    device, host = _memory()
+    device, host = device * self._mesh.size, host * jax.process_count()
+    chunks = 2 if ahead == 'on' else 1
+    on_device = memory == 'device' or (
+      memory == 'auto' and chunks * size <= device / 4
+    )
+    room = device if on_device else host
+    on_cpu = self._mesh.devices.flat[0].platform == 'cpu'
+    fits = not on_cpu and 2 * size <= room / 4
+    return on_device, ahead == 'on' or (ahead == 'auto' and fits)
+
+  def _shuffle_rows(self, parts, index_R):
+    x_RD = jnp.concatenate([p.reshape(-1, p.shape[-1]) for p in parts])
+    return x_RD[index_R].reshape(self.layout.batches, self.layout.batch, -1)
+
+  def batch(self, chunk: Chunk, index: int) -> dict[sites.Site, jax.Array]:
+    """Batch `index` of a chunk, [B, D] per site, on the devices."""
+    if not self._on_device:
+      return {site: x_KBD[index].up() for site, x_KBD in chunk.rows.items()}
+    index = mesh_lib.put(np.int32(index), mesh_lib.place(self._mesh))
+    return self._take(chunk.rows, index)
+
+  def load(self, chunk: int, poll: harvest.Poll = harvest.never) -> Chunk:
+    """Chunk `chunk`, a pure function of (config, chunk).
+
+    Raises:
+      ValueError: it has no usable row.
+    """
+    *_, made = self.building(chunk, poll)
+    return made
+
+  def building(
+    self, chunk: int, poll: harvest.Poll = harvest.never
+  ) -> Iterator[Chunk | None]:
+    """Makes a chunk in `jobs` jobs; None after each, the chunk after the last.
+
+    Raises:
+      ValueError: it has no usable row.
+    """
+    marks = []
+    parts = self._marked(chunk, poll, marks)
+    if not self._on_device:
+      parts = harvest.one_late(parts, OnHost.of)
+    found = {site: [] for site in self.source.widths}
+    for part in parts:
+      for site, x in part.items():
+        found[site].append(x)
+      yield None
+    counts_R = self.source.counts(chunk)
+    finite_R = self._all_finite(marks, counts_R.size)
+    index_R = mesh_lib.put(
+      self._order(chunk, counts_R, finite_R), mesh_lib.place(self._mesh)
+    )
+    special, not_finite = ~counts_R, counts_R & ~finite_R
+    yield None
+    rows = {}
+    for site in list(found):
+      yield_chunk = len(rows) + 1 == len(self.source.widths)
+      x = found.pop(site)  # freed one by one: a chunk may fill the memory
+      if self._on_device:
+        rows[site] = self._shuffle(x, index_R)
+      else:
+        rows[site] = OnHost.of(self._shuffle([p.up() for p in x], index_R))
+      del x
+      if not yield_chunk:
+        yield None
+    yield Chunk(rows, int(special.sum()), int(not_finite.sum()))
+
+  def _marked(self, chunk, poll, marks) -> Iterator[harvest.Part]:
+    """The source's parts on the devices; adds where they are finite."""
+    rows = mesh_lib.place(self._mesh, 'data', None)
+    for part in self.source.passes(chunk, poll):
+      part = {
+        site: x if isinstance(x, jax.Array) else mesh_lib.put(x, rows)
+        for site, x in part.items()
+      }
+      marks.append((tuple(part), self._finite(part)))
+      yield part
+
+  def _all_finite(self, marks, count: int) -> np.ndarray:
+    """Where the rows of every site are finite, [R]."""
+    finite_R = np.ones(count, bool)
+    start = dict.fromkeys(self.source.widths, 0)
+    for at, mark in marks:
+      mark_r = np.asarray(mark)
+      finite_R[start[at[0]] :][: mark_r.size] &= mark_r
+      for site in at:
+        start[site] += mark_r.size
+    return finite_R
+
+  def _order(self, chunk: int, counts_R, finite_R) -> np.ndarray:
+    """The chunk's rows in their places among the source's, int32."""
+    usable = np.flatnonzero(counts_R & finite_R)
+    if not usable.size:
+      raise ValueError(
+        f'Chunk {chunk} has no usable row: {int((~counts_R).sum())} special '
+        f'tokens and {int((~finite_R).sum())} rows with NaN or infinity of '
+        f'{counts_R.size}.'
+      )
+    order = np.random.default_rng((self._seed, chunk)).permutation(usable)
+    count = self.layout.batches * self.layout.batch
+    return np.resize(order, count).astype(np.int32)
+
+
+def _memory() -> tuple[float, float]:
+  """Bytes of a device and of a host, the same in every process.
+
+  Infinity for a CPU's device, which is the host.
+  """
+  stats = jax.local_devices()[0].memory_stats() or {}
+  host = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  found = np.asarray([stats.get('bytes_limit', np.inf), host])
+  if jax.process_count() > 1:  # all must go the same way
+    found = multihost_utils.process_allgather(found).min(0)
+  return tuple(map(float, found))
+
+
+class Feed:
+  """The batch of a step, from the chunk that it belongs to.
+
+  Args:
+    chunks: where they are made; `chunks.ahead` says when.
+    steps: of the run: no chunk is made past its end.
+
+  Attributes:
+    left_out: rows left out so far, 'special' and 'not_finite'; a resumed run
+      sets it to what it was.
+  """
+
+  def __init__(self, chunks: Chunks, steps: int):
+    self.left_out = {'special': 0, 'not_finite': 0}
+    self._chunks = chunks
+    self._steps = steps
+    self._index, self._chunk = -1, None
+    self._building: Iterator[Chunk | None] | None = None  # the next one
+    self._jobs, self._next = 0, None  # left of it; what came of it
+
+  def at(
+    self, step: int, poll: harvest.Poll = harvest.never
+  ) -> dict[sites.Site, jax.Array]:
+    """Rows [B, D] of every site at `step`, on the devices."""
+    count = self._chunks.layout.batches
+    index, offset = divmod(step, count)
+    if index != self._index:
+      self._chunk = None  # its memory is for the next one
+      if self._next is not None and index == self._index + 1:
+        self._chunk, self._next = self._next, None
+      else:
+        self._chunk = self._chunks.load(index, poll)
+      self._index, self._building = index, None
+      if offset == 0:  # not again when a resumed run reloads its chunk
+        self.left_out['special'] += self._chunk.special
+        self.left_out['not_finite'] += self._chunk.not_finite
+    batch = self._chunks.batch(self._chunk, offset)
+    if self._chunks.ahead and (index + 1) * count < self._steps:
+      self._build(index + 1, count - offset, poll)
+    return batch
+
+  def _build(self, chunk: int, steps: int, poll: harvest.Poll) -> None:
+    """Does a share of the jobs for `chunk`, all of them within `steps`."""
+    if self._building is None:
+      self._building = self._chunks.building(chunk, poll)
+      self._jobs = self._chunks.jobs
+    for _ in range(-(-self._jobs // steps)):
+      self._next = next(self._building)
+      self._jobs -= 1
+
+  def scales(self, kind: str = 'rms') -> dict[sites.Site, float]:
+    """C of each site, measured on the present chunk or sqrt(D)."""
+    if kind == 'sqrt_d':
+      return {s: x.shape[-1] ** 0.5 for s, x in self._chunk.rows.items()}
+    return measure_scales(self._chunk)
+
+
+def measure_scales(chunk: Chunk) -> dict[sites.Site, float]:
+  """C = sqrt(E|x|^2) of each site over a chunk (arXiv 2408.05147, 3.2)."""
+
+  @jax.jit
+  def mean_square(x_KBD):
+    per_row = jnp.sum(jnp.square(x_KBD.astype(jnp.float32)), -1)
+    return jnp.sqrt(jnp.mean(per_row))
+
+  return {
+    site: float(mean_square(x.up() if isinstance(x, OnHost) else x))
+    for site, x in chunk.rows.items()
+  }

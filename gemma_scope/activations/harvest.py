@@ -1,0 +1,216 @@
+"""Sequences -> rows of activations per site, in the order of the text.
+
+  chunk c   the sequences [c n, (c + 1) n) of the shuffled text
+  passes    a forward pass over some of them reads all sites at once
+  counts    rows of BOS, EOS, padding and a chat's user do not
+
+`ModelSource` runs the language model; `activation_store.StoreSource` reads what
+was written from one. Both give the same rows, hence the same batches (`batches`
+makes them). What costs the host time, tokens and files, is read one chunk ahead
+in a thread (`Ahead`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gemma_scope import mesh as mesh_lib
+from gemma_scope import sites
+from gemma_scope.language_model import gemma as lm
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """The arithmetic of chunks, all static.
+
+  Attributes:
+    seq_len: tokens a sequence T, BOS included.
+    sequences: sequences a chunk n.
+    batch: rows a step B.
+    lm_batch: sequences a forward pass; divides `sequences`.
+    dtype: rows are kept in it, 'float32' or 'bfloat16'.
+    share: of the rows count, about; in chats only the model's replies do.
+  """
+
+  seq_len: int
+  sequences: int
+  batch: int
+  lm_batch: int
+  dtype: str
+  share: float = 1.0
+
+  @classmethod
+  def of(
+    cls, *, chunk_rows, seq_len, batch, lm_batch, dtype, share=1.0
+  ) -> Layout:
+    """The layout whose chunks hold at least `chunk_rows` rows that count."""
+    per_pass = lm_batch * (seq_len - 1) * share
+    passes = math.ceil(max(chunk_rows, batch) / per_pass)
+    return cls(seq_len, passes * lm_batch, batch, lm_batch, dtype, share)
+
+  @property
+  def rows(self) -> int:
+    """Rows of a chunk before any is left out (BOS already is)."""
+    return self.sequences * (self.seq_len - 1)
+
+  @property
+  def batches(self) -> int:
+    """Batches, that is steps, a chunk."""
+    return int(self.rows * self.share) // self.batch
+
+
+Poll = Callable[[], None]
+Part = Mapping[sites.Site, Any]  # rows [..., D] of some sites
+
+
+def never() -> None:
+  """The poll of who does not ask to be interrupted."""
+
+
+class Raw(Protocol):
+  """Where rows come from, in the order of the text.
+
+  Attributes:
+    layout: the arithmetic of chunks.
+    widths: D of each site.
+    parts: how many a chunk comes in.
+  """
+
+  layout: Layout
+  widths: dict[sites.Site, int]
+  parts: int
+
+  def passes(self, chunk: int, poll: Poll = never) -> Iterator[Part]:
+    """The parts: of a site, one after the other, rows [R, D]."""
+
+  def counts(self, chunk: int) -> np.ndarray:
+    """Where those rows count [R]."""
+
+
+class Ahead:
+  """What `read(chunk, part)` gives, read one chunk ahead in a thread."""
+
+  def __init__(self, read: Callable[[int, int], Any], parts: int):
+    self._read, self._parts = read, parts
+    self._found: dict[int, list[Future]] = {}
+
+  def __call__(self, chunk: int, poll: Poll = never) -> Iterator[Any]:
+    """Each part of `chunk`, with a poll before it."""
+    self._start(chunk)
+    for future in self._found[chunk]:
+      poll()
+      yield future.result()
+    self._start(chunk + 1)
+    near = chunk, chunk + 1
+    self._found = {i: f for i, f in self._found.items() if i in near}
+
+  def _start(self, chunk: int) -> None:
+    if chunk in self._found:
+      return
+    self._found[chunk] = futures = [Future() for _ in range(self._parts)]
+
+    def work():
+      for part, future in enumerate(futures):
+        try:
+          future.set_result(self._read(chunk, part))
+        except Exception as error:
+          future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+class ModelSource:
+  """Rows from a forward pass of the language model.
+
+  Args:
+    gemma, params: the model.
+    at: the sites to read, all in one pass.
+    sequences: `sequences(start, count)` -> int32 [count, T], any start; called
+      in a thread.
+    layout: the arithmetic.
+    mesh: sequences lie on its 'data' axis.
+    keep: tokens [N, T] -> bool [N, T], the rows that count: not those of
+      BOS, EOS, padding, nor of a chat's user.
+  """
+
+  def __init__(
+    self,
+    gemma: lm.Gemma,
+    params: lm.Params,
+    at: Sequence[sites.Site],
+    sequences: Callable[[int, int], np.ndarray],
+    layout: Layout,
+    mesh: Mesh,
+    keep: Callable[[np.ndarray], np.ndarray],
+  ):
+    self.layout = layout
+    self.sites = tuple(at)
+    self.widths = {site: site.width(gemma.config) for site in self.sites}
+    self.parts = layout.sequences // layout.lm_batch
+    self.gemma, self.params = gemma, params
+    self.sequences, self.keep = sequences, keep
+    self._tokens_place = mesh_lib.place(mesh, 'data', None)
+    count = layout.sequences
+    self._tokens = Ahead(lambda chunk, _: sequences(chunk * count, count), 1)
+
+    @functools.partial(
+      jax.jit, out_shardings=mesh_lib.place(mesh, 'data', None, None)
+    )
+    def harvest(params, tokens_BT):
+      taps = gemma.forward(
+        params, tokens_BT, taps=self.sites, logits=False
+      ).taps
+      # BOS's row goes here, where it costs nothing.
+      return {
+        site: taps[site][:, 1:].astype(layout.dtype) for site in self.sites
+      }
+
+    self.harvest = harvest  # (params, tokens [B, T]) -> {site: [B, T - 1, D]}
+
+  def passes(self, chunk: int, poll: Poll = never) -> Iterator[Part]:
+    """See `Raw`: one forward pass each, a poll before it."""
+    (tokens_NT,) = self._tokens(chunk)
+    for tokens_BT in np.split(tokens_NT, self.parts):
+      poll()
+      tokens_BT = mesh_lib.put(tokens_BT, self._tokens_place)
+      yield self.harvest(self.params, tokens_BT)
+
+  def counts(self, chunk: int) -> np.ndarray:
+    """See `Raw`."""
+    (tokens_NT,) = self._tokens(chunk)
+    return self.keep(tokens_NT)[:, 1:].reshape(-1)
+
+
+def rows(
+  source: Raw, chunk: int, poll: Poll = never
+) -> tuple[dict[sites.Site, list[Any]], np.ndarray]:
+  """All parts of a chunk by site, and where they count."""
+  found = {site: [] for site in source.widths}
+  for part in source.passes(chunk, poll):
+    for site, x in part.items():
+      found[site].append(x)
+  return found, source.counts(chunk)
+
+
+def one_late(parts: Iterator[Part], fetch: Callable[[Any], Any]):
+  """Each part fetched to the host, while the devices make the next."""
+  last = None
+  for part in parts:
+    for x in part.values():
+      if isinstance(x, jax.Array):
+        x.copy_to_host_async()
+    if last is not None:
+      yield {name: fetch(x) for name, x in last.items()}
+    last = part
+  if last is not None:
+    yield {name: fetch(x) for name, x in last.items()}

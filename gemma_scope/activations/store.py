@@ -1,0 +1,238 @@
+"""Activations on disk: written once, trained on many times (the paper's way).
+
+  store/manifest.json            what the rows depend on, a checksum a file
+  store/chunk_000000/
+    counts.npy                   bool [R]: rows that are no special token
+    resid_post.12.npy            [R, D], float32 or the bits of bfloat16
+
+Rows stand in the order of the text, unshuffled and unscaled, so that training
+from the store gives the batches of training from the model, and one store
+serves any seed, batch size and choice of its sites. A chunk is written to a
+temporary folder and renamed: a stopped writer continues where it was. Files are
+memory-mapped and checked when they are read.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+
+import ml_dtypes
+import numpy as np
+
+from gemma_scope import sites
+from gemma_scope.activations import harvest
+
+FORMAT = 1
+
+
+def _file(site: sites.Site) -> str:
+  return f'{site.kind}.{site.layer}.npy'
+
+
+def write_store(
+  folder: pathlib.Path,
+  source: harvest.ModelSource,
+  chunks: int,
+  facts: dict,
+  poll: Callable[[], None] = lambda: None,
+  report: Callable[[int], None] = lambda chunk: None,
+) -> None:
+  """Writes `chunks` chunks of `source`; continues where it was stopped.
+
+  Args:
+    folder: the store.
+    source: what to harvest.
+    chunks: how many chunks it shall hold in the end.
+    facts: what the rows depend on (model, text, ...); a folder with other
+      facts is refused.
+    poll: called often; may raise to stop.
+    report: called after each chunk.
+
+  Raises:
+    ValueError: the folder holds another store.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  layout = source.layout
+  header = {
+    'format': FORMAT,
+    'layout': {
+      'seq_len': layout.seq_len,
+      'sequences': layout.sequences,
+      'lm_batch': layout.lm_batch,
+      'dtype': layout.dtype,
+      'share': layout.share,
+    },
+    'sites': [str(site) for site in source.sites],
+    'facts': facts,
+  }
+  manifest = _read_manifest(folder) or {**header, 'chunks': {}}
+  for key in header:
+    if manifest[key] != header[key]:
+      raise ValueError(
+        f'{str(folder)!r} holds another activation store: '
+        + _difference(key, manifest[key], header[key])
+      )
+  for leftover in folder.glob('*.tmp'):
+    shutil.rmtree(leftover)
+  for chunk in range(chunks):
+    name = f'chunk_{chunk:06d}'
+    if name in manifest['chunks'] and (folder / name).is_dir():
+      report(chunk)
+      continue
+    parts = list(harvest.one_late(source.passes(chunk, poll), np.asarray))
+    temporary = folder / f'{name}.tmp'
+    temporary.mkdir()
+    files = {'counts.npy': source.counts(chunk)}
+    for site in source.sites:
+      x_RD = np.concatenate(
+        [p[site].reshape(-1, p[site].shape[-1]) for p in parts]
+      )
+      files[_file(site)] = _to_disk(x_RD)
+    checksums = {}
+    for file, array in files.items():
+      np.save(temporary / file, array)
+      checksums[file] = zlib.crc32(array.reshape(-1).view(np.uint8))
+    shutil.rmtree(folder / name, ignore_errors=True)
+    temporary.rename(folder / name)
+    manifest['chunks'][name] = checksums
+    _write_manifest(folder, manifest)
+    report(chunk)
+
+
+def _difference(key: str, found, wanted) -> str:
+  """What two stores do not share, by its name."""
+  if isinstance(found, dict) and isinstance(wanted, dict):
+    for inner in (*found, *wanted):
+      if found.get(inner) != wanted.get(inner):
+        return _difference(
+          f'{key}.{inner}', found.get(inner), wanted.get(inner)
+        )
+  return f'its {key} is {found}, and this run wants {wanted}.'
+
+
+def _to_disk(x: np.ndarray) -> np.ndarray:
+  """.npy knows no bfloat16: its bits are kept as uint16."""
+  return x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
+
+
+def _read_manifest(folder: pathlib.Path) -> dict | None:
+  path = folder / 'manifest.json'
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def _write_manifest(folder: pathlib.Path, manifest: dict) -> None:
+  temporary = folder / 'manifest.json.tmp'
+  temporary.write_text(json.dumps(manifest, indent=1))
+  os.replace(temporary, folder / 'manifest.json')
+
+
+def facts(folder: str | os.PathLike[str]) -> dict:
+  """What the rows of a store depend on, as given to `write_store`.
+
+  Raises:
+    ValueError: there is no store.
+  """
+  return _opened(pathlib.Path(folder))['facts']
+
+
+def _opened(folder: pathlib.Path) -> dict:
+  """The manifest of a store, which is there."""
+  manifest = _read_manifest(folder)
+  if not manifest or manifest.get('format') != FORMAT:
+    raise ValueError(
+      f'No activation store of format {FORMAT} at {str(folder)!r}; '
+      'launch/harvest.py and launch/synthetic.py write one.'
+    )
+  return manifest
+
+
+class StoreSource:
+  """Rows of a store, memory-mapped; a chunk's checksums are checked on reading.
+
+  Args:
+    folder: what `write_store` wrote.
+    at: the sites to read, some or all of the store's.
+    batch: rows a step.
+
+  Attributes:
+    facts: what the rows depend on, as given to `write_store`.
+
+  Raises:
+    ValueError: no store there, a site is missing, or a chunk is damaged.
+  """
+
+  def __init__(
+    self, folder: pathlib.Path, at: Sequence[sites.Site], batch: int
+  ):
+    self._folder = pathlib.Path(folder)
+    self._manifest = _opened(self._folder)
+    self.facts = self._manifest['facts']
+    missing = {str(site) for site in at} - set(self._manifest['sites'])
+    if missing:
+      raise ValueError(
+        f'The store {str(folder)!r} has no rows of '
+        f'{", ".join(sorted(missing))}; it has '
+        f'{", ".join(self._manifest["sites"])}.'
+      )
+    self.sites = tuple(at)
+    self.layout = harvest.Layout(batch=batch, **self._manifest['layout'])
+    self.parts = len(self.sites)
+    self._files = harvest.Ahead(self._read, 1 + self.parts)
+
+  @property
+  def chunks(self) -> int:
+    """Chunks on disk."""
+    return len(self._manifest['chunks'])
+
+  @property
+  def fingerprint(self) -> dict:
+    """Identifies the rows: a hash of the manifest's checksums."""
+    text = json.dumps(self._manifest, sort_keys=True)
+    return {'store_sha256': hashlib.sha256(text.encode()).hexdigest()}
+
+  @functools.cached_property
+  def widths(self) -> dict[sites.Site, int]:
+    """D of each site."""
+    folder = self._folder / 'chunk_000000'
+    return {
+      site: np.load(folder / _file(site), mmap_mode='r').shape[-1]
+      for site in self.sites
+    }
+
+  def passes(self, chunk: int, poll: Callable[[], None] = lambda: None):
+    """See `Raw`: a site each, read ahead; the store repeats after its end."""
+    files = self._files(chunk, poll)
+    next(files)
+    for site, x_RD in zip(self.sites, files, strict=True):
+      if self.layout.dtype == 'bfloat16':
+        x_RD = x_RD.view(ml_dtypes.bfloat16)
+      yield {site: x_RD}
+
+  def counts(self, chunk: int) -> np.ndarray:
+    """See `Raw`."""
+    return np.asarray(next(self._files(chunk)))
+
+  def _read(self, chunk: int, part: int) -> np.ndarray:
+    """One file of a chunk, whose bytes are those that were written."""
+    name = f'chunk_{chunk % self.chunks:06d}'
+    file = ('counts.npy', *map(_file, self.sites))[part]
+    expected = self._manifest['chunks'][name][file]
+    try:
+      array = np.load(self._folder / name / file, mmap_mode='r')
+      found = zlib.crc32(array.reshape(-1).view(np.uint8))
+      why = f'checksum {found}, expected {expected}'
+    except (OSError, ValueError) as error:
+      found, why = None, str(error)
+    if found != expected:
+      raise ValueError(
+        f'{str(self._folder / name / file)!r} is damaged ({why}); delete '
+        f'the folder {name} and run the command that wrote it again.'
+      )
+    return array

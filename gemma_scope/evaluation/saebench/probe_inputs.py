@@ -1,0 +1,234 @@
+"""Labelled text -> the rows that a probe reads: activations and latents.
+
+  prompts (JSONL) -> tokens -> x at the SAE's sites -> pooled: a row a prompt
+  sequences, where a token counts -> x there: a row a token
+
+Beside an SAE's latents there are those of a random one with as many latents on
+(`controls`), the same as the evaluation's. With several sites x and f are those
+of all layers, one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from gemma_scope import places, sae
+from gemma_scope.evaluation import controls
+from gemma_scope.evaluation.saebench import probe
+from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import splice
+from gemma_scope.release import sae_folder
+from gemma_scope.text import tokenizers
+
+_ROWS = 1024  # encoded at once
+POOLINGS: dict[str, Callable] = {
+  'last': lambda a_TD: a_TD[-1],
+  'mean': lambda a_TD: a_TD.mean(0),
+  'max': lambda a_TD: a_TD.max(0),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompts:
+  """Labelled texts.
+
+  Attributes:
+    texts: of each prompt.
+    label_N: bool.
+    test_N: bool, held out.
+    group_N: int; prompts of one group go the same way.
+  """
+
+  texts: list[str]
+  label_N: np.ndarray
+  test_N: np.ndarray
+  group_N: np.ndarray
+
+
+def read_prompts(path: str | os.PathLike[str], seed: int = 0) -> Prompts:
+  """Prompts of a JSONL file: {"text", "label", "split"?, "group"?} a line.
+
+  A label is true or false (or 1 or 0), a split "train" or "test"; without
+  splits a third of the groups is held out. Without a group a prompt is its own,
+  but the same text twice is one group.
+
+  Raises:
+    ValueError: a line is not of that form.
+  """
+  texts, labels, splits, groups = [], [], [], []
+  lines = pathlib.Path(path).read_text(encoding='utf-8').splitlines()
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    try:
+      one = json.loads(line)
+    except ValueError:
+      one = None
+    good = isinstance(one, dict) and isinstance(one.get('text'), str)
+    good = good and one.get('label') in (0, 1)
+    if not good or one.get('split', 'test') not in ('train', 'test'):
+      raise ValueError(
+        f'Line {number} of {path} is not a labelled prompt: expected a JSON '
+        'object with "text", "label" (true or false) and at most "split" '
+        '("train" or "test") and "group".'
+      )
+    texts.append(one['text'])
+    labels.append(bool(one['label']))
+    splits.append(one.get('split'))
+    groups.append(json.dumps(one.get('group', one['text'])))
+  if not texts:
+    raise ValueError(f'{path} holds no prompts.')
+  _, group_N = np.unique(groups, return_inverse=True)
+  if len(set(splits) & {None}) and set(splits) != {None}:
+    raise ValueError(f'{path} gives a split to some prompts and not to others.')
+  test_N = np.array([split == 'test' for split in splits])
+  if splits[0] is None:
+    test_N = probe.split(group_N, seed=seed)
+  return Prompts(texts, np.array(labels), test_N, group_N)
+
+
+def activations(
+  gemma: lm.Gemma,
+  params: lm.Params,
+  tokens_NT: np.ndarray,
+  place: places.Place,
+  batch: int = 16,
+) -> dict:
+  """x [N, T, D], float32 in host memory, at the sites that a member names."""
+  at = tuple(sorted({*place.sites, *place.targets}))
+  parts = []
+  for start in range(0, len(tokens_NT), batch):
+    part = tokens_NT[start : start + batch]
+    real = len(part)
+    filled = np.resize(part, (batch, part.shape[1]))
+    taps = jax.device_get(splice.taps(gemma, params, filled, at))
+    parts.append({s: np.asarray(x[:real], np.float32) for s, x in taps.items()})
+  return {site: np.concatenate([p[site] for p in parts]) for site in at}
+
+
+@functools.cache
+def _encode():
+  return jax.jit(sae.encode)
+
+
+def latents(params: sae_folder.Params, x_BD: np.ndarray) -> np.ndarray:
+  """f [B, F] of rows [B, D] ([B, L, D] with several layers), all latents."""
+  found = []
+  with jax.default_matmul_precision('highest'):
+    for start in range(0, len(x_BD), _ROWS):
+      part = x_BD[start : start + _ROWS]
+      filled = np.resize(part, (_ROWS, *part.shape[1:]))
+      f = np.asarray(_encode()(dict(params), filled))[: len(part)]
+      found.append(f.reshape(len(part), -1))
+  return np.concatenate(found)
+
+
+def read_at(x_by_site: Mapping, place: places.Place, where) -> np.ndarray:
+  """The rows `where` ([N, T] bool or an index) that a member reads."""
+  if not place.several:
+    return x_by_site[place.sites[0]][where]
+  return np.stack([x_by_site[site][where] for site in place.sites], -2)
+
+
+def control(
+  x_by_site: Mapping,
+  keep_NT: np.ndarray,
+  place: places.Place,
+  params: sae_folder.Params,
+  seed: int = 0,
+) -> sae_folder.Params:
+  """A random member of this place and width, with the same L0 on these rows."""
+  width = params['b_enc'].size
+  x_BD = read_at(x_by_site, place, keep_NT)
+  active = float((latents(params, x_BD) > 0).sum())
+  means = {site: x[keep_NT].mean(0) for site, x in x_by_site.items()}
+  name = zlib.crc32(f'{place}/{width}'.encode())
+  key = jax.random.fold_in(jax.random.key(seed), name)
+  sample = [controls.Batch(dict(x_by_site), keep_NT)]
+  (setting,) = controls.calibrate(
+    key, place, means, width, [active], sample, None
+  )
+  made = controls.make(key, place, means, width, setting, None)
+  return {key: np.asarray(array) for key, array in made.items()}
+
+
+def of_tokens(
+  x_by_site: Mapping,
+  place: places.Place,
+  params: sae_folder.Params,
+  control_params: sae_folder.Params,
+  where_NT: np.ndarray,
+  test_N: np.ndarray,
+  group_NT: np.ndarray,
+) -> probe.Rows:
+  """A row for each token of `where_NT`, in the order of the text."""
+  x_BD = read_at(x_by_site, place, where_NT)
+  test_NT = np.broadcast_to(test_N[:, None], where_NT.shape)
+  return probe.Rows(
+    x_BD.reshape(len(x_BD), -1),
+    latents(params, x_BD),
+    latents(control_params, x_BD),
+    test_NT[where_NT],
+    group_NT[where_NT],
+  )
+
+
+def of_prompts(
+  gemma: lm.Gemma,
+  lm_params: lm.Params,
+  params: sae_folder.Params,
+  card: Mapping,
+  prompts: Prompts,
+  tokenizer: tokenizers.Tokenizer,
+  pooling: str = 'last',
+  batch: int = 16,
+) -> probe.Rows:
+  """A row for each prompt: its tokens' activations and latents, pooled.
+
+  Args:
+    pooling: 'last' (token), 'mean' or 'max' over the tokens, BOS left out.
+
+  Raises:
+    ValueError: an unknown pooling; a prompt without tokens.
+  """
+  if pooling not in POOLINGS:
+    raise ValueError(
+      f'pooling is {pooling!r}; it is one of {", ".join(POOLINGS)}.'
+    )
+  ids = tokenizer.encode_all(prompts.texts)
+  empty = [i for i, row in enumerate(ids) if not len(row)]
+  if empty:
+    raise ValueError(f'Prompt {empty[0]} has no tokens.')
+  length = -(-(1 + max(map(len, ids))) // 16) * 16
+  tokens_NT = np.full((len(ids), length), tokenizer.pad_id, np.int32)
+  keep_NT = np.zeros(tokens_NT.shape, bool)
+  for i, row in enumerate(ids):
+    tokens_NT[i, : 1 + len(row)] = [tokenizer.bos_id, *row]
+    keep_NT[i, 1 : 1 + len(row)] = True
+  place = places.of(card)
+  x_by_site = activations(gemma, lm_params, tokens_NT, place, batch)
+  twin = control(x_by_site, keep_NT, place, params)
+  x_BD = read_at(x_by_site, place, keep_NT)
+  of_row = np.repeat(np.arange(len(ids)), keep_NT.sum(1))
+  pool = POOLINGS[pooling]
+
+  def pooled(a_BD):
+    a_BD = a_BD.reshape(len(a_BD), -1)
+    return np.stack([pool(a_BD[of_row == i]) for i in range(len(ids))])
+
+  return probe.Rows(
+    pooled(x_BD),
+    pooled(latents(params, x_BD)),
+    pooled(latents(twin, x_BD)),
+    prompts.test_N,
+    prompts.group_N,
+  )

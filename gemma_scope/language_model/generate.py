@@ -1,0 +1,223 @@
+"""Samples from Gemma: batched, with a KV cache, in one compiled program.
+
+  prompts of several lengths -> padded on the left to P
+  prefill   one pass over [B, P]; the last column is every prompt's end
+  loop      pick a token -> one pass over [B, 1] against the cache -> ...
+            until every row has stopped or N tokens are there (lax.while_loop)
+
+  pick      temperature 0: argmax;  else argmax(logits / temperature + Gumbel)
+
+Row b draws its noise from fold_in(fold_in(key(seed), stream_b), n) at its n-th
+token: a reply is a function of (seed, stream, prompt), whoever shares its
+batch. Other shapes (P, B, devices) may round logits otherwise, by 1e-6 or so.
+
+Edits are those of `lm.Gemma.forward` and act on every token, the prompt's and
+the generated ones. The program is compiled once for each set of edit functions
+and shapes; numbers bound with `jax.tree_util.Partial(fn, vector, strength)`
+are arguments of it, so that another strength compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from gemma_scope import sites
+from gemma_scope.language_model import gemma as lm
+
+PAD = 0  # what Gemma never attends to, and what is never sampled
+_ROUND = 16  # prompt lengths are rounded up to it: few programs
+
+Edits = Mapping[sites.Site, lm.Edit]
+
+
+def generate(
+  gemma: lm.Gemma,
+  params: lm.Params,
+  prompts: Sequence[Sequence[int] | np.ndarray],
+  *,
+  max_new_tokens: int,
+  temperature: float = 1.0,
+  top_k: int = 0,
+  seed: int = 0,
+  streams: Sequence[int] | None = None,
+  stop: Sequence[int] = (),
+  forbid: Sequence[int] = (),
+  edits: Edits | Callable[[jax.Array], Edits] | None = None,
+  batch: int | None = None,
+  prompt_len: int | None = None,
+  poll: Callable[[], None] = lambda: None,
+) -> list[np.ndarray]:
+  """Continues each prompt.
+
+  Args:
+    gemma, params: the model, on one device or sharded over a mesh (then its
+      'data' axis must divide `batch`).
+    prompts: token ids, BOS included where it is wanted.
+    max_new_tokens: N, at most so many are sampled.
+    temperature: 0 takes the likeliest token.
+    top_k: samples among the k likeliest; 0 among all.
+    seed, streams: the noise; `streams` names each prompt's own, by default its
+      index. Ids in 0 .. 2**32 - 1.
+    stop: a row ends with the first of these ids.
+    forbid: ids never sampled. Padding never is.
+    edits: {site: fn(x_BTD) -> x_BTD}, or a function that gives it for the
+      tokens_BT that a pass reads, with which an edit can leave BOS alone.
+    batch: rows of one pass; the last one is filled up. All prompts by default.
+    prompt_len: P, by default the longest prompt, rounded up.
+    poll: called before each batch; may raise to stop.
+
+  Returns:
+    int32 [n] for each prompt, the stop token included; a row that does not
+    end with one ran into `max_new_tokens`.
+
+  Raises:
+    ValueError: a prompt is empty, too long or not of this vocabulary; an
+      argument is out of its range.
+  """
+  streams = range(len(prompts)) if streams is None else streams
+  if len(streams) != len(prompts):
+    raise ValueError(
+      f'{len(prompts)} prompts and {len(streams)} streams: give one for each.'
+    )
+  check_settings(max_new_tokens, temperature, top_k, seed)
+  if not len(prompts):
+    return []
+  rows = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
+  longest = max(map(len, rows))
+  width = prompt_len or -(-longest // _ROUND) * _ROUND
+  _check(rows, width, gemma.config.vocab_size)
+  batch = batch or len(rows)
+  replies = []
+  for start in range(0, len(rows), batch):
+    poll()
+    members = range(start, min(start + batch, len(rows)))
+    filled = [*members, *[members[-1]] * (batch - len(members))]
+    tokens_BP = np.full((batch, width), PAD, np.int32)
+    for b, i in enumerate(filled):
+      tokens_BP[b, width - len(rows[i]) :] = rows[i]
+    replies_BN = _sample(
+      gemma,
+      max_new_tokens,
+      min(top_k, gemma.config.vocab_size),
+      params,
+      _bound(edits),
+      tokens_BP,
+      np.asarray([streams[i] for i in filled], np.uint32),
+      np.uint32(seed),
+      np.float32(temperature),
+      np.asarray(stop, np.int32).reshape(-1),
+      np.asarray([PAD, *forbid], np.int32),
+    )
+    for row_N in np.asarray(replies_BN)[: len(members)]:
+      replies.append(row_N[: np.count_nonzero(row_N != PAD)])
+  return replies
+
+
+def check_settings(
+  max_new_tokens: int, temperature: float, top_k: int, seed: int
+) -> None:
+  """ValueError if one is out of its range."""
+  fit = max_new_tokens > 0 and temperature >= 0 and top_k >= 0
+  if not fit or not 0 <= seed < 2**32:
+    raise ValueError(
+      f'max_new_tokens={max_new_tokens}, temperature={temperature}, '
+      f'top_k={top_k}, seed={seed}: the first must be positive, the others '
+      'not negative, the seed below 2**32.'
+    )
+
+
+def _check(rows: list[np.ndarray], width: int, vocab_size: int) -> None:
+  for i, row in enumerate(rows):
+    if not 1 <= len(row) <= width:
+      raise ValueError(
+        f'Prompt {i} has {len(row)} tokens; it must have 1 to {width}.'
+      )
+    if row.min() <= PAD or row.max() >= vocab_size:
+      raise ValueError(
+        f'Prompt {i} holds ids from {row.min()} to {row.max()}; the model '
+        f'knows {PAD + 1} to {vocab_size - 1} (and {PAD}, padding).'
+      )
+
+
+def _bound(edits) -> Partial:
+  """tokens_BT -> edits, as a pytree: functions static, bound arrays not."""
+  if callable(edits):
+    return edits if isinstance(edits, Partial) else Partial(edits)
+  fns = {
+    site: fn if isinstance(fn, Partial) else Partial(fn)
+    for site, fn in (edits or {}).items()
+  }
+  return Partial(_everywhere, fns)
+
+
+def _everywhere(edits, tokens_BT):
+  del tokens_BT
+  return edits
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sample(
+  gemma, new, top_k, params, edits, tokens_BP, streams_B, seed, temperature,
+  stop_K, forbid_K,
+):  # fmt: skip
+  """The whole generation -> int32 [B, new], padding after a row's stop."""
+  batch, width = tokens_BP.shape
+  slots_C = jnp.arange(width + new - 1)  # the last token is not read again
+  first_B1 = jnp.sum(tokens_BP == PAD, -1, keepdims=True)  # a prompt's slot
+  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
+    jax.random.key(seed), streams_B
+  )
+
+  def extend(cache, tokens_BT, start):
+    slots_T = start + jnp.arange(tokens_BT.shape[1])
+    mask_BTC = (slots_C[None, None, :] <= slots_T[None, :, None]) & (
+      slots_C[None, None, :] >= first_B1[:, :, None]
+    )
+    positions_BT = jnp.maximum(slots_T[None, :] - first_B1, 0)
+    return gemma.extend(
+      params,
+      cache,
+      tokens_BT,
+      positions_BT=positions_BT,
+      mask_BTC=mask_BTC,
+      edits=edits(tokens_BT),
+    )
+
+  def pick(logits_BV, n, stopped_B):
+    logits_BV = logits_BV.at[:, forbid_K].set(-jnp.inf)
+    if top_k:
+      least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
+      logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    drawn_B = jax.vmap(jax.random.categorical)(
+      jax.vmap(jax.random.fold_in, (0, None))(keys_B, n),
+      logits_BV / jnp.maximum(temperature, 1e-6),
+    )
+    token_B = jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, -1))
+    token_B = jnp.where(stopped_B, PAD, token_B).astype(jnp.int32)
+    stops_B = jnp.any(token_B[:, None] == stop_K[None, :], -1)
+    return token_B, stopped_B | stops_B
+
+  def going(state):
+    n, _, _, _, stopped_B = state
+    return (n < new) & ~jnp.all(stopped_B)
+
+  def step(state):
+    n, cache, token_B, replies_BN, stopped_B = state
+    logits_BV, cache = extend(cache, token_B[:, None], width + n - 1)
+    token_B, stopped_B = pick(logits_BV, n, stopped_B)
+    return n + 1, cache, token_B, replies_BN.at[:, n].set(token_B), stopped_B
+
+  with jax.named_scope('prefill'):
+    cache = gemma.empty_cache(batch, len(slots_C))
+    logits_BV, cache = extend(cache, tokens_BP, 0)
+  token_B, stopped_B = pick(logits_BV, 0, jnp.zeros(batch, bool))
+  replies_BN = jnp.full((batch, new), PAD, jnp.int32).at[:, 0].set(token_B)
+  with jax.named_scope('decode'):
+    state = (1, cache, token_B, replies_BN, stopped_B)
+    return jax.lax.while_loop(going, step, state)[3]

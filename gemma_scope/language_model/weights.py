@@ -1,0 +1,324 @@
+"""Gemma's parameters: from a checkpoint straight into their sharding.
+
+A checkpoint is one of
+  - a folder written by Orbax: Gemma's own release layout (flat keys such as
+    `transformer/layer_0/attn/q_einsum`) or a nested tree; local or remote
+    (gs://, s3://, ...), read with its cast and its sharding in one go;
+  - a folder of Hugging Face's: config.json and *.safetensors (`hugging_face`);
+  - a folder with config.json and *.safetensors whose tensors are named by
+    their path in the tree (`layer_0/attn/q_einsum/w`): the embedded model.
+All are checked, name by name and shape by shape, before a byte is trusted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import hugging_face
+
+TINY = pathlib.Path(__file__).parent / 'tiny'
+
+# Parameter -> mesh axes: heads, MLP units and vocabulary on 'latent' (tensor
+# parallel), one model axis on 'data' (FSDP). The first match counts; an axis
+# that does not divide its dimension is dropped.
+_SHARDING = (
+  (r'input_embedding$', ('latent', 'data')),
+  (r'attn/q_einsum/w$', ('latent', 'data', None)),
+  (r'attn/q?kv_einsum/w$', (None, 'latent', 'data', None)),
+  (r'attn/attn_vec_einsum/w$', ('latent', None, 'data')),
+  (r'mlp/gating_einsum$', (None, 'latent', 'data')),
+  (r'mlp/linear$', ('latent', 'data')),
+  (r'scale$', (None,)),
+)
+
+
+class CheckpointNotFound(ValueError):
+  """A checkpoint is missing or another than was asked for; says which."""
+
+
+def sharding(
+  mesh: Mesh, name: str, shape: tuple[int, ...], transpose_gating: bool = True
+) -> NamedSharding:
+  """Where the parameter called `name` (path with slashes) lives on `mesh`."""
+  axes = next(axes for rule, axes in _SHARDING if re.search(rule, name))
+  if name.endswith('mlp/gating_einsum') and not transpose_gating:
+    axes = (None, 'data', 'latent')  # [2, D, d_ff] in Gemma 2 2B
+  axes = (
+    axis if axis and size % mesh.shape[axis] == 0 else None
+    for axis, size in zip(axes, shape, strict=True)
+  )
+  return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def read_config(name: str, checkpoint: str) -> lm.Config:
+  """The shape of model `name`; a folder's config.json defines its own.
+
+  Raises:
+    CheckpointNotFound: neither a known size nor a folder that describes itself.
+  """
+  if name in lm.SIZES and not checkpoint:
+    return lm.SIZES[name]  # the shape alone needs no folder
+  folder = _folder(name, checkpoint)
+  fields = _described(folder)
+  if hugging_face.is_described_by(fields):
+    return hugging_face.config(name, fields, str(folder / 'config.json'))
+  if isinstance(fields, dict) and fields.get('name') == name:
+    known = {field.name for field in dataclasses.fields(lm.Config)}
+    try:
+      return lm.Config(**{k: v for k, v in fields.items() if k in known})
+    except TypeError as error:
+      raise CheckpointNotFound(
+        f'{str(folder / "config.json")!r} does not describe a model ({error}); '
+        'expected the fields of gemma_scope.lm.Config as JSON.'
+      ) from error
+  if name in lm.SIZES:
+    return lm.SIZES[name]
+  raise CheckpointNotFound(
+    f'There is no model {name!r}: it is neither one of '
+    f'{", ".join(["tiny", *lm.SIZES])} nor described by a config.json in '
+    f'{str(folder)!r}.'
+  )
+
+
+def tokenizer(name: str, checkpoint: str) -> pathlib.Path:
+  """The tokenizer that lies beside the parameters, else the embedded one.
+
+  Raises:
+    CheckpointNotFound: neither is that of a published Gemma.
+  """
+  folder = _folder(name, checkpoint)
+  beside = folder / 'tokenizer.model'
+  if _is_local(folder) and beside.is_file():
+    return beside
+  if name in lm.SIZES:
+    raise CheckpointNotFound(
+      f'{name} needs its tokenizer, and none lies in {str(folder)!r}: set '
+      'lm.tokenizer (--tokenizer) to its SentencePiece model.'
+    )
+  return TINY / 'tokenizer.model'
+
+
+def shapes(
+  name: str,
+  checkpoint: str,
+  dtype: str,
+  mesh: Mesh | None,
+  num_layers: int | None,
+) -> tuple[lm.Gemma, dict[str, jax.ShapeDtypeStruct]]:
+  """The model, and its parameters' shapes and places by path, unread.
+
+  Args: those of `load`.
+  """
+  config = read_config(name, checkpoint)
+  pin = None
+  if mesh is not None:
+    pin = NamedSharding(mesh, PartitionSpec('data', None, None))
+  gemma = lm.Gemma(config, pin)
+  wanted = {}
+  for key, shape in traverse_util.flatten_dict(
+    gemma.param_shapes, sep='/'
+  ).items():
+    layer = re.match(r'layer_(\d+)/', key)
+    if layer and num_layers is not None and int(layer[1]) >= num_layers:
+      continue
+    place = (
+      jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      if mesh is None
+      else sharding(mesh, key, shape.shape, config.transpose_gating)
+    )
+    wanted[key] = jax.ShapeDtypeStruct(
+      shape.shape, jnp.dtype(dtype), sharding=place
+    )
+  return gemma, wanted
+
+
+def load(
+  name: str,
+  checkpoint: str = '',
+  *,
+  dtype: str = 'float32',
+  mesh: Mesh | None = None,
+  num_layers: int | None = None,
+) -> tuple[lm.Gemma, lm.Params]:
+  """Loads a Gemma and its parameters.
+
+  Args:
+    name: 'tiny' (embedded), a key of `lm.SIZES`, or the name in the folder's
+      config.json.
+    checkpoint: folder of the checkpoint; '' is the embedded one of 'tiny'.
+    dtype: parameters are cast to it on the way in; also the compute dtype.
+    mesh: shards parameters by the table above and pins the residual stream to
+      ('data',); None puts all on the first local device.
+    num_layers: loads only the first layers (enough for taps without logits).
+
+  Raises:
+    CheckpointNotFound: with what was looked for and what was found.
+  """
+  folder = _folder(name, checkpoint)
+  gemma, wanted = shapes(name, checkpoint, dtype, mesh, num_layers)
+  if _is_local(folder) and not folder.is_dir():
+    raise CheckpointNotFound(
+      f'No checkpoint of {name} at {str(folder)!r}: expected a folder written '
+      'by Orbax, or one with config.json and safetensors.'
+    )
+  if hugging_face.is_described_by(_described(folder)):
+    whole = traverse_util.flatten_dict(gemma.param_shapes, sep='/')
+    flat = hugging_face.read(folder, whole, wanted)
+  elif _is_local(folder) and any(folder.glob('*.safetensors')):
+    flat = _from_safetensors(folder, wanted)
+  else:
+    flat = _from_orbax(folder, wanted)
+  return gemma, traverse_util.unflatten_dict(flat, sep='/')
+
+
+def save_safetensors(
+  folder: pathlib.Path, config: lm.Config, params: lm.Params, extra: dict
+) -> None:
+  """Writes config.json (with `extra` facts) and model.safetensors."""
+  from safetensors import numpy as safetensors_numpy
+
+  folder.mkdir(parents=True, exist_ok=True)
+  flat = traverse_util.flatten_dict(params, sep='/')
+  safetensors_numpy.save_file(
+    {key: np.ascontiguousarray(value) for key, value in flat.items()},
+    folder / 'model.safetensors',
+  )
+  described = {**dataclasses.asdict(config), **extra}
+  (folder / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
+
+
+def _folder(name: str, checkpoint: str):
+  if not checkpoint:
+    if name == 'tiny':
+      return TINY
+    raise CheckpointNotFound(
+      f'{name} needs a checkpoint: set lm.checkpoint to the folder of an Orbax '
+      'checkpoint (a local path or gs://...) or of a Hugging Face download.'
+    )
+  if '://' in checkpoint:
+    from etils import epath
+
+    return epath.Path(checkpoint)
+  return pathlib.Path(checkpoint).expanduser().absolute()
+
+
+def _described(folder) -> Any:
+  """The content of a folder's config.json; None where there is none."""
+  path = folder / 'config.json'
+  if not _is_local(folder) or not path.is_file():
+    return None
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise CheckpointNotFound(f'{str(path)!r} is not JSON ({error}).') from error
+
+
+def _is_local(folder) -> bool:
+  return '://' not in str(folder)
+
+
+def _check(found: dict[str, tuple], wanted: dict, folder) -> None:
+  """Names and shapes of a checkpoint against those of the model."""
+  for key, want in wanted.items():
+    if key not in found:
+      raise CheckpointNotFound(
+        f'The checkpoint {str(folder)!r} has no parameter {key!r}: is it '
+        'another model?'
+      )
+    if tuple(found[key]) != want.shape:
+      raise CheckpointNotFound(
+        f'{key!r} in the checkpoint {str(folder)!r} has shape '
+        f'{tuple(found[key])}, and the model wants {want.shape}.'
+      )
+
+
+def _from_safetensors(folder: pathlib.Path, wanted: dict) -> dict:
+  from safetensors import SafetensorError, safe_open
+
+  where, shapes = {}, {}
+  for path in sorted(folder.glob('*.safetensors')):
+    try:
+      with safe_open(path, framework='np') as file:
+        for key in file.keys():  # noqa: SIM118 - not a dict
+          where[key] = path
+          shapes[key] = file.get_slice(key).get_shape()
+    except SafetensorError as error:
+      raise CheckpointNotFound(
+        f'{str(path)!r} is not a whole safetensors file ({error}).'
+      ) from error
+  _check(shapes, wanted, folder)
+  flat = {}
+  for path in sorted(set(where.values())):
+    # numpy has no bfloat16 of its own: the flax reader knows ml_dtypes'.
+    with safe_open(path, framework='flax') as file:
+      for key, want in wanted.items():
+        if where[key] == path:
+          value = file.get_tensor(key).astype(want.dtype)
+          flat[key] = jax.device_put(value, want.sharding)
+  return flat
+
+
+def _canonical(key: str) -> str:
+  """A key of either Orbax layout -> the path in the model's own tree."""
+  key = re.sub(r'^(params/)?(transformer/)?', '', key)
+  return re.sub(r'(/mlp/(?:linear|gating_einsum))/w$', r'\1', key)
+
+
+def _from_orbax(folder, wanted: dict) -> dict:
+  from orbax import checkpoint as ocp
+
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    metadata = _orbax_metadata(checkpointer, folder)
+    found = {
+      _canonical('/'.join(map(str, key))): (key, leaf)
+      for key, leaf in traverse_util.flatten_dict(metadata.tree).items()
+    }
+    _check({k: leaf.shape for k, (_, leaf) in found.items()}, wanted, folder)
+    item = traverse_util.unflatten_dict(
+      {found[key][0]: want for key, want in wanted.items()}
+    )
+    tree = checkpointer.restore(
+      metadata.folder,
+      args=ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
+      ),
+    )
+  flat = traverse_util.flatten_dict(tree)
+  return {key: flat[found[key][0]] for key in wanted}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Metadata:
+  folder: object
+  tree: dict
+
+
+def _orbax_metadata(checkpointer, folder) -> _Metadata:
+  """The tree of names and shapes; a step folder keeps it in `default`."""
+  read: Callable = checkpointer.metadata
+  for candidate in (folder, folder / 'default'):
+    try:
+      metadata = read(candidate).item_metadata
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      reason = str(error).splitlines()[0] if str(error) else repr(error)
+      continue
+    if metadata is not None:
+      return _Metadata(candidate, metadata.tree)
+    reason = 'it has no _METADATA'
+  raise CheckpointNotFound(
+    f'{str(folder)!r} does not hold an Orbax checkpoint of Gemma ({reason}).'
+  )

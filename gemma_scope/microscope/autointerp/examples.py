@@ -1,0 +1,163 @@
+"""Windows in which a latent fires, windows in which it does not, and a rule.
+
+  index -> a latent's windows of tokens with its values: the top ones, those of
+           each tenth of its range, and silent ones; in two halves, by sequence:
+           one to make a label from, the other to score it
+  rule     "the token (or the one, or two, before it) is one of ...": the sets
+           are taken from the first half
+
+A rule is a predicate, so that it can be held against any text exactly, without
+a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from gemma_scope.microscope.index import store as index_lib
+
+_SETS = (1, 2, 4, 8)  # pieces that a rule may name
+_OFFSETS = (0, -1, -2)
+_GAIN = 0.02  # what a longer or farther rule must bring
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """A window of text: ids [W], the latent's values there [W]."""
+
+  ids: tuple[int, ...]
+  values: tuple[float, ...]
+
+  @property
+  def fires(self) -> tuple[bool, ...]:
+    return tuple(value > 0 for value in self.values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """Windows where a latent fires and where it does not, each in two halves."""
+
+  firing: tuple[Example, ...]
+  silent: tuple[Example, ...]
+  heldout_firing: tuple[Example, ...]
+  heldout_silent: tuple[Example, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """Fires at token t where ids[t + offset] is one of `ids`."""
+
+  offset: int
+  ids: tuple[int, ...]
+
+  def at(self, example: Example) -> np.ndarray:
+    """bool [W]: where it says that the latent fires."""
+    hit = np.isin(example.ids, self.ids)
+    return np.roll(hit, -self.offset) & (np.arange(len(hit)) >= -self.offset)
+
+  def text(self, pieces: Callable[[Iterable[int]], list[str]]) -> str:
+    where = {0: 'the token', -1: 'the token before', -2: 'the token two before'}
+    names = ', '.join(repr(p.replace('▁', ' ')) for p in pieces(self.ids))
+    several = 'is one of' if len(self.ids) > 1 else 'is'
+    return f'{where[self.offset]} {several} {names}'
+
+
+def of(index: index_lib.Index, feature: int, width: int = 32) -> Examples:
+  """A latent's windows of at most `width` tokens, deterministic halves.
+
+  The halves are of sequences: no sequence has windows in both.
+  """
+  firing, silent = [], []
+  places = [
+    (index.top_FE, index.top_sequence_FE, index.top_position_FE,
+     index.window_top_FEW),
+    (index.sample_FQR, index.sample_sequence_FQR, index.sample_position_FQR,
+     index.window_sample_FQRW),
+  ]  # fmt: skip
+  seen = set()
+  for values, sequences, positions, windows in places:
+    window = windows.shape[-1]
+    flat = zip(
+      values[feature].reshape(-1),
+      sequences[feature].reshape(-1),
+      positions[feature].reshape(-1),
+      windows[feature].reshape(-1, window),
+      strict=True,
+    )
+    for value, sequence, position, values_W in flat:
+      place = int(sequence), int(position)
+      if value <= 0 or sequence < 0 or place in seen:
+        continue
+      seen.add(place)
+      start = int(position) - window // 2
+      firing.append(
+        (int(sequence), _window(index, *place, start, values_W, width))
+      )
+  # All of a silent sequence is silent: as many windows as it has room for.
+  length = index.sequences_NT.shape[1]
+  silence = np.zeros(length, np.float16)
+  middles = range(min(width, length) // 2, max(length - width // 2, 1), width)
+  for sequence in index.silent_FM[feature].tolist():
+    if sequence >= 0:
+      silent += [
+        (sequence, _window(index, sequence, middle, 0, silence, width))
+        for middle in middles
+      ]
+
+  # float16 windows may have lost a very small value.
+  firing = [(s, e) for s, e in firing if any(e.fires)]
+  silent = [(s, e) for s, e in silent if e.ids]
+
+  def half(found, which):
+    return tuple(
+      e for s, e in found if zlib.crc32(f'{s}'.encode()) % 2 == which
+    )
+
+  return Examples(
+    half(firing, 0), half(silent, 0), half(firing, 1), half(silent, 1)
+  )
+
+
+def _window(index, sequence, middle, start, values_W, width):
+  """`width` tokens around `middle` that lie in the sequence and count."""
+  at = np.arange(max(middle - width // 2, 0), middle + width // 2)
+  at = at[(at < index.sequences_NT.shape[1]) & (at >= start)]
+  at = at[at - start < len(values_W)]
+  at = at[index.keep_NT[sequence, at]]
+  values = np.asarray(values_W, np.float32)[at - start]
+  return Example(
+    tuple(index.sequences_NT[sequence, at].tolist()), tuple(values.tolist())
+  )
+
+
+def rule(found: Examples) -> Rule | None:
+  """The rule that does best on the examples for labels; None without any.
+
+  Candidates: at each offset, the 1, 2, 4 or 8 ids most common where it fires.
+  Scored token by token (mean of the shares right where it fires and where it
+  does not); a longer or farther one must be better by 0.02.
+  """
+  if not found.firing:
+    return None
+  every = found.firing + found.silent
+  fires = np.concatenate([e.fires for e in every])
+  best, best_score = None, -1.0
+  for offset in _OFFSETS:
+    # What stands there, of each token; -1 outside of the window.
+    there = np.concatenate(
+      [(*[-1] * -offset, *e.ids[: len(e.ids) + offset]) for e in every]
+    )
+    ids, counts = np.unique(there[fires & (there >= 0)], return_counts=True)
+    order = ids[np.lexsort((ids, -counts))].tolist()
+    for size in _SETS:
+      if size > len(order) and size > 1 or not order:
+        break
+      said = np.isin(there, order[:size])
+      score = (said[fires].mean() + (~said[~fires]).mean()) / 2
+      if score > best_score + _GAIN:
+        best, best_score = Rule(offset, tuple(order[:size])), score
+  return best

@@ -1,0 +1,280 @@
+"""What a latent stands for, in words, and whether the words are right.
+
+  examples   a latent's windows: half to make the label, half to score it
+  label      by a language model (`ask`), or by a rule, no model needed
+  detection  shown a window, does the label say that the latent fires there?
+  fuzzing    shown a window with marked tokens, are these where it fires?
+  score      balanced accuracy over held-out windows, with a 95 % interval,
+             beside another latent's label on the same windows (shuffled)
+
+A rule can be held against a window exactly; a label says whether it is one.
+
+The interval is Newcombe's for half a sum of two proportions, from Wilson's of
+each (Statistics in Medicine 17, 1998). Detection and fuzzing are those of
+delphi (Paulo et al., arXiv 2410.13928). A label whose interval reaches down to
+0.5, or to the shuffled label's score, is marked `low_score`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma_scope.microscope.autointerp import examples, llm
+from gemma_scope.microscope.index import store as index_lib
+
+_AT_ONCE = 5  # windows of one question
+_SHOWN = 12  # windows that a model makes a label from
+
+
+# Scores.
+
+
+def balanced_accuracy(yes: Sequence[bool], no: Sequence[bool]):
+  """Balanced accuracy of answers to windows that are so, and that are not.
+
+  Returns:
+    {'value', 'low', 'high', 'firing', 'silent'}, or None without both kinds.
+  """
+  if not len(yes) or not len(no):
+    return None
+  (p, p_low, p_high), (q, q_low, q_high) = (
+    _wilson(np.sum(yes), len(yes)),
+    _wilson(len(no) - np.sum(no), len(no)),
+  )
+  value = (p + q) / 2
+  return {
+    'value': float(value),
+    'low': float(value - np.hypot(p - p_low, q - q_low) / 2),
+    'high': float(value + np.hypot(p_high - p, q_high - q) / 2),
+    'firing': len(yes),
+    'silent': len(no),
+  }
+
+
+def _wilson(hits: int, count: int, z: float = 1.959964):
+  p = hits / count
+  middle = (p + z * z / (2 * count)) / (1 + z * z / count)
+  half = z * np.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
+  half /= 1 + z * z / count
+  return p, middle - half, middle + half
+
+
+def detection_by_rule(label: examples.Rule, found: examples.Examples):
+  """Does the rule hold anywhere in a held-out window?"""
+  return balanced_accuracy(
+    [bool(label.at(e).any()) for e in found.heldout_firing],
+    [bool(label.at(e).any()) for e in found.heldout_silent],
+  )
+
+
+def fuzzing_by_rule(
+  label: examples.Rule, found: examples.Examples, seed: int = 0
+):
+  """Does the rule hold at most of the marked tokens of a window?"""
+  right, wrong = _marked(found.heldout_firing, seed)
+
+  def says(example, marks):
+    return bool(label.at(example)[list(marks)].mean() >= 0.5)
+
+  return balanced_accuracy(
+    [says(*each) for each in right], [says(*each) for each in wrong]
+  )
+
+
+def _marked(firing: Sequence[examples.Example], seed: int):
+  """Windows with the tokens where it fires, and with as many others."""
+  rng, right, wrong = np.random.default_rng(seed), [], []
+  for example in firing:
+    on = np.flatnonzero(example.fires)
+    off = np.flatnonzero(~np.asarray(example.fires))
+    if len(on) and len(off):
+      right.append((example, on))
+      wrong.append((example, np.sort(rng.permutation(off)[: len(on)])))
+  return right, wrong
+
+
+# A language model's labels.
+
+
+def _shown(example: examples.Example, pieces, marks: Iterable[int] = ()) -> str:
+  marks, parts = set(map(int, marks)), []
+  for t, piece in enumerate(pieces(example.ids)):
+    piece = piece.replace('▁', ' ')
+    parts.append(f'<<{piece}>>' if t in marks else piece)
+  return ''.join(parts)
+
+
+def question(
+  found: examples.Examples, pieces, promoted: Sequence[str] = ()
+) -> str:
+  """What a model is asked, to label a latent."""
+  shown = [
+    f'{i}. {_shown(e, pieces, np.flatnonzero(e.fires))!r}'
+    for i, e in enumerate(found.firing[:_SHOWN], 1)
+  ]
+  words = ''
+  if promoted:
+    words = f'\nWhere it fires, these tokens become likelier: {list(promoted)}'
+  return (
+    'A feature of a language model fires on the tokens between << and >> in '
+    'these texts, and nowhere else in them.\n\n' + '\n'.join(shown) + words
+    + '\n\nWhat do the marked tokens have in common that the others do not? '
+    'Answer with one short phrase, no more than fifteen words.'
+  )  # fmt: skip
+
+
+def ask_which(
+  model: llm.Model, label: str, texts: Sequence[str], marked: bool
+) -> list[bool] | None:
+  """A model's yes or no to each text; None where no such list is answered."""
+  if marked:
+    task = (
+      'In each text some tokens stand between << and >>. Say for each text '
+      'whether the marked tokens are those that the label describes.'
+    )
+  else:
+    task = 'Say for each text whether it contains what the label describes.'
+  listed = '\n'.join(f'{i}. {text!r}' for i, text in enumerate(texts, 1))
+  answer = model(
+    f'A feature of a language model has the label: {label}\n\n{task}\n\n'
+    f'{listed}\n\nAnswer with a JSON list of {len(texts)} numbers, 1 for yes '
+    'and 0 for no, and nothing else.'
+  )
+  for part in re.findall(r'\[[\s01,]*\]', answer):
+    try:
+      numbers = json.loads(part)
+    except ValueError:
+      continue
+    if len(numbers) == len(texts):
+      return [number == 1 for number in numbers]
+  return None
+
+
+def _score_by_model(
+  model, label, found: examples.Examples, pieces, marked, seed
+):
+  """Detection or fuzzing; windows of both kinds are mixed in each question."""
+  if marked:
+    right, wrong = _marked(found.heldout_firing, seed)
+  else:
+    right = [(e, ()) for e in found.heldout_firing]
+    wrong = [(e, ()) for e in found.heldout_silent]
+  both = [(each, True) for each in right] + [(each, False) for each in wrong]
+  order = np.random.default_rng(seed).permutation(len(both))
+  said = {True: [], False: []}
+  lost = 0
+  for start in range(0, len(order), _AT_ONCE):
+    part = [both[i] for i in order[start : start + _AT_ONCE]]
+    texts = [_shown(e, pieces, marks) for (e, marks), _ in part]
+    answers = ask_which(model, label, texts, marked)
+    if answers is None:
+      lost += len(part)
+      continue
+    for (_, truth), answer in zip(part, answers, strict=True):
+      said[truth].append(answer)
+  score = balanced_accuracy(said[True], said[False])
+  return score and {**score, 'unanswered': lost}
+
+
+# All of it.
+
+
+def explain(
+  index: index_lib.Index,
+  features: Sequence[int],
+  pieces: Callable[[Iterable[int]], list[str]],
+  model: llm.Model | None = None,
+  seed: int = 0,
+) -> list[dict[str, Any]]:
+  """Labels of latents, each with its scores and a shuffled label's.
+
+  Args:
+    index: of one SAE.
+    features: latents, counted as in the index.
+    pieces: ids -> the vocabulary's spellings (`Tokenizer.pieces`).
+    model: who labels and scores; None: rules.
+    seed: of the windows' order and of the marks.
+
+  Returns:
+    For each latent {'feature', 'label', 'by', 'kind' ('rule' or 'model'),
+    'question', 'promoted', 'detection', 'fuzzing', 'shuffled', 'low_score'},
+    plain for JSON; label is None, with a 'why', where it hardly fires. A rule
+    has its 'offset' and 'ids' too.
+  """
+  labelled = []
+  for feature in features:
+    found = examples.of(index, feature)
+    row = {'feature': int(feature), 'label': None, 'promoted': []}
+    if index.positive_FL is not None:
+      ids = index.positive_FL[feature]
+      row['promoted'] = [p.replace('▁', ' ') for p in pieces(ids[ids >= 0])]
+    if not found.firing or not found.heldout_firing:
+      row['why'] = 'It fires on too few sequences to label and to score.'
+      labelled.append((row, None, found))
+      continue
+    if model is None:
+      label = examples.rule(found)
+      row |= {
+        'label': label.text(pieces), 'by': 'rule', 'kind': 'rule',
+        'question': None, 'offset': label.offset, 'ids': list(label.ids),
+      }  # fmt: skip
+    else:
+      asked = question(found, pieces, row['promoted'])
+      label = ' '.join(model(asked).split())
+      row |= {
+        'label': label, 'by': model.name, 'kind': 'model', 'question': asked
+      }  # fmt: skip
+    labelled.append((row, label, found))
+  known = [i for i, (_, label, _) in enumerate(labelled) if label is not None]
+  for n, i in enumerate(known):
+    row, label, found = labelled[i]
+    # Another latent's label on the same windows; the next one, so that none
+    # keeps its own.
+    other = labelled[known[(n + 1) % len(known)]][1]
+    if model is None:
+      row['detection'] = detection_by_rule(label, found)
+      row['fuzzing'] = fuzzing_by_rule(label, found, seed)
+      shuffled = detection_by_rule(other, found)
+    else:
+      those = lambda l, m, w=found: _score_by_model(
+        model, l, w, pieces, m, seed
+      )
+      row['detection'], row['fuzzing'] = those(label, False), those(label, True)
+      shuffled = those(other, False)
+    row['shuffled'] = shuffled if len(known) > 1 else None
+    row['low_score'] = _low(row['detection'], row['shuffled'])
+  return [row for row, _, _ in labelled]
+
+
+def _low(score, shuffled) -> bool:
+  """Whether a label is not shown to be better than chance or than another."""
+  if score is None or score['low'] <= 0.5:
+    return True
+  return shuffled is not None and score['low'] <= shuffled['value']
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Mean scores over the labelled latents, and of how many; for JSON."""
+  found = {'features': len(rows)}
+  for name in ('detection', 'fuzzing', 'shuffled'):
+    values = [r[name]['value'] for r in rows if r.get(name)]
+    found[name] = float(np.mean(values)) if values else None
+  found['labelled'] = sum(r['label'] is not None for r in rows)
+  found['low_score'] = sum(r.get('low_score', False) for r in rows)
+  return found
+
+
+def write(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> None:
+  """Labels, scores and questions as JSONL, a latent a line; whole or not."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(f'{path.name}.tmp')
+  lines = [json.dumps(row) + '\n' for row in rows]
+  temporary.write_text(''.join(lines), encoding='utf-8')
+  os.replace(temporary, path)

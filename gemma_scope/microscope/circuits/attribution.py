@@ -1,0 +1,382 @@
+"""Why did it say that: a logit, or a difference of two, traced to latents.
+
+  m = logit a - logit b, after one token of a text
+  y_TD = sum_i f_Ti W_dec[i] + offset + error_TD        at each target
+
+  gradient    a_Ti = f_Ti W_dec[i] . dm/dy_T
+  integrated  the same with dm/dy averaged along y - (1 - s)(y - offset), s in
+              (0, 1): latents and error add up to m less what it is without them
+              (Sundararajan et al., arXiv 1703.01365; as in Marks et al., arXiv
+              2403.19647, who also keep the error as a node)
+  exact       m less what it is with the latent set to 0 at all tokens
+
+The gradient is that of the whole model after the SAE: layers that follow, and
+other targets among them, respond. Exact effects of the latents that are said to
+matter, and of some that are not, stand beside what was predicted, with rank
+correlation and slope. Of a crosscoder of the residual stream a latent is what
+it writes to its own layer, and the error is left out (`intervene`).
+
+The latents shown are the largest of many, so their control is the largest of as
+many (`null`): decoders are shuffled among the latents, each as long as before,
+the same search is made, and what it finds is measured exactly. A latent passes
+if in at most 5 % of shuffles something has as much effect: where latents mean
+nothing, one text in twenty shows any that passes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope import sae, sites
+from gemma_scope.language_model import splice
+from gemma_scope.microscope.circuits import effects, intervene, permutation_test
+from gemma_scope.microscope.circuits.intervene import Change, Rows, Subject
+
+_AT_ONCE = 8  # passes with a gradient
+LEVEL = 0.05
+_WAYS = ('gradient', 'integrated')
+_FACTS = (
+  'value', 'without', 'latents', 'error', 'other', 'exact_latents',
+  'exact_error',
+)  # fmt: skip
+
+
+def attribute(
+  subject: Subject,
+  tokens_T: Sequence[int],
+  logit: tuple[int, int | None],
+  *,
+  position: int | None = None,
+  top: int = 10,
+  others: int = 20,
+  shuffles: int = 19,
+  steps: int = 16,
+  seed: int = 0,
+) -> dict[str, Any]:
+  """Latents behind a logit or a difference of two; plain for JSON.
+
+  Args:
+    subject: the SAE in its model.
+    tokens_T: ids, BOS first.
+    logit: tokens (a, b); b None: a's logit alone.
+    position: of the token after which the logit is read; by default the last.
+    top: latents that are measured, by each of the two predictions.
+    others: latents that fire too, drawn from the rest, for the correlation.
+    shuffles: of the decoders; fewer than 19 let nothing pass.
+    steps: of the integral.
+    seed: of what is drawn.
+
+  Returns:
+    `value` (m); `without` (m without latents and error), `latents`, `error`,
+    `other` (integrated: parts of value - without, `other` being what the
+    integral misses); `exact_error` and `exact_latents`, measured with each of
+    them removed at once; `features`, the measured ones, the largest exact
+    effects first: `feature`, `gradient`, `integrated`, `exact`, `by_token` (of
+    the gradient), `control` (the largest effect of its own value along other
+    decoders), `p`, `passes`, `chosen` (False for the others); `agreement`, for
+    each prediction `spearman` and `slope`; `shuffled`, the largest effect of
+    each shuffle; `passing` and `verdict`.
+
+  Raises:
+    ValueError: a token that is not of the vocabulary, a position outside; no
+      other latent to shuffle with.
+  """
+  position = len(tokens_T) - 1 if position is None else position
+  check(subject, tokens_T, logit, position)
+  tokens_T = [int(i) for i in tokens_T[: position + 1]]
+  found = search(subject, tokens_T, logit, steps)
+  fires = np.flatnonzero(found['fires'])
+  chosen = _largest(found, top)
+  rng = np.random.default_rng(seed)
+  rest = rng.permutation(np.setdiff1d(fires, chosen))[:others]
+  measured = [*chosen, *map(int, rest)]
+  exact, control_CN = _exact(
+    subject, tokens_T, logit, measured, len(chosen), shuffles, seed
+  )
+  shuffled = np.zeros(0)
+  if chosen:
+    shuffled = permutation_test.largest(
+      subject, tokens_T, logit, found['f'], [found['slope'][w] for w in _WAYS],
+      top=top, shuffles=shuffles, seed=seed,
+    )  # fmt: skip
+  features = []
+  for n, i in enumerate(measured):
+    mine = n < len(chosen)
+    p = permutation_test.p_value(exact[n], shuffled) if mine else None
+    features.append({
+      'feature': i,
+      **{way: float(found[way][i]) for way in _WAYS},
+      'exact': float(exact[n]),
+      'by_token': found['by_token'][i].tolist(),
+      'control': float(np.abs(control_CN[:, n]).max()) if mine else None,
+      'p': p,
+      'passes': mine and p <= LEVEL,
+      'chosen': mine,
+    })  # fmt: skip
+  passing = [line['feature'] for line in features if line['passes']]
+  features.sort(key=lambda line: (not line['chosen'], -abs(line['exact'])))
+  return {
+    **{key: found[key] for key in _FACTS},
+    'features': features,
+    'agreement': {way: agreement(features, way) for way in _WAYS},
+    'shuffled': sorted(map(float, shuffled), reverse=True),
+    'passing': passing,
+    'verdict': verdict(len(chosen), len(passing), shuffled),
+  }
+
+
+def _largest(found, top: int) -> list[int]:
+  """Latents that fire, the `top` of each prediction."""
+  order = [np.argsort(-np.abs(found[k]), kind='stable')[:top] for k in _WAYS]
+  both = dict.fromkeys(np.concatenate(order).tolist())
+  return [i for i in both if found['fires'][i]]
+
+
+def check(subject, tokens_T, logit, position) -> None:
+  """ValueError for a token or a position that is not there."""
+  size = subject.gemma.config.vocab_size
+  for token in [*tokens_T, *(t for t in logit if t is not None)]:
+    if not 0 <= token < size:
+      raise ValueError(f'There is no token {token}; the model has {size:,}.')
+  if not 0 <= position < len(tokens_T):
+    raise ValueError(
+      f'There is no position {position} in a text of {len(tokens_T)} tokens.'
+    )
+
+
+def verdict(count: int, passing: int, shuffled: np.ndarray) -> str:
+  """One sentence on how many of the latents measured pass."""
+  if not count:
+    return 'No latent fires on this text.'
+  if len(shuffled) < round(1 / LEVEL) - 1:
+    return f'Not tested: {len(shuffled)} shuffles are too few to tell.'
+  bar = (
+    f'with decoders shuffled the same search finds up to {shuffled.max():.3f}'
+  )
+  if not passing:
+    return f'No feature passes: {bar}.'
+  return f'{passing} of {count} latents pass: {bar}.'
+
+
+def agreement(features: Sequence[dict], way: str) -> dict[str, float | None]:
+  """Rank correlation of a prediction with the exact effects, and the slope.
+
+  slope is that of exact on predicted through zero: 1 where they agree.
+  """
+  from scipy import stats
+
+  predicted, exact = (
+    np.array([line[key] for line in features]) for key in (way, 'exact')
+  )
+  square = float(predicted @ predicted)
+  if len(features) < 3 or not square or not np.ptp(exact):
+    return {'spearman': None, 'slope': None}
+  return {
+    'spearman': float(stats.spearmanr(predicted, exact).statistic),
+    'slope': float(predicted @ exact / square),
+  }
+
+
+# Predictions.
+
+
+def search(
+  subject: Subject,
+  tokens_T: Sequence[int],
+  logit: tuple[int, int | None],
+  steps: int,
+) -> dict[str, Any]:
+  """Both predictions of all latents, of a logit after the last token.
+
+  Returns:
+    `f` [T, F]; `slope`, for each way dm/df [T, F]; the ways themselves [F];
+    `by_token` [F, T]; `fires` [F]; and the figures of `attribute`.
+  """
+  tokens_1T, length = effects.padded([tokens_T]), len(tokens_T)
+  keep_T = ~np.isin(tokens_1T[0], subject.special)
+  f_TF, path, error = _parts(
+    subject.gemma, subject.lm_params, subject.params, subject.place, tokens_1T,
+    keep_T,
+  )  # fmt: skip
+  f_TF = np.asarray(f_TF)[:length]
+  # Along the path; then y, the offset, and y without error or without latents.
+  s_S = (np.arange(steps) + 0.5) / steps
+  shifts = [
+    np.stack([*(-(1 - s_S)[:, None, None] * p), 0 * p, -p, -e, e - p])
+    for p, e in zip(map(np.asarray, path), map(np.asarray, error), strict=True)
+  ]
+  values, slopes = [], []
+  for start in range(0, steps + 4, _AT_ONCE):
+    at = np.arange(start, min(start + _AT_ONCE, steps + 4))
+    value_S, slope = _slopes(
+      subject.gemma, subject.lm_params, subject.place.targets, tokens_1T,
+      tuple(a[np.resize(at, _AT_ONCE)] for a in shifts), length - 1, logit[0],
+      -1 if logit[1] is None else logit[1],
+    )  # fmt: skip
+    values.append(np.asarray(value_S)[: len(at)])
+    slopes.append([np.asarray(g)[: len(at)] for g in slope])
+  value_S = np.concatenate(values)
+  slope = [np.concatenate(column) for column in zip(*slopes, strict=True)]
+  W_dec, once = subject.params['W_dec'], subject.carried
+  found = {'f': f_TF, 'fires': (f_TF > 0).any(0), 'slope': {}}
+  of_way = {
+    'gradient': tuple(g[steps] for g in slope),
+    'integrated': tuple(g[:steps].mean(0) for g in slope),
+  }
+  for way, g in of_way.items():
+    slope_TF, missed = map(np.asarray, _contracted(W_dec, error, g, once))
+    found['slope'][way] = slope_TF[:length]
+    found[way] = (f_TF * slope_TF[:length]).sum(0)
+  found['by_token'] = (f_TF * found['slope']['gradient']).T
+  value, without, no_error, no_latents = map(float, value_S[steps:])
+  latents, missed = float(found['integrated'].sum()), float(missed)
+  return found | {
+    'value': value,
+    'without': without,
+    'latents': latents,
+    'error': missed,
+    'other': value - without - latents - missed,
+    'exact_latents': value - no_latents,
+    'exact_error': value - no_error,
+  }
+
+
+@functools.partial(jax.jit, static_argnames=('gemma', 'place'))
+def _parts(gemma, lm_params, params, place, tokens_1T, keep_T):
+  """f [T, F]; at each target y - offset and the error, 0 at special tokens."""
+  at = tuple(sorted({*place.sites, *place.targets}))
+  taps = gemma.forward(lm_params, tokens_1T, taps=at, logits=False).taps
+  x, y = (
+    splice.stacked([taps[s] for s in where], place.several)[0]
+    for where in (place.sites, place.targets)
+  )
+  with jax.default_matmul_precision('highest'):
+    f = sae.encode(params, x)
+    if intervene.carried(place):
+      path = jnp.einsum('tlf,lfld->tld', f, params['W_dec'])
+      error = jnp.zeros_like(path)
+    else:
+      error = y - sae.decode(params, f, x)
+      path = y - sae.decode(params, jnp.zeros_like(f), x)
+  kept = lambda a: jnp.where(keep_T.reshape(-1, *[1] * (a.ndim - 1)), a, 0)
+  several = lambda a: jnp.moveaxis(a, -2, 0) if place.several else a[None]
+  return (
+    kept(f).reshape(len(f), -1),
+    tuple(several(kept(path))),
+    tuple(several(kept(error))),
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('gemma', 'targets'))
+def _slopes(
+  gemma, lm_params, targets: tuple[sites.Site, ...], tokens_1T, shifts,
+  position, plus, minus,
+):  # fmt: skip
+  """m and its gradient at each target, at y + shift [S, T, D]."""
+  tokens_ST = jnp.broadcast_to(tokens_1T, (len(shifts[0]), tokens_1T.shape[1]))
+  at = splice.last(gemma)
+
+  def total(shifts):
+    edits = {
+      site: functools.partial(jnp.add, shift)
+      for site, shift in zip(targets, shifts, strict=True)
+    }
+    x_STD = gemma.forward(
+      lm_params, tokens_ST, taps=(at,), edits=edits, logits=False
+    ).taps[at]
+    logits_SV = gemma.unembed(lm_params, x_STD[:, position][:, None])[:, 0]
+    m_S = logits_SV[:, plus] - jnp.where(minus < 0, 0, logits_SV[:, minus])
+    return jnp.sum(m_S), m_S
+
+  (_, m_S), slope = jax.value_and_grad(total, has_aux=True)(shifts)
+  return m_S, slope
+
+
+@functools.partial(jax.jit, static_argnames='once')
+def _contracted(W_dec, error, slope, once: bool):
+  """What a unit of each latent writes, and the error, times the slopes."""
+  with jax.default_matmul_precision('highest'):
+    if W_dec.ndim == 2:
+      slope_TF = slope[0] @ W_dec.T
+    elif once:
+      g_TLD = jnp.stack(slope, 1)
+      slope_TF = jnp.einsum('tld,lfld->tlf', g_TLD, W_dec)
+    else:  # [L, F, M, D]
+      slope_TF = sum(
+        jnp.einsum('td,lfd->tlf', g_TD, W_dec[:, :, m])
+        for m, g_TD in enumerate(slope)
+      )
+    missed = sum(
+      jnp.sum(e_TD * g_TD) for e_TD, g_TD in zip(error, slope, strict=True)
+    )
+  return slope_TF.reshape(len(slope_TF), -1), missed
+
+
+# Measurements.
+
+
+def _exact(subject, tokens_T, logit, features, chosen, controls, seed):
+  """Exact effects of ablations [N], and of the controls of the first [C, N]."""
+  if not features:
+    return np.zeros(0), np.zeros((controls, 0))
+  own = intervene.rows(subject, [[Change(i)] for i in features])
+  first, rest = (
+    Rows(*(array[part] for array in own))
+    for part in (slice(chosen), slice(chosen, None))
+  )
+  both = intervene.with_controls(subject, first, controls, seed)
+  found = effects.effects(
+    subject, effects.padded([tokens_T]), intervene.stacked([both, rest]),
+    logit=logit,
+  )  # fmt: skip
+  change_B = (found.clean_logit_BT - found.logit_BT)[:, len(tokens_T) - 1]
+  of_first, control, of_rest = np.split(
+    change_B, [chosen, chosen * (1 + controls)]
+  )
+  return np.concatenate([of_first, of_rest]), control.reshape(controls, chosen)
+
+
+def report(
+  found: dict[str, Any], named: Callable[[int], str] = lambda feature: ''
+) -> str:
+  """`attribute`'s result as lines of text.
+
+  Args:
+    named: feature -> its label, or ''.
+  """
+  whole = found['value'] - found['without']
+  # Of parts that cancel, shares say nothing.
+  clear = abs(whole) > (abs(found['latents']) + abs(found['error'])) / 10
+  share = lambda v: f'{v:.3f} ({v / whole:.0%})' if clear else f'{v:.3f}'
+  lines = [
+    f'value {found["value"]:.3f}, without latents and error '
+    f'{found["without"]:.3f}',
+    f'integrated: latents {share(found["latents"])}, error '
+    f'{share(found["error"])}, missed {share(found["other"])}',
+    f'removed at once: latents {found["exact_latents"]:.3f}, error '
+    f'{found["exact_error"]:.3f}',
+    f'{"feature":>8} {"gradient":>9} {"integrated":>10} {"exact":>8} '
+    f'{"control":>8} {"p":>5}',
+  ]
+  for line in found['features']:
+    if line['chosen']:
+      lines.append(
+        f'{line["feature"]:>8} {line["gradient"]:>9.3f} '
+        f'{line["integrated"]:>10.3f} {line["exact"]:>8.3f} '
+        f'{line["control"]:>8.3f} {line["p"]:>5.2f} '
+        f'{"passes" if line["passes"] else "":6} '
+        f'{named(line["feature"])}'.rstrip()
+      )
+  for way, one in found['agreement'].items():
+    if one['slope'] is not None:
+      lines.append(
+        f'{way} against exact, {len(found["features"])} latents: rank '
+        f'correlation {one["spearman"]:.2f}, slope {one["slope"]:.2f}'
+      )
+  return '\n'.join([*lines, found['verdict']])

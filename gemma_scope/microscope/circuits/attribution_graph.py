@@ -1,0 +1,370 @@
+"""Attribution graphs over transcoders or a CLT: what a logit was made of.
+
+  rows of A (`replacement`) for the logit, then for features, the most
+  influential first, whose own sources are found so
+
+  influence of a node: what reaches it from the logit when each target shares
+  itself out over its sources by |A|. Nodes are pruned to 0.8 of all influence,
+  edges to 0.98 (Ameisen et al., Circuit Tracing, 2025).
+
+Each feature that stays is ablated, at its token, in the whole model with its
+own MLPs and attention: what was predicted along all paths of the graph, and
+what was measured. The control is that of `attribute`, by token: as many latents
+at a token, those that the gradient says matter most when decoders are shuffled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma_scope.language_model import splice
+from gemma_scope.microscope.circuits import (
+  attribution,
+  effects,
+  intervene,
+  permutation_test,
+  replacement_model,
+)
+from gemma_scope.microscope.circuits.intervene import Change, Subject
+from gemma_scope.microscope.circuits.replacement_model import (
+  KINDS,
+  Replacement,
+  Sources,
+)
+
+_AT_ONCE = 32  # features whose sources are found before influence is new
+LOGIT = -1  # as the target of an edge
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+  """Nodes that stayed, and the edges among them and to the logit.
+
+  Attributes:
+    sources: every node that writes.
+    nodes: indexes of those that stayed.
+    edges: (source, target, A); a target is a node or `LOGIT`.
+    influence: of every source.
+    value: of the logit; with a soft-cap, times its slope there, so that A are
+      first-order changes of the logit itself. Its A add up to it.
+    ends: shares of the influence that end in embeddings, in errors, in biases,
+      and in features whose own sources were not looked for.
+    features: those that stayed, each with `node`, `predicted`, `exact`, `p` and
+      `passes`.
+    agreement: of predicted with exact (`attribute.agreement`).
+    shuffled: the largest effect of each shuffle.
+  """
+
+  sources: Sources
+  nodes: list[int]
+  edges: list[tuple[int, int, float]]
+  influence: np.ndarray
+  value: float
+  ends: dict[str, float]
+  features: list[dict[str, Any]]
+  agreement: dict[str, float | None]
+  shuffled: list[float]
+
+
+def trace(
+  subjects: Sequence[Subject],
+  tokens_T: Sequence[int],
+  logit: tuple[int, int | None],
+  *,
+  position: int | None = None,
+  most: int = 256,
+  nodes: float = 0.8,
+  edges: float = 0.98,
+  shuffles: int = 19,
+  seed: int = 0,
+) -> Graph:
+  """The graph behind a logit, or a difference of two.
+
+  Args:
+    subjects: transcoders, at most one a layer, or one CLT; of one model.
+    tokens_T: ids, BOS first.
+    logit: tokens (a, b); b None: a's alone.
+    position: of the token after which the logit is read; by default the last.
+    most: features whose own sources are found.
+    nodes, edges: shares of the influence that stay.
+    shuffles: of the decoders; fewer than 19 let nothing pass.
+    seed: of these.
+
+  Raises:
+    ValueError: they are no transcoders, or two write to one layer.
+  """
+  position = len(tokens_T) - 1 if position is None else position
+  replacement_model.check(subjects)
+  attribution.check(subjects[0], tokens_T, logit, position)
+  tokens_T = [int(i) for i in tokens_T[: position + 1]]
+  model = Replacement(subjects, tokens_T)
+  sources = model.sources
+  target, value = _readout(subjects[0], model.last_TD, logit, position)
+  (of_logit_n,) = model.rows([target])
+  features = int((sources.kind == 0).sum())
+  rows: dict[int, np.ndarray] = {}
+  while len(rows) < most:
+    influence_n = influence(of_logit_n, rows)
+    order = np.argsort(-influence_n[:features], kind='stable')
+    chosen = [int(i) for i in order if i not in rows and influence_n[i] > 0]
+    chosen = chosen[: min(_AT_ONCE, most - len(rows))]
+    if not chosen:
+      break
+    found = model.rows([model.target(i) for i in chosen])
+    rows |= dict(zip(chosen, found, strict=True))
+  influence_n = influence(of_logit_n, rows)
+  kept, kept_edges = prune(sources, of_logit_n, rows, influence_n, nodes, edges)
+  mine = [i for i in kept if sources.kind[i] == 0]
+  predicted_n = along_all_paths(sources, of_logit_n, rows)
+  measured = _measured(subjects, sources, tokens_T, logit, mine, predicted_n)
+  most_C = _shuffled(subjects, sources, tokens_T, logit, mine, shuffles, seed)
+  for line in measured:
+    line['p'] = permutation_test.p_value(line['exact'], most_C)
+    line['passes'] = line['p'] <= attribution.LEVEL
+  return Graph(
+    sources, kept, kept_edges, influence_n, value,
+    _ends(sources, influence_n, rows), measured,
+    attribution.agreement(measured, 'predicted'),
+    sorted(map(float, most_C), reverse=True),
+  )  # fmt: skip
+
+
+def _readout(subject: Subject, last_TD, logit, position: int):
+  """The logit as a target, a vector of the last residual stream; its value."""
+  gain_D = 1 + np.asarray(subject.lm_params['final_norm']['scale'], np.float32)
+  x_D = last_TD[position]
+  gain_D = gain_D / np.sqrt(np.mean(np.square(x_D)) + 1e-6)
+  cap, vectors = subject.gemma.config.final_softcap, []
+  for token in logit:
+    if token is None:
+      continue
+    row_D = subject.lm_params['embedder']['input_embedding'][token]
+    vector_D = np.asarray(row_D, np.float32) * gain_D
+    slope = 1 if cap is None else 1 - np.tanh(vector_D @ x_D / cap) ** 2
+    vectors.append(slope * vector_D)
+  vector_D = vectors[0] - sum(vectors[1:])
+  return (splice.last(subject.gemma), position, vector_D), float(vector_D @ x_D)
+
+
+def _ends(sources, influence_n, rows) -> dict[str, float]:
+  """Where influence ends: what is not shared out any further."""
+  unexpanded = [
+    i for i in np.flatnonzero(sources.kind == 0) if int(i) not in rows
+  ]
+  found = {
+    kind: float(influence_n[sources.kind == k].sum())
+    for k, kind in enumerate(KINDS)
+    if k
+  } | {'unexpanded': float(influence_n[unexpanded].sum())}
+  total = sum(found.values())
+  return {key: value / total if total else 0.0 for key, value in found.items()}
+
+
+def influence(
+  of_logit_n: np.ndarray, rows: dict[int, np.ndarray]
+) -> np.ndarray:
+  """What reaches each source from the logit, through features with rows."""
+  share = lambda row: np.abs(row) / max(np.abs(row).sum(), 1e-30)
+  nodes = np.fromiter(rows, int, len(rows))
+  reach_n = share(of_logit_n)
+  total_n = reach_n.astype(np.float64)
+  if not len(nodes):
+    return total_n
+  share_En = np.stack([share(rows[i]) for i in nodes])
+  while True:  # a layer at a time: as often as paths are long
+    reach_n = reach_n[nodes] @ share_En
+    if reach_n.sum() < 1e-9:
+      return total_n
+    total_n += reach_n
+
+
+def along_all_paths(
+  sources: Sources, of_logit_n: np.ndarray, rows: dict[int, np.ndarray]
+) -> np.ndarray:
+  """What the logit loses in the linear model if a source wrote nothing.
+
+  A feature that loses a share of its z loses that share of what it adds.
+  """
+  total_n = of_logit_n.astype(np.float64)
+  # A feature reads what earlier layers wrote: the last ones first.
+  for i in sorted(rows, key=lambda i: -sources.layer[i]):
+    total_n += total_n[i] / sources.value[i] * rows[i]
+  return total_n
+
+
+def prune(
+  sources: Sources,
+  of_logit_n: np.ndarray,
+  rows: dict[int, np.ndarray],
+  influence_n: np.ndarray,
+  nodes: float,
+  edges: float,
+) -> tuple[list[int], list[tuple[int, int, float]]]:
+  """The nodes and edges that hold so much of the influence.
+
+  A feature that leads nowhere, or into which nothing leads, goes too.
+  """
+  kept = set(_most(influence_n, nodes))
+  at = sorted(i for i in kept if i in rows)
+  targets = [LOGIT, *at]
+  weight_En = np.stack([of_logit_n, *(rows[i] for i in at)])
+  score_En = np.abs(weight_En)
+  score_En /= np.maximum(score_En.sum(1, keepdims=True), 1e-30)
+  score_En *= np.append(1.0, influence_n[at])[:, None]
+  score_En[:, sorted(set(range(len(influence_n))) - kept)] = 0
+  found = [
+    (int(j), targets[e], float(weight_En[e, j]))
+    for e, j in zip(
+      *np.unravel_index(_most(score_En.ravel(), edges), score_En.shape),
+      strict=True,
+    )
+  ]
+  while True:
+    leads, fed = {j for j, _, _ in found}, {t for _, t, _ in found}
+    good = {i for i in leads if sources.kind[i] != 0 or i in fed} | {LOGIT}
+    left = [edge for edge in found if edge[0] in good and edge[1] in good]
+    if len(left) == len(found):
+      return sorted(leads), found
+    found = left
+
+
+def _most(score_n: np.ndarray, share: float) -> np.ndarray:
+  """The largest ones that add up to a share of all."""
+  order = np.argsort(-score_n, kind='stable')
+  reached = np.cumsum(score_n[order])
+  if not len(order) or not reached[-1]:
+    return order[:0]
+  count = int(np.searchsorted(reached, share * reached[-1])) + 1
+  return order[:count][score_n[order[:count]] > 0]
+
+
+def _measured(
+  subjects, sources, tokens_T, logit, nodes, predicted_n
+) -> list[dict[str, Any]]:
+  """Each feature ablated at its token."""
+  tokens_1T, lines = effects.padded([tokens_T]), []
+  for n, subject in enumerate(subjects):
+    mine = [i for i in nodes if sources.member[i] == n]
+    if not mine:
+      continue
+    rows = intervene.rows(
+      subject, [[Change(int(sources.feature[i]))] for i in mine]
+    )
+    where_BT = sources.position[mine][:, None] == np.arange(tokens_1T.shape[1])
+    found = effects.effects(
+      subject, tokens_1T, rows, logit=logit, where_BT=where_BT
+    )
+    change_B = (found.clean_logit_BT - found.logit_BT)[:, len(tokens_T) - 1]
+    lines += [
+      {'node': i, 'predicted': float(predicted_n[i]), 'exact': float(exact)}
+      for i, exact in zip(mine, change_B, strict=True)
+    ]
+  return lines
+
+
+def _shuffled(
+  subjects, sources, tokens_T, logit, nodes, shuffles, seed
+) -> np.ndarray:
+  """The largest effect of each shuffle, over all subjects."""
+  most_C = np.zeros(shuffles)
+  for n, subject in enumerate(subjects):
+    count = sum(sources.member[i] == n for i in nodes)
+    if count:
+      found = attribution.search(subject, tokens_T, logit, 1)
+      own_C = permutation_test.largest(
+        subject, tokens_T, logit, found['f'], [found['slope']['gradient']],
+        top=int(count), shuffles=shuffles, seed=seed, by_token=True,
+      )  # fmt: skip
+      most_C = np.maximum(most_C, own_C)
+  return most_C
+
+
+# For people and for other programs.
+
+
+def plain(graph: Graph) -> dict[str, Any]:
+  """The graph for JSON: nodes by name, edges by index among them."""
+  s, lines = graph.sources, {line['node']: line for line in graph.features}
+  index = {i: n for n, i in enumerate(graph.nodes)} | {LOGIT: len(graph.nodes)}
+  nodes = [
+    {
+      'kind': KINDS[s.kind[i]],
+      'member': int(s.member[i]),
+      'feature': int(s.feature[i]),
+      'layer': int(s.layer[i]),
+      'position': int(s.position[i]),
+      'value': float(s.value[i]),
+      'influence': float(graph.influence[i]),
+      **{k: v for k, v in lines.get(i, {}).items() if k != 'node'},
+    }
+    for i in graph.nodes
+  ]
+  return {
+    'nodes': [*nodes, {'kind': 'logit', 'value': graph.value}],
+    'edges': [[index[a], index[b], w] for a, b, w in graph.edges],
+    'ends': graph.ends,
+    'verdict': verdict(graph),
+    'agreement': graph.agreement,
+    'shuffled': graph.shuffled,
+  }
+
+
+def write(path: str | os.PathLike[str], graph: Graph) -> None:
+  """`plain` as a JSON file, whole or not at all."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(f'.{path.name}')
+  temporary.write_text(json.dumps(plain(graph), indent=1) + '\n')
+  os.replace(temporary, path)
+
+
+def report(
+  graph: Graph,
+  pieces: Sequence[str],
+  named: Callable[[int, int], str] = lambda member, feature: '',
+) -> str:
+  """The features that stayed, as lines of text, the most influential first.
+
+  Args:
+    pieces: of the text's tokens.
+    named: (subject, feature) -> its label, or ''.
+  """
+  s = graph.sources
+  lines = [
+    f'logit {graph.value:.3f}; {len(graph.nodes)} nodes, {len(graph.edges)} '
+    'edges; the influence ends in '
+    + ', '.join(f'{k} {v:.0%}' for k, v in graph.ends.items()),
+    f'{"layer":>5} {"token":>12} {"feature":>8} {"influence":>9} '
+    f'{"predicted":>9} {"exact":>8} {"p":>5}',
+  ]
+  for line in sorted(
+    graph.features, key=lambda line: -graph.influence[line['node']]
+  ):
+    i = line['node']
+    lines.append(
+      f'{s.layer[i]:>5} {pieces[s.position[i]]!r:>12} {s.feature[i]:>8} '
+      f'{graph.influence[i]:>9.3f} {line["predicted"]:>9.3f} '
+      f'{line["exact"]:>8.3f} {line["p"]:>5.2f} '
+      f'{"passes" if line["passes"] else "":6} '
+      f'{named(int(s.member[i]), int(s.feature[i]))}'.rstrip()
+    )
+  if graph.agreement['slope'] is not None:
+    lines.append(
+      f'predicted against exact: rank correlation '
+      f'{graph.agreement["spearman"]:.2f}, slope {graph.agreement["slope"]:.2f}'
+    )
+  return '\n'.join([*lines, verdict(graph)])
+
+
+def verdict(graph: Graph) -> str:
+  """One sentence on how many of its features pass."""
+  passing = sum(line['passes'] for line in graph.features)
+  return attribution.verdict(
+    len(graph.features), passing, np.array(graph.shuffled)
+  )

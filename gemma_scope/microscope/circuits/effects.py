@@ -1,0 +1,368 @@
+"""What changed latents do to what the model says, and what that costs.
+
+Of a pass with changes, q, beside the same text without, p, at each position
+
+  kl_BT = KL(p || q)      loss_BT = -log q(next token)
+  logit_BT = q's logit of token a, less that of b
+
+Beside each strength of a dose-response curve stand as long vectors along other
+latents' decoders, and beside a steered text the default one of the same seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from gemma_scope import places, sae
+from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import generate, splice
+from gemma_scope.microscope.circuits import intervene
+from gemma_scope.microscope.circuits.intervene import Change, Rows, Subject
+
+STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+_ROUND = 16  # lengths are rounded up to it: few programs
+
+
+class Effects(NamedTuple):
+  """Passes with changes, each beside its text without; float32, host memory.
+
+  Losses have T - 1 positions, entry t that of token t + 1.
+  """
+
+  kl_BT: np.ndarray
+  loss_BT: np.ndarray
+  clean_loss_BT: np.ndarray
+  logit_BT: np.ndarray
+  clean_logit_BT: np.ndarray
+  counts_BT: np.ndarray  # where a token may be changed: all but special ones
+
+
+def effects(
+  subject: Subject,
+  tokens_PT: np.ndarray,
+  given: Rows,
+  prompt_B: np.ndarray | None = None,
+  *,
+  logit: tuple[int, int | None] = (0, None),
+  where_BT: np.ndarray | None = None,
+  batch: int = 64,
+) -> Effects:
+  """Runs every row of changes and the texts without changes.
+
+  Args:
+    subject: the SAE in its model.
+    tokens_PT: int32, BOS first, 0 after a text's end.
+    given: changes of B rows.
+    prompt_B: the text of each row; by default all have the first.
+    logit: (a, b), tokens whose logits' difference is measured; b None: 0.
+    where_BT: tokens that the changes apply to; by default all but special ones.
+    batch: rows of one pass.
+  """
+  tokens_PT = padded(tokens_PT)
+  rows_count = len(given.feature_BK)
+  prompt_B = np.zeros(rows_count, int) if prompt_B is None else prompt_B
+  usual_PT = ~np.isin(tokens_PT, subject.special)
+  usual_BT = usual_PT[prompt_B]
+  if where_BT is not None:
+    wide = np.zeros(usual_BT.shape, bool)
+    wide[:, : where_BT.shape[1]] = where_BT
+    usual_BT = usual_BT & wide
+  minus = -1 if logit[1] is None else logit[1]
+  before_PTD = _last(subject.gemma, subject.lm_params, tokens_PT)
+  parts = []
+  for start in range(0, rows_count, batch):
+    at = np.arange(start, min(start + batch, rows_count))
+    filled = np.resize(at, min(batch, _power(rows_count)))
+    part = Rows(*(a[filled] for a in given))
+    found = _effects(
+      subject.gemma, subject.place, subject.lm_params, subject.params,
+      tokens_PT[prompt_B[filled]], before_PTD[prompt_B[filled]], part,
+      usual_BT[filled], np.int32(logit[0]), np.int32(minus), given.projects,
+    )  # fmt: skip
+    parts.append([np.asarray(a)[: len(at)] for a in found])
+  kl, loss, clean, logit_BT, clean_logit = (
+    np.concatenate(column) for column in zip(*parts, strict=True)
+  )
+  counts_BT = usual_PT[prompt_B]
+  return Effects(kl, loss, clean, logit_BT, clean_logit, counts_BT)
+
+
+def _power(count: int) -> int:
+  return 1 << max(count - 1, 0).bit_length()
+
+
+def padded(tokens: Sequence[Sequence[int]]) -> np.ndarray:
+  """Texts as int32 [P, T], filled up to a round length with padding."""
+  length = -(-max(map(len, tokens)) // _ROUND) * _ROUND
+  found = np.zeros((len(tokens), length), np.int32)
+  for i, row in enumerate(tokens):
+    found[i, : len(row)] = row
+  return found
+
+
+@functools.partial(jax.jit, static_argnames='gemma')
+def _last(gemma, lm_params, tokens_PT):
+  at = splice.last(gemma)
+  return gemma.forward(lm_params, tokens_PT, taps=(at,), logits=False).taps[at]
+
+
+@functools.partial(jax.jit, static_argnames=('gemma', 'place', 'projects'))
+def _effects(
+  gemma, place, lm_params, params, tokens_BT, before_BTD, rows, where_BT, plus,
+  minus, projects,
+):  # fmt: skip
+  at = splice.last(gemma)
+  after_BTD = gemma.forward(
+      lm_params, tokens_BT, taps=(at,), logits=False,
+      edits=intervene.edits(place, params, rows, where_BT, projects),
+  ).taps[at]  # fmt: skip
+  next_BT = jnp.roll(tokens_BT, -1, 1)
+
+  def of_slice(after_BtD, before_BtD, next_Bt):
+    logits = [gemma.unembed(lm_params, x) for x in (after_BtD, before_BtD)]
+    logq, logp = map(jax.nn.log_softmax, logits)
+    kl_Bt = jnp.sum(jnp.exp(logp) * (logp - logq), -1)
+    take = lambda a: -jnp.take_along_axis(a, next_Bt[..., None], -1)[..., 0]
+    of = lambda a: a[..., plus] - jnp.where(minus < 0, 0, a[..., minus])
+    return kl_Bt, take(logq), take(logp), of(logits[0]), of(logits[1])
+
+  found = splice.by_slices(of_slice, None, after_BTD, before_BTD, next_BT)
+  kl_BT, loss_BT, clean_BT, logit_BT, clean_logit_BT = map(splice.join, found)
+  return kl_BT, loss_BT[:, :-1], clean_BT[:, :-1], logit_BT, clean_logit_BT
+
+
+def summary(found: Effects) -> list[dict]:
+  """Of each row: mean KL, mean change of loss, change of logit; for JSON.
+
+  Means are over the tokens that may be changed, and over the losses between
+  two of them; the logit is that after the last such token.
+  """
+  lines = []
+  for b, counts_T in enumerate(found.counts_BT):
+    last = int(np.flatnonzero(counts_T)[-1])
+    losses_T = counts_T[1:] & counts_T[:-1]
+    delta_T = found.loss_BT[b] - found.clean_loss_BT[b]
+    mean = float(delta_T[losses_T].mean()) if losses_T.any() else 0.0
+    lines.append({
+        'kl': float(found.kl_BT[b][counts_T].mean()),
+        'delta_loss': mean,
+        'delta_logit': float((found.logit_BT - found.clean_logit_BT)[b, last]),
+    })  # fmt: skip
+  return lines
+
+
+def dose_response(
+  subject: Subject,
+  tokens_T: Sequence[int],
+  change: Change,
+  *,
+  strengths: Sequence[float] = STRENGTHS,
+  logit: tuple[int, int | None],
+  controls: int = 8,
+  seed: int = 0,
+) -> list[dict[str, Any]]:
+  """Effects at each strength, beside those of as long vectors of other latents.
+
+  Args:
+    subject, tokens_T, logit: as in `effects`.
+    change: its strength is not read.
+    strengths: in units of the latent's largest value.
+    controls: other latents, at each strength.
+    seed: of their choice.
+
+  Returns:
+    For each strength `kl`, `delta_loss`, `delta_logit`, and `control`: of each
+    of these (mean, least, most). KL and Δloss are means over the text.
+  """
+  series = [[dataclasses.replace(change, strength=s)] for s in strengths]
+  both = intervene.with_controls(
+    subject, intervene.rows(subject, series), controls, seed
+  )
+  # One other latent keeps its place through all strengths.
+  for i in range(controls):
+    part = slice((i + 1) * len(series), (i + 2) * len(series))
+    both.writer_BK[part] = both.writer_BK[part.start]
+    both.gain_BK[part] = both.gain_BK[part.start]
+  found = summary(effects(subject, padded([tokens_T]), both, logit=logit))
+  lines = []
+  for i, strength in enumerate(strengths):
+    others = found[i + len(series) :: len(series)]
+    spread = {
+      key: [float(f([o[key] for o in others])) for f in (np.mean, min, max)]
+      for key in found[i]
+      if others
+    }
+    lines.append({'strength': strength, **found[i], 'control': spread})
+  return lines
+
+
+def curve_table(curve: Sequence[dict[str, Any]]) -> str:
+  """A dose-response as lines of text; controls: mean (least to most)."""
+  lines = [f'{"strength":>8}  KL, delta loss, delta logit, and their controls']
+  for point in curve:
+    cells = []
+    for key, value in point.items():
+      if key in point['control']:
+        mean, least, most = point['control'][key]
+        cells.append(
+          f'{value:+.3f} [{mean:+.3f} ({least:+.3f} to {most:+.3f})]'
+        )
+    lines.append(f'{point["strength"]:>8.2f}  ' + '  '.join(cells))
+  return '\n'.join(lines)
+
+
+# What a text's latents are.
+
+
+class Reading(NamedTuple):
+  """The strongest latents of each token of a text; host memory."""
+
+  feature_TK: np.ndarray
+  value_TK: np.ndarray  # falling; 0 is none
+  l0_T: np.ndarray
+  unexplained_T: np.ndarray  # |y - y_hat|^2 / |y|^2
+  counts_T: np.ndarray  # False at tokens that no SAE was trained on
+
+
+def read(subject: Subject, tokens_T: Sequence[int], top: int = 10) -> Reading:
+  """The `top` latents of each token, and what the SAE misses there."""
+  tokens_PT, length = padded([tokens_T]), len(tokens_T)
+  place = subject.place
+  at = tuple(sorted({*place.sites, *place.targets}))
+  taps = splice.taps(subject.gemma, subject.lm_params, tokens_PT, at)
+  found = _read(
+    subject.params,
+    tuple(taps[s] for s in place.sites),
+    tuple(taps[s] for s in place.targets),
+    min(top, subject.width),
+  )
+  counts_T = ~np.isin(tokens_PT[0, :length], subject.special)
+  return Reading(*(np.asarray(a)[:length] for a in found), counts_T)
+
+
+@functools.partial(jax.jit, static_argnames='top')
+def _read(params, x, y, top: int):
+  several = params['W_enc'].ndim == 3
+  x, y = splice.stacked(x, several)[0], splice.stacked(y, several)[0]
+  with jax.default_matmul_precision('highest'):
+    f = sae.encode(params, x)
+    missed = y - sae.decode(params, f, x)
+  axes = tuple(range(1, y.ndim))
+  share_T = jnp.sum(missed**2, axes) / jnp.maximum(jnp.sum(y**2, axes), 1e-30)
+  f_TF = f.reshape(len(f), -1)
+  value_TK, feature_TK = jax.lax.top_k(f_TF, top)
+  return feature_TK, value_TK, jnp.sum(f_TF > 0, -1), share_T
+
+
+class Prediction(NamedTuple):
+  """What the model says after each token of a text; host memory."""
+
+  token_TK: np.ndarray  # the likeliest, falling
+  probability_TK: np.ndarray
+  loss_T: np.ndarray  # of token t + 1, nats; T - 1 of them
+
+
+def predict(
+  gemma: lm.Gemma, lm_params: lm.Params, tokens_T: Sequence[int], top: int
+) -> Prediction:
+  """The `top` likeliest next tokens at each position."""
+  tokens_1T, length = padded([tokens_T]), len(tokens_T)
+  found = _predict(gemma, lm_params, tokens_1T, top)
+  token_TK, probability_TK, loss_T = (np.asarray(a)[0] for a in found)
+  return Prediction(
+    token_TK[:length], probability_TK[:length], loss_T[: length - 1]
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('gemma', 'top'))
+def _predict(gemma, lm_params, tokens_1T, top: int):
+  at = splice.last(gemma)
+  x_1TD = gemma.forward(lm_params, tokens_1T, taps=(at,), logits=False).taps[at]
+
+  def of_slice(x_1tD, next_1t):
+    logp = jax.nn.log_softmax(gemma.unembed(lm_params, x_1tD))
+    value, token = jax.lax.top_k(logp, top)
+    own = jnp.take_along_axis(logp, next_1t[..., None], -1)[..., 0]
+    return token, jnp.exp(value), -own
+
+  parts = splice.by_slices(of_slice, None, x_1TD, jnp.roll(tokens_1T, -1, 1))
+  return tuple(map(splice.join, parts))
+
+
+# What the model says with a change.
+
+
+@dataclasses.dataclass(frozen=True)
+class _At:
+  """tokens_BT -> edits, for `generate`: special tokens are left alone."""
+
+  place: places.Place
+  special: tuple[int, ...]
+  projects: bool
+
+  def __call__(self, params, rows, tokens_BT):
+    where_BT = ~jnp.isin(tokens_BT, jnp.array(self.special))
+    return intervene.edits(self.place, params, rows, where_BT, self.projects)
+
+
+def steer(
+  subject: Subject,
+  prompt: Sequence[int],
+  changes: Sequence[Change],
+  *,
+  max_new_tokens: int = 48,
+  temperature: float = 0.5,
+  seed: int = 0,
+  stop: Sequence[int] = (1,),
+  forbid: Sequence[int] = (2,),
+) -> dict[str, Any]:
+  """The model's continuation by default and with changes, from the same seed.
+
+  Args:
+    prompt: token ids, BOS first; it is read with the changes too.
+    changes: of one row.
+    stop, forbid: as in `generate.generate`.
+
+  Returns:
+    `default` and `steered`, each with `ids` (the continuation) and
+    `perplexity`, under the model without changes; of the steered one also `kl`,
+    the mean of KL(without || with the changes) over its tokens, in nats.
+  """
+  given = intervene.rows(subject, [[], list(changes)])
+  found = generate.generate(
+    subject.gemma,
+    subject.lm_params,
+    [prompt, prompt],
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    seed=seed,
+    streams=[0, 0],
+    stop=stop,
+    forbid=forbid,
+    edits=Partial(
+      _At(subject.place, subject.special, given.projects),
+      subject.params,
+      given,
+    ),
+  )
+  texts = padded([[*prompt, *map(int, reply)] for reply in found])
+  cost = effects(subject, texts, given, np.arange(2))
+  result = {}
+  for b, name in enumerate(('default', 'steered')):
+    reply = slice(len(prompt) - 1, len(prompt) - 1 + len(found[b]))
+    loss_T = cost.clean_loss_BT[b, reply]
+    result[name] = {
+      'ids': list(map(int, found[b])),
+      'perplexity': float(np.exp(loss_T.mean())) if len(loss_T) else None,
+    }
+  kl_T = cost.kl_BT[1, reply]
+  result['steered']['kl'] = float(kl_T.mean()) if len(kl_T) else None
+  return result

@@ -1,0 +1,361 @@
+"""Latents changed inside the model: steer, clamp, ablate, project out.
+
+  add      f'_i = f_i + s m_i     clamp  f'_i = s m_i     ablate  f'_i = 0
+           y' = y + sum_i (f'_i - f_i) W_dec[i]
+  project_out  y' = y less its part in the span of the W_dec[i]
+
+y is what the model has at the SAE's target and m_i the latent's largest value
+on the index's text, so that a strength s means the same for every latent. What
+the SAE does not reconstruct stays: an edit that changes nothing returns its
+input. Tokens that no SAE was trained on (BOS, padding) are left alone.
+
+A latent's own value never depends on its own change, for it is read before it
+is written; in an SAE over several layers those of later layers see the change.
+
+What a crosscoder of the residual stream says at a later layer holds what it
+wrote before: a change is written at the latent's own layer, and the model
+carries it on. All others write at every layer that the latent writes to.
+
+A row of a batch has its own changes: a dose-response curve, or an ablation of
+each of many latents, is one pass. The control of a change adds as long a vector
+at the same tokens, along another latent's decoder; of project_out it projects
+out another latent's decoder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from gemma_scope import places, sae, sites
+from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import hooks, splice
+
+KINDS = ('none', 'add', 'clamp', 'ablate', 'project_out')
+_NONE, _ADD, _CLAMP, _ABLATE, _PROJECT = range(len(KINDS))
+_STRONGEST = 1e4
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+  """What becomes of a latent.
+
+  Attributes:
+    feature: the latent, counted over all layers, layer-major.
+    kind: one of `KINDS`.
+    strength: of add and clamp, in units of the latent's largest value.
+  """
+
+  feature: int
+  kind: str = 'ablate'
+  strength: float = 1.0
+
+
+class Rows(NamedTuple):
+  """The changes of each row of a batch, as arrays; K a row, at most."""
+
+  feature_BK: np.ndarray
+  kind_BK: np.ndarray
+  value_BK: np.ndarray  # of add and clamp, in the latent's units
+  writer_BK: np.ndarray  # whose decoder is written: a control's is another's
+  gain_BK: np.ndarray  # that makes it as long
+
+  @property
+  def projects(self) -> bool:
+    """Whether one of them is project_out."""
+    return bool((np.asarray(self.kind_BK) == _PROJECT).any())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+  """An SAE in its model.
+
+  Attributes:
+    gemma, lm_params: the model.
+    params: the SAE's, on the devices.
+    place: what it reads and writes.
+    max_F: each latent's largest value, layer-major; 0 where it never fired.
+    special: tokens that are left alone.
+  """
+
+  gemma: lm.Gemma
+  lm_params: lm.Params
+  params: Mapping[str, jax.Array]
+  place: places.Place
+  max_F: np.ndarray
+  special: tuple[int, ...] = (0, 1, 2)
+
+  @property
+  def width(self) -> int:
+    """Latents, of all layers together."""
+    return self.params['b_enc'].size
+
+  @property
+  def carried(self) -> bool:
+    """Whether what is written at a layer is there again at later ones."""
+    return carried(self.place)
+
+
+def carried(place: places.Place) -> bool:
+  """Of a crosscoder of the residual stream."""
+  return place.type == 'crosscoder' and place.kind.startswith('resid')
+
+
+def subject(
+  gemma: lm.Gemma,
+  lm_params: lm.Params,
+  params: Mapping[str, Any],
+  card: Mapping[str, Any],
+  max_F: np.ndarray,
+  special: Collection[int] = (0, 1, 2),
+  mesh: Mesh | None = None,
+) -> Subject:
+  """A `Subject` from a member in released form and its index's `max_F`.
+
+  Raises:
+    ValueError: TopK over several layers at once, whose latents cannot be told
+      before all layers are read; `max_F` of another SAE.
+  """
+  place = places.of(card)
+  if place.several and 'k' in params:
+    raise ValueError(
+      'TopK over several layers picks its latents from all of them at once, '
+      'when the first ones have already been written: it cannot be changed '
+      'inside a pass. Release it with a threshold (BatchTopK).'
+    )
+  if len(max_F) != params['b_enc'].size:
+    raise ValueError(
+      f'max_F is of {len(max_F):,} latents and the SAE has '
+      f'{params["b_enc"].size:,}.'
+    )
+  return Subject(
+    gemma, lm_params, splice.put(params, mesh), place,
+    np.asarray(max_F, np.float32), tuple(sorted(map(int, special))),
+  )  # fmt: skip
+
+
+def rows(subject: Subject, changes: Sequence[Sequence[Change]]) -> Rows:
+  """The changes of each row as arrays, filled up to the same number.
+
+  Raises:
+    ValueError: an unknown kind or latent, one that is named twice in a row, a
+      strength that is no number, a strength of a latent that never fired.
+  """
+  most = max([1, *map(len, changes)])
+  shape = len(changes), most
+  feature_BK, kind_BK = (np.zeros(shape, np.int32) for _ in range(2))
+  value_BK = np.zeros(shape, np.float32)
+  for b, row in enumerate(changes):
+    named = [change.feature for change in row]
+    if len(set(named)) < len(named):
+      twice = next(i for i in named if named.count(i) > 1)
+      raise ValueError(f'Latent {twice} is changed twice; say it once.')
+    for k, change in enumerate(row):
+      _check(subject, change)
+      feature_BK[b, k] = change.feature
+      kind_BK[b, k] = KINDS.index(change.kind)
+      value_BK[b, k] = change.strength * subject.max_F[change.feature]
+  return Rows(
+    feature_BK, kind_BK, value_BK, feature_BK.copy(), np.ones(shape, np.float32)
+  )
+
+
+def _check(subject: Subject, change: Change) -> None:
+  if change.kind not in KINDS:
+    raise ValueError(
+      f'There is no change {str(change.kind)[:40]!r}; they are '
+      f'{", ".join(KINDS)}.'
+    )
+  if not 0 <= change.feature < subject.width:
+    raise ValueError(
+      f'There is no latent {change.feature}: the SAE has {subject.width:,}.'
+    )
+  if not abs(change.strength) <= _STRONGEST:
+    raise ValueError(
+      f'A strength lies within {_STRONGEST:g} times the largest value; found '
+      f'{change.strength}.'
+    )
+  if change.kind in ('add', 'clamp') and not subject.max_F[change.feature]:
+    raise ValueError(
+      f'Latent {change.feature} never fired on the text of the index, so that '
+      'a strength has no unit; ablate it or project it out.'
+    )
+
+
+def control(subject: Subject, given: Rows, seed: int = 0) -> Rows:
+  """The same vectors' lengths along the decoders of other latents that fired.
+
+  Drawn from the same layer, none of those of the row, none twice in a row.
+
+  Raises:
+    ValueError: a layer has no other latent that fired and writes.
+  """
+  rng = np.random.default_rng(seed)
+  layer_F, norm_F = decoders(subject)
+  pools = [
+    np.flatnonzero((subject.max_F > 0) & (norm_F > 0) & (layer_F == layer))
+    for layer in range(len(subject.place.sites))
+  ]
+  writer_BK = given.feature_BK.copy()
+  for b, row in enumerate(given.feature_BK):
+    mine = row[given.kind_BK[b] != _NONE].tolist()
+    for k, feature in enumerate(row):
+      if given.kind_BK[b, k] == _NONE:
+        continue
+      pool = pools[layer_F[feature]]
+      if len(pool) <= np.isin(mine, pool).sum():
+        raise ValueError(
+          'A control needs another latent of this layer that fired; there is '
+          'none.'
+        )
+      while True:
+        drawn = int(rng.choice(pool))
+        if drawn not in mine:
+          break
+      mine.append(drawn)
+      writer_BK[b, k] = drawn
+  return given._replace(
+    writer_BK=writer_BK, gain_BK=gains(norm_F, given.feature_BK, writer_BK)
+  )
+
+
+def with_controls(
+  subject: Subject, given: Rows, count: int, seed: int = 0
+) -> Rows:
+  """The rows, and behind them `count` controls of all of them."""
+  every = [given]
+  every += [control(subject, given, seed + c) for c in range(count)]
+  return stacked(every)
+
+
+def stacked(parts: Sequence[Rows]) -> Rows:
+  """Rows one after the other."""
+  return Rows(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def decoders(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+  """Each latent's layer, and the length of what it writes, [F] both."""
+  per = subject.width // len(subject.place.sites)
+  layer_F = np.arange(subject.width) // per
+  W_dec = subject.params['W_dec']
+  if subject.carried:  # what it writes to its own layer
+    W_dec = jnp.stack([W_dec[l, :, l] for l in range(len(W_dec))])
+    square_F = jnp.sum(jnp.square(W_dec), -1)
+  else:
+    axes = (-2, -1) if W_dec.ndim == 4 else -1
+    square_F = jnp.sum(jnp.square(W_dec), axes)
+  return layer_F, np.sqrt(np.asarray(square_F)).reshape(-1)
+
+
+def gains(norm_F, feature, writer) -> np.ndarray:
+  """What makes another latent's decoder as long as a latent's own."""
+  found = norm_F[feature] / np.where(norm_F[writer] > 0, norm_F[writer], 1)
+  return found.astype(np.float32)
+
+
+def edits(
+  place: places.Place,
+  params: Mapping[str, jax.Array],
+  rows: Rows,
+  where_BT: jax.Array,
+  projects: bool = True,
+) -> dict[sites.Site, hooks.Edit]:
+  """Edits of one pass, to be made inside its trace.
+
+  Args:
+    place, params: of a `Subject`.
+    rows: the changes, as many rows as the pass has.
+    where_BT: bool, the tokens that they apply to.
+    projects: False where none is project_out (`Rows.projects`), which takes an
+      inverse and long to compile.
+  """
+  per = params['b_enc'].size // len(place.sites)
+  layer_BK, own_BK = (
+    f(rows.feature_BK, per) for f in (jnp.floor_divide, jnp.mod)
+  )
+  writer_BK = jnp.mod(rows.writer_BK, per)
+  kind_B1K = rows.kind_BK[:, None]
+  step = {}  # layer -> [B, T, K], what each latent gains
+
+  def read(layer, x_BTD):
+    x_BTD = x_BTD.astype(jnp.float32)
+    f_BTK = _values(params, layer, own_BK, x_BTD)
+    wanted = jnp.select(
+      [kind_B1K == _ADD, kind_B1K == _CLAMP, kind_B1K == _ABLATE],
+      [f_BTK + rows.value_BK[:, None], rows.value_BK[:, None], 0.0],
+      f_BTK,
+    )
+    here = where_BT[..., None] & (layer_BK == layer)[:, None]
+    step[layer] = jnp.where(here, wanted - f_BTK, 0)
+
+  def write(layer, y_BTD):
+    dtype, y_BTD = y_BTD.dtype, y_BTD.astype(jnp.float32)
+    W_BKD = params['W_dec']
+    W_BKD = (
+      W_BKD[layer_BK, writer_BK, layer] if W_BKD.ndim == 4 else W_BKD[writer_BK]
+    ) * rows.gain_BK[..., None]
+    total_BTK = step[layer] if carried(place) else sum(step.values())
+    if projects:
+      there_BK = layer_BK == layer if carried(place) else layer_BK <= layer
+      out_BK = (rows.kind_BK == _PROJECT) & there_BK
+      part_BTK = _projected(jnp.where(out_BK[..., None], W_BKD, 0), y_BTD)
+      total_BTK -= jnp.where(where_BT[..., None], part_BTK, 0)
+    return (y_BTD + jnp.einsum('btk,bkd->btd', total_BTK, W_BKD)).astype(dtype)
+
+  def reader(layer):
+    def only(x_BTD):
+      with jax.default_matmul_precision('highest'):
+        read(layer, x_BTD)
+      return x_BTD
+
+    return only
+
+  def writer(layer, reads):
+    def change(y_BTD):
+      with jax.default_matmul_precision('highest'):
+        if reads:
+          read(layer, y_BTD)
+        return write(layer, y_BTD)
+
+    return change
+
+  found = {}
+  for layer, (site, target) in enumerate(
+    zip(place.sites, place.targets, strict=True)
+  ):
+    if site != target:
+      found[site] = reader(layer)
+    found[target] = writer(layer, site == target)
+  return found
+
+
+def _projected(W_BKD, y_BTD):
+  """y's part in the span of some decoders, as their multiples [B, T, K].
+
+  Of decoders that are equal, or zero, the span has fewer dimensions.
+  """
+  gram_BKK = jnp.einsum('bkd,bjd->bkj', W_BKD, W_BKD)
+  inverse_BKK = jnp.linalg.pinv(gram_BKK, hermitian=True)
+  return jnp.einsum('btd,bkd->btk', y_BTD, W_BKD) @ inverse_BKK
+
+
+def _values(params, layer: int, own_BK, x_BTD):
+  """The latents `own_BK` of a layer, of each row's own tokens: [B, T, K]."""
+  if 'k' in params:  # which are kept depends on all
+    f_BTF = sae.encode(params, x_BTD)
+    return jnp.take_along_axis(f_BTF, own_BK[:, None], -1)
+  one = {
+    key: params[key][layer] if params['W_enc'].ndim == 3 else params[key]
+    for key in ('W_enc', 'b_enc', 'threshold')
+  }
+  W_DBK = jnp.take(one['W_enc'], own_BK, axis=1)
+  z_BTK = jnp.einsum('btd,dbk->btk', x_BTD, W_DBK)
+  z_BTK += one['b_enc'][own_BK][:, None]
+  fires = z_BTK > one['threshold'][own_BK][:, None]
+  return jnp.where(fires, jax.nn.relu(z_BTK), 0)

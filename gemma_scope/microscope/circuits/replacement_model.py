@@ -1,0 +1,287 @@
+"""A text's local replacement model: what each source adds to each target.
+
+With a text's norms and attention weights held as they are, and the MLPs'
+outputs given, the residual stream is linear in the embeddings and in what the
+MLPs write. A feature's pre-activation is then a sum over sources,
+
+  z = b_enc + sum_j A_j,   A_j = (what j writes) . dz/d(where j writes)
+
+  feature    f W_dec[i] at its token and the layers that it writes to
+  error      y - y_hat at a layer and token; where no SAE reads, all of y
+  embedding  of a token
+  bias       all b_dec together
+
+and so is a logit's readout of the last residual stream, without soft-cap. A
+transcoder's affine skip is part of the linear path. At tokens that no SAE was
+trained on (BOS) there are no features. Source: Ameisen et al., Circuit Tracing
+(2025), for transcoders and CLTs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope import sae, sites
+from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import splice
+from gemma_scope.microscope.circuits import effects
+from gemma_scope.microscope.circuits.intervene import Subject
+
+KINDS = ('feature', 'error', 'embedding', 'bias')
+_FIRST = sites.Site(0, 'resid_pre')
+_TARGETS = 8  # whose sources are found in one pass
+_CHUNK = 2048  # features whose decoders are there at once
+
+# Where a target reads: a site, a token, and its vector dz/dx there [D].
+Target = tuple[sites.Site, int, np.ndarray]
+
+
+class Sources(NamedTuple):
+  """All that writes, features first; -1 where there is no such thing.
+
+  Attributes:
+    kind: index into `KINDS`.
+    member: the subject.
+    feature: as counted in its SAE.
+    layer, position: where it is.
+    value: a feature's activation; 1 of the others.
+  """
+
+  kind: np.ndarray
+  member: np.ndarray
+  feature: np.ndarray
+  layer: np.ndarray
+  position: np.ndarray
+  value: np.ndarray
+
+
+class Replacement:
+  """Sources of a text, and what they add to any target.
+
+  Args:
+    subjects: transcoders, at most one a layer, or a CLT; of one model.
+    tokens_T: ids, BOS first.
+
+  Attributes:
+    sources: of the text.
+    last_TD: the residual stream that is unembedded.
+
+  Raises:
+    ValueError: they are no transcoders, or two write to one layer.
+  """
+
+  def __init__(self, subjects: Sequence[Subject], tokens_T: Sequence[int]):
+    check(subjects)
+    self._subjects = subjects
+    self._gemma, self._lm_params = subjects[0].gemma, subjects[0].lm_params
+    self._tokens_1T = effects.padded([tokens_T])
+    self._keep_T = ~np.isin(self._tokens_1T[0], subjects[0].special)
+    depth = self._gemma.config.num_layers
+    self._last = splice.last(self._gemma)
+    self._reads = sorted({s for one in subjects for s in one.place.sites})
+    writes = [sites.Site(m, 'mlp_out') for m in range(depth)]
+    at = tuple({*writes, *self._reads, _FIRST, self._last})
+    taps = splice.taps(self._gemma, self._lm_params, self._tokens_1T, at)
+    self.last_TD = np.asarray(taps[self._last][0], np.float32)
+    self._embedding_TD = np.asarray(taps[_FIRST][0], np.float32)
+    self._error_MTD = np.stack(
+      [np.asarray(taps[s][0], np.float32) for s in writes]
+    )
+    self._bias_MTD = np.zeros_like(self._error_MTD)
+    features = [self._split(n, taps) for n in range(len(subjects))]
+    features = np.concatenate(features, 1)
+    length = len(tokens_T)
+    others = [[1, -1, -1, m, t, 1] for m in range(depth) for t in range(length)]
+    others += [[2, -1, -1, 0, t, 1] for t in range(length)]
+    others += [[3, -1, -1, -1, -1, 1]]
+    every = np.concatenate([features, np.array(others).T], 1)
+    self.sources = Sources(*every[:5].astype(np.int64), every[5])
+    self._length = length
+
+  def _split(self, n: int, taps) -> np.ndarray:
+    """A subject's active features; what it explains is no error any more."""
+    place, params = self._subjects[n].place, self._subjects[n].params
+    x, y = (
+      splice.stacked([taps[s] for s in where], place.several)[0]
+      for where in (place.sites, place.targets)
+    )
+    f, error = map(np.asarray, _encoded(params, x, y))
+    b_dec = np.asarray(params['b_dec'])
+    by_layer = lambda a: np.moveaxis(a, -2, 0) if place.several else a[None]
+    error, b_dec = by_layer(error), b_dec.reshape(len(place.targets), 1, -1)
+    kept_T1 = self._keep_T[:, None]
+    for m, target in enumerate(place.targets):
+      own = target.layer
+      self._error_MTD[own] = np.where(kept_T1, error[m], self._error_MTD[own])
+      self._bias_MTD[own] = kept_T1 * b_dec[m]
+    f_TLF = (
+      f.reshape(len(f), len(place.sites), -1) * self._keep_T[:, None, None]
+    )
+    t, l, i = np.nonzero(f_TLF)
+    layer = np.array([site.layer for site in place.sites])[l]
+    return np.stack(
+      [0 * t, 0 * t + n, l * f_TLF.shape[2] + i, layer, t, f_TLF[t, l, i]]
+    )
+
+  def target(self, node: int) -> Target:
+    """What a feature of `sources` reads: its encoder, at its token."""
+    s = self.sources
+    one = self._subjects[s.member[node]]
+    l, i = divmod(int(s.feature[node]), one.width // len(one.place.sites))
+    W_enc = one.params['W_enc']
+    W_enc = W_enc[l] if one.place.several else W_enc
+    return one.place.sites[l], int(s.position[node]), np.asarray(W_enc[:, i])
+
+  def rows(self, targets: Sequence[Target]) -> Iterator[np.ndarray]:
+    """For each target A of every source, float32 [n]."""
+    outputs = (*self._reads, self._last)
+    for start in range(0, len(targets), _TARGETS):
+      part = list(targets[start : start + _TARGETS])
+      filled = part + [part[-1]] * (_TARGETS - len(part))
+      g_nTD, g_nMTD = _slopes(
+        self._gemma, outputs, self._lm_params, self._tokens_1T,
+        self._skips, np.array([outputs.index(site) for site, _, _ in filled]),
+        np.array([t for _, t, _ in filled]),
+        np.stack([vector for _, _, vector in filled]),
+      )  # fmt: skip
+      features_nJ = [
+        self._written(n, g_nMTD) for n in range(len(self._subjects))
+      ]
+      error, bias, embedding = _contracted(
+        g_nTD, g_nMTD, self._embedding_TD, self._error_MTD, self._bias_MTD
+      )
+      keep = slice(0, self._length)
+      rows = np.concatenate(
+        [
+          *features_nJ,
+          np.asarray(error)[:, :, keep].reshape(_TARGETS, -1),
+          np.asarray(embedding)[:, keep],
+          np.asarray(bias)[:, None],
+        ],
+        1,
+      )
+      yield from rows[: len(part)]
+
+  @functools.cached_property
+  def _skips(self) -> dict[str, jax.Array | np.ndarray]:
+    """W_skip of each site that has one, and the tokens that it acts on."""
+    found = {'keep': self._keep_T}
+    for one in self._subjects:
+      W_skip = one.params.get('W_skip')
+      if W_skip is not None:
+        parts = W_skip if one.place.several else [W_skip]
+        found |= dict(zip(map(str, one.place.sites), parts, strict=True))
+    return found
+
+  def _written(self, n: int, g_nMTD) -> np.ndarray:
+    """A of one subject's features, [n, J]."""
+    one, s = self._subjects[n], self.sources
+    mine = np.flatnonzero((s.kind == 0) & (s.member == n))
+    l, i = np.divmod(s.feature[mine], one.width // len(one.place.sites))
+    total = np.zeros((_TARGETS, len(mine)), np.float32)
+    for start in range(0, len(mine), _CHUNK):
+      at = np.arange(start, min(start + _CHUNK, len(mine)))
+      j = np.resize(at, _CHUNK)
+      for m, target in enumerate(one.place.targets):
+        part = _decoded(
+          one.params['W_dec'], l[j], i[j], m, s.position[mine][j],
+          s.value[mine][j].astype(np.float32), g_nMTD[:, target.layer],
+        )  # fmt: skip
+        reaches = l[at] <= m if one.place.several else True
+        total[:, at] += np.where(reaches, np.asarray(part)[:, : len(at)], 0)
+    return total
+
+
+def check(subjects: Sequence[Subject]) -> None:
+  """ValueError unless a graph can be over these."""
+  written = []
+  for one in subjects:
+    reads, writes = one.place.kind, one.place.targets[0].kind
+    if not reads.startswith('mlp_in') or writes != 'mlp_out':
+      raise ValueError(
+        "A graph is over transcoders and CLTs, which read an MLP's input and "
+        f'write its output; found {one.place}.'
+      )
+    written += [site.layer for site in one.place.targets]
+  if not written:
+    raise ValueError('A graph needs at least one transcoder.')
+  if len(set(written)) < len(written):
+    twice = next(layer for layer in written if written.count(layer) > 1)
+    raise ValueError(
+      f'Two of the transcoders write to layer {twice}; give one a layer.'
+    )
+
+
+@jax.jit
+def _encoded(params, x, y):
+  with jax.default_matmul_precision('highest'):
+    f = sae.encode(params, x)
+    return f, y - sae.decode(params, f, x)
+
+
+@functools.partial(jax.jit, static_argnames=('gemma', 'outputs'))
+def _slopes(
+  gemma: lm.Gemma, outputs: tuple[sites.Site, ...], lm_params, tokens_1T,
+  skips: dict[str, Any], output_n, position_n, vector_nD,
+):  # fmt: skip
+  """Targets' derivatives at the embeddings [n, T, D] and MLPs [n, M, T, D]."""
+  still = jax.lax.stop_gradient
+
+  def stream(embedding_1TD, added_M1TD):
+    read = {}
+    edits = {_FIRST: lambda x: x + embedding_1TD}
+
+    def reader(key, x_BTD):
+      read[key] = x_BTD
+      return x_BTD
+
+    def writer(m, key, y_BTD):
+      y_BTD = still(y_BTD) + added_M1TD[m]
+      if key is None:
+        return y_BTD
+      through = (read[key] - still(read[key])) @ skips[key]
+      return y_BTD + skips['keep'][:, None] * through
+
+    by_layer = {sites.parse(key).layer: key for key in skips if key != 'keep'}
+    for key in by_layer.values():
+      edits[sites.parse(key)] = functools.partial(reader, key)
+    for m in range(gemma.config.num_layers):
+      edits[sites.Site(m, 'mlp_out')] = functools.partial(
+        writer, m, by_layer.get(m)
+      )
+    taps = gemma.forward(
+      lm_params, tokens_1T, taps=outputs, edits=edits, logits=False, frozen=True
+    ).taps
+    return jnp.stack([taps[site][0].astype(jnp.float32) for site in outputs])
+
+  shape = (*tokens_1T.shape, gemma.config.d_model)
+  zeros = jnp.zeros(shape), jnp.zeros((gemma.config.num_layers, *shape))
+  x_OTD, back = jax.vjp(stream, *zeros)
+
+  def one(output, position, vector_D):
+    at = jnp.zeros_like(x_OTD).at[output, position].set(vector_D)
+    embedding_1TD, added_M1TD = back(at)
+    return embedding_1TD[0], added_M1TD[:, 0]
+
+  return jax.vmap(one)(output_n, position_n, vector_nD)
+
+
+@jax.jit
+def _decoded(W_dec, l_J, i_J, m, t_J, value_J, g_nTD):
+  W_JD = W_dec[i_J] if W_dec.ndim == 2 else W_dec[l_J, i_J, m]
+  return jnp.einsum('njd,jd->nj', g_nTD[:, t_J], W_JD) * value_J
+
+
+@jax.jit
+def _contracted(g_nTD, g_nMTD, embedding_TD, error_MTD, bias_MTD):
+  return (
+    jnp.einsum('nmtd,mtd->nmt', g_nMTD, error_MTD),
+    jnp.einsum('nmtd,mtd->n', g_nMTD, bias_MTD),
+    jnp.einsum('ntd,td->nt', g_nTD, embedding_TD),
+  )

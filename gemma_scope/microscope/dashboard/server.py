@@ -1,0 +1,155 @@
+"""The live view: the pages, and questions to the model behind them.
+
+  GET  /...        the folder of pages (`pages`), nothing outside of it
+  POST /api/NAME   JSON in, JSON out: `questions`
+
+It listens on this machine alone. An address with a random token, printed once,
+sets a cookie that no other site's request carries; a request without it, with
+another Host (a name made to point here) or from another origin is refused. All
+questions are functions of what they hold: nothing is written. One is answered
+at a time.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gemma_scope.microscope.dashboard.api import Questions
+
+_MOST_BYTES = 1 << 20  # of a question
+_POLICY = (
+  "default-src 'none'; script-src 'self'; style-src 'self'; "
+  "connect-src 'self'; base-uri 'none'; form-action 'none'; "
+  "frame-ancestors 'none'"
+)
+
+
+def app(questions: Questions, pages: str | os.PathLike[str], token: str):
+  """The view as an ASGI application, for `serve` and for tests."""
+  from starlette.applications import Starlette
+  from starlette.concurrency import run_in_threadpool
+  from starlette.middleware import Middleware
+  from starlette.middleware.trustedhost import TrustedHostMiddleware
+  from starlette.responses import JSONResponse
+  from starlette.routing import Mount, Route
+  from starlette.staticfiles import StaticFiles
+
+  one_at_a_time = threading.Lock()
+
+  def answer(name: str, asked: Mapping) -> dict[str, Any]:
+    with one_at_a_time:
+      return questions.answers[name](asked)
+
+  async def api(request):
+    name, body = request.path_params['name'], b''
+    if name not in questions.answers:
+      return JSONResponse({'error': 'There is no such question.'}, 404)
+    async for part in request.stream():
+      body += part
+      if len(body) > _MOST_BYTES:
+        return JSONResponse({'error': 'The question is too long.'}, 413)
+    try:
+      asked = json.loads(body)
+      if not isinstance(asked, dict):
+        raise ValueError('A question is a JSON object.')
+      return JSONResponse(await run_in_threadpool(answer, name, asked))
+    except (ValueError, RecursionError) as error:
+      return JSONResponse({'error': str(error)[:500]}, 400)
+    except (RuntimeError, OSError) as error:  # no memory, no file any more
+      said = f'{type(error).__name__}: {error}'
+      return JSONResponse({'error': said[:500]}, 500)
+
+  return Starlette(
+    routes=[
+      Route('/api/{name}', api, methods=['POST']),
+      Mount('/', StaticFiles(directory=pages, html=True)),
+    ],
+    middleware=[
+      Middleware(
+        TrustedHostMiddleware,
+        allowed_hosts=['127.0.0.1', 'localhost'],
+        www_redirect=False,
+      ),
+      Middleware(_Guard, token=token),
+    ],
+  )
+
+
+class _Guard:
+  """Lets a request in that has the token; says what a browser may do."""
+
+  def __init__(self, inner, token: str):
+    self._inner, self._token = inner, token
+
+  async def __call__(self, scope, receive, send):
+    from starlette.requests import Request
+    from starlette.responses import PlainTextResponse, RedirectResponse
+
+    if scope['type'] != 'http':
+      return await self._inner(scope, receive, send)
+    request = Request(scope)
+    same = lambda given: hmac.compare_digest(
+      given.encode(errors='replace'), self._token.encode()
+    )
+    headers = {
+      'Content-Security-Policy': _POLICY,
+      'X-Content-Type-Options': 'nosniff',
+      'Referrer-Policy': 'no-referrer',
+      'Cross-Origin-Resource-Policy': 'same-origin',
+      'Cache-Control': 'no-store',
+    }
+
+    async def sending(message):
+      if message['type'] == 'http.response.start':
+        message['headers'] = [
+          *message['headers'],
+          *((k.lower().encode(), v.encode()) for k, v in headers.items()),
+        ]
+      await send(message)
+
+    # Browsers send a cookie to all ports of a host: its name has this one's.
+    cookie = f'microscope_{request.url.port}'
+    origin = request.headers.get('origin')
+    own = f'http://{request.headers.get("host", "")}'
+    if origin is not None and origin != own:
+      inner = PlainTextResponse('From another site: refused.', 403)
+    elif request.url.path == '/' and same(
+      request.query_params.get('token', '')
+    ):
+      inner = RedirectResponse('/', 303)
+      inner.set_cookie(
+        cookie, self._token, httponly=True, samesite='strict', path='/'
+      )
+    elif not same(request.cookies.get(cookie, '')):
+      inner = PlainTextResponse(
+        'Open the address that launch/microscope.py serve printed: it has the '
+        'token.',
+        403,
+      )
+    else:
+      inner = self._inner
+    await inner(scope, receive, sending)
+
+
+def serve(
+  questions: Questions,
+  pages: str | os.PathLike[str],
+  port: int,
+  report: Callable[[str], None] = print,
+) -> None:
+  """Serves until interrupted; on 127.0.0.1 alone, whatever the network is."""
+  import uvicorn
+
+  token = secrets.token_urlsafe(24)
+  report(f'live  http://127.0.0.1:{port}/?token={token}')
+  report('Only this machine can open it. Ctrl-C ends it.')
+  uvicorn.run(
+    app(questions, pages, token), host='127.0.0.1', port=port,
+    log_level='warning', access_log=False, server_header=False,
+  )  # fmt: skip

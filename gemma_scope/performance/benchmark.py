@@ -1,0 +1,401 @@
+"""How fast a step, a harvest and a whole collection are, beside a plain matmul.
+
+Machines differ and are shared, so that a rate alone says little. Each
+measurement is interleaved with the matmul of its own shapes, in one process,
+and reported as
+
+  matmul_share = 10 D F members * tokens/s / FLOP/s of x @ W
+
+a step's dense FLOPs (five matmuls, 2 D F each a token) at the rate of one plain
+matmul: 1 is a dense step that is nothing but matmuls, and a sparse step, which
+need not do four of the five, can reach 5. Records are medians of `repeats`
+rounds, with the smallest and largest of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope import mesh as mesh_lib
+from gemma_scope import sites
+from gemma_scope.activations import chunks as chunks_lib
+from gemma_scope.activations import harvest as harvest_lib
+from gemma_scope.activations import store
+from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import weights
+from gemma_scope.sae import architectures
+from gemma_scope.training import objectives, optimizer, stack
+
+_KEY = jax.random.key(0)
+_SITE = sites.Site(0, 'resid_post')
+BRANCHES = ('auto', 'dense', 'sparse')
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One step to measure.
+
+  Attributes:
+    arch: 'jumprelu', 'topk', ...
+    d, width, batch: D, F and B.
+    k: latents that fire a row, about (JumpReLU), or exactly (TopK).
+    limit: room for candidates in the sparse way; 0: 1.25 k + 16 for TopK, 2 k
+      for the others, whose rows differ.
+    members: SAEs in the stack.
+    dtype: of the matmuls' factors.
+    branch: 'dense'; 'auto', which takes the sparse way where all fit; 'sparse',
+      the same, refused if it was not taken.
+  """
+
+  arch: str
+  d: int
+  width: int
+  batch: int
+  k: int
+  limit: int
+  members: int
+  dtype: str
+  branch: str
+
+  @property
+  def room(self) -> int:
+    if self.branch == 'dense':
+      return 0
+    usual = self.k * 5 // 4 + 16 if self.arch == 'topk' else 2 * self.k
+    return min(self.limit or usual, self.width)
+
+  def stack(self) -> stack.Stack:
+    """Members that read one site, and stay as they are (learning rate 0)."""
+    module = architectures.ARCHITECTURES[self.arch](
+      d_in=self.d, d_out=self.d, width=self.width, matmul_dtype=self.dtype
+    )
+    penalty = {'jumprelu': 'target_l0', 'gated': 'l1', 'relu': 'l1'}
+    how = optimizer.Optimizer(
+        b2=0.999, eps=1e-8, clip=0.0, warm_up=0, decay=0, sparsity_warm_up=0,
+        threshold_rate=1.0, steps=10**6, dead_after=10**9,
+        active_limit=self.room,
+    )  # fmt: skip
+    count = self.members
+    setting = stack.Setting(
+      jnp.full(count, float(self.k)),
+      jnp.zeros(count),
+      *[jnp.zeros(count, jnp.int32)] * 2,
+    )
+    objective = objectives.Objective(penalty.get(self.arch, 'k'))
+    at = (_SITE,)
+    return stack.Stack(
+      module, objective, at, at, setting, tuple(range(count)), how
+    )
+
+  def start(self, one: stack.Stack, x_BD: jax.Array, mesh) -> stack.State:
+    """The state of trained members: thresholds at which k latents fire."""
+    (state,) = stack.init_all((one,), _KEY, mesh)
+    if self.arch != 'jumprelu':
+      return state
+
+    def threshold(W_enc):
+      # Latents of a random SAE are alike: a sample of them tells.
+      step = max(1, W_enc.shape[0] // 2**14)
+      z = x_BD[:128] @ W_enc[::step].T
+      return jnp.quantile(z, 1 - self.k / self.width)
+
+    raw_S = jnp.log(jax.jit(jax.vmap(threshold))(state.params['W_enc']))
+    old = state.params['log_threshold']
+    raw = jax.device_put(
+      jnp.broadcast_to(raw_S[:, None], old.shape), old.sharding
+    )
+    return state.replace(params={**state.params, 'log_threshold': raw})
+
+
+def steps(cases: Sequence[Case], mesh, repeats: int) -> list[dict[str, Any]]:
+  """Rates of the steps, and of their matmuls, interleaved.
+
+  Raises:
+    ValueError: a case's branch is 'sparse' and a row had no room.
+  """
+  runs, infos, works = {}, {}, {}
+  for case in cases:
+    works[case], infos[case] = compiled(case, mesh)
+    shape = case.batch, case.d, case.width, case.dtype
+    runs[case] = works[case]
+    runs.setdefault(shape, plain_matmul(*shape))
+  times = interleaved(runs, repeats)
+  records = []
+  for case in cases:
+    found = works[case].metrics
+    if case.branch == 'sparse' and min(found['sparse_steps']) < 1:
+      raise ValueError(
+        f'A row has more than {case.room} candidates, so that the step was '
+        f'dense: give a larger --limit.'
+      )
+    shape = case.batch, case.d, case.width, case.dtype
+    matmul = 2 * case.batch * case.d * case.width / np.array(times[shape])
+    rates = case.batch / np.array(times[case])
+    share = 10 * case.d * case.width * case.members * rates / matmul
+    records.append(
+      {
+        'measure': 'step', **dataclasses.asdict(case), 'limit': case.room,
+        **_where(mesh), **_spread('tokens_per_s', rates),
+        **_spread('matmul_share', share),
+        'matmul_flops': statistics.median(matmul),
+        'l0': float(np.mean(found['l0'])),
+        'sparse_steps': float(np.mean(found['sparse_steps'])),
+        **infos[case],
+      }
+    )  # fmt: skip
+  return records
+
+
+class _Step:
+  """A compiled step and the state that it goes on from."""
+
+  def __init__(self, compiled, state, x_NBD):
+    self._step, self._state, self._x, self._at = compiled, state, x_NBD, 0
+    self.metrics: Mapping[str, np.ndarray] = {}
+
+  def __call__(self):
+    self._state, metrics = self._step(
+      self._state, self._x, self._x, jnp.int32(self._at), _KEY
+    )
+    self._at += 1
+    self.metrics = jax.device_get(metrics)
+    jax.block_until_ready(self._state)
+
+
+def compiled(case: Case, mesh, x_NBD=None):
+  """A step to be called, and what its compiler says of it.
+
+  Args:
+    case: what to compile.
+    mesh: the devices.
+    x_NBD: rows, [1, B, D] with E|x|^2 = 1; None for random ones.
+  """
+  if x_NBD is None:
+    x_BD = jax.random.normal(_KEY, (case.batch, case.d)) * case.d**-0.5
+    x_NBD = jax.device_put(x_BD[None], mesh_lib.place(mesh, None, 'data', None))
+  one = case.stack()
+  state = case.start(one, x_NBD[0], mesh)
+  shardings = one.shardings(mesh), None
+  step = jax.jit(
+    lambda *args: one.step(*args, mesh),
+    donate_argnums=0,
+    out_shardings=shardings,
+  )
+  started = time.perf_counter()
+  args = state, x_NBD, x_NBD, jnp.int32(0), _KEY
+  compiled = step.lower(*args).compile()
+  info = {'compile_s': round(time.perf_counter() - started, 2)}
+  info['peak_bytes'] = _peak(compiled)
+  return _Step(compiled, state, x_NBD), info
+
+
+def _peak(compiled) -> int | None:
+  """Bytes that a program holds at most, on each device, by its compiler."""
+  m = compiled.memory_analysis()
+  if m is None:
+    return None
+  return (
+    m.argument_size_in_bytes + m.output_size_in_bytes
+    + m.temp_size_in_bytes - m.alias_size_in_bytes
+  )  # fmt: skip
+
+
+def plain_matmul(
+  batch: int, d: int, width: int, dtype: str
+) -> Callable[[], None]:
+  """The encoder's matmul alone, on one device, to be called."""
+  a = jax.random.normal(_KEY, (batch, d)).astype(dtype)
+  b = jax.random.normal(_KEY, (d, width)).astype(dtype)
+  multiply = jax.jit(
+    lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32)
+  )
+  return lambda: jax.block_until_ready(multiply(a, b))
+
+
+def interleaved(
+  runs: Mapping[Any, Callable[[], None]], repeats: int, least_s: float = 0.2
+) -> dict[Any, list[float]]:
+  """Seconds a call of each, over rounds that take them in turn.
+
+  Each is called twice before, and in a round as often as `least_s` needs.
+  """
+  counts = {}
+  for name, run in runs.items():
+    run()
+    began = time.perf_counter()
+    run()
+    counts[name] = max(1, round(least_s / (time.perf_counter() - began)))
+  times: dict[Any, list[float]] = {name: [] for name in runs}
+  for _ in range(repeats):
+    for name, run in runs.items():
+      began = time.perf_counter()
+      for _ in range(counts[name]):
+        run()
+      times[name].append((time.perf_counter() - began) / counts[name])
+  return times
+
+
+def _spread(name: str, values) -> dict[str, float]:
+  """Median, smallest and largest."""
+  median, least, most = np.median(values), np.min(values), np.max(values)
+  return {
+    name: float(median), f'{name}_low': float(least),
+    f'{name}_high': float(most),
+  }  # fmt: skip
+
+
+def _where(mesh) -> dict[str, Any]:
+  device = mesh.devices.flat[0]
+  return {
+    'device': device.device_kind,
+    'devices': mesh.size,
+    'mesh': dict(mesh.shape),
+  }
+
+
+def harvest(name: str, seq_len: int, lm_batch: int, mesh, repeats: int):
+  """Rate of the language model's pass that reads every block's output.
+
+  Its parameters are random: the rate does not depend on them.
+  """
+  gemma = lm.Gemma(weights.read_config(name, ''))
+  params = gemma.init(_KEY)
+  at = [sites.Site(i, 'resid_post') for i in range(gemma.config.num_layers)]
+  tokens = jax.random.randint(_KEY, (lm_batch, seq_len), 3, 1000)
+  tokens = jax.device_put(tokens, mesh_lib.place(mesh, 'data', None))
+
+  @jax.jit
+  def read(params, tokens_BT):
+    return gemma.forward(params, tokens_BT, taps=at, logits=False).taps
+
+  compiled = read.lower(params, tokens).compile()
+  flops = (compiled.cost_analysis() or {}).get('flops', 0)
+  run = lambda: jax.block_until_ready(compiled(params, tokens))
+  d, d_ff = gemma.config.d_model, gemma.config.d_ff
+  shape = lm_batch * seq_len, d, d_ff, 'float32'
+  times = interleaved({'pass': run, 'matmul': plain_matmul(*shape)}, repeats)
+  matmul = 2 * lm_batch * seq_len * d * d_ff / np.array(times['matmul'])
+  rates = lm_batch * seq_len / np.array(times['pass'])
+  share = flops / np.array(times['pass']) / matmul
+  return {
+    'measure': 'harvest', 'lm': name, 'seq_len': seq_len,
+    'lm_batch': lm_batch, 'sites': len(at), **_where(mesh),
+    **_spread('tokens_per_s', rates), **_spread('matmul_share', share),
+    'flops_per_token': flops / lm_batch / seq_len,
+    'peak_bytes': _peak(compiled),
+  }  # fmt: skip
+
+
+def collection(
+  case: Case, name: str, seq_len: int, lm_batch: int, mesh, repeats: int
+):
+  """N members behind one pass of the model, beside N runs of one member each.
+
+  Both go end to end: a pass over `lm_batch` sequences, then steps on its rows.
+  """
+  gemma = lm.Gemma(weights.read_config(name, ''))
+  params, config = gemma.init(_KEY), gemma.config
+  site = sites.Site(config.num_layers // 2, 'resid_post')
+  tokens = jax.random.randint(_KEY, (lm_batch, seq_len), 3, 1000)
+  rows = lm_batch * seq_len // case.batch
+  if not rows:
+    raise ValueError(
+      f'{lm_batch} sequences of {seq_len} tokens are no batch of {case.batch} '
+      'rows: give a larger --lm_batch or a smaller --batch.'
+    )
+
+  @jax.jit
+  def read(params, tokens_BT):
+    x = gemma.forward(params, tokens_BT, taps=[site], logits=False).taps[site]
+    x = x.reshape(-1, config.d_model)[: rows * case.batch]
+    x /= jnp.sqrt(jnp.mean(jnp.sum(jnp.square(x), -1)))
+    return x.reshape(rows, 1, case.batch, -1)
+
+  def end_to_end(case):
+    case = dataclasses.replace(case, d=config.d_model)
+    work, _ = compiled(case, mesh, read(params, tokens)[0])
+
+    def run():
+      for x_NBD in read(params, tokens):
+        work._x = x_NBD
+        work()
+
+    return run
+
+  single = dataclasses.replace(case, members=1)
+  times = interleaved(
+    {'all': end_to_end(case), 'one': end_to_end(single)}, repeats
+  )
+  tokens_each = rows * case.batch
+  together = tokens_each / np.array(times['all'])
+  apart = tokens_each / np.array(times['one']) / case.members
+  return {
+    'measure': 'collection', **dataclasses.asdict(case), 'd': config.d_model,
+    'limit': case.room, 'lm': name, **_where(mesh),
+    **_spread('tokens_per_s', together),
+    **_spread('single_runs_tokens_per_s', apart),
+    **_spread('ratio', together / apart),
+  }  # fmt: skip
+
+
+class _Rows:
+  """Rows of one site from memory, as an `activations.Raw`."""
+
+  def __init__(self, layout: harvest_lib.Layout, d: int):
+    self.layout, self.sites, self.widths = layout, (_SITE,), {_SITE: d}
+    self.parts = layout.sequences // layout.lm_batch
+    shape = layout.lm_batch, layout.seq_len - 1, d
+    self._x = jax.random.normal(_KEY, shape).astype(layout.dtype)
+
+  def passes(self, chunk: int, poll=lambda: None) -> Iterator[dict]:
+    for _ in range(self.parts):
+      poll()
+      yield {_SITE: self._x}
+
+  def counts(self, chunk: int) -> np.ndarray:
+    return np.ones(self.layout.rows, bool)
+
+
+def data(case: Case, rows: int, mesh, repeats: int) -> list[dict[str, Any]]:
+  """Rates at which a chunk is shuffled, and read from a store on disk."""
+  layout = harvest_lib.Layout.of(
+      chunk_rows=rows, seq_len=257, batch=case.batch, lm_batch=16,
+      dtype='float32',
+  )  # fmt: skip
+  source = _Rows(layout, case.d)
+  chunks = chunks_lib.Chunks(source, 0, mesh)
+
+  def load(chunks):
+    chunk = chunks.load(0)
+    jax.block_until_ready(chunks.batch(chunk, layout.batches - 1))
+
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    facts = {'model': 'benchmark', 'text': {}}
+    store.write_store(folder, source, 1, facts)
+    stored = store.StoreSource(folder, (_SITE,), case.batch)
+    from_disk = chunks_lib.Chunks(stored, 0, mesh)
+    times = interleaved(
+      {'chunk': lambda: load(chunks), 'store': lambda: load(from_disk)}, repeats
+    )
+  return [
+    {
+      'measure': what, 'd': case.d, 'batch': case.batch, 'rows': layout.rows,
+      **_where(mesh),
+      **_spread('rows_per_s', layout.rows / np.array(times[what])),
+      **_spread(
+        'bytes_per_s', 4 * case.d * layout.rows / np.array(times[what])
+      ),
+    }
+    for what in ('chunk', 'store')
+  ]  # fmt: skip

@@ -1,0 +1,316 @@
+"""A run's programs compiled for a pod that is not here, and what they need.
+
+  config, topology -> mesh of the pod's devices (`topologies`)
+    harvest   the forward pass with all taps, of `activations.ModelSource`
+    step      the training step of all stacks, of `train.step_of`
+  -> lowered from shapes alone, compiled by the TPU's own compiler
+  -> HBM, FLOPs, bytes, collectives of one device; two times:
+
+  estimate  the compiler's own, where it gives one that can be
+  roofline  max(FLOPs / peak, bytes / HBM rate), FLOPs by arithmetic
+
+Neither is a measurement. The compiler counts a loop over the members of a stack
+as one turn; its estimate and its bytes are multiplied by what its FLOPs lack of
+those by arithmetic (`turns`); both are reported. An estimate that is faster
+than the chip is none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from gemma_scope import config as config_lib
+from gemma_scope import mesh as mesh_lib
+from gemma_scope.activations import harvest
+from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import weights
+from gemma_scope.performance import topologies
+from gemma_scope.training import loop, setup
+
+_COLLECTIVES = (
+  'all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
+  'collective-permute',
+)  # fmt: skip
+_BITS = {'pred': 8, 's8': 8, 'u8': 8, 'bf16': 16, 'f16': 16, 's64': 64}
+_UNITS = {'B': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """One program on one device of a pod.
+
+  Attributes:
+    program: 'harvest' or 'step'.
+    tokens: sequences times length of a pass, or rows of a step.
+    flops: by arithmetic, an equal share of all devices' (matmuls alone).
+    compiler_flops: by the compiler, each loop's body once; None: no program.
+    turns: of the loop that the compiler counts once, by its FLOPs.
+    bytes: that the program reads and writes in HBM, by the compiler, all turns.
+    arguments, temporaries, output: bytes of HBM; output without what takes the
+      place of an argument.
+    hbm_bytes: at the peak.
+    estimated_s: the compiler's own; None where it gives none that can be.
+    roofline_s: see above.
+    collectives: kind -> {'count', 'bytes'}, bytes of their results.
+    compile_s: how long the compiler took.
+    error: what it said instead.
+  """
+
+  program: str
+  tokens: int
+  flops: float
+  compiler_flops: float | None = None
+  turns: float = 1.0
+  bytes: float | None = None
+  arguments: int | None = None
+  temporaries: int | None = None
+  output: int | None = None
+  hbm_bytes: int | None = None
+  estimated_s: float | None = None
+  roofline_s: float | None = None
+  collectives: dict[str, dict[str, int]] = dataclasses.field(
+    default_factory=dict
+  )
+  compile_s: float = 0.0
+  error: str = ''
+
+
+def check(
+  config: ConfigDict, topology: str, programs=('harvest', 'step')
+) -> Iterator[dict[str, Any]]:
+  """Compiles a config's programs for a topology.
+
+  Args:
+    config: complete; `config.mesh` must fit the pod's devices.
+    topology: such as 'v5p:2x2x4'.
+    programs: which of the two.
+
+  Yields:
+    For each program the fields of `Program`, with `topology`, `devices`,
+    `chips`, `fits`, `hbm_capacity_bytes`, `utilisation` (of the estimate; of
+    the roofline where there is none) and `advice` where it does not fit.
+
+  Raises:
+    ValueError: a config or a mesh that cannot be.
+  """
+  if config.end_to_end.beta:
+    raise ValueError('Only ordinary steps are compiled: set end_to_end.beta=0.')
+  pod = topologies.pod(topology)
+  mesh = mesh_lib.make(config.mesh, pod.devices)
+  model = setup.dimensions(config)
+  config_lib.check(config, model, mesh.devices.shape)
+  lower = {'harvest': _harvest, 'step': _step}
+  for program in programs:
+    yield _described(
+      _compiled(*lower[program](config, mesh), pod, mesh), pod, config
+    )
+
+
+def _harvest(config: ConfigDict, mesh):
+  """Name, tokens, FLOPs and what lowers the forward pass."""
+  at = config_lib.site_list(config)
+  layers = max(config.collection.layers) + 1
+  gemma, wanted = weights.shapes(
+      config.lm.name, config.lm.checkpoint, config.lm.dtype, mesh, layers,
+  )  # fmt: skip
+  layout = setup.layout(config)
+  source = harvest.ModelSource(gemma, None, at, None, layout, mesh, None)
+  tokens_BT = jax.ShapeDtypeStruct(
+    (layout.lm_batch, layout.seq_len),
+    jnp.int32,
+    sharding=mesh_lib.place(mesh, 'data', None),
+  )
+  params = traverse_util.unflatten_dict(wanted, sep='/')
+  count = layout.lm_batch * layout.seq_len
+  flops = count * forward_flops(gemma.config, layers)
+  lower = lambda: source.harvest.lower(params, tokens_BT)
+  return 'harvest', count, flops / mesh.size, lower
+
+
+def forward_flops(model: lm.Config, layers: int) -> float:
+  """FLOPs a token of the matmuls of some layers, without the scores."""
+  d, heads = model.d_model, model.head_dim
+  attention = heads * (2 * model.num_heads + 2 * model.num_kv_heads)
+  return 2.0 * layers * d * (attention + 3 * model.d_ff)
+
+
+def _step(config: ConfigDict, mesh):
+  """Name, rows, FLOPs and what lowers the training step."""
+  model = setup.dimensions(config)
+  stacks, _ = setup.make_stacks(config, model)
+  at = config_lib.site_list(config)
+  rows = config.train.batch
+  batch = {
+    site: jax.ShapeDtypeStruct(
+      (rows, site.width(model)),
+      jnp.dtype(config.activations.dtype),
+      sharding=mesh_lib.place(mesh, 'data', None),
+    )
+    for site in at
+  }
+  scalar = lambda dtype: jax.ShapeDtypeStruct(
+    (), dtype, sharding=mesh_lib.place(mesh)
+  )
+  step = loop.step_of(config, stacks, None, mesh)
+  flops = sum(s.module.flops(rows) * len(s.seeds) for s in stacks)
+  lower = lambda: step.lower(
+    setup.abstract_states(stacks, mesh),
+    batch,
+    {site: scalar(jnp.float32) for site in at},
+    scalar(jnp.int32),
+    (),
+  )
+  return 'step', rows, flops / mesh.size, lower
+
+
+def _compiled(name, tokens, flops, lower, pod, mesh) -> Program:
+  start = time.monotonic()
+  try:
+    with topologies.targeted(mesh):
+      compiled = lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    # 'Used 20.06G of 15.75G hbm': the one failure that a size explains.
+    used = re.search(r'Used ([\d.]+)([BKMGT]) of [\d.]+[BKMGT] hbm', str(error))
+    size = int(float(used[1]) * _UNITS[used[2]]) if used else None
+    return Program(
+        name, tokens, flops, hbm_bytes=size,
+        roofline_s=flops / pod.device.flops,
+        compile_s=time.monotonic() - start,
+        error=str(error).splitlines()[0][:300],
+    )  # fmt: skip
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+  found = float(cost['flops'])
+  turns = flops / found if flops > 1.5 * found else 1.0
+  moved = turns * float(cost.get('bytes accessed', 0))
+  estimate = turns * float(cost.get('optimal_seconds', 0))
+  output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  arguments = memory.argument_size_in_bytes
+  used = arguments + memory.temp_size_in_bytes + output
+  return Program(
+      name, tokens, flops, found, turns, moved, arguments,
+      memory.temp_size_in_bytes, output,
+      max(used, getattr(memory, 'peak_memory_in_bytes', 0)),
+      estimate if estimate_holds(estimate, flops / pod.device.flops) else None,
+      max(flops / pod.device.flops, moved / pod.device.hbm_rate),
+      collectives(compiled.as_text()), time.monotonic() - start,
+  )  # fmt: skip
+
+
+def estimate_holds(estimate: float, least: float) -> bool:
+  """Whether the compiler's time can be: finite, and no faster than the chip."""
+  return math.isfinite(estimate) and estimate > 0.9 * least
+
+
+_SHAPE = re.compile(r'(\w+)\[([\d,]*)\]')
+_CALL = re.compile(
+  rf'= (.*?) ({"|".join(_COLLECTIVES)})(-start)?\(', re.MULTILINE
+)
+
+
+def collectives(hlo: str) -> dict[str, dict[str, int]]:
+  """Kind -> how many an HLO text has, and the bytes of their results."""
+  found: dict[str, dict[str, int]] = {}
+  for result, kind, start in _CALL.findall(hlo):
+    sizes = []
+    for dtype, dimensions in _SHAPE.findall(result):
+      count = math.prod(int(n) for n in dimensions.split(',') if n)
+      bits = _BITS.get(dtype, 32)
+      sizes.append(count * bits // 8)
+    # A started one names its operands, and then its results.
+    size = sum(sizes) // (2 if start and len(sizes) > 1 else 1)
+    of_kind = found.setdefault(kind, {'count': 0, 'bytes': 0})
+    of_kind['count'] += 1
+    of_kind['bytes'] += size
+  return found
+
+
+def _described(program: Program, pod, config) -> dict[str, Any]:
+  seconds = program.estimated_s or program.roofline_s
+  known = program.hbm_bytes is not None
+  fits = not program.error and known and program.hbm_bytes <= pod.device.hbm
+  record = {
+    'topology': pod.name,
+    'devices': len(pod.devices),
+    'chips': pod.chips,
+    'mesh': dict(zip(mesh_lib.AXES, _sizes(config, pod), strict=True)),
+    **dataclasses.asdict(program),
+    'fits': fits,
+    'hbm_capacity_bytes': int(pod.device.hbm),
+    'utilisation': program.flops / pod.device.flops / seconds,
+  }
+  if not fits:
+    record['advice'] = advice(program, config, _sizes(config, pod))
+  return record
+
+
+def _sizes(config, pod) -> tuple[int, ...]:
+  return mesh_lib.shape(config.mesh, len(pod.devices))
+
+
+def advice(program: Program, config: ConfigDict, mesh) -> str:
+  """What to change so that a program fits."""
+  if program.program == 'harvest':
+    return (
+      'halve activations.lm_batch, or raise mesh.latent, which splits the '
+      'language model'
+    )
+  members, data, latent = mesh
+  more = [f'raise mesh.latent above {latent}, which splits each SAE']
+  if data > 1:
+    more.append(f'at the cost of mesh.data ({data})')
+  if np.prod([len(config.collection[k]) for k in ('layers', 'widths')]) > 1:
+    more.append('or train fewer members at once (layers=, widths=, sparsity=)')
+  if config.sae.matmul_dtype == 'float32':
+    more.append("or set sae.matmul_dtype='bfloat16'")
+  return ', '.join(more)
+
+
+def lines(record: dict[str, Any]) -> Iterator[str]:
+  """A record as a person reads it."""
+  gib = lambda n: '-' if n is None else f'{n / 2**30:.2f} GiB'
+  ms = lambda s: 'none' if s is None else f'{1e3 * s:.2f} ms'
+  yield (
+    f'{record["program"]} on {record["topology"]}: {record["devices"]} '
+    f'devices, {record["chips"]} chips, mesh {record["mesh"]}, '
+    f'{record["tokens"]:,} tokens'
+  )
+  yield (
+    f'  HBM a device  {gib(record["hbm_bytes"])} of '
+    f'{gib(record["hbm_capacity_bytes"])}: arguments '
+    f'{gib(record["arguments"])}, temporaries {gib(record["temporaries"])}, '
+    f'output {gib(record["output"])}'
+    f'{"" if record["fits"] else "   DOES NOT FIT"}'
+  )
+  if record['error']:
+    yield f'  the compiler says: {record["error"]}'
+  if not record['fits']:
+    yield f'  to make it fit: {record["advice"]}'
+  found = record['compiler_flops']
+  yield (
+    f'  FLOPs         {record["flops"]:.3g} by arithmetic, '
+    f'{"-" if found is None else f"{found:.3g}"} by the compiler; '
+    f'bytes {record["bytes"] or float("nan"):.3g}'
+  )
+  which = 'estimate' if record['estimated_s'] else 'roofline'
+  yield (
+    f'  time          estimate {ms(record["estimated_s"])}, roofline '
+    f'{ms(record["roofline_s"])}; utilisation {record["utilisation"]:.0%} by '
+    f'the {which}'
+  )
+  for kind, of_kind in sorted(record['collectives'].items()):
+    yield (
+      f'  {kind:13s} {of_kind["count"]} of {of_kind["bytes"] / 2**20:,.1f} MiB '
+      'together'
+    )
+  yield f'  compiled in   {record["compile_s"]:.1f} s'

@@ -1,0 +1,185 @@
+"""Gemma Scope 2: config.json beside params.safetensors, or a file a layer.
+
+  resid_post/layer_12_width_16k_l0_medium/params.safetensors
+  clt/width_262k_l0_big_affine/params_layer_{i}.safetensors, i from 0
+
+  w_enc [d_in, F]  b_enc, threshold [F]  w_dec [F, d_out]  b_dec [d_out]
+  affine_skip_connection [d_in, d_out], which adds x @ it, not transposed
+
+File i of several has the latents of the i-th layer: w_dec is [F, L, d_out], of
+which what an earlier layer would get means nothing and is set to zero.
+config.json names the hook points; a crosscoder's and a CLT's stand for several
+layers in one name (`model.layers.{7,13,17,22}.output`). Source: the files and
+the tutorial of Gemma Scope 2.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gemma_scope import places
+from gemma_scope.release import npz, sae_folder
+from gemma_scope.release.formats import hook_points, tensors
+
+_KEYS = {
+  'W_enc': 'w_enc', 'b_enc': 'b_enc', 'W_dec': 'w_dec', 'b_dec': 'b_dec',
+  'threshold': 'threshold', 'W_skip': 'affine_skip_connection',
+}  # fmt: skip
+_LAYERS = re.compile(r'params_layer_(\d{1,3})\.safetensors')
+
+
+def is_there(folder: pathlib.Path) -> bool:
+  return bool(_files(folder)) and (folder / 'config.json').is_file()
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """One file, or one a layer in their order."""
+  if (folder / 'params.safetensors').is_file():
+    return [folder / 'params.safetensors']
+  found = [
+    (int(match[1]), path)
+    for path in folder.glob('params_layer_*.safetensors')
+    if (match := _LAYERS.fullmatch(path.name))
+  ]
+  return [path for _, path in sorted(found)]
+
+
+def read(folder: pathlib.Path, path: str) -> tuple[sae_folder.Params, dict]:
+  """Reads one SAE, transcoder, crosscoder or CLT; `path` names it."""
+  config, files = tensors.read_json(folder / 'config.json'), _files(folder)
+  try:
+    card = _card(config, path, len(files))
+  except npz.Refused as error:
+    raise npz.Refused(f'{npz.show(folder / "config.json")} {error}.') from None
+  required = [_KEYS[key] for key in sae_folder.KEYS]
+  parts = [
+    tensors.read(file, required=required, optional=[_KEYS['W_skip']])
+    for file in files
+  ]
+  params = {
+    ours: [part[theirs] for part in parts]
+    for ours, theirs in _KEYS.items()
+    if theirs in parts[0]
+  }
+  if card['type'] not in places.SEVERAL:
+    return {key: values[0] for key, values in params.items()}, card
+  if any(set(part) != set(parts[0]) for part in parts):
+    raise npz.Refused(f'{npz.show(folder)} has files with different tensors.')
+  try:
+    params = {key: np.stack(values) for key, values in params.items()}
+  except ValueError:
+    raise npz.Refused(
+      f'{npz.show(folder)} has layers of other sizes.'
+    ) from None
+  for layer in range(len(files)):
+    params['W_dec'][layer, :, :layer] = 0
+  return params, card
+
+
+def _card(config: Mapping[str, Any], path: str, files: int) -> dict[str, Any]:
+  kind = config.get('type')
+  if config.get('architecture') != 'jump_relu' or kind not in places.TYPES:
+    raise npz.Refused(
+      f'describes a {npz.show(kind)} of architecture '
+      f'{npz.show(config.get("architecture"))}; expected jump_relu and one of '
+      f'{", ".join(places.TYPES)}'
+    )
+  reads = _sites(config, 'hf_hook_point_in', files)
+  writes = _sites(config, 'hf_hook_point_out', files)
+  card = {
+    'name': path, 'type': kind, 'sites': reads, 'targets': writes,
+    'model': _model(config.get('model_name')), 'architecture': 'jumprelu',
+  }  # fmt: skip
+  l0 = config.get('l0')
+  if isinstance(l0, int | float) and not isinstance(l0, bool):
+    card['sparsity'] = {'kind': 'target_l0', 'value': l0}
+  return card
+
+
+def _sites(config: Mapping[str, Any], key: str, files: int) -> list[str]:
+  name = str(config.get(key))
+  several = re.fullmatch(r'(.*)\{([\w, -]+)\}(.*)', name)
+  layers = [''] if several is None else several[2].split(',')
+  if several and several[2] == 'all':
+    layers = list(map(str, range(files)))
+  if len(layers) != files:
+    raise npz.Refused(
+      f'names {len(layers)} layers in {key}, beside {files} files of parameters'
+    )
+  names = [
+    name if several is None else f'{several[1]}{layer.strip()}{several[3]}'
+    for layer in layers
+  ]
+  return [str(hook_points.parse(one)) for one in names]
+
+
+def _model(name: object) -> str:
+  """'google/gemma-3-1b-pt' -> 'gemma3-1b'."""
+  found = re.search(r'gemma-?(\d)-(\d+[bm])(-it)?', str(name))
+  if not found:
+    raise npz.Refused(f'is of the model {npz.show(name)}, which is no Gemma')
+  return f'gemma{found[1]}-{found[2]}{found[3] or ""}'
+
+
+def _name(model: str) -> str:
+  """'gemma3-1b' -> 'google/gemma-3-1b-pt', as transformers calls it."""
+  found = re.fullmatch(r'gemma(\d)-(\d+[bm])(-it)?', model)
+  if not found:
+    return model
+  kind = found[3] or ('-pt' if found[1] == '3' else '')
+  return f'google/gemma-{found[1]}-{found[2]}{kind}'
+
+
+def write(
+  folder: pathlib.Path,
+  params: Mapping[str, np.ndarray],
+  card: Mapping[str, Any],
+  l0: float | None,
+) -> None:
+  """Writes one member into a folder that is not there yet.
+
+  Args:
+    folder: made here, with those above it.
+    params, card: in this project's form.
+    l0: measured, or asked for.
+
+  Raises:
+    npz.Refused: the format has no such thing: a TopK, or a site without a name.
+  """
+  if 'k' in params:
+    raise npz.Refused(
+      'is a TopK, and Gemma Scope 2 has thresholds alone: train a BatchTopK'
+    )
+  place, several = places.of(card), places.of(card).several
+  folder.mkdir(parents=True)
+  for i in range(len(place.sites) if several else 1):
+    name = f'params_layer_{i}' if several else 'params'
+    part = {
+      _KEYS[key]: value[i] if several else value
+      for key, value in params.items()
+    }
+    tensors.write(folder / f'{name}.safetensors', part)
+  config = {
+    'hf_hook_point_in': _hook(place.sites),
+    'hf_hook_point_out': _hook(place.targets),
+    'width': card['width'],
+    'model_name': _name(card['model']),
+    'architecture': 'jump_relu',
+    'l0': l0,
+    'affine_connection': 'W_skip' in params,
+    'type': place.type,
+  }
+  tensors.write_json(folder / 'config.json', config)
+
+
+def _hook(found) -> str:
+  first = hook_points.of_transformers(found[0])
+  if len(found) == 1:
+    return first
+  layers = ','.join(str(site.layer) for site in found)
+  return first.replace(f'layers.{found[0].layer}.', f'layers.{{{layers}}}.')

@@ -1,0 +1,80 @@
+"""Where an activation is read, in others' words <-> `Site`.
+
+  transformers      model.layers.12.output, ...12.self_attn.o_proj.input
+  TransformerLens   blocks.12.hook_resid_post, blocks.12.attn.hook_z
+  sparsify          layers.12, layers.12.mlp (a module's output)
+
+TransformerLens reads `hook_mlp_out` after the post-MLP norm in Gemma, and
+`ln2.hook_normalized` before the norm's gain.
+"""
+
+from __future__ import annotations
+
+import re
+
+from gemma_scope import sites
+from gemma_scope.release import npz
+
+_TRANSFORMERS = {
+  'output': 'resid_post',
+  'self_attn.o_proj.input': 'attn_out',
+  'self_attn.o_proj.output': 'attn_raw',
+  'pre_feedforward_layernorm.output': 'mlp_in',
+  'post_feedforward_layernorm.output': 'mlp_out',
+  'post_attention_layernorm.output': 'attn_add',
+  'mlp.input': 'mlp_in',
+  'mlp.output': 'mlp_raw',
+  'self_attn.output': 'attn_raw',
+}
+_TRANSFORMER_LENS = {
+  'hook_resid_pre': 'resid_pre',
+  'hook_resid_mid': 'resid_mid',
+  'hook_resid_post': 'resid_post',
+  'hook_attn_out': 'attn_add',
+  'hook_mlp_out': 'mlp_out',
+  'attn.hook_z': 'attn_out',
+  'ln2.hook_normalized': 'mlp_in_ungained',
+  'hook_mlp_in': 'resid_mid',
+}
+
+
+def parse(name: str) -> sites.Site:
+  """A hook point's name -> the site.
+
+  Raises:
+    npz.Refused: it is none that is known.
+  """
+  text = str(name)
+  for pattern, kinds in (
+    (r'model\.(?:language_model\.)?layers\.(\d{1,4})\.(.+)', _TRANSFORMERS),
+    (r'blocks\.(\d{1,4})\.(.+)', _TRANSFORMER_LENS),
+  ):
+    found = re.fullmatch(pattern, text)
+    if found and found[2] in kinds:
+      return sites.Site(int(found[1]), kinds[found[2]])
+  # A module by its path, as forward hooks name it: its output.
+  found = re.fullmatch(r'(?:model\.)?layers\.(\d{1,4})((?:\.\w+)*)', text)
+  if found:
+    kind = _TRANSFORMERS.get(f'{found[2][1:]}.output'.lstrip('.'))
+    if kind:
+      return sites.Site(int(found[1]), kind)
+  raise npz.Refused(
+    f'names the hook point {npz.show(name)}, which is no site of Gemma here'
+  )
+
+
+def of_transformers(site: sites.Site) -> str:
+  """`Site(12, 'resid_post')` -> 'model.layers.12.output'."""
+  return f'model.layers.{site.layer}.{_named(site, _TRANSFORMERS)}'
+
+
+def of_transformer_lens(site: sites.Site) -> str:
+  """`Site(12, 'resid_post')` -> 'blocks.12.hook_resid_post'."""
+  return f'blocks.{site.layer}.{_named(site, _TRANSFORMER_LENS)}'
+
+
+def _named(site: sites.Site, kinds: dict[str, str]) -> str:
+  for name, kind in kinds.items():
+    if kind == site.kind:
+      return name
+  raise npz.Refused(f'is at {site}, for which that format has no name')

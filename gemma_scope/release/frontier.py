@@ -1,0 +1,306 @@
+"""The sparsity-fidelity frontier of a collection, as one picture.
+
+Small multiples, a panel for each place: rows are types and kinds of site,
+columns are layers; FVU on one side, delta loss on the other (below, where there
+are many layers). Both axes are logarithmic, as in Gemma Scope
+(arXiv 2408.05147, figure 5). A line is one width and architecture: dark to
+light as width grows, or a colour each where there are only architectures to
+tell apart; their marker and dashes differ too. The bars are 95 % intervals; the
+grey dashes are the control, random initialisations of the same shape and
+sparsity. Lower and further left is better.
+
+matplotlib is imported when something is drawn, and only its file-writing
+canvas: no display, no global state. Equal rows give equal bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+
+from gemma_scope import places, sites
+from gemma_scope.release import card as card_lib
+
+_PANEL = (1.55, 1.30)  # inches
+_COLUMNS = 6
+_MARKERS = 'osD^vP*X<>'
+_DASHES = ('-', ':', '-.', (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
+# Okabe and Ito's, told apart by every eye; black is the text's.
+_COLOURS = (
+  *('#0072b2', '#d55e00', '#009e73', '#cc79a7'),
+  *('#e69f00', '#56b4e9', '#8c510a', '#5e3c99', '#b2182b', '#4d4d4d'),
+)
+_GREY = '#8a8a8a'
+_INK = '#222222'
+_STYLE = {
+  'font.family': 'sans-serif',
+  'font.sans-serif': ['DejaVu Sans'],
+  'font.size': 7,
+  'axes.labelsize': 7,
+  'axes.titlesize': 7,
+  'axes.edgecolor': '#666666',
+  'axes.labelcolor': _INK,
+  'axes.linewidth': 0.6,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'xtick.color': '#666666',
+  'ytick.color': '#666666',
+  'xtick.labelcolor': _INK,
+  'ytick.labelcolor': _INK,
+  'xtick.labelsize': 6,
+  'ytick.labelsize': 6,
+  'legend.fontsize': 7,
+  'svg.hashsalt': 'gemma_scope',
+}
+_MEASURES = (('fvu', 'FVU'), ('delta_loss', 'Delta loss (nats per token)'))
+
+
+def has_points(row: card_lib.Row) -> bool:
+  """Whether a row has what a point needs: an L0 above 0 and an FVU."""
+  metrics = row[1] or {}
+  l0 = card_lib.value(metrics.get('l0'))
+  return bool(l0 and l0 > 0) and card_lib.value(metrics.get('fvu')) is not None
+
+
+def frontier(path: str | os.PathLike[str], rows: Sequence[card_lib.Row]):
+  """Draws the frontier; the suffix of `path` (.png, .svg, .pdf) is its format.
+
+  Args:
+    path: the picture; one that is there is replaced.
+    rows: (card, metrics) pairs; those without a measured L0 are left out.
+
+  Raises:
+    ValueError: no row has anything to draw.
+  """
+  rows = sorted((row for row in rows if has_points(row)), key=card_lib.order)
+  if not rows:
+    raise ValueError(
+      'A frontier needs at least one member with a measured L0 and FVU.'
+    )
+  import matplotlib
+  from matplotlib import figure
+
+  path = pathlib.Path(path)
+  grid = _grid([places.of(card) for card, _ in rows])
+  lines, columns = len(grid), max(len(line) for line in grid)
+  beside = columns <= 3
+  with matplotlib.rc_context(_STYLE):
+    picture = figure.Figure(
+      figsize=(
+        (2 if beside else 1) * columns * _PANEL[0] + 0.9,
+        (1 if beside else 2) * lines * _PANEL[1] + 0.9,
+      ),
+      layout='constrained',
+    )
+    halves = picture.subfigures(*((1, 2) if beside else (2, 1)), wspace=0.04)
+    looks = _looks(rows)
+    for half, (key, label) in zip(halves, _MEASURES, strict=True):
+      _draw(half, grid, columns, rows, key, label, looks)
+    _legend(
+      picture, looks, any(card_lib.control(metrics) for _, metrics in rows)
+    )
+    # Under another name first: a reader never meets half a picture.
+    partial = path.with_name(f'.{path.name}.partial{path.suffix}')
+    metadata = {'.png': {'Software': None}, '.svg': {'Date': None}}
+    metadata['.pdf'] = {'CreationDate': None}
+    picture.savefig(partial, dpi=200, metadata=metadata.get(path.suffix, {}))
+  os.replace(partial, path)
+
+
+def _line_of(place: places.Place) -> tuple[str, ...]:
+  """Places of one line of panels, hence of one scale, share this."""
+  return place.type, place.kind, place.targets[0].kind
+
+
+def _grid(found: Sequence[places.Place]) -> list[list[places.Place]]:
+  """Panels: a line of layers for each kind, long lines broken evenly."""
+  lines = {}
+  for place in sorted(set(found), key=places.order):
+    lines.setdefault(_line_of(place), []).append(place)
+  longest = max(len(line) for line in lines.values())
+  columns = math.ceil(longest / math.ceil(longest / _COLUMNS))
+  return [
+    line[i : i + columns]
+    for line in lines.values()
+    for i in range(0, len(line), columns)
+  ]
+
+
+def _title(place: places.Place) -> str:
+  if place.type == 'sae':
+    return f'{place.kind}, layer {place.layers()}'
+  between = '\n' if place.several else '/'  # layers may be many
+  return f'{place.type} {place.kind}{between}{place.layers()}'
+
+
+def _looks(rows: Sequence[card_lib.Row]) -> dict[tuple[int, str], dict]:
+  """(width, architecture) -> its colour, marker and dashes."""
+  from matplotlib import colormaps
+
+  keys = sorted({_look(card) for card, _ in rows})
+  widths = sorted({width for width, _ in keys})
+  architectures = sorted({architecture for _, architecture in keys})
+  several = len(architectures) > 1
+  looks = {}
+  for width, architecture in keys:
+    rank, which = widths.index(width), architectures.index(architecture)
+    # viridis without its palest end, which white paper swallows.
+    colour = colormaps['viridis'](0.12 + 0.66 * rank / max(len(widths) - 1, 1))
+    name = f'{sites.width_name(width)} latents'
+    label = f'{name}, {architecture}' if several else name
+    if len(widths) == 1 and several:
+      colour, label = _COLOURS[which % len(_COLOURS)], architecture
+    looks[width, architecture] = {
+      'color': colour,
+      'marker': _MARKERS[(which if several else rank) % len(_MARKERS)],
+      'markerfacecolor': 'white' if which % 2 else colour,
+      'linestyle': _DASHES[which % len(_DASHES)],
+      'label': label,
+    }
+  return looks
+
+
+def _look(card: dict) -> tuple[int, str]:
+  return card['width'], card_lib.architecture(card)
+
+
+def _draw(half, grid, columns, rows, key, label, looks):
+  """One measure: a panel for each place; equal kinds get equal scales."""
+  axes = half.subplots(
+    len(grid), columns, sharex=True, sharey='row', squeeze=False
+  )
+  logarithmic = all(
+    (number := card_lib.value(each.get(key))) is None or number > 0
+    for _, metrics in rows
+    for each in (metrics, card_lib.control(metrics))
+  )
+  for r, line in enumerate(grid):
+    for c in range(columns):
+      panel = axes[r, c]
+      if c >= len(line):
+        panel.set_axis_off()
+        continue
+      here = [row for row in rows if places.of(row[0]) == line[c]]
+      _panel(panel, here, key, looks)
+      panel.set_title(_title(line[c]), pad=3)
+      _scales(panel, logarithmic)
+      if r == len(grid) - 1 or c >= len(grid[r + 1]):
+        panel.tick_params(labelbottom=True)
+  for r, line in enumerate(grid):
+    # FVU means the same everywhere; nats lost do so within a kind only.
+    alike = [
+      axes[other, 0].get_ylim()
+      for other in range(len(grid))
+      if key == 'fvu' or _line_of(grid[other][0]) == _line_of(line[0])
+    ]
+    low, high = min(low for low, _ in alike), max(high for _, high in alike)
+    if key == 'fvu':  # 1 is the mean vector alone: keep it in sight
+      low, high = (low if logarithmic else min(low, 0)), max(high, 1.12)
+    axes[r, 0].set_ylim(low, high)
+  half.supxlabel('L0 (active latents per token)', fontsize=7, color=_INK)
+  half.supylabel(label, fontsize=7, color=_INK)
+
+
+def _panel(panel, rows, key, looks):
+  """A line for each (width, architecture, seed), and its control."""
+  groups = {}
+  for card, metrics in rows:
+    key_of = (_look(card), str(card.get('seed')))
+    groups.setdefault(key_of, []).append(metrics)
+  for (look, _), found in groups.items():
+    twins = [
+      _point(card_lib.control(metrics), key, metrics) for metrics in found
+    ]
+    twins = sorted(point for point in twins if point)
+    if twins:
+      panel.plot(
+        *list(zip(*twins, strict=True))[:2],
+        color=_GREY,
+        linewidth=0.9,
+        linestyle=(0, (4, 2)),
+        marker=looks[look]['marker'],
+        markersize=2.2,
+        markerfacecolor='white',
+        markeredgewidth=0.6,
+        zorder=1,
+      )
+    points = sorted(p for p in (_point(m, key, m) for m in found) if p)
+    if not points:
+      continue
+    l0, values, low, high = zip(*points, strict=True)
+    panel.vlines(l0, low, high, color=looks[look]['color'], lw=0.8, zorder=2)
+    style = {name: v for name, v in looks[look].items() if name != 'label'}
+    panel.plot(
+      l0,
+      values,
+      linewidth=1.1,
+      markersize=3,
+      markeredgewidth=0.7,
+      zorder=3,
+      **style,
+    )
+
+
+def _point(figures, key, member) -> tuple[float, float, float, float] | None:
+  """(L0, value, low, high); a control without its own L0 takes its member's."""
+  value = card_lib.value(figures.get(key))
+  l0 = card_lib.value(figures.get('l0')) or card_lib.value(member.get('l0'))
+  if value is None or not l0 or l0 <= 0:
+    return None
+  metric = figures[key] if isinstance(figures[key], dict) else {}
+  low, high = (
+    card_lib.value(metric.get('low')),
+    card_lib.value(metric.get('high')),
+  )
+  return l0, value, value if low is None else low, high or value
+
+
+def _scales(panel, logarithmic: bool):
+  from matplotlib import ticker
+
+  panel.set_xscale('log')
+  panel.margins(x=0.09, y=0.07)
+  panel.grid(True, which='major', color='#e6e6e6', linewidth=0.5)
+  panel.set_axisbelow(True)
+  panel.tick_params(which='both', width=0.5, length=2)
+  scaled = [panel.xaxis]
+  if logarithmic:
+    panel.set_yscale('log')
+    scaled.append(panel.yaxis)
+  else:
+    panel.axhline(0, color='#b0b0b0', linewidth=0.6, zorder=0)
+  for axis in scaled:
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=5))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f'{x:g}'))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _legend(picture, looks, has_control: bool):
+  from matplotlib import lines
+
+  handles = [
+    lines.Line2D([], [], linewidth=1.1, markersize=3.5, **look)
+    for look in looks.values()
+  ]
+  if has_control:
+    handles.append(
+      lines.Line2D(
+        [],
+        [],
+        color=_GREY,
+        linestyle=(0, (4, 2)),
+        linewidth=0.9,
+        label='control: random initialisation',
+      )
+    )
+  longest = max(len(handle.get_label()) for handle in handles)
+  room = int(picture.get_figwidth() / (0.4 + 0.043 * longest))  # inches
+  picture.legend(
+    handles=handles,
+    loc='outside upper center',
+    ncols=max(1, min(len(handles), room, 5)),
+    frameon=False,
+    handlelength=2.4,
+  )

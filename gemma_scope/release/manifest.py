@@ -1,0 +1,292 @@
+"""A release's manifest: every file's size and SHA-256, and the checks.
+
+manifest.json is
+
+  {"format": "gemma_scope.release", "version": 2,
+   "members": [{"path": "resid_post/layer_2/width_512/average_l0_20",
+                "files": {"params.npz": {"bytes": n, "sha256": hex}, ...},
+                "sites", "width", "l0", ...: a summary of the card}],
+   "files": {"README.md": {"bytes": n, "sha256": hex}, ...},
+   "digest": SHA-256 of all the above as canonical JSON}
+
+so one flipped bit anywhere, in the manifest too, is found. A member's path is
+
+  kind of site/layer_12/width_16k/average_l0_82           an SAE
+  transcoder/layer_12/width_16k/average_l0_82_affine      with an affine skip
+  crosscoder/layer_7_13_17_22/width_65k/average_l0_50
+  clt/layer_0_to_25/width_262k/average_l0_50              many layers in a row
+
+followed by _ARCHITECTURE in a release of several. Names are matched
+against what a release can hold, never cleaned: '..', absolute paths, control
+characters and links have no way in. JSON is capped in size before it is
+parsed. All failures are `npz.Refused`, one sentence each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma_scope import places, sites
+from gemma_scope.release import card as card_lib
+from gemma_scope.release import npz
+
+NAME = 'manifest.json'
+FORMAT = 'gemma_scope.release'
+VERSION = 2
+MEMBER = re.compile(
+  r'(?P<folder>(?P<kind>[a-z_]{1,40})'
+  r'/layer_\d{1,4}(?:_to_\d{1,4}|(?:_\d{1,4}){0,61})/width_\d{1,9}[km]?)/'
+  r'(?:average_l0_\d{1,9}|unmeasured_[a-z0-9_]{1,40}?(?:[.+-][a-z0-9]{1,9})*)'
+  r'(?P<affine>_affine)?(?:_[a-z][a-z0-9]{0,29}){0,4}'
+  r'(?:_seed_\d{1,19})?(?:_\d{1,6})?',
+  re.ASCII,
+)
+MEMBER_FILES = ('params.npz', 'config.json', 'metrics.json')
+ROOT_FILES = ('README.md', 'frontier.png')
+
+_JSON_BYTES = 4 << 20
+_ANY_BYTES = 1 << 50
+_SHA256 = re.compile(r'[0-9a-f]{64}', re.ASCII)
+
+
+def folder(card: dict) -> str:
+  """The folder of a member up to its width: resid_post/layer_2/width_16k."""
+  place = places.of(card)
+  layers = place.layers('_', '_to_')
+  width = sites.width_name(card['width'])
+  return f'{place.folder}/layer_{layers}/width_{width}'
+
+
+def paths(rows: Sequence[card_lib.Row]) -> list[str]:
+  """A folder for each member; equal names get the seed, or else a number."""
+  found = []
+  several = len({card.get('architecture') for card, _ in rows}) > 1
+  for card, metrics in rows:
+    l0 = card_lib.value((metrics or {}).get('l0'))
+    if l0 is None:
+      asked = card_lib.sparsity(card).lower().replace(' ', '_')
+      leaf = f'unmeasured_{asked}' if asked != '-' else 'unmeasured_sparsity'
+    else:
+      leaf = f'average_l0_{round(l0)}'
+    affine = bool(card.get('affine'))
+    base = f'{folder(card)}/{leaf}' + '_affine' * affine
+    if several and card.get('architecture'):
+      base += f'_{card["architecture"]}'
+    path, count = base, 1
+    if path in found and type(card.get('seed')) is int and card['seed'] >= 0:
+      path = f'{base}_seed_{card["seed"]}'
+    while path in found:
+      count += 1
+      path = f'{base}_{count}'
+    match = MEMBER.fullmatch(path)
+    if not match or (match['affine'] is not None) != affine:
+      raise npz.Refused(f'{npz.show(path)} cannot name a folder of a release.')
+    found.append(path)
+  return found
+
+
+def locate(folder: pathlib.Path) -> tuple[pathlib.Path, str] | None:
+  """(release, member's path in it) where the folder's name has that form."""
+  if len(folder.parts) < 5:
+    return None
+  name = '/'.join(folder.parts[-4:])
+  match = MEMBER.fullmatch(name)
+  if not match or match['kind'] not in (*sites.KINDS, *places.TYPES):
+    return None
+  return folder.parents[3], name
+
+
+def plain(value: Any) -> Any:
+  """The same value in JSON's own types; numbers not finite become None."""
+  if isinstance(value, Mapping):
+    return {str(key): plain(item) for key, item in value.items()}
+  if isinstance(value, list | tuple | np.ndarray):
+    return [plain(item) for item in value]
+  if isinstance(value, np.generic):
+    value = value.item()
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  if value is None or isinstance(value, bool | int | float | str):
+    return value
+  raise npz.Refused(
+    'A card and metrics hold numbers, words, lists and dicts only; found '
+    f'{npz.show(type(value).__name__)}.'
+  )
+
+
+def write_json(path: str | os.PathLike[str], value: Any):
+  """Writes JSON, sorted, ASCII, synced to disk; the file must be new."""
+  text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + '\n'
+  if len(text) > _JSON_BYTES:
+    raise npz.Refused(
+      f'{npz.show(path)} would have {len(text):,} bytes, and {_JSON_BYTES:,} '
+      'are the most that is read back; write a smaller release.'
+    )
+  write_text(path, text)
+
+
+def write_text(path: str | os.PathLike[str], text: str):
+  """Writes a new UTF-8 file and syncs it to disk."""
+  with open(path, 'xb') as file:
+    file.write(text.encode('utf-8', 'backslashreplace'))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def describe(path: str | os.PathLike[str]) -> dict:
+  """A file's {'bytes', 'sha256'} as the manifest holds them."""
+  with open(path, 'rb') as file:
+    sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+    return {'bytes': os.fstat(file.fileno()).st_size, 'sha256': sha256}
+
+
+def seal(manifest: dict) -> dict:
+  """The manifest with its own digest."""
+  return manifest | {'digest': _digest(manifest)}
+
+
+def listed(manifest: dict) -> dict[str, dict]:
+  """Every file of the release but the manifest, by its path below the root."""
+  files = dict(manifest['files'])
+  for member in manifest['members']:
+    for name, expected in member['files'].items():
+      files[f'{member["path"]}/{name}'] = expected
+  return files
+
+
+def read(root: pathlib.Path) -> dict:
+  """Reads and checks manifest.json; every name in it is then safe to join."""
+  path = root / NAME
+  found = read_json(path)
+  where = npz.show(path)
+  if not isinstance(found, dict) or found.get('format') != FORMAT:
+    raise npz.Refused(f'{where} is not the manifest of a gemma_scope release.')
+  if found.get('version') != VERSION:
+    raise npz.Refused(
+      f'{where} has version {npz.show(found.get("version"))}; this '
+      f'gemma_scope reads version {VERSION}.'
+    )
+  members, files = found.get('members'), found.get('files')
+  if not isinstance(members, list) or not isinstance(files, dict):
+    raise npz.Refused(f'{where} lacks its lists of members and files.')
+  # Names before the digest: who writes a hostile name can write a digest.
+  seen = set()
+  for member in members:
+    name = member.get('path') if isinstance(member, dict) else None
+    if not isinstance(name, str) or not MEMBER.fullmatch(name):
+      raise npz.Refused(
+        f'{where} names a member {npz.show(name)}; expected '
+        'kind/layer_L/width_W/average_l0_N.'
+      )
+    if name in seen:
+      raise npz.Refused(f'{where} names the member {name} twice.')
+    seen.add(name)
+    _check_names(where, member.get('files'), MEMBER_FILES, 2)
+  _check_names(where, files, ROOT_FILES, 0)
+  unsealed = {key: item for key, item in found.items() if key != 'digest'}
+  try:
+    same = found.get('digest') == _digest(unsealed)
+  except RecursionError:
+    same = False
+  if not same:
+    raise npz.Refused(
+      f'{where} is damaged or was edited: its digest does not match.'
+    )
+  return found
+
+
+def read_json(path: pathlib.Path, expected: dict | None = None) -> Any:
+  """Reads a small JSON file; `expected`: {'bytes', 'sha256'} where known."""
+  try:
+    with npz.open_file(path, _JSON_BYTES) as (file, _):
+      data = file.readall()
+  except npz.Refused as error:
+    raise npz.Refused(f'{npz.show(path)} {error}.') from None
+  if expected is not None:
+    sha256 = hashlib.sha256(data).hexdigest()
+    _compare(path, {'bytes': len(data), 'sha256': sha256}, expected)
+  try:
+    return json.loads(data.decode('utf-8'), parse_constant=_no_constant)
+  except (ValueError, RecursionError) as error:
+    raise npz.Refused(
+      f'{npz.show(path)} is not valid JSON ({str(error)[:100]}).'
+    ) from None
+
+
+def check_file(path: pathlib.Path, expected: dict) -> int:
+  """Compares a file with its entry, hashing it; returns its bytes."""
+  try:
+    with npz.open_file(path, _ANY_BYTES) as (file, size):
+      if size != expected['bytes']:
+        sha256 = '-'
+      else:
+        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+  except npz.Refused as error:
+    raise npz.Refused(f'{npz.show(path)} {error}.') from None
+  _compare(path, {'bytes': size, 'sha256': sha256}, expected)
+  return size
+
+
+def refuse_links(root: pathlib.Path, name: str):
+  """Raises where a folder on the way from `root` to `name` is a link."""
+  path = root
+  for part in name.split('/'):
+    path = path / part
+    if path.is_symlink():
+      raise npz.Refused(
+        f'{npz.show(path)} is a symbolic link; a release holds plain files '
+        'and folders only.'
+      )
+
+
+def _check_names(where, files, allowed, needed: int):
+  """`files` is {allowed name: {'bytes', 'sha256'}}, the first ones needed."""
+  if not isinstance(files, dict):
+    raise npz.Refused(f'{where} has a member with no list of files.')
+  for name, entry in files.items():
+    if name not in allowed:
+      raise npz.Refused(
+        f'{where} lists the file {npz.show(name)}; expected '
+        f'{", ".join(allowed)} only.'
+      )
+    if (
+      not isinstance(entry, dict)
+      or type(entry.get('bytes')) is not int
+      or not isinstance(entry.get('sha256'), str)
+      or not _SHA256.fullmatch(entry['sha256'])
+    ):
+      raise npz.Refused(f'{where} gives no size and SHA-256 for {name}.')
+  missing = [name for name in allowed[:needed] if name not in files]
+  if missing:
+    raise npz.Refused(f'{where} has a member without {", ".join(missing)}.')
+
+
+def _compare(path: pathlib.Path, found: dict, expected: dict):
+  if found['bytes'] != expected['bytes']:
+    raise npz.Refused(
+      f'{npz.show(path)} has {found["bytes"]:,} bytes and its manifest says '
+      f'{expected["bytes"]:,}; fetch or write it again.'
+    )
+  if found['sha256'] != expected['sha256']:
+    raise npz.Refused(
+      f'{npz.show(path)} is damaged or was changed: its SHA-256 should be '
+      f'{expected["sha256"][:12]}... and is {found["sha256"][:12]}...'
+    )
+
+
+def _digest(manifest: dict) -> str:
+  text = json.dumps(manifest, sort_keys=True, separators=(',', ':'))
+  return hashlib.sha256(text.encode('ascii')).hexdigest()
+
+
+def _no_constant(name: str):
+  raise ValueError(f'{name} is not a JSON number')

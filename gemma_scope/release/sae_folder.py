@@ -1,0 +1,248 @@
+"""One member's folder: params.npz and its card, checked against each other.
+
+The keys are Gemma Scope 1's, all float32, with a leading axis of L layers and F
+latents in each for crosscoders and cross-layer transcoders:
+
+  W_enc  [d_in, F]   b_enc [F]        W_enc  [L, d_in, F]      b_enc [L, F]
+  W_dec  [F, d_out]  b_dec [d_out]    W_dec  [L, F, L, d_out]  b_dec [L, d_out]
+  threshold [F]                       threshold [L, F]
+  W_skip [d_in, d_out], or [L, d_in, d_out]   where there is an affine skip
+  k []                                how many latents a TopK keeps a token
+
+A latent writes to no layer before its own, so W_dec[l, :, m] is zero for m < l.
+The card (config.json) says type, sites, targets, d_in, d_out and width; it
+bounds how many bytes params.npz may have before that file is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from gemma_scope import places
+from gemma_scope.release import manifest, npz
+
+Params = dict[str, np.ndarray]
+
+KEYS = ('W_enc', 'b_enc', 'W_dec', 'b_dec', 'threshold')
+OPTIONAL_KEYS = ('W_skip', 'k')
+
+_ZIP_BYTES = 1 << 14  # directory and headers of a params.npz, with room
+
+
+def digest(params: Mapping[str, np.ndarray]) -> str:
+  """SHA-256 of the parameters: the same numbers, whatever file they are in."""
+  found = hashlib.sha256()
+  for name in sorted(params):
+    array = np.ascontiguousarray(params[name], np.float32)
+    found.update(f'{name} {array.shape} '.encode())
+    found.update(array.data)
+  return found.hexdigest()
+
+
+def fit(params: Mapping[str, np.ndarray], card: object) -> Params:
+  """Returns the parameters, in the file's order, if `read` would take them."""
+  place = check_card(card, pathlib.Path('member'), None)
+  what = f'The member {npz.show(card.get("name", place))}'
+  names = [key for key in (*KEYS, *OPTIONAL_KEYS) if key in params]
+  if set(params) - set(names) or set(KEYS) - set(params):
+    raise npz.Refused(
+      f'{what} has {", ".join(sorted(params))}; expected '
+      f'{", ".join(KEYS)} and at most {", ".join(OPTIONAL_KEYS)}.'
+    )
+  arrays = {key: np.asarray(params[key]) for key in names}
+  for key, array in arrays.items():
+    if array.dtype != np.float32:
+      raise npz.Refused(
+        f'{what} has {key} in {array.dtype}; a release holds float32.'
+      )
+    if not np.isfinite(array).all():
+      raise npz.Refused(f'{what} has values in {key} that are not finite.')
+  try:
+    check_shapes({k: a.shape for k, a in arrays.items()}, card)
+    _check_values(arrays, card)
+  except npz.Refused as error:
+    raise npz.Refused(f'{what} {error}.') from None
+  return arrays
+
+
+def read(
+  folder: pathlib.Path,
+  name: str | None,
+  files: dict | None,
+  max_bytes: int,
+) -> tuple[Params, dict]:
+  """Reads one folder -> (params, card).
+
+  Args:
+    folder: holds params.npz and, unless it is a bare download, config.json.
+    name: its path in a release, which the card must agree with, or None.
+    files: its entry in the manifest, {file: {'bytes', 'sha256'}}, or None.
+    max_bytes: the largest params.npz to accept, whatever the card says.
+
+  Raises:
+    npz.Refused: anything that is not a whole, unchanged member.
+  """
+  expected = files or {}
+  config = folder / 'config.json'
+  card = None
+  if files or os.path.lexists(config):
+    card = manifest.read_json(config, expected.get('config.json'))
+    check_card(card, folder, name)
+    max_bytes = min(max_bytes, _bytes_of(card) + _ZIP_BYTES)
+  path = folder / 'params.npz'
+  if files and path.is_file() and not path.is_symlink():
+    size = path.stat().st_size
+    if size != expected['params.npz']['bytes']:
+      raise npz.Refused(
+        f'{npz.show(path)} has {size:,} bytes and its manifest says '
+        f'{expected["params.npz"]["bytes"]:,}; fetch or write it again.'
+      )
+  params = npz.read(
+    path,
+    required=KEYS,
+    optional=OPTIONAL_KEYS,
+    check=lambda shapes: check_shapes(shapes, card),
+    max_bytes=max_bytes,
+    sha256=expected.get('params.npz', {}).get('sha256'),
+  )
+  try:
+    _check_values(params, card or {})
+  except npz.Refused as error:
+    raise npz.Refused(f'{npz.show(path)} {error}.') from None
+  if card is None:
+    card = {
+      'd_in': params['W_enc'].shape[-2],
+      'd_out': params['b_dec'].shape[-1],
+      'width': params['b_enc'].size,
+    }
+  return params, card
+
+
+def check_card(
+  card: object, folder: pathlib.Path, name: str | None
+) -> places.Place:
+  """Sizes are whole numbers; place and width agree with the folder's name."""
+  where = npz.show(folder / 'config.json')
+  if not isinstance(card, dict):
+    raise npz.Refused(f'{where} is not a card: expected a JSON object.')
+  for key in ('d_in', 'd_out', 'width'):
+    number = card.get(key)
+    if type(number) is not int or not 0 < number < 1 << 31:
+      raise npz.Refused(
+        f'{where} has {key} = {npz.show(number)}; expected a whole number '
+        'above 0.'
+      )
+  try:
+    place = places.of(card)
+  except ValueError as error:
+    raise npz.Refused(
+      f'{where} does not say what it reads and writes: {str(error)[:300]}'
+    ) from None
+  layers = len(place.sites)
+  if card['width'] % layers:
+    raise npz.Refused(
+      f'{where} has width = {card["width"]}, which {layers} layers cannot '
+      'share evenly.'
+    )
+  if place.sites == place.targets and card['d_in'] != card['d_out']:
+    raise npz.Refused(
+      f'{where} has d_in = {card["d_in"]} and d_out = {card["d_out"]}, and '
+      f'a member of type {place.type} writes what it reads.'
+    )
+  if type(card.get('affine', False)) is not bool:
+    raise npz.Refused(f'{where} has an affine that is neither true nor false.')
+  if name is not None:
+    found = manifest.MEMBER.fullmatch(name)
+    wanted = manifest.folder(card), card.get('affine', False)
+    if (found['folder'], found['affine'] is not None) != wanted:
+      raise npz.Refused(
+        f'{where} is the card of {wanted[0]} with'
+        f'{"" if wanted[1] else "out"} an affine skip, and its folder is '
+        f'{name}.'
+      )
+  return place
+
+
+def _shapes(card: dict, layers: int) -> npz.Shapes:
+  """Shapes for a card's sizes; `layers` is 0 where there is no such axis."""
+  d_in, d_out = card['d_in'], card['d_out']
+  lead, width = (layers,) * bool(layers), card['width'] // (layers or 1)
+  return {
+    'W_enc': (*lead, d_in, width),
+    'b_enc': (*lead, width),
+    'W_dec': (*lead, width, *lead, d_out),
+    'b_dec': (*lead, d_out),
+    'threshold': (*lead, width),
+    'W_skip': (*lead, d_in, d_out),
+    'k': (),
+  }
+
+
+def _layers(card: dict) -> int:
+  place = places.of(card)
+  return len(place.sites) if place.several else 0
+
+
+def _bytes_of(card: dict) -> int:
+  shapes = _shapes(card, _layers(card))
+  return 4 * sum(math.prod(shape) for shape in shapes.values())
+
+
+def check_shapes(shapes: npz.Shapes, card: dict | None):
+  """Shapes are those of the card, or else agree among themselves."""
+  if card is None:
+    W_enc, b_dec = shapes['W_enc'], shapes['b_dec']
+    if len(W_enc) not in (2, 3) or len(b_dec) != len(W_enc) - 1:
+      raise npz.Refused(
+        f'has W_enc {W_enc} and b_dec {b_dec}; expected [d_in, F] and [d_out], '
+        'or [L, d_in, F] and [L, d_out]'
+      )
+    *lead, d_in, width = W_enc
+    layers = lead[0] if lead else 0
+    card = {'d_in': d_in, 'width': width * (layers or 1), 'd_out': b_dec[-1]}
+  else:
+    layers = _layers(card)
+    if card.get('affine', False) is not ('W_skip' in shapes):
+      raise npz.Refused(
+        f'has {"" if "W_skip" in shapes else "no "}W_skip, and its card says '
+        f'affine: {str(card.get("affine", False)).lower()}'
+      )
+  for key, expected in _shapes(card, layers).items():
+    if key in shapes and shapes[key] != expected:
+      hint = ', transposed' if shapes[key] == expected[::-1] else ''
+      several = f', L = {layers} and' if layers else ','
+      raise npz.Refused(
+        f'has {key} {shapes[key]}{hint}; expected {expected} for d_in = '
+        f'{card["d_in"]}{several} F = {_shapes(card, layers)["b_enc"][-1]}, '
+        f'd_out = {card["d_out"]}'
+      )
+
+
+def _check_values(params: Mapping[str, np.ndarray], card: dict):
+  """What the shapes do not say: thresholds, zeros of W_dec, k."""
+  if params['threshold'].min() < 0:
+    raise npz.Refused('holds thresholds below 0')
+  W_dec = params['W_dec']
+  if W_dec.ndim == 4:
+    for layer in range(1, len(W_dec)):
+      if W_dec[layer, :, :layer].any():
+        raise npz.Refused(
+          f'has latents of its layer number {layer} that write to an earlier '
+          'one; expected zeros in W_dec[l, :, m] for m < l'
+        )
+  if 'k' in params:
+    k, width = float(params['k']), params['b_enc'].size
+    if not (k.is_integer() and 1 <= k <= width):
+      raise npz.Refused(
+        f'has k = {k:g}; expected a whole number from 1 to {width:,}'
+      )
+    if card.get('k') is not None and card['k'] != k:
+      raise npz.Refused(
+        f'has k = {k:g}, and its card says {npz.show(card["k"])}'
+      )

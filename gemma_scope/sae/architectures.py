@@ -1,0 +1,191 @@
+"""The architectures: how pre-activations become latents, and are trained to.
+
+Each is an `Autoencoder` with its own `activate`, and knows where a gradient can
+be (`bound` or `may_act`) and which released parameters act the same: all but
+TopK are released as a JumpReLU.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope.sae import activation_functions as functions
+from gemma_scope.sae import autoencoder
+
+
+class JumpReLU(autoencoder.Autoencoder):
+  """Gemma Scope's SAE: one learned threshold a latent.
+
+  Attributes:
+    bandwidth: eps, the full width of the kernel's window around theta.
+    initial_threshold: theta before training.
+    log_threshold: train log(theta), which keeps theta positive but moves it by
+      a factor of e in 1 / learning rate steps at the least; False trains theta
+      itself, and a theta below 0 acts as 0 (`threshold` clips it).
+    to_input: the estimator's gradient reaches the encoder too.
+  """
+
+  bandwidth: float = 0.001
+  initial_threshold: float = 0.001
+  log_threshold: bool = True
+  to_input: bool = False
+
+  def setup(self):
+    super().setup()
+    value = self.initial_threshold
+    value = jnp.log(value) if self.log_threshold else value
+    self.raw = self.param(
+      self._raw, autoencoder.constant(value), self.latent_shape
+    )
+
+  @property
+  def _raw(self) -> str:
+    """Name of the one parameter, float32, whichever way it is trained."""
+    return 'log_threshold' if self.log_threshold else 'threshold'
+
+  def _theta(self, raw: jax.Array) -> jax.Array:
+    return jnp.exp(raw) if self.log_threshold else jnp.maximum(raw, 0)
+
+  def threshold(self) -> jax.Array:
+    """theta [F]."""
+    return self._theta(self.raw)
+
+  def activate(self, projected, k, candidates=None):
+    z = projected + _at(candidates, self.b_enc)
+    theta = _at(candidates, self.threshold())
+    f = functions.jumprelu(z, theta, self.bandwidth, self.to_input)
+    active = functions.step(z, theta, self.bandwidth, self.to_input)
+    return autoencoder.Latents(z, f, active, f, theta, _ZERO)
+
+  def bound(self):
+    return self.b_enc, self.threshold() - self.bandwidth / 2
+
+  def released(self, params, theta, k):
+    found = super().released(params, theta, k)
+    return {**found, 'threshold': self._theta(params[self._raw])}
+
+  def trainable(self, released):
+    theta = jnp.asarray(released['threshold'])
+    if self.log_threshold:  # a ReLU's 0 has no logarithm
+      theta = jnp.log(jnp.maximum(theta, 1e-6))
+    return {**super().trainable(released), self._raw: theta}
+
+
+class ReLU(autoencoder.Autoencoder):
+  """f = max(z, 0), made sparse by an L1 penalty (Bricken et al., 2023)."""
+
+  def activate(self, projected, k, candidates=None):
+    z = projected + _at(candidates, self.b_enc)
+    f = jax.nn.relu(z)
+    return autoencoder.Latents(z, f, _fires(f), f, _ZERO, _ZERO)
+
+  def bound(self):
+    return self.b_enc, _ZERO
+
+
+class TopK(autoencoder.Autoencoder):
+  """The k largest latents of a row (arXiv 2406.04093)."""
+
+  def activate(self, projected, k, candidates=None):
+    z = projected + _at(candidates, self.b_enc)
+    ranked = z if candidates is None else candidates.together(z)
+    f = jnp.where(z >= functions.kth_of_row(ranked, k), jax.nn.relu(z), 0)
+    return autoencoder.Latents(z, f, _fires(f), f, _ZERO, _ZERO)
+
+  def may_act(self, projected, k, blocks):
+    z = projected + self.b_enc
+    return (z > 0) & (z >= functions.kth_of_row(z, k, blocks))
+
+  def released(self, params, theta, k):
+    return {**super().released(params, theta, k), 'k': jnp.float32(k)}
+
+
+class BatchTopK(autoencoder.Autoencoder):
+  """The k B largest latents of a batch (arXiv 2412.06410).
+
+  At inference a row must not depend on its batch: a latent fires above the
+  running mean of the smallest value kept, one threshold for all. So it is
+  released, as a JumpReLU.
+  """
+
+  def activate(self, projected, k, candidates=None):
+    z = projected + _at(candidates, self.b_enc)
+    least = functions.kth_of_batch(z, k)
+    f = jnp.where(z >= least, jax.nn.relu(z), 0)
+    return autoencoder.Latents(z, f, _fires(f), f, least, least)
+
+  def may_act(self, projected, k, blocks):
+    z = projected + self.b_enc
+    return (z > 0) & (z >= functions.kth_of_batch(z, k, blocks))
+
+  def released(self, params, theta, k):
+    found = super().released(params, theta, k)
+    return {**found, 'threshold': jnp.full(self.latent_shape, theta)}
+
+
+class Gated(autoencoder.Autoencoder):
+  """A gate says which latents fire, a magnitude how much (arXiv 2404.16014).
+
+    gate = x' W_enc + b_gate        z = exp(r_mag) x' W_enc + b_enc
+    f = relu(z) 1[gate > 0]         x' = x - b_dec in an SAE
+
+  The two share W_enc, so z = exp(r_mag) (gate - b_gate) + b_enc: this is a
+  JumpReLU with weights exp(r_mag) W_enc and threshold
+  b_enc - exp(r_mag) b_gate, and so it is released.
+  """
+
+  def setup(self):
+    super().setup()
+    zeros = nn.initializers.zeros
+    self.b_gate = self.param('b_gate', zeros, self.latent_shape)
+    self.r_mag = self.param('r_mag', zeros, self.latent_shape)
+
+  def activate(self, projected, k, candidates=None):
+    gate = projected + _at(candidates, self.b_gate)
+    gain = jnp.exp(_at(candidates, self.r_mag))
+    z = gain * projected + _at(candidates, self.b_enc)
+    f = jnp.where(gate > 0, jax.nn.relu(z), 0)
+    return autoencoder.Latents(z, f, _fires(f), jax.nn.relu(gate), _ZERO, _ZERO)
+
+  def bound(self):
+    return self.b_gate, _ZERO
+
+  def released(self, params, theta, k):
+    found = super().released(params, theta, k)
+    gain = jnp.exp(params['r_mag'])
+    threshold = params['b_enc'] - gain * params['b_gate']
+    return {
+      **found,
+      'W_enc': found['W_enc'] * gain[..., None, :],
+      'threshold': jnp.maximum(threshold, 0),  # f = relu(z) anyway
+    }
+
+  def trainable(self, released):
+    b_gate = jnp.asarray(released['b_enc'] - released['threshold'])
+    found = super().trainable(released)
+    return {**found, 'b_gate': b_gate, 'r_mag': jnp.zeros_like(b_gate)}
+
+
+_ZERO = np.float32(0)
+
+
+def _at(candidates, v):
+  """Latents' own values beside a batch's latents."""
+  return v if candidates is None else candidates.at(v)
+
+
+def _fires(f):
+  """1 where a latent fires; no gradient."""
+  return (f > 0).astype(f.dtype)
+
+
+ARCHITECTURES = {
+  'jumprelu': JumpReLU,
+  'topk': TopK,
+  'batch_topk': BatchTopK,
+  'gated': Gated,
+  'relu': ReLU,
+}

@@ -1,0 +1,402 @@
+"""One sparse autoencoder: Flax modules, and a released one's two functions.
+
+  z = (x - b_dec) W_enc + b_enc          pre-activations, x with E|x|^2 = 1
+  f = activation(z)                      latents, sparse
+  y_hat = f W_dec + b_dec (+ x W_skip)   reconstruction, |W_dec[i]| = 1
+
+An SAE reconstructs its own input, y = x. A transcoder reads the input of an MLP
+and reconstructs its output, without b_dec in the encoder, with a skip if asked.
+
+Several layers, L of them (Gemma Scope 2): x is [B, L, D], each layer has its
+own encoder and F latents, and a latent of layer l writes to the layers m >= l:
+
+  f[l] = activation(z[l])       y_hat[m] = sum_{l <= m} f[l] W_dec[l, m]
+
+a weakly causal crosscoder where y = x, a cross-layer transcoder (CLT) where y
+is the MLPs' outputs. A latent's decoder is its rows to all layers together.
+
+The maths is for one SAE, rows first; latents are all axes after the rows.
+`stack` maps it over many. Parameter names are those of Gemma Scope's files, but
+W_enc is trained as [F, D], a row a latent like W_dec's, and released as [D, F].
+
+A batch's latents are dense, or `sparse.Candidates` alone stand for all: then
+[B, F] below is [B, K], and what is a latent's own is looked up for each.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gemma_scope.sae import activation_functions as functions
+from gemma_scope.sae import sparse
+
+
+class Latents(NamedTuple):
+  """What an encoder says of a batch; [B, F], or [B, L, F]."""
+
+  z_BF: jax.Array  # pre-activations
+  f_BF: jax.Array  # latents
+  active_BF: jax.Array  # 1 where a latent fires, with its estimator's gradient
+  gate_BF: jax.Array  # what an L1 penalty falls on: f, or a Gated SAE's gate
+  theta: jax.Array  # thresholds that z was held against
+  least: jax.Array  # BatchTopK's smallest latent, a scalar; else 0
+
+
+def _norm_axes(w: jax.Array) -> tuple[int, ...]:
+  """Axes of a latent's decoder in W_dec [F, D] or [L, L, F, D]."""
+  return (-1,) if w.ndim == 2 else (-3, -1)
+
+
+def decoder_norm(W_dec: jax.Array) -> jax.Array:
+  """Norm of each latent's decoder, [F] or [L, F]."""
+  square = jnp.sum(jnp.square(W_dec), _norm_axes(W_dec))
+  # The gradient at a zero row is zero, not NaN.
+  positive = jnp.where(square > 0, square, 1)
+  return jnp.where(square > 0, jnp.sqrt(positive), 0)
+
+
+# Barriers: for a sum along a row XLA's CPU backend calls a library, and would
+# take what comes before and after it along, term by term through memory; the
+# whole update is then three times as slow.
+
+
+def unit_rows(W_dec: jax.Array) -> jax.Array:
+  """Decoders scaled to Euclidean norm 1 (a zero one stays zero)."""
+  W_dec = jax.lax.optimization_barrier(W_dec)
+  norm = jnp.sqrt(jnp.sum(jnp.square(W_dec), _norm_axes(W_dec), keepdims=True))
+  return W_dec / jax.lax.optimization_barrier(jnp.maximum(norm, 1e-12))
+
+
+def remove_parallel(gradient: jax.Array, W_dec: jax.Array) -> jax.Array:
+  """The part of W_dec's gradient orthogonal to each unit decoder.
+
+  Applied before Adam, so that the moments never see the direction that
+  renormalising takes back (arXiv 2408.05147 section 3.2).
+  """
+  along = jnp.sum(gradient * W_dec, _norm_axes(W_dec), keepdims=True)
+  return gradient - jax.lax.optimization_barrier(along) * W_dec
+
+
+def _he_uniform(key, shape, dtype=jnp.float32):
+  """Unit decoders of random direction, none to an earlier layer."""
+  W_dec = nn.initializers.he_uniform(in_axis=-2)(key, shape, dtype)
+  if len(shape) == 4:
+    W_dec *= jnp.triu(jnp.ones(shape[:2]))[:, :, None, None]
+  return unit_rows(W_dec)
+
+
+def _he_uniform_encoder(key, shape, dtype=jnp.float32):
+  W_enc = nn.initializers.he_uniform(in_axis=-1, out_axis=-2)(key, shape, dtype)
+  return W_enc / jnp.linalg.norm(W_enc, axis=-1, keepdims=True)
+
+
+def _own_layer(W_dec):
+  """Encoders along what each latent writes to its own layer, norm 1."""
+  if W_dec.ndim == 4:
+    W_dec = jnp.moveaxis(jnp.diagonal(W_dec), -1, 0)
+    W_dec /= jnp.linalg.norm(W_dec, axis=-1, keepdims=True)
+  return W_dec
+
+
+def constant(value):
+  """An initialiser in the form that Flax calls it."""
+  return lambda key, shape, dtype=jnp.float32: jnp.full(shape, value, dtype)
+
+
+def _matmul(dtype: str, terms: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """Factors in `dtype`, sums in float32."""
+  a, b = a.astype(dtype), b.astype(dtype)
+  return jnp.einsum(terms, a, b, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(dtype, x, bias, W_enc):
+  """(x - bias) W_enc^T, of data: x has no gradient."""
+  terms = 'bld,lfd->blf' if x.ndim == 3 else 'bd,fd->bf'
+  return _matmul(dtype, terms, x - bias, W_enc)
+
+
+def _project_forward(dtype, x, bias, W_enc):
+  return _project(dtype, x, bias, W_enc), (x, bias, W_enc)
+
+
+def _project_backward(dtype, saved, g):
+  x, bias, W_enc = saved
+  terms = 'blf,bld->lfd' if x.ndim == 3 else 'bf,bd->fd'
+  # The bias needs the sum over rows alone: a vector's product, not a sixth
+  # matmul of all rows whose result would then be summed.
+  of_bias = _of_bias(jnp.sum(g, 0), W_enc) if bias.ndim else bias
+  return (
+    jnp.zeros_like(x),
+    of_bias,
+    _matmul(dtype, terms, g, x - bias),
+  )
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+def _of_bias(g_F: jax.Array, W_enc: jax.Array) -> jax.Array:
+  """Gradient of the encoder's bias from the rows' sum of the latents'."""
+  return -jnp.einsum('...f,...fd->...d', g_F, W_enc)
+
+
+class Autoencoder(nn.Module):
+  """What all architectures share: an affine encoder and an affine decoder.
+
+  A subclass (`architectures`) says how a batch becomes latents, and which
+  released parameters act the same (`released`, and back, `trainable`).
+
+  Attributes:
+    d_in, d_out: widths of the input and of the reconstruction.
+    width: number of latents, of all layers together.
+    layers: 0 for one site, L for L layers.
+    pre_encoder_bias: whether the encoder sees x - b_dec (SAEs do, transcoders
+      do not; arXiv 2408.05147 section 3.2 and appendix B).
+    tied: W_enc starts as W_dec (not in transcoders).
+    skip: an affine path past the latents, W_skip, from zero.
+    unit_decoder: decoders keep norm 1; else sparsity weighs each latent by it.
+    matmul_dtype: dtype of the matmuls' inputs; they accumulate in float32.
+  """
+
+  d_in: int
+  d_out: int
+  width: int
+  layers: int = 0
+  pre_encoder_bias: bool = True
+  tied: bool = True
+  skip: bool = False
+  unit_decoder: bool = True
+  matmul_dtype: str = 'float32'
+
+  @property
+  def latent_shape(self) -> tuple[int, ...]:
+    """[F], or [L, F]."""
+    if not self.layers:
+      return (self.width,)
+    return self.layers, self.width // self.layers
+
+  def setup(self):
+    *lead, latents = self.latent_shape
+    self.W_dec = self.param(
+      'W_dec', _he_uniform, (*lead, *lead, latents, self.d_out)
+    )
+    shape = (*lead, latents, self.d_in)
+    if self.tied:
+      self.W_enc = self.param('W_enc', constant(_own_layer(self.W_dec)), shape)
+    else:
+      self.W_enc = self.param('W_enc', _he_uniform_encoder, shape)
+    zeros = nn.initializers.zeros
+    self.b_enc = self.param('b_enc', zeros, self.latent_shape)
+    self.b_dec = self.param('b_dec', zeros, (*lead, self.d_out))
+    if self.skip:
+      self.W_skip = self.param('W_skip', zeros, (*lead, self.d_in, self.d_out))
+
+  def _matmul(self, terms, a, b):
+    return _matmul(self.matmul_dtype, terms, a, b)
+
+  def project(self, x: jax.Array) -> jax.Array:
+    """x W_enc^T, the encoder without its biases; [B, F], float32."""
+    with jax.named_scope('encoder'):
+      bias = self.b_dec if self.pre_encoder_bias else jnp.zeros(())
+      return _project(self.matmul_dtype, x, bias, self.W_enc)
+
+  def encoder_gradient(
+    self, g: jax.Array, x: jax.Array, candidates: sparse.Candidates
+  ) -> dict[str, jax.Array]:
+    """Gradients of `project`'s parameters from that of its candidates."""
+    with jax.named_scope('encoder'):
+      if not self.pre_encoder_bias:
+        return {'W_enc': candidates.encoder_gradient(g, x)}
+      return {
+        'W_enc': candidates.encoder_gradient(g, x - self.b_dec),
+        'b_dec': _of_bias(candidates.total(g), self.W_enc),
+      }
+
+  def write(
+    self,
+    f: jax.Array,
+    part: slice = slice(None),
+    candidates: sparse.Candidates | None = None,
+  ) -> jax.Array:
+    """What the latents `part` (of each layer) write: f W_dec, no bias."""
+    with jax.named_scope('decoder'):
+      if candidates is not None:
+        if part != slice(None):
+          shape = self.latent_shape
+          index = jnp.broadcast_to(jnp.arange(shape[-1]), shape)
+          index = candidates.at(index)
+          stop = shape[-1] if part.stop is None else part.stop
+          f = jnp.where((index >= (part.start or 0)) & (index < stop), f, 0)
+        return candidates.write(f, self.W_dec)
+      f = f[..., part]
+      if not self.layers:
+        return self._matmul('bf,fd->bd', f, self.W_dec[part])
+      # One matmul a target, over the layers that write to it.
+      return jnp.stack(
+        [
+          self._matmul(
+            'blf,lfd->bd', f[:, : m + 1], self.W_dec[: m + 1, m, part]
+          )
+          for m in range(self.layers)
+        ],
+        axis=1,
+      )
+
+  def offset(self, x: jax.Array) -> jax.Array:
+    """What is written whatever the latents: b_dec (+ x W_skip)."""
+    if not self.skip:
+      return self.b_dec
+    terms = 'bld,lde->ble' if self.layers else 'bd,de->be'
+    return self.b_dec + self._matmul(terms, x, self.W_skip)
+
+  def norms(self) -> jax.Array:
+    """The weight of a latent in sparsity terms: its decoder's norm."""
+    if self.unit_decoder:
+      return jnp.ones(self.latent_shape)
+    return decoder_norm(self.W_dec)
+
+  def latents(self, x: jax.Array, k: jax.Array | float = 1.0) -> Latents:
+    """Latents of x; `k` is how many TopK and BatchTopK keep a row."""
+    return self.activate(self.project(x), k)
+
+  def activate(
+    self,
+    projected: jax.Array,
+    k: jax.Array,
+    candidates: sparse.Candidates | None = None,
+  ) -> Latents:
+    """Latents of x W_enc^T, all of them or the candidates alone."""
+    raise NotImplementedError
+
+  def bound(self) -> tuple[jax.Array, jax.Array] | None:
+    """A bias, and above what x W_enc^T + bias a gradient can be.
+
+    Latents' own values; None where they depend on the batch.
+    """
+    return None
+
+  def may_act(
+    self, projected: jax.Array, k: jax.Array, blocks: int
+  ) -> jax.Array:
+    """Where a latent can have a gradient, bool; perhaps in a few places more.
+
+    Args:
+      projected: x W_enc^T, dense.
+      k: how many TopK and BatchTopK keep.
+      blocks: `activation_functions.at_most_kth`'s.
+    """
+    bias, least = self.bound()
+    return projected + bias > least
+
+  def encode_candidates(
+    self, x: jax.Array, count: int, mesh: Mesh | None
+  ) -> tuple[sparse.Candidates, jax.Array] | None:
+    """Those that `bound` lets be, and x W_enc^T of them; None: no kernel."""
+    kernel = sparse.encoder(mesh, self.d_in, self.matmul_dtype)
+    bound = self.bound()
+    if kernel is None or bound is None:
+      return None
+    x = x - self.b_dec if self.pre_encoder_bias else x
+    with jax.named_scope('encoder'):
+      return sparse.Candidates.of_encoder(
+        kernel, x, self.W_enc, *bound, count, mesh, self.matmul_dtype
+      )
+
+  def __call__(self, x: jax.Array, k: jax.Array | float = 1.0) -> jax.Array:
+    """Reconstruction [B, D_out] of x [B, D]."""
+    return self.write(self.latents(x, k).f_BF) + self.offset(x)
+
+  def released(self, params, theta, k) -> dict[str, jax.Array]:
+    """Parameters of the functions `encode` and `decode` below.
+
+    Args:
+      params: this module's, of one SAE.
+      theta: running mean of BatchTopK's threshold.
+      k: what TopK keeps.
+    """
+    shared = ('W_enc', 'b_enc', 'W_dec', 'b_dec', 'W_skip')
+    found = {name: params[name] for name in shared if name in params}
+    found['W_enc'] = jnp.swapaxes(found['W_enc'], -1, -2)
+    found['threshold'] = jnp.zeros(self.latent_shape)
+    if self.layers:
+      found['W_dec'] = jnp.swapaxes(found['W_dec'], 1, 2)
+    return found
+
+  def trainable(self, released: Mapping[str, jax.Array]):
+    """The inverse of `released`: parameters that act like released ones."""
+    names = ('W_enc', 'b_enc', 'W_dec', 'b_dec')
+    found = {name: jnp.asarray(released[name]) for name in names}
+    found['W_enc'] = jnp.swapaxes(found['W_enc'], -1, -2)
+    if self.layers:
+      found['W_dec'] = jnp.swapaxes(found['W_dec'], 1, 2)
+    if self.skip:
+      found['W_skip'] = jnp.asarray(
+        released.get('W_skip', jnp.zeros((self.d_in, self.d_out)))
+      )
+      lead = (self.layers,) * bool(self.layers)
+      shape = (*lead, self.d_in, self.d_out)
+      found['W_skip'] = jnp.broadcast_to(found['W_skip'], shape)
+    return found
+
+  def flops(self, rows: int) -> int:
+    """Dense FLOPs of a training step: five matmuls, 2 B D F each."""
+    pairs = (self.layers + 1) / 2 if self.layers else 1
+    return int(2 * rows * self.width * (2 * self.d_in + 3 * pairs * self.d_out))
+
+
+# A trained SAE, ours or a published one, is a mapping of arrays in Gemma
+# Scope's names that acts on raw activations; these two functions are all of it.
+
+
+def encode(params: Mapping[str, jax.Array], x_BD: jax.Array) -> jax.Array:
+  """Latents of raw activations (released parameters).
+
+  Args:
+    params: W_enc [D, F], b_enc [F], threshold [F], and for TopK k []; with
+      several layers each has a leading axis L.
+    x_BD: [..., D]; with several layers [..., L, D].
+
+  Returns:
+    f [..., F], or [..., L, F].
+  """
+  terms = '...ld,ldf->...lf' if params['W_enc'].ndim == 3 else '...d,df->...f'
+  z_BF = jnp.einsum(terms, x_BD, params['W_enc']) + params['b_enc']
+  f_BF = jnp.where(z_BF > params['threshold'], jax.nn.relu(z_BF), 0)
+  if 'k' not in params:
+    return f_BF
+  latent_axes = tuple(range(-params['b_enc'].ndim, 0))
+  least = functions.kth_largest(f_BF, params['k'], latent_axes)
+  return jnp.where(f_BF >= least, f_BF, 0)
+
+
+def decode(
+  params: Mapping[str, jax.Array],
+  f_BF: jax.Array,
+  x_BD: jax.Array | None = None,
+) -> jax.Array:
+  """Raw reconstruction of latents (released parameters).
+
+  Args:
+    params: W_dec [F, D_out], b_dec [D_out]; with several layers W_dec
+      [L, F, L, D_out], from layer to layer, and b_dec [L, D_out].
+    f_BF: [..., F], or [..., L, F].
+    x_BD: the raw input, needed where `params` has W_skip.
+
+  Returns:
+    y_hat [..., D_out], or [..., L, D_out].
+  """
+  several = params['W_dec'].ndim == 4
+  terms = '...lf,lfmd->...md' if several else '...f,fd->...d'
+  y_BD = jnp.einsum(terms, f_BF, params['W_dec']) + params['b_dec']
+  if 'W_skip' not in params:
+    return y_BD
+  terms = '...ld,lde->...le' if several else '...d,de->...e'
+  return y_BD + jnp.einsum(terms, x_BD, params['W_skip'])

@@ -1,0 +1,63 @@
+"""Which functions a device runs: a kernel where it has one, else the plain one.
+
+A TPU has those of `tpu` and `tpu_encode` from v4 on, a GPU those of `gpu` and
+`gpu_encode`, both where d is whole tiles; all else is plain. The choice is made
+when a program is traced, by the devices of its mesh.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+
+
+def on(device: jax.Device, function):
+  """One of the sums of `plain`, or the device's kernel where the shapes fit it.
+
+  A kernel is never batched: under `vmap` members take it in turn.
+  """
+  if device.platform not in ('tpu', 'gpu'):
+    return function
+  from gemma_scope.sae.kernels import (
+    gpu,
+    tpu,  # Pallas: seconds to import
+  )
+
+  kernels = {'tpu': tpu, 'gpu': gpu}[device.platform]
+  kernel = getattr(kernels, function.__name__)
+
+  def run(a, i_RK, b, *more):
+    if not kernels.fits(device.device_kind, b.shape[1]):
+      return function(a, i_RK, b, *more)
+    of_arrays = lambda a, i_RK, b: kernel(a, i_RK, b, *more)
+    return jax.custom_batching.sequential_vmap(of_arrays)(a, i_RK, b)
+
+  return run
+
+
+def encoder(device: jax.Device, width: int, dtype: str):
+  """The device's fused encoder, as `tpu_encode.encode`; None: there is none.
+
+  It multiplies as XLA does at its default precision. Where another is asked
+  for, its candidates would not be those of the dense step.
+  """
+  exact = jax.config.jax_default_matmul_precision not in (None, 'default')
+  if device.platform not in ('tpu', 'gpu') or (dtype == 'float32' and exact):
+    return None
+  from gemma_scope.sae.kernels import gpu, gpu_encode, tpu, tpu_encode
+
+  kernels, encode = {
+    'tpu': (tpu, tpu_encode.encode),
+    'gpu': (gpu, functools.partial(gpu_encode.encode, dtype=dtype)),
+  }[device.platform]
+  if not kernels.fits(device.device_kind, width):
+    return None
+
+  def run(x_BD, W_FD, bias_F, least_F, count):
+    of_arrays = lambda *arrays: encode(*arrays, count)
+    return jax.custom_batching.sequential_vmap(of_arrays)(
+      x_BD, W_FD, bias_F, least_F
+    )
+
+  return run

@@ -1,0 +1,386 @@
+"""The few latents of a row that matter, and what a step needs of them.
+
+Only latents that fire, and those inside an estimator's window, have a gradient
+(arXiv 2407.14435). A step that keeps them alone, K a row, is exact; its decoder
+and its gradients read K rows of D numbers where a dense one multiplies by all
+F. Only the encoder's forward pass stays dense:
+
+  z_BF = x W_enc^T            dense, 2 D F FLOPs a row of the dense step's 10
+  i_BK = select(mask(z))      the candidates, or a count that says they are > K
+  y    = sum_k f_k W_dec[i_k]                          `gather_add`
+  df_k = W_dec[i_k] . dy                               `gather_dot`
+  dW_dec[i] = sum f_k dy,  dW_enc[i] = sum dz_k x      `scatter_add`
+
+Where latents are sharded, each shard selects K of its own, counted within it:
+what crosses shards is sums of [B, D] and [B, K], never pre-activations.
+
+The three sums are in `kernels`: plain functions, and Pallas kernels of the same
+names that take their place on a TPU or a GPU where the shapes fit. There the
+candidates of thresholds that are known beforehand are found by a kernel, too,
+which does not write z (`Candidates.of_encoder`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gemma_scope.sae.kernels import choice, plain
+
+_WORD = 32
+
+
+def select(mask_BF: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+  """The first `count` true entries of each row, by index.
+
+  32 entries are packed into a word; the s-th one is then found by bisection
+  over the words' running counts, and over the bits of its word: no sort, and
+  work that does not depend on K but for [B, K] lookups.
+
+  Returns:
+    i int32 [B, K], 0 where a row has fewer, and how many it has, [B].
+  """
+  rows, latents = mask_BF.shape
+  mask_BF = jnp.pad(mask_BF, ((0, 0), (0, -latents % _WORD)))
+  bits_BWw = mask_BF.reshape(rows, -1, _WORD).astype(jnp.uint32)
+  word_BW = jnp.sum(
+    bits_BWw << jnp.arange(_WORD, dtype=jnp.uint32), -1, dtype=jnp.uint32
+  )
+  words = word_BW.shape[1]
+  end_BW = jnp.cumsum(jax.lax.population_count(word_BW).astype(jnp.int32), 1)
+  slot_K = jnp.arange(count, dtype=jnp.int32)[None]
+  before_BK = jnp.zeros((rows, count), jnp.int32)  # words that end before s
+  for power in reversed(range(words.bit_length())):
+    more_BK = before_BK + (1 << power)
+    at_BK = jnp.minimum(more_BK, words) - 1
+    end_BK = jnp.take_along_axis(end_BW, at_BK, 1)
+    skip = (more_BK <= words) & (end_BK <= slot_K)
+    before_BK = jnp.where(skip, more_BK, before_BK)
+  word_BK = jnp.minimum(before_BK, words - 1)
+  passed_BK = jnp.take_along_axis(end_BW, jnp.maximum(before_BK - 1, 0), 1)
+  rank_BK = slot_K - jnp.where(before_BK > 0, passed_BK, 0)
+  left_BK = jnp.take_along_axis(word_BW, word_BK, 1)
+  bit_BK = jnp.zeros_like(rank_BK)
+  for half in (16, 8, 4, 2, 1):
+    low_BK = left_BK & jnp.uint32((1 << half) - 1)
+    in_low_BK = jax.lax.population_count(low_BK).astype(jnp.int32)
+    high = rank_BK >= in_low_BK
+    rank_BK = jnp.where(high, rank_BK - in_low_BK, rank_BK)
+    left_BK = jnp.where(high, left_BK >> half, low_BK)
+    bit_BK += jnp.where(high, half, 0)
+  found_B = end_BW[:, -1]
+  i_BK = word_BK * _WORD + bit_BK
+  return jnp.where(slot_K < found_B[:, None], i_BK, 0), found_B
+
+
+# The same with gradients, on a mesh, for L layers: latents' own values are
+# [L, F], candidates' [B, L, K], rows [B, L, D], and the decoder [L, L, F, D]
+# from layer l to layer m >= l.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shards:
+  """Layers and latents of each, the mesh (or None), the matmuls' dtype."""
+
+  layers: int
+  latents: int
+  mesh: Mesh | None
+  dtype: str
+  device: jax.Device  # one of them: all are alike
+
+  @property
+  def local(self) -> int:
+    """Latents of a layer in a shard."""
+    return self.latents // (self.mesh.shape['latent'] if self.mesh else 1)
+
+  def run(self, function, inputs, outputs, *arguments):
+    """`function` on each shard; the specs are given as one of those below."""
+    if self.mesh is None:
+      return function(*arguments)
+    return jax.shard_map(
+      function,
+      mesh=self.mesh,
+      in_specs=inputs,
+      out_specs=outputs,
+      check_vma=False,
+    )(*arguments)
+
+  def sum_over(self, axis: str, x: jax.Array) -> jax.Array:
+    return jax.lax.psum(x, axis) if self.mesh else x
+
+  def flat(self, i_BLK: jax.Array) -> jax.Array:
+    """Places among the shard's latents of all layers."""
+    first_L = self.local * jnp.arange(self.layers, dtype=i_BLK.dtype)
+    return i_BLK + first_L[:, None]
+
+
+_CANDIDATES = PartitionSpec('data', None, 'latent')
+_OWN = PartitionSpec(None, 'latent')
+_ROWS = PartitionSpec('data')
+_ENCODER = PartitionSpec(None, 'latent')
+_DECODER = PartitionSpec(None, None, 'latent')
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _at(shards, v_LF, i_BLK):
+  """Latents' own values at the candidates."""
+
+  def local(v_LF, i_BLK):
+    return v_LF.reshape(-1)[shards.flat(i_BLK)]
+
+  return shards.run(local, (_OWN, _CANDIDATES), _CANDIDATES, v_LF, i_BLK)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(shards, a_BLK, i_BLK):
+  """Sum over rows of the candidates' values: the transpose of `_at`."""
+
+  def local(a_BLK, i_BLK):
+    zero = jnp.zeros(shards.layers * shards.local)
+    total = zero.at[shards.flat(i_BLK)].add(a_BLK)
+    return shards.sum_over('data', total.reshape(shards.layers, -1))
+
+  return shards.run(local, (_CANDIDATES,) * 2, _OWN, a_BLK, i_BLK)
+
+
+_at.defvjp(
+  lambda shards, v_LF, i_BLK: (_at(shards, v_LF, i_BLK), i_BLK),
+  lambda shards, i_BLK, g_BLK: (_total(shards, g_BLK, i_BLK), None),
+)
+_total.defvjp(
+  lambda shards, a_BLK, i_BLK: (_total(shards, a_BLK, i_BLK), i_BLK),
+  lambda shards, i_BLK, g_LF: (_at(shards, g_LF, i_BLK), None),
+)
+
+
+def _to(m: int, a_BLK: jax.Array) -> jax.Array:
+  """Candidates of the layers that write to layer m, in one row."""
+  return a_BLK[:, : m + 1].reshape(a_BLK.shape[0], -1)
+
+
+def _decoder_to(m: int, W_LLFD: jax.Array) -> jax.Array:
+  return W_LLFD[: m + 1, m].reshape(-1, W_LLFD.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _write(shards, f_BLK, i_BLK, W_LLFD):
+  """f W_dec, [B, L, D]."""
+  add = choice.on(shards.device, plain.gather_add)
+
+  def local(f_BLK, i_BLK, W_LLFD):
+    at_BLK = shards.flat(i_BLK)
+    y_LBD = [
+      add(_to(m, f_BLK), _to(m, at_BLK), _decoder_to(m, W_LLFD), shards.dtype)
+      for m in range(shards.layers)
+    ]
+    return shards.sum_over('latent', jnp.stack(y_LBD, 1))
+
+  inputs = (_CANDIDATES, _CANDIDATES, _DECODER)
+  return shards.run(local, inputs, _ROWS, f_BLK, i_BLK, W_LLFD)
+
+
+def _write_forward(shards, f_BLK, i_BLK, W_LLFD):
+  return _write(shards, f_BLK, i_BLK, W_LLFD), (f_BLK, i_BLK, W_LLFD)
+
+
+def _write_backward(shards, saved, g_BLD):
+  dot, add = (
+    choice.on(shards.device, function)
+    for function in (plain.gather_dot, plain.scatter_add)
+  )
+
+  def local(f_BLK, i_BLK, W_LLFD, g_BLD):
+    at_BLK = shards.flat(i_BLK)
+    df_BLK, dW_MLFD = jnp.zeros_like(f_BLK), []
+    for m in range(shards.layers):
+      g_BD, at_BK = g_BLD[:, m], _to(m, at_BLK)
+      df_BK = dot(g_BD, at_BK, _decoder_to(m, W_LLFD), shards.dtype)
+      df_BLK = df_BLK.at[:, : m + 1].add(df_BK.reshape(len(g_BD), m + 1, -1))
+      dW_FD = add(
+        _to(m, f_BLK), at_BK, g_BD, (m + 1) * shards.local, shards.dtype
+      )
+      dW_LFD = dW_FD.reshape(m + 1, shards.local, -1)
+      after = shards.layers - m - 1
+      dW_MLFD.append(jnp.pad(dW_LFD, ((0, after), (0, 0), (0, 0))))
+    return df_BLK, shards.sum_over('data', jnp.stack(dW_MLFD, 1))
+
+  inputs = (_CANDIDATES, _CANDIDATES, _DECODER, _ROWS)
+  outputs = (_CANDIDATES, _DECODER)
+  df_BLK, dW_LLFD = shards.run(local, inputs, outputs, *saved, g_BLD)
+  return df_BLK, None, dW_LLFD
+
+
+_write.defvjp(_write_forward, _write_backward)
+
+
+def encoder(mesh: Mesh | None, width: int, dtype: str):
+  """The devices' kernel that encodes and keeps candidates; None: there is none.
+
+  Args:
+    mesh: the devices, None for one.
+    width: of the encoder's input.
+    dtype: of the matmuls' factors.
+  """
+  return choice.encoder(_device(mesh), width, dtype)
+
+
+def _device(mesh):
+  return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
+class Candidates:
+  """The latents of a batch that can have a gradient, at most K a row.
+
+  Latents' own values are [F] or [L, F] here, rows' [B, ...] before that, and
+  candidates' [B, K] or [B, L, K]: K of each layer in each shard of latents.
+
+  Args:
+    shape: of latents, [F] or [L, F].
+    count: K.
+    mesh: the devices, None for one; rows lie on 'data', latents on 'latent'.
+    dtype: of the matmuls' factors.
+    find: a function of a shard's part of `inputs` and K that gives candidates
+      [B, L, K], how many there are [B, L], and values of candidates.
+    more: how many such values.
+    specs, inputs: arrays, and how they lie on the mesh.
+  """
+
+  def __init__(self, shape, count, mesh, dtype, find, more, specs, *inputs):
+    device = _device(mesh)
+    if mesh is not None and mesh.size == 1:
+      mesh = None
+    self.shape = shape
+    self._shards = _Shards(
+      math.prod(shape[:-1]), shape[-1], mesh, dtype, device
+    )
+    self.count = min(count, self._shards.local)
+
+    def local(*inputs):
+      i_BLK, found_BL, *kept = find(*inputs, self.count)
+      return i_BLK, found_BL[..., None], *kept
+
+    self._i, found, *self._more = self._shards.run(
+      local, specs, (_CANDIDATES,) * (2 + more), *inputs
+    )
+    # The most of any row, layer and shard; some are missing if it is above K.
+    self.most = jnp.max(found)
+    slots = jnp.arange(self._i.shape[-1]) % self.count
+    self._there = slots < jnp.repeat(found, self.count, -1)
+
+  @classmethod
+  def of_mask(
+    cls, mask: jax.Array, count: int, mesh: Mesh | None, dtype: str
+  ) -> Candidates:
+    """Those of a mask, bool [B, F] or [B, L, F]."""
+
+    def find(mask_BLF, count):
+      latents = mask_BLF.shape[-1]
+      i, found = select(mask_BLF.reshape(-1, latents), count)
+      lead = mask_BLF.shape[:-1]
+      return i.reshape(*lead, -1), found.reshape(lead)
+
+    shape = mask.shape[1:]
+    mask_BLF = mask.reshape(len(mask), math.prod(shape[:-1]), -1)
+    return cls(shape, count, mesh, dtype, find, 0, (_CANDIDATES,), mask_BLF)
+
+  @classmethod
+  def of_encoder(
+    cls, kernel, x: jax.Array, W_enc: jax.Array, bias: jax.Array,
+    least: jax.Array, count: int, mesh: Mesh | None, dtype: str,
+  ) -> tuple[Candidates, jax.Array]:  # fmt: skip
+    """Those with x W_enc^T + bias > least, and x W_enc^T there.
+
+    Args:
+      kernel: `encoder`'s.
+      x: rows [B, D] or [B, L, D].
+      W_enc: [F, D] or [L, F, D].
+      bias, least: latents' own values.
+      count, mesh, dtype: see above.
+    """
+
+    def find(x_BLD, W_LFD, bias_LF, least_LF, count):
+      found = [
+        kernel(x_BLD[:, l], W_LFD[l], bias_LF[l], least_LF[l], count)
+        for l in range(len(W_LFD))
+      ]
+      i_BLK, z_BLK, found_BL = (
+        jnp.stack(a, 1) for a in zip(*found, strict=True)
+      )
+      return i_BLK, found_BL, z_BLK
+
+    shape = W_enc.shape[:-1]
+    layered = lambda v: v if len(shape) == 2 else v[None]
+    own = (layered(jnp.broadcast_to(v, shape)) for v in (bias, least))
+    x_BLD = x if len(shape) == 2 else x[:, None]
+    found = cls(
+      shape, count, mesh, dtype, find, 1, (_ROWS, _ENCODER, _OWN, _OWN),
+      x_BLD, layered(W_enc), *own,
+    )  # fmt: skip
+    (z_BLK,) = found._more
+    return found, found._out(z_BLK)
+
+  def _in(self, a: jax.Array) -> jax.Array:
+    """Candidates' or rows' values with the axis L."""
+    return a if len(self.shape) == 2 else a[:, None]
+
+  def _out(self, a: jax.Array) -> jax.Array:
+    return a if len(self.shape) == 2 else a[:, 0]
+
+  def values(self, z: jax.Array) -> jax.Array:
+    """Rows' values [B, F] at the candidates, `plain.ABSENT` in empty slots."""
+
+    def local(z_BLF, i_BLK):
+      return jnp.take_along_axis(z_BLF, i_BLK, -1)
+
+    z_BLK = self._shards.run(
+      local, (_CANDIDATES,) * 2, _CANDIDATES, self._in(z), self._i
+    )
+    return self._out(jnp.where(self._there, z_BLK, plain.ABSENT))
+
+  def at(self, v: jax.Array) -> jax.Array:
+    """Latents' own values at the candidates."""
+    v_LF = v.reshape(self._shards.layers, -1)
+    return self._out(_at(self._shards, v_LF, self._i))
+
+  def total(self, a: jax.Array) -> jax.Array:
+    """Sum over rows of the candidates' values, of each latent."""
+    return _total(self._shards, self._in(a), self._i).reshape(self.shape)
+
+  def together(self, a: jax.Array) -> jax.Array:
+    """The same values, each row's on one device: to be ranked there."""
+    if self._shards.mesh is None:
+      return a
+    return jax.lax.with_sharding_constraint(
+      a, NamedSharding(self._shards.mesh, _ROWS)
+    )
+
+  def write(self, f: jax.Array, W_dec: jax.Array) -> jax.Array:
+    """f W_dec, rows [B, D] or [B, L, D]."""
+    W_LLFD = W_dec if len(self.shape) == 2 else W_dec[None, None]
+    return self._out(_write(self._shards, self._in(f), self._i, W_LLFD))
+
+  def encoder_gradient(self, g: jax.Array, x: jax.Array) -> jax.Array:
+    """Gradient of W_enc [F, D] or [L, F, D] from that of x W_enc^T."""
+
+    add = choice.on(self._shards.device, plain.scatter_add)
+
+    def local(g_BLK, i_BLK, x_BLD):
+      dW_LFD = [
+        add(
+          g_BLK[:, l], i_BLK[:, l], x_BLD[:, l], self._shards.local,
+          self._shards.dtype,
+        )
+        for l in range(self._shards.layers)
+      ]  # fmt: skip
+      return self._shards.sum_over('data', jnp.stack(dW_LFD))
+
+    dW_LFD = self._shards.run(
+      local, (_CANDIDATES, _CANDIDATES, _ROWS), _ENCODER,
+      self._in(g), self._i, self._in(x),
+    )  # fmt: skip
+    return dW_LFD.reshape(*self.shape, -1)

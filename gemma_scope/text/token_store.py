@@ -1,0 +1,270 @@
+"""A token store: a folder of flat token files, and rows of it by index.
+
+  train.tokens  eval.tokens   little-endian uint16 (vocabulary up to 65,536)
+                              or int32, nothing else in the file
+  manifest.json               what was tokenised and by what, counts, hashes
+
+A stream is its documents' tokens, each document followed by EOS. Row i of
+length T is BOS and then stream[i (T-1) : (i+1) (T-1)]; what is left at the
+end is dropped. Files are mapped, so a store may be larger than the memory.
+The manifest names no file: names are fixed, and it holds its own hash.
+
+A chat store (chat.py) is one whose every row is one conversation, padded: its
+manifest has `chat`, the only `seq_len` it can be read at, and `reply`, the
+ids that open the model's turn (`tokenizers.Special`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from gemma_scope.text import sources
+
+FORMAT = 1
+MANIFEST = 'manifest.json'
+_MANIFEST_BYTES = 1 << 16
+_BLOCK_BYTES = 1 << 22
+
+
+def dtype_of(vocab_size: int) -> str:
+  """The type of the tokens on disk."""
+  return '<u2' if vocab_size <= 1 << 16 else '<i4'
+
+
+class Tokens:
+  """A token store, opened: manifest and sizes checked, no token read yet."""
+
+  def __init__(self, folder: str | os.PathLike[str]):
+    self.folder = pathlib.Path(folder)
+    self.manifest = _read_manifest(self.folder / MANIFEST)
+    size = np.dtype(self.manifest['dtype']).itemsize
+    for split in sources.SPLITS:
+      path = self.path(split)
+      expected = self.manifest['tokens'][split] * size
+      found = path.stat().st_size if path.is_file() else None
+      if found != expected:
+        raise ValueError(
+          f'{path} should have {expected} bytes and '
+          f'{"is missing" if found is None else f"has {found}"}; the store '
+          'is damaged: delete the folder and prepare it again.'
+        )
+
+  def path(self, split: str) -> pathlib.Path:
+    """The token file of 'train' or 'eval'."""
+    if split not in sources.SPLITS:
+      raise ValueError(
+        f'split is {split!r}; it is one of {", ".join(sources.SPLITS)}.'
+      )
+    return self.folder / f'{split}.tokens'
+
+  @property
+  def fingerprint(self) -> dict[str, Any]:
+    """What makes two stores the same text: for checkpoints and cards."""
+    keys = ('source', 'source_sha256', 'tokenizer_sha256', 'vocab_size')
+    keys += ('limit_tokens', 'tokens', 'documents', 'sha256')
+    if self.is_chat:
+      keys += ('chat', 'seq_len', 'reply', 'rollouts')
+    return {key: self.manifest[key] for key in keys}
+
+  @property
+  def is_chat(self) -> bool:
+    return self.manifest.get('chat', False)
+
+  @property
+  def reply(self) -> tuple[int, ...]:
+    """The ids that open the model's turn; () unless this is a chat store."""
+    return tuple(self.manifest['reply']) if self.is_chat else ()
+
+  def verify(self) -> None:
+    """Reads every byte; ValueError names the file whose hash is wrong."""
+    for split in sources.SPLITS:
+      digest = hashlib.sha256()
+      with open(self.path(split), 'rb') as file:
+        while block := file.read(_BLOCK_BYTES):
+          digest.update(block)
+      if digest.hexdigest() != self.manifest['sha256'][split]:
+        raise ValueError(
+          f'{self.path(split)} does not have the hash in its manifest; it is '
+          'damaged: delete the folder and prepare it again.'
+        )
+
+  @property
+  def share(self) -> float:
+    """About which share of tokens counts: all of a text, a chat's replies."""
+    if not self.is_chat:
+      return 1.0
+    tokens = sum(self.manifest['tokens'].values())
+    return self.manifest['replies']['tokens'] / max(tokens, 1)
+
+  def sequences(self, seq_len: int, split: str = 'train') -> Sequences:
+    """Rows of `seq_len` tokens, BOS included; ValueError if there is none."""
+    if self.is_chat and seq_len != self.manifest['seq_len']:
+      raise ValueError(
+        f'{self.folder} holds conversations in rows of '
+        f'{self.manifest["seq_len"]} tokens, not {seq_len}; set text.seq_len '
+        'to that, or prepare it again.'
+      )
+    return Sequences(
+      str(self.path(split)),
+      self.manifest['dtype'],
+      self.manifest['bos_id'],
+      seq_len,
+      self.manifest['tokens'][split],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+  """Rows of one token file: `len` of them, `[i]` is int32 [T].
+
+  Pickles as its fields and maps the file anew, so workers can hold it.
+  """
+
+  path: str
+  dtype: str
+  bos_id: int
+  seq_len: int
+  tokens: int
+
+  def __post_init__(self):
+    if self.seq_len < 2:
+      raise ValueError(
+        f'seq_len is {self.seq_len}; BOS and one token need at least 2.'
+      )
+    if self.tokens < self.seq_len - 1:
+      raise ValueError(
+        f'{self.path} holds {self.tokens} tokens, too few for one sequence of '
+        f'{self.seq_len}; use a longer text or a shorter sequence.'
+      )
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+  @functools.cached_property
+  def _stream(self) -> np.ndarray:
+    return np.memmap(self.path, self.dtype, 'r', shape=(self.tokens,))
+
+  def __len__(self) -> int:
+    return self.tokens // (self.seq_len - 1)
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    if not 0 <= index < len(self):
+      raise IndexError(f'{self.path} has no sequence {index} of {len(self)}.')
+    width = self.seq_len - 1
+    row_T = np.empty(self.seq_len, np.int32)
+    row_T[0] = self.bos_id
+    row_T[1:] = self._stream[index * width : (index + 1) * width]
+    return row_T
+
+  def documents(self, indices: np.ndarray, eos_id: int) -> np.ndarray:
+    """Number of the document of each token of some rows, int32 [N, T].
+
+    A document is what ends with EOS in the stream; BOS has its row's first.
+    """
+    width = self.seq_len - 1
+    ends = np.flatnonzero(self._stream == eos_id)
+    at_NT = np.asarray(indices)[:, None] * width + np.arange(-1, width)
+    at_NT[:, 0] += 1
+    return np.searchsorted(ends, at_NT).astype(np.int32)
+
+
+# The manifest.
+
+
+def write_manifest(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
+  """Writes manifest.json with its own hash: whole, or not at all."""
+  _check_manifest(manifest)
+  sealed = manifest | {'manifest_sha256': _digest(manifest)}
+  partial = folder / f'{MANIFEST}.partial'
+  with open(partial, 'w', encoding='utf-8') as file:
+    json.dump(sealed, file, indent=2)
+    file.write('\n')
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(partial, folder / MANIFEST)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+  return hashlib.sha256(
+    json.dumps(manifest, sort_keys=True).encode()
+  ).hexdigest()
+
+
+def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+  if not path.is_file():
+    raise FileNotFoundError(
+      f'{path.parent} is no token store: it has no {MANIFEST}. Make one with '
+      'launch/prepare_text.py, or launch/prepare_rollouts.py for chats.'
+    )
+  try:
+    if path.stat().st_size > _MANIFEST_BYTES:
+      raise ValueError('it is too large')
+    manifest = json.loads(path.read_text(encoding='utf-8'))
+    _check_manifest(manifest)
+    if manifest.pop('manifest_sha256', None) != _digest(manifest):
+      raise ValueError('it does not have its own hash')
+  except (ValueError, TypeError, KeyError, RecursionError) as error:
+    raise ValueError(
+      f'{path} is not the manifest of a token store '
+      f'({type(error).__name__}: {error}); it is damaged or of another '
+      'version: delete the folder and prepare it again.'
+    ) from error
+  return manifest
+
+
+def _check_manifest(manifest: Any) -> None:
+  """Everything this module relies on, so that later code need not ask."""
+  if not isinstance(manifest, dict) or manifest.get('format') != FORMAT:
+    raise ValueError(f'its format is not {FORMAT}')
+  vocab = _integer(manifest, 'vocab_size', 1, 1 << 31)
+  if manifest['dtype'] != dtype_of(vocab):
+    raise ValueError(f'dtype is {manifest["dtype"]!r}')
+  for key in ('bos_id', 'eos_id'):
+    _integer(manifest, key, 0, vocab)
+  _integer(manifest, 'pad_id', -1, vocab)  # -1: the tokenizer has none
+  for split in sources.SPLITS:
+    _integer(manifest['tokens'], split, 0, 1 << 50)
+    _integer(manifest['documents'], split, 0, 1 << 50)
+    _hash(manifest['sha256'], split)
+  for key in ('source_sha256', 'tokenizer_sha256'):
+    _hash(manifest, key)
+  for key in ('source', 'python', 'limit_tokens'):
+    if not isinstance(manifest[key], (str, int, type(None))):
+      raise ValueError(f'{key} is {manifest[key]!r}')
+  if manifest.get('chat', False) is not False:
+    _check_chat(manifest)
+
+
+def _check_chat(manifest: dict[str, Any]) -> None:
+  width = _integer(manifest, 'seq_len', 2, 1 << 31) - 1
+  reply = manifest['reply']
+  whole = all(manifest['tokens'][s] % width == 0 for s in sources.SPLITS)
+  if manifest['chat'] is not True or not whole:
+    raise ValueError('its rows are not whole conversations')
+  if not isinstance(reply, list) or not reply:
+    raise ValueError(f'reply is {reply!r}')
+  for token in reply:
+    _integer({'reply': token}, 'reply', 0, manifest['vocab_size'])
+  if not isinstance(manifest['rollouts'], dict):
+    raise ValueError(f'rollouts is {manifest["rollouts"]!r}')
+
+
+def _integer(values: dict[str, Any], key: str, low: int, stop: int) -> int:
+  value = values[key]
+  if type(value) is not int or not low <= value < stop:
+    raise ValueError(f'{key} is {value!r}')
+  return value
+
+
+def _hash(values: dict[str, Any], key: str) -> None:
+  if not re.fullmatch('[0-9a-f]{64}', values[key]):
+    raise ValueError(f'{key} is no SHA-256')

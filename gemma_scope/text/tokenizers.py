@@ -1,0 +1,247 @@
+"""Text <-> token ids, by SentencePiece models of Gemma's layout.
+
+`Tokenizer(path)` opens Gemma's own model file or one that `train_tokenizer`
+made. Ids come without BOS and EOS: where those go is the store's business
+(text.py). sentencepiece is imported when the first model is opened.
+
+`Special` says at which tokens of a sequence activations count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from gemma_scope.text import sources
+
+_PART_CHARS = 1 << 20  # longer documents are encoded in parts, cut at lines
+# Gemma 2's first ids: pad, eos, bos, unk, then these (see gm.text).
+_GEMMA2_SYMBOLS = (
+  ['<mask>', '<2mass>', '[@BOS@]']
+  + [f'<unused{i}>' for i in range(99)]
+  + ['<start_of_turn>', '<end_of_turn>']
+)
+# Runs that are one token each, so that indentation reads as one number.
+_RUNS = (
+  ['\n' * n for n in range(1, 5)] + ['▁' * n for n in range(2, 25)] + ['\t']
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """A SentencePiece model file. Pickles as its path and hash."""
+
+  path: str
+
+  def __post_init__(self):
+    object.__setattr__(self, 'path', str(self.path))
+    if not os.path.isfile(self.path):
+      raise FileNotFoundError(
+        f'No tokenizer at {self.path}: expected a SentencePiece model. For '
+        'Gemma 2 it is tokenizer_gemma2.model from gs://gemma-data/tokenizers/ '
+        '(tokenizer.model in the Kaggle and Hugging Face downloads), for '
+        'Gemma 3 tokenizer_gemma3.model.'
+      )
+    self._processor  # noqa: B018  a damaged file is refused here
+
+  def __getstate__(self) -> dict[str, str]:
+    return {'path': self.path, 'sha256': self.sha256}
+
+  def __setstate__(self, state: dict[str, str]) -> None:
+    object.__setattr__(self, 'path', state['path'])
+    self.__post_init__()
+    if self.sha256 != state['sha256']:
+      raise ValueError(f'{self.path} changed since this tokenizer was saved.')
+
+  @functools.cached_property
+  def _processor(self) -> Any:
+    import sentencepiece
+
+    try:
+      processor = sentencepiece.SentencePieceProcessor()
+      processor.LoadFromSerializedProto(pathlib.Path(self.path).read_bytes())
+    except RuntimeError as error:
+      raise ValueError(
+        f'{self.path} is not a SentencePiece model ({error}).'
+      ) from error
+    if processor.bos_id() < 0 or processor.eos_id() < 0:
+      raise ValueError(f'{self.path} defines no BOS or no EOS.')
+    return processor
+
+  @functools.cached_property
+  def sha256(self) -> str:
+    return hashlib.sha256(pathlib.Path(self.path).read_bytes()).hexdigest()
+
+  @property
+  def pad_id(self) -> int:
+    return self._processor.pad_id()
+
+  @property
+  def bos_id(self) -> int:
+    return self._processor.bos_id()
+
+  @property
+  def eos_id(self) -> int:
+    return self._processor.eos_id()
+
+  @property
+  def start_of_turn(self) -> int:
+    """106 in Gemma 2, 105 in Gemma 3; ValueError if there is none."""
+    return self.id_of('<start_of_turn>')
+
+  @property
+  def end_of_turn(self) -> int:
+    """107 in Gemma 2, 106 in Gemma 3; ValueError if there is none."""
+    return self.id_of('<end_of_turn>')
+
+  @property
+  def vocab_size(self) -> int:
+    return self._processor.vocab_size()
+
+  def id_of(self, piece: str) -> int:
+    """The id of one piece of the vocabulary, spelt as `pieces` spells it."""
+    found = self._processor.piece_to_id(piece)
+    if self._processor.id_to_piece(found) != piece:
+      raise ValueError(
+        f'{self.path} has no piece {piece!r}; use the tokenizer that belongs '
+        'to the model.'
+      )
+    return found
+
+  def encode(self, text: str) -> np.ndarray:
+    """int32 [tokens], without BOS or EOS; a lone surrogate reads as '?'."""
+    return self.encode_all([text])[0]
+
+  def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+    """int32 [tokens] per text, on all cores."""
+    parts = [list(_parts(sources.valid(text))) for text in texts]
+    flat = [part for document in parts for part in document]
+    ids = iter(self._processor.encode(flat, num_threads=os.cpu_count() or 1))
+    empty = np.zeros(0, np.int32)
+    return [
+      np.concatenate([empty] + [np.asarray(next(ids), np.int32) for _ in d])
+      for d in parts
+    ]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return self._processor.decode([int(i) for i in ids])
+
+  def pieces(self, ids: Iterable[int]) -> list[str]:
+    """The pieces as the vocabulary spells them: '▁' is a space."""
+    return [self._processor.id_to_piece(int(i)) for i in ids]
+
+
+@dataclasses.dataclass(frozen=True)
+class Special:
+  """Which tokens count: those whose activations SAEs see and metrics average.
+
+  Attributes:
+    ids: tokens that never count: padding, BOS, EOS (arXiv 2408.05147, 3).
+    reply: the ids that open the model's turn in a chat. Then nothing counts up
+      to and including their first occurrence: the user's turn and the opening
+      (section 4.5). Everything after does, also the `<end_of_turn>` with which
+      the model ends its reply: it is its own token, like any other.
+  """
+
+  ids: tuple[int, ...]
+  reply: tuple[int, ...] = ()
+
+  def keep(self, tokens_NT: np.ndarray) -> np.ndarray:
+    """bool [N, T]; a row of a chat without a reply keeps nothing."""
+    tokens_NT = np.asarray(tokens_NT)
+    keep_NT = ~np.isin(tokens_NT, self.ids)
+    if not self.reply:
+      return keep_NT
+    length = tokens_NT.shape[1]
+    starts = max(length - len(self.reply) + 1, 0)
+    opens_NT = np.zeros(tokens_NT.shape, bool)
+    opens_NT[:, :starts] = True
+    for i, token in enumerate(self.reply):
+      opens_NT[:, :starts] &= tokens_NT[:, i : i + starts] == token
+    # Shifted by the opening: what comes after its last token.
+    after_NT = np.zeros(tokens_NT.shape, bool)
+    after_NT[:, len(self.reply) :] = np.logical_or.accumulate(opens_NT, 1)[
+      :, : max(length - len(self.reply), 0)
+    ]
+    return keep_NT & after_NT
+
+
+def _parts(text: str) -> Iterator[str]:
+  """Cuts at line ends, so that one huge document does not fill the memory."""
+  start = 0
+  while start < len(text):
+    stop = start + _PART_CHARS
+    if stop < len(text):
+      line_end = text.rfind('\n', start, stop)
+      stop = line_end + 1 if line_end > start else stop
+    yield text[start:stop]
+    start = stop
+
+
+def train_tokenizer(
+  documents: Iterable[sources.Document],
+  path: str | os.PathLike[str],
+  vocab_size: int,
+) -> Tokenizer:
+  """Trains a byte-pair SentencePiece model in Gemma 2's layout of ids.
+
+  pad 0, eos 1, bos 2, unk 3, Gemma 2's named symbols up to id 107, then runs
+  of newlines and spaces as pieces of their own, the 256 bytes, learned pieces.
+  Text comes back exactly (but U+2581, which SentencePiece reads as a space).
+  The same documents give the same file. Written atomically.
+  """
+  import sentencepiece
+
+  path = pathlib.Path(path)
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=_training_lines(documents),
+      model_writer=model,  # not a path, which the file would then contain
+      vocab_size=vocab_size,
+      model_type='bpe',
+      byte_fallback=True,
+      character_coverage=0.9995,  # rarer characters are spelt in bytes
+      pad_id=0,
+      eos_id=1,
+      bos_id=2,
+      unk_id=3,
+      pad_piece='<pad>',
+      eos_piece='<eos>',
+      bos_piece='<bos>',
+      user_defined_symbols=_GEMMA2_SYMBOLS + _RUNS,
+      split_digits=True,
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      normalization_rule_name='identity',
+      allow_whitespace_only_pieces=True,
+      max_sentence_length=1 << 16,
+      num_threads=os.cpu_count() or 1,
+      minloglevel=2,
+    )
+  except RuntimeError as error:
+    raise ValueError(
+      f'No tokenizer of {vocab_size} pieces could be trained on this text '
+      f'({error}).'
+    ) from error
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f'{path.name}.partial-{os.getpid()}')
+  partial.write_bytes(model.getvalue())
+  os.replace(partial, path)
+  return Tokenizer(str(path))
+
+
+def _training_lines(documents: Iterable[sources.Document]) -> Iterator[str]:
+  """Lines, as newlines are pieces of their own and never part of another."""
+  for document in documents:
+    for line in document.text.split('\n'):
+      for start in range(0, len(line), 4096):
+        yield line[start : start + 4096]

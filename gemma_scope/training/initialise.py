@@ -1,0 +1,266 @@
+"""Training that starts from SAEs of a release instead of random ones.
+
+Each member starts from the release's SAE that is nearest to it: of its own
+layer or the one the config names, of its own width or else a wider one, whose
+first latents it takes (a Matryoshka prefix), or a narrower one, beside which
+the latents that are left start at random; then of the nearest L0. The release
+may be of another model (PT -> IT): what is kept is the function of raw
+activations, whatever the scales.
+
+A crosscoder or CLT starts from one single-layer SAE or transcoder a layer, as
+Gemma Scope 2's do. Upwards through the layers, with F latents to fill in each:
+
+  chosen[l]   the first F latents of layer l's SAE that are not masked
+  mask        for each of them, in each later layer m, the latent j whose
+              encoder reads most of it: argmax_j W_dec[l][i] . W_enc[m][:, j]
+  W_dec[l, l] = W_dec[l][i]      W_dec[l, m] = max(cos, 0) W_dec[m][j]
+
+so that a feature that several layers have is one latent of the first of them,
+which writes what its later copies wrote (cos is that of the argmax). The last
+line is not published; ours. Their L0 together is more than the target's:
+train.initial_l0 and train.l0_steps let it fall.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from gemma_scope import config as config_lib
+from gemma_scope import release, sites
+from gemma_scope.release import card as card_lib
+from gemma_scope.release.formats import published
+from gemma_scope.sae import fold
+from gemma_scope.training import stack
+
+_BLOCK = 1 << 12  # latents whose products with a layer's encoders are at once
+
+Plan = list[list[tuple[release.Member, ...]]]
+
+
+def plan(
+  config: ConfigDict, groups: Sequence[Sequence[config_lib.Member]]
+) -> Plan | None:
+  """The release's SAEs that each member starts from, by their cards alone.
+
+  Args:
+    config: the run's; `initialise.release` names releases of ours, or SAEs
+      that `formats.published` reads, joined by commas.
+    groups: members by stack.
+
+  Returns:
+    For each stack, for each member, one SAE a layer; None where training
+    starts at random.
+
+  Raises:
+    ConfigError: the release has none that fits.
+    ReleaseError: it is no release.
+  """
+  if not config.initialise.release:
+    return None
+  offered = published.offered(config.initialise.release)
+  return [[_sources(config, offered, m) for m in group] for group in groups]
+
+
+def _sources(config, offered, member) -> tuple[release.Member, ...]:
+  kind = 'sae' if member.sites == member.targets else 'transcoder'
+  found = []
+  for site in member.sites:
+    layer = config.initialise.layer
+    site = site if layer < 0 else sites.Site(layer, site.kind)
+    fitting = [
+      source
+      for source in offered
+      if source.card['type'] == kind and source.card['sites'] == [str(site)]
+    ]
+    if not fitting:
+      has = sorted({f'{s.card["type"]} {s.card["sites"][0]}' for s in offered})
+      raise config_lib.ConfigError(
+        f'{member.name} would start from a {kind} of {site}, and '
+        f'{config.initialise.release!r} has none; it has {", ".join(has)}.'
+      )
+    found.append(min(fitting, key=lambda source: _distance(source, member)))
+  return tuple(found)
+
+
+def _distance(source: release.Member, member: config_lib.Member) -> tuple:
+  """Smaller is nearer: width, architecture, L0, seed; then the path."""
+  card, width = source.card, member.width // max(member.layers, 1)
+  l0 = card_lib.value((source.metrics or {}).get('l0'))
+  l0 = (
+    card.get('sparsity', {}).get('value', member.sparsity) if l0 is None else l0
+  )
+  return (
+    card['width'] < width,  # a wider one has all the latents
+    abs(math.log(card['width'] / width)),
+    card['architecture'] != member.architecture,
+    abs(math.log(max(l0, 1e-9) / member.sparsity)),
+    card.get('seed', member.seed) != member.seed,
+    source.path,
+  )
+
+
+def start(
+  chosen: Plan,
+  stacks: Sequence[stack.Stack],
+  groups: Sequence[Sequence[config_lib.Member]],
+  states: Sequence[stack.State],
+  scales: Mapping[sites.Site, float],
+) -> tuple[stack.State, ...]:
+  """States whose parameters are those of the chosen SAEs.
+
+  Args:
+    chosen: what `plan` returned.
+    stacks, groups: the collection.
+    states: at random, at step 0.
+    scales: C of each site, of this run.
+  """
+  begun = []
+  for one, group, state, sources in zip(
+    stacks, groups, states, chosen, strict=True
+  ):
+    members = [
+      _member(
+        one.module,
+        member,
+        [source.load() for source in of_member],
+        {name: p[i] for name, p in state.params.items()},
+        scales,
+      )
+      for i, (member, of_member) in enumerate(zip(group, sources, strict=True))
+    ]
+    params = {
+      name: jax.device_put(np.stack([m[name] for m in members]), old.sharding)
+      for name, old in state.params.items()
+    }
+    begun.append(state.replace(params=params))
+  return tuple(begun)
+
+
+def _member(module, member, loaded, random, scales):
+  """Trainable parameters of one member."""
+  parts = []
+  for params, site, target in zip(
+    loaded, member.sites, member.targets, strict=True
+  ):
+    shapes = params['W_enc'].shape[0], params['W_dec'].shape[1]
+    if shapes != (module.d_in, module.d_out):
+      raise config_lib.ConfigError(
+        f'{member.name} reads {module.d_in} wide activations and writes '
+        f'{module.d_out}; the SAE that it would start from has {shapes}.'
+      )
+    if 'W_skip' in params and not module.skip:
+      raise config_lib.ConfigError(
+        f'{member.name} has no affine skip, and the transcoder that it would '
+        'start from does; set collection.skip.'
+      )
+    own = {name: p for name, p in params.items() if name != 'k'}
+    parts.append(
+      fold.unfold(
+        own,
+        [scales[site]],
+        [scales[target]],
+        pre_encoder_bias=module.pre_encoder_bias,
+      )
+    )
+  if module.layers:
+    found = crosswise(parts, module.latent_shape[1])
+    return module.trainable(fold.fold_decoder_norm(found))
+  (found,) = parts
+  found = module.trainable(_first(found, module.width))
+  return {
+    name: _filled(name, value, random[name]) for name, value in found.items()
+  }
+
+
+def _first(params, width: int):
+  """The first `width` latents."""
+  cut = {
+    'W_enc': np.s_[:, :width],
+    'b_enc': np.s_[:width],
+    'W_dec': np.s_[:width],
+    'threshold': np.s_[:width],
+  }
+  return {name: p[cut.get(name, np.s_[:])] for name, p in params.items()}
+
+
+def _filled(name: str, value: jax.Array, random: jax.Array) -> np.ndarray:
+  """`value`, and the latents that it lacks as they are at random."""
+  if value.shape == random.shape:
+    return np.asarray(value)
+  axis = 0  # latents' own arrays begin with F
+  rest = jnp.take(
+    random, jnp.arange(value.shape[axis], random.shape[axis]), axis
+  )
+  return np.concatenate([np.asarray(value), np.asarray(rest)], axis)
+
+
+def crosswise(
+  parts: Sequence[Mapping[str, np.ndarray]], latents: int
+) -> dict[str, np.ndarray]:
+  """Single-layer SAEs -> the released parameters of one over all layers.
+
+  Args:
+    parts: normalised parameters of each layer's, d_in and d_out equal.
+    latents: F, how many latents each layer gets.
+
+  Returns:
+    W_enc [L, D, F], b_enc [L, F], W_dec [L, F, L, D], b_dec [L, D],
+    threshold [L, F] (and W_skip [L, D, D]), decoders of any norm.
+
+  Raises:
+    ConfigError: a layer has fewer than F latents.
+  """
+  layers = len(parts)
+  for layer, part in enumerate(parts):
+    if part['b_enc'].size < latents:
+      raise config_lib.ConfigError(
+        f'Layer {layer} of {layers} would start from an SAE of '
+        f'{part["b_enc"].size} latents, and needs {latents}.'
+      )
+  masked = [np.zeros(part['b_enc'].size, bool) for part in parts]
+  chosen = []
+  W_dec = np.zeros(
+    (layers, latents, layers, parts[0]['b_dec'].size), np.float32
+  )
+  for layer, part in enumerate(parts):
+    # Those that an earlier layer's latent stands for come last.
+    order = np.argsort(masked[layer], kind='stable')[:latents]
+    chosen.append(np.sort(order))
+    rows_FD = part['W_dec'][chosen[layer]]
+    W_dec[layer, :, layer] = rows_FD
+    for later in range(layer + 1, layers):
+      counterpart_F, cosine_F = _counterparts(rows_FD, parts[later]['W_enc'])
+      masked[later][counterpart_F] = True
+      W_dec[layer, :, later] = (
+        cosine_F[:, None] * parts[later]['W_dec'][counterpart_F]
+      )
+  picked = list(zip(parts, chosen, strict=True))
+  found = {
+    'W_enc': np.stack([p['W_enc'][:, i] for p, i in picked]),
+    'b_enc': np.stack([p['b_enc'][i] for p, i in picked]),
+    'W_dec': W_dec,
+    'b_dec': np.stack([p['b_dec'] for p in parts]),
+    'threshold': np.stack([p['threshold'][i] for p, i in picked]),
+  }
+  if all('W_skip' in p for p in parts):
+    found['W_skip'] = np.stack([p['W_skip'] for p in parts])
+  return found
+
+
+def _counterparts(rows_FD, W_enc) -> tuple[np.ndarray, np.ndarray]:
+  """For each row, the encoder that reads most of it, and max(cosine, 0)."""
+  index, most = [], []
+  for at in range(0, len(rows_FD), _BLOCK):
+    product = rows_FD[at : at + _BLOCK] @ W_enc
+    index.append(product.argmax(1))
+    most.append(product.max(1))
+  index_F, most_F = np.concatenate(index), np.concatenate(most)
+  norms_F = np.linalg.norm(W_enc, axis=0)[index_F]
+  norms_F *= np.linalg.norm(rows_FD, axis=1)
+  return index_F, np.maximum(most_F / np.maximum(norms_F, 1e-12), 0)

@@ -1,0 +1,337 @@
+"""train(config, workdir): one pass of Gemma, a whole collection of SAEs.
+
+The run's folder holds config.json, metrics.jsonl, checkpoints/, tokens/ (unless
+the config names a store). The same call on the same folder continues, and ends
+bit for bit where an uninterrupted run would have ended: the batch of a step is
+a function of the config and the step, and all else is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+import gemma_scope
+from gemma_scope import config as config_lib
+from gemma_scope import mesh as mesh_lib
+from gemma_scope import sites
+from gemma_scope.activations import chunks as chunks_lib
+from gemma_scope.runtime import checkpoints, cluster, metrics, runs
+from gemma_scope.training import end_to_end, initialise, setup, stack
+
+# What may differ when a run is continued: nothing that a parameter depends on.
+_MAY_CHANGE = (
+    'checkpoint', 'metrics', 'evaluation', 'activations.memory',
+    'activations.ahead', 'mesh', 'lm.checkpoint', 'lm.tokenizer', 'text.store',
+    'train.active_limit',
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """Where a run stands: `done` at its last step, else stopped on request."""
+
+  done: bool
+  step: int
+  scales: dict[sites.Site, float]
+  stacks: tuple[stack.Stack, ...]
+  states: tuple[stack.State, ...]
+  facts: dict[str, Any]  # on the text and the model
+
+  def members(self, config: ConfigDict):
+    """The trained SAEs as (params, card), see `collection.members`."""
+    return setup.members(
+      config, self.stacks, self.states, self.scales, self.step, self.facts
+    )
+
+
+def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes config.json of a new run; refuses another config for an old one."""
+  config_lib.check(config)
+  path = workdir / 'config.json'
+  described = json.loads(config.to_json())
+  with cluster.first_goes_ahead():  # with its config the others are compared
+    if path.exists():
+      runs.refuse_changes(json.loads(path.read_text()), described, _MAY_CHANGE)
+      return
+    # Before the folder is taken: what the run would start from is there.
+    groups = config_lib.stacks(config, setup.dimensions(config)).values()
+    initialise.plan(config, groups)
+    path.write_text(json.dumps(described, indent=2) + '\n')
+
+
+def train(
+  config: ConfigDict,
+  workdir: str | pathlib.Path,
+  lease: runs.Lease,
+  interrupt: runs.Interrupt,
+  report: Callable[[str], None] = print,
+) -> Result:
+  """Trains the collection, from the last checkpoint if there is one.
+
+  Args:
+    config: complete, see configs/tiny.py; not changed.
+    workdir: the run's folder.
+    lease: of the folder; checked before each save.
+    interrupt: polled in every phase; on request the run is saved and returns.
+    report: takes a line on each phase.
+
+  Raises:
+    ConfigError, ChangedError, CheckpointNotFound, ...: one sentence each.
+  """
+  workdir = pathlib.Path(workdir)
+  model = setup.dimensions(config)
+  mesh = mesh_lib.make(config.mesh)
+  config_lib.check(config, model, mesh.devices.shape)
+  stacks, groups = setup.make_stacks(config, model)
+  source, facts = setup.make_source(config, workdir, mesh, report)
+  a = config.activations
+  chunks = chunks_lib.Chunks(source, config.seed, mesh, a.memory, a.ahead)
+  if config.end_to_end.beta:
+    feed = end_to_end.Feed(chunks, config.end_to_end.sequences, mesh)
+  else:
+    feed = chunks_lib.Feed(chunks, config.train.steps)
+  with checkpoints.Checkpoints(
+    workdir / 'checkpoints', keep=config.checkpoint.keep
+  ) as saves:
+    loop = _Loop(
+      config, workdir, mesh, feed, stacks, groups, saves, lease, report
+    )
+    loop.start(facts)
+    loop.run(interrupt)
+  return Result(
+      loop.step == config.train.steps, loop.step, loop.scales, stacks,
+      loop.states, facts,
+  )  # fmt: skip
+
+
+class _Loop:
+  """The training loop and what it holds between steps."""
+
+  def __init__(
+    self, config, workdir, mesh, feed, stacks, groups, saves, lease, report
+  ):
+    self._config = config
+    self._workdir = workdir
+    self._mesh = mesh
+    self._feed = feed
+    self._stacks = stacks
+    self._groups = groups
+    self._saves = saves
+    self._lease = lease
+    self._report = report
+    # An argument of the step, which would hold it as constants otherwise.
+    beta = config.end_to_end.beta
+    gemma, lm_params = (
+      (feed.source.gemma, feed.source.params) if beta else (None, ())
+    )
+    step = step_of(config, stacks, gemma, mesh)
+    self._take_step = lambda *arguments: step(*arguments, lm_params)
+
+  def start(self, facts: dict[str, Any]) -> None:
+    """Restores the newest good checkpoint, or initialises at step 0."""
+    self._facts = facts
+    restored = self._saves.restore(
+      setup.abstract_states(self._stacks, self._mesh)
+    )
+    if restored is None:
+      key = jax.random.key(self._config.seed)
+      self.step, self.scales = 0, {}
+      self.states = stack.init_all(self._stacks, key, self._mesh)
+    else:
+      runs.refuse_changes(restored.meta['facts'], facts, what='text or model')
+      self.step, self.states = restored.step, restored.state
+      self._set_scales(_scales(restored.meta))
+      self._feed.left_out = restored.meta['left_out']
+      self._report(f'continuing at step {self.step}')
+      was = restored.meta.get('devices')
+      if was and (found := runs.fingerprint_difference(was, self._devices())):
+        self._report(
+          f'other devices than before ({"; ".join(found)}): sums are taken in '
+          'another order, so the end is the same up to rounding, not bitwise'
+        )
+
+  def run(self, interrupt: runs.Interrupt) -> None:
+    """Steps until the last one, or until interrupted; saved either way."""
+    steps = self._config.train.steps
+    if self.step == steps:
+      return
+    with self._reporting():
+      saved, pending = self.step, None
+      try:
+        while self.step < steps and not interrupt.at_step(self.step):
+          batch = self._feed.at(self.step, interrupt.check)
+          if not self.scales:
+            self._begin_at_scales()
+          self.states, values = self._take_step(
+            self.states, batch, self._scales, self._put(np.int32(self.step))
+          )
+          # Metrics of step i are read after step i + 1 was dispatched.
+          self._log(pending)
+          self.step += 1
+          every = self._config.metrics.every
+          logged = self.step % every == 0 or self.step == steps
+          pending = (self.step, values) if logged else None
+          if self.step % self._config.checkpoint.every == 0:
+            saved = self._save()
+      except runs.Interrupted:  # while a chunk was made
+        pass
+      self._log(pending)
+      if saved != self.step:
+        self._save()
+      self._saves.wait()
+    if self.step < steps:
+      self._report(f'stopped and saved at step {self.step} of {steps}')
+
+  def _set_scales(self, scales: dict[sites.Site, float]) -> None:
+    self.scales = scales
+    self._scales = {s: self._put(np.float32(c)) for s, c in scales.items()}
+
+  def _begin_at_scales(self) -> None:
+    """Measures the scales; starts from a release where the config names one."""
+    self._set_scales(self._feed.scales(self._config.activations.scale))
+    chosen = initialise.plan(self._config, self._groups)
+    if chosen is not None:
+      self.states = initialise.start(
+        chosen, self._stacks, self._groups, self.states, self.scales
+      )
+
+  @contextlib.contextmanager
+  def _reporting(self):
+    """The writer of metrics and the progress line, on the first process."""
+    self._writer = self._progress = None
+    if jax.process_index():
+      yield
+      return
+    m, t = self._config.metrics, self._config.train
+    self._writer = metrics.Writer(
+      self._workdir,
+      tensorboard=m.tensorboard,
+      wandb={'project': m.wandb_project} if m.wandb_project else None,
+      resume_step=self.step,
+    )
+    self._progress = metrics.Progress(
+        t.steps, t.batch, self._flops(), first_step=self.step,
+        peak=metrics.matmul_peak() * jax.device_count(),
+    )  # fmt: skip
+    try:
+      yield
+    finally:
+      self._writer.close()
+      self._progress.close()
+
+  def _save(self) -> int:
+    self._lease.check()
+    meta = {
+      'scales': {str(site): value for site, value in self.scales.items()},
+      'facts': self._facts,
+      'left_out': dict(self._feed.left_out),
+      'devices': self._devices(),
+      'version': gemma_scope.__version__,
+    }
+    self._saves.save(self.step, self.states, meta)
+    return self.step
+
+  def _put(self, value: np.generic) -> jax.Array:
+    return mesh_lib.put(value, mesh_lib.place(self._mesh))
+
+  def _devices(self) -> dict[str, Any]:
+    """What the order of a sum depends on."""
+    return {
+      'kind': jax.devices()[0].device_kind,
+      'processes': jax.process_count(),
+      'mesh': dict(self._mesh.shape),
+    }
+
+  def _log(self, pending) -> None:
+    """Writes one line of metrics and refreshes the progress line."""
+    if pending is None or self._writer is None:
+      return
+    step, values = pending
+    host = jax.device_get(values)
+    means = {
+      name: float(np.mean(np.concatenate([v[name] for v in host])))
+      for name in host[0]
+    }
+    scalars = {f'mean/{name}': value for name, value in means.items()}
+    for group, stack_values in zip(self._groups, host, strict=True):
+      for name, value_S in stack_values.items():
+        for member, value in zip(group, value_S, strict=True):
+          scalars[f'{member.name}/{name}'] = float(value)
+    scalars['rows_not_finite'] = self._feed.left_out['not_finite']
+    scalars['tokens'] = step * self._config.train.batch
+    self._writer.write_scalars(step, scalars)
+    self._progress.update(
+      step,
+      {
+        'loss': means['loss'],
+        'L0': means['l0'],
+        'FVU': means['fvu'],
+        'dead': f'{means["dead"]:.1%}',
+      },
+    )
+
+  def _flops(self) -> int:
+    """Dense FLOPs of a step of all members."""
+    rows = self._config.train.batch
+    return sum(s.module.flops(rows) * len(s.seeds) for s in self._stacks)
+
+
+def step_of(config, stacks, gemma, mesh):
+  """The jitted step: states, batch, scales, step, parameters of the language
+  model (() where none is run) -> states, metrics."""
+  shardings = tuple(s.shardings(mesh) for s in stacks)
+  key, beta = jax.random.key(config.seed), config.end_to_end.beta
+
+  @functools.partial(
+    jax.jit,
+    donate_argnums=0,
+    out_shardings=(shardings, mesh_lib.place(mesh)),
+  )
+  def take_step(states, batch, scales, step, lm_params):
+    if beta:
+      return end_to_end.step_all(
+          stacks, states, gemma, lm_params, batch, scales, step,
+          key, beta, mesh,
+      )  # fmt: skip
+    rows = {
+      site: x_BD.astype(jnp.float32) / scales[site]
+      for site, x_BD in batch.items()
+    }
+    return stack.step_all(stacks, states, rows, step, key, mesh)
+
+  return take_step
+
+
+def _scales(meta: dict[str, Any]) -> dict[sites.Site, float]:
+  return {sites.parse(name): value for name, value in meta['scales'].items()}
+
+
+def load(config: ConfigDict, workdir: str | pathlib.Path) -> Result:
+  """The newest checkpoint of a run, without its language model or text.
+
+  Raises:
+    CheckpointError: there is none.
+  """
+  model = setup.dimensions(config)
+  mesh = mesh_lib.make(config.mesh)
+  stacks, _ = setup.make_stacks(config, model)
+  folder = pathlib.Path(workdir) / 'checkpoints'
+  with checkpoints.Checkpoints(folder) as saves:
+    restored = saves.restore(setup.abstract_states(stacks, mesh))
+  if restored is None:
+    raise checkpoints.CheckpointError(f'There is no checkpoint in {folder}.')
+  return Result(
+      restored.step == config.train.steps, restored.step,
+      _scales(restored.meta), stacks, restored.state, restored.meta['facts'],
+  )  # fmt: skip

@@ -1,0 +1,329 @@
+"""The loss of one SAE, a pure function of its parameters and a batch.
+
+  L = mean_B |y - y_hat|^2 + warm_up * sparsity + what else is asked for
+
+with p_i the share of rows that latent i fires on, L0 = sum_i p_i, and n_i the
+norm of its decoder (1 where decoders are kept at 1). `value` is a member's
+setting, L0* where the penalty has a target; the forms:
+
+  l0                   value L0                        GS 1, equation 4
+  target_l0            strength (L0 / L0* - 1)^2       JumpReLU paper
+  quadratic_l0         strength (prefactor / L0*) (L0 - L0*)^2     GS 2, eq. 5
+  quadratic_frequency  value sum_i p_i (1 + p_i / p_0)      GDM, update 2
+  tanh                 value mean_B sum_i tanh(c f_i n_i)   Anthropic, Jan 2025
+  l1                   value mean_B sum_i f_i n_i           ReLU, Gated
+  k                    none: TopK and BatchTopK have `value` latents a row
+  adaptive_l1          l1, its coefficient moved until L0 = L0* (`stack`)
+
+The gradients of L0 and p reach the thresholds alone (all parameters where
+`to_input` is set). Gemma Scope 2's printed prefactor is 2; 1/2 would give the
+linear penalty's slope at 2 L0*. Further terms, each off at 0:
+
+  frequency   c sum_i max(p_i - limit, 0)     latents that fire too often
+  pre_act     c mean_B sum_i max(theta_i - z_i, 0) n_i    Anthropic, Jan 2025
+  auxk        c |e - e_hat|^2 / Var[e], e = y - y_hat, e_hat from the `auxk`
+              largest dead latents (arXiv 2406.04093, appendix A.2)
+
+Gemma Scope 2 has a penalty on latents of high frequency whose form is not
+published; `frequency` is ours: the L0 penalty, on what exceeds the limit alone.
+
+A Matryoshka SAE (arXiv 2503.17547) takes the mean of the error over nested
+prefixes of its latents, the last of which is the whole. A Gated one has beside
+it the error of its gate decoded by frozen decoders, and L1 on the gate.
+
+`value_and_grad` takes the sparse way (`sparse`) where all candidates of the
+batch fit, else the dense one, which defines it; both give the same result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gemma_scope import sae
+from gemma_scope.sae import activation_functions, sparse
+
+# The penalties whose value is the L0 to reach.
+TARGETS = ('target_l0', 'quadratic_l0', 'k', 'adaptive_l1')
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """The terms of a loss, the same for all members of a stack.
+
+  Attributes:
+    penalty: the form of the sparsity term, see above.
+    strength: coefficient of the forms that have a target.
+    prefactor: of quadratic_l0.
+    p0: frequency at which quadratic_frequency's second term equals the first.
+    tanh_scale: c of tanh.
+    frequency, frequency_limit: coefficient and limit of the frequency term.
+    pre_act: coefficient.
+    auxk, auxk_latents: coefficient; how many dead latents, 0 for d_out / 2.
+    prefixes: ends of the Matryoshka prefixes, of each layer's latents; the
+      last is all of them.
+  """
+
+  penalty: str
+  strength: float = 1.0
+  prefactor: float = 2.0
+  p0: float = 0.01
+  tanh_scale: float = 4.0
+  frequency: float = 0.0
+  frequency_limit: float = 0.1
+  pre_act: float = 0.0
+  auxk: float = 0.0
+  auxk_latents: int = 0
+  prefixes: tuple[int, ...] = ()
+
+  @property
+  def needs_all(self) -> bool:
+    """Whether latents that are far from firing have a gradient."""
+    return bool(self.pre_act)
+
+
+class Terms(NamedTuple):
+  """What a step reports of one member; scalars but for `fired_F`."""
+
+  loss: jax.Array
+  squared_error: jax.Array  # mean over rows of |y - y_hat|^2
+  fvu: jax.Array  # of this batch, around the batch's mean vector
+  l0: jax.Array
+  fired_F: jax.Array  # rows of this batch that each latent fired on
+  rows: jax.Array  # int32, of this batch
+  theta: jax.Array  # the smallest latent that BatchTopK kept
+  sparse: jax.Array  # 1 where the sparse way was taken
+  more: dict[str, jax.Array]  # scalars that `fidelity` reports
+
+
+def loss(
+  module: sae.Autoencoder,
+  objective: Objective,
+  params: dict[str, Any],
+  x_BD: jax.Array,
+  y_BD: jax.Array,
+  value: jax.Array,
+  coefficient: jax.Array,
+  warm_up: jax.Array,
+  dead_F: jax.Array,
+  fidelity: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None,
+  projected: jax.Array | None = None,
+  candidates: sparse.Candidates | None = None,
+) -> tuple[jax.Array, Terms]:
+  """Loss and report of one SAE on a batch.
+
+  Args:
+    module: the architecture.
+    objective: the terms.
+    params: the module's parameters.
+    x_BD: rows with E|x|^2 = 1, float32; [B, L, D] with several layers.
+    y_BD: what to reconstruct: x itself, or a transcoder's target.
+    value: the member's sparsity setting.
+    coefficient: of adaptive_l1.
+    warm_up: factor in [0, 1] on the sparsity and frequency terms.
+    dead_F: bool, which latents count as dead.
+    fidelity: (reconstruction term, y_hat_BD) -> what takes the term's place,
+      and what to report of it; None for the term itself.
+    projected: x W_enc^T where it is known, else it is computed.
+    candidates: the latents that `projected` is of; None for all of them.
+
+  Returns:
+    The scalar to differentiate, and `Terms`.
+  """
+  bound = module.bind({'params': params})
+  if projected is None:
+    projected = bound.project(x_BD)
+  latents = bound.activate(projected, value, candidates)
+  # Latents' own values beside them, and back: [F] -> [B, F] -> [F].
+  if candidates is None:
+    at, over_rows = lambda v: v, lambda a: jnp.sum(a, 0)
+  else:
+    at, over_rows = candidates.at, candidates.total
+  with jax.named_scope('objective'):
+    left_BD = y_BD - bound.offset(x_BD)
+    errors = []
+    for start, stop in _parts(objective, module):
+      part = slice(start, stop) if objective.prefixes else slice(None)
+      left_BD = left_BD - bound.write(latents.f_BF, part, candidates)
+      errors.append(_mean_square(left_BD))
+    squared_error = errors[-1]
+    reconstruction, more = sum(errors) / len(errors), {}
+    if fidelity is not None:
+      reconstruction, more = fidelity(reconstruction, y_BD - left_BD)
+    rows = x_BD.shape[0]
+    fired_F = over_rows(latents.active_BF)
+    norms = 1.0 if module.unit_decoder else at(bound.norms())
+    penalty = _penalty(
+      objective, latents, fired_F / rows, norms, value, coefficient, rows
+    )
+    total = reconstruction + warm_up * penalty
+    if latents.gate_BF is not latents.f_BF:
+      total += _gate_error(
+        module, params, latents.gate_BF, x_BD, y_BD, candidates
+      )
+    if objective.pre_act:
+      short_BF = jax.nn.relu(latents.theta - latents.z_BF) * norms
+      total += objective.pre_act * jnp.sum(short_BF) / rows
+    if objective.auxk and candidates is None:  # else there is no dead latent
+      total += objective.auxk * _auxk(
+        objective, bound, latents, left_BD, dead_F
+      )
+    variance = _mean_square(y_BD - jnp.mean(y_BD, 0))
+  terms = Terms(
+      total, squared_error, squared_error / variance, jnp.sum(fired_F) / rows,
+      fired_F, jnp.int32(rows), jnp.float32(latents.least),
+      jnp.float32(candidates is not None), more,
+  )  # fmt: skip
+  return total, jax.lax.stop_gradient(terms)
+
+
+def value_and_grad(
+  module: sae.Autoencoder,
+  objective: Objective,
+  params: dict[str, Any],
+  x_BD: jax.Array,
+  y_BD: jax.Array,
+  value: jax.Array,
+  coefficient: jax.Array,
+  warm_up: jax.Array,
+  dead_F: jax.Array,
+  active_limit: int,
+  mesh: Mesh | None = None,
+  agree: Callable[[jax.Array], jax.Array] = lambda fits: fits,
+):
+  """`loss` and its gradient in `params`, by the sparse way where that is exact.
+
+  Args:
+    active_limit: how many candidates a row (of each layer, in each shard of
+      latents) the sparse way has room for; 0: always dense.
+    mesh: the devices, None for one.
+    agree: whether all fit of those that must take the same way.
+
+  Returns:
+    ((loss, `Terms`), gradient).
+  """
+  data = dict(
+      x_BD=x_BD, y_BD=y_BD, value=value, coefficient=coefficient,
+      warm_up=warm_up, dead_F=dead_F,
+  )  # fmt: skip
+
+  def whole(params):
+    return loss(module, objective, params, **data)
+
+  if not active_limit or objective.needs_all:
+    return jax.value_and_grad(whole, has_aux=True)(params)
+
+  def of(params, projected, candidates):
+    return loss(
+        module, objective, params, **data, projected=projected,
+        candidates=candidates,
+    )  # fmt: skip
+
+  gradient = jax.value_and_grad(of, argnums=(0, 1), has_aux=True)
+  bound = module.bind({'params': params})
+  found = bound.encode_candidates(x_BD, active_limit, mesh)
+  if found is None:
+    # The encoder's product serves both ways.
+    projected_BF, transpose = jax.vjp(
+      lambda params: module.apply({'params': params}, x_BD, method='project'),
+      params,
+    )
+    candidates = sparse.Candidates.of_mask(
+      bound.may_act(projected_BF, value, 4 * active_limit),
+      active_limit,
+      mesh,
+      module.matmul_dtype,
+    )
+  else:
+    candidates, kept_BK = found
+  fits = candidates.most <= candidates.count
+  if objective.auxk:
+    fits &= ~jnp.any(dead_F)
+
+  def sparse_way(params):
+    projected_BK = candidates.values(projected_BF) if found is None else kept_BK
+    result, (own, outer_BK) = gradient(params, projected_BK, candidates)
+    bound = module.bind({'params': params})
+    encoder = bound.encoder_gradient(outer_BK, x_BD, candidates)
+    return result, {**own, **{n: own[n] + g for n, g in encoder.items()}}
+
+  def dense_way(params):
+    if found is not None:
+      return jax.value_and_grad(whole, has_aux=True)(params)
+    result, (own, outer_BF) = gradient(params, projected_BF, None)
+    (encoder,) = transpose(outer_BF)
+    return result, jax.tree.map(jnp.add, own, encoder)
+
+  return jax.lax.cond(agree(fits), sparse_way, dense_way, params)
+
+
+def _mean_square(x_BD) -> jax.Array:
+  """Mean over rows of the squared norm, all layers together."""
+  return jnp.sum(jnp.square(x_BD)) / x_BD.shape[0]
+
+
+def _parts(objective: Objective, module: sae.Autoencoder):
+  """Start and end of what each Matryoshka prefix adds to the one before."""
+  ends = objective.prefixes or (module.latent_shape[-1],)
+  return list(zip((0, *ends), ends, strict=False))
+
+
+def _penalty(
+  objective, latents, p_F, norms, value, coefficient, rows
+) -> jax.Array:
+  """Sparsity and frequency terms of one member."""
+  l0, o = jnp.sum(p_F), objective
+  match o.penalty:
+    case 'l0':
+      penalty = value * l0
+    case 'target_l0':
+      penalty = o.strength * jnp.square(l0 / value - 1)
+    case 'quadratic_l0':
+      penalty = o.strength * o.prefactor / value * jnp.square(l0 - value)
+    case 'quadratic_frequency':
+      penalty = value * jnp.sum(p_F * (1 + p_F / o.p0))
+    case 'tanh':
+      bent_BF = jnp.tanh(o.tanh_scale * latents.f_BF * norms)
+      penalty = value * jnp.sum(bent_BF) / rows
+    case 'l1' | 'adaptive_l1':
+      weight = value if o.penalty == 'l1' else coefficient
+      penalty = weight * jnp.sum(latents.gate_BF * norms) / rows
+    case 'k':
+      penalty = jnp.float32(0)
+    case _:
+      raise ValueError(f'There is no penalty {o.penalty!r}.')
+  if o.frequency:
+    excess_F = jax.nn.relu(p_F - o.frequency_limit)
+    penalty += o.frequency * jnp.sum(excess_F)
+  return penalty
+
+
+def _gate_error(module, params, gate_BF, x_BD, y_BD, candidates) -> jax.Array:
+  """Error of a Gated SAE's gate through frozen decoders: it trains the gate."""
+  decoder = ('W_dec', 'b_dec', 'W_skip')
+  frozen = {
+    name: jax.lax.stop_gradient(p) if name in decoder else p
+    for name, p in params.items()
+  }
+  bound = module.bind({'params': frozen})
+  gate_BD = bound.write(gate_BF, candidates=candidates)
+  return _mean_square(y_BD - gate_BD - bound.offset(x_BD))
+
+
+def _auxk(objective, bound, latents, error_BD, dead_F) -> jax.Array:
+  """Share of the error's variance that the largest dead latents leave."""
+  error_BD = jax.lax.stop_gradient(error_BD)
+  wanted = objective.auxk_latents or bound.d_out // 2
+  count = jnp.minimum(jnp.sum(dead_F), wanted)
+  f_BF = jnp.where(dead_F, jax.nn.relu(latents.z_BF), 0)
+  least = activation_functions.kth_of_row(f_BF, jnp.maximum(count, 1))
+  f_BF = jnp.where(f_BF >= least, f_BF, 0)
+  left = _mean_square(error_BD - bound.write(f_BF))
+  variance = _mean_square(error_BD - jnp.mean(error_BD, 0))
+  share = left / jnp.maximum(variance, 1e-12)
+  return jnp.where(count > 0, share, 0)

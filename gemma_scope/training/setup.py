@@ -1,0 +1,311 @@
+"""A config -> the objects of its run: text, rows, stacks; and back to members.
+
+Everything here is a pure function of the config and of what lies on disk;
+`train` holds the loop that uses it.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import gemma_scope
+from gemma_scope import config as config_lib
+from gemma_scope import sae, sites
+from gemma_scope.activations import harvest, synthetic
+from gemma_scope.activations import store as store_lib
+from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import weights
+from gemma_scope.runtime import cluster
+from gemma_scope.sae import architectures, fold
+from gemma_scope.text import prepare, tokenizers
+from gemma_scope.training import objectives, stack
+from gemma_scope.training import optimizer as optimizer_lib
+
+# How each architecture meets a target L0: a penalty of `objectives`.
+_MEETS_L0 = {
+  'jumprelu': 'target_l0',
+  'topk': 'k',
+  'batch_topk': 'k',
+  'gated': 'adaptive_l1',
+  'relu': 'adaptive_l1',
+}
+
+
+def open_text(
+  config: ConfigDict, workdir: pathlib.Path, report: Callable[[str], None]
+) -> tuple[prepare.Tokenizer, prepare.Tokens]:
+  """The tokenizer and the token store; makes the store where none is named.
+
+  A run keeps the store it began with, whatever became of its source.
+  """
+  tokenizer = prepare.Tokenizer(
+    config.lm.tokenizer
+    or weights.tokenizer(config.lm.name, config.lm.checkpoint)
+  )
+  folder = pathlib.Path(config.text.store or workdir / 'tokens')
+  with cluster.first_goes_ahead():
+    if config.text.store or (folder / 'manifest.json').exists():
+      store = prepare.Tokens(folder)
+      store.verify()
+    else:
+      report(f'tokenising {config.text.source}')
+      store = prepare.prepare(config.text.source, tokenizer, folder)
+  if store.fingerprint['tokenizer_sha256'] != tokenizer.sha256:
+    raise ValueError(
+      f'The token store {str(folder)!r} was made with another tokenizer than '
+      f'{tokenizer.path!r}; prepare it again or set lm.tokenizer.'
+    )
+  return tokenizer, store
+
+
+def special(
+  tokenizer: prepare.Tokenizer, store: prepare.Tokens
+) -> tokenizers.Special:
+  """Tokens whose activations no SAE sees (arXiv 2408.05147 sections 3, 4.5)."""
+  ids = tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id
+  return tokenizers.Special(ids, store.reply)
+
+
+def dimensions(config: ConfigDict) -> sites.Dimensions:
+  """The language model's; those of a synthetic store are in its manifest."""
+  if config.lm.name != synthetic.MODEL:
+    return weights.read_config(config.lm.name, config.lm.checkpoint)
+  if not config.activations.store:
+    raise config_lib.ConfigError(
+      f'The model {synthetic.MODEL!r} is an activation store by '
+      'launch/synthetic.py; set activations.store to its folder.'
+    )
+  facts = store_lib.facts(config.activations.store)
+  return types.SimpleNamespace(**facts['dimensions'])
+
+
+def layout(config: ConfigDict, share: float = 1.0) -> harvest.Layout:
+  """The arithmetic of a run's chunks; `share` of its rows count."""
+  a = config.activations
+  return harvest.Layout.of(
+      chunk_rows=a.chunk_rows, seq_len=config.text.seq_len,
+      batch=config.train.batch, lm_batch=a.lm_batch, dtype=a.dtype,
+      share=share,
+  )  # fmt: skip
+
+
+def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
+  """Where rows come from, and the facts that a resumed run must agree on."""
+  c, a = config.collection, config.activations
+  at = config_lib.site_list(config)
+  if a.store:
+    return _open_store(config, at, report)
+  tokenizer, store = open_text(config, workdir, report)
+  sequences = store.sequences(config.text.seq_len)
+  report(f'loading {config.lm.name}')
+  gemma, params = weights.load(
+    config.lm.name,
+    config.lm.checkpoint,
+    dtype=config.lm.dtype,
+    mesh=mesh,
+    num_layers=None if config.end_to_end.beta else max(c.layers) + 1,
+  )
+  rows = prepare.shuffled(sequences, config.seed)
+  source = harvest.ModelSource(
+      gemma, params, at, functools.partial(prepare.batch, rows),
+      layout(config, store.share), mesh,
+      special(tokenizer, store).keep,
+  )  # fmt: skip
+  facts = {
+    'model': config.lm.name,
+    'model_dtype': config.lm.dtype,
+    'parameters': int(_checksum(params)),
+    'seed': config.seed,
+    'text': store.fingerprint,
+  }
+  return source, facts
+
+
+def _open_store(config, at, report):
+  """The config's activation store, if it is what the config describes."""
+  store = config.activations.store
+  source = store_lib.StoreSource(store, at, config.train.batch)
+  found = {'lm.name': source.facts['model'], 'chunks': source.layout}
+  chunks = layout(config, source.layout.share)
+  wanted = {'lm.name': config.lm.name, 'chunks': chunks}
+  for field, value in wanted.items():
+    if found[field] != value:
+      raise config_lib.ConfigError(
+        f'The activation store {store!r} has {field} {found[field]}, and the '
+        f'config describes {value}; use the config that it was written with.'
+      )
+  steps = source.chunks * chunks.batches
+  report(
+    f'reading {store}: {steps:,} steps of {chunks.batch} rows, '
+    f'{config.train.steps / steps:.2f} passes in this run'
+  )
+  return source, {**source.facts, **source.fingerprint}
+
+
+@jax.jit
+def _checksum(params: lm.Params) -> jax.Array:
+  """Tells one set of parameters from another: the sum of their bits, uint32.
+
+  Integers add up to the same in any order, hence on any mesh.
+  """
+  total = jnp.uint32(0)
+  for leaf in jax.tree.leaves(params):
+    kind = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
+    bits = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
+    total = total * jnp.uint32(31) + jnp.sum(bits, dtype=jnp.uint32)
+  return total
+
+
+def make_stacks(
+  config: ConfigDict, model: sites.Dimensions
+) -> tuple[tuple[stack.Stack, ...], tuple[tuple[config_lib.Member, ...], ...]]:
+  """The collection's members, grouped by shape into stacks."""
+  t = config.train
+  optimizer = optimizer_lib.Optimizer(
+      b2=t.b2, eps=t.eps, clip=t.clip, warm_up=t.warm_up, decay=t.decay,
+      sparsity_warm_up=t.sparsity_warm_up, threshold_rate=t.threshold_rate,
+      steps=t.steps, dead_after=t.dead_after, initial_l0=t.initial_l0,
+      l0_steps=t.l0_steps, theta_decay=t.theta_decay,
+      adaptive_rate=t.adaptive_rate, resample_every=t.resample_every,
+      active_limit=t.active_limit,
+  )  # fmt: skip
+  groups = config_lib.stacks(config, model)
+  stacks = []
+  for (_, _, d_in, d_out), group in groups.items():
+    reads, writes = (
+      tuple(dict.fromkeys(site for m in group for site in getattr(m, field)))
+      for field in ('sites', 'targets')
+    )
+    setting = stack.Setting(
+      jnp.asarray([m.sparsity for m in group], jnp.float32),
+      jnp.full((len(group),), t.learning_rate, jnp.float32),
+      jnp.asarray([_index(reads, m.sites, m.layers) for m in group]),
+      jnp.asarray([_index(writes, m.targets, m.layers) for m in group]),
+    )
+    module = make_module(config, group[0], d_in, d_out)
+    objective = make_objective(config, group[0])
+    seeds = tuple(member.seed for member in group)
+    stacks.append(
+      stack.Stack(module, objective, reads, writes, setting, seeds, optimizer)
+    )
+  return tuple(stacks), tuple(map(tuple, groups.values()))
+
+
+def _index(at, wanted, layers: int):
+  found = [at.index(site) for site in wanted]
+  return found if layers else found[0]
+
+
+def make_module(
+  config: ConfigDict, member: config_lib.Member, d_in: int, d_out: int
+) -> sae.Autoencoder:
+  """The member's architecture at its shape."""
+  s = config.sae
+  reconstructs_input = member.sites == member.targets
+  options = dict(
+      d_in=d_in, d_out=d_out, width=member.width, layers=member.layers,
+      pre_encoder_bias=s.pre_encoder_bias and reconstructs_input,
+      tied=reconstructs_input, skip=config.collection.skip,
+      unit_decoder=s.unit_decoder, matmul_dtype=s.matmul_dtype,
+  )  # fmt: skip
+  if member.base == 'jumprelu':
+    options |= dict(
+        bandwidth=s.bandwidth, initial_threshold=s.initial_threshold,
+        log_threshold=s.log_threshold, to_input=s.ste_to_input,
+    )  # fmt: skip
+  return architectures.ARCHITECTURES[member.base](**options)
+
+
+def make_objective(
+  config: ConfigDict, member: config_lib.Member
+) -> objectives.Objective:
+  """The terms that a member's stack is trained by."""
+  penalty = member.penalty
+  if penalty == 'target_l0':
+    penalty = _MEETS_L0[member.base]
+  return objectives.Objective(
+    penalty=penalty,
+    prefixes=config_lib.prefixes(config, member),
+    **config.objective,
+  )
+
+
+def abstract_states(stacks: tuple[stack.Stack, ...], mesh: Mesh):
+  """Shapes, dtypes and shardings of the states: what a checkpoint must hold."""
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=place
+    ),
+    jax.eval_shape(lambda: tuple(s.init(jax.random.key(0)) for s in stacks)),
+    tuple(s.shardings(mesh) for s in stacks),
+  )
+
+
+def members(
+  config: ConfigDict,
+  stacks: tuple[stack.Stack, ...],
+  states: tuple[stack.State, ...],
+  scales: Mapping[sites.Site, float],
+  step: int,
+  facts: Mapping[str, Any],
+) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
+  """The trained SAEs as (params, card): folded, they act on raw activations."""
+  groups = config_lib.stacks(config, dimensions(config)).values()
+  out = []
+  for trained, state, group in zip(stacks, states, groups, strict=True):
+    if jax.process_count() > 1:
+      host = multihost_utils.process_allgather(state, tiled=True)
+    else:
+      host = jax.device_get(state)
+    module = trained.module
+    for i, member in enumerate(group):
+      params = {
+        name: np.asarray(value)
+        for name, value in trained.member_params(host, i).items()
+      }
+      params = fold.fold(
+        params,
+        [scales[site] for site in member.sites],
+        [scales[site] for site in member.targets],
+        pre_encoder_bias=module.pre_encoder_bias,
+      )
+      if not module.unit_decoder:
+        params = fold.fold_decoder_norm(params)
+      both = dict.fromkeys((*member.sites, *member.targets))
+      card = {
+        'name': member.name,
+        'type': member.type,
+        'sites': [str(site) for site in member.sites],
+        'targets': [str(site) for site in member.targets],
+        'model': config.lm.name,
+        'architecture': member.architecture,
+        'd_in': module.d_in,
+        'd_out': module.d_out,
+        'width': member.width,
+        'sparsity': {'kind': member.penalty, 'value': member.sparsity},
+        'seed': member.seed,
+        'scales': {str(site): scales[site] for site in both},
+        'steps': step,
+        'tokens': step * config.train.batch,
+        'text': facts['text'],
+        'code': gemma_scope.__version__,
+      }
+      if ends := config_lib.prefixes(config, member):
+        card['matryoshka'] = list(ends)
+      if module.skip:
+        card['affine'] = True
+      if config.initialise.release:
+        card['initialised_from'] = config.initialise.release
+      out.append((params, card))
+  return out

@@ -1,0 +1,365 @@
+"""Many SAEs of one shape, trained together by one program.
+
+A stack holds the members that share architecture and shape. Parameters, moments
+and counters carry a leading axis S; what differs between members (the sites
+they read and write, their sparsity, their learning rate) is data. A step takes
+the members in turn, one on each place of the mesh's axis 'sae', in place: only
+one member's activations are in memory, and each chooses its own way through
+`objectives.value_and_grad`. There is no maths of SAEs in this file.
+
+One step of one member, in this order, which matters:
+  gradient of the loss
+  -> decoder gradient loses its part parallel to each row   (before Adam)
+  -> Adam with beta1 = 0: the second moment alone is kept
+  -> update -> decoder rows back to norm 1 (unless they are free)
+  -> counters -> dead latents are resampled, if asked for
+Source: arXiv 2408.05147 section 3.2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from gemma_scope import mesh as mesh_lib
+from gemma_scope import sae, sites
+from gemma_scope.training import objectives, optimizer, resampling
+
+# Array -> mesh axes of its last dimensions, by the last part of its path;
+# moments of the optimiser carry their parameter's name. The first dimension is
+# the members', those between (layers) are not split.
+SHARDING = {
+  'W_enc': ('latent', None),
+  'W_dec': ('latent', None),
+  'b_enc': ('latent',),
+  'b_gate': ('latent',),
+  'r_mag': ('latent',),
+  'log_threshold': ('latent',),
+  'threshold': ('latent',),
+  'silent_tokens': ('latent',),
+  'fired_share': ('latent',),
+}
+
+
+# What a step reports of each member (and what `fidelity` adds).
+METRICS = (
+    'loss', 'squared_error', 'fvu', 'l0', 'dead', 'dense', 'sparse_steps',
+)  # fmt: skip
+
+
+class State(flax.struct.PyTreeNode):
+  """All that training changes; every leaf starts with the axis S."""
+
+  params: dict[str, jax.Array]
+  moments: Any  # optax state
+  silent_tokens: jax.Array  # [S, F] int32: tokens since a latent last fired
+  fired_share: jax.Array  # [S, F] running mean of the share of rows it fires on
+  theta: jax.Array  # [S] running mean of the batch's threshold (BatchTopK)
+  coefficient: jax.Array  # [S] of adaptive_l1
+  skipped: jax.Array  # [S] int32: steps dropped for a gradient not finite
+
+
+class Setting(NamedTuple):
+  """What differs between members, each field an array with the axis S."""
+
+  value: jax.Array  # [S] sparsity, see `objectives`
+  learning_rate: jax.Array  # [S]
+  reads: jax.Array  # [S] index into the stack's sites; [S, L] for L layers
+  writes: jax.Array  # the same into its targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+  """Members of one shape; `init` and `step` are pure.
+
+  Attributes:
+    module: the architecture at this shape.
+    objective: the terms of its loss.
+    sites: sites that some member reads, in the order of `step`'s x_NBD.
+    targets: sites that some member reconstructs, in the order of y_MBD.
+    setting: per-member data.
+    seeds: per-member seed of the initial parameters.
+    optimizer: how it is trained.
+  """
+
+  module: sae.Autoencoder
+  objective: objectives.Objective
+  sites: tuple[sites.Site, ...]
+  targets: tuple[sites.Site, ...]
+  setting: Setting
+  seeds: tuple[int, ...]
+  optimizer: optimizer.Optimizer
+
+  def init(self, key: jax.Array) -> State:
+    """Initial state; a member's depends on (key, its seed, its shape) alone."""
+    module = self.module
+    lead = (1, module.layers) if module.layers else (1,)
+    x_BD = jax.ShapeDtypeStruct((*lead, module.d_in), jnp.float32)
+
+    def init_member(seed):
+      params = module.lazy_init(jax.random.fold_in(key, seed), x_BD)['params']
+      return State(
+        params,
+        self.optimizer.transform().init(params),
+        silent_tokens=jnp.zeros(module.latent_shape, jnp.int32),
+        fired_share=jnp.zeros(module.latent_shape),
+        theta=jnp.zeros(()),
+        coefficient=jnp.float32(0.01),
+        skipped=jnp.zeros((), jnp.int32),
+      )
+
+    return jax.vmap(init_member)(jnp.asarray(self.seeds, jnp.uint32))
+
+  def shardings(self, mesh: Mesh):
+    """The sharding of every leaf of a state, from the table above."""
+    state = jax.eval_shape(self.init, jax.random.key(0))
+
+    def place(path, leaf):
+      name = getattr(path[-1], 'key', None) or getattr(path[-1], 'name', '')
+      last = SHARDING.get(name, ())
+      between = (None,) * (leaf.ndim - 1 - len(last))
+      return mesh_lib.place(mesh, 'sae', *between, *last)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+  def step(
+    self,
+    state: State,
+    x_NBD: jax.Array,
+    y_MBD: jax.Array,
+    step: jax.Array,
+    key: jax.Array,
+    mesh: Mesh | None = None,
+  ) -> tuple[State, dict[str, jax.Array]]:
+    """One step of all members.
+
+    Args:
+      state: the members'.
+      x_NBD: rows of each of `self.sites`, scaled so that E|x|^2 = 1, float32.
+      y_MBD: rows of each of `self.targets`, the same.
+      step: int32, counted from 0.
+      key: of the run; what is random depends on it and on `step`.
+      mesh: the devices; None for one.
+
+    Returns:
+      The next state, and metrics as arrays [S].
+    """
+    places = mesh.shape['sae'] if mesh else 1
+
+    def of_place(state, setting, seeds):
+      """The members of one place on 'sae', in turn."""
+
+      def member(i, carry):
+        state, metrics = carry
+        of_member, setting_of, seed = jax.tree.map(
+          lambda a: jax.lax.dynamic_index_in_dim(a, i, 0, False),
+          (state, setting, seeds),
+        )
+        found = self.step_member(
+            of_member, setting_of, seed, _rows(x_NBD, setting_of.reads),
+            _rows(y_MBD, setting_of.writes), step, key, mesh=mesh,
+            agree=agree,
+        )  # fmt: skip
+        return jax.tree.map(
+          lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, i, 0),
+          carry,
+          found,
+        )
+
+      count = len(seeds)
+      empty = {name: jnp.zeros(count) for name in METRICS}
+      return jax.lax.fori_loop(0, count, member, (state, empty))
+
+    members = state, self.setting, jnp.asarray(self.seeds, jnp.uint32)
+    if places == 1:
+      agree = lambda fits: fits
+      return of_place(*members)
+
+    def agree(fits):  # a branch of all that run side by side
+      return jax.lax.pmin(fits.astype(jnp.int32), 'place') > 0
+
+    split = jax.tree.map(lambda a: a.reshape(places, -1, *a.shape[1:]), members)
+    found = jax.vmap(of_place, axis_name='place', spmd_axis_name='sae')(*split)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), found)
+
+  def step_member(
+    self, state, setting, seed, x_BD, y_BD, step, key, fidelity=None, **how
+  ):
+    """One step of one member, whose state, setting and seed have no axis S.
+
+    Args:
+      fidelity: see `objectives.loss`; such a step is dense.
+      how: `mesh` and `agree` of `objectives.value_and_grad`.
+
+    Returns:
+      Its next state and its metrics, scalars.
+    """
+
+    def gradient(params, **data):
+      if fidelity is None:
+        return objectives.value_and_grad(
+            self.module, self.objective, params, x_BD, y_BD, **data,
+            active_limit=self.optimizer.active_limit, **how,
+        )  # fmt: skip
+      loss = functools.partial(objectives.loss, self.module, self.objective)
+      return jax.value_and_grad(loss, has_aux=True)(
+        params, x_BD, y_BD, **data, fidelity=fidelity
+      )
+
+    state, terms = self.update(state, gradient, setting, step)
+    if self.optimizer.resample_every:
+      key_of_member = jax.random.fold_in(jax.random.fold_in(key, step), seed)
+      state = self._resampled(
+        state, x_BD, y_BD, setting.value, step, key_of_member
+      )
+    return state, self.report(state, terms)
+
+  def update(self, state, gradient_of, setting, step):
+    """One member's state after a step down a gradient.
+
+    Args:
+      state: one member's.
+      gradient_of: (params, value, coefficient, warm_up, dead_F) ->
+        ((loss, Terms), gradient).
+      setting: one member's.
+      step: int32.
+
+    Returns:
+      The next state, and the objective's terms.
+    """
+    o = self.optimizer
+    value = setting.value
+    if self.objective.penalty in objectives.TARGETS:
+      value = o.l0_target(value, step)
+    (_, terms), gradient = gradient_of(
+      state.params,
+      value=value,
+      coefficient=state.coefficient,
+      warm_up=o.sparsity_factor(step),
+      dead_F=state.silent_tokens > o.dead_after,
+    )
+    with jax.named_scope('optimizer'):
+      # A gradient that is not finite changes nothing but the moments' decay.
+      finite = jnp.isfinite(optax.tree.norm(gradient))
+      if self.module.unit_decoder:
+        gradient['W_dec'] = sae.remove_parallel(
+          gradient['W_dec'], state.params['W_dec']
+        )
+      gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0), gradient)
+      direction, moments = o.transform().update(gradient, state.moments)
+      factor = o.rate_factor(step) * finite
+      rate = factor * setting.learning_rate
+      params = {
+        name: p - rate * self._rate_of(name) * direction[name]
+        for name, p in state.params.items()
+      }
+      if self.module.unit_decoder:
+        params['W_dec'] = sae.unit_rows(params['W_dec'])
+    with jax.named_scope('counters'):
+      rows = terms.rows
+      silent_F = jnp.where(
+        terms.fired_F > 0,
+        0,
+        jnp.minimum(state.silent_tokens, jnp.iinfo(jnp.int32).max - rows)
+        + rows,
+      )
+      share_F = 0.99 * state.fired_share + 0.01 * terms.fired_F / rows
+      # A mean of all steps so far, then of the last 1 / (1 - decay).
+      weight = jnp.maximum(1 - o.theta_decay, 1 / (step + 1.0))
+      seen = jnp.where(finite, terms.theta, state.theta)
+      theta = state.theta + weight * (seen - state.theta)
+      excess = jnp.where(finite, jnp.clip(terms.l0 / value - 1, -1, 1), 0)
+      coefficient = state.coefficient * jnp.exp(
+        o.adaptive_rate * factor * excess
+      )
+    after = State(
+        params, moments, silent_F, share_F, theta, coefficient,
+        state.skipped + ~finite,
+    )  # fmt: skip
+    return after, terms
+
+  def report(self, state: State, terms) -> dict[str, jax.Array]:
+    """One member's metrics after a step."""
+    return {
+      'loss': terms.loss,
+      'squared_error': terms.squared_error,
+      'fvu': terms.fvu,
+      'l0': terms.l0,
+      'dead': jnp.mean(state.silent_tokens > self.optimizer.dead_after),
+      'dense': jnp.mean(state.fired_share > 0.1),
+      'sparse_steps': terms.sparse,
+      **terms.more,
+    }
+
+  def _resampled(self, state, x_BD, y_BD, k, step, key) -> State:
+    """The state with its dead latents begun anew, where that is due."""
+
+    def resample(state):
+      dead_F = state.silent_tokens > self.optimizer.dead_after
+      params, moments = resampling.resample(
+          self.module, state.params, state.moments, x_BD, y_BD, dead_F,
+          k, key,
+      )  # fmt: skip
+      silent_F = jnp.where(dead_F, 0, state.silent_tokens)
+      return state.replace(
+        params=params, moments=moments, silent_tokens=silent_F
+      )
+
+    every = self.optimizer.resample_every
+    due = (step > 0) & (step % every == 0)
+    return jax.lax.cond(due, resample, lambda state: state, state)
+
+  def _rate_of(self, name: str) -> float:
+    return self.optimizer.threshold_rate if name.endswith('threshold') else 1.0
+
+  def member_params(self, state: State, index: int) -> dict[str, jax.Array]:
+    """One member's released parameters, in normalised space."""
+    params = {name: value[index] for name, value in state.params.items()}
+    return self.module.released(
+      params, state.theta[index], self.setting.value[index]
+    )
+
+
+def _rows(x_NBD: jax.Array, index: jax.Array) -> jax.Array:
+  """The rows of one site [B, D], or of several [B, L, D]."""
+  x = x_NBD[index]
+  return x if index.ndim == 0 else jnp.moveaxis(x, 0, 1)
+
+
+def init_all(stacks: Sequence[Stack], key: jax.Array, mesh: Mesh):
+  """States of several stacks, made in their shardings."""
+  shardings = tuple(stack.shardings(mesh) for stack in stacks)
+  init = jax.jit(
+    lambda key: tuple(stack.init(key) for stack in stacks),
+    out_shardings=shardings,
+  )
+  return init(key)
+
+
+def step_all(
+  stacks: Sequence[Stack],
+  states: tuple[State, ...],
+  rows: Mapping[sites.Site, jax.Array],
+  step: jax.Array,
+  key: jax.Array,
+  mesh: Mesh | None = None,
+) -> tuple[tuple[State, ...], tuple[dict[str, jax.Array], ...]]:
+  """One step of every stack on one batch: site -> x [B, D]."""
+
+  def of(at):
+    return jnp.stack([rows[site] for site in at])
+
+  results = [
+    stack.step(state, of(stack.sites), of(stack.targets), step, key, mesh)
+    for stack, state in zip(stacks, states, strict=True)
+  ]
+  states, metrics = zip(*results, strict=True)
+  return states, metrics

@@ -1,0 +1,307 @@
+"""Probes on planted concepts, labels of code, and what is taken out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from gemma_scope import sae
+from gemma_scope.evaluation.saebench import (
+  absorption,
+  probe,
+  probe_inputs,
+  python_labels,
+  scr_tpp,
+)
+from gemma_scope.language_model import weights
+from gemma_scope.text import sources, tokenizers
+
+CODE = '''@d
+class A(B):
+  """doc é"""
+  def f(self, x=1):
+    # ü
+    return g("é", x, f"a{x}b", k=2)
+'''
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  return tokenizers.Tokenizer(weights.tokenizer('tiny', ''))
+
+
+# Labels of code.
+
+
+def test_each_character_has_the_labels_that_python_gives_it():
+  labels = python_labels.of_characters(CODE)
+
+  def text(name):
+    return ''.join(c for c, on in zip(CODE, labels[name], strict=True) if on)
+
+  assert text('keyword') == 'classdefreturn'
+  assert text('name') == 'dABfselfxgxk'
+  assert text('string') == '"""doc é""""é"f"a{x}b"'
+  assert text('comment') == '# ü'
+  assert text('number') == '12'
+  assert text('docstring') == '"""doc é"""'
+  assert text('def_name') == 'Af'
+  assert text('in_def') == 'return g("é", x, f"a{x}b", k=2)'
+  assert text('call_argument') == '"é"xf"a{x}b"k=2'
+  assert text('indent') == ' ' * 12
+
+
+def test_a_character_has_one_class():
+  for document in itertools.islice(sources.documents('python', 'eval'), 8):
+    found = python_labels.of_characters(document.text)
+    assert sum(found[c] for c in python_labels.CLASSES).max() <= 1
+
+
+def test_pieces_are_the_text_again_and_follow_each_other(tokenizer):
+  some = itertools.islice(sources.documents('python', 'eval'), 8)
+  texts = [document.text for document in some]
+  texts += ['a😀b\n\tü ▁ <0x41>', ' ' * 70 + 'x', CODE]
+  for text in texts:
+    pieces = tokenizer.pieces(tokenizer.encode(text))
+    spans = python_labels.spans(pieces, text)
+    assert spans[0, 0] == 0 and spans[-1, 1] == len(text)
+    assert (spans[:, 1] > spans[:, 0]).all()
+    # Parts of one character share it; else a piece starts where one ended.
+    gap = spans[1:, 0] - spans[:-1, 1]
+    assert set(np.unique(gap)) <= {0, -1}
+    for (start, end), piece in zip(spans, pieces, strict=True):
+      if not piece.startswith('<0x'):
+        assert text[start:end].replace(' ', '▁') == piece
+
+
+def test_pieces_of_another_text_are_refused(tokenizer):
+  pieces = tokenizer.pieces(tokenizer.encode('a = 1'))
+  with pytest.raises(ValueError, match='put together'):
+    python_labels.spans(pieces, 'a = 2')
+  with pytest.raises(ValueError, match='not Python'):
+    python_labels.of_characters('def (:')
+
+
+# Probes.
+
+
+def some_rows(seed=0, groups=40, size=20, d=8, f=12):
+  rng = np.random.default_rng(seed)
+  group_B = np.repeat(np.arange(groups), size)
+  x_BD = rng.normal(size=(groups * size, d))
+  f_BF = np.maximum(rng.normal(size=(groups * size, f)), 0)
+  c_BF = np.maximum(rng.normal(size=(groups * size, f)), 0)
+  return probe.Rows(x_BD, f_BF, c_BF, probe.split(group_B), group_B)
+
+
+def test_logistic_is_at_the_minimum_of_its_loss():
+  rng = np.random.default_rng(1)
+  x_BD = rng.normal(size=(300, 4)) * [1, 10, 0.1, 1] + 5
+  y_B = x_BD[:, 0] + rng.normal(size=300) > 6
+  found = probe.logistic(x_BD, y_B)
+  mean_D, scale_D = x_BD.mean(0), x_BD.std(0)
+  weight_B = np.where(y_B, 0.5 / y_B.mean(), 0.5 / (1 - y_B.mean()))
+
+  def loss(w_D, b):
+    margin_B = np.where(y_B, 1, -1) * (((x_BD - mean_D) / scale_D) @ w_D + b)
+    return weight_B @ np.logaddexp(0, -margin_B) + w_D @ w_D / 2
+
+  w_D, b = found.w_D * scale_D, found.b + mean_D @ found.w_D
+  least = loss(w_D, b)
+  for i in range(4):
+    for step in (-1e-2, 1e-2):
+      assert loss(w_D + step * np.eye(4)[i], b) > least
+  assert loss(w_D, b + 1e-2) > least < loss(w_D, b - 1e-2)
+
+
+def test_auc_counts_pairs():
+  rng = np.random.default_rng(2)
+  score_B, y_B = rng.integers(0, 9, 60), rng.random(60) < 0.3
+  pairs = score_B[y_B][:, None] - score_B[~y_B]
+  expected = np.mean((pairs > 0) + 0.5 * (pairs == 0))
+  found = probe.scores(score_B, y_B, np.arange(60))
+  assert found['auc']['value'] == pytest.approx(expected)
+
+
+def test_intervals_hold_the_truth_where_rows_of_a_group_are_alike():
+  rng, inside = np.random.default_rng(3), 0
+  for _ in range(200):
+    common = np.repeat(rng.normal(size=30), 10)
+    y_B = rng.random(300) < 0.5
+    found = probe.scores(common + rng.normal(size=300), y_B, np.repeat(
+      np.arange(30), 10))['auc']  # fmt: skip
+    inside += found['low'] <= 0.5 <= found['high']
+  assert 178 <= inside <= 199  # 95 % of 200, with four standard deviations
+
+
+def test_a_planted_latent_is_found_and_no_control_passes():
+  given = some_rows()
+  y_B = given.f_BF[:, 7] > 0
+  found = probe.run(given, y_B, ks=(1, 3))
+  one = probe.best(found, 'latents', 1)
+  assert one['latents'] == [7] and one['auc']['low'] > 0.99
+  for on in ('random_sae', 'shuffled_labels', 'coordinates', 'pca'):
+    assert probe.best(found, on, 1)['auc']['value'] < 0.65, on
+  assert probe.report(found).endswith('k of the raw activation at k = 1, 3.')
+
+
+def test_where_there_is_no_concept_no_interval_is_above_chance():
+  y_B = np.random.default_rng(4).random(800) < 0.4
+  found = probe.run(some_rows(), y_B, ks=(1, 3))
+  for one in found['probes']:
+    assert one['auc']['low'] < 0.5, one
+  assert probe.report(found).endswith(
+    'No sparse probe on latents passes its control.'
+  )
+
+
+def test_rows_of_a_group_are_not_in_train_and_test():
+  given = some_rows()
+  with pytest.raises(ValueError, match='split by group'):
+    probe.Rows(given.x_BD, given.f_BF, None, ~given.test_B,
+               np.zeros_like(given.group_B))  # fmt: skip
+  with pytest.raises(ValueError, match='one length'):
+    probe.Rows(given.x_BD[1:], given.f_BF, None, given.test_B, given.group_B)
+
+
+# Taken out.
+
+
+def random_sae(d=6, f=10, seed=0):
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  return {
+    'W_enc': draw(d, f), 'b_enc': draw(f), 'W_dec': draw(f, d),
+    'b_dec': draw(d), 'threshold': np.zeros(f, np.float32),
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize('k', [None, 3])
+def test_removed_latents_write_nothing_and_the_others_as_before(k):
+  params = random_sae() | ({} if k is None else {'k': np.float32(k)})
+  x_BD = np.random.default_rng(5).normal(size=(20, 6)).astype(np.float32)
+  f_BF = np.array(sae.encode(params, x_BD))
+  gone = [1, 4, 8]
+  without_BF = f_BF.copy()
+  without_BF[:, gone] = 0
+  changed = scr_tpp.remove(params, gone)
+  made = sae.decode(changed, sae.encode(changed, x_BD))
+  np.testing.assert_allclose(made, sae.decode(params, without_BF), atol=1e-5)
+  edited = scr_tpp.edit(params, gone)(x_BD[None])[0]
+  difference = sae.decode(params, f_BF) - sae.decode(params, without_BF)
+  np.testing.assert_allclose(edited, x_BD - difference, atol=1e-5)
+  np.testing.assert_array_equal(scr_tpp.edit(params, [])(x_BD), x_BD)
+  with pytest.raises(ValueError, match='no latent 10'):
+    scr_tpp.remove(params, [10])
+
+
+def test_latents_of_several_layers_are_counted_layer_by_layer():
+  params = {'b_enc': np.zeros((2, 3)), 'W_dec': np.ones((2, 3, 2, 4))}
+  gone = scr_tpp.remove(params, [4])['W_dec']
+  assert gone[1, 1].sum() == 0 and gone.sum() == params['W_dec'].sum() - 8
+
+
+def planted(seed=0, count=4000):
+  """x = t u + (2 s - 1) v + noise; latents: t, s, not s, and noise."""
+  rng = np.random.default_rng(seed)
+  t_B, s_B = rng.random(count) < 0.5, rng.random(count) < 0.5
+  x_BD = 0.4 * rng.normal(size=(count, 6))
+  x_BD[:, 0] += t_B
+  x_BD[:, 1] += 2.0 * s_B - 1
+  f_BF = np.maximum(rng.normal(size=(count, 7)), 0)
+  f_BF[:, :3] = np.stack([t_B, s_B, ~s_B], 1)
+  W_dec = np.insert(np.eye(6), 2, [0, -1, 0, 0, 0, 0], 0)
+  group_B = np.arange(count)
+  found = probe.Rows(x_BD, f_BF, None, probe.split(group_B), group_B)
+  return found, {'W_dec': W_dec}, t_B, s_B
+
+
+def test_scr_takes_the_spurious_latents_out():
+  given, params, t_B, s_B = planted()
+  found = scr_tpp.scr(given, params, t_B, s_B, counts=(2,))
+  assert found['biased'] < found['unbiased'] - 0.05
+  own, random = found['removed']
+  assert sorted(own['features']) == [1, 2]
+  assert own['score'] > 0.5 and random['score'] < own['score'] - 0.3
+  with pytest.raises(ValueError, match='four combinations'):
+    scr_tpp.scr(given, params, t_B, t_B)
+
+
+def test_tpp_is_high_for_latents_of_the_class_alone():
+  given, params, t_B, s_B = planted()
+  labels = {'t': t_B, 's': s_B}
+  own, random = scr_tpp.tpp(given, params, labels, counts=(1,))['removed']
+  assert own['score'] > 0.2 and abs(own['unintended']) < 0.05
+  assert random['score'] < own['score']
+
+
+def test_absorption_is_the_share_that_another_latent_took():
+  rng = np.random.default_rng(6)
+  count, group_B = 3000, np.arange(3000)
+  y_B = rng.random(count) < 0.5
+  special_B = y_B & (rng.random(count) < 0.04)
+  x_BD = 0.05 * rng.normal(size=(count, 5))
+  x_BD[:, 0] += y_B
+  x_BD[:, 1] += special_B
+  own_BF = np.stack([y_B, special_B], 1).astype(float)
+  taken_BF = np.stack([y_B & ~special_B, special_B], 1).astype(float)
+  given = lambda f: probe.Rows(x_BD, f, None, probe.split(group_B), group_B)
+  # The special latent writes its own direction, or the concept's as well.
+  apart = {'W_dec': np.eye(5)[:2]}
+  both = {'W_dec': np.eye(5)[:2] + [[0] * 5, [1, 0, 0, 0, 0]]}
+  none = absorption.of_concept(given(own_BF), apart, y_B)
+  some = absorption.of_concept(given(taken_BF), both, y_B)
+  assert none['main'] == some['main'] == [0]
+  assert none['full']['value'] == 0 and none['fraction']['value'] < 0.02
+  expected = special_B[given(own_BF).test_B].sum() / y_B[
+    given(own_BF).test_B].sum()  # fmt: skip
+  assert some['full']['value'] == pytest.approx(expected, abs=0.01)
+  assert some['absorbers'][0][0] == 1
+  noise_B = rng.random(count) < 0.5
+  assert absorption.of_concept(given(own_BF), apart, noise_B)['full'] is None
+
+
+# Prompts.
+
+
+def test_prompts_of_a_file(tmp_path):
+  path = tmp_path / 'prompts.jsonl'
+  lines = [{'text': f'{i % 7}', 'label': i % 2 == 0} for i in range(30)]
+  path.write_text('\n'.join(map(json.dumps, lines)))
+  found = probe_inputs.read_prompts(path)
+  assert not set(found.group_N[found.test_N]) & set(
+    found.group_N[~found.test_N]
+  )
+  for wrong in ('{"text": 1, "label": 1}', '{', '{"text": "a", "label": 7}',
+                '{"text": "a", "label": 1, "split": "x"}'):  # fmt: skip
+    path.write_text(wrong)
+    with pytest.raises(ValueError, match='Line 1'):
+      probe_inputs.read_prompts(path)
+
+
+def test_prompts_with_a_def_are_told_apart(tokenizer, tmp_path):
+  gemma, lm_params = weights.load('tiny')
+  rng = np.random.default_rng(7)
+  texts = [f'{w} x{i}' for i in range(40) for w in ('def', 'import')]
+  prompts = probe_inputs.Prompts(
+    texts, np.array([t.startswith('def') for t in texts]),
+    np.arange(80) >= 50, np.arange(80) // 2,
+  )  # fmt: skip
+  params = random_sae(128, 32)
+  params['W_enc'] = rng.normal(size=(128, 32)).astype(np.float32) / 30
+  card = {'type': 'sae', 'sites': ['resid_post/1'],
+          'targets': ['resid_post/1'], 'name': 'a'}  # fmt: skip
+  for pooling in probe_inputs.POOLINGS:
+    given = probe_inputs.of_prompts(
+      gemma, lm_params, params, card, prompts, tokenizer, pooling
+    )
+    assert given.x_BD.shape == (80, 128) and given.f_BF.shape == (80, 32)
+    found = probe.run(given, prompts.label_N, ks=(1,))
+    assert probe.best(found, 'activations')['auc']['value'] > 0.95, pooling
+  with pytest.raises(ValueError, match='one of last, mean, max'):
+    probe_inputs.of_prompts(
+      gemma, lm_params, params, card, prompts, tokenizer, 'sum'
+    )

@@ -1,0 +1,189 @@
+"""Attributions: held to slopes, to removal, to sums and to planted causes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gemma_scope.evaluation.saebench import scr_tpp
+from gemma_scope.language_model import weights
+from gemma_scope.microscope.circuits import (
+  attribution,
+  effects,
+  permutation_test,
+)
+from gemma_scope.microscope.circuits import intervene as iv
+from tests.helpers import circuits, random_saes
+
+TOKENS_T, T = circuits.TOKENS_T, circuits.T
+LOGIT = (7, 9)
+
+
+@pytest.fixture(scope='module')
+def model():
+  return weights.load('tiny')
+
+
+@pytest.fixture(scope='module')
+def subjects(model):
+  found = {}
+  for name, member in circuits.MEMBERS.items():
+    _, f_TF = circuits.values(model, name)
+    found[name] = iv.subject(*model, *member, f_TF[1:].max(0))
+  return found
+
+
+@pytest.mark.parametrize('name', ['sae', 'transcoder', 'crosscoder', 'clt'])
+def test_a_gradient_is_the_slope_of_a_small_change(model, subjects, name):
+  """At one token, of a latent that fires there; both signs cancel curvature."""
+  subject = subjects[name]
+  found = attribution.attribute(
+    subject, TOKENS_T, LOGIT, top=4, others=0, shuffles=1
+  )
+  _, f_TF = circuits.values(model, name)
+  checked = 0
+  for line in found['features']:
+    i = line['feature']
+    t = int(np.argmax(np.abs(line['by_token'])))
+    small = 0.002 * f_TF[t, i] / subject.max_F[i]
+    rows = iv.rows(subject, [[iv.Change(i, 'add', s * small)] for s in (1, -1)])
+    where_BT = np.arange(T)[None] == t
+    measured = effects.effects(
+      subject, np.array([TOKENS_T]), rows, logit=LOGIT, where_BT=where_BT
+    ).logit_BT[:, T - 1]
+    slope = (measured[0] - measured[1]) / 0.004
+    assert slope == pytest.approx(line['by_token'][t], rel=0.05, abs=2e-3)
+    checked += abs(slope) > 0.01
+  assert checked
+
+
+@pytest.mark.parametrize('name', ['sae', 'transcoder', 'clt'])
+def test_the_integral_adds_up(subjects, name):
+  found = attribution.attribute(
+    subjects[name], TOKENS_T, LOGIT, top=2, others=0, shuffles=1, steps=64
+  )
+  parts = abs(found['latents']) + abs(found['error'])
+  assert parts > 0.05 and abs(found['other']) < 0.03 * parts
+
+
+def test_exact_effects_are_those_of_removal(subjects, model):
+  subject, (params, _) = subjects['sae'], circuits.MEMBERS['sae']
+  found = attribution.attribute(
+    subject, TOKENS_T, LOGIT, top=3, others=2, shuffles=2
+  )
+  gemma, lm_params = model
+
+  def value(edits):
+    logits = gemma.forward(lm_params, np.array([TOKENS_T]), edits=edits)
+    logits_V = logits.logits_BTV[0, -1]
+    return float(logits_V[LOGIT[0]] - logits_V[LOGIT[1]])
+
+  assert found['value'] == pytest.approx(value({}), abs=1e-4)
+  target = subject.place.targets[0]
+  for line in found['features']:
+    # BOS is left alone by `exact`, and removal knows no such token.
+    without = scr_tpp.edit(params, [line['feature']])
+    keep_T1 = (np.arange(T) > 0)[:, None]
+    edit = lambda x, f=without, k=keep_T1: np.where(k, 0, x) + f(x) * k
+    assert line['exact'] == pytest.approx(
+      found['value'] - value({target: edit}), abs=2e-4
+    )
+
+
+def planted(model, strength: float):
+  """An SAE whose latent 0 writes `strength` of logit 7 less logit 9."""
+  gemma, lm_params = model
+  params, card = random_saes.member(0, 'resid_post/3')
+  table_VD = np.asarray(lm_params['embedder']['input_embedding'])
+  gain_D = 1 + np.asarray(lm_params['final_norm']['scale'])
+  cause_D = (table_VD[7] - table_VD[9]) * gain_D
+  params['W_dec'][0] = cause_D / np.linalg.norm(cause_D)
+  params['W_dec'][0] *= strength * np.linalg.norm(params['W_dec'][1])
+  params['b_enc'][0] = 30  # it fires on all tokens
+  return iv.subject(gemma, lm_params, params, card, np.ones(random_saes.F))
+
+
+def test_a_planted_cause_is_found_and_passes(model):
+  found = attribution.attribute(planted(model, 2.0), TOKENS_T, LOGIT, top=3)
+  first = found['features'][0]
+  assert first['feature'] == 0 and first['passes'] and first['p'] == 0.05
+  assert first['exact'] > max(found['shuffled']) > 0
+  assert first['exact'] > first['control'] > 0
+  assert found['passing'][0] == 0 and found['verdict'][0].isdigit()
+  assert abs(found['agreement']['integrated']['spearman']) > 0.5
+  assert 'passes' in attribution.report(found)
+  few = attribution.attribute(
+    planted(model, 2.0), TOKENS_T, LOGIT, top=3, shuffles=5
+  )
+  assert few['passing'] == [] and few['verdict'].startswith('Not tested')
+
+
+def test_where_latents_mean_nothing_few_texts_show_any(model):
+  """A random SAE: at most one text in twenty, give or take chance."""
+  params, card = random_saes.member(0, 'resid_post/3')
+  subject = iv.subject(*model, params, card, np.ones(random_saes.F))
+  texts, shown = 30, 0
+  for seed in range(texts):
+    rng = np.random.default_rng(seed)
+    tokens_T = [2, *rng.integers(10, 4000, T - 1).tolist()]
+    logit = tuple(map(int, rng.integers(10, 4000, 2)))
+    found = attribution.attribute(
+      subject, tokens_T, logit, top=5, others=0, seed=seed
+    )
+    shown += bool(found['passing'])
+    assert found['passing'] or 'No ' in found['verdict']
+  assert shown <= 5  # beyond that with a chance of 1 in 60, were it 5 %
+
+
+def test_a_shuffle_keeps_lengths_and_layers(model):
+  """What is measured of a shuffle: the largest of its own search."""
+  params, card = circuits.MEMBERS['clt']
+  subject = iv.subject(*model, params, card, np.ones(48))
+  layer_F, norm_F = iv.decoders(subject)
+  assert layer_F.tolist() == sorted([0, 1, 2] * 16)
+  np.testing.assert_allclose(
+    norm_F, np.linalg.norm(params['W_dec'].reshape(48, -1), axis=1), rtol=1e-5
+  )
+  found = attribution.search(subject, TOKENS_T, LOGIT, 1)
+  slope = [found['slope']['gradient']]
+  some = {'top': 3, 'shuffles': 4}
+  one, two = (
+    permutation_test.largest(
+      subject, TOKENS_T, LOGIT, found['f'], slope, by_token=by_token, **some
+    )
+    for by_token in (False, True)
+  )
+  again = permutation_test.largest(
+    subject, TOKENS_T, LOGIT, found['f'], slope, **some
+  )
+  np.testing.assert_array_equal(one, again)
+  assert (one > 0).all() and (two > 0).all() and not np.allclose(one, two)
+  assert permutation_test.p_value(0.0, one) == 1.0
+  assert permutation_test.p_value(-2 * one.max(), one) == 0.2
+
+
+def test_a_logit_in_the_middle_is_of_what_was_read(subjects):
+  """Latents after the position are no part of it."""
+  found = attribution.attribute(
+    subjects['sae'], TOKENS_T, LOGIT, position=5, top=3, shuffles=2
+  )
+  cut = attribution.attribute(
+    subjects['sae'], TOKENS_T[:6], LOGIT, top=3, shuffles=2
+  )
+  assert found == cut and len(found['features'][0]['by_token']) == 6
+
+
+def test_agreement():
+  lines = [{'gradient': g, 'exact': 2 * g} for g in (1.0, -2.0, 3.0)]
+  assert attribution.agreement(lines, 'gradient') == {
+    'spearman': pytest.approx(1.0), 'slope': pytest.approx(2.0)
+  }  # fmt: skip
+  flat = [{'gradient': g, 'exact': 0.0} for g in (1.0, -2.0, 3.0)]
+  assert attribution.agreement(flat, 'gradient')['spearman'] is None
+
+
+def test_what_is_not_there_is_said(subjects):
+  with pytest.raises(ValueError, match='There is no token 4096'):
+    attribution.attribute(subjects['sae'], TOKENS_T, (4096, None))
+  with pytest.raises(ValueError, match='There is no position 16'):
+    attribution.attribute(subjects['sae'], TOKENS_T, (1, None), position=16)

@@ -1,0 +1,243 @@
+"""launch/microscope.py's commands, one after the other on a small run."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+import gemma_scope
+from configs import tiny
+from gemma_scope import release
+from gemma_scope.microscope import commands, session
+from gemma_scope.microscope.circuits import effects
+from gemma_scope.runtime import runs
+from tests.helpers import browser, random_saes, releases
+
+ROOT = pathlib.Path(gemma_scope.__file__).parents[1]
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """A run's folder: config, text, a release of random SAEs; built."""
+  folder = tmp_path_factory.mktemp('run')
+  corpus = folder / 'corpus'
+  corpus.mkdir()
+  for i in range(60):
+    lines = [f'def f{i}(self, x):', '  return x.', 'import os', ''] * (
+      3 + i % 5
+    )
+    (corpus / f'{i:02}.txt').write_text('\n'.join(lines))
+  config = tiny.get_config()
+  config.text.source, config.text.seq_len = f'files:{corpus}/*.txt', 24
+  (folder / 'config.json').write_text(config.to_json_best_effort())
+  members = []
+  for seed, width in ((0, 40), (1, 60)):
+    params, card = random_saes.member(seed, 'resid_post/1', width)
+    card = releases.card('resid_post/1', seed=seed) | card
+    members.append((params, card, None))
+  release.save(folder / 'release', members)
+  session.Session(folder, report=lambda _: None).build(40, 8, lambda: None)
+  return folder
+
+
+@pytest.fixture
+def said():
+  return []
+
+
+def run(name, workdir, said, given='', out=None, **options):
+  opened = session.Session(workdir, out, given=given, report=said.append)
+  options = commands.Options(**{'sequences': 40, 'batch': 8} | options)
+  commands.run(name, opened, options)
+  return opened
+
+
+def test_build_stops_and_goes_on(workdir, said, tmp_path):
+  polls = iter([None] * 3)
+
+  def stop():
+    if next(polls, 'stop'):
+      raise runs.Interrupted
+
+  out = tmp_path / 'm'
+  opened = session.Session(workdir, out, report=said.append)
+  with pytest.raises(runs.Interrupted):
+    opened.build(40, 8, stop)
+  assert (out / 'partial.npz').exists() and not (out / 'pages').exists()
+  run('build', workdir, said, out=out)
+  assert not (out / 'partial.npz').exists()
+  assert said[-1].startswith('microscope  file:///')
+  assert (out / 'pages' / 'index.html').exists()
+  run('build', workdir, said, out=out)
+  assert said[-2].endswith('is built') and said[-1].startswith('microscope')
+
+
+def test_what_is_built_is_what_is_shown(workdir, said, tmp_path):
+  """Of other SAEs, of retrained ones, of pages that were not written."""
+  both = f'{workdir}/release'
+  one = next((workdir / 'release').rglob('width_40/*'))
+  run('build', workdir, said, given=str(one), out=tmp_path / 'm')
+  for command in ('serve', 'pages', 'explain'):
+    with pytest.raises(ValueError, match='is built of'):
+      run(command, workdir, said, given=both, out=tmp_path / 'm', sae=SAE)
+  opened = run('pages', workdir, said, out=tmp_path / 'm')
+  assert len(opened.saes) == 1  # those that it is built of, without --release
+  # Killed while the pages were written: built again.
+  kept = tmp_path / 'm' / 'members.json'
+  text = kept.read_text()
+  kept.unlink()
+  run('build', workdir, said, given=str(one), out=tmp_path / 'm')
+  assert not said[-2].endswith('is built') and kept.read_text() == text
+  # The same place, other parameters.
+  moved = tmp_path / 'run'
+  shutil.copytree(workdir, moved)
+  params, card = random_saes.member(7, 'resid_post/1', 40)
+  card = releases.card('resid_post/1', seed=0) | card
+  shutil.rmtree(moved / 'release')
+  release.save(moved / 'release', [(params, card, None)])
+  with pytest.raises(ValueError, match='of other parameters'):
+    run('why', moved, said, sae=SAE, text=TEXT)
+  run('build', moved, said)
+  assert run('pages', moved, said).find(SAE)
+
+
+def test_two_releases_of_the_same_names(workdir, said, tmp_path):
+  shutil.copytree(workdir / 'release', tmp_path / 'other' / 'release')
+  both = f'{workdir}/release,{tmp_path}/other/release'
+  opened = run('build', workdir, said, given=both, out=tmp_path / 'm')
+  names = [one.name for one in opened.saes]
+  assert len(set(names)) == 4
+  assert len(list((tmp_path / 'm' / 'indexes').rglob('index.json'))) == 4
+  with pytest.raises(ValueError, match='given twice'):
+    run('build', workdir, said, given=f'{workdir}/release,{workdir}/release')
+
+
+SAE = 'width_40'
+TEXT = 'the cat sat on'
+
+
+def test_why(workdir, said):
+  run('why', workdir, said, sae=SAE, text=TEXT, logit='self,def')
+  assert "'self' less 'def'" in said[0]
+  assert 'gradient against exact' in said[1]
+  kept = json.loads((workdir / 'microscope' / 'why.json').read_text())
+  assert kept['text'] == TEXT and kept['verdict']
+
+
+def test_steer(workdir, said):
+  opened = run('build', workdir, said)
+  index = opened.index(opened.find(SAE))
+  latent = int(np.argmax(index.fired_F))
+  run(
+    'steer', workdir, said, sae=SAE, text=TEXT, tokens=6, logit='self',
+    change=(f'{latent}:add:2',),
+  )  # fmt: skip
+  default, _, steered, _ = said[2:6]
+  assert default.startswith('default: perplexity') and 'KL' in steered
+  assert said[-1].count('\n') == len(effects.STRENGTHS)
+  run('steer', workdir, said, sae=SAE, text=TEXT, change=(f'{latent}', '3'))
+  assert 'steered' in said[-2]
+
+
+def test_labels_reach_the_pages(workdir, said):
+  opened = run('explain', workdir, said, sae=SAE, features='5')
+  member = opened.find(SAE)
+  labels = opened.labels(member)
+  assert 0 < len(labels) <= 5
+  again = run('explain', workdir, said, sae=SAE, features='3,4,')
+  assert set(again.labels(member)) >= set(labels)  # added to, not replaced
+  labels = again.labels(member)
+  text = next(iter(labels.values()))['text']
+  name = again.named(member)
+  assert name(next(iter(labels))) == text
+  i = opened.saes.index(member)
+  listed = browser.data(workdir / 'microscope' / 'pages', f'm{i}/list')
+  assert text in listed['label']
+
+
+def test_probe(workdir, said, tmp_path):
+  rng, lines = np.random.default_rng(0), []
+  for n in range(40):
+    words = rng.choice(['self', 'return', 'import', 'None'], 4)
+    lines.append({
+        'text': ' '.join(words) + (' class' if n % 2 else ' 17'),
+        'label': bool(n % 2),
+    })  # fmt: skip
+  path = tmp_path / 'prompts.jsonl'
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  run('probe', workdir, said, sae=SAE, prompts=str(path))
+  assert 'balanced accuracy' in said[0]
+  kept = json.loads((workdir / 'microscope' / 'probe.json').read_text())
+  assert kept['test'] and kept['probes']
+
+
+def test_export(workdir, said):
+  run('explain', workdir, said, sae=SAE, features='5')
+  said.clear()
+  run('export', workdir, said, title='mine')
+  assert len(said) == 2 and 'latents' in said[0]
+  folder = workdir / 'microscope' / 'neuronpedia'
+  assert len(list(folder.rglob('source.jsonl.gz'))) == 2
+  (labelled,) = folder.rglob('explanations/*.jsonl.gz')  # of one SAE alone
+  with gzip.open(labelled, 'rt') as file:
+    line = json.loads(file.readline())
+  assert line['description'] and line['explanationModelName'] == 'rule'
+
+
+def test_serve_serves_the_built_pages(workdir, said, monkeypatch):
+  """What uvicorn gets: this machine's loopback, and nothing in a log."""
+  uvicorn = pytest.importorskip('uvicorn', reason='uvicorn is not installed')
+  given = {}
+  monkeypatch.setattr(
+    uvicorn, 'run', lambda app, **more: given.update(more, app=app)
+  )
+  run('serve', workdir, said, port=8000)
+  assert given['host'] == '127.0.0.1' and given['access_log'] is False
+  assert said[0].startswith('live  http://127.0.0.1:8000/?token=')
+  run('serve', workdir, said, port=8000)
+  assert said[0] != said[2]  # another token
+
+
+def test_what_is_missing_is_said(workdir, said, tmp_path):
+  cases = [
+    ('why', {'sae': SAE}, 'Say --text='),
+    ('why', {'sae': 'width', 'text': 'a'}, 'names 2 SAEs'),
+    ('why', {'sae': 'nothing', 'text': 'a'}, 'names 0 SAEs'),
+    ('why', {'sae': SAE, 'text': 'a', 'logit': 'two tokens'}, 'not one'),
+    ('steer', {'sae': SAE, 'text': 'a'}, 'Say --change='),
+    ('steer', {'sae': SAE, 'text': 'a', 'change': ('x:add',)}, 'is not LATENT'),
+    ('steer', {'sae': SAE, 'text': 'a', 'change': ('3:x',)}, 'no change'),
+    ('probe', {'sae': SAE}, 'Say --prompts='),
+    ('explain', {'sae': SAE, 'features': 'x'}, '--features= is all'),
+    ('explain', {'sae': SAE, 'features': '99,'}, 'There is no latent 99'),
+    ('explain', {'sae': SAE, 'endpoint': 'http://127.0.0.1:1'}, '--labeller='),
+    ('explain', {'sae': SAE, 'labeller': 'x'}, 'goes with --endpoint='),
+    ('boil', {}, "There is no 'boil'"),
+  ]
+  for name, options, expected in cases:
+    with pytest.raises(ValueError, match=expected):
+      run(name, workdir, said, **options)
+  with pytest.raises(ValueError, match='run build first'):
+    run('serve', workdir, said, out=tmp_path / 'empty')
+  with pytest.raises(ValueError, match='has no config.json'):
+    run('build', tmp_path, said, given=str(workdir / 'release'))
+
+
+def test_every_option_is_a_flag():
+  """launch/microscope.py and `Options` agree on names and defaults."""
+  spec = importlib.util.spec_from_file_location(
+    'launch_microscope', ROOT / 'launch' / 'microscope.py'
+  )
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  given = {flag.name: flag.default for flag in module.OPTIONS}
+  given['change'] = tuple(given['change'])
+  options = commands.Options()
+  assert given == {key: getattr(options, key) for key in given}
+  assert set(given) == set(commands.Options.__dataclass_fields__)

@@ -1,0 +1,308 @@
+"""The index, held to loops over every activation; and what is made of it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from gemma_scope import mesh as mesh_lib
+from gemma_scope import sae, sites
+from gemma_scope.language_model import weights
+from gemma_scope.microscope.dashboard import neuronpedia
+from gemma_scope.microscope.index import build, logit_lens, statistics, store
+from tests.helpers.random_saes import D, F, N, T, member
+
+FIELDS = [name for name in store._FIELDS]
+
+
+MEMBERS = [
+  member(0, 'resid_post/1'),
+  member(1, 'attn_out/2', k=3),
+  member(2, 'resid_post/0', 16, layers=2),
+]
+
+
+@pytest.fixture(scope='module')
+def model():
+  return weights.load('tiny')
+
+
+@pytest.fixture(scope='module')
+def text():
+  rng = np.random.default_rng(0)
+  sequences_NT = rng.integers(10, 4000, (N, T)).astype(np.int32)
+  sequences_NT[:, 0] = 2
+  keep_NT = sequences_NT != 2
+  documents_NT = np.cumsum(rng.random(N * T) < 0.1).reshape(N, T)
+  about = {'name': 'test', 'sha256': '0' * 64, 'split': 'train'}
+  return build.Text(sequences_NT, keep_NT, documents_NT.astype(np.int32), about)
+
+
+@pytest.fixture(scope='module')
+def built(model, text):
+  return list(build.build(*model, MEMBERS, text, batch=8))
+
+
+def activations(model, text, params, card):
+  """f [N, T, F] of every token, at once."""
+  at = tuple(map(sites.parse, card['sites']))
+  taps = (
+    model[0].forward(model[1], text.sequences_NT, taps=at, logits=False).taps
+  )
+  x = [np.asarray(taps[site]) for site in at]
+  x = np.stack(x, -2) if len(at) > 1 else x[0]
+  with jax.default_matmul_precision('highest'):
+    f = np.asarray(sae.encode(params, x)).reshape(N, T, -1)
+  return np.where(text.keep_NT[..., None], f, 0)
+
+
+def test_equals_loops_over_every_activation(model, text, built):
+  for (params, card), found in zip(MEMBERS, built, strict=True):
+    f_NTF = activations(model, text, params, card)
+    on_NTF = f_NTF > 0
+    assert 0.005 < on_NTF.mean() < 0.3
+    np.testing.assert_array_equal(found.fired_F, on_NTF.sum((0, 1)))
+    np.testing.assert_allclose(found.max_F, f_NTF.max((0, 1)), rtol=1e-5)
+    both_FF = np.einsum('ntf,ntg->fg', on_NTF, on_NTF, dtype=int)
+    for j in range(f_NTF.shape[-1]):
+      values = f_NTF[..., j]
+      counts, _ = np.histogram(values[values > 0], statistics.EDGES_H)
+      np.testing.assert_array_equal(found.histogram_FH[j], counts)
+      # The largest of each document, the largest first.
+      best = {}
+      for n, t in zip(*np.nonzero(values), strict=True):
+        document = text.documents_NT[n, t]
+        if document not in best or values[n, t] > values[best[document]]:
+          best[document] = n, t
+      order = sorted(best.values(), key=lambda at: (-values[at], at))
+      there = found.top_sequence_FE[j] >= 0
+      at = list(
+        zip(
+          found.top_sequence_FE[j][there], found.top_position_FE[j][there],
+          strict=True,
+        )
+      )  # fmt: skip
+      assert at == order[: statistics.EXAMPLES]
+      # Silent where it is said to be.
+      for n in found.silent_FM[j]:
+        assert n < 0 or not on_NTF[n, :, j].any()
+      # Co-firing over all latents.
+      either = found.fired_F[j] + found.fired_F - both_FF[j]
+      share = both_FF[j] / np.maximum(either, 1)
+      share[j] = 0
+      wanted = np.sort(share[share > 0])[::-1][: statistics.NEAR]
+      has = found.cofiring_FC[j] >= 0
+      np.testing.assert_allclose(
+        found.cofiring_value_FC[j][has], wanted, rtol=1e-6
+      )
+      np.testing.assert_allclose(share[found.cofiring_FC[j][has]], wanted)
+      # Samples lie in their tenth, and windows show the values there.
+      for q in range(statistics.TENTHS):
+        low, high = (found.max_F[j] * n / statistics.TENTHS for n in (q, q + 1))
+        for r in range(statistics.SAMPLES):
+          n, t = (
+            found.sample_sequence_FQR[j, q, r],
+            found.sample_position_FQR[j, q, r],
+          )
+          if n < 0:
+            continue
+          assert values[n, t] == pytest.approx(
+            found.sample_FQR[j, q, r], rel=1e-5
+          )
+          assert low * 0.9999 <= values[n, t] <= high * 1.0001
+          window = found.window_sample_FQRW[j, q, r]
+          start = t - len(window) // 2
+          for w, value in enumerate(window):
+            inside = 0 <= start + w < T
+            wanted = values[n, start + w] if inside else 0
+            assert value == pytest.approx(wanted, rel=1e-2, abs=1e-2)
+
+
+def same(a, b, tolerance=0.0):
+  for name in FIELDS:
+    x, y = getattr(a, name), getattr(b, name)
+    if x is None:
+      assert y is None
+    elif x.dtype.kind == 'f':
+      # A float16 may round the other way: its last bit.
+      least = 2.0**-10 if tolerance and x.dtype == np.float16 else 0.0
+      np.testing.assert_allclose(
+        x, y, rtol=max(tolerance, least), atol=tolerance, err_msg=name
+      )
+    else:
+      np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def test_batches_and_the_order_of_sequences_change_nothing(model, text, built):
+  for one, two in zip(
+    built, build.build(*model, MEMBERS, text, batch=5), strict=True
+  ):
+    same(one, two, 1e-5)
+
+
+def test_devices_change_nothing(text, built):
+  mesh = mesh_lib.make({'sae': 1, 'data': 4, 'latent': 2})
+  model = weights.load('tiny', mesh=mesh)
+  for one, two in zip(
+    built, build.build(*model, MEMBERS, text, batch=8, mesh=mesh), strict=True
+  ):
+    np.testing.assert_array_equal(one.fired_F, two.fired_F)
+    np.testing.assert_array_equal(one.top_sequence_FE, two.top_sequence_FE)
+    np.testing.assert_allclose(one.max_F, two.max_F, rtol=1e-4)
+
+
+class Stop(Exception):
+  pass
+
+
+def test_a_stopped_pass_continues_to_the_same(model, text, built, tmp_path):
+  state = lambda: build.State(tmp_path / 'partial.npz', text, MEMBERS, every=1)
+  calls = []
+
+  def poll():
+    calls.append(1)
+    if len(calls) == 3:
+      raise Stop
+
+  with pytest.raises(Stop):
+    list(build.build(*model, MEMBERS, text, batch=8, state=state(), poll=poll))
+  assert state().load()[0] == 16
+  done = []
+  found = build.build(
+    *model, MEMBERS, text, batch=8, state=state(),
+    progress=lambda n, _: done.append(n),
+  )  # fmt: skip
+  for one, two in zip(built, found, strict=True):
+    same(one, two)
+  assert done[0] == 24  # only the last batch was left
+  changed = [(p | {'b_enc': p['b_enc'] + 1}, card) for p, card in MEMBERS]
+  for rows in (MEMBERS[:1], changed):
+    other = build.State(tmp_path / 'partial.npz', text, rows, every=1)
+    assert other.load() is None
+  (tmp_path / 'partial.npz').write_bytes(b'PK cut')
+  assert state().load() is None
+
+
+def test_written_and_read_back(built, tmp_path):
+  for i, one in enumerate(built):
+    store.write(tmp_path / str(i), one)
+    found = store.read(tmp_path / str(i))
+    same(one, found)
+    assert found.meta['card'] == one.meta['card']
+  file = tmp_path / '0' / 'arrays.safetensors'
+  data = bytearray(file.read_bytes())
+  data[-1] ^= 1
+  file.write_bytes(data)
+  with pytest.raises(ValueError, match='other arrays than'):
+    store.read(tmp_path / '0')
+  with pytest.raises(ValueError, match='no index that can be read'):
+    store.read(tmp_path)
+
+
+def test_effects_are_those_of_the_models_own_unembedding(model, built):
+  """A latent added to a residual stream moves the logits as it is said to.
+
+  The soft-cap is monotone and the denominator of the norm one number a token:
+  of a small step along a direction the order of logits' changes is the index's.
+  """
+  gemma, params = model
+  for (p, card), found in zip(MEMBERS[:2], built[:2], strict=True):
+    rows_FD = logit_lens.directions(params, p, card)
+    assert rows_FD.shape == (F, D)
+    x_D = np.random.default_rng(5).normal(size=D).astype(np.float32) * 3
+
+    def logits_V(add_D, x_D=x_D):
+      return np.asarray(gemma.unembed(params, (x_D + add_D)[None, None])[0, 0])
+
+    for j in (0, 7):
+      row_D = rows_FD[j]
+      change_V = (logits_V(1e-2 * row_D) - logits_V(-1e-2 * row_D)) / 2e-2
+      # What the step does to the denominator moves all logits towards 0.
+      size2 = float(x_D @ x_D)
+      toward, rms = float(x_D @ row_D) / size2, np.sqrt(size2 / D)
+      change_V = (change_V + toward * logits_V(0 * row_D)) * rms
+      top = found.positive_FL[j]
+      values = found.positive_value_FL[j]
+      np.testing.assert_allclose(change_V[top], values, rtol=2e-2)
+      assert change_V.max() <= values[0] * 1.02
+
+
+def test_attention_is_carried_through_its_output_and_norm(model):
+  """Through W_O, and the gain of the norm after it."""
+  gemma, params = model
+  p, card = MEMBERS[1]
+  site, out = sites.parse('attn_out/2'), sites.parse('attn_raw/2')
+  tokens = np.asarray([[2, 50, 60, 70]], np.int32)
+  raw = lambda edit: np.asarray(
+    gemma.forward(params, tokens, taps=[out], edits={site: edit}).taps[out]
+  )
+  step = raw(lambda x: x + p['W_dec'][3]) - raw(lambda x: x)
+  gain = 1 + np.asarray(params['layer_2']['post_attention_norm']['scale'])
+  wanted = step[0, 2] * gain
+  found = logit_lens.directions(params, p, card)[3]
+  np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_neighbours_are_the_nearest_decoders(built):
+  W = MEMBERS[0][0]['W_dec']
+  unit = W / np.linalg.norm(W, axis=1, keepdims=True)
+  cosine = unit @ unit.T
+  np.fill_diagonal(cosine, -2)
+  wanted = np.sort(cosine, 1)[:, ::-1][:, : logit_lens.NEAR]
+  np.testing.assert_allclose(built[0].neighbour_value_FC, wanted, atol=1e-5)
+
+
+def test_documents_are_those_of_the_stream(tmp_path):
+  from gemma_scope.text import token_store
+
+  stream = np.asarray([5, 6, 1, 7, 8, 9, 1, 4, 3, 3, 3, 3], np.uint16)
+  stream.tofile(tmp_path / 'x')
+  rows = token_store.Sequences(str(tmp_path / 'x'), 'uint16', 2, 5, len(stream))
+  np.testing.assert_array_equal(
+    rows.documents(np.asarray([0, 1, 2]), 1),
+    [[0, 0, 0, 0, 1], [1, 1, 1, 1, 2], [2, 2, 2, 2, 2]],
+  )
+
+
+def test_neuronpedia_gets_a_line_a_feature_and_an_example(built, tmp_path):
+  pieces = lambda ids: [f't{i}' for i in ids]
+  one = built[0]
+  count = neuronpedia.write(
+    tmp_path / 'out', one, pieces, model='gemma-2-2b', name='mine', creator='us'
+  )
+
+  def lines(name):
+    with gzip.open(tmp_path / 'out' / name, 'rt') as file:
+      return [json.loads(line) for line in file]
+
+  features = lines('features/batch-0.jsonl.gz')
+  assert count == len(features) == (one.fired_F > 0).sum()
+  first = features[0]
+  j = int(first['index'])
+  assert first['layer'] == '1-mine-res-40' and first['modelId'] == 'gemma-2-2b'
+  assert first['pos_str'] == pieces(one.positive_FL[j])
+  assert sum(first['freq_hist_data_bar_heights']) == one.fired_F[j]
+  examples = lines('activations/batch-0.jsonl.gz')
+  assert len(examples) == (one.top_sequence_FE >= 0).sum()
+  for example in examples:
+    assert len(example['tokens']) == len(example['values'])
+    assert max(example['values']) == example['maxValue'] > 0
+  with pytest.raises(FileExistsError):
+    neuronpedia.write(
+      tmp_path / 'out', one, pieces, model='m', name='mine', creator='us'
+    )
+  with pytest.raises(ValueError, match='is named by'):
+    neuronpedia.write(
+      tmp_path / 'x', one, pieces, model='m', name='../x', creator='us'
+    )
+
+
+def test_memory_is_what_is_kept():
+  one = statistics.Statistics(64, 100)
+  arrays = one.arrays()
+  kept = sum(a.nbytes for name, a in arrays.items() if 'pairs' not in name)
+  assert statistics.memory(64) == pytest.approx(kept, rel=0.02)

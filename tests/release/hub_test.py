@@ -1,0 +1,333 @@
+"""Repositories, layouts, and input that means harm; the hub is a stand-in."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+from safetensors.numpy import save, save_file
+
+from gemma_scope import release
+from gemma_scope.release import manifest, npz
+from gemma_scope.release.formats import export, hub, published, saelens
+from tests.helpers import peer_formats
+
+
+class Hub:
+  """What huggingface_hub does, on a folder; fails when told to."""
+
+  def __init__(self, root: pathlib.Path):
+    self.root, self.failures, self.calls = root, [], []
+
+  def HfApi(self):  # noqa: N802 - its name there
+    return self
+
+  def _call(self, name, repository):
+    self.calls.append(name)
+    if self.failures:
+      raise self.failures.pop()
+    if not (self.root / repository).is_dir():
+      raise type('RepositoryNotFoundError', (Exception,), {})('secret-token')
+    return self.root / repository
+
+  def list_repo_files(self, repository, revision=None):
+    folder = self._call(f'list {revision}', repository)
+    files = (p for p in folder.rglob('*') if p.is_file())
+    more = getattr(self, 'more', [])
+    return [p.relative_to(folder).as_posix() for p in files] + more
+
+  def hf_hub_download(self, repository, name, revision=None, local_dir=None):
+    folder = self._call(f'get {name}', repository)
+    target = pathlib.Path(local_dir, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / name, target)
+
+  def create_repo(self, repository, private, exist_ok):
+    assert private and exist_ok
+    (self.root / repository).mkdir(parents=True, exist_ok=True)
+
+  def upload_folder(
+    self, repo_id, folder_path, path_in_repo, allow_patterns, commit_message
+  ):
+    folder = self._call(f'send {path_in_repo}', repo_id)
+    for name in allow_patterns:
+      target = folder / (path_in_repo or '') / name
+      target.parent.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(pathlib.Path(folder_path, name), target)
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+  made = Hub(tmp_path / 'hub')
+  module = types.SimpleNamespace(
+    HfApi=made.HfApi, hf_hub_download=made.hf_hub_download
+  )
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', module)
+  monkeypatch.setenv('HF_HOME', str(tmp_path / 'home'))
+  monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+  return made
+
+
+REPOSITORY = 'google/gemma-scope-2b-pt-res'
+
+
+def publish(fake, *paths):
+  for path in paths:
+    peer_formats.gemma_scope_1_folder(fake.root, f'{REPOSITORY}/{path}')
+
+
+def test_one_sae_of_a_repository_is_fetched_and_no_more(fake, tmp_path):
+  ladder = [f'layer_12/width_16k/average_l0_{n}' for n in (22, 82, 176)]
+  publish(fake, *ladder)
+  params, card = published.load(f'{REPOSITORY}/{ladder[2]}', 'v1')
+  peer_formats.same(params, peer_formats.make_member('jumprelu')[0])
+  assert card['sites'] == ['resid_post/12']
+  assert fake.calls == ['list v1', f'get {ladder[2]}/params.npz']
+  _, card = published.load(f'{REPOSITORY}/layer_12/width_16k/canonical')
+  assert card['sparsity']['value'] == 82
+  entries = published.listed(f'{REPOSITORY}/layer_12')
+  assert sorted(e.l0 for e in entries) == ['176', '22', '82']
+  outside = [p for p in tmp_path.iterdir() if p.name not in ('hub', 'home')]
+  assert not outside
+
+
+def test_a_failure_on_the_way_is_tried_again(fake):
+  publish(fake, 'layer_1/width_16k/average_l0_9')
+  fake.failures = [OSError('reset'), OSError('reset')]
+  published.load(f'{REPOSITORY}/layer_1/width_16k/average_l0_9')
+  fake.failures = [OSError('reset')] * 9
+  with pytest.raises(release.ReleaseError, match='could not be fetched'):
+    published.load(f'{REPOSITORY}/layer_1/width_16k/average_l0_9')
+
+
+def test_no_such_repository_is_one_sentence_without_the_token(fake):
+  with pytest.raises(release.ReleaseError) as refusal:
+    published.load('google/nothing/layer_1')
+  assert 'secret' not in str(refusal.value)
+  assert fake.calls == ['list None']  # a final answer is not asked for twice
+
+
+def test_what_the_repository_has_is_said(fake):
+  publish(fake, 'layer_1/width_16k/average_l0_9')
+  with pytest.raises(release.ReleaseError, match='it has layer_1/width_16k/av'):
+    published.load(f'{REPOSITORY}/layer_1/width_16k/average_l0_10')
+
+
+@pytest.mark.parametrize(
+  'path',
+  ['../x', 'google/../../x', '/etc/x/y', 'google/a\nb', 'google/a\0b', 'one'],
+)
+def test_hostile_names_are_refused_before_the_hub_is_asked(path, fake):
+  with pytest.raises((release.ReleaseError, ValueError)):
+    published.load(path)
+  assert not fake.calls
+
+
+def test_names_that_leave_the_folder_are_not_fetched(fake, tmp_path):
+  publish(fake, 'layer_1/width_16k/average_l0_9')
+  path = 'layer_1/width_16k/average_l0_9'
+  fake.more = ['../params.npz', f'{path}/../../../params.npz', '/params.npz']
+  published.load(f'{REPOSITORY}/{path}')
+  assert [c for c in fake.calls if c.startswith('get')] == [
+    f'get {path}/params.npz'
+  ]
+
+
+# Layouts.
+
+
+def rows(*kinds):
+  found = []
+  for i, kind in enumerate(kinds):
+    params, card = peer_formats.for_saelens(kind)
+    card |= {'name': f'{kind}_{i}', 'model': 'gemma2-2b'}
+    card['sparsity'] = {'kind': 'target_l0', 'value': 10.0 + 10 * i}
+    found.append((lambda params=params: params, card, None))
+  return found
+
+
+@pytest.mark.parametrize(
+  'layout, paths',
+  [
+    (
+      'gemma_scope_1',
+      ['gemma-scope-2b-pt-res/layer_3/width_32/average_l0_10',
+       'gemma-scope-2b-pt-transcoders/layer_3/width_32/average_l0_20'],
+    ),
+    (
+      'saelens',
+      ['blocks.3.hook_resid_post/width_32/average_l0_10',
+       'blocks.3.ln2.hook_normalized/width_32/average_l0_20'],
+    ),
+  ],
+)  # fmt: skip
+def test_a_layout_is_read_back_and_complete(layout, paths, tmp_path):
+  members = rows('jumprelu', 'transcoder')
+  assert export.write(tmp_path / 'out', members, layout) == paths
+  for path, (load, card, _) in zip(paths, members, strict=True):
+    found, of = published.load(str(tmp_path / 'out' / path))
+    peer_formats.same(found, load())
+    assert of['sites'] == card['sites']
+  listed = json.loads((tmp_path / 'out/manifest.json').read_text())['files']
+  there = {
+    p.relative_to(tmp_path / 'out').as_posix()
+    for p in (tmp_path / 'out').rglob('*')
+    if p.is_file()
+  }
+  assert set(listed) == there - {'manifest.json'}
+  for name, expected in listed.items():
+    manifest.check_file(tmp_path / 'out' / name, expected)
+  assert [e.path for e in published.listed(str(tmp_path / 'out'))] == paths
+  with pytest.raises(release.ReleaseError, match='there already'):
+    export.write(tmp_path / 'out', members, layout)
+
+
+def test_labels_of_gemma_scope_2_are_unique(tmp_path):
+  def paths(*values):
+    members = rows(*['jumprelu'] * len(values))
+    for (_, card, _), value in zip(members, values, strict=True):
+      card['sparsity']['value'] = value
+    return export.write(tmp_path / str(values), members, 'gemma_scope_2')
+
+  start = 'resid_post/layer_3_width_32_l0'
+  assert paths(12.0, 55.0) == [f'{start}_small', f'{start}_medium']
+  assert paths(12.0, 14.0, 55.0) == [f'{start}_{n}' for n in (12, 14, 55)]
+  assert paths(12.0, 12.0) == [f'{start}_12', f'{start}_12_2']
+
+
+def test_what_a_layout_has_no_place_for_leaves_nothing(tmp_path):
+  with pytest.raises(release.ReleaseError, match='Gemma Scope 1 has SAEs of'):
+    members = rows('jumprelu')
+    members[0][1]['model'] = 'gemma3-1b'
+    export.write(tmp_path / 'out', members, 'gemma_scope_1')
+  with pytest.raises(release.ReleaseError, match='thresholds alone'):
+    export.write(tmp_path / 'out', rows('jumprelu', 'topk'), 'gemma_scope_2')
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_release_is_sent_and_continued(fake, tmp_path):
+  out = tmp_path / 'out'
+  export.write(out, rows('jumprelu', 'transcoder'), 'saelens')
+  lines = []
+  hub.push(out, 'me/saes', False, lines.append)
+  assert not fake.calls and all(line.startswith('would') for line in lines)
+  fake.failures = [OSError('cut')] * 3
+  with pytest.raises(npz.Refused, match='could not be'):
+    hub.push(out, 'me/saes', True, lines.append)
+  hub.push(out, 'me/saes', True, lines.append)
+  for path in out.rglob('*'):
+    if path.is_file():
+      sent = fake.root / 'me/saes' / path.relative_to(out)
+      assert sent.read_bytes() == path.read_bytes()
+  assert fake.calls[-1] == 'send None'  # the card and the manifest, last
+  found, _ = published.load(
+    'me/saes/blocks.3.hook_resid_post/width_32/average_l0_10'
+  )
+  peer_formats.same(found, peer_formats.make_member('jumprelu')[0])
+  (out / 'link').symlink_to('/etc/passwd')
+  with pytest.raises(npz.Refused, match='is a link'):
+    hub.push(out, 'me/saes', True, lines.append)
+
+
+# Files that mean harm: each is refused at once, in little memory.
+
+
+def _huge_header(path):
+  path.write_bytes(struct.pack('<Q', 1 << 63) + b'{}')
+
+
+def _many_tensors(path):
+  header = {
+    f't{i}': {'dtype': 'F32', 'shape': [0], 'data_offsets': [0, 0]}
+    for i in range(100_000)
+  }
+  text = json.dumps(header).encode()
+  path.write_bytes(struct.pack('<Q', len(text)) + text)
+
+
+def _overlap(path):
+  data = bytearray(save({'W_enc': np.zeros((2, 2), np.float32)}))
+  text = b'{"W_enc":{"dtype":"F32","shape":[2,2],"data_offsets":[0,99]}}'
+  path.write_bytes(struct.pack('<Q', len(text)) + text + data[-16:])
+
+
+def _odd_name(path):
+  save_file({'../../x': np.zeros(3, np.float32)}, path)
+
+
+def _link(path):
+  (path.parent / 'real').write_bytes(b'x')
+  path.symlink_to('real')
+
+
+def _cut(path):
+  params, _ = peer_formats.make_member('jumprelu')
+  path.write_bytes(save(dict(params))[:-10])
+
+
+def _pipe(path):
+  os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+  'make',
+  [_huge_header, _many_tensors, _overlap, _odd_name, _link, _cut, _pipe],
+)
+def test_hostile_tensors_are_refused(make, tmp_path):
+  params, card = peer_formats.make_member('jumprelu')
+  folder = tmp_path / 'sae'
+  saelens.write(folder, params, card)
+  (folder / saelens.WEIGHTS).unlink()
+  make(folder / saelens.WEIGHTS)
+  before = set(tmp_path.rglob('*'))
+  start = time.monotonic()
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  with pytest.raises(release.ReleaseError) as refusal:
+    published.load(str(folder))
+  assert time.monotonic() - start < 1
+  grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+  assert grown < 200 << 10  # KiB
+  assert '\n' not in str(refusal.value)
+  assert set(tmp_path.rglob('*')) == before
+
+
+@pytest.mark.parametrize('text', ['', '[]', '[' * 100_000, '{"a": 1', '\xff'])
+def test_a_config_that_is_none_is_refused(text, tmp_path):
+  params, card = peer_formats.make_member('jumprelu')
+  saelens.write(tmp_path / 'sae', params, card)
+  (tmp_path / 'sae/cfg.json').write_bytes(text.encode('latin-1'))
+  with pytest.raises(release.ReleaseError, match='JSON'):
+    published.load(str(tmp_path / 'sae'))
+
+
+def test_the_command_lists_and_converts(tmp_path):
+  members = rows('jumprelu', 'transcoder')
+  release.save(
+    tmp_path / 'ours', [(load(), card, None) for load, card, _ in members]
+  )
+
+  def run(*arguments):
+    return subprocess.run(
+      [sys.executable, 'launch/release.py', *arguments],
+      capture_output=True, text=True,
+    )  # fmt: skip
+
+  ours, out = tmp_path / 'ours', tmp_path / 'out'
+  done = run(f'--release={ours}', '--layout=saelens', f'--out={out}')
+  assert done.returncode == 0, done.stderr
+  assert 'blocks.3.hook_resid_post/width_32/average_l0_10' in done.stdout
+  done = run(f'--release={out}', '--push=me/saes')
+  assert done.returncode == 0 and 'would send' in done.stdout
+  done = run('--list=google/gemma-scope-2b-pt-res')
+  assert done.returncode == 1
+  assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,164 @@
+"""Folding: the same member on raw activations, and back again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gemma_scope.sae import fold
+
+L, D, F = 3, 8, 24
+
+
+def single(d_out=D, skip=False, k=0, seed=0):
+  rng = np.random.default_rng(seed)
+  W_dec = rng.normal(size=(F, d_out))
+  params = {
+    'W_enc': rng.normal(size=(D, F)),
+    'b_enc': 0.1 * rng.normal(size=F),
+    'W_dec': W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True),
+    'b_dec': 0.3 * rng.normal(size=d_out),
+    'threshold': rng.uniform(0.05, 0.5, F) * (not k),
+  }
+  params |= {'W_skip': rng.normal(size=(D, d_out))} if skip else {}
+  params |= {'k': np.array(k)} if k else {}
+  return {key: array.astype(np.float32) for key, array in params.items()}
+
+
+def several(d_out=D, skip=False, k=0):
+  layers = [single(d_out, skip, k, seed) for seed in range(L)]
+  params = {key: np.stack([one[key] for one in layers]) for key in layers[0]}
+  later = np.triu(np.ones((L, L), np.float32))[:, None, :, None]
+  W_dec = np.random.default_rng(9).normal(size=(L, F, L, d_out)) * later
+  W_dec /= np.sqrt((W_dec**2).sum((2, 3), keepdims=True))
+  params['W_dec'] = W_dec.astype(np.float32)
+  params |= {'k': np.float32(k)} if k else {}
+  return params
+
+
+def forward(params, x, shift=0.0):
+  """f and y_hat in float64, of [B, D] or [B, L, D]."""
+  p = {key: array.astype(np.float64) for key, array in params.items()}
+  many = p['W_enc'].ndim == 3
+  terms = 'bld,ldf->blf' if many else 'bd,df->bf'
+  z = np.einsum(terms, x - shift, p['W_enc']) + p['b_enc']
+  f = np.maximum(z, 0) * (z > p['threshold'])
+  if 'k' in p:
+    ranked = np.sort(f.reshape(len(f), -1), 1)[:, -int(p['k'])]
+    f = f * (f >= ranked.reshape(-1, *[1] * (f.ndim - 1)))
+  terms = 'blf,lfmd->bmd' if many else 'bf,fd->bd'
+  y = np.einsum(terms, f, p['W_dec']) + p['b_dec']
+  if 'W_skip' in p:
+    terms = 'bld,lde->ble' if many else 'bd,de->be'
+    y = y + np.einsum(terms, x, p['W_skip'])
+  return f, y
+
+
+CASES = {
+  'sae': (single(), [37.0], [37.0], True),
+  'tiny scale': (single(), [0.02], [0.02], True),
+  'transcoder': (single(6), [5.0], [0.3], False),
+  'affine': (single(6, skip=True), [5.0], [0.3], False),
+  'topk': (single(k=4), [37.0], [37.0], True),
+  'crosscoder': (several(), [2.0, 9.0, 30.0], [2.0, 9.0, 30.0], True),
+  'clt': (several(6, skip=True), [4.0, 4.5, 5.0], [0.2, 3.0, 40.0], False),
+  'topk clt': (several(6, k=7), [4.0, 4.5, 5.0], [0.2, 3.0, 40.0], False),
+  'topk crosscoder': (several(k=7), [2.0, 9.0, 30.0], [2.0, 9.0, 30.0], True),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_fold_gives_the_same_member_on_raw_activations(case):
+  params, A, C, bias = CASES[case]
+  many = params['W_enc'].ndim == 3
+  A1, C1 = (np.asarray(s)[:, None] if many else s[0] for s in (A, C))
+  shape = (500, L, D) if many else (500, D)
+  x = A1 * np.random.default_rng(1).normal(size=shape)
+  shift = params['b_dec'].astype(np.float64) if bias else 0.0
+  f, y_hat = forward(params, x / A1, shift)
+  folded = fold.fold(params, A, C, pre_encoder_bias=bias)
+  g, raw = forward(folded, x)
+  assert (f > 0).mean() > 0.05
+  np.testing.assert_array_equal(g > 0, f > 0)
+  np.testing.assert_allclose(raw / C1, y_hat, atol=2e-5)
+  unit = C1 if not (many and 'k' in params) else np.exp(np.log(C).mean())
+  np.testing.assert_allclose(g / unit, f, atol=5e-6)
+  assert all(array.dtype == np.float32 for array in folded.values())
+  if A == C and not many:  # Gemma Scope's fold
+    for key in ('W_enc', 'W_dec'):
+      np.testing.assert_array_equal(folded[key], params[key])
+  if not many:
+    np.testing.assert_array_equal(folded['W_dec'], params['W_dec'])
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_unfold_is_the_inverse(case):
+  params, A, C, bias = CASES[case]
+  folded = fold.fold(params, A, C, pre_encoder_bias=bias)
+  back = fold.unfold(folded, A, C, pre_encoder_bias=bias)
+  assert set(back) == set(params)
+  for key, array in params.items():
+    assert back[key].dtype == np.float32
+    np.testing.assert_allclose(back[key], array, rtol=3e-7, atol=2e-6)
+    # What was zero stays zero: nothing begins to write to earlier layers.
+    np.testing.assert_array_equal(back[key][array == 0], 0)
+
+
+def test_scales_of_one_change_only_the_bias_of_the_encoder():
+  params = several(skip=True)
+  folded = fold.fold(params, [1] * L, [1] * L, pre_encoder_bias=False)
+  for key, array in params.items():
+    np.testing.assert_array_equal(folded[key], array)
+
+
+@pytest.mark.parametrize('scale', [0.0, -1.0, float('nan'), float('inf')])
+def test_fold_refuses_a_scale_that_is_none(scale):
+  with pytest.raises(ValueError, match='above 0'):
+    fold.fold(single(), [scale], [1.0], pre_encoder_bias=True)
+  with pytest.raises(ValueError, match='3 scales are needed'):
+    fold.unfold(several(), [1.0], [1.0] * 3, pre_encoder_bias=True)
+
+
+@pytest.mark.parametrize('params', [single(), several(6, skip=True)])
+def test_fold_decoder_norm_is_exact_and_gives_unit_decoders(params):
+  params = dict(params)
+  shape = params['b_enc'].shape
+  stretch = np.geomspace(1e-30, 1e3, params['b_enc'].size).reshape(shape)
+  stretch = stretch.astype(np.float32)
+  many = len(shape) == 2
+  params['W_dec'] = params['W_dec'] * (
+    stretch[..., None, None] if many else stretch[:, None]
+  )
+  for key in ('W_enc', 'b_enc', 'threshold'):
+    params[key] = params[key] / (
+      stretch[..., None, :] if key == 'W_enc' else stretch
+    )
+  unit = fold.fold_decoder_norm(params)
+  square = (unit['W_dec'] ** 2).sum((2, 3) if many else 1)
+  np.testing.assert_allclose(square, 1, rtol=1e-6)
+  x = np.random.default_rng(1).normal(size=(200, *[L] * many, D))
+  before, after = forward(params, x)[1], forward(unit, x)[1]
+  np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('params', [single(), several()])
+def test_fold_decoder_norm_silences_a_latent_that_writes_nothing(params):
+  params = {key: array.copy() for key, array in params.items()}
+  many = params['b_enc'].ndim == 2
+  silent = (2, 3) if many else 3
+  params['W_dec'][silent] = 0
+  unit = fold.fold_decoder_norm(params)
+  x = np.random.default_rng(1).normal(size=(200, *[L] * many, D))
+  before, after = forward(params, x), forward(unit, x)
+  row = (slice(None), *silent) if many else (slice(None), silent)
+  assert before[0][row].any() and not after[0][row].any()
+  np.testing.assert_allclose(after[1], before[1], atol=1e-5)
+  square = (unit['W_dec'] ** 2).sum((2, 3) if many else 1)
+  np.testing.assert_allclose(square, 1, rtol=1e-6)
+  if many:  # no earlier layer was written to
+    assert not any(unit['W_dec'][m, :, :m].any() for m in range(L))
+
+
+def test_latents_that_are_ranked_keep_their_norms():
+  with pytest.raises(ValueError, match='TopK'):
+    fold.fold_decoder_norm(single(k=3))

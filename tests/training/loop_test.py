@@ -1,0 +1,231 @@
+"""A run that is killed, stopped or refused loses nothing: real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import tiny
+from gemma_scope import mesh as mesh_lib
+from gemma_scope.activations import store
+from gemma_scope.runtime import runs
+from gemma_scope.training import loop, setup
+from tests.helpers.runs import ROOT, STEPS, flags_of, last_step, small
+
+
+def start(config, workdir, **kwargs) -> subprocess.Popen:
+  one_device = os.environ['XLA_FLAGS'].replace(
+    'device_count=8', 'device_count=1'
+  )
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': one_device}
+  return subprocess.Popen(
+      flags_of(config, workdir), cwd=ROOT, env=environment, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
+  )  # fmt: skip
+
+
+def wait_for_step(process, workdir, step, timeout=240):
+  deadline = time.time() + timeout
+  while last_step(workdir) < step:
+    assert process.poll() is None, process.stdout.read()
+    assert time.time() < deadline, 'too slow'
+    time.sleep(0.01)
+
+
+def states(config: ConfigDict, workdir: pathlib.Path):
+  """Everything that training changed, as one dict of arrays."""
+  one = config.copy_and_resolve_references()
+  one.mesh.data = jax.device_count()
+  result = loop.load(one, workdir)
+  leaves = jax.tree_util.tree_leaves_with_path(result.states)
+  return result.step, {
+    jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves
+  }
+
+
+def assert_same(a, b):
+  assert a.keys() == b.keys()
+  for name, value in a.items():
+    np.testing.assert_array_equal(value, b[name], err_msg=name)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """An uninterrupted run: its config, folder, output, step and state."""
+  folder = tmp_path_factory.mktemp('whole')
+  config = small(folder)
+  process = start(config, folder / 'run')
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, output
+  return config, folder, output, *states(config, folder / 'run')
+
+
+def test_the_whole_job_ends_in_a_release_a_table_and_a_picture(whole):
+  config, folder, output, step, _ = whole
+  run = folder / 'run'
+  assert step == STEPS
+  assert (run / 'frontier.png').stat().st_size > 1000
+  assert (run / 'release' / 'manifest.json').exists()
+  for word in ('resid_post', 'control', 'delta loss', 'tokens/s'):
+    assert word in output, output
+  lines = (run / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(line)['step'] for line in lines] == list(
+    range(1, STEPS + 1)
+  )
+  again = start(config, run)
+  output, _ = again.communicate(timeout=120)
+  assert again.returncode == 0 and 'is done' in output, output
+
+
+def unevaluated(config: ConfigDict) -> ConfigDict:
+  """The same training; evaluation takes longer than it and changes nothing."""
+  config = config.copy_and_resolve_references()
+  config.evaluation.sequences = 0
+  return config
+
+
+def test_kill_9_and_the_same_command_end_bitwise_where_no_kill_would(
+  whole, tmp_path
+):
+  config, _, _, _, expected = whole
+  config, run = unevaluated(config), tmp_path / 'run'
+  for step in (3, 25):  # before the first checkpoint, and between two
+    process = start(config, run)
+    wait_for_step(process, run, step)
+    process.kill()
+    process.wait()
+  process = start(config, run)
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, output
+  assert 'continuing at step' in output
+  step, found = states(config, run)
+  assert step == STEPS
+  assert_same(found, expected)
+
+
+def test_sigterm_saves_the_last_whole_step_and_exits_cleanly(whole, tmp_path):
+  config, _, _, _, expected = whole
+  config, run = unevaluated(config), tmp_path / 'run'
+  process = start(config, run)
+  wait_for_step(process, run, 10)
+  process.send_signal(signal.SIGTERM)
+  output, _ = process.communicate(timeout=60)
+  assert process.returncode == 0, output
+  assert 'stopped and saved at step' in output
+  step, _ = states(config, run)
+  assert step == last_step(run) >= 10  # no whole step is lost
+  process = start(config, run)
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, output
+  assert_same(states(config, run)[1], expected)
+
+
+def test_a_signal_before_the_first_step_exits_cleanly(whole, tmp_path):
+  process = start(unevaluated(whole[0]), tmp_path / 'run')
+  for line in process.stdout:
+    if 'loading' in line:
+      break
+  process.send_signal(signal.SIGINT)
+  output, _ = process.communicate(timeout=120)
+  assert process.returncode == 0, output
+
+
+def test_a_second_run_on_the_folder_is_refused_by_the_holders_name(
+  whole, tmp_path
+):
+  with runs.Lease(tmp_path):
+    process = start(whole[0], tmp_path)
+    output, _ = process.communicate(timeout=120)
+  assert process.returncode != 0
+  assert str(os.getpid()) in output and len(output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  'field, value', [('train.batch', 32), ('sae.bandwidth', 0.5), ('seed', 3)]
+)
+def test_a_changed_config_is_refused_by_field(whole, field, value):
+  config = whole[0].copy_and_resolve_references()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(runs.ChangedError, match=field):
+    loop.keep_config(config, whole[1] / 'run')
+
+
+def in_process(config, workdir):
+  workdir.mkdir(exist_ok=True)
+  config = config.copy_and_resolve_references()
+  config.mesh.data, config.mesh.latent = 4, 2
+  with runs.Lease(workdir) as lease, runs.Interrupt() as interrupt:
+    loop.keep_config(config, workdir)
+    return config, loop.train(config, workdir, lease, interrupt, print)
+
+
+def test_another_text_is_refused_on_resume(tmp_path):
+  config = small(tmp_path, **{'train.steps': 10})
+  run = tmp_path / 'run'
+  _, result = in_process(config, run)
+  assert result.done
+  for path in sorted((tmp_path / 'texts').glob('abc*')):
+    path.write_text('other ' * 2000)
+  for path in (run / 'tokens').iterdir():
+    path.unlink()
+  (run / 'tokens').rmdir()
+  with pytest.raises(runs.ChangedError, match='text'):
+    in_process(config, run)
+
+
+def test_training_from_a_store_is_training_from_the_model(tmp_path):
+  config = small(tmp_path, **{'train.steps': 20})
+  config, from_model = in_process(config, tmp_path / 'model')
+  source, facts = setup.make_source(
+    config, tmp_path / 'model', mesh_lib.make(config.mesh), print
+  )
+  store.write_store(tmp_path / 'store', source, 3, facts)
+  config.activations.store = str(tmp_path / 'store')
+  _, from_store = in_process(config, tmp_path / 'run')
+  assert from_store.scales == from_model.scales
+  for a, b in zip(
+    jax.tree.leaves(from_model.states),
+    jax.tree.leaves(from_store.states),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_short_run_meets_its_target_l0(tmp_path):
+  """Within 10 %, on the tiny model; the paper's constants need 10^9 tokens."""
+  config = small(tmp_path)
+  default = tiny.get_config()
+  for section in ('sae', 'objective', 'train'):
+    config[section] = default[section].copy_and_resolve_references()
+  config.update_from_flattened_dict(
+    {
+      'collection.layers': (2,),
+      'collection.sites': ('resid_post',),
+      'collection.widths': (128,),
+      'collection.architectures': ('jumprelu',),
+      'collection.sparsity': (8.0, 24.0),
+      'text.seq_len': 65,
+      'activations.chunk_rows': 4096,
+      'activations.lm_batch': 16,
+      'train.steps': 200,
+      'train.batch': 64,
+      'train.decay': 80,
+      'checkpoint.every': 200,
+    }
+  )
+
+  in_process(config, tmp_path / 'run')
+  lines = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()[-20:]
+  for target in config.collection.sparsity:
+    key = f'resid_post/2/jumprelu/width_128/target_l0_{target:g}/seed_0/l0'
+    l0 = np.mean([json.loads(line)[key] for line in lines])
+    assert l0 == pytest.approx(target, rel=0.1)

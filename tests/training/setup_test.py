@@ -1,0 +1,61 @@
+"""A config's stacks and members, and what identifies its language model."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from configs import tiny
+from gemma_scope import config as config_lib
+from gemma_scope import mesh as mesh_lib
+from gemma_scope import sae
+from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import weights
+from gemma_scope.training import setup, stack
+
+
+def test_parameters_are_known_on_any_mesh_and_told_apart():
+  _, params = weights.load('tiny')
+  known = int(setup._checksum(params))
+  mesh = mesh_lib.make({'sae': 1, 'data': 4, 'latent': 2})
+  assert int(setup._checksum(weights.load('tiny', mesh=mesh)[1])) == known
+  params['final_norm']['scale'] = params['final_norm']['scale'].at[3].add(1e-6)
+  assert int(setup._checksum(params)) != known
+
+
+def test_members_of_one_shape_share_a_stack():
+  config = tiny.get_config('layers=3;sites=attn_out,resid_post;widths=16k,65k')
+  stacks, groups = setup.make_stacks(config, lm.SIZES['gemma2-2b'])
+  shapes = [(s.module.width, s.module.d_in) for s in stacks]
+  assert shapes == [
+    (16384, 2048), (16384, 2304), (65536, 2048), (65536, 2304),
+  ]  # fmt: skip
+  assert [m for group in groups for m in group] and sum(
+    map(len, groups)
+  ) == len(config_lib.members(config))
+  for one, group in zip(stacks, groups, strict=True):
+    for i, member in enumerate(group):
+      assert one.sites[int(one.setting.reads[i])] == member.sites[0]
+      assert one.targets[int(one.setting.writes[i])] == member.targets[0]
+      assert float(one.setting.value[i]) == member.sparsity
+
+
+def test_a_member_acts_on_raw_activations_as_its_module_on_scaled_ones():
+  config = tiny.get_config('layers=1;sites=resid_post;widths=512;sparsity=8,16')
+  model = weights.read_config('tiny', '')
+  stacks, groups = setup.make_stacks(config, model)
+  mesh = mesh_lib.make({'sae': 1, 'data': 1, 'latent': 1}, jax.devices()[:1])
+  (state,) = stack.init_all(stacks, jax.random.key(0), mesh)
+  state.params['b_dec'] = state.params['b_dec'] + 0.1
+  scale = 7.5
+  scales = {groups[0][0].sites[0]: scale}
+  out = setup.members(
+    config, stacks, (state,), scales, 3, {'text': {'source': 'python'}}
+  )
+  x_BD = np.random.default_rng(0).normal(size=(20, 128)).astype(np.float32)
+  for i, (params, card) in enumerate(out):
+    own = {name: value[i] for name, value in state.params.items()}
+    expected = scale * stacks[0].module.apply({'params': own}, x_BD / scale)
+    found = sae.decode(params, sae.encode(params, x_BD))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert card['name'] == groups[0][i].name and card['steps'] == 3

@@ -2,6 +2,7 @@
 
 Reading order; a folder or module imports only from those above it:
 
+  files           files and folders written whole, files opened warily
   sites           where an activation is read, and what an SAE reads and writes
   places          type, sites and targets of an SAE
   mesh            devices -> mesh, and how arrays lie on it

@@ -1,0 +1,210 @@
+"""Files and folders written whole, and files opened warily.
+
+A writer works on a hidden draft beside the target, `.NAME.partial-HOST-PID-N`,
+syncs it to disk and renames it: readers meet the old file or the new one, and
+never half of one, whenever a process or a machine stops. A draft that a killed
+process left behind is removed by the next writer of the same target.
+
+`open_plain` opens a file of unknown origin: a plain file under a size cap. What
+it refuses is `Refused`, an error of one sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import platform
+import shutil
+import stat
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+PathLike = str | os.PathLike[str]
+
+_numbers = itertools.count()
+_in_flight: set[str] = set()  # names of this process's drafts
+
+
+class Refused(ValueError):
+  """A file that is not what it should be; the text is one sentence."""
+
+
+def show(name: object) -> str:
+  """A name for a message: quoted, control characters escaped, shortened."""
+  text = repr(str(name))
+  return text if len(text) < 200 else f'{text[:90]}...{text[-90:]}'
+
+
+@contextlib.contextmanager
+def whole_file(path: PathLike) -> Iterator[BinaryIO]:
+  """A binary file that appears under `path` when the block ends without error.
+
+  The folder must exist. A file of that name is replaced.
+  """
+  path = pathlib.Path(path)
+  with _draft(path) as draft:
+    with open(draft, 'xb') as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(draft, path)
+  _sync(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(
+  path: PathLike, replace: bool = False
+) -> Iterator[pathlib.Path]:
+  """A folder that appears under `path` when the block ends without error.
+
+  Args:
+    path: of the folder; the folders above it are made.
+    replace: whether a folder that has files may be replaced. If False,
+      OSError is raised when the block ends and such a folder exists.
+
+  Yields:
+    An empty folder to write into.
+  """
+  path = pathlib.Path(os.path.realpath(path))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  aside = path.with_name(f'.{path.name}.replaced')
+  if replace and aside.exists() and not path.exists():
+    os.rename(aside, path)  # the last writer stopped between two renames
+  with _draft(path) as draft:
+    os.mkdir(draft)
+    yield draft
+    for folder, _, names in os.walk(draft):
+      for name in names:
+        _sync(os.path.join(folder, name))
+      _sync(folder)
+    if replace and path.exists():
+      _remove(aside)
+      os.rename(path, aside)
+    os.rename(draft, path)
+  _sync(path.parent)
+  if replace:
+    _remove(aside)
+
+
+def write_bytes(path: PathLike, data: bytes) -> None:
+  """Writes a file, whole or not at all."""
+  with whole_file(path) as file:
+    file.write(data)
+
+
+def write_text(path: PathLike, text: str) -> None:
+  """Writes text as UTF-8, whole or not at all."""
+  write_bytes(path, text.encode('utf-8', 'backslashreplace'))
+
+
+def write_json(path: PathLike, value: Any, **options: Any) -> None:
+  """Writes JSON, whole or not at all; `options` as of `json.dumps`."""
+  write_text(path, json.dumps(value, **options) + '\n')
+
+
+def sha256(path: PathLike) -> str:
+  """SHA-256 of a file's bytes, in hexadecimal."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def json_sha256(value: Any, **options: Any) -> str:
+  """SHA-256 of a value's JSON with sorted keys, in hexadecimal."""
+  text = json.dumps(value, sort_keys=True, **options)
+  return hashlib.sha256(text.encode('ascii')).hexdigest()
+
+
+@contextlib.contextmanager
+def open_plain(
+  path: PathLike, max_bytes: int, links: bool = False
+) -> Iterator[tuple[BinaryIO, int]]:
+  """Opens a plain file to read, unbuffered.
+
+  Args:
+    path: the file.
+    max_bytes: the largest size to accept.
+    links: whether `path` may be a symbolic link.
+
+  Yields:
+    (the open file, its size in bytes).
+
+  Raises:
+    Refused: the text continues a sentence that begins with the file's name.
+  """
+  # O_NONBLOCK: opening a pipe must not wait for its writer.
+  flags = os.O_RDONLY | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW)
+  try:
+    descriptor = os.open(path, flags)
+  except FileNotFoundError:
+    raise Refused('does not exist') from None
+  except (OSError, ValueError) as error:
+    link = not links and os.path.islink(path)
+    why = 'is a symbolic link' if link else f'cannot be opened ({error})'
+    raise Refused(why) from None
+  try:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+      raise Refused('is not a plain file')
+    if status.st_size > max_bytes:
+      raise Refused(
+        f'has {status.st_size:,} bytes, and at most {max_bytes:,} are '
+        'expected here'
+      )
+    with open(descriptor, 'rb', buffering=0, closefd=False) as file:
+      yield file, status.st_size
+  finally:
+    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _draft(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A free hidden name beside `path`; whatever is left there is removed."""
+  start = f'.{path.name}.partial-{platform.node()}-'
+  for name in os.listdir(path.parent):
+    if name.startswith(start) and name not in _in_flight:
+      process = name.removeprefix(start).split('-')[0]
+      if process.isdigit() and not _other_is_alive(int(process)):
+        _remove(path.with_name(name))
+  name = f'{start}{os.getpid()}-{next(_numbers)}'
+  _in_flight.add(name)
+  try:
+    yield path.with_name(name)
+  finally:
+    _remove(path.with_name(name))
+    _in_flight.discard(name)
+
+
+def _other_is_alive(process: int) -> bool:
+  """Whether a process other than this one has the number."""
+  if process == os.getpid():
+    return False
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return False
+  except OSError:  # it belongs to another user
+    return True
+  return True
+
+
+def _sync(path: PathLike) -> None:
+  """Makes a file, or the names in a folder, survive a loss of power."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  except OSError:  # file systems that cannot sync a folder
+    if not os.path.isdir(path):
+      raise
+  finally:
+    os.close(descriptor)
+
+
+def _remove(path: pathlib.Path) -> None:
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path, ignore_errors=True)
+  else:
+    path.unlink(missing_ok=True)

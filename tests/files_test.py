@@ -1,0 +1,116 @@
+"""Files appear whole or not at all, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from gemma_scope import files
+
+
+def names(folder) -> list[str]:
+  return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_at_the_end(tmp_path):
+  path = tmp_path / 'a.txt'
+  files.write_text(path, 'old')
+  with files.whole_file(path) as file:
+    file.write(b'new')
+    assert path.read_text() == 'old'
+  assert path.read_text() == 'new'
+  assert names(tmp_path) == ['a.txt']
+
+
+def test_an_error_leaves_the_old_file_and_no_draft(tmp_path):
+  path = tmp_path / 'a.txt'
+  files.write_text(path, 'old')
+  with pytest.raises(KeyError), files.whole_file(path) as file:
+    file.write(b'half')
+    raise KeyError
+  assert path.read_text() == 'old' and names(tmp_path) == ['a.txt']
+
+
+@pytest.mark.parametrize('replace', [False, True])
+def test_a_folder_appears_at_the_end(tmp_path, replace):
+  path = tmp_path / 'above' / 'a'
+  with files.whole_folder(path, replace) as draft:
+    (draft / 'sub').mkdir()
+    (draft / 'sub' / 'x').write_text('x')
+    assert not path.exists()
+  assert (path / 'sub' / 'x').read_text() == 'x'
+  assert names(path.parent) == ['a']
+
+
+def test_a_folder_is_replaced_only_when_asked(tmp_path):
+  path = tmp_path / 'a'
+  for content in ('first', 'second'):
+    with files.whole_folder(path, replace=True) as draft:
+      (draft / content).touch()
+  assert names(path) == ['second'] and names(tmp_path) == ['a']
+  with pytest.raises(OSError, match='not empty'), files.whole_folder(path) as d:
+    (d / 'third').touch()
+  assert names(path) == ['second'] and names(tmp_path) == ['a']
+
+
+def test_a_stop_between_two_renames_loses_nothing(tmp_path):
+  (tmp_path / '.a.replaced').mkdir()
+  (tmp_path / '.a.replaced' / 'old').touch()
+  path = tmp_path / 'a'
+  with pytest.raises(KeyError), files.whole_folder(path, replace=True):
+    raise KeyError
+  assert names(path) == ['old'] and names(tmp_path) == ['a']
+
+
+@pytest.mark.parametrize('what', ['whole_file', 'whole_folder'])
+def test_the_draft_of_a_killed_writer_is_removed(tmp_path, what):
+  code = (
+    'import os, signal, sys\n'
+    'from gemma_scope import files\n'
+    f'with files.{what}(sys.argv[1]):\n'
+    '  os.kill(os.getpid(), signal.SIGKILL)\n'
+  )
+  path = tmp_path / 'a'
+  killed = subprocess.run([sys.executable, '-c', code, str(path)], check=False)
+  assert killed.returncode == -signal.SIGKILL
+  assert len(names(tmp_path)) == 1 and not path.exists()
+  files.write_text(path, 'x')
+  assert names(tmp_path) == ['a']
+
+
+def test_the_draft_of_a_living_writer_stays(tmp_path):
+  with files.whole_file(tmp_path / 'a') as one:
+    one.write(b'one')
+    files.write_text(tmp_path / 'a', 'two')
+    assert (tmp_path / 'a').read_text() == 'two'
+  assert (tmp_path / 'a').read_text() == 'one'
+
+
+def test_digests(tmp_path):
+  files.write_json(tmp_path / 'a.json', {'b': 1, 'a': [2]}, sort_keys=True)
+  assert (tmp_path / 'a.json').read_text() == '{"a": [2], "b": 1}\n'
+  # Of `printf '{"a": [2], "b": 1}' | sha256sum`, and with the line's end.
+  assert files.json_sha256({'b': 1, 'a': [2]}).startswith('41ff4104bc489a1b')
+  assert files.sha256(tmp_path / 'a.json').startswith('6d53b6ccb47967a2')
+
+
+def test_only_plain_files_under_the_cap_are_opened(tmp_path):
+  path = tmp_path / 'a'
+  path.write_bytes(b'12345')
+  (tmp_path / 'link').symlink_to(path)
+  os.mkfifo(tmp_path / 'pipe')
+  with files.open_plain(path, 5) as (file, size):
+    assert size == 5 and file.read() == b'12345'
+  with files.open_plain(tmp_path / 'link', 5, links=True) as (file, _):
+    assert file.read() == b'12345'
+  for name, why in {
+    'a': 'at most 4', 'link': 'symbolic link', 'pipe': 'not a plain file',
+    'none': 'does not exist', '.': 'not a plain file',
+  }.items():  # fmt: skip
+    with pytest.raises(files.Refused, match=why):
+      with files.open_plain(tmp_path / name, 4):
+        pass

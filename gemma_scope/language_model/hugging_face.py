@@ -233,30 +233,70 @@ def read(
   """
   from safetensors import SafetensorError, safe_open
 
-  files = {}
+  tensors = {}
   try:
     for path in _files(folder):
-      files[path] = safe_open(path, framework='np')
-    tensors = _Tensors(folder, files)
-    for key, shape in shapes.items():
-      for name, expected in _sources(key, shape.shape).items():
-        tensors.expect(name, expected)
-    tensors.expect_no_other()
-    return {
-      key: jax.make_array_from_callback(
-        want.shape,
-        want.sharding,
-        lambda index, key=key, want=want: _part(
-          tensors, key, want.shape, index
-        ).astype(want.dtype),
-      )
-      for key, want in wanted.items()
-    }
+      file = safe_open(path, framework='np')
+      for full in file.keys():  # noqa: SIM118 - not a dict
+        name = re.sub(_PREFIX, '', full)
+        if re.match(_NOT_TEXT, full) or full.endswith('lm_head.weight'):
+          continue
+        if name in tensors:
+          raise ValueError(f'{str(folder)!r} has {name} twice.')
+        tensors[name] = file.get_slice(full)
+    return assemble(str(folder), tensors, shapes, wanted)
   except SafetensorError as error:
     raise ValueError(
       f'{str(folder)!r} has a safetensors file that is not whole ({error}); '
       'download it again.'
     ) from error
+
+
+def assemble(
+  where: str,
+  tensors: Mapping[str, Any],
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+  wanted: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+  """Parameters from tensors in this layout, which are checked before a read.
+
+  Args:
+    where: what holds the tensors, for errors.
+    tensors: by name, without what stands before `layers`: each has
+      `get_shape()` and gives a part of itself, `tensor[rows, columns]`.
+    shapes, wanted: as in `read`.
+  """
+  _check(where, tensors, shapes)
+  return {
+    key: jax.make_array_from_callback(
+      want.shape,
+      want.sharding,
+      lambda index, key=key, want=want: _part(
+        tensors, key, want.shape, index
+      ).astype(want.dtype, copy=False),
+    )
+    for key, want in wanted.items()
+  }
+
+
+def _check(where, tensors, shapes) -> None:
+  """Refuses tensors that are missing, unknown or of another shape."""
+  expected = {}
+  for key, shape in shapes.items():
+    expected |= _sources(key, shape.shape)
+  for name, shape in expected.items():
+    if name not in tensors:
+      raise ValueError(f'{where!r} has no tensor {name}: is it another model?')
+    found = tuple(tensors[name].get_shape())
+    if found != shape:
+      raise ValueError(
+        f'{name} in {where!r} has shape {found}, and the model wants {shape}.'
+      )
+  if more := sorted(set(tensors) - set(expected)):
+    raise ValueError(
+      f'{where!r} has tensors that the model has not: '
+      f'{", ".join(more[:3])}{", ..." if len(more) > 3 else ""}.'
+    )
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -278,46 +318,6 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
         f'{str(folder)!r} lacks {name}, which its index names; download it.'
       )
   return [folder / name for name in names]
-
-
-class _Tensors:
-  """Tensors of the text model by name, without what stands before `layers`."""
-
-  def __init__(self, folder: pathlib.Path, files: Mapping[pathlib.Path, Any]):
-    self._folder, self._where, self._expected = folder, {}, set()
-    for file in files.values():
-      for full in file.keys():  # noqa: SIM118 - not a dict
-        name = re.sub(_PREFIX, '', full)
-        if not re.match(_NOT_TEXT, full) and not full.endswith(
-          'lm_head.weight'
-        ):
-          if name in self._where:
-            raise ValueError(f'{str(folder)!r} has {name} twice.')
-          self._where[name] = file, full
-
-  def __getitem__(self, name: str):
-    file, full = self._where[name]
-    return file.get_slice(full)
-
-  def expect(self, name: str, shape: tuple[int, ...]) -> None:
-    if name not in self._where:
-      raise ValueError(
-        f'{str(self._folder)!r} has no tensor {name}: is it another model?'
-      )
-    found = tuple(self[name].get_shape())
-    if found != shape:
-      raise ValueError(
-        f'{name} in {str(self._folder)!r} has shape {found}, and the model '
-        f'wants {shape}.'
-      )
-    self._expected.add(name)
-
-  def expect_no_other(self) -> None:
-    if more := sorted(set(self._where) - self._expected):
-      raise ValueError(
-        f'{str(self._folder)!r} has tensors that the model has not: '
-        f'{", ".join(more[:3])}{", ..." if len(more) > 3 else ""}.'
-      )
 
 
 def _names(key: str) -> tuple[str, ...]:

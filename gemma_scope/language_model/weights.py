@@ -6,7 +6,10 @@ A checkpoint is one of
     (gs://, s3://, ...), read with its cast and its sharding in one go;
   - a folder of Hugging Face's: config.json and *.safetensors (`hugging_face`);
   - a folder with config.json and *.safetensors whose tensors are named by
-    their path in the tree (`layer_0/attn/q_einsum/w`): the embedded model.
+    their path in the tree (`layer_0/attn/q_einsum/w`): the embedded model;
+  - a GGUF file, often quantised (`gguf`);
+  - `package:NAME`, a GGUF file that the package index has (`packages`). '' is
+    that one where the model has one.
 All are checked, name by name and shape by shape, before a byte is trusted.
 """
 
@@ -26,7 +29,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope.language_model import gemma as lm
-from gemma_scope.language_model import hugging_face
+from gemma_scope.language_model import gguf, hugging_face, packages
 
 TINY = pathlib.Path(__file__).parent / 'tiny'
 
@@ -62,7 +65,7 @@ def sharding(
   return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def read_config(name: str, checkpoint: str) -> lm.Config:
+def read_config(name: str, checkpoint: str = '') -> lm.Config:
   """The shape of model `name`; a folder's config.json defines its own.
 
   Raises:
@@ -71,6 +74,8 @@ def read_config(name: str, checkpoint: str) -> lm.Config:
   if name in lm.SIZES and not checkpoint:
     return lm.SIZES[name]  # the shape alone needs no folder
   folder = _folder(name, checkpoint)
+  if _is_gguf(folder):
+    return gguf.config(name, folder)
   fields = _described(folder)
   if hugging_face.is_described_by(fields):
     return hugging_face.config(name, fields, str(folder / 'config.json'))
@@ -92,13 +97,15 @@ def read_config(name: str, checkpoint: str) -> lm.Config:
   )
 
 
-def tokenizer(name: str, checkpoint: str) -> pathlib.Path:
+def tokenizer(name: str, checkpoint: str = '') -> pathlib.Path:
   """The tokenizer that lies beside the parameters, else the embedded one.
 
   Raises:
     CheckpointNotFound: neither is that of a published Gemma.
   """
   folder = _folder(name, checkpoint)
+  if _is_gguf(folder):
+    return gguf.tokenizer(folder, packages.cache())
   beside = folder / 'tokenizer.model'
   if _is_local(folder) and beside.is_file():
     return beside
@@ -168,13 +175,15 @@ def load(
   """
   folder = _folder(name, checkpoint)
   gemma, wanted = shapes(name, checkpoint, dtype, mesh, num_layers)
-  if _is_local(folder) and not folder.is_dir():
+  whole = traverse_util.flatten_dict(gemma.param_shapes, sep='/')
+  if _is_gguf(folder):
+    flat = gguf.read(folder, whole, wanted)
+  elif _is_local(folder) and not folder.is_dir():
     raise CheckpointNotFound(
       f'No checkpoint of {name} at {str(folder)!r}: expected a folder written '
-      'by Orbax, or one with config.json and safetensors.'
+      'by Orbax, one with config.json and safetensors, or a GGUF file.'
     )
-  if hugging_face.is_described_by(_described(folder)):
-    whole = traverse_util.flatten_dict(gemma.param_shapes, sep='/')
+  elif hugging_face.is_described_by(_described(folder)):
     flat = hugging_face.read(folder, whole, wanted)
   elif _is_local(folder) and any(folder.glob('*.safetensors')):
     flat = _from_safetensors(folder, wanted)
@@ -203,10 +212,15 @@ def _folder(name: str, checkpoint: str):
   if not checkpoint:
     if name == 'tiny':
       return TINY
+    if name in packages.MODELS:
+      return packages.path(name)
     raise CheckpointNotFound(
       f'{name} needs a checkpoint: set lm.checkpoint to the folder of an Orbax '
-      'checkpoint (a local path or gs://...) or of a Hugging Face download.'
+      'checkpoint (a local path or gs://...), to that of a Hugging Face '
+      'download, or to a GGUF file.'
     )
+  if checkpoint.startswith(packages.PREFIX):
+    return packages.path(checkpoint.removeprefix(packages.PREFIX))
   if '://' in checkpoint:
     from etils import epath
 
@@ -227,6 +241,10 @@ def _described(folder) -> Any:
 
 def _is_local(folder) -> bool:
   return '://' not in str(folder)
+
+
+def _is_gguf(folder) -> bool:
+  return _is_local(folder) and folder.is_file()
 
 
 def _check(found: dict[str, tuple], wanted: dict, folder) -> None:

@@ -1,0 +1,300 @@
+"""Gemma 2 and 3 as llama.cpp stores them: one GGUF file, often quantised.
+
+Metadata and tensors are translated to Hugging Face's names, and read as its
+folders are (`hugging_face`), but for three things that llama.cpp's converter
+does to a Gemma:
+
+  - norms carry the 1: what is stored is 1 + scale;
+  - of the configuration only some is kept: the scale of queries and the local
+    layers' RoPE base are known by the model's size, not by the file;
+  - the tokenizer is a list of pieces, scores and types. `tokenizer` rebuilds
+    the SentencePiece model from it. In pieces of spaces the converter spelt
+    the space as ' '; it also marked pieces that can be typed, such as
+    <start_of_turn>, as control pieces, which SentencePiece never finds in text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import gguf_file, hugging_face
+
+_TYPES = {'gemma2': 'gemma2', 'gemma3': 'gemma3_text'}
+# Metadata (after `gemma3.`) -> field of a config.json.
+_FIELDS = {
+  'embedding_length': 'hidden_size',
+  'block_count': 'num_hidden_layers',
+  'feed_forward_length': 'intermediate_size',
+  'attention.head_count': 'num_attention_heads',
+  'attention.head_count_kv': 'num_key_value_heads',
+  'attention.key_length': 'head_dim',
+  'attention.layer_norm_rms_epsilon': 'rms_norm_eps',
+  'attention.sliding_window': 'sliding_window',
+}
+_OPTIONAL = {
+  'attention.sliding_window_pattern': 'sliding_window_pattern',
+  'rope.freq_base': 'rope_theta',
+  'rope.freq_base_swa': 'rope_local_base_freq',
+  'attn_logit_softcapping': 'attn_logit_softcapping',
+  'final_logit_softcapping': 'final_logit_softcapping',
+}
+# Metadata that must equal another one, or that changes no number.
+_EQUAL = {
+  'attention.value_length': 'attention.key_length',
+  'rope.dimension_count': 'attention.key_length',
+}
+_FREE = (
+    'context_length', 'vocab_size', 'rope.scaling.original_context_length',
+    'rope.scaling.finetuned',
+)  # fmt: skip
+_SCALING = {'rope.scaling.type': 'rope_type', 'rope.scaling.factor': 'factor'}
+_NAMES = {
+  'self_attn.q_proj': 'attn_q',
+  'self_attn.k_proj': 'attn_k',
+  'self_attn.v_proj': 'attn_v',
+  'self_attn.o_proj': 'attn_output',
+  'self_attn.q_norm': 'attn_q_norm',
+  'self_attn.k_norm': 'attn_k_norm',
+  'input_layernorm': 'attn_norm',
+  'post_attention_layernorm': 'post_attention_norm',
+  'pre_feedforward_layernorm': 'ffn_norm',
+  'post_feedforward_layernorm': 'post_ffw_norm',
+  'mlp.gate_proj': 'ffn_gate',
+  'mlp.up_proj': 'ffn_up',
+  'mlp.down_proj': 'ffn_down',
+}
+_TO_HUGGING_FACE = {
+  **{ours: name for name, ours in _NAMES.items()},
+  'token_embd': 'embed_tokens',
+  'output_norm': 'norm',
+}
+_UNTIED = 'output.weight'
+# SentencePiece's types of pieces.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_SPECIAL = 'padding', 'eos', 'bos', 'unknown'  # those that text never spells
+
+
+def config(name: str, path: pathlib.Path) -> lm.Config:
+  """The shape that a file describes, checked against that of its name.
+
+  Raises:
+    ValueError: the file is damaged, describes no Gemma 2 or 3, or another one.
+  """
+  file = gguf_file.open_file(path)
+  return hugging_face.config(name, _fields(file), str(path))
+
+
+def _fields(file: gguf_file.File) -> dict[str, Any]:
+  """The metadata in the words of a config.json."""
+  where = str(file.path)
+  architecture = file.metadata.get('general.architecture')
+  if architecture not in _TYPES:
+    raise gguf_file.BadFile(
+      f'{where!r} holds a model of architecture {architecture!r}; Gemma 2 and '
+      f'3 are {" and ".join(map(repr, _TYPES))}.'
+    )
+  if file.metadata.get('split.count', 1) > 1:
+    raise gguf_file.BadFile(
+      f'{where!r} is one part of {file.metadata["split.count"]}: join them '
+      'with `llama-gguf-split --merge` first.'
+    )
+  given = {
+    key.removeprefix(f'{architecture}.'): value
+    for key, value in file.metadata.items()
+    if key.startswith(f'{architecture}.')
+  }
+  if missing := [key for key in _FIELDS if key not in given]:
+    raise gguf_file.BadFile(
+      f'{where!r} lacks the metadata {architecture}.{missing[0]}.'
+    )
+  known = (*_FIELDS, *_OPTIONAL, *_EQUAL, *_FREE, *_SCALING)
+  if more := [key for key in given if key not in known]:
+    raise gguf_file.BadFile(
+      f'{where!r} has metadata {architecture}.{more[0]}, which this forward '
+      'pass does not know.'
+    )
+  for key, other in _EQUAL.items():
+    if given.get(key, given[other]) != given[other]:
+      raise gguf_file.BadFile(
+        f'{where!r}: {key} is {given[key]}, and {other} is {given[other]}.'
+      )
+  fields = {
+    field: given[key]
+    for key, field in {**_FIELDS, **_OPTIONAL}.items()
+    if key in given
+  }
+  embedding = file.tensors.get('token_embd.weight')
+  if embedding is None:
+    raise gguf_file.BadFile(f'{where!r} has no tensor token_embd.weight.')
+  fields |= {
+    'model_type': _TYPES[architecture],
+    'vocab_size': embedding.shape[0],
+    'rms_norm_eps': float(f'{fields["rms_norm_eps"]:.6g}'),  # was float32
+    'query_pre_attn_scalar': _query_scalar(fields),
+  }
+  scaling = {name: given[key] for key, name in _SCALING.items() if key in given}
+  if scaling.get('rope_type', 'none') != 'none':
+    fields['rope_scaling'] = scaling
+  return fields
+
+
+def _query_scalar(fields: Mapping[str, Any]) -> float:
+  """By the model's size, as in llama.cpp: those of 27B scale by heads."""
+  width, heads = fields['hidden_size'], fields['num_attention_heads']
+  by_heads = any(
+    size.query_scale_by_heads
+    and (size.d_model, size.num_heads) == (width, heads)
+    for size in lm.SIZES.values()
+  )
+  return width / heads if by_heads else fields['head_dim']
+
+
+def quantisation(path: pathlib.Path) -> str:
+  """The types of the matrices, most numbers first: 'Q8_0, Q5_0, Q6_K, Q4_K'."""
+  sizes: dict[str, int] = {}
+  for tensor in gguf_file.open_file(path).tensors.values():
+    if len(tensor.shape) == 2:
+      sizes[tensor.kind] = sizes.get(tensor.kind, 0) + int(
+        np.prod(tensor.shape)
+      )
+  return ', '.join(sorted(sizes, key=lambda kind: -sizes[kind]))
+
+
+# ------------------------------------------------------------------ parameters
+
+
+def read(
+  path: pathlib.Path,
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+  wanted: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+  """The parameters, dequantised one by one into their dtype and sharding.
+
+  Args:
+    path: of the file.
+    shapes: of all parameters of the model, by their path with slashes.
+    wanted: those to read, with dtype and sharding.
+
+  Raises:
+    ValueError: a tensor is missing, unknown or of another shape; nothing was
+      read.
+  """
+  file = gguf_file.open_file(path)
+  _refuse_untied(file)
+  tensors = {
+    _translated(name): _Norm(tensor) if 'norm.' in name else tensor
+    for name, tensor in file.tensors.items()
+    if name != _UNTIED
+  }
+  return hugging_face.assemble(str(path), tensors, shapes, wanted)
+
+
+def _translated(name: str) -> str:
+  """'blk.3.attn_q.weight' -> 'layers.3.self_attn.q_proj.weight'."""
+  match = re.fullmatch(r'(?:blk\.(\d+)\.)?(\w+)\.weight', name)
+  if not match or match[2] not in _TO_HUGGING_FACE:
+    return name  # refused as unknown
+  layer = f'layers.{match[1]}.' if match[1] else ''
+  return f'{layer}{_TO_HUGGING_FACE[match[2]]}.weight'
+
+
+class _Norm:
+  """A norm's scale: what is stored is its gain, 1 + scale."""
+
+  def __init__(self, tensor: gguf_file.Tensor):
+    self._tensor = tensor
+
+  def get_shape(self) -> tuple[int, ...]:
+    return self._tensor.shape
+
+  def __getitem__(self, index) -> np.ndarray:
+    return self._tensor[index] - np.float32(1)
+
+
+def _refuse_untied(file: gguf_file.File) -> None:
+  """A second embedding is a copy of the first, or no Gemma's."""
+  first, second = map(file.tensors.get, ('token_embd.weight', _UNTIED))
+  if second is None or first is None:
+    return
+  if first.kind != second.kind or not np.array_equal(first.data, second.data):
+    raise gguf_file.BadFile(
+      f"{str(file.path)!r} has {_UNTIED} that differs from the embedding's "
+      'weights; this forward pass unembeds with the embedding, as Gemma does.'
+    )
+
+
+# ------------------------------------------------------------------- tokenizer
+
+
+def tokenizer(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+  """Writes the vocabulary as a SentencePiece model; its name has its hash.
+
+  Args:
+    path: of the GGUF file.
+    folder: where the model is written, unless it is there.
+
+  Raises:
+    ValueError: the file has no vocabulary, or one of another kind.
+  """
+  model = _sentencepiece_model(gguf_file.open_file(path))
+  digest = hashlib.sha256(model).hexdigest()
+  target = folder / f'tokenizer-{digest[:16]}.model'
+  if not target.is_file() or target.stat().st_size != len(model):
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f'{target.name}.partial-{os.getpid()}')
+    partial.write_bytes(model)
+    os.replace(partial, target)
+  return target
+
+
+def _sentencepiece_model(file: gguf_file.File) -> bytes:
+  from sentencepiece import sentencepiece_model_pb2
+
+  fields = {
+    key.removeprefix('tokenizer.ggml.'): value
+    for key, value in file.metadata.items()
+    if key.startswith('tokenizer.ggml.')
+  }
+  lists = [fields.get(key) for key in ('tokens', 'scores', 'token_type')]
+  if fields.get('model') != 'llama' or any(found is None for found in lists):
+    raise gguf_file.BadFile(
+      f'{str(file.path)!r} has no SentencePiece vocabulary (its tokenizer is '
+      f'{fields.get("model")!r}): set lm.tokenizer to the SentencePiece model '
+      'that belongs to it.'
+    )
+  special = {role: fields.get(f'{role}_token_id', -1) for role in _SPECIAL}
+  model = sentencepiece_model_pb2.ModelProto()
+  for i, (piece, score, kind) in enumerate(zip(*lists, strict=True)):
+    if i == special['unknown']:
+      kind = _UNKNOWN
+    elif kind == _CONTROL and i not in special.values():
+      kind = _USER_DEFINED
+    if kind == _USER_DEFINED:
+      piece = piece.replace(' ', '▁')
+    model.pieces.add(piece=piece, score=score, type=int(kind))
+  trainer = model.trainer_spec
+  trainer.model_type = trainer.BPE
+  trainer.vocab_size = len(lists[0])
+  trainer.byte_fallback = True
+  trainer.pad_id, trainer.eos_id = special['padding'], special['eos']
+  trainer.bos_id, trainer.unk_id = special['bos'], special['unknown']
+  for role, field in zip(
+    _SPECIAL, ('pad_piece', 'eos_piece', 'bos_piece', 'unk_piece'), strict=True
+  ):
+    if special[role] >= 0:
+      setattr(trainer, field, lists[0][special[role]])
+  normalizer = model.normalizer_spec
+  normalizer.name = 'identity'
+  normalizer.add_dummy_prefix = bool(fields.get('add_space_prefix', False))
+  normalizer.remove_extra_whitespaces = False
+  normalizer.escape_whitespaces = True
+  return model.SerializeToString(deterministic=True)

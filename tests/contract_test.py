@@ -448,7 +448,7 @@ def test_resampling_revives_the_dead_and_leaves_the_living(case):
   before, _ = step(state, x, y, jnp.int32(999), KEY)  # not due
   after, _ = step(state, x, y, jnp.int32(1000), KEY)
   assert np.all(np.asarray(before.params['b_enc'])[..., :4] < -90)
-  assert np.all(np.asarray(after.params['b_enc'])[..., :4] == 0)
+  assert np.all(np.asarray(after.params['b_enc'])[..., :4] > -90)
   assert not np.any(np.asarray(after.silent_tokens)[..., :4])
   for name, value in after.params.items():
     assert np.all(np.isfinite(value)), name

@@ -139,14 +139,29 @@ def kth_largest(
     jax.lax.stop_gradient(f).astype(jnp.float32), jnp.int32
   )
 
-  def set_bit(i, found):
-    larger = found | (jnp.int32(1) << (30 - i))
-    count = jnp.sum((values >= larger).astype(jnp.int32), axes, keepdims=True)
-    return jnp.where(count >= k, larger, found)
+  axes = (axes,) if isinstance(axes, int) else axes
 
-  start = jnp.zeros_like(jnp.sum(values, axes, keepdims=True))
-  found = jax.lax.fori_loop(0, bits, set_bit, start)
-  return jax.lax.bitcast_convert_type(found, jnp.float32)
+  def set_bit(i, kth):
+    larger = kth | (jnp.int32(1) << (30 - i))
+    return jnp.where(count_true(values >= larger, axes) >= k, larger, kth)
+
+  start = jnp.zeros_like(jnp.max(values, axes, keepdims=True))
+  kth = jax.lax.fori_loop(0, bits, set_bit, start)
+  return jax.lax.bitcast_convert_type(kth, jnp.float32)
+
+
+def count_true(mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  """Number of true entries over `axes`, which stay with size 1.
+
+  A batch may hold more than 2^31 entries, so only the last axis is summed in
+  int32; the sum over the others is in float32, exact up to 2^24 and rounded
+  above.
+  """
+  *outer, last = axes
+  count = jnp.sum(mask, last, dtype=jnp.int32, keepdims=True)
+  if not outer:
+    return count
+  return jnp.sum(count.astype(jnp.float32), tuple(outer), keepdims=True)
 
 
 def kth_of_row(z_BF: jax.Array, k: jax.Array, blocks: int = 0) -> jax.Array:
@@ -154,11 +169,12 @@ def kth_of_row(z_BF: jax.Array, k: jax.Array, blocks: int = 0) -> jax.Array:
 
   Args:
     z_BF: pre-activations; axes after the first are ranked together.
-    k: how many to keep; ties at the last place all stay.
+    k: how many to keep, rounded to an integer; ties at the last place all stay.
     blocks: if not 0, rank the largest of each of about so many blocks of
       latents instead, at a fraction of the cost: the result is at most the
       exact one, so that what reaches it holds the k largest and a few more.
   """
+  k = jnp.round(k)
   if blocks:
     maxima = _maxima(z_BF, blocks)
     return kth_largest(maxima, k, tuple(range(1, z_BF.ndim)), _BITS)
@@ -173,7 +189,10 @@ def kth_of_row(z_BF: jax.Array, k: jax.Array, blocks: int = 0) -> jax.Array:
 
 
 def kth_of_batch(z_BF: jax.Array, k: jax.Array, blocks: int = 0) -> jax.Array:
-  """The k B-th largest latent of the whole batch, a scalar; see above."""
+  """The k B-th largest latent of the whole batch, a scalar.
+
+  k may be fractional: k B is rounded.
+  """
   total = jnp.round(k * z_BF.shape[0])
   least = kth_largest(
       _maxima(z_BF, blocks), total, tuple(range(z_BF.ndim)),

@@ -24,7 +24,7 @@ class JumpReLU(autoencoder.Autoencoder):
     initial_threshold: theta before training.
     log_threshold: train log(theta), which keeps theta positive but moves it by
       a factor of e in 1 / learning rate steps at the least; False trains theta
-      itself, and a theta below 0 acts as 0 (`threshold` clips it).
+      itself, which an update never leaves below 0.
     to_input: the estimator's gradient reaches the encoder too.
   """
 
@@ -47,7 +47,13 @@ class JumpReLU(autoencoder.Autoencoder):
     return 'log_threshold' if self.log_threshold else 'threshold'
 
   def _theta(self, raw: jax.Array) -> jax.Array:
-    return jnp.exp(raw) if self.log_threshold else jnp.maximum(raw, 0)
+    if self.log_threshold:
+      return jnp.exp(raw)
+    # Clipped without clipping the gradient, or a theta of 0 would stay there.
+    return raw + jax.lax.stop_gradient(jnp.maximum(-raw, 0))
+
+  def _raw_of(self, theta: jax.Array) -> jax.Array:
+    return jnp.log(theta) if self.log_threshold else theta
 
   def threshold(self) -> jax.Array:
     """theta [F]."""
@@ -69,9 +75,20 @@ class JumpReLU(autoencoder.Autoencoder):
 
   def trainable(self, released):
     theta = jnp.asarray(released['threshold'])
-    if self.log_threshold:  # a ReLU's 0 has no logarithm
-      theta = jnp.log(jnp.maximum(theta, 1e-6))
-    return {**super().trainable(released), self._raw: theta}
+    # A ReLU's threshold of 0 has no logarithm, and a tiny one hardly moves.
+    theta = jnp.where(theta > 0, theta, self.initial_threshold)
+    return {**super().trainable(released), self._raw: self._raw_of(theta)}
+
+  def constrained(self, params):
+    params = super().constrained(params)
+    if self.log_threshold:
+      return params
+    return {**params, self._raw: jnp.maximum(params[self._raw], 0)}
+
+  def with_threshold(self, params, theta):
+    # Where none is found the first rows decide: the one of training's start.
+    theta = jnp.where(theta > 0, theta, self.initial_threshold)
+    return {**params, self._raw: self._raw_of(theta)}
 
 
 class ReLU(autoencoder.Autoencoder):
@@ -84,6 +101,9 @@ class ReLU(autoencoder.Autoencoder):
 
   def bound(self):
     return self.b_enc, _ZERO
+
+  def with_threshold(self, params, theta):
+    return {**params, 'b_enc': -theta}
 
 
 class TopK(autoencoder.Autoencoder):
@@ -162,6 +182,9 @@ class Gated(autoencoder.Autoencoder):
       'W_enc': found['W_enc'] * gain[..., None, :],
       'threshold': jnp.maximum(threshold, 0),  # f = relu(z) anyway
     }
+
+  def with_threshold(self, params, theta):
+    return {**params, 'b_gate': -theta}
 
   def trainable(self, released):
     b_gate = jnp.asarray(released['b_enc'] - released['threshold'])

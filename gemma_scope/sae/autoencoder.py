@@ -346,6 +346,23 @@ class Autoencoder(nn.Module):
       found['W_skip'] = jnp.broadcast_to(found['W_skip'], shape)
     return found
 
+  def constrained(self, params: dict[str, jax.Array]):
+    """The nearest parameters that the architecture allows, after an update."""
+    if not self.unit_decoder:
+      return params
+    return {**params, 'W_dec': unit_rows(params['W_dec'])}
+
+  def with_threshold(self, params: dict[str, jax.Array], theta: jax.Array):
+    """Parameters whose latents fire where x W_enc^T exceeds theta.
+
+    Unchanged where latents compete for places (TopK, BatchTopK).
+
+    Args:
+      params: this module's, with all biases of the encoder at 0.
+      theta: [F] or [L, F], at least 0.
+    """
+    return params
+
   def flops(self, rows: int) -> int:
     """Dense FLOPs of a training step: five matmuls, 2 B D F each."""
     pairs = (self.layers + 1) / 2 if self.layers else 1

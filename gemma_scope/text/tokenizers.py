@@ -166,12 +166,14 @@ class Special:
     opens_NT[:, :starts] = True
     for i, token in enumerate(self.reply):
       opens_NT[:, :starts] &= tokens_NT[:, i : i + starts] == token
-    # Shifted by the opening: what comes after its last token.
-    after_NT = np.zeros(tokens_NT.shape, bool)
-    after_NT[:, len(self.reply) :] = np.logical_or.accumulate(opens_NT, 1)[
-      :, : max(length - len(self.reply), 0)
-    ]
-    return keep_NT & after_NT
+    # The latest <start_of_turn>, the first id of an opening, says whose turn
+    # a token belongs to.
+    position_T = np.arange(length)
+    turn_NT = np.where(tokens_NT == self.reply[0], position_T, -1)
+    turn_NT = np.maximum.accumulate(turn_NT, 1)
+    model_NT = np.take_along_axis(opens_NT, np.maximum(turn_NT, 0), 1)
+    model_NT &= turn_NT >= 0
+    return keep_NT & model_NT & (position_T - turn_NT >= len(self.reply))
 
 
 def _parts(text: str) -> Iterator[str]:

@@ -172,7 +172,12 @@ def _member(module, member, loaded, random, scales):
     found = crosswise(parts, module.latent_shape[1])
     return module.trainable(fold.fold_decoder_norm(found))
   (found,) = parts
-  found = module.trainable(_first(found, module.width))
+  found = _first(found, module.width)
+  if module.unit_decoder:
+    # Files of other tools may hold decoders of any norm; the first update
+    # would cut them to 1.
+    found = fold.fold_decoder_norm(found)
+  found = module.trainable(found)
   return {
     name: _filled(name, value, random[name]) for name, value in found.items()
   }

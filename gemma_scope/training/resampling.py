@@ -7,6 +7,9 @@ steps each dead latent gets
   W_dec    the row's target (y - b_dec), norm 1
   W_enc    the row's input (x - b_dec in an SAE), with 0.2 of the mean encoder
            norm of the living
+  theta    the quantile of the batch at which the latent fires as often as the
+           mean living one: with the threshold of training's start, hundreds of
+           new latents would fire on half of all rows at once
   others   as at the start of training; Adam's moments those of the mean living
            latent: were they 0, with the bias correction long over, the first
            steps would be 1 / sqrt(1 - b2) times too long
@@ -23,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_scope import sae
+from gemma_scope.sae import activation_functions as functions
 
 
 def resample(
@@ -47,19 +51,11 @@ def resample(
     key: of the draw.
   """
   bound = module.bind({'params': params})
-  error_BD = y_BD - bound(x_BD, k)
+  f_BF = bound.latents(x_BD, k).f_BF
+  error_BD = y_BD - bound.write(f_BF) - bound.offset(x_BD)
   error_B = jnp.sum(jnp.square(error_BD), tuple(range(1, error_BD.ndim)))
   rows_F = jax.random.categorical(key, 2 * jnp.log(error_B), shape=dead_F.shape)
-  x_BD = x_BD - params['b_dec'] if module.pre_encoder_bias else x_BD
-  y_BD = y_BD - params['b_dec']
-  if module.layers:
-    layers = range(module.layers)
-    read = jnp.stack([x_BD[rows_F[layer], layer] for layer in layers])
-    # Row l, f of [L, F, M, D] -> [L, M, F, D], nothing to earlier layers.
-    written = jnp.swapaxes(y_BD[rows_F], 1, 2)
-    written *= jnp.triu(jnp.ones((len(layers),) * 2))[:, :, None, None]
-  else:
-    read, written = x_BD[rows_F], y_BD[rows_F]
+  read, written = _drawn(module, params['b_dec'], x_BD, y_BD, rows_F)
   alive_F = ~dead_F
   norm_F = jnp.linalg.norm(params['W_enc'], axis=-1)
   norm = jnp.sum(norm_F * alive_F) / jnp.maximum(jnp.sum(alive_F), 1)
@@ -69,9 +65,13 @@ def resample(
   start = module.init(jax.random.key(0), jnp.zeros(shape))['params']
   anew = {
     **start,
+    'b_dec': params['b_dec'],
     'W_enc': 0.2 * norm * read,
     'W_dec': sae.unit_rows(written),
   }
+  fired = jnp.sum((f_BF > 0) * alive_F) / jnp.maximum(jnp.sum(alive_F), 1)
+  theta_F = _exceeded_by(module, anew, x_BD, jnp.maximum(fired, 1))
+  anew = module.with_threshold(anew, theta_F)
 
   def of_latents(name, ndim):
     """`dead_F` shaped like the parameter; None where it has no latents."""
@@ -96,3 +96,31 @@ def resample(
     return jnp.where(dead, mean, leaf)
 
   return new, jax.tree_util.tree_map_with_path(moment, moments)
+
+
+def _drawn(module, b_dec, x_BD, y_BD, rows_F):
+  """What each latent reads and writes of its row, without the biases.
+
+  Returns:
+    [F, D] and [F, D_out]; with several layers [L, F, D] and [L, L, F, D_out].
+  """
+  x_BD = x_BD - b_dec if module.pre_encoder_bias else x_BD
+  y_BD = y_BD - b_dec
+  if not module.layers:
+    return x_BD[rows_F], y_BD[rows_F]
+  layers = range(module.layers)
+  read = jnp.stack([x_BD[rows_F[layer], layer] for layer in layers])
+  # Row l, f of [L, F, M, D] -> [L, M, F, D], nothing to earlier layers.
+  written = jnp.swapaxes(y_BD[rows_F], 1, 2)
+  return read, written * jnp.triu(jnp.ones((len(layers),) * 2))[..., None, None]
+
+
+def _exceeded_by(module, params, x_BD, rows: jax.Array) -> jax.Array:
+  """theta [F] that each latent's x W_enc^T exceeds on so many of the rows.
+
+  0 where fewer are positive.
+  """
+  projected_BF = module.apply({'params': params}, x_BD, method='project')
+  next_F = jnp.minimum(jnp.round(rows) + 1, len(x_BD))
+  theta_F = functions.kth_largest(jax.nn.relu(projected_BF), next_F, 0)
+  return theta_F[0]

@@ -261,8 +261,7 @@ class Stack:
         name: p - rate * self._rate_of(name) * direction[name]
         for name, p in state.params.items()
       }
-      if self.module.unit_decoder:
-        params['W_dec'] = sae.unit_rows(params['W_dec'])
+      params = self.module.constrained(params)
     with jax.named_scope('counters'):
       rows = terms.rows
       silent_F = jnp.where(
@@ -276,10 +275,10 @@ class Stack:
       weight = jnp.maximum(1 - o.theta_decay, 1 / (step + 1.0))
       seen = jnp.where(finite, terms.theta, state.theta)
       theta = state.theta + weight * (seen - state.theta)
-      excess = jnp.where(finite, jnp.clip(terms.l0 / value - 1, -1, 1), 0)
-      coefficient = state.coefficient * jnp.exp(
-        o.adaptive_rate * factor * excess
-      )
+      coefficient = state.coefficient
+      if self.objective.penalty == 'adaptive_l1':
+        excess = jnp.where(finite, jnp.clip(terms.l0 / value - 1, -1, 1), 0)
+        coefficient *= jnp.exp(o.adaptive_rate * factor * excess)
     after = State(
         params, moments, silent_F, share_F, theta, coefficient,
         state.skipped + ~finite,

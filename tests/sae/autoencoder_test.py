@@ -144,6 +144,30 @@ def test_raw_threshold_trains_theta_itself_and_never_acts_below_zero():
   assert module.bind({'params': params}).threshold()[0] == 0
 
 
+def test_a_raw_threshold_below_zero_is_not_stuck():
+  module = architectures.JumpReLU(D, D, F, bandwidth=0.1, log_threshold=False)
+  _, params, x_BD = make(module)
+  params['threshold'] = jnp.full(F, -0.01)
+  gradient = jax.grad(lambda p: loss(module, p, x_BD, 'l0', 0.1)[0])(params)
+  assert np.any(gradient['threshold'] < 0)  # the penalty raises theta
+  allowed = module.constrained(params)['threshold']
+  np.testing.assert_array_equal(allowed, 0)
+
+
+@pytest.mark.parametrize('log_threshold', [True, False])
+def test_a_relus_latents_start_at_the_configured_threshold(log_threshold):
+  module = architectures.JumpReLU(
+    D, D, F, initial_threshold=0.05, log_threshold=log_threshold
+  )
+  _, params, _ = make(module)
+  released = module.released(params, 0.0, 1)
+  released['threshold'] = jnp.arange(F) * 0.1
+  begun = module.trainable(released)
+  theta = module.bind({'params': begun}).threshold()
+  np.testing.assert_allclose(theta[0], 0.05, rtol=1e-6)
+  np.testing.assert_allclose(theta[1:], np.arange(1, F) * 0.1, rtol=1e-6)
+
+
 def test_thresholds_stay_float32_under_bfloat16_matmuls():
   module = architectures.JumpReLU(
     D, D, F, matmul_dtype='bfloat16', initial_threshold=0.2
@@ -302,3 +326,22 @@ def test_projection_and_unit_rows():
     jnp.sum(sae.remove_parallel(g, w) * w, -1), 0, atol=1e-6
   )
   assert np.all(np.isfinite(sae.unit_rows(jnp.zeros((F, D)))))
+
+
+def test_counts_of_a_batch_beyond_32_bits():
+  """2^16 rows of 2^16 latents, never in memory: the compiler fuses them."""
+
+  @jax.jit
+  def counted(value):
+    mask = jnp.broadcast_to(value, (1 << 16, 1 << 16)) >= 0
+    return functions.count_true(mask, (0, 1))
+
+  assert counted(jnp.int32(1)) == 2.0**32
+
+
+def test_a_fractional_k_is_rounded_however_a_row_is_ranked():
+  z = jnp.abs(jax.random.normal(jax.random.key(0), (3, 600)))
+  for k, kept in ((2.4, 2), (2.6, 3)):
+    for width in (40, 600):  # sorted, and by bisection
+      least = functions.kth_of_row(z[:, :width], jnp.float32(k))
+      assert np.all(np.sum(z[:, :width] >= least, 1) == kept)

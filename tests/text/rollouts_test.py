@@ -135,9 +135,9 @@ def test_special():
     [2, 5, 5, 5, 5, 5, 5, 5, 5, 6, 8],
   ])  # fmt: skip
   want = np.array([
-    [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0],
+    [0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0],
     [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-    [0, 0, 0, 0, 1, 0, 1, 1, 1, 1, 1],
+    [0, 0, 0, 0, 1, 0, 1, 1, 1, 0, 0],
     [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
   ])  # fmt: skip
   special = tokenizers.Special((0, 2, 1), reply)
@@ -146,6 +146,13 @@ def test_special():
   np.testing.assert_array_equal(everywhere, ~np.isin(rows, [0, 1, 2]))
   assert special.keep(rows[:, :1]).tolist() == [[False]] * 4
   assert special.keep(rows[:0]).shape == (0, 11)
+
+
+def test_special_leaves_out_every_turn_of_the_user():
+  tokens = [[2, 6, 7, 50, 6, 8, 60, 107, 6, 7, 51, 107, 6, 8, 61, 62]]
+  want = [[0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1]]
+  special = tokenizers.Special((0, 2, 1), (6, 8))
+  np.testing.assert_array_equal(special.keep(np.array(tokens)), want)
 
 
 # Prompts.

@@ -110,6 +110,34 @@ def test_a_member_starts_as_the_function_that_was_released(
   assert spec[-2] == 'latent'
 
 
+@pytest.mark.parametrize('unit_decoder', [True, False])
+def test_decoders_of_any_norm_start_as_the_same_function(
+  unit_decoder, tmp_path
+):
+  """As in files of SAELens or sparsify; W_dec is cut to norm 1 by a step."""
+  params = trained(64, 5)
+  norms = np.linspace(0.3, 3, 64).astype(np.float32)
+  params['W_dec'] *= norms[:, None]
+  params['W_dec'][7] = 0
+  release.save(
+    tmp_path / 'release',
+    [(params, card('any', 'resid_post/1', 64, 8.0), None)],
+  )
+  _, (one,), _, _, (state,), scales, _ = begin(
+    tmp_path / 'release',
+    'layers=1;sites=resid_post;widths=64;sparsity=8',
+    **{'train.learning_rate': 0.0, 'sae.unit_decoder': unit_decoder},
+  )
+  (scale,) = scales.values()
+  x_BD = 10 / D**0.5 * np.random.default_rng(0).normal(size=(50, D))
+  x_NBD = jnp.asarray(x_BD[None] / scale, jnp.float32)
+  state, _ = one.step(state, x_NBD, x_NBD, jnp.int32(0), jax.random.key(0))
+  begun = {name: p[0] for name, p in state.params.items()}
+  found = scale * one.module.apply({'params': begun}, x_NBD[0])
+  wanted = sae.decode(params, sae.encode(params, x_BD))
+  np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_a_narrower_member_takes_the_first_latents(folder):
   _, stacks, _, _, begun, _, chosen = begin(
     folder, 'layers=1;sites=resid_post;widths=32;sparsity=8'

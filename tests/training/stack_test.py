@@ -13,7 +13,7 @@ import pytest
 from gemma_scope import mesh as mesh_lib
 from gemma_scope import sae, sites
 from gemma_scope.sae import architectures
-from gemma_scope.training import objectives, stack
+from gemma_scope.training import objectives, resampling, stack
 from gemma_scope.training import optimizer as optimizer_lib
 
 D, F, B = 16, 32, 64
@@ -208,3 +208,40 @@ def test_a_target_falls_from_where_it_starts():
   assert o.l0_target(value, 25).tolist() == [60, 120]
   assert o.l0_target(value, 70).tolist() == [20, 120]
   assert optimizer().l0_target(value, 0).tolist() == [20, 120]
+
+
+@pytest.mark.parametrize('penalty', ['l1', 'adaptive_l1'])
+def test_only_the_adaptive_penalty_moves_its_coefficient(penalty):
+  one = stack.Stack(
+    architectures.ReLU(D, D, F), objectives.Objective(penalty), SITES, SITES,
+    EIGHT.setting, EIGHT.seeds, optimizer(),
+  )  # fmt: skip
+  state = one.init(jax.random.key(0))
+  x_NBD = next(data())
+  after, _ = jax.jit(one.step)(state, x_NBD, x_NBD, jnp.int32(20), KEY)
+  moved = np.any(np.asarray(after.coefficient != state.coefficient))
+  assert moved == (penalty == 'adaptive_l1')
+
+
+@pytest.mark.parametrize('base', ['jumprelu', 'gated', 'relu'])
+def test_resampled_latents_fire_as_often_as_the_others(base):
+  """A quarter begun anew at a start of training whose threshold is low."""
+  options = {'initial_threshold': 1e-3} if base == 'jumprelu' else {}
+  module = architectures.ARCHITECTURES[base](D, D, F, **options)
+  x_BD = next(data())[0] + 1.0  # a mean, as activations have
+  params = module.init(jax.random.key(0), x_BD)['params']
+  if base == 'jumprelu':
+    params['log_threshold'] = jnp.full(F, jnp.log(1.5))
+  else:
+    name = 'b_gate' if base == 'gated' else 'b_enc'
+    params[name] = jnp.full(F, -1.5)
+  dead_F = jnp.arange(F) < F // 4
+  k, key = jnp.float32(4), jax.random.key(1)
+  after, _ = resampling.resample(
+      module, params, {}, x_BD, x_BD, dead_F, k, key,
+  )  # fmt: skip
+  f_BF = module.apply({'params': after}, x_BD, k, method='latents').f_BF
+  share_F = np.asarray((f_BF > 0).mean(0))
+  living = share_F[~np.asarray(dead_F)].mean()
+  assert 0.01 < living < 0.5
+  np.testing.assert_allclose(share_F[dead_F], living, atol=1.5 / B)

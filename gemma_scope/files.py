@@ -64,7 +64,7 @@ def whole_folder(
   Args:
     path: of the folder; the folders above it are made.
     replace: whether a folder that has files may be replaced. If False,
-      OSError is raised when the block ends and such a folder exists.
+      FileExistsError is raised where one is there when the block ends.
 
   Yields:
     An empty folder to write into.
@@ -84,7 +84,12 @@ def whole_folder(
     if replace and path.exists():
       _remove(aside)
       os.rename(path, aside)
-    os.rename(draft, path)
+    try:
+      os.rename(draft, path)
+    except OSError as error:
+      if path.exists():
+        raise FileExistsError(f'{show(path)} is not empty') from error
+      raise
   _sync(path.parent)
   if replace:
     _remove(aside)

@@ -13,7 +13,6 @@ says so when there is nothing left to do:
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -22,8 +21,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from gemma_scope import files, release
 from gemma_scope import mesh as mesh_lib
-from gemma_scope import release
 from gemma_scope.activations import synthetic
 from gemma_scope.evaluation import evaluate, recovery
 from gemma_scope.language_model import weights
@@ -123,9 +122,7 @@ def evaluate_saes(
   else:
     scores = _on_held_out_text(config, workdir, saes, interrupt, report)
   if cluster.first():
-    temporary = out.with_name(out.name + '.tmp')
-    temporary.write_text(json.dumps({'members': scores}, indent=1) + '\n')
-    os.replace(temporary, out)
+    files.write_json(out, {'members': scores}, indent=1)
   return scores
 
 

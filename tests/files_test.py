@@ -52,7 +52,7 @@ def test_a_folder_is_replaced_only_when_asked(tmp_path):
     with files.whole_folder(path, replace=True) as draft:
       (draft / content).touch()
   assert names(path) == ['second'] and names(tmp_path) == ['a']
-  with pytest.raises(OSError, match='not empty'), files.whole_folder(path) as d:
+  with pytest.raises(FileExistsError), files.whole_folder(path) as d:
     (d / 'third').touch()
   assert names(path) == ['second'] and names(tmp_path) == ['a']
 

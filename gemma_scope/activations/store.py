@@ -15,18 +15,16 @@ memory-mapped and checked when they are read.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import pathlib
-import shutil
 import zlib
 from collections.abc import Callable, Sequence
 
 import ml_dtypes
 import numpy as np
 
-from gemma_scope import sites
+from gemma_scope import files, sites
 from gemma_scope.activations import harvest
 
 FORMAT = 1
@@ -79,28 +77,23 @@ def write_store(
         f'{str(folder)!r} holds another activation store: '
         + _difference(key, manifest[key], header[key])
       )
-  for leftover in folder.glob('*.tmp'):
-    shutil.rmtree(leftover)
   for chunk in range(chunks):
     name = f'chunk_{chunk:06d}'
     if name in manifest['chunks'] and (folder / name).is_dir():
       report(chunk)
       continue
     parts = list(harvest.one_late(source.passes(chunk, poll), np.asarray))
-    temporary = folder / f'{name}.tmp'
-    temporary.mkdir()
-    files = {'counts.npy': source.counts(chunk)}
+    arrays = {'counts.npy': source.counts(chunk)}
     for site in source.sites:
       x_RD = np.concatenate(
         [p[site].reshape(-1, p[site].shape[-1]) for p in parts]
       )
-      files[_file(site)] = _to_disk(x_RD)
+      arrays[_file(site)] = _to_disk(x_RD)
     checksums = {}
-    for file, array in files.items():
-      np.save(temporary / file, array)
-      checksums[file] = zlib.crc32(array.reshape(-1).view(np.uint8))
-    shutil.rmtree(folder / name, ignore_errors=True)
-    temporary.rename(folder / name)
+    with files.whole_folder(folder / name, replace=True) as draft:
+      for file, array in arrays.items():
+        np.save(draft / file, array)
+        checksums[file] = zlib.crc32(array.reshape(-1).view(np.uint8))
     manifest['chunks'][name] = checksums
     _write_manifest(folder, manifest)
     report(chunk)
@@ -128,9 +121,7 @@ def _read_manifest(folder: pathlib.Path) -> dict | None:
 
 
 def _write_manifest(folder: pathlib.Path, manifest: dict) -> None:
-  temporary = folder / 'manifest.json.tmp'
-  temporary.write_text(json.dumps(manifest, indent=1))
-  os.replace(temporary, folder / 'manifest.json')
+  files.write_json(folder / 'manifest.json', manifest, indent=1)
 
 
 def facts(folder: str | os.PathLike[str]) -> dict:
@@ -194,8 +185,7 @@ class StoreSource:
   @property
   def fingerprint(self) -> dict:
     """Identifies the rows: a hash of the manifest's checksums."""
-    text = json.dumps(self._manifest, sort_keys=True)
-    return {'store_sha256': hashlib.sha256(text.encode()).hexdigest()}
+    return {'store_sha256': files.json_sha256(self._manifest)}
 
   @functools.cached_property
   def widths(self) -> dict[sites.Site, int]:
@@ -208,9 +198,9 @@ class StoreSource:
 
   def passes(self, chunk: int, poll: Callable[[], None] = lambda: None):
     """See `Raw`: a site each, read ahead; the store repeats after its end."""
-    files = self._files(chunk, poll)
-    next(files)
-    for site, x_RD in zip(self.sites, files, strict=True):
+    arrays = self._files(chunk, poll)
+    next(arrays)  # the counts
+    for site, x_RD in zip(self.sites, arrays, strict=True):
       if self.layout.dtype == 'bfloat16':
         x_RD = x_RD.view(ml_dtypes.bfloat16)
       yield {site: x_RD}

@@ -42,7 +42,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope import sites
+from gemma_scope import files, sites
 from gemma_scope.activations import harvest
 
 MODEL = 'synthetic'  # a config's lm.name
@@ -335,10 +335,8 @@ def write_truth(folder: pathlib.Path, truth: Truth) -> None:
   for site in truth.settings.at:
     arrays[f'direction.{site.kind}.{site.layer}'] = truth.directions[site]
     arrays[f'bias.{site.kind}.{site.layer}'] = truth.biases[site]
-  temporary = folder / f'{FILE}.tmp'
-  with temporary.open('wb') as file:
+  with files.whole_file(folder / FILE) as file:
     np.savez(file, **arrays)
-  os.replace(temporary, folder / FILE)
 
 
 def truth(folder: str | os.PathLike[str]) -> Truth:

@@ -28,6 +28,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gemma_scope import files
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import gguf, hugging_face, packages
 
@@ -205,7 +206,7 @@ def save_safetensors(
     folder / 'model.safetensors',
   )
   described = {**dataclasses.asdict(config), **extra}
-  (folder / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
+  files.write_json(folder / 'config.json', described, indent=2)
 
 
 def _folder(name: str, checkpoint: str):

@@ -17,7 +17,7 @@ import json
 
 import numpy as np
 
-from gemma_scope import places
+from gemma_scope import files, places
 from gemma_scope.evaluation.saebench import probe, probe_inputs, suite
 from gemma_scope.microscope.autointerp import labels, llm
 from gemma_scope.microscope.circuits import (
@@ -182,7 +182,7 @@ def _together(session: Session, sae: Sae) -> list[Sae]:
 
 def _keep(session: Session, name: str, found: dict) -> None:
   path = session.out / f'{name}.json'
-  path.write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
+  files.write_json(path, found, indent=1)
   session.report(f'written  {path}')
 
 

@@ -23,8 +23,8 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from gemma_scope import files, release
 from gemma_scope import mesh as mesh_lib
-from gemma_scope import release
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import weights
 from gemma_scope.microscope.autointerp import labels as labels_lib
@@ -225,7 +225,7 @@ class Session:
     progress.close()
     (self.out / _MEMBERS).unlink(missing_ok=True)  # the pages are not yet these
     first = self._write_pages(loaded)
-    (self.out / _MEMBERS).write_text(json.dumps(about) + '\n')
+    files.write_json(self.out / _MEMBERS, about)
     (self.out / 'partial.npz').unlink(missing_ok=True)
     return first
 

@@ -20,7 +20,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from gemma_scope import places, sites
+from gemma_scope import files, places, sites
 from gemma_scope.release import card as card_lib
 
 _PANEL = (1.55, 1.30)  # inches
@@ -101,12 +101,15 @@ def frontier(path: str | os.PathLike[str], rows: Sequence[card_lib.Row]):
     _legend(
       picture, looks, any(card_lib.control(metrics) for _, metrics in rows)
     )
-    # Under another name first: a reader never meets half a picture.
-    partial = path.with_name(f'.{path.name}.partial{path.suffix}')
     metadata = {'.png': {'Software': None}, '.svg': {'Date': None}}
     metadata['.pdf'] = {'CreationDate': None}
-    picture.savefig(partial, dpi=200, metadata=metadata.get(path.suffix, {}))
-  os.replace(partial, path)
+    with files.whole_file(path) as file:
+      picture.savefig(
+        file,
+        format=path.suffix[1:],
+        dpi=200,
+        metadata=metadata.get(path.suffix, {}),
+      )
 
 
 def _line_of(place: places.Place) -> tuple[str, ...]:

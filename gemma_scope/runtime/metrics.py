@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from gemma_scope import files
+
 
 class Mean:
   """Weighted mean sum(w x) / sum(w) in float64, of scalars or arrays."""
@@ -158,12 +160,7 @@ class Writer:
         kept.append(line)
     if b''.join(kept) == text:
       return
-    draft = self._path.with_suffix('.jsonl.draft')
-    with draft.open('wb') as file:
-      file.writelines(kept)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(draft, self._path)
+    files.write_bytes(self._path, b''.join(kept))
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]):
     """Writes one line; what follows a `/` in a name is TensorBoard's group."""

@@ -31,6 +31,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from gemma_scope import files
 from gemma_scope.runtime import cluster, metrics
 
 _log = logging.getLogger(__name__)
@@ -195,9 +196,7 @@ class Lease:
       'taken': now,
       'token': self._token,
     }
-    draft = self._path.with_name(f'run.lease.{self._token}')
-    draft.write_text(json.dumps(holder))
-    os.replace(draft, self._path)
+    files.write_json(self._path, holder)
     self.lost = False
 
   def _stale(self, holder: Mapping[str, Any], beat_age_s: float) -> bool:

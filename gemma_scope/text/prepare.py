@@ -21,13 +21,13 @@ import itertools
 import os
 import pathlib
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 
+from gemma_scope import files
 from gemma_scope.text import sources, token_store, tokenizers
 
 Document = sources.Document
@@ -120,21 +120,15 @@ def prepare(
   found = documents(source)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     return _same_preparation(folder, inputs, found)
-  partial = _partial_folder(folder)
   try:
-    written = _write(
-      partial, found, tokenizer, limit_tokens, progress or (lambda _: None)
-    )
-    token_store.write_manifest(partial, inputs | written)
-    try:
-      os.rename(partial, folder)  # replaces an empty folder, no other
-    except OSError:
-      if not folder.exists():
-        raise
-      # Another process was first: the same text, or a refusal.
-      return _same_preparation(folder, inputs, documents(source))
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+    with files.whole_folder(folder) as draft:
+      written = _write(
+        draft, found, tokenizer, limit_tokens, progress or (lambda _: None)
+      )
+      token_store.write_manifest(draft, inputs | written)
+  except FileExistsError:
+    # Another process was first: the same text, or a refusal.
+    return _same_preparation(folder, inputs, documents(source))
   return Tokens(folder)
 
 
@@ -179,7 +173,7 @@ def _write(
   counts = dict.fromkeys(sources.SPLITS, 0)
   text_bytes, full = 0, False
   with contextlib.ExitStack() as stack:
-    files = {
+    token_files = {
       split: stack.enter_context(open(folder / f'{split}.tokens', 'wb'))
       for split in sources.SPLITS
     }
@@ -189,7 +183,7 @@ def _write(
         text_bytes += _hash_document(read, document)
         data = np.append(ids, tokenizer.eos_id).astype(dtype).tobytes()
         split = document.split
-        files[split].write(data)
+        token_files[split].write(data)
         hashes[split].update(data)
         tokens[split] += len(ids) + 1
         counts[split] += 1
@@ -201,9 +195,6 @@ def _write(
       progress(Progress(*totals, text_bytes, seconds))
       if full:
         break
-    for file in files.values():
-      file.flush()
-      os.fsync(file.fileno())
   return {
     'source_sha256': read.hexdigest(),
     'source_bytes': text_bytes,
@@ -232,31 +223,3 @@ def _hash_document(digest: Any, document: Document) -> int:
   digest.update(len(name).to_bytes(8, 'little') + name)
   digest.update(len(body).to_bytes(8, 'little') + body)
   return len(body)
-
-
-def _partial_folder(folder: pathlib.Path) -> pathlib.Path:
-  """A new folder beside the target; what dead processes left is removed."""
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  prefix = f'{folder.name}.partial-{platform.node()}-'
-  for left in folder.parent.iterdir():
-    if not left.name.startswith(prefix):
-      continue
-    process = left.name.removeprefix(prefix)
-    if process.isdigit() and not _alive(int(process)):
-      shutil.rmtree(left, ignore_errors=True)
-  partial = folder.with_name(f'{prefix}{os.getpid()}')
-  partial.mkdir()
-  return partial
-
-
-def _alive(process: int) -> bool:
-  """Whether another process has this id; our own cannot be at work here."""
-  if process == os.getpid():
-    return False
-  try:
-    os.kill(process, 0)
-  except ProcessLookupError:
-    return False
-  except PermissionError:
-    return True
-  return True

@@ -17,6 +17,7 @@ preparation goes on with the first part it lacks and ends with the same store.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_scope import files
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import generate
 from gemma_scope.text import prompts as prompts_lib
@@ -276,7 +278,7 @@ def _begin(folder: pathlib.Path, inputs: dict[str, Any]) -> None:
       f'{folder} is not empty and holds no rollouts; choose another folder.'
     )
   path.parent.mkdir(parents=True, exist_ok=True)
-  _replace(path, json.dumps(inputs, indent=2).encode())
+  files.write_json(path, inputs, indent=2)
 
 
 def _same(folder, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -305,7 +307,7 @@ def _part(folder: pathlib.Path, part: int) -> pathlib.Path:
 
 
 def _write_part(path: pathlib.Path, data: bytes) -> None:
-  _replace(path, data + hashlib.sha256(data).digest())
+  files.write_bytes(path, data + hashlib.sha256(data).digest())
 
 
 def _read_part(path: pathlib.Path, size: int) -> bytes | None:
@@ -317,15 +319,6 @@ def _read_part(path: pathlib.Path, size: int) -> bytes | None:
   return data[:size] if whole else None
 
 
-def _replace(path: pathlib.Path, data: bytes) -> None:
-  partial = path.with_name(f'{path.name}.partial')
-  with open(partial, 'wb') as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
-
-
 def _assemble(folder, splits, sizes, shape, tokenizer) -> dict[str, Any]:
   """Parts -> the two token files; the manifest's part about them."""
   hashes = {split: hashlib.sha256() for split in sources.SPLITS}
@@ -334,8 +327,11 @@ def _assemble(folder, splits, sizes, shape, tokenizer) -> dict[str, Any]:
   stops = tokenizer.end_of_turn, tokenizer.eos_id
   reply_tokens = ended = 0
   paths = {s: folder / f'{s}.tokens' for s in sources.SPLITS}
-  files = {split: open(path, 'wb') for split, path in paths.items()}
-  try:
+  with contextlib.ExitStack() as stack:
+    token_files = {
+      split: stack.enter_context(files.whole_file(path))
+      for split, path in paths.items()
+    }
     for part, size in enumerate(sizes):
       data = _read_part(_part(folder, part), size * shape.itemsize)
       if data is None:
@@ -351,13 +347,8 @@ def _assemble(folder, splits, sizes, shape, tokenizer) -> dict[str, Any]:
       for split, row_T in zip(
         splits[first : first + size], rows_BT, strict=True
       ):
-        files[split].write(row_T.tobytes())
+        token_files[split].write(row_T.tobytes())
         hashes[split].update(row_T.tobytes())
-  finally:
-    for file in files.values():
-      file.flush()
-      os.fsync(file.fileno())
-      file.close()
   counts = {split: splits.count(split) for split in sources.SPLITS}
   width = shape.shape[0]
   return {

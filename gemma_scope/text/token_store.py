@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_scope import files
 from gemma_scope.text import sources
 
 FORMAT = 1
@@ -87,11 +87,7 @@ class Tokens:
   def verify(self) -> None:
     """Reads every byte; ValueError names the file whose hash is wrong."""
     for split in sources.SPLITS:
-      digest = hashlib.sha256()
-      with open(self.path(split), 'rb') as file:
-        while block := file.read(_BLOCK_BYTES):
-          digest.update(block)
-      if digest.hexdigest() != self.manifest['sha256'][split]:
+      if files.sha256(self.path(split)) != self.manifest['sha256'][split]:
         raise ValueError(
           f'{self.path(split)} does not have the hash in its manifest; it is '
           'damaged: delete the folder and prepare it again.'
@@ -183,20 +179,8 @@ class Sequences:
 def write_manifest(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
   """Writes manifest.json with its own hash: whole, or not at all."""
   _check_manifest(manifest)
-  sealed = manifest | {'manifest_sha256': _digest(manifest)}
-  partial = folder / f'{MANIFEST}.partial'
-  with open(partial, 'w', encoding='utf-8') as file:
-    json.dump(sealed, file, indent=2)
-    file.write('\n')
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, folder / MANIFEST)
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-  return hashlib.sha256(
-    json.dumps(manifest, sort_keys=True).encode()
-  ).hexdigest()
+  sealed = manifest | {'manifest_sha256': files.json_sha256(manifest)}
+  files.write_json(folder / MANIFEST, sealed, indent=2)
 
 
 def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
@@ -210,7 +194,7 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
       raise ValueError('it is too large')
     manifest = json.loads(path.read_text(encoding='utf-8'))
     _check_manifest(manifest)
-    if manifest.pop('manifest_sha256', None) != _digest(manifest):
+    if manifest.pop('manifest_sha256', None) != files.json_sha256(manifest):
       raise ValueError('it does not have its own hash')
   except (ValueError, TypeError, KeyError, RecursionError) as error:
     raise ValueError(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import io
 import os
 import pathlib
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_scope import files
 from gemma_scope.text import sources
 
 _PART_CHARS = 1 << 20  # longer documents are encoded in parts, cut at lines
@@ -78,7 +78,7 @@ class Tokenizer:
 
   @functools.cached_property
   def sha256(self) -> str:
-    return hashlib.sha256(pathlib.Path(self.path).read_bytes()).hexdigest()
+    return files.sha256(self.path)
 
   @property
   def pad_id(self) -> int:
@@ -235,9 +235,7 @@ def train_tokenizer(
       f'({error}).'
     ) from error
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f'{path.name}.partial-{os.getpid()}')
-  partial.write_bytes(model.getvalue())
-  os.replace(partial, path)
+  files.write_bytes(path, model.getvalue())
   return Tokenizer(str(path))
 
 

@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 
 import gemma_scope
 from gemma_scope import config as config_lib
+from gemma_scope import files, sites
 from gemma_scope import mesh as mesh_lib
-from gemma_scope import sites
 from gemma_scope.activations import chunks as chunks_lib
 from gemma_scope.runtime import checkpoints, cluster, metrics, runs
 from gemma_scope.training import end_to_end, initialise, setup, stack
@@ -67,7 +67,7 @@ def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     # Before the folder is taken: what the run would start from is there.
     groups = config_lib.stacks(config, setup.dimensions(config)).values()
     initialise.plan(config, groups)
-    path.write_text(json.dumps(described, indent=2) + '\n')
+    files.write_json(path, described, indent=2)
 
 
 def train(

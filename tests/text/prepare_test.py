@@ -490,7 +490,7 @@ def test_killed_preparation_is_cleared_and_made_anew(
   )
   assert process.stdout.read(1) == b'x'
   (left,) = tmp_path.iterdir()
-  assert left.name.startswith('store.partial-')
+  assert left.name.startswith('.store.partial-')
   process.send_signal(signal.SIGKILL)
   process.wait()
   process.stdout.close()

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import gemma_scope
+from gemma_scope import files
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import generate, weights
 from gemma_scope.text import prepare as prepare_lib
@@ -388,11 +389,10 @@ def test_refusals(tmp_path, answers):
    {'reply': 'x'}, {'rollouts': None}, {'seq_len': None}],
 )  # fmt: skip
 def test_hostile_manifests_are_refused(tmp_path, answers, change):
-  from gemma_scope.text import token_store
 
   store = prepare(tmp_path / 's')
   manifest = store.manifest | change
-  sealed = manifest | {'manifest_sha256': token_store._digest(manifest)}
+  sealed = manifest | {'manifest_sha256': files.json_sha256(manifest)}
   (store.folder / 'manifest.json').write_text(json.dumps(sealed))
   with pytest.raises(ValueError, match='not the manifest of a token store'):
     prepare_lib.Tokens(store.folder)

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 import gemma_scope
-from gemma_scope import places
+from gemma_scope import files, places
 from gemma_scope.evaluation import evaluate
 from gemma_scope.evaluation.saebench import (
   absorption,
@@ -158,9 +158,7 @@ def run(
         'sae': {k: card[k] for k in ('name', 'type', 'sites', 'targets')},
         'eval_result_metrics': found,
       }
-      temporary = path.with_name(f'{path.name}.tmp')
-      temporary.write_text(json.dumps(result, indent=1) + '\n')
-      os.replace(temporary, path)
+      files.write_json(path, result, indent=1)
     done.append(path)
   return done
 

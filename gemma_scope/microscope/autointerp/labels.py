@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from gemma_scope import files
 from gemma_scope.microscope.autointerp import examples, llm
 from gemma_scope.microscope.index import store as index_lib
 
@@ -273,8 +273,4 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def write(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> None:
   """Labels, scores and questions as JSONL, a latent a line; whole or not."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(f'{path.name}.tmp')
-  lines = [json.dumps(row) + '\n' for row in rows]
-  temporary.write_text(''.join(lines), encoding='utf-8')
-  os.replace(temporary, path)
+  files.write_text(path, ''.join(json.dumps(row) + '\n' for row in rows))

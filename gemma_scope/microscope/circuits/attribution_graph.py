@@ -16,14 +16,13 @@ at a token, those that the gradient says matter most when decoders are shuffled.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from gemma_scope import files
 from gemma_scope.language_model import splice
 from gemma_scope.microscope.circuits import (
   attribution,
@@ -318,10 +317,7 @@ def plain(graph: Graph) -> dict[str, Any]:
 
 def write(path: str | os.PathLike[str], graph: Graph) -> None:
   """`plain` as a JSON file, whole or not at all."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(f'.{path.name}')
-  temporary.write_text(json.dumps(plain(graph), indent=1) + '\n')
-  os.replace(temporary, path)
+  files.write_json(path, plain(graph), indent=1)
 
 
 def report(

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope import places, sites
+from gemma_scope import files, places, sites
 from gemma_scope.microscope.index.store import Index
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
@@ -81,17 +81,25 @@ def write(
   target = pathlib.Path(folder)
   if target.exists() and not (target / 'data' / 'collection.js').exists():
     raise ValueError(f'{target} is there and holds no pages; name another.')
-  partial = target.with_name(f'.{target.name}.partial')
-  shutil.rmtree(partial, ignore_errors=True)
-  (partial / 'assets').mkdir(parents=True)
+  with files.whole_folder(target, replace=True) as draft:
+    _write(draft, entries, pieces, title)
+
+
+def _write(
+  folder: pathlib.Path,
+  entries: Sequence[Entry],
+  pieces: Callable[[Iterable[int]], list[str]],
+  title: str,
+) -> None:
+  (folder / 'assets').mkdir()
   for name in FILES:
-    place = partial if name == 'index.html' else partial / 'assets'
+    place = folder if name == 'index.html' else folder / 'assets'
     shutil.copyfile(ASSETS / name, place / name)
   near = _comparable(entries)
   used: set[int] = set()
   described = []
   for i, entry in enumerate(entries):
-    data = partial / 'data' / f'm{i}'
+    data = folder / 'data' / f'm{i}'
     data.mkdir(parents=True)
     _put(data / 'list.js', f'm{i}/list', _listed(entry, used))
     latents = len(entry.index.max_F)
@@ -112,12 +120,10 @@ def write(
     **{key: meta[key] for key in ('model', 'corpus', 'tokens', 'sequences')},
     'code': meta['code'],
   }
-  _put(partial / 'data' / 'collection.js', 'collection', collection)
+  _put(folder / 'data' / 'collection.js', 'collection', collection)
   ids = sorted(used)
   vocabulary = dict(zip(map(str, ids), pieces(ids), strict=True))
-  _put(partial / 'data' / 'vocabulary.js', 'vocabulary', vocabulary)
-  shutil.rmtree(target, ignore_errors=True)
-  os.rename(partial, target)
+  _put(folder / 'data' / 'vocabulary.js', 'vocabulary', vocabulary)
 
 
 def _put(path: pathlib.Path, key: str, value: Any) -> None:

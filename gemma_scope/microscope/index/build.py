@@ -22,7 +22,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import re
 import zipfile
@@ -34,7 +33,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gemma_scope
-from gemma_scope import places, sae
+from gemma_scope import files, places, sae
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
 from gemma_scope.microscope.index import logit_lens
@@ -139,10 +138,8 @@ class State:
       for i, state in enumerate(states())
       for name, array in state.items()
     }
-    partial = self._path.with_name(f'.{self._path.name}')
-    with open(partial, 'wb') as file:
+    with files.whole_file(self._path) as file:
       np.savez(file, key=self.key, done=done, **arrays)
-    os.replace(partial, self._path)
 
 
 def build(

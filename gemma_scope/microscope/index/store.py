@@ -12,14 +12,13 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from gemma_scope.release import manifest, npz
+from gemma_scope import files
 
 VERSION = 2
 _META, _ARRAYS = 'index.json', 'arrays.safetensors'
@@ -106,20 +105,17 @@ def write(folder: str | os.PathLike[str], index: Index) -> None:
   folder = pathlib.Path(folder)
   if folder.exists() and not (folder / _META).exists():
     raise ValueError(f'{folder} is there and holds no index; move it away.')
-  partial = folder.with_name(f'.{folder.name}.partial')
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
   arrays = {
     name: np.ascontiguousarray(getattr(index, name))
     for name in _FIELDS
     if getattr(index, name) is not None
   }
-  save_file(arrays, partial / _ARRAYS)
-  digest = manifest.describe(partial / _ARRAYS)['sha256']
-  text = json.dumps({**index.meta, 'arrays_sha256': digest}, indent=1)
-  (partial / _META).write_text(text + '\n')
-  shutil.rmtree(folder, ignore_errors=True)
-  os.rename(partial, folder)
+  with files.whole_folder(folder, replace=True) as draft:
+    save_file(arrays, draft / _ARRAYS)
+    digest = files.sha256(draft / _ARRAYS)
+    files.write_json(
+      draft / _META, {**index.meta, 'arrays_sha256': digest}, indent=1
+    )
 
 
 def read(folder: str | os.PathLike[str]) -> Index:
@@ -130,11 +126,11 @@ def read(folder: str | os.PathLike[str]) -> Index:
   """
   folder = pathlib.Path(folder)
   try:
-    with npz.open_file(folder / _META, _MOST_META) as (file, _):
+    with files.open_plain(folder / _META, _MOST_META) as (file, _):
       meta = json.loads(file.read())
     if meta.get('version') != VERSION:
       raise ValueError(f'is of version {meta.get("version")}')
-    found = manifest.describe(folder / _ARRAYS)['sha256']
+    found = files.sha256(folder / _ARRAYS)
     if found != meta['arrays_sha256']:
       raise ValueError('has other arrays than it was written with')
     arrays = load_file(folder / _ARRAYS)

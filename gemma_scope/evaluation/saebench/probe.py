@@ -4,7 +4,8 @@
   k-sparse   the k latents whose class means differ most on train, and a
              logistic regression on those alone
   controls   the same on a random SAE's latents, on k principal components of
-             x, on k of x's own coordinates, and with the labels shuffled
+             x, on k of x's own coordinates, and with the labels shuffled (of
+             whole groups where a group's rows share a label)
   dense      a logistic regression on all of x; the difference of class means
 
 A score is of test rows alone, with a 95 % interval. Rows of one group (prompts
@@ -242,7 +243,7 @@ def run(
       add('pca', k, component_BC[:, :k])
   shuffled = []
   for _ in range(_SHUFFLES):
-    y_train_B = rng.permutation(y_B[train_B])
+    y_train_B = _shuffled(y_B[train_B], rows.group_B[train_B], rng)
     order = ranked(rows.f_BF[train_B], y_train_B)
     for k in ks:
       if k <= len(order):
@@ -258,6 +259,19 @@ def run(
     'share': float(y_B[test_B].mean()),
     'probes': probes,
   }
+
+
+def _shuffled(y_B: np.ndarray, group_B: np.ndarray, rng) -> np.ndarray:
+  """Labels in a random order; of whole groups where labels are by group.
+
+  Where all rows of a group share a label, to permute rows would give a null of
+  many independent labels, which is narrower than that of the few groups.
+  """
+  _, first, index_B = np.unique(group_B, return_index=True, return_inverse=True)
+  label_G = y_B[first]
+  if not (label_G[index_B] == y_B).all():
+    return rng.permutation(y_B)
+  return rng.permutation(label_G)[index_B]
 
 
 def _over_shuffles(found) -> list[dict[str, Any]]:

@@ -158,6 +158,20 @@ def test_where_there_is_no_concept_no_interval_is_above_chance():
   )
 
 
+def test_shuffles_keep_groups_whole_where_labels_are_by_group():
+  rng = np.random.default_rng(10)
+  group_B = np.repeat(np.arange(12), rng.integers(3, 20, 12))
+  label_G = rng.random(12) < 0.5
+  orders = [probe._shuffled(label_G[group_B], group_B, rng) for _ in range(20)]
+  for y_B in orders:
+    by_group = [set(y_B[group_B == g]) for g in range(12)]
+    assert all(len(labels) == 1 for labels in by_group)
+    assert sum(labels == {True} for labels in by_group) == label_G.sum()
+  assert len({tuple(y_B) for y_B in orders}) > 10
+  mixed_B = rng.random(len(group_B)) < 0.5  # labels of tokens, say
+  assert probe._shuffled(mixed_B, group_B, rng).sum() == mixed_B.sum()
+
+
 def test_rows_of_a_group_are_not_in_train_and_test():
   given = some_rows()
   with pytest.raises(ValueError, match='split by group'):
@@ -259,9 +273,87 @@ def test_absorption_is_the_share_that_another_latent_took():
   expected = special_B[given(own_BF).test_B].sum() / y_B[
     given(own_BF).test_B].sum()  # fmt: skip
   assert some['full']['value'] == pytest.approx(expected, abs=0.01)
+  # All of the concept on these rows is the absorber's, and nothing elsewhere.
+  assert some['fraction']['value'] == pytest.approx(expected, abs=0.01)
   assert some['absorbers'][0][0] == 1
   noise_B = rng.random(count) < 0.5
   assert absorption.of_concept(given(own_BF), apart, noise_B)['full'] is None
+
+
+def absorbed_by_definition(x_D, f_F, W_dec, w_D, main):
+  """SAEBench 0.6.0's rules for one row, step by step: fraction and full."""
+  w_D = w_D / np.linalg.norm(w_D)
+  norms = [np.linalg.norm(row) for row in W_dec]
+  cosines = [row @ w_D / norm for row, norm in zip(W_dec, norms, strict=True)]
+  # Of decoders of norm 1, as SAEBench has them: the norm is in the activation.
+  p = [f * n * c for f, n, c in zip(f_F, norms, cosines, strict=True)]
+  own = sum(p[i] for i in main)
+  projection = x_D @ w_D
+  others = [i for i in range(len(p)) if i not in main and cosines[i] >= 0.1]
+  absorbed = sum(sorted((p[i] for i in others if p[i] > 0), reverse=True)[:3])
+  if own >= projection or absorbed / projection < 0.4:
+    fraction = 0.0
+  elif own <= 0:
+    fraction = 1.0
+  else:
+    absorbed = min(absorbed, projection - own)
+    fraction = absorbed / (absorbed + own)
+  top = int(np.argmax(p))
+  full = all(f_F[i] < 1e-8 for i in main) and cosines[top] >= 0.025
+  return fraction, full and projection >= 0 and p[top] / projection >= 0.4
+
+
+def test_absorption_follows_its_definition_row_by_row():
+  rng = np.random.default_rng(9)
+  W_dec = rng.normal(size=(9, 4)) * rng.uniform(0.5, 2, (9, 1))
+  f_BF = rng.exponential(size=(600, 9)) * (rng.random((600, 9)) < 0.4)
+  x_BD = f_BF @ W_dec + 0.3 * rng.normal(size=(600, 4)) + 0.2
+  w_D, main = rng.normal(size=4), np.array([2, 5])
+  got = absorption.of_rows(x_BD, f_BF, W_dec, w_D, main)
+  want = [
+    absorbed_by_definition(x_D, f_F, W_dec, w_D, main)
+    for x_D, f_F in zip(x_BD, f_BF, strict=True)
+  ]
+  np.testing.assert_allclose(got.fraction_B, [one[0] for one in want])
+  np.testing.assert_array_equal(got.full_B, [one[1] for one in want])
+  between = (got.fraction_B > 0) & (got.fraction_B < 1)
+  assert between.any() and got.full_B.any() and (got.fraction_B == 0).any()
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_a_random_sae_absorbs_less_than_one_with_planted_absorbers(seed):
+  rng = np.random.default_rng(seed)
+  count, d = 4000, 128
+  y_B = rng.random(count) < 0.5
+  # Each too rare to be taken for a latent of the concept itself.
+  special_BC = y_B[:, None] & (rng.integers(0, 50, (count, 1)) == np.arange(30))
+  basis_DD = np.linalg.qr(rng.normal(size=(d, d)))[0]
+  x_BD = 0.1 * rng.normal(size=(count, d)) + y_B[:, None] * basis_DD[0]
+  x_BD += 2 * special_BC @ basis_DD[1:31]
+  # Each special latent writes the concept's direction, whose own is silent.
+  own_B = y_B & ~special_BC.any(1)
+  planted_BF = np.concatenate([own_B[:, None], special_BC], 1).astype(float)
+  planted = np.concatenate([basis_DD[:1], 2 * basis_DD[1:31] + basis_DD[0]])
+  W_FD = rng.normal(size=(256, d))
+  W_FD /= np.linalg.norm(W_FD, axis=1, keepdims=True)
+  z_BF = (x_BD - x_BD.mean(0)) @ W_FD.T
+  z_BF *= z_BF > np.quantile(z_BF, 1 - 8 / 256)  # L0 8
+  made_BD = z_BF @ W_FD
+  z_BF *= np.sum((x_BD - x_BD.mean(0)) * made_BD) / np.sum(made_BD**2)
+  group_B = np.arange(count)
+  absorbed = {}
+  for name, f_BF, W_dec in (
+    ('planted', planted_BF, planted),
+    ('random', z_BF, W_FD),
+  ):
+    given = probe.Rows(x_BD, f_BF, None, probe.split(group_B), group_B)
+    absorbed[name] = absorption.of_concept(given, {'W_dec': W_dec}, y_B)
+  value = lambda name, score: absorbed[name][score]['value']
+  share = special_BC.any(1)[y_B & probe.split(group_B)].mean()
+  assert value('planted', 'fraction') == pytest.approx(share, abs=0.05)
+  assert value('planted', 'full') == pytest.approx(share, abs=0.05)
+  assert value('random', 'fraction') < value('planted', 'fraction') / 2
+  assert value('random', 'full') < value('planted', 'full') / 2
 
 
 # Prompts.

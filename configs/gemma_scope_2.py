@@ -53,6 +53,7 @@ from ml_collections import ConfigDict
 
 from configs import recipe, suites
 from gemma_scope import config as config_lib
+from gemma_scope import specs
 
 MODELS = {'1b': 26, '270m': 18, '4b': 34, '12b': 48, '27b': 62}  # layers
 TUNINGS = ('pt', 'it')
@@ -102,7 +103,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   c.sparsity = tuple(map(float, l0))
   c.skip = name.endswith('_skip')
   if type_ != 'sae':
-    prefix = config_lib.MATRYOSHKA if type_ == 'transcoder' else ''
+    prefix = specs.MATRYOSHKA if type_ == 'transcoder' else ''
     recipe.batch_topk(config, prefix)
   alone = type_ in ('sae', 'transcoder')
   end_to_end = name == 'end_to_end'

@@ -25,7 +25,7 @@ from collections.abc import Collection
 from ml_collections import ConfigDict
 
 from gemma_scope import config as config_lib
-from gemma_scope import sites
+from gemma_scope import sites, specs
 
 
 def tokens(config: ConfigDict, billions: float) -> None:
@@ -70,7 +70,7 @@ def finish(config: ConfigDict, argument: str) -> ConfigDict:
 def cost(config: ConfigDict, model: sites.Dimensions) -> tuple[float, float]:
   """Chip-hours of all members, and gigabytes of their state; see above."""
   flops = parameters = 0.0
-  for m in config_lib.members(config):
+  for m in specs.members(config):
     d_in, d_out = m.sites[0].width(model), m.targets[0].width(model)
     layers = max(m.layers, 1)
     flops += 6 * (d_in + d_out * (layers + 1) / 2) * m.width

@@ -14,7 +14,7 @@ import sys
 import numpy as np
 
 from gemma_scope import release
-from gemma_scope.release import card, frontier
+from gemma_scope.release import frontier, table
 
 RATES = '4e-3', '1.2e-2'
 SCORES = 'mmcs', 'recovered_distinct', 'absorption', 'missed_alone'
@@ -74,7 +74,7 @@ def ladder(out: pathlib.Path, picture: pathlib.Path) -> None:
       curve.setdefault(rate, []).append((member.card, member.metrics))
 
   def badness(rows) -> float:
-    return float(np.mean([np.log(card.value(m['fvu'])) for _, m in rows]))
+    return float(np.mean([np.log(table.value(m['fvu'])) for _, m in rows]))
 
   best = {
     a: min(c, key=lambda rate: badness(c[rate])) for a, c in curves.items()
@@ -91,10 +91,10 @@ def ladder(out: pathlib.Path, picture: pathlib.Path) -> None:
         curves[architecture][best[architecture]],
         key=lambda row: row[0]['sparsity']['value'],
       )
-      cells = [f'{card.value(m[key]):.3f}' for _, m in rows]
+      cells = [f'{table.value(m[key]):.3f}' for _, m in rows]
       print(f'| {architecture} | {best[architecture]} | {" | ".join(cells)} |')
   worst = max(
-    abs(card.value(m['l0']) / c['sparsity']['value'] - 1)
+    abs(table.value(m['l0']) / c['sparsity']['value'] - 1)
     for a in order
     for c, m in curves[a][best[a]]
   )

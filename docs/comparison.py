@@ -19,6 +19,8 @@ import sys
 
 import numpy as np
 
+from gemma_scope.runtime import interrupt
+
 ARGUMENT = 'layers=2;sites=resid_post;widths=1k;sparsity=8,32'
 SITE, WIDTH, TARGETS, STEPS = 'resid_post/2', 1024, (8, 32), 1500
 RATES = (1e-3, 3e-3, 1e-2)  # tried for each peer
@@ -163,7 +165,6 @@ def card_of(name: str) -> dict:
 def score(out: pathlib.Path) -> None:
   """Ours and the chosen peers through gemma_scope.evaluate, in one table."""
   from gemma_scope import pipeline, release
-  from gemma_scope.runtime import runs
 
   config, saes = get_config(), []
   config.text.store = f'{out}/harvest/tokens'
@@ -176,7 +177,7 @@ def score(out: pathlib.Path) -> None:
     if run['kind'] == 'TopK':  # as trained: the k largest of each row
       exact = saes[-1][0] | {'k': np.float32(run['value'])}
       saes.append((exact, card_of(f'{run["file"]}, exact')))
-  with runs.Interrupt() as stop:
+  with interrupt.Interrupt() as stop:
     scores = pipeline.evaluate_saes(
       config, out, saes, stop, out / 'scores.json'
     )

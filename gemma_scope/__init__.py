@@ -4,12 +4,12 @@ Reading order; a folder or module imports only from those above it:
 
   files           files and folders written whole, files opened warily
   sites           where an activation is read, and what an SAE reads and writes
-  places          type, sites and targets of an SAE
   mesh            devices -> mesh, and how arrays lie on it
   runtime         several processes, one run folder, checkpoints, metrics
   sae             the mathematics of one SAE, and its kernels
   release         parameters + card <-> a folder that other tools can read
   language_model  Gemma: forward pass with taps and edits, weights, sampling
+  specs           the list of SAEs that a config asks for
   config          a run's settings, checked without JAX
   activations     rows of activations: harvested, shuffled, stored, synthetic
   text            documents -> tokens on disk -> shuffled sequences

@@ -10,14 +10,12 @@ a model or a device is touched.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import itertools
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from gemma_scope import places, sites
+from gemma_scope import sites, specs
 
 ARCHITECTURES = {
   # architecture -> the penalties it can be trained by; 'target_l0' asks every
@@ -30,51 +28,11 @@ ARCHITECTURES = {
   'gated': ('target_l0', 'l1'),
   'relu': ('target_l0', 'l1', 'tanh'),
 }  # fmt: skip
-MATRYOSHKA = 'matryoshka_'  # before any architecture: nested prefixes
-# What a transcoder or CLT that reads one kind of site writes.
-TARGETS = {'mlp_in': 'mlp_out', 'mlp_in_ungained': 'mlp_out'}
 DTYPES = ('float32', 'bfloat16')
 
 
 class ConfigError(ValueError):
   """A config that cannot run; the message is the sentence to show."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-  """One SAE of a collection."""
-
-  type: str  # one of `places.TYPES`
-  sites: tuple[sites.Site, ...]  # read
-  targets: tuple[sites.Site, ...]  # reconstructed
-  architecture: str
-  width: int  # latents, of all layers together
-  penalty: str  # one of its architecture's
-  sparsity: float  # the target L0, or the penalty's coefficient
-  seed: int
-
-  @property
-  def base(self) -> str:
-    """The architecture without its Matryoshka prefix."""
-    return self.architecture.removeprefix(MATRYOSHKA)
-
-  @property
-  def layers(self) -> int:
-    """Layers of a crosscoder or CLT; 0 for one that reads a single site."""
-    return len(self.sites) if self.type in places.SEVERAL else 0
-
-  @property
-  def name(self) -> str:
-    """Unique in a collection:
-    resid_post/12/jumprelu/width_16k/target_l0_50/seed_0.
-    """
-    layers = '_'.join(str(site.layer) for site in self.sites)
-    kind = '' if self.type == 'sae' else f'{self.type}/'
-    return (
-      f'{kind}{self.sites[0].kind}/{layers}/{self.architecture}/'
-      f'width_{sites.width_name(self.width)}/'
-      f'{self.penalty}_{self.sparsity:g}/seed_{self.seed}'
-    )
 
 
 def apply_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
@@ -132,49 +90,6 @@ def _layer_range(text: str) -> range:
   return range(int(first), int(last or first) + 1)
 
 
-def members(config: ConfigDict) -> list[Member]:
-  """Every SAE of the run: the product of the collection's lists.
-
-  A crosscoder or CLT reads all layers of the collection at once.
-  """
-  c = config.collection
-  several = c.type in places.SEVERAL
-  groups = [tuple(sorted(c.layers))] if several else [(n,) for n in c.layers]
-  return [
-      Member(
-      c.type, *_places(c.type, group, kind), architecture, width, c.penalty,
-      value, seed,
-    )
-      for width, group, kind, architecture, value, seed in itertools.product(
-          c.widths, groups, c.sites, c.architectures, c.sparsity, c.seeds
-      )
-  ]  # fmt: skip
-
-
-def _places(type_: str, layers: Sequence[int], kind: str):
-  """Sites read and written."""
-  target = kind if type_ in places.ITSELF else TARGETS[kind]
-  return (
-    tuple(sites.Site(layer, kind) for layer in layers),
-    tuple(sites.Site(layer, target) for layer in layers),
-  )
-
-
-def prefixes(config: ConfigDict, member: Member) -> tuple[int, ...]:
-  """Ends of a member's Matryoshka prefixes; () where it has none."""
-  if member.base == member.architecture:
-    return ()
-  latents = member.width // max(member.layers, 1)
-  return tuple(round(share * latents) for share in config.sae.matryoshka)
-
-
-def site_list(config: ConfigDict) -> tuple[sites.Site, ...]:
-  """Every site that some member reads or writes, in the order of the model."""
-  found = {s for m in members(config) for s in (*m.sites, *m.targets)}
-  order = sites.KINDS.index
-  return tuple(sorted(found, key=lambda s: (s.layer, order(s.kind))))
-
-
 def check(
   config: ConfigDict,
   model: sites.Dimensions | None = None,
@@ -204,16 +119,16 @@ def check(
       f'collection.{field} must be a list without repeats; found {found}.',
     )
   need(
-    c.type in places.TYPES,
-    f'collection.type must be one of {", ".join(places.TYPES)}; found '
-    f'{c.type!r}.' + _suggestion(c.type, places.TYPES),
+    c.type in sites.TYPES,
+    f'collection.type must be one of {", ".join(sites.TYPES)}; found '
+    f'{c.type!r}.' + _suggestion(c.type, sites.TYPES),
   )
   for architecture in c.architectures:
-    base = architecture.removeprefix(MATRYOSHKA)
+    base = architecture.removeprefix(specs.MATRYOSHKA)
     need(
       base in ARCHITECTURES,
       f'collection.architectures are {", ".join(ARCHITECTURES)}, each also '
-      f'after {MATRYOSHKA!r}; found {architecture!r}.'
+      f'after {specs.MATRYOSHKA!r}; found {architecture!r}.'
       + _suggestion(base, ARCHITECTURES),
     )
     kinds = ARCHITECTURES[base]
@@ -248,16 +163,16 @@ def check(
       f'{", ".join(sites.KINDS)}.' + _suggestion(kind, sites.KINDS),
     )
     need(
-      c.type in places.ITSELF or kind in TARGETS,
-      f'A {c.type} reads {" or ".join(TARGETS)}; found {kind!r} in '
+      c.type in sites.ITSELF or kind in specs.TARGETS,
+      f'A {c.type} reads {" or ".join(specs.TARGETS)}; found {kind!r} in '
       'collection.sites.',
     )
   need(
-    not c.skip or c.type not in places.ITSELF,
+    not c.skip or c.type not in sites.ITSELF,
     f'collection.skip is for transcoders and CLTs; found it on a {c.type}, '
     'which would copy its input.',
   )
-  several = c.type in places.SEVERAL
+  several = c.type in sites.SEVERAL
   if several:
     need(
       len(c.layers) > 1,
@@ -363,7 +278,7 @@ def check(
         f"the mesh's latent axis ({latent_size}).",
       )
     if model is not None:
-      for (architecture, width, d_in, _), group in stacks(
+      for (architecture, width, d_in, _), group in specs.stacks(
         config, model
       ).items():
         need(
@@ -372,18 +287,6 @@ def check(
           f"{d_in}-wide sites cannot be split over the mesh's sae axis "
           f'({sae_size}).',
         )
-
-
-def stacks(
-  config: ConfigDict, model: sites.Dimensions
-) -> dict[tuple[str, int, int, int], list[Member]]:
-  """(architecture, width, d_in, d_out) -> the members that share them."""
-  groups: dict[tuple[str, int, int, int], list[Member]] = {}
-  for member in members(config):
-    d_in, d_out = (at[0].width(model) for at in (member.sites, member.targets))
-    key = member.architecture, member.width, d_in, d_out
-    groups.setdefault(key, []).append(member)
-  return groups
 
 
 def _suggestion(word: str, words) -> str:

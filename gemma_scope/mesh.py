@@ -57,6 +57,6 @@ def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
   return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 
 
-def place(mesh: Mesh, *axes: str | None) -> NamedSharding:
+def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
   """The sharding of an array whose dimensions lie on `axes`."""
   return NamedSharding(mesh, PartitionSpec(*axes))

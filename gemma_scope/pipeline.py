@@ -26,8 +26,11 @@ from gemma_scope import mesh as mesh_lib
 from gemma_scope.activations import synthetic
 from gemma_scope.evaluation import evaluate, recovery
 from gemma_scope.language_model import weights
-from gemma_scope.release import frontier
-from gemma_scope.runtime import checksums, cluster, metrics, runs
+from gemma_scope.release import frontier, table
+from gemma_scope.runtime import checksums, cluster
+from gemma_scope.runtime import interrupt as interrupt_lib
+from gemma_scope.runtime import lease as lease_lib
+from gemma_scope.runtime import progress as progress_lib
 from gemma_scope.text import prepare
 from gemma_scope.training import loop, setup
 
@@ -49,14 +52,17 @@ def run(
   if not cluster.first():
     report = _silent
   started = time.time()
-  with runs.Lease(workdir) as lease, runs.Interrupt() as interrupt:
+  with (
+    lease_lib.Lease(workdir) as lease,
+    interrupt_lib.Interrupt() as interrupt,
+  ):
     loop.keep_config(config, workdir)
     if _exists(workdir / 'release'):
       report(f'{workdir} is done; delete it to train again')
     else:
       if config.evaluation.sequences and not _known(config):
         # Too little held-out text shall not show after days of training.
-        _, store = setup.open_text(config, workdir, report)
+        _, store = prepare.open_text(config, workdir, report)
         store.sequences(config.text.seq_len, 'eval')
       result = loop.train(config, workdir, lease, interrupt, report)
       if not result.done:
@@ -70,7 +76,7 @@ def run(
               config, workdir, members, interrupt,
               workdir / 'evaluation.json', report,
           )  # fmt: skip
-      except runs.Interrupted:
+      except interrupt_lib.Interrupted:
         report('stopped in the evaluation; the same command continues')
         return False
       with cluster.first_goes_ahead():
@@ -79,10 +85,10 @@ def run(
   if not cluster.first():
     return True
   rows = [(m.card, m.metrics) for m in release.load_all(workdir / 'release')]
-  report(release.table(rows))
+  report(table.table(rows))
   report(
     f'{len(rows)} SAEs, {rows[0][0]["tokens"]:,} tokens each, in '
-    f'{metrics.duration(time.time() - started)}\n'
+    f'{progress_lib.duration(time.time() - started)}\n'
     f'release  {workdir / "release"}'
   )
   if (workdir / 'frontier.png').exists():
@@ -109,7 +115,7 @@ def evaluate_saes(
   config: ConfigDict,
   workdir: pathlib.Path,
   saes: list[tuple[dict[str, np.ndarray], dict[str, Any]]],
-  interrupt: runs.Interrupt,
+  interrupt: interrupt_lib.Interrupt,
   out: pathlib.Path,
   report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -142,7 +148,7 @@ def _known(config: ConfigDict) -> bool:
 
 def _on_held_out_text(config, workdir, saes, interrupt, report):
   report('evaluating on held-out text')
-  tokenizer, store = setup.open_text(config, workdir, report)
+  tokenizer, store = prepare.open_text(config, workdir, report)
   gemma, params = weights.load(
     config.lm.name,
     config.lm.checkpoint,
@@ -153,7 +159,7 @@ def _on_held_out_text(config, workdir, saes, interrupt, report):
   count = min(config.evaluation.sequences, len(heldout))
   order = prepare.shuffled(heldout, config.seed)
   sequences_NT = np.asarray(prepare.batch(order, 0, count))
-  progress = metrics.Progress(
+  progress = progress_lib.Progress(
     count, config.text.seq_len, label='evaluate', every_s=20
   )
   try:

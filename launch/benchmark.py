@@ -17,6 +17,8 @@ import sys
 
 from absl import app, flags
 
+from gemma_scope.runtime import progress
+
 WHAT = flags.DEFINE_list(
   'what', ['step'], 'Of step, harvest, collection and data.'
 )
@@ -82,12 +84,11 @@ def show(*records) -> None:
 
 def _words(record):
   """What is measured, its figures with their range, and where."""
-  from gemma_scope.runtime import metrics
 
   for name, value in record.items():
     if f'{name}_low' in record:
       low, high = record[f'{name}_low'], record[f'{name}_high']
-      show = metrics.quantity if value >= 100 else '{:.2f}'.format
+      show = progress.quantity if value >= 100 else '{:.2f}'.format
       yield f'{name} {show(value)} [{show(low)}, {show(high)}]'
     elif name == 'peak_bytes' and value:
       yield f'peak {value / 2**30:.2f} GiB'

@@ -19,6 +19,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from gemma_scope.runtime import interrupt as interrupt_lib
+
 CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the token store.')
 RELEASE = flags.DEFINE_list('release', None, 'Releases, or SAEs anywhere.')
@@ -28,9 +30,9 @@ flags.mark_flags_as_required(['config', 'workdir', 'release', 'out'])
 
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
-  from gemma_scope import pipeline, release
+  from gemma_scope import pipeline
+  from gemma_scope.release import table
   from gemma_scope.release.formats import published
-  from gemma_scope.runtime import runs
 
   try:
     out = pathlib.Path(OUT.value)
@@ -39,12 +41,12 @@ def main(_) -> None:
     saes = [sae for path in RELEASE.value for sae in published.load_all(path)]
     workdir = pathlib.Path(WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
-    with runs.Interrupt() as interrupt:
+    with interrupt_lib.Interrupt() as interrupt:
       scores = pipeline.evaluate_saes(
         CONFIG.value, workdir, saes, interrupt, out
       )
-    print(release.table([(card, scores[card['name']]) for _, card in saes]))
-  except runs.Interrupted:
+    print(table.table([(card, scores[card['name']]) for _, card in saes]))
+  except interrupt_lib.Interrupted:
     sys.exit('stopped; nothing was written')
   except (ValueError, RuntimeError, OSError) as error:
     sys.exit(f'{type(error).__name__}: {error}')

@@ -16,6 +16,10 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from gemma_scope.runtime import interrupt as interrupt_lib
+from gemma_scope.runtime import lease
+from gemma_scope.runtime import progress as progress_lib
+
 CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the token store.')
 OUT = flags.DEFINE_string('out', None, 'Folder of the activation store.')
@@ -28,7 +32,6 @@ def main(_) -> None:
   from gemma_scope import config as config_lib
   from gemma_scope import mesh as mesh_lib
   from gemma_scope.activations import store
-  from gemma_scope.runtime import metrics, runs
   from gemma_scope.training import setup
 
   config, out = CONFIG.value, pathlib.Path(OUT.value)
@@ -41,10 +44,10 @@ def main(_) -> None:
     workdir = pathlib.Path(WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    with runs.Lease(out), runs.Interrupt() as interrupt:
+    with lease.Lease(out), interrupt_lib.Interrupt() as interrupt:
       mesh = mesh_lib.make(config.mesh)
       source, facts = setup.make_source(config, workdir, mesh, print)
-      progress = metrics.Progress(
+      progress = progress_lib.Progress(
         CHUNKS.value, source.layout.rows, label='harvest'
       )
       store.write_store(
@@ -52,7 +55,7 @@ def main(_) -> None:
           lambda chunk: progress.update(chunk + 1),
       )  # fmt: skip
       progress.close()
-  except runs.Interrupted:
+  except interrupt_lib.Interrupted:
     print('stopped; the same command continues')
   except (ValueError, RuntimeError, OSError) as error:
     sys.exit(f'{type(error).__name__}: {error}')

@@ -28,6 +28,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from gemma_scope.runtime import interrupt
+
 CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a training run.')
 RELEASE = flags.DEFINE_string('release', '', "SAEs; default: the run's.")
@@ -59,7 +61,6 @@ OPTIONS = [
 def main(arguments: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   from gemma_scope.microscope import commands, session
-  from gemma_scope.runtime import runs
 
   names = ', '.join(commands.COMMANDS)
   if len(arguments) != 2 or arguments[1] not in commands.COMMANDS:
@@ -71,7 +72,7 @@ def main(arguments: list[str]) -> None:
   options = commands.Options(**{flag.name: flag.value for flag in OPTIONS})
   try:
     commands.run(arguments[1], opened, options)
-  except runs.Interrupted:
+  except interrupt.Interrupted:
     sys.exit('stopped and saved; the same command continues')
   except KeyboardInterrupt:
     sys.exit('stopped')

@@ -20,6 +20,11 @@ import sys
 
 from absl import app, flags, logging
 
+from gemma_scope.runtime import interrupt as interrupt_lib
+from gemma_scope.runtime import lease
+from gemma_scope.runtime import progress as progress_lib
+from gemma_scope.text import tokenizers
+
 PROMPTS = flags.DEFINE_string('prompts', None, '.txt, .jsonl or .jsonl.gz.')
 MODEL = flags.DEFINE_string('model', 'tiny', 'Such as gemma2-9b, gemma3-1b.')
 CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'Its IT checkpoint.')
@@ -42,12 +47,11 @@ def main(arguments: list[str]) -> None:
   if arguments[1:]:
     raise app.UsageError(f'What is {arguments[1]!r}?')
   logging.set_verbosity(logging.WARNING)
-  from gemma_scope.runtime import runs
 
   try:
-    with runs.Lease(OUT.value), runs.Interrupt() as interrupt:
+    with lease.Lease(OUT.value), interrupt_lib.Interrupt() as interrupt:
       store = prepare(interrupt.check)
-  except (runs.Interrupted, KeyboardInterrupt):
+  except (interrupt_lib.Interrupted, KeyboardInterrupt):
     sys.exit('stopped; the same command continues')
   except (ValueError, RuntimeError, OSError) as error:
     sys.exit(str(error))
@@ -67,13 +71,12 @@ def prepare(poll):
 
   from gemma_scope import mesh as mesh_lib
   from gemma_scope.language_model import weights
-  from gemma_scope.runtime import checksums, metrics
-  from gemma_scope.text import prepare as prepare_lib
+  from gemma_scope.runtime import checksums
   from gemma_scope.text import prompts as prompts_lib
   from gemma_scope.text import rollouts
 
   prompts = prompts_lib.read(PROMPTS.value)
-  tokenizer = prepare_lib.Tokenizer(
+  tokenizer = tokenizers.Tokenizer(
     TOKENIZER.value or weights.tokenizer(MODEL.value, CHECKPOINT.value)
   )
   mesh = None
@@ -95,7 +98,7 @@ def prepare(poll):
     nonlocal line
     if line is None:
       per_part = BATCH.value * NEW.value
-      line = metrics.Progress(
+      line = progress_lib.Progress(
         total, per_part, first_step=done, label='rollouts'
       )
       return

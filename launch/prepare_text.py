@@ -16,7 +16,7 @@ import sys
 from absl import app, flags
 
 from gemma_scope.language_model import weights
-from gemma_scope.text import prepare, sources
+from gemma_scope.text import prepare, sources, tokenizers
 
 EMBEDDED = weights.TINY / 'tokenizer.model'
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
   try:
     store = prepare.prepare(
       SOURCE.value,
-      prepare.Tokenizer(TOKENIZER.value),
+      tokenizers.Tokenizer(TOKENIZER.value),
       OUT.value,
       progress=progress,
       limit_tokens=LIMIT.value,

@@ -22,7 +22,7 @@ import sys
 from absl import app, flags, logging
 
 from gemma_scope import release
-from gemma_scope.release import npz
+from gemma_scope.release import npz, table
 from gemma_scope.release.formats import export, hub, published
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a training run.')
@@ -61,7 +61,7 @@ def show(path: str) -> None:
   if (pathlib.Path(path) / 'manifest.json').exists():
     try:
       rows = [(m.card, m.metrics) for m in release.load_all(path)]
-      print(release.table(rows))
+      print(table.table(rows))
       return
     except release.ReleaseError:
       pass  # the manifest of another layout

@@ -18,6 +18,10 @@ import sys
 
 from absl import app, flags, logging
 
+from gemma_scope.runtime import interrupt as interrupt_lib
+from gemma_scope.runtime import lease
+from gemma_scope.runtime import progress as progress_lib
+
 OUT = flags.DEFINE_string('out', None, 'Folder of the activation store.')
 CHUNKS = flags.DEFINE_integer('chunks', None, 'Chunks to hold in the end.')
 flags.mark_flags_as_required(['out', 'chunks'])
@@ -53,7 +57,6 @@ flags.DEFINE_integer('seed', None, 'Of everything.')
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   from gemma_scope.activations import harvest, store, synthetic
-  from gemma_scope.runtime import metrics, runs
 
   out = pathlib.Path(OUT.value)
   fields = [field.name for field in dataclasses.fields(synthetic.Settings)]
@@ -77,8 +80,10 @@ def main(_) -> None:
     )
     source = synthetic.Source(synthetic.Settings(**given), layout)
     out.mkdir(parents=True, exist_ok=True)
-    with runs.Lease(out), runs.Interrupt() as interrupt:
-      progress = metrics.Progress(CHUNKS.value, layout.rows, label='synthetic')
+    with lease.Lease(out), interrupt_lib.Interrupt() as interrupt:
+      progress = progress_lib.Progress(
+        CHUNKS.value, layout.rows, label='synthetic'
+      )
       store.write_store(
           out, source, CHUNKS.value,
           synthetic.facts(source.truth, layout.dtype), interrupt.check,
@@ -86,7 +91,7 @@ def main(_) -> None:
       )  # fmt: skip
       synthetic.write_truth(out, source.truth)
       progress.close()
-  except runs.Interrupted:
+  except interrupt_lib.Interrupted:
     print('stopped; the same command continues')
   except (ValueError, RuntimeError, OSError) as error:
     sys.exit(f'{type(error).__name__}: {error}')

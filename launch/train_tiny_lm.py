@@ -28,7 +28,7 @@ from absl import app, flags
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import weights
 from gemma_scope.runtime import checkpoints
-from gemma_scope.text import prepare, sources
+from gemma_scope.text import prepare, sources, token_store, tokenizers
 
 OUT = flags.DEFINE_string('out', 'runs/tiny_lm', 'Folder for the model.')
 STEPS = flags.DEFINE_integer('steps', 2000, 'Training steps.')
@@ -76,12 +76,12 @@ def main(_):
   out.mkdir(parents=True, exist_ok=True)
   tokenizer_path = out / 'tokenizer.model'
   if not tokenizer_path.exists():
-    prepare.train_tokenizer(
+    tokenizers.train_tokenizer(
       sources.documents('python', 'train'), tokenizer_path, CONFIG.vocab_size
     )
-  tokenizer = prepare.Tokenizer(tokenizer_path)
+  tokenizer = tokenizers.Tokenizer(tokenizer_path)
   prepare.prepare('python', tokenizer, out / 'tokens')
-  store = prepare.Tokens(out / 'tokens')
+  store = token_store.Tokens(out / 'tokens')
   rows = prepare.shuffled(store.sequences(SEQ_LEN.value, 'train'), SEED.value)
   heldout = store.sequences(SEQ_LEN.value, 'eval')
   heldout_NT = np.stack(

@@ -12,6 +12,7 @@ import pytest
 import gemma_scope
 from configs import tiny
 from gemma_scope import config as config_lib
+from gemma_scope import specs
 from gemma_scope.language_model import gemma as lm
 
 ROOT = pathlib.Path(gemma_scope.__file__).parents[1]
@@ -26,7 +27,7 @@ def test_the_argument_selects_the_collection():
   assert c.layers == (12, 20, 21, 22)
   assert c.widths == (16384, 65536, 2**20)
   assert c.sparsity == (30.0, 60.5) and c.seeds == (1, 2)
-  names = [m.name for m in config_lib.members(config)]
+  names = [m.name for m in specs.members(config)]
   assert len(names) == len(set(names)) == 4 * 3 * 2 * 2
   assert 'resid_post/20/jumprelu/width_1m/target_l0_60.5/seed_2' in names
 
@@ -94,7 +95,7 @@ def test_an_impossible_combination_is_a_sentence(change, words):
 
 def test_the_default_fits():
   config_lib.check(tiny.get_config(), MODEL, (1, 1, 1))
-  assert len(config_lib.members(tiny.get_config())) >= 24
+  assert len(specs.members(tiny.get_config())) >= 24
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 import gemma_scope
 from configs import gemma_scope_2, suites, tiny
 from gemma_scope import config as config_lib
+from gemma_scope import specs
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.training import setup
 
@@ -52,7 +53,7 @@ def config_of(name: str, argument: str = ''):
 
 
 def count(name: str, argument: str = '') -> int:
-  return len(config_lib.members(config_of(name, argument)))
+  return len(specs.members(config_of(name, argument)))
 
 
 def fields(config, prefix=''):
@@ -101,7 +102,7 @@ def test_the_docstring_has_the_command_and_the_cost_of_each_set(name):
     members, hours, gigabytes = (
       int(g.replace(',', '')) for g in found.groups()
     )
-    assert members == len(config_lib.members(config))
+    assert members == len(specs.members(config))
     cost = suites.cost(config, lm.SIZES[config.lm.name])
     np.testing.assert_allclose((hours, gigabytes), cost, rtol=0.05, atol=0.5)
 
@@ -144,7 +145,7 @@ def test_gemma_scope_1_has_the_papers_number_of_dictionaries():
   for name in ('2b', '9b', '27b', '9b_it', 'transcoders'):
     for argument in arguments(f'gemma_scope_{name}'):
       c = config_of(f'gemma_scope_{name}', argument)
-      total += len(config_lib.members(c)) // len(c.collection.sparsity)
+      total += len(specs.members(c)) // len(c.collection.sparsity)
   assert total == 457
 
 

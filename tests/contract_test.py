@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope import config, mesh, places, release, sae, sites
+from gemma_scope import config, mesh, release, sae, sites
 from gemma_scope.sae import architectures, fold
 from gemma_scope.training import objectives, stack
 from gemma_scope.training import optimizer as optimizer_lib
@@ -293,7 +293,7 @@ def test_sharded_is_unsharded(case, limit):
   one, state, _ = compiled(case, active_limit=limit)
   shardings = one.shardings(place)
   state = jax.device_put(state, shardings)
-  on_rows = mesh.place(place, None, 'data', None)
+  on_rows = mesh.sharding(place, None, 'data', None)
   step = functools.partial(one.step, mesh=place)
   step = jax.jit(step, out_shardings=(shardings, None))
   for i in range(4):
@@ -467,4 +467,4 @@ def test_resampling_revives_the_dead_and_leaves_the_living(case):
 def test_every_architecture_and_type_is_held_to_the_contract():
   assert {case.base for case in CASES} == set(architectures.ARCHITECTURES)
   assert {case.base for case in CASES} == set(config.ARCHITECTURES)
-  assert {case.type for case in CASES} == set(places.TYPES)
+  assert {case.type for case in CASES} == set(sites.TYPES)

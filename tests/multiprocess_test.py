@@ -23,7 +23,9 @@ import numpy as np
 import pytest
 
 from gemma_scope import mesh as mesh_lib
-from gemma_scope.runtime import cluster, runs
+from gemma_scope.runtime import cluster
+from gemma_scope.runtime import interrupt as interrupt_lib
+from gemma_scope.runtime import lease as lease_lib
 from gemma_scope.training import loop  # noqa: F401 (the forked use it)
 from tests.helpers import runs as run_helpers
 
@@ -133,7 +135,10 @@ def alone(config, workdir: pathlib.Path, lines: list[str]):
   two = functools.partial(mesh_lib.make, devices=jax.devices()[:2])
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(mesh_lib, 'make', two)
-    with runs.Lease(workdir) as lease, runs.Interrupt() as interrupt:
+    with (
+      lease_lib.Lease(workdir) as lease,
+      interrupt_lib.Interrupt() as interrupt,
+    ):
       loop.keep_config(config, workdir)
       loop.train(config, workdir, lease, interrupt, lines.append)
   rows = (workdir / 'metrics.jsonl').read_text().splitlines()

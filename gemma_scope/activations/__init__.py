@@ -2,8 +2,8 @@
 
 Reading order; a module imports only from those above it:
 
-  harvest    sequences -> rows per site, in the order of the text
+  harvest    sequences -> rows of activations for each site
   chunks     rows -> shuffled chunks -> the batch of a step
-  store      the same rows on disk, written once
-  synthetic  rows that are sums of known features, to test with
+  store      activations on disk, written once
+  synthetic  rows that are sums of known features
 """

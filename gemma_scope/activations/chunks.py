@@ -67,7 +67,7 @@ class OnHost:
     spec = self.sharding.spec[1:]
     return OnHost(
       self.shape[1:],
-      mesh_lib.place(self.sharding.mesh, *spec),
+      mesh_lib.sharding(self.sharding.mesh, *spec),
       {at[1:]: piece[index] for at, piece in self.pieces.items()},
     )
 
@@ -118,11 +118,12 @@ class Chunks:
     self._mesh = mesh
     self._on_device, self.ahead = self._held(memory, ahead)
     self._shuffle = jax.jit(
-      self._shuffle_rows, out_shardings=mesh_lib.place(mesh, None, 'data', None)
+      self._shuffle_rows,
+      out_shardings=mesh_lib.sharding(mesh, None, 'data', None),
     )
     self._take = jax.jit(
       lambda rows, index: {site: x[index] for site, x in rows.items()},
-      out_shardings=mesh_lib.place(mesh, 'data', None),
+      out_shardings=mesh_lib.sharding(mesh, 'data', None),
     )
     self._finite = jax.jit(
       lambda part: jnp.all(
@@ -132,7 +133,7 @@ class Chunks:
         0,
       ),
       # Replicated, so that every process of a pod can read it.
-      out_shardings=mesh_lib.place(mesh),
+      out_shardings=mesh_lib.sharding(mesh),
     )
 
   def _held(self, memory: str, ahead: str) -> tuple[bool, bool]:
@@ -159,7 +160,7 @@ class Chunks:
     """Batch `index` of a chunk, [B, D] per site, on the devices."""
     if not self._on_device:
       return {site: x_KBD[index].up() for site, x_KBD in chunk.rows.items()}
-    index = mesh_lib.put(np.int32(index), mesh_lib.place(self._mesh))
+    index = mesh_lib.put(np.int32(index), mesh_lib.sharding(self._mesh))
     return self._take(chunk.rows, index)
 
   def load(self, chunk: int, poll: harvest.Poll = harvest.never) -> Chunk:
@@ -191,7 +192,7 @@ class Chunks:
     counts_R = self.source.counts(chunk)
     finite_R = self._all_finite(marks, counts_R.size)
     index_R = mesh_lib.put(
-      self._order(chunk, counts_R, finite_R), mesh_lib.place(self._mesh)
+      self._order(chunk, counts_R, finite_R), mesh_lib.sharding(self._mesh)
     )
     special, not_finite = ~counts_R, counts_R & ~finite_R
     yield None
@@ -210,7 +211,7 @@ class Chunks:
 
   def _marked(self, chunk, poll, marks) -> Iterator[harvest.Part]:
     """The source's parts on the devices; adds where they are finite."""
-    rows = mesh_lib.place(self._mesh, 'data', None)
+    rows = mesh_lib.sharding(self._mesh, 'data', None)
     for part in self.source.passes(chunk, poll):
       part = {
         site: x if isinstance(x, jax.Array) else mesh_lib.put(x, rows)

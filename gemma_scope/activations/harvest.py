@@ -159,12 +159,12 @@ class ModelSource:
     self.parts = layout.sequences // layout.lm_batch
     self.gemma, self.params = gemma, params
     self.sequences, self.keep = sequences, keep
-    self._tokens_place = mesh_lib.place(mesh, 'data', None)
+    self._tokens_place = mesh_lib.sharding(mesh, 'data', None)
     count = layout.sequences
     self._tokens = Ahead(lambda chunk, _: sequences(chunk * count, count), 1)
 
     @functools.partial(
-      jax.jit, out_shardings=mesh_lib.place(mesh, 'data', None, None)
+      jax.jit, out_shardings=mesh_lib.sharding(mesh, 'data', None, None)
     )
     def harvest(params, tokens_BT):
       taps = gemma.forward(

@@ -2,9 +2,10 @@
 
 Reading order; a module imports only from those above it:
 
-  controls   a random-init member of the same type, shape and sparsity
-  estimates  sums -> figures with intervals
+  estimates  sums -> estimates with intervals
+  controls   a random SAE of the same type, shape and sparsity
+  passes     compiled sums: losses, squared errors, firing counts
   evaluate   L0, FVU, delta loss, frequencies, with intervals
-  recovery   an SAE against known features, beside PCA and a random SAE
-  saebench   SAEBench metrics: sparse probing, SCR, TPP, absorption, unlearning
+  recovery   an SAE against known features
+  saebench   sparse probing, SCR, TPP, absorption
 """

@@ -30,8 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma_scope import places, sites
+from gemma_scope import sites
 from gemma_scope.language_model import splice
+from gemma_scope.sae import released
 
 Means = Mapping[sites.Site, np.ndarray]
 
@@ -56,7 +57,7 @@ class Batch(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=('place', 'width'))
-def _random(key, place: places.Place, width: int, x_D, y_D):
+def _random(key, place: sites.Wiring, width: int, x_D, y_D):
   """W_enc [L, D, F] and W_dec [L, F, M, D], of norm 1 a latent and target."""
   layers = len(place.sites)
   shape = layers, width // layers
@@ -79,7 +80,7 @@ def _random(key, place: places.Place, width: int, x_D, y_D):
 @functools.partial(jax.jit, static_argnames=('place', 'width', 'mesh'))
 def make(
   key: jax.Array,
-  place: places.Place,
+  place: sites.Wiring,
   means: Means,
   width: int,
   setting: Setting,
@@ -104,7 +105,7 @@ def make(
     params['W_dec'] = params['W_dec'][:, 0]
   if mesh is None:
     return params
-  where = splice.shardings(mesh, params)
+  where = released.shardings(mesh, params)
   return jax.lax.with_sharding_constraint(params, where)
 
 
@@ -136,7 +137,7 @@ def _some_z(params, x, keep_BT, rows: int, mesh: Mesh | None):
   order = jnp.asarray(order)[jnp.argsort(~keep_R[order], stable=True)][:rows]
   x = [x_BTD.reshape(len(keep_R), -1)[order] for x_BTD in x]
   with jax.default_matmul_precision('highest'):
-    z_RLF = _z(params, splice.stacked(x, True))
+    z_RLF = _z(params, released.stacked(x, True))
   z_RLF = jnp.where(keep_R[order][:, None, None], z_RLF, -jnp.inf)
   return splice.everywhere((z_RLF, keep_R[order].sum()), mesh)
 
@@ -146,8 +147,8 @@ def _active(params, x, keep_BT, thresholds_K, mesh: Mesh | None):
   """How many latents exceed each threshold, summed over tokens; [K]."""
 
   def count(keep_Bt, *parts):
-    z = _z(params, splice.stacked(parts, True))
-    z = jnp.where(splice.beside(keep_Bt, z), z, -jnp.inf)
+    z = _z(params, released.stacked(parts, True))
+    z = jnp.where(released.beside(keep_Bt, z), z, -jnp.inf)
 
     def above(threshold):
       return jnp.sum((z > threshold).astype(jnp.float32))
@@ -167,7 +168,7 @@ def _fit(params, threshold, x, y, keep_BT, mesh: Mesh | None):
   W_dec = params['W_dec'].reshape(-1, len(b_MD), d_out)
 
   def sums(keep_Bt, *parts):
-    z = _z(params, splice.stacked(parts[: len(x)], True))
+    z = _z(params, released.stacked(parts[: len(x)], True))
     f_BtF = jnp.where(z > threshold, z, 0).reshape(*keep_Bt.shape, -1)
     f_BtF = jnp.where(keep_Bt[..., None], f_BtF, 0)
     found = []
@@ -184,7 +185,7 @@ def _fit(params, threshold, x, y, keep_BT, mesh: Mesh | None):
 
 def calibrate(
   key: jax.Array,
-  place: places.Place,
+  place: sites.Wiring,
   means: Means,
   width: int,
   active: Sequence[float],

@@ -6,7 +6,7 @@ member that writes several layers, a figure is the mean over its targets:
   FVU         1/M sum_m r_m,  r_m = E_m / V_m,  E_m = sum_n |y - y_hat|^2
   delta loss  1/M sum_m sum_n delta_nm / sum_n counts_n
 
-Both are ratios of sums over sequences, so that `metrics.ratio_interval` holds.
+Both are ratios of sums over sequences, so that `estimates.ratio_interval` holds.
 For a mean r of ratios, a_n and b_n are chosen such that a_n - r b_n is what
 sequence n adds to the errors of all the r_m, to first order:
 
@@ -21,8 +21,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-from gemma_scope.runtime import metrics
 
 _LOG10_EDGES = np.arange(-7, 0.25, 0.25)  # of the frequency histogram
 _DENSE = 0.1  # a latent that fires on more than this share of tokens
@@ -64,7 +62,7 @@ def joined(parts: Sequence[Sums]) -> dict[str, np.ndarray]:
 
 def figure(a_n, b_n, tokens: float) -> dict[str, Any]:
   """sum(a) / sum(b) with its interval; what is not finite is None (JSON)."""
-  found = metrics.ratio_interval(a_n, b_n)
+  found = ratio_interval(a_n, b_n)
   value, low, high = (x if math.isfinite(x) else None for x in found)
   return {'value': value, 'low': low, 'high': high, 'tokens': int(tokens)}
 
@@ -169,3 +167,48 @@ def _by_position(own, total, variance) -> dict[str, list[float]]:
     curves['delta_loss'].append(float(delta_T[here].sum() / counts))
     curves['fvu'].append(float((error_M / spread_M).mean()))
   return curves
+
+
+def ratio_interval(a_n: Any, b_n: Any) -> tuple[Any, Any, Any]:
+  """A ratio of sums over n clusters, with its 95 % confidence interval.
+
+    r   = sum(a) / sum(b)
+    var = n / (n - 1) * sum((a - r b)^2) / sum(b)^2
+    r -+ t(n - 1) sqrt(var),  t the 97.5 % point of Student's distribution
+
+  The clusters (sequences) are the independent draws; the tokens in one are
+  not. `a` and `b` are the sums over a cluster's tokens (of loss and of 1; of
+  squared error and of squared distance to the mean), so that a mean over all
+  tokens, an FVU and a difference of losses are all ratios.
+
+  Source: Cochran, Sampling Techniques, 3rd ed., the ratio estimator and its
+  variance by linearisation, section 6.3, without finite-population correction.
+
+  Args:
+    a_n: [n, ...] numerators. b_n: [n, ...] denominators, broadcast to a_n.
+
+  Returns:
+    (value, low, high): floats when a_n has one axis, arrays [...] otherwise.
+    With one cluster the interval is (-inf, inf).
+  """
+  a_n, b_n = np.asarray(a_n, np.float64), np.asarray(b_n, np.float64)
+  n = len(a_n)
+  if n == 0 or len(b_n) != n:
+    raise ValueError(
+      f'A ratio needs as many numerators as denominators, and at least one;'
+      f' found {n} and {len(b_n)}.'
+    )
+  b_n = b_n.reshape(b_n.shape + (1,) * (a_n.ndim - b_n.ndim))
+  with np.errstate(invalid='ignore', divide='ignore'):
+    bottom = b_n.sum(0)
+    value = a_n.sum(0) / bottom
+    if n > 1:
+      from scipy import special  # slow to import, and needed only here
+
+      error = ((a_n - value * b_n) ** 2).sum(0)
+      sigma = np.sqrt(n / (n - 1) * error) / np.abs(bottom)
+      half = special.stdtrit(n - 1, 0.975) * sigma
+    else:
+      half = np.full_like(value, np.inf)
+  result = value, value - half, value + half
+  return result if a_n.ndim > 1 else tuple(map(float, result))

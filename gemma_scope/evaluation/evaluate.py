@@ -39,11 +39,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma_scope import places, sites
-from gemma_scope.evaluation import controls, estimates
+from gemma_scope import sites
+from gemma_scope.evaluation import controls, estimates, passes
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
 from gemma_scope.release import npz, sae_folder
+from gemma_scope.sae import released
 
 _SAMPLE_TOKENS, _SAMPLE_SEQUENCES = 2**13, 32  # at least, to set the controls
 _SAMPLE_BYTES = 2**31  # activations of the sample in memory at once
@@ -56,24 +57,24 @@ Keep = Callable[[np.ndarray], np.ndarray]
 class _Replacement:
   """Something to put in the place of y: a member's y_hat, or an ablation."""
 
-  place: places.Place
+  place: sites.Wiring
   name: str
   params: Callable[[], Mapping[str, jax.Array]] | None = None
   value: Any = 0.0  # where there are no params
   sums: estimates.Sums = dataclasses.field(default_factory=estimates.Sums)
 
-  def of(self, taps, keep_BT, mesh) -> tuple[Sequence[jax.Array], splice.Sums]:
+  def of(self, taps, keep_BT, mesh) -> tuple[Sequence[jax.Array], passes.Sums]:
     """y_hat at each target, and the sums of its making."""
     y = tuple(taps[site] for site in self.place.targets)
     if self.params is None:
-      return [splice.ablate(y[0], keep_BT, self.value)], {}
+      return [passes.ablate(y[0], keep_BT, self.value)], {}
     x = tuple(taps[site] for site in self.place.sites)
     y = None if self.place.sites == self.place.targets else y
-    return splice.reconstruct(self.params(), x, y, keep_BT, mesh)
+    return passes.reconstruct(self.params(), x, y, keep_BT, mesh)
 
 
 def _ablation(target: sites.Site, name: str, value: Any) -> _Replacement:
-  place = places.Place('sae', (target,), (target,))
+  place = sites.Wiring('sae', (target,), (target,))
   return _Replacement(place, name, value=value)
 
 
@@ -136,7 +137,7 @@ def evaluate(
   waiting, done = [], 0
   for tokens_BT, keep_BT, rows in text.batches():
     poll()
-    taps, losses_BT, counts_BT, *sums = splice.clean(
+    taps, losses_BT, counts_BT, *sums = passes.clean(
       gemma, params, tokens_BT, keep_BT, at, targets, means, mesh
     )
     sums = jax.device_get(sums)
@@ -149,7 +150,7 @@ def evaluate(
       deltas = []
       for target, y_hat_BTD in zip(one.place.targets, y_hats, strict=True):
         before_BTD = taps[splice.before(target)]
-        delta = splice.delta(
+        delta = passes.delta(
             gemma, params, tokens_BT, target, y_hat_BTD, before_BTD, losses_BT,
             counts_BT, mesh,
         )  # fmt: skip
@@ -201,7 +202,7 @@ def _members(config: lm.Config, given, mesh: Mesh | None) -> list[_Replacement]:
     for key, array in arrays.items():
       if not np.isfinite(np.asarray(array)).all():
         raise ValueError(f'{name} has NaN or infinity in {key}.')
-    put = functools.partial(splice.put, arrays, mesh)
+    put = functools.partial(released.put, arrays, mesh)
     if size <= _RESIDENT_BYTES:
       put = functools.cache(put)
     found.append(_Replacement(place, name, put))
@@ -212,9 +213,9 @@ def _members(config: lm.Config, given, mesh: Mesh | None) -> list[_Replacement]:
   return found
 
 
-def _fitting_place(config: lm.Config, arrays, card) -> places.Place:
+def _fitting_place(config: lm.Config, arrays, card) -> sites.Wiring:
   """What a member reads and writes, if its parameters fit this model there."""
-  name, place = card['name'], places.of(card)
+  name, place = card['name'], sites.wiring_of(card)
   for site in (*place.sites, *place.targets):
     site.check(config)
   known = {*sae_folder.KEYS, *sae_folder.OPTIONAL_KEYS}
@@ -307,7 +308,7 @@ def _means(gemma, params, at, text, mesh, poll) -> dict[sites.Site, np.ndarray]:
   for tokens_BT, keep_BT, _ in text.batches():
     poll()
     taps = splice.taps(gemma, params, tokens_BT, at)
-    found = {site: splice.masked_sum(taps[site], keep_BT, mesh) for site in at}
+    found = {site: passes.masked_sum(taps[site], keep_BT, mesh) for site in at}
     for site, (sum_D, _) in jax.device_get(found).items():
       sums[site] = sums[site] + sum_D.astype(np.float64)
     tokens += int(found[at[0]][1])
@@ -322,7 +323,7 @@ def _controls(gemma, params, members, means, text, mesh, seed, poll):
   for one in members:
     groups[one.place].append(one)
   for at, together in _fitting(
-    sorted(groups, key=places.order), gemma.config, 4 * size
+    sorted(groups, key=sites.wiring_order), gemma.config, 4 * size
   ):
     sample = []
     for tokens_BT, keep_BT, _ in chosen:
@@ -338,7 +339,7 @@ def _controls(gemma, params, members, means, text, mesh, seed, poll):
         for one in group:
           poll()
           found = [
-            splice.active(
+            passes.active(
               one.params(),
               tuple(batch.taps[site] for site in place.sites),
               batch.keep_BT,
@@ -363,8 +364,8 @@ def _controls(gemma, params, members, means, text, mesh, seed, poll):
 
 
 def _fitting(
-  ordered: Sequence[places.Place], config, bytes_a_value: int
-) -> Iterator[tuple[tuple[sites.Site, ...], list[places.Place]]]:
+  ordered: Sequence[sites.Wiring], config, bytes_a_value: int
+) -> Iterator[tuple[tuple[sites.Site, ...], list[sites.Wiring]]]:
   """Groups of places whose activations fit in `_SAMPLE_BYTES`; their sites."""
   at, group = set(), []
   for place in ordered:

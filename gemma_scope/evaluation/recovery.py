@@ -47,7 +47,7 @@ import jax
 import numpy as np
 from scipy import optimize
 
-from gemma_scope import places, sae, sites
+from gemma_scope import sae, sites
 from gemma_scope.activations import harvest, synthetic
 
 FOUND = 0.9  # cosine from which a feature counts as recovered
@@ -353,7 +353,7 @@ def score(
   scores = {}
   for params, card in saes:
     poll()
-    place = places.of(card)
+    place = sites.wiring_of(card)
     at = place.sites, place.targets
 
     def metrics(params, at=at):

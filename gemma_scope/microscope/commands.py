@@ -17,7 +17,7 @@ import json
 
 import numpy as np
 
-from gemma_scope import files, places
+from gemma_scope import files, sites
 from gemma_scope.evaluation.saebench import probe, probe_inputs, suite
 from gemma_scope.microscope.autointerp import labels, llm
 from gemma_scope.microscope.circuits import (
@@ -25,10 +25,11 @@ from gemma_scope.microscope.circuits import (
   attribution_graph,
   effects,
   intervene,
+  readout,
 )
 from gemma_scope.microscope.dashboard import api, neuronpedia, server
 from gemma_scope.microscope.session import Sae, Session, spoken
-from gemma_scope.runtime import runs
+from gemma_scope.runtime import interrupt as interrupt_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Options:
 
 def build(session: Session, options: Options) -> None:
   """Indexes all SAEs in one pass, writes the pages, prints their address."""
-  with runs.Interrupt() as interrupt:
+  with interrupt_lib.Interrupt() as interrupt:
     first = session.build(options.sequences, options.batch, interrupt.check)
   session.report(f'microscope  {first.resolve().as_uri()}')
 
@@ -86,7 +87,7 @@ def serve(session: Session, options: Options) -> None:
 def _ids(session: Session, options: Options) -> list[int]:
   if not options.text:
     raise ValueError('Say --text=, what the model has read.')
-  return api.with_bos(session.tokenizer, options.text)
+  return readout.with_bos(session.tokenizer, options.text)
 
 
 def why(session: Session, options: Options) -> None:
@@ -95,12 +96,12 @@ def why(session: Session, options: Options) -> None:
   sae, tokenizer = session.find(options.sae), session.tokenizer
   subject = session.subject(sae)
   logit = _logit(session, options, ids)
-  pieces = api.logit_pieces(tokenizer, logit)
+  pieces = readout.logit_pieces(tokenizer, logit)
   session.report(f'{sae.name}: {spoken(pieces)} after {options.text[-60:]!r}')
   found = attribution.attribute(subject, ids, logit)
   session.report(attribution.report(found, session.named(sae)))
   _keep(session, 'why', {'text': options.text, 'logit': pieces, **found})
-  if places.of(sae.member.card).type in ('transcoder', 'clt'):
+  if sites.wiring_of(sae.member.card).type in ('transcoder', 'clt'):
     together = _together(session, sae)
     traced = attribution_graph.trace(
       [session.subject(one) for one in together], ids, logit
@@ -138,7 +139,7 @@ def steer(session: Session, options: Options) -> None:
   if len(changes) > 1:
     return
   logit = _logit(session, options, ids)
-  pieces = api.logit_pieces(session.tokenizer, logit)
+  pieces = readout.logit_pieces(session.tokenizer, logit)
   strengths = (1.0,)
   if changes[0].kind in ('add', 'clamp'):
     strengths = effects.STRENGTHS
@@ -162,14 +163,14 @@ def _change(text: str) -> intervene.Change:
     ) from None
 
 
-def _logit(session: Session, options: Options, ids) -> api.Logit:
+def _logit(session: Session, options: Options, ids) -> readout.Logit:
   """--logit=a,b as tokens; without it the two likeliest ones."""
   if not options.logit:
-    return api.likeliest(*session.model, ids)
+    return readout.likeliest(*session.model, ids)
   words = options.logit.split(',')  # spaces belong to the tokens
   if len(words) > 2:
     raise ValueError('--logit= is one token, or two with a comma.')
-  found = [api.one_token(session.tokenizer, word) for word in words]
+  found = [readout.one_token(session.tokenizer, word) for word in words]
   return (found[0], found[1] if len(found) > 1 else None)
 
 
@@ -177,7 +178,7 @@ def _together(session: Session, sae: Sae) -> list[Sae]:
   """A transcoder with its fellows of other layers; a CLT alone."""
   every = [(one.member.card, session.index(one)) for one in session.saes]
   first = session.saes.index(sae)
-  return [session.saes[i] for i in api.together(every, first)]
+  return [session.saes[i] for i in readout.together(every, first)]
 
 
 def _keep(session: Session, name: str, found: dict) -> None:
@@ -300,7 +301,7 @@ def run(name: str, session: Session, options: Options) -> None:
 
   Raises:
     ValueError: one sentence on what is missing or wrong.
-    runs.Interrupted: build was stopped, and has saved.
+    interrupt.Interrupted: build was stopped, and has saved.
   """
   if name not in COMMANDS:
     raise ValueError(f'There is no {name!r}; say {", ".join(COMMANDS)}.')

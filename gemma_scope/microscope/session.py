@@ -36,8 +36,8 @@ from gemma_scope.microscope.index import store as store_lib
 from gemma_scope.microscope.index.store import Index
 from gemma_scope.release import sae_folder as member_lib
 from gemma_scope.release.formats import published
-from gemma_scope.runtime import metrics
-from gemma_scope.text import tokenizers
+from gemma_scope.runtime import progress as progress_lib
+from gemma_scope.text import prepare, tokenizers
 from gemma_scope.training import setup
 
 _MEMBERS = 'members.json'
@@ -109,7 +109,7 @@ class Session:
   def text(self, sequences: int) -> build_lib.Text:
     """Sequences of the run's training text."""
     self.workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer, store = setup.open_text(self.config, self.workdir, self.report)
+    tokenizer, store = prepare.open_text(self.config, self.workdir, self.report)
     return build_lib.spread(
       store, self.config.text.seq_len, sequences,
       setup.special(tokenizer, store).keep, tokenizer.eos_id,
@@ -209,7 +209,7 @@ class Session:
     if first.exists() and built == about:
       self.report(f'{self.out} is built')
       return first
-    progress = metrics.Progress(
+    progress = progress_lib.Progress(
       2 * len(text.sequences_NT), self.config.text.seq_len, label='index',
       every_s=20,
     )  # fmt: skip

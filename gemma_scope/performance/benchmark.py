@@ -182,7 +182,9 @@ def compiled(case: Case, mesh, x_NBD=None):
   """
   if x_NBD is None:
     x_BD = jax.random.normal(_KEY, (case.batch, case.d)) * case.d**-0.5
-    x_NBD = jax.device_put(x_BD[None], mesh_lib.place(mesh, None, 'data', None))
+    x_NBD = jax.device_put(
+      x_BD[None], mesh_lib.sharding(mesh, None, 'data', None)
+    )
   one = case.stack()
   state = case.start(one, x_NBD[0], mesh)
   shardings = one.shardings(mesh), None
@@ -272,7 +274,7 @@ def harvest(name: str, seq_len: int, lm_batch: int, mesh, repeats: int):
   params = gemma.init(_KEY)
   at = [sites.Site(i, 'resid_post') for i in range(gemma.config.num_layers)]
   tokens = jax.random.randint(_KEY, (lm_batch, seq_len), 3, 1000)
-  tokens = jax.device_put(tokens, mesh_lib.place(mesh, 'data', None))
+  tokens = jax.device_put(tokens, mesh_lib.sharding(mesh, 'data', None))
 
   @jax.jit
   def read(params, tokens_BT):

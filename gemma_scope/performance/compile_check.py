@@ -32,6 +32,7 @@ from ml_collections import ConfigDict
 
 from gemma_scope import config as config_lib
 from gemma_scope import mesh as mesh_lib
+from gemma_scope import specs
 from gemma_scope.activations import harvest
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import weights
@@ -119,7 +120,7 @@ def check(
 
 def _harvest(config: ConfigDict, mesh):
   """Name, tokens, FLOPs and what lowers the forward pass."""
-  at = config_lib.site_list(config)
+  at = specs.site_list(config)
   layers = max(config.collection.layers) + 1
   gemma, wanted = weights.shapes(
       config.lm.name, config.lm.checkpoint, config.lm.dtype, mesh, layers,
@@ -129,7 +130,7 @@ def _harvest(config: ConfigDict, mesh):
   tokens_BT = jax.ShapeDtypeStruct(
     (layout.lm_batch, layout.seq_len),
     jnp.int32,
-    sharding=mesh_lib.place(mesh, 'data', None),
+    sharding=mesh_lib.sharding(mesh, 'data', None),
   )
   params = traverse_util.unflatten_dict(wanted, sep='/')
   count = layout.lm_batch * layout.seq_len
@@ -149,18 +150,18 @@ def _step(config: ConfigDict, mesh):
   """Name, rows, FLOPs and what lowers the training step."""
   model = setup.dimensions(config)
   stacks, _ = setup.make_stacks(config, model)
-  at = config_lib.site_list(config)
+  at = specs.site_list(config)
   rows = config.train.batch
   batch = {
     site: jax.ShapeDtypeStruct(
       (rows, site.width(model)),
       jnp.dtype(config.activations.dtype),
-      sharding=mesh_lib.place(mesh, 'data', None),
+      sharding=mesh_lib.sharding(mesh, 'data', None),
     )
     for site in at
   }
   scalar = lambda dtype: jax.ShapeDtypeStruct(
-    (), dtype, sharding=mesh_lib.place(mesh)
+    (), dtype, sharding=mesh_lib.sharding(mesh)
   )
   step = loop.step_of(config, stacks, None, mesh)
   flops = sum(s.module.flops(rows) * len(s.seeds) for s in stacks)

@@ -3,12 +3,14 @@
 Reading order; a module imports only from those above it:
 
   npz         deterministic, distrustful reading and writing of arrays
-  card        the table and the model card
-  frontier    the sparsity-fidelity frontier
+  table       one line for each SAE
+  card        the model card
+  frontier    the plot of sparsity against fidelity
+  paths       where an SAE lies in a release
   manifest    a release's files: names, sizes, hashes
-  sae_folder  one member's folder against its card
-  folder      parameters + card <-> a folder that others can use
-  formats     SAEs as others publish them, read and written; the hub
+  sae_folder  one SAE's folder, held to its card
+  folder      parameters + cards <-> a release on disk
+  formats     SAEs as other tools publish them; the hub
 """
 
 from gemma_scope.release.folder import (
@@ -17,7 +19,6 @@ from gemma_scope.release.folder import (
   load,
   load_all,
   save,
-  table,
   verify,
 )
 
@@ -27,6 +28,5 @@ __all__ = [
   'load',
   'load_all',
   'save',
-  'table',
   'verify',
 ]

@@ -35,6 +35,8 @@ import numpy as np
 
 from gemma_scope.release import card as card_lib
 from gemma_scope.release import frontier, manifest, npz, sae_folder
+from gemma_scope.release import paths as paths_lib
+from gemma_scope.release import table as table_lib
 
 Params = sae_folder.Params
 KEYS = sae_folder.KEYS
@@ -59,13 +61,6 @@ class Member:
   def load(self) -> Params:
     """Returns the parameters, checked as `release.load` checks them."""
     return load(self.folder)[0]
-
-
-def table(
-  rows: Sequence[card_lib.Row], *, markdown: bool = False, columns: int = 100
-) -> str:
-  """`cards.table`: one line per (card, metrics), the control beside."""
-  return card_lib.table(rows, markdown=markdown, columns=columns)
 
 
 def save(
@@ -113,8 +108,8 @@ def save(
         card['affine'] = True  # the table and the path say so
       ready.append((sae_folder.fit(params, card), card, metrics))
     # By the table's order, so that the order given changes nothing.
-    ready.sort(key=lambda each: card_lib.order(each[1:]))
-    paths = manifest.paths([each[1:] for each in ready])
+    ready.sort(key=lambda each: table_lib.order(each[1:]))
+    paths = paths_lib.paths([each[1:] for each in ready])
     target.parent.mkdir(parents=True, exist_ok=True)
     if aside.exists() and not target.exists():
       os.rename(aside, target)  # a writer was killed between two renames
@@ -169,7 +164,7 @@ def load(
       )
     folder = folder.parent
   try:
-    inside = manifest.locate(folder)
+    inside = paths_lib.locate(folder)
     files = None
     if inside:
       root, name = inside
@@ -216,7 +211,7 @@ def load_all(root: str | os.PathLike[str]) -> list[Member]:
       members.append(Member(entry['path'], folder, card, metrics))
   except npz.Refused as error:
     raise ReleaseError(str(error)) from None
-  return sorted(members, key=lambda m: card_lib.order((m.card, m.metrics)))
+  return sorted(members, key=lambda m: table_lib.order((m.card, m.metrics)))
 
 
 def verify(root: str | os.PathLike[str]) -> int:
@@ -253,7 +248,7 @@ def _build(root: pathlib.Path, ready, paths, title, license_name):
       manifest.write_json(folder / 'metrics.json', metrics)
     summary = {key: card.get(key) for key in _SUMMARY}
     for key in ('l0', 'fvu', 'delta_loss'):
-      summary[key] = card_lib.value((metrics or {}).get(key))
+      summary[key] = table_lib.value((metrics or {}).get(key))
     present = [n for n in manifest.MEMBER_FILES if (folder / n).exists()]
     files = {name: manifest.describe(folder / name) for name in present}
     entries.append(summary | {'path': path, 'files': files})

@@ -20,8 +20,8 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from gemma_scope import files, places, sites
-from gemma_scope.release import card as card_lib
+from gemma_scope import files, sites
+from gemma_scope.release import table
 
 _PANEL = (1.55, 1.30)  # inches
 _COLUMNS = 6
@@ -57,14 +57,14 @@ _STYLE = {
 _MEASURES = (('fvu', 'FVU'), ('delta_loss', 'Delta loss (nats per token)'))
 
 
-def has_points(row: card_lib.Row) -> bool:
+def has_points(row: table.Row) -> bool:
   """Whether a row has what a point needs: an L0 above 0 and an FVU."""
   metrics = row[1] or {}
-  l0 = card_lib.value(metrics.get('l0'))
-  return bool(l0 and l0 > 0) and card_lib.value(metrics.get('fvu')) is not None
+  l0 = table.value(metrics.get('l0'))
+  return bool(l0 and l0 > 0) and table.value(metrics.get('fvu')) is not None
 
 
-def frontier(path: str | os.PathLike[str], rows: Sequence[card_lib.Row]):
+def frontier(path: str | os.PathLike[str], rows: Sequence[table.Row]):
   """Draws the frontier; the suffix of `path` (.png, .svg, .pdf) is its format.
 
   Args:
@@ -74,7 +74,7 @@ def frontier(path: str | os.PathLike[str], rows: Sequence[card_lib.Row]):
   Raises:
     ValueError: no row has anything to draw.
   """
-  rows = sorted((row for row in rows if has_points(row)), key=card_lib.order)
+  rows = sorted((row for row in rows if has_points(row)), key=table.order)
   if not rows:
     raise ValueError(
       'A frontier needs at least one member with a measured L0 and FVU.'
@@ -83,7 +83,7 @@ def frontier(path: str | os.PathLike[str], rows: Sequence[card_lib.Row]):
   from matplotlib import figure
 
   path = pathlib.Path(path)
-  grid = _grid([places.of(card) for card, _ in rows])
+  grid = _grid([sites.wiring_of(card) for card, _ in rows])
   lines, columns = len(grid), max(len(line) for line in grid)
   beside = columns <= 3
   with matplotlib.rc_context(_STYLE):
@@ -98,9 +98,7 @@ def frontier(path: str | os.PathLike[str], rows: Sequence[card_lib.Row]):
     looks = _looks(rows)
     for half, (key, label) in zip(halves, _MEASURES, strict=True):
       _draw(half, grid, columns, rows, key, label, looks)
-    _legend(
-      picture, looks, any(card_lib.control(metrics) for _, metrics in rows)
-    )
+    _legend(picture, looks, any(table.control(metrics) for _, metrics in rows))
     metadata = {'.png': {'Software': None}, '.svg': {'Date': None}}
     metadata['.pdf'] = {'CreationDate': None}
     with files.whole_file(path) as file:
@@ -112,15 +110,15 @@ def frontier(path: str | os.PathLike[str], rows: Sequence[card_lib.Row]):
       )
 
 
-def _line_of(place: places.Place) -> tuple[str, ...]:
+def _line_of(place: sites.Wiring) -> tuple[str, ...]:
   """Places of one line of panels, hence of one scale, share this."""
   return place.type, place.kind, place.targets[0].kind
 
 
-def _grid(found: Sequence[places.Place]) -> list[list[places.Place]]:
+def _grid(found: Sequence[sites.Wiring]) -> list[list[sites.Wiring]]:
   """Panels: a line of layers for each kind, long lines broken evenly."""
   lines = {}
-  for place in sorted(set(found), key=places.order):
+  for place in sorted(set(found), key=sites.wiring_order):
     lines.setdefault(_line_of(place), []).append(place)
   longest = max(len(line) for line in lines.values())
   columns = math.ceil(longest / math.ceil(longest / _COLUMNS))
@@ -131,14 +129,14 @@ def _grid(found: Sequence[places.Place]) -> list[list[places.Place]]:
   ]
 
 
-def _title(place: places.Place) -> str:
+def _title(place: sites.Wiring) -> str:
   if place.type == 'sae':
     return f'{place.kind}, layer {place.layers()}'
   between = '\n' if place.several else '/'  # layers may be many
   return f'{place.type} {place.kind}{between}{place.layers()}'
 
 
-def _looks(rows: Sequence[card_lib.Row]) -> dict[tuple[int, str], dict]:
+def _looks(rows: Sequence[table.Row]) -> dict[tuple[int, str], dict]:
   """(width, architecture) -> its colour, marker and dashes."""
   from matplotlib import colormaps
 
@@ -166,7 +164,7 @@ def _looks(rows: Sequence[card_lib.Row]) -> dict[tuple[int, str], dict]:
 
 
 def _look(card: dict) -> tuple[int, str]:
-  return card['width'], card_lib.architecture(card)
+  return card['width'], table.architecture(card)
 
 
 def _draw(half, grid, columns, rows, key, label, looks):
@@ -175,9 +173,9 @@ def _draw(half, grid, columns, rows, key, label, looks):
     len(grid), columns, sharex=True, sharey='row', squeeze=False
   )
   logarithmic = all(
-    (number := card_lib.value(each.get(key))) is None or number > 0
+    (number := table.value(each.get(key))) is None or number > 0
     for _, metrics in rows
-    for each in (metrics, card_lib.control(metrics))
+    for each in (metrics, table.control(metrics))
   )
   for r, line in enumerate(grid):
     for c in range(columns):
@@ -185,7 +183,7 @@ def _draw(half, grid, columns, rows, key, label, looks):
       if c >= len(line):
         panel.set_axis_off()
         continue
-      here = [row for row in rows if places.of(row[0]) == line[c]]
+      here = [row for row in rows if sites.wiring_of(row[0]) == line[c]]
       _panel(panel, here, key, looks)
       panel.set_title(_title(line[c]), pad=3)
       _scales(panel, logarithmic)
@@ -213,9 +211,7 @@ def _panel(panel, rows, key, looks):
     key_of = (_look(card), str(card.get('seed')))
     groups.setdefault(key_of, []).append(metrics)
   for (look, _), found in groups.items():
-    twins = [
-      _point(card_lib.control(metrics), key, metrics) for metrics in found
-    ]
+    twins = [_point(table.control(metrics), key, metrics) for metrics in found]
     twins = sorted(point for point in twins if point)
     if twins:
       panel.plot(
@@ -248,14 +244,14 @@ def _panel(panel, rows, key, looks):
 
 def _point(figures, key, member) -> tuple[float, float, float, float] | None:
   """(L0, value, low, high); a control without its own L0 takes its member's."""
-  value = card_lib.value(figures.get(key))
-  l0 = card_lib.value(figures.get('l0')) or card_lib.value(member.get('l0'))
+  value = table.value(figures.get(key))
+  l0 = table.value(figures.get('l0')) or table.value(member.get('l0'))
   if value is None or not l0 or l0 <= 0:
     return None
   metric = figures[key] if isinstance(figures[key], dict) else {}
   low, high = (
-    card_lib.value(metric.get('low')),
-    card_lib.value(metric.get('high')),
+    table.value(metric.get('low')),
+    table.value(metric.get('high')),
   )
   return l0, value, value if low is None else low, high or value
 

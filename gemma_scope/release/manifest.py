@@ -30,79 +30,23 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from gemma_scope import places, sites
-from gemma_scope.release import card as card_lib
 from gemma_scope.release import npz
+from gemma_scope.release import paths as paths_lib
 
 NAME = 'manifest.json'
 FORMAT = 'gemma_scope.release'
 VERSION = 2
-MEMBER = re.compile(
-  r'(?P<folder>(?P<kind>[a-z_]{1,40})'
-  r'/layer_\d{1,4}(?:_to_\d{1,4}|(?:_\d{1,4}){0,61})/width_\d{1,9}[km]?)/'
-  r'(?:average_l0_\d{1,9}|unmeasured_[a-z0-9_]{1,40}?(?:[.+-][a-z0-9]{1,9})*)'
-  r'(?P<affine>_affine)?(?:_[a-z][a-z0-9]{0,29}){0,4}'
-  r'(?:_seed_\d{1,19})?(?:_\d{1,6})?',
-  re.ASCII,
-)
 MEMBER_FILES = ('params.npz', 'config.json', 'metrics.json')
 ROOT_FILES = ('README.md', 'frontier.png')
 
 _JSON_BYTES = 4 << 20
 _ANY_BYTES = 1 << 50
 _SHA256 = re.compile(r'[0-9a-f]{64}', re.ASCII)
-
-
-def folder(card: dict) -> str:
-  """The folder of a member up to its width: resid_post/layer_2/width_16k."""
-  place = places.of(card)
-  layers = place.layers('_', '_to_')
-  width = sites.width_name(card['width'])
-  return f'{place.folder}/layer_{layers}/width_{width}'
-
-
-def paths(rows: Sequence[card_lib.Row]) -> list[str]:
-  """A folder for each member; equal names get the seed, or else a number."""
-  found = []
-  several = len({card.get('architecture') for card, _ in rows}) > 1
-  for card, metrics in rows:
-    l0 = card_lib.value((metrics or {}).get('l0'))
-    if l0 is None:
-      asked = card_lib.sparsity(card).lower().replace(' ', '_')
-      leaf = f'unmeasured_{asked}' if asked != '-' else 'unmeasured_sparsity'
-    else:
-      leaf = f'average_l0_{round(l0)}'
-    affine = bool(card.get('affine'))
-    base = f'{folder(card)}/{leaf}' + '_affine' * affine
-    if several and card.get('architecture'):
-      base += f'_{card["architecture"]}'
-    path, count = base, 1
-    if path in found and type(card.get('seed')) is int and card['seed'] >= 0:
-      path = f'{base}_seed_{card["seed"]}'
-    while path in found:
-      count += 1
-      path = f'{base}_{count}'
-    match = MEMBER.fullmatch(path)
-    if not match or (match['affine'] is not None) != affine:
-      raise npz.Refused(f'{npz.show(path)} cannot name a folder of a release.')
-    found.append(path)
-  return found
-
-
-def locate(folder: pathlib.Path) -> tuple[pathlib.Path, str] | None:
-  """(release, member's path in it) where the folder's name has that form."""
-  if len(folder.parts) < 5:
-    return None
-  name = '/'.join(folder.parts[-4:])
-  match = MEMBER.fullmatch(name)
-  if not match or match['kind'] not in (*sites.KINDS, *places.TYPES):
-    return None
-  return folder.parents[3], name
 
 
 def plain(value: Any) -> Any:
@@ -182,7 +126,7 @@ def read(root: pathlib.Path) -> dict:
   seen = set()
   for member in members:
     name = member.get('path') if isinstance(member, dict) else None
-    if not isinstance(name, str) or not MEMBER.fullmatch(name):
+    if not isinstance(name, str) or not paths_lib.MEMBER.fullmatch(name):
       raise npz.Refused(
         f'{where} names a member {npz.show(name)}; expected '
         'kind/layer_L/width_W/average_l0_N.'

@@ -24,8 +24,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gemma_scope import places
-from gemma_scope.release import manifest, npz
+from gemma_scope import sites
+from gemma_scope.release import manifest, npz, paths
 
 Params = dict[str, np.ndarray]
 
@@ -126,7 +126,7 @@ def read(
 
 def check_card(
   card: object, folder: pathlib.Path, name: str | None
-) -> places.Place:
+) -> sites.Wiring:
   """Sizes are whole numbers; place and width agree with the folder's name."""
   where = npz.show(folder / 'config.json')
   if not isinstance(card, dict):
@@ -139,7 +139,7 @@ def check_card(
         'above 0.'
       )
   try:
-    place = places.of(card)
+    place = sites.wiring_of(card)
   except ValueError as error:
     raise npz.Refused(
       f'{where} does not say what it reads and writes: {str(error)[:300]}'
@@ -158,8 +158,8 @@ def check_card(
   if type(card.get('affine', False)) is not bool:
     raise npz.Refused(f'{where} has an affine that is neither true nor false.')
   if name is not None:
-    found = manifest.MEMBER.fullmatch(name)
-    wanted = manifest.folder(card), card.get('affine', False)
+    found = paths.MEMBER.fullmatch(name)
+    wanted = paths.folder(card), card.get('affine', False)
     if (found['folder'], found['affine'] is not None) != wanted:
       raise npz.Refused(
         f'{where} is the card of {wanted[0]} with'
@@ -185,7 +185,7 @@ def _shapes(card: dict, layers: int) -> npz.Shapes:
 
 
 def _layers(card: dict) -> int:
-  place = places.of(card)
+  place = sites.wiring_of(card)
   return len(place.sites) if place.several else 0
 
 

@@ -2,12 +2,13 @@
 
 Reading order; a module imports only from those above it:
 
-  activation_functions  JumpReLU and its estimators, TopK, BatchTopK
-  kernels               Pallas kernels for its sums, on TPU and GPU
-  sparse                the few latents of a row that matter, and sums over them
-  autoencoder           one SAE: the Flax module, released encode and decode
+  activation_functions  JumpReLU and its gradient estimators, TopK, BatchTopK
+  kernels               Pallas kernels for TPU and GPU
+  sparse                sums over the few active latents of a row
+  autoencoder           one SAE: the Flax module; released encode and decode
   architectures         JumpReLU, TopK, BatchTopK, Gated, ReLU
-  fold                  scales and decoder norms, into the parameters and back
+  fold                  scales and decoder norms folded into parameters and back
+  released              parameters of released SAEs on the devices
 """
 
 from gemma_scope.sae.autoencoder import (

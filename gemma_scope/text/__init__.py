@@ -3,9 +3,10 @@
 Reading order; a module imports only from those above it:
 
   sources      where documents come from; train or held out
-  prompts      those of conversations, from a file; held out or not
+  prompts      chat prompts from a file, each train or held out
   tokenizers   SentencePiece: Gemma's own, or one trained here
-  token_store  tokens on disk, checked; sequences by index
-  prepare      documents -> tokens, once -> shuffled sequences
-  rollouts     turns, and a store of the model's own replies
+  sequences    fixed-length sequences from a token store, by index
+  token_store  tokens on disk, checked
+  prepare      documents -> tokens on disk -> shuffled sequences
+  rollouts     chat turns, and a store of the model's own replies
 """

@@ -1,8 +1,8 @@
 """Documents -> tokens, once -> sequences of fixed length, by index.
 
-  documents(source)                 names and texts in a fixed order (sources)
+  sources.documents(source)       names and texts in a fixed order
     -> prepare(source, tokenizer, folder)   one flat token file per split
-    -> Tokens(folder)               the store, opened and checked (token_store)
+    -> token_store.Tokens(folder)   the store, opened and checked
     -> .sequences(T)[i]             BOS + T-1 tokens, int32 [T]
     -> shuffled(sequences, seed)[i] any i >= 0: a new order every epoch
     -> batch(rows, start, count)    int32 [count, T]
@@ -26,16 +26,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from gemma_scope import files
+from gemma_scope.text import sequences as sequences_lib
 from gemma_scope.text import sources, token_store, tokenizers
-
-Document = sources.Document
-documents = sources.documents
-Tokenizer = tokenizers.Tokenizer
-train_tokenizer = tokenizers.train_tokenizer
-Tokens = token_store.Tokens
-Sequences = token_store.Sequences
 
 _BATCH_CHARS = 1 << 21  # encoded at once: bounds memory, feeds the threads
 
@@ -46,7 +41,7 @@ class Rows(Protocol):
   def __getitem__(self, index: int, /) -> np.ndarray: ...
 
 
-def shuffled(sequences: Sequences, seed: int) -> Rows:
+def shuffled(sequences: sequences_lib.Sequences, seed: int) -> Rows:
   """`[i]` for any i >= 0: i // len is the epoch, each its own permutation.
 
   The order is grain's index shuffle: a pure function of (seed, len, i) that
@@ -88,12 +83,12 @@ class Progress:
 
 def prepare(
   source: str,
-  tokenizer: Tokenizer,
+  tokenizer: tokenizers.Tokenizer,
   folder: str | os.PathLike[str],
   *,
   progress: Callable[[Progress], None] | None = None,
   limit_tokens: int | None = None,
-) -> Tokens:
+) -> token_store.Tokens:
   """Tokenises a source once into `folder`, or finds that this was done.
 
   Stops at the end of the first document with which both splits together hold
@@ -117,7 +112,7 @@ def prepare(
     'pad_id': tokenizer.pad_id,
     'limit_tokens': limit_tokens,
   }
-  found = documents(source)
+  found = sources.documents(source)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     return _same_preparation(folder, inputs, found)
   try:
@@ -128,15 +123,17 @@ def prepare(
       token_store.write_manifest(draft, inputs | written)
   except FileExistsError:
     # Another process was first: the same text, or a refusal.
-    return _same_preparation(folder, inputs, documents(source))
-  return Tokens(folder)
+    return _same_preparation(folder, inputs, sources.documents(source))
+  return token_store.Tokens(folder)
 
 
 def _same_preparation(
-  folder: pathlib.Path, inputs: dict[str, Any], found: Iterable[Document]
-) -> Tokens:
+  folder: pathlib.Path,
+  inputs: dict[str, Any],
+  found: Iterable[sources.Document],
+) -> token_store.Tokens:
   """Opens the folder if it holds the preparation of these inputs."""
-  store = Tokens(folder)
+  store = token_store.Tokens(folder)
   advice = 'Choose another folder, or delete that one.'
   for field, wanted in inputs.items():
     if store.manifest[field] != wanted:
@@ -159,13 +156,13 @@ def _same_preparation(
 
 def _write(
   folder: pathlib.Path,
-  found: Iterable[Document],
-  tokenizer: Tokenizer,
+  found: Iterable[sources.Document],
+  tokenizer: tokenizers.Tokenizer,
   limit_tokens: int | None,
   progress: Callable[[Progress], None],
 ) -> dict[str, Any]:
   """Writes the token files; returns the manifest's part about them."""
-  dtype = token_store.dtype_of(tokenizer.vocab_size)
+  dtype = sequences_lib.dtype_of(tokenizer.vocab_size)
   started = time.monotonic()
   read = hashlib.sha256()
   hashes = {split: hashlib.sha256() for split in sources.SPLITS}
@@ -205,7 +202,9 @@ def _write(
   }
 
 
-def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
+def _batches(
+  found: Iterable[sources.Document],
+) -> Iterator[list[sources.Document]]:
   several, size = [], 0
   for document in found:
     several.append(document)
@@ -217,9 +216,40 @@ def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
     yield several
 
 
-def _hash_document(digest: Any, document: Document) -> int:
+def _hash_document(digest: Any, document: sources.Document) -> int:
   """Adds name and text, each after its length; returns the text's bytes."""
   name, body = document.name.encode(), document.text.encode()
   digest.update(len(name).to_bytes(8, 'little') + name)
   digest.update(len(body).to_bytes(8, 'little') + body)
   return len(body)
+
+
+def open_text(
+  config: ConfigDict, workdir: pathlib.Path, report: Callable[[str], None]
+) -> tuple[tokenizers.Tokenizer, token_store.Tokens]:
+  """The tokenizer and the token store; makes the store where none is named.
+
+  A run keeps the store it began with, whatever became of its source.
+  """
+  # JAX: not for those who only prepare text.
+  from gemma_scope.language_model import weights
+  from gemma_scope.runtime import cluster
+
+  tokenizer = tokenizers.Tokenizer(
+    config.lm.tokenizer
+    or weights.tokenizer(config.lm.name, config.lm.checkpoint)
+  )
+  folder = pathlib.Path(config.text.store or workdir / 'tokens')
+  with cluster.first_goes_ahead():
+    if config.text.store or (folder / 'manifest.json').exists():
+      store = token_store.Tokens(folder)
+      store.verify()
+    else:
+      report(f'tokenising {config.text.source}')
+      store = prepare(config.text.source, tokenizer, folder)
+  if store.fingerprint['tokenizer_sha256'] != tokenizer.sha256:
+    raise ValueError(
+      f'The token store {str(folder)!r} was made with another tokenizer than '
+      f'{tokenizer.path!r}; prepare it again or set lm.tokenizer.'
+    )
+  return tokenizer, store

@@ -33,7 +33,7 @@ from gemma_scope import files
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import generate
 from gemma_scope.text import prompts as prompts_lib
-from gemma_scope.text import sources, token_store, tokenizers
+from gemma_scope.text import sequences, sources, token_store, tokenizers
 
 _MARKERS = re.compile('<(?=(?:start|end)_of_turn>)')
 _PARTS = 'parts'  # folder of what is done, until the store is whole
@@ -163,7 +163,7 @@ def prepare_rollouts(
   splits = _splits([prompts[i] for i in kept], heldout)
   _begin(folder, inputs)
   total = -(-len(kept) // batch)
-  dtype = token_store.dtype_of(tokenizer.vocab_size)
+  dtype = sequences.dtype_of(tokenizer.vocab_size)
   shape = np.dtype((dtype, seq_len - 1))
   sizes = [min(batch, len(kept) - part * batch) for part in range(total)]
   lacking = [

@@ -16,8 +16,6 @@ ids that open the model's turn (`tokenizers.Special`).
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -27,17 +25,13 @@ from typing import Any
 import numpy as np
 
 from gemma_scope import files
+from gemma_scope.text import sequences as sequences_lib
 from gemma_scope.text import sources
 
 FORMAT = 1
 MANIFEST = 'manifest.json'
 _MANIFEST_BYTES = 1 << 16
 _BLOCK_BYTES = 1 << 22
-
-
-def dtype_of(vocab_size: int) -> str:
-  """The type of the tokens on disk."""
-  return '<u2' if vocab_size <= 1 << 16 else '<i4'
 
 
 class Tokens:
@@ -101,7 +95,9 @@ class Tokens:
     tokens = sum(self.manifest['tokens'].values())
     return self.manifest['replies']['tokens'] / max(tokens, 1)
 
-  def sequences(self, seq_len: int, split: str = 'train') -> Sequences:
+  def sequences(
+    self, seq_len: int, split: str = 'train'
+  ) -> sequences_lib.Sequences:
     """Rows of `seq_len` tokens, BOS included; ValueError if there is none."""
     if self.is_chat and seq_len != self.manifest['seq_len']:
       raise ValueError(
@@ -109,68 +105,13 @@ class Tokens:
         f'{self.manifest["seq_len"]} tokens, not {seq_len}; set text.seq_len '
         'to that, or prepare it again.'
       )
-    return Sequences(
+    return sequences_lib.Sequences(
       str(self.path(split)),
       self.manifest['dtype'],
       self.manifest['bos_id'],
       seq_len,
       self.manifest['tokens'][split],
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Sequences:
-  """Rows of one token file: `len` of them, `[i]` is int32 [T].
-
-  Pickles as its fields and maps the file anew, so workers can hold it.
-  """
-
-  path: str
-  dtype: str
-  bos_id: int
-  seq_len: int
-  tokens: int
-
-  def __post_init__(self):
-    if self.seq_len < 2:
-      raise ValueError(
-        f'seq_len is {self.seq_len}; BOS and one token need at least 2.'
-      )
-    if self.tokens < self.seq_len - 1:
-      raise ValueError(
-        f'{self.path} holds {self.tokens} tokens, too few for one sequence of '
-        f'{self.seq_len}; use a longer text or a shorter sequence.'
-      )
-
-  def __getstate__(self) -> dict[str, Any]:
-    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
-  @functools.cached_property
-  def _stream(self) -> np.ndarray:
-    return np.memmap(self.path, self.dtype, 'r', shape=(self.tokens,))
-
-  def __len__(self) -> int:
-    return self.tokens // (self.seq_len - 1)
-
-  def __getitem__(self, index: int) -> np.ndarray:
-    if not 0 <= index < len(self):
-      raise IndexError(f'{self.path} has no sequence {index} of {len(self)}.')
-    width = self.seq_len - 1
-    row_T = np.empty(self.seq_len, np.int32)
-    row_T[0] = self.bos_id
-    row_T[1:] = self._stream[index * width : (index + 1) * width]
-    return row_T
-
-  def documents(self, indices: np.ndarray, eos_id: int) -> np.ndarray:
-    """Number of the document of each token of some rows, int32 [N, T].
-
-    A document is what ends with EOS in the stream; BOS has its row's first.
-    """
-    width = self.seq_len - 1
-    ends = np.flatnonzero(self._stream == eos_id)
-    at_NT = np.asarray(indices)[:, None] * width + np.arange(-1, width)
-    at_NT[:, 0] += 1
-    return np.searchsorted(ends, at_NT).astype(np.int32)
 
 
 # The manifest.
@@ -210,7 +151,7 @@ def _check_manifest(manifest: Any) -> None:
   if not isinstance(manifest, dict) or manifest.get('format') != FORMAT:
     raise ValueError(f'its format is not {FORMAT}')
   vocab = _integer(manifest, 'vocab_size', 1, 1 << 31)
-  if manifest['dtype'] != dtype_of(vocab):
+  if manifest['dtype'] != sequences_lib.dtype_of(vocab):
     raise ValueError(f'dtype is {manifest["dtype"]!r}')
   for key in ('bos_id', 'eos_id'):
     _integer(manifest, key, 0, vocab)

@@ -4,10 +4,11 @@ Reading order; a module imports only from those above it:
 
   objectives  the loss of one SAE
   resampling  dead latents begun anew
-  optimizer   Adam with beta1 = 0, the schedules of a run
+  optimizer   Adam and the schedules of a run
   stack       many SAEs of one shape: state, step, sharding table
-  end_to_end  fine-tuning by KL, through the language model
-  setup       a config -> text, rows, stacks; trained members
-  initialise  members that start from a release's
-  loop        the loop
+  end_to_end  fine-tuning by the KL of the spliced model
+  setup       a config -> text, activations, stacks
+  trained     parameters and cards of trained SAEs
+  initialise  SAEs that start from a release
+  loop        the training loop
 """

@@ -64,7 +64,7 @@ class Feed:
     self.source = chunks.source
     self._chunks = chunks
     self._count = sequences
-    self._place = mesh_lib.place(mesh, 'data', None)
+    self._place = mesh_lib.sharding(mesh, 'data', None)
 
   def at(
     self, step: int, poll: Callable[[], None] = lambda: None
@@ -265,5 +265,5 @@ def _on_data(x: jax.Array, mesh: Mesh | None) -> jax.Array:
   """Rows or sequences over the mesh's axis: a gather leaves them anywhere."""
   if mesh is None:
     return x
-  place = mesh_lib.place(mesh, 'data', *(None,) * (x.ndim - 1))
+  place = mesh_lib.sharding(mesh, 'data', *(None,) * (x.ndim - 1))
   return jax.lax.with_sharding_constraint(x, place)

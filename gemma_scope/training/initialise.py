@@ -32,8 +32,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gemma_scope import config as config_lib
-from gemma_scope import release, sites
-from gemma_scope.release import card as card_lib
+from gemma_scope import release, sites, specs
+from gemma_scope.release import table
 from gemma_scope.release.formats import published
 from gemma_scope.sae import fold
 from gemma_scope.training import stack
@@ -44,7 +44,7 @@ Plan = list[list[tuple[release.Member, ...]]]
 
 
 def plan(
-  config: ConfigDict, groups: Sequence[Sequence[config_lib.Member]]
+  config: ConfigDict, groups: Sequence[Sequence[specs.SaeSpec]]
 ) -> Plan | None:
   """The release's SAEs that each member starts from, by their cards alone.
 
@@ -88,10 +88,10 @@ def _sources(config, offered, member) -> tuple[release.Member, ...]:
   return tuple(found)
 
 
-def _distance(source: release.Member, member: config_lib.Member) -> tuple:
+def _distance(source: release.Member, member: specs.SaeSpec) -> tuple:
   """Smaller is nearer: width, architecture, L0, seed; then the path."""
   card, width = source.card, member.width // max(member.layers, 1)
-  l0 = card_lib.value((source.metrics or {}).get('l0'))
+  l0 = table.value((source.metrics or {}).get('l0'))
   l0 = (
     card.get('sparsity', {}).get('value', member.sparsity) if l0 is None else l0
   )
@@ -108,7 +108,7 @@ def _distance(source: release.Member, member: config_lib.Member) -> tuple:
 def start(
   chosen: Plan,
   stacks: Sequence[stack.Stack],
-  groups: Sequence[Sequence[config_lib.Member]],
+  groups: Sequence[Sequence[specs.SaeSpec]],
   states: Sequence[stack.State],
   scales: Mapping[sites.Site, float],
 ) -> tuple[stack.State, ...]:

@@ -23,11 +23,13 @@ from ml_collections import ConfigDict
 
 import gemma_scope
 from gemma_scope import config as config_lib
-from gemma_scope import files, sites
+from gemma_scope import files, sites, specs
 from gemma_scope import mesh as mesh_lib
 from gemma_scope.activations import chunks as chunks_lib
-from gemma_scope.runtime import checkpoints, cluster, metrics, runs
-from gemma_scope.training import end_to_end, initialise, setup, stack
+from gemma_scope.runtime import changes, checkpoints, cluster, metrics, progress
+from gemma_scope.runtime import interrupt as interrupt_lib
+from gemma_scope.runtime import lease as lease_lib
+from gemma_scope.training import end_to_end, initialise, setup, stack, trained
 
 # What may differ when a run is continued: nothing that a parameter depends on.
 _MAY_CHANGE = (
@@ -50,7 +52,7 @@ class Result:
 
   def members(self, config: ConfigDict):
     """The trained SAEs as (params, card), see `collection.members`."""
-    return setup.members(
+    return trained.members(
       config, self.stacks, self.states, self.scales, self.step, self.facts
     )
 
@@ -62,10 +64,12 @@ def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
   described = json.loads(config.to_json())
   with cluster.first_goes_ahead():  # with its config the others are compared
     if path.exists():
-      runs.refuse_changes(json.loads(path.read_text()), described, _MAY_CHANGE)
+      changes.refuse_changes(
+        json.loads(path.read_text()), described, _MAY_CHANGE
+      )
       return
     # Before the folder is taken: what the run would start from is there.
-    groups = config_lib.stacks(config, setup.dimensions(config)).values()
+    groups = specs.stacks(config, setup.dimensions(config)).values()
     initialise.plan(config, groups)
     files.write_json(path, described, indent=2)
 
@@ -73,8 +77,8 @@ def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
 def train(
   config: ConfigDict,
   workdir: str | pathlib.Path,
-  lease: runs.Lease,
-  interrupt: runs.Interrupt,
+  lease: lease_lib.Lease,
+  interrupt: interrupt_lib.Interrupt,
   report: Callable[[str], None] = print,
 ) -> Result:
   """Trains the collection, from the last checkpoint if there is one.
@@ -149,19 +153,23 @@ class _Loop:
       self.step, self.scales = 0, {}
       self.states = stack.init_all(self._stacks, key, self._mesh)
     else:
-      runs.refuse_changes(restored.meta['facts'], facts, what='text or model')
+      changes.refuse_changes(
+        restored.meta['facts'], facts, what='text or model'
+      )
       self.step, self.states = restored.step, restored.state
       self._set_scales(_scales(restored.meta))
       self._feed.left_out = restored.meta['left_out']
       self._report(f'continuing at step {self.step}')
       was = restored.meta.get('devices')
-      if was and (found := runs.fingerprint_difference(was, self._devices())):
+      if was and (
+        found := changes.fingerprint_difference(was, self._devices())
+      ):
         self._report(
           f'other devices than before ({"; ".join(found)}): sums are taken in '
           'another order, so the end is the same up to rounding, not bitwise'
         )
 
-  def run(self, interrupt: runs.Interrupt) -> None:
+  def run(self, interrupt: interrupt_lib.Interrupt) -> None:
     """Steps until the last one, or until interrupted; saved either way."""
     steps = self._config.train.steps
     if self.step == steps:
@@ -184,7 +192,7 @@ class _Loop:
           pending = (self.step, values) if logged else None
           if self.step % self._config.checkpoint.every == 0:
             saved = self._save()
-      except runs.Interrupted:  # while a chunk was made
+      except interrupt_lib.Interrupted:  # while a chunk was made
         pass
       self._log(pending)
       if saved != self.step:
@@ -220,9 +228,9 @@ class _Loop:
       wandb={'project': m.wandb_project} if m.wandb_project else None,
       resume_step=self.step,
     )
-    self._progress = metrics.Progress(
+    self._progress = progress.Progress(
         t.steps, t.batch, self._flops(), first_step=self.step,
-        peak=metrics.matmul_peak() * jax.device_count(),
+        peak=progress.matmul_peak() * jax.device_count(),
     )  # fmt: skip
     try:
       yield
@@ -243,7 +251,7 @@ class _Loop:
     return self.step
 
   def _put(self, value: np.generic) -> jax.Array:
-    return mesh_lib.put(value, mesh_lib.place(self._mesh))
+    return mesh_lib.put(value, mesh_lib.sharding(self._mesh))
 
   def _devices(self) -> dict[str, Any]:
     """What the order of a sum depends on."""
@@ -296,7 +304,7 @@ def step_of(config, stacks, gemma, mesh):
   @functools.partial(
     jax.jit,
     donate_argnums=0,
-    out_shardings=(shardings, mesh_lib.place(mesh)),
+    out_shardings=(shardings, mesh_lib.sharding(mesh)),
   )
   def take_step(states, batch, scales, step, lm_params):
     if beta:

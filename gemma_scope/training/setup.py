@@ -9,26 +9,20 @@ from __future__ import annotations
 import functools
 import pathlib
 import types
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-import gemma_scope
 from gemma_scope import config as config_lib
-from gemma_scope import sae, sites
+from gemma_scope import sae, sites, specs
 from gemma_scope.activations import harvest, synthetic
 from gemma_scope.activations import store as store_lib
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import weights
-from gemma_scope.runtime import cluster
-from gemma_scope.sae import architectures, fold
-from gemma_scope.text import prepare, tokenizers
+from gemma_scope.sae import architectures
+from gemma_scope.text import prepare, token_store, tokenizers
 from gemma_scope.training import objectives, stack
 from gemma_scope.training import optimizer as optimizer_lib
 
@@ -42,35 +36,8 @@ _MEETS_L0 = {
 }
 
 
-def open_text(
-  config: ConfigDict, workdir: pathlib.Path, report: Callable[[str], None]
-) -> tuple[prepare.Tokenizer, prepare.Tokens]:
-  """The tokenizer and the token store; makes the store where none is named.
-
-  A run keeps the store it began with, whatever became of its source.
-  """
-  tokenizer = prepare.Tokenizer(
-    config.lm.tokenizer
-    or weights.tokenizer(config.lm.name, config.lm.checkpoint)
-  )
-  folder = pathlib.Path(config.text.store or workdir / 'tokens')
-  with cluster.first_goes_ahead():
-    if config.text.store or (folder / 'manifest.json').exists():
-      store = prepare.Tokens(folder)
-      store.verify()
-    else:
-      report(f'tokenising {config.text.source}')
-      store = prepare.prepare(config.text.source, tokenizer, folder)
-  if store.fingerprint['tokenizer_sha256'] != tokenizer.sha256:
-    raise ValueError(
-      f'The token store {str(folder)!r} was made with another tokenizer than '
-      f'{tokenizer.path!r}; prepare it again or set lm.tokenizer.'
-    )
-  return tokenizer, store
-
-
 def special(
-  tokenizer: prepare.Tokenizer, store: prepare.Tokens
+  tokenizer: tokenizers.Tokenizer, store: token_store.Tokens
 ) -> tokenizers.Special:
   """Tokens whose activations no SAE sees (arXiv 2408.05147 sections 3, 4.5)."""
   ids = tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id
@@ -103,10 +70,10 @@ def layout(config: ConfigDict, share: float = 1.0) -> harvest.Layout:
 def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
   """Where rows come from, and the facts that a resumed run must agree on."""
   c, a = config.collection, config.activations
-  at = config_lib.site_list(config)
+  at = specs.site_list(config)
   if a.store:
     return _open_store(config, at, report)
-  tokenizer, store = open_text(config, workdir, report)
+  tokenizer, store = prepare.open_text(config, workdir, report)
   sequences = store.sequences(config.text.seq_len)
   report(f'loading {config.lm.name}')
   gemma, params = weights.load(
@@ -169,7 +136,7 @@ def _checksum(params: lm.Params) -> jax.Array:
 
 def make_stacks(
   config: ConfigDict, model: sites.Dimensions
-) -> tuple[tuple[stack.Stack, ...], tuple[tuple[config_lib.Member, ...], ...]]:
+) -> tuple[tuple[stack.Stack, ...], tuple[tuple[specs.SaeSpec, ...], ...]]:
   """The collection's members, grouped by shape into stacks."""
   t = config.train
   optimizer = optimizer_lib.Optimizer(
@@ -180,7 +147,7 @@ def make_stacks(
       adaptive_rate=t.adaptive_rate, resample_every=t.resample_every,
       active_limit=t.active_limit,
   )  # fmt: skip
-  groups = config_lib.stacks(config, model)
+  groups = specs.stacks(config, model)
   stacks = []
   for (_, _, d_in, d_out), group in groups.items():
     reads, writes = (
@@ -208,7 +175,7 @@ def _index(at, wanted, layers: int):
 
 
 def make_module(
-  config: ConfigDict, member: config_lib.Member, d_in: int, d_out: int
+  config: ConfigDict, member: specs.SaeSpec, d_in: int, d_out: int
 ) -> sae.Autoencoder:
   """The member's architecture at its shape."""
   s = config.sae
@@ -228,7 +195,7 @@ def make_module(
 
 
 def make_objective(
-  config: ConfigDict, member: config_lib.Member
+  config: ConfigDict, member: specs.SaeSpec
 ) -> objectives.Objective:
   """The terms that a member's stack is trained by."""
   penalty = member.penalty
@@ -236,7 +203,7 @@ def make_objective(
     penalty = _MEETS_L0[member.base]
   return objectives.Objective(
     penalty=penalty,
-    prefixes=config_lib.prefixes(config, member),
+    prefixes=specs.prefixes(config, member),
     **config.objective,
   )
 
@@ -250,62 +217,3 @@ def abstract_states(stacks: tuple[stack.Stack, ...], mesh: Mesh):
     jax.eval_shape(lambda: tuple(s.init(jax.random.key(0)) for s in stacks)),
     tuple(s.shardings(mesh) for s in stacks),
   )
-
-
-def members(
-  config: ConfigDict,
-  stacks: tuple[stack.Stack, ...],
-  states: tuple[stack.State, ...],
-  scales: Mapping[sites.Site, float],
-  step: int,
-  facts: Mapping[str, Any],
-) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
-  """The trained SAEs as (params, card): folded, they act on raw activations."""
-  groups = config_lib.stacks(config, dimensions(config)).values()
-  out = []
-  for trained, state, group in zip(stacks, states, groups, strict=True):
-    if jax.process_count() > 1:
-      host = multihost_utils.process_allgather(state, tiled=True)
-    else:
-      host = jax.device_get(state)
-    module = trained.module
-    for i, member in enumerate(group):
-      params = {
-        name: np.asarray(value)
-        for name, value in trained.member_params(host, i).items()
-      }
-      params = fold.fold(
-        params,
-        [scales[site] for site in member.sites],
-        [scales[site] for site in member.targets],
-        pre_encoder_bias=module.pre_encoder_bias,
-      )
-      if not module.unit_decoder:
-        params = fold.fold_decoder_norm(params)
-      both = dict.fromkeys((*member.sites, *member.targets))
-      card = {
-        'name': member.name,
-        'type': member.type,
-        'sites': [str(site) for site in member.sites],
-        'targets': [str(site) for site in member.targets],
-        'model': config.lm.name,
-        'architecture': member.architecture,
-        'd_in': module.d_in,
-        'd_out': module.d_out,
-        'width': member.width,
-        'sparsity': {'kind': member.penalty, 'value': member.sparsity},
-        'seed': member.seed,
-        'scales': {str(site): scales[site] for site in both},
-        'steps': step,
-        'tokens': step * config.train.batch,
-        'text': facts['text'],
-        'code': gemma_scope.__version__,
-      }
-      if ends := config_lib.prefixes(config, member):
-        card['matryoshka'] = list(ends)
-      if module.skip:
-        card['affine'] = True
-      if config.initialise.release:
-        card['initialised_from'] = config.initialise.release
-      out.append((params, card))
-  return out

@@ -126,7 +126,7 @@ class Stack:
       name = getattr(path[-1], 'key', None) or getattr(path[-1], 'name', '')
       last = SHARDING.get(name, ())
       between = (None,) * (leaf.ndim - 1 - len(last))
-      return mesh_lib.place(mesh, 'sae', *between, *last)
+      return mesh_lib.sharding(mesh, 'sae', *between, *last)
 
     return jax.tree_util.tree_map_with_path(place, state)
 

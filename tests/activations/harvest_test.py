@@ -12,7 +12,7 @@ from gemma_scope import sites
 from gemma_scope.activations import chunks as chunks_lib
 from gemma_scope.activations import harvest, store
 from gemma_scope.language_model import gemma as lm
-from gemma_scope.runtime import runs
+from gemma_scope.runtime import interrupt
 from gemma_scope.text import tokenizers
 
 CONFIG = lm.Config(
@@ -213,9 +213,9 @@ def test_an_interrupted_store_continues(tmp_path, made):
   def stop_in_chunk_two():
     calls.append(1)
     if len(calls) == 2 * source.layout.sequences // 8 + 2:
-      raise runs.Interrupted('stop')
+      raise interrupt.Interrupted('stop')
 
-  with pytest.raises(runs.Interrupted):
+  with pytest.raises(interrupt.Interrupted):
     write(tmp_path, source, poll=stop_in_chunk_two)
   assert store.StoreSource(tmp_path, AT, 16).chunks == 2
   harvested = []

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from gemma_scope.evaluation import estimates
-from gemma_scope.runtime import metrics
 
 
 def test_interval_of_a_mean_of_ratios_is_the_jackknifes():
@@ -26,7 +25,7 @@ def test_one_target_is_a_plain_ratio():
   rng = np.random.default_rng(1)
   e_N1, v_N1 = rng.uniform(1, 2, (2, 9, 1))
   found = estimates._mean_ratio(e_N1, v_N1, 9)
-  want = metrics.ratio_interval(e_N1[:, 0], v_N1[:, 0])
+  want = estimates.ratio_interval(e_N1[:, 0], v_N1[:, 0])
   assert [found[key] for key in ('value', 'low', 'high')] == pytest.approx(want)
   nothing = estimates._mean_ratio(e_N1, np.zeros((9, 1)), 9)
   assert nothing['value'] is nothing['low'] is None

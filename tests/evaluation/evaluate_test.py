@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope import mesh, places, sites
-from gemma_scope.evaluation import controls, evaluate
+from gemma_scope import mesh, sites
+from gemma_scope.evaluation import controls, evaluate, passes
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice, weights
 
@@ -255,7 +255,7 @@ def test_control_gain_is_least_squares(model):
   tokens_BT = text(BATCH)
   keep_BT = jnp.asarray(keep(tokens_BT))
   x_BTD = splice.taps(gemma, params, tokens_BT, (site,))[site]
-  key, place = jax.random.key(1), places.Place('sae', (site,), (site,))
+  key, place = jax.random.key(1), sites.Wiring('sae', (site,), (site,))
   means = {site: np.asarray(x_BTD)[keep_BT].mean(0)}
   target = 3.0 * float(keep_BT.sum())
   sample = [controls.Batch({site: x_BTD}, keep_BT)]
@@ -264,7 +264,7 @@ def test_control_gain_is_least_squares(model):
   def error(k):
     scaled = setting._replace(gain=(k * setting.gain[0],))
     control = controls.make(key, place, means, 24, scaled, None)
-    sums = splice.reconstruct(control, (x_BTD,), None, keep_BT, None)[1]
+    sums = passes.reconstruct(control, (x_BTD,), None, keep_BT, None)[1]
     return float(sums['error_B'].sum()), float(sums['l0_B'].sum())
 
   best, active = error(1.0)
@@ -281,7 +281,7 @@ def test_layers_before_the_site_are_not_run_again():
 
   def flops(kind, layer):
     site = sites.Site(layer, kind)
-    lowered = splice.delta.lower(
+    lowered = passes.delta.lower(
         gemma, params, tokens_BT, site, x_BTD, x_BTD, losses_BT, losses_BT > 0,
         None,
     )  # fmt: skip
@@ -302,11 +302,11 @@ def test_slices_of_logits_and_latents_change_nothing(model, saes, monkeypatch):
   want, _ = lm.token_losses(logits_BTV, tokens_BT)
   keep_BT = tokens_BT > 2
   at = (saes[0][0], (x_BTD,), None, keep_BT, None)
-  whole = splice.reconstruct.__wrapped__(*at)
+  whole = passes.reconstruct.__wrapped__(*at)
   monkeypatch.setattr(splice, '_ROWS', 8)
-  got = splice._losses(gemma, params, x_BTD, tokens_BT, None)
+  got = passes._losses(gemma, params, x_BTD, tokens_BT, None)
   np.testing.assert_allclose(got, want, atol=2e-5)
-  parts = splice.reconstruct.__wrapped__(*at)
+  parts = passes.reconstruct.__wrapped__(*at)
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -318,7 +318,7 @@ def test_sharded_equals_one_device(model, saes, found):
     x, weights.sharding(devices, '/'.join(k.key for k in path), x.shape)
   )
   sharded = jax.tree_util.tree_map_with_path(place, params)
-  pinned = lm.Gemma(CONFIG, mesh.place(devices, 'data', None, None))
+  pinned = lm.Gemma(CONFIG, mesh.sharding(devices, 'data', None, None))
   name = saes[3][1]['name']
   got = measure((pinned, sharded), saes[3:], text(6))[name]
   want = found[name]

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope import mesh, places, sites
-from gemma_scope.evaluation import controls, evaluate
+from gemma_scope import mesh, sites
+from gemma_scope.evaluation import controls, evaluate, passes
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
+from gemma_scope.sae import released
 
 LAYERS, D, F = 3, 16, 10
 CONFIG = lm.Config(
@@ -113,7 +114,7 @@ class Reference:
 
   def __init__(self, model, member):
     (gemma, params), (arrays, card), tokens_NT = model, member, text()
-    place = places.of(card)
+    place = sites.wiring_of(card)
     out = gemma.forward(params, tokens_NT, taps={*place.sites, *place.targets})
     taps = {s: np.asarray(x, np.float64) for s, x in out.taps.items()}
     keep_NT = keep(tokens_NT)
@@ -276,7 +277,7 @@ def test_what_is_perfect_loses_nothing(model):
 def test_gain_of_each_target_is_least_squares(model):
   gemma, params = model
   at = tuple(sites.Site(n, 'resid_post') for n in (0, 2))
-  place = places.Place('crosscoder', at, at)
+  place = sites.Wiring('crosscoder', at, at)
   tokens_BT = jnp.asarray(text())
   keep_BT = jnp.asarray(keep(text()))
   taps = splice.taps(gemma, params, tokens_BT, at)
@@ -292,7 +293,7 @@ def test_gain_of_each_target_is_least_squares(model):
       key, place, means, 40, setting._replace(gain=gain), None
     )
     assert not control['W_dec'][1, :, 0].any()
-    sums = splice.reconstruct(control, x, None, keep_BT, None)[1]
+    sums = passes.reconstruct(control, x, None, keep_BT, None)[1]
     return np.asarray(sums['error_B']).sum(0), float(sums['l0_B'].sum())
 
   best_M, active = error(setting.gain)
@@ -307,7 +308,7 @@ def test_gain_of_each_target_is_least_squares(model):
 def test_sharded_equals_one_device(model, members, which):
   gemma, params = model
   arrays, card = members[which]
-  place = places.of(card)
+  place = sites.wiring_of(card)
   at = tuple(sorted({*place.sites, *place.targets}))
   tokens_BT = jnp.asarray(text()[:4])
   keep_BT = jnp.asarray(keep(text()[:4]))
@@ -317,9 +318,9 @@ def test_sharded_equals_one_device(model, members, which):
     x = tuple(put(taps[site]) for site in place.sites)
     y = tuple(put(taps[site]) for site in place.targets)
     y = None if place.sites == place.targets else y
-    on = splice.put(arrays, devices)
-    total = splice.active(on, x, put(keep_BT), devices)
-    return splice.reconstruct(on, x, y, put(keep_BT), devices), total
+    on = released.put(arrays, devices)
+    total = passes.active(on, x, put(keep_BT), devices)
+    return passes.reconstruct(on, x, y, put(keep_BT), devices), total
 
   devices = mesh.make({'sae': 1, 'data': 4, 'latent': 2})
   split = jax.sharding.NamedSharding(

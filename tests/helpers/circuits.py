@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from gemma_scope import places, sae
+from gemma_scope import sae, sites
 from gemma_scope.language_model import splice
 from tests.helpers import random_saes
 
@@ -41,7 +41,7 @@ MEMBERS = {
 def values(model, name):
   """Taps at the sites and latents [T, F] of the plain pass."""
   params, card = MEMBERS[name]
-  place = places.of(card)
+  place = sites.wiring_of(card)
   taps = splice.taps(
     *model, np.array([TOKENS_T]), tuple({*place.sites, *place.targets})
   )

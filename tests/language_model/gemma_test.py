@@ -383,7 +383,7 @@ def test_sharded_equals_one_device(config, tmp_path):
   assert first < whole / 4  # most of it over 8 devices, the norms on each
   tokens_BT = np.concatenate([TOKENS, TOKENS[:, ::-1]])
   tokens_BT[:, 0] = 2
-  placed = jax.device_put(tokens_BT, mesh.place(devices, 'data', None))
+  placed = jax.device_put(tokens_BT, mesh.sharding(devices, 'data', None))
   forward = jax.jit(lambda p, t: gemma.forward(p, t, taps=AT))
   got = forward(sharded, placed)
   want = model(config)[0].forward(params, tokens_BT, taps=AT)

@@ -186,7 +186,7 @@ def test_sharded_equals_one_device():
     )
     for path, x in flat
   )
-  pinned = lm.Gemma(GEMMA2, mesh.place(devices, 'data', None, None))
+  pinned = lm.Gemma(GEMMA2, mesh.sharding(devices, 'data', None, None))
   got = generate.generate(
     pinned, sharded, PROMPTS, max_new_tokens=NEW, stop=[39], forbid=[39]
   )

@@ -16,7 +16,7 @@ from configs import tiny
 from gemma_scope import release
 from gemma_scope.microscope import commands, session
 from gemma_scope.microscope.circuits import effects
-from gemma_scope.runtime import runs
+from gemma_scope.runtime import interrupt
 from tests.helpers import browser, random_saes, releases
 
 ROOT = pathlib.Path(gemma_scope.__file__).parents[1]
@@ -63,11 +63,11 @@ def test_build_stops_and_goes_on(workdir, said, tmp_path):
 
   def stop():
     if next(polls, 'stop'):
-      raise runs.Interrupted
+      raise interrupt.Interrupted
 
   out = tmp_path / 'm'
   opened = session.Session(workdir, out, report=said.append)
-  with pytest.raises(runs.Interrupted):
+  with pytest.raises(interrupt.Interrupted):
     opened.build(40, 8, stop)
   assert (out / 'partial.npz').exists() and not (out / 'pages').exists()
   run('build', workdir, said, out=out)

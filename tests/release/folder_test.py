@@ -20,8 +20,7 @@ import pytest
 
 import gemma_scope
 from gemma_scope import release
-from gemma_scope.release import card as card_lib
-from gemma_scope.release import frontier, manifest, npz
+from gemma_scope.release import frontier, manifest, npz, table
 from tests.helpers import releases
 from tests.helpers.releases import D, F
 
@@ -145,7 +144,7 @@ def test_several_architectures_are_told_apart(tmp_path):
   ]
   for member, (params, _, _) in zip(found, members, strict=True):
     np.testing.assert_array_equal(member.load()['W_enc'], params['W_enc'])
-  lines = release.table([(m.card, m.metrics) for m in found]).split('\n')
+  lines = table.table([(m.card, m.metrics) for m in found]).split('\n')
   assert 'architecture' in lines[0] and 'batch_topk' in lines[3]
 
 
@@ -713,7 +712,7 @@ def test_table_is_sorted_and_has_the_control_beside():
     (releases.card('resid_post/2'), _metrics(l0=5)),
     (releases.card('attn_out/7'), None),
   ]
-  text = release.table(rows, columns=200)
+  text = table.table(rows, columns=200)
   lines = text.split('\n')
   assert [line.split()[:2] for line in lines[2:]] == [
     ['attn_out', '7'],
@@ -723,19 +722,19 @@ def test_table_is_sorted_and_has_the_control_beside():
   ]
   assert '5.0 ±1.0' in lines[3] and '0.900' in lines[3] and '12.5' in lines[3]
   assert lines[2].split()[-5:] == ['-'] * 5
-  narrow = release.table(rows, columns=80)
+  narrow = table.table(rows, columns=80)
   assert '±' not in narrow
   assert len({len(line) for line in narrow.split('\n')[:2]}) == 1
   assert 'seed' not in lines[0]
-  assert 'seed' in release.table([*rows, (releases.card(seed=1), None)])
+  assert 'seed' in table.table([*rows, (releases.card(seed=1), None)])
 
 
 def test_the_two_faces_of_the_table_agree():
   rows = [
     (releases.card('mlp_out/1', target=t), _metrics(l0=t)) for t in (5, 20)
   ]
-  plain = release.table(rows, columns=500).split('\n')
-  marked = release.table(rows, markdown=True).split('\n')
+  plain = table.table(rows, columns=500).split('\n')
+  marked = table.table(rows, markdown=True).split('\n')
   cells = [[c.strip() for c in line.strip('|').split('|')] for line in marked]
   assert len(plain) == len(marked)
   assert [' '.join(line.split()) for line in plain[2:]] == [
@@ -774,8 +773,8 @@ def test_words_in_a_card_cannot_open_html_or_a_cell(tmp_path):
 
 def test_figures_that_are_none_are_dashes():
   for figure in (None, 'x', float('nan'), {'value': None}, True, 10**400):
-    assert card_lib.value(figure) is None
-  assert card_lib.control({'control': [1]}) == {}
+    assert table.value(figure) is None
+  assert table.control({'control': [1]}) == {}
 
 
 def test_the_command_lists_a_release(folder):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gemma_scope import places, release, sae
+from gemma_scope import release, sae, sites
 from gemma_scope.release.formats import gemma_scope_2, published, saelens
 from tests.helpers.peer_formats import (
   D,
@@ -56,7 +56,7 @@ def name_of(folder: pathlib.Path) -> str:
 def test_what_peers_wrote_acts_as_they_do(folder):
   params, card = published.load(str(folder))
   assert difference(folder, params) < 1e-5
-  place = places.of(card)
+  place = sites.wiring_of(card)
   assert place.sites[0].layer == 3
   if 'transcoder' in str(folder) or 'skip' in str(folder):
     assert place.type == 'transcoder' and place.sites != place.targets

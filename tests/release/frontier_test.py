@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from gemma_scope import places
+from gemma_scope import sites
 from gemma_scope.release import frontier
 
 
@@ -60,8 +60,8 @@ def test_one_site_and_many_sites_both_fit(tmp_path):
 
 
 def test_a_long_line_of_layers_is_broken_evenly():
-  found = [places.of(_card(f'mlp_out/{i}')) for i in range(9)]
-  found += [places.of(_card('resid_post/3'))] * 2
+  found = [sites.wiring_of(_card(f'mlp_out/{i}')) for i in range(9)]
+  found += [sites.wiring_of(_card('resid_post/3'))] * 2
   grid = [[str(site) for site in line] for line in frontier._grid(found)]
   assert [len(line) for line in grid] == [5, 4, 1]
   assert grid[1] == [f'mlp_out/{i}' for i in range(5, 9)]
@@ -91,7 +91,7 @@ def test_architectures_and_types_are_told_apart(tmp_path):
   ]
   rows += [(c | kind, m) for (c, m) in rows[:2] for kind in kinds]
   rows += [(c | kinds[0] | {'affine': True}, m) for c, m in rows[:1]]
-  grid = frontier._grid([places.of(card) for card, _ in rows])
+  grid = frontier._grid([sites.wiring_of(card) for card, _ in rows])
   assert [list(map(frontier._title, line)) for line in grid] == [
     ['resid_post, layer 0'],
     ['transcoder mlp_in/3'],

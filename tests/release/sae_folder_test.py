@@ -7,9 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from gemma_scope import places, release
-from gemma_scope.release import card as card_lib
-from gemma_scope.release import frontier, manifest
+from gemma_scope import release, sites
+from gemma_scope.release import frontier, paths, table
 
 D, OUT, F = 8, 6, 12
 
@@ -131,7 +130,7 @@ def test_one_release_holds_all_types(tmp_path):
     for name in [member.card['name']]
   )
   rows = [(member.card, member.metrics) for member in found]
-  lines = release.table(rows, columns=300).split('\n')
+  lines = table.table(rows, columns=300).split('\n')
   assert lines[0].split()[:6] == [
     'type', 'site', 'writes', 'layer', 'width', 'architecture',
   ]  # fmt: skip
@@ -276,7 +275,7 @@ def test_a_path_is_one_that_can_be_read_back():
   for row in ({'architecture': 'top k'}, {'architecture': 'affine'}):
     rows = [(CROSSCODER | {'architecture': 'relu'}, {'l0': 3.0})]
     with pytest.raises(ValueError, match='cannot name a folder'):
-      manifest.paths([*rows, (CROSSCODER | row, {'l0': 3.0})])
+      paths.paths([*rows, (CROSSCODER | row, {'l0': 3.0})])
   asked = [('l0', 6e-5), ('target_l0', 50.0), ('quadratic_frequency', 0.1)]
   for kind, value in asked:
     sparsity = {'kind': kind, 'value': value}
@@ -285,18 +284,18 @@ def test_a_path_is_one_that_can_be_read_back():
       for name in ('topk', 'matryoshka_batch_topk')
       for skip in (True, False)
     ]
-    found = manifest.paths([(card, None) for card in cards_])
+    found = paths.paths([(card, None) for card in cards_])
     assert len(set(found)) == 4
     for path, card in zip(found, cards_, strict=True):
-      match = manifest.MEMBER.fullmatch(path)
-      assert match['folder'] == manifest.folder(card)
+      match = paths.MEMBER.fullmatch(path)
+      assert match['folder'] == paths.folder(card)
       assert bool(match['affine']) is card['affine']
 
 
 def test_layers_are_named_shortly():
   def named(*layers):
     at = [f'resid_post/{n}' for n in layers]
-    place = places.of({'type': 'crosscoder', 'sites': at, 'targets': at})
+    place = sites.wiring_of({'type': 'crosscoder', 'sites': at, 'targets': at})
     return place.layers(), place.layers('_', '_to_'), str(place)
 
   assert named(7, 13, 17, 22)[:2] == ('7,13,17,22', '7_13_17_22')
@@ -304,6 +303,6 @@ def test_layers_are_named_shortly():
   assert named(0, 1, 2, 3)[:2] == ('0-3', '0_to_3')
   assert named(*range(26))[:2] == ('0-25', '0_to_25')
   assert named(0, 1)[2] == 'crosscoder resid_post/0,1'
-  assert card_lib.architecture({'architecture': 'relu', 'affine': True}) == (
+  assert table.architecture({'architecture': 'relu', 'affine': True}) == (
     'relu, affine'
   )

@@ -9,7 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from gemma_scope.evaluation import estimates
 from gemma_scope.runtime import metrics
+from gemma_scope.runtime import progress as progress_lib
 
 
 class Clock:
@@ -47,7 +49,7 @@ def test_ratio_interval_covers_the_truth_95_times_in_100(n):
   size = rng.integers(20, 60, (n, trials)).astype(float)
   effect = truth + 0.5 * rng.standard_normal((n, trials))
   total = size * effect + np.sqrt(size) * rng.standard_normal((n, trials))
-  value, low, high = metrics.ratio_interval(total, size)
+  value, low, high = estimates.ratio_interval(total, size)
   assert abs(value.mean() - truth) < 0.02
   covered = ((low <= truth) & (truth <= high)).mean()
   assert 0.93 < covered < 0.97
@@ -56,20 +58,20 @@ def test_ratio_interval_covers_the_truth_95_times_in_100(n):
 def test_ratio_interval_shapes_and_special_cases():
   a_nS = np.array([[1.0, 2.0], [3.0, 1.0], [2.0, 2.0]])
   b_n = np.array([1.0, 2.0, 2.0])
-  whole = metrics.ratio_interval(a_nS, b_n)
-  one = metrics.ratio_interval(a_nS[:, 1], b_n)
+  whole = estimates.ratio_interval(a_nS, b_n)
+  one = estimates.ratio_interval(a_nS[:, 1], b_n)
   assert all(type(x) is float for x in one)
   np.testing.assert_allclose([x[1] for x in whole], one)
   # A ratio that no cluster departs from is known exactly.
-  exact = metrics.ratio_interval(3 * b_n, b_n)
+  exact = estimates.ratio_interval(3 * b_n, b_n)
   np.testing.assert_allclose(exact, (3, 3, 3))
   # A mean is the ratio to ones: the textbook's standard error.
-  value, low, _ = metrics.ratio_interval(b_n, np.ones(3))
+  value, low, _ = estimates.ratio_interval(b_n, np.ones(3))
   t = 4.302652729696142  # Student, 2 degrees of freedom
   assert (value - low) / t == pytest.approx(b_n.std(ddof=1) / np.sqrt(3))
-  assert metrics.ratio_interval([1.0], [2.0]) == (0.5, -np.inf, np.inf)
+  assert estimates.ratio_interval([1.0], [2.0]) == (0.5, -np.inf, np.inf)
   with pytest.raises(ValueError, match='as many numerators'):
-    metrics.ratio_interval([], [])
+    estimates.ratio_interval([], [])
 
 
 def test_writer_writes_a_line_a_step(tmp_path):
@@ -154,18 +156,18 @@ def test_writer_feeds_wandb_and_tensorboard(tmp_path, monkeypatch):
   ],
 )
 def test_duration(seconds, text):
-  assert metrics.duration(seconds) == text
+  assert progress_lib.duration(seconds) == text
 
 
 def test_quantity():
   values = [0.123, 9.994, 12.34, 950, 12345, 999_600, 2e9]
   text = ['0.12', '9.99', '12.3', '950', '12.3k', '1.00M', '2.00G']
-  assert [metrics.quantity(v) for v in values] == text
+  assert [progress_lib.quantity(v) for v in values] == text
 
 
 def test_progress_line_rates_and_time_left():
   clock, out = Clock(), io.StringIO()
-  progress = metrics.Progress(
+  progress = progress_lib.Progress(
     1000, 64, 1e6, peak=1e8, first_step=100, every_s=10, window_s=30,
     stream=out, clock=clock,
   )  # fmt: skip
@@ -189,7 +191,7 @@ def test_progress_line_rates_and_time_left():
 
 def test_progress_asks_for_values_only_when_it_shows_them():
   clock, asked = Clock(), []
-  progress = metrics.Progress(100, stream=io.StringIO(), clock=clock)
+  progress = progress_lib.Progress(100, stream=io.StringIO(), clock=clock)
   for step in range(1, 51):
     clock.now += 1
     progress.update(step, lambda step=step: asked.append(step) or {})
@@ -198,7 +200,7 @@ def test_progress_asks_for_values_only_when_it_shows_them():
 
 def test_progress_phase_is_named_and_left_out_of_the_rates():
   clock, out = Clock(), io.StringIO()
-  with metrics.Progress(100, stream=out, clock=clock) as progress:
+  with progress_lib.Progress(100, stream=out, clock=clock) as progress:
     for step in range(1, 11):
       clock.now += 1
       progress.update(step)
@@ -218,7 +220,7 @@ def test_progress_lives_on_one_line_of_a_terminal():
       return True
 
   out, clock = Terminal(), Clock()
-  with metrics.Progress(100, stream=out, clock=clock) as progress:
+  with progress_lib.Progress(100, stream=out, clock=clock) as progress:
     for step in range(1, 101):
       clock.now += 1
       progress.update(step, {'note': '[not markup]'})
@@ -229,4 +231,4 @@ def test_progress_lives_on_one_line_of_a_terminal():
 
 
 def test_matmul_peak_is_a_rate():
-  assert 1e8 < metrics.matmul_peak() < 1e17
+  assert 1e8 < progress_lib.matmul_peak() < 1e17

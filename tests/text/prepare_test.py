@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import gemma_scope
-from gemma_scope.text import prepare, sources
+from gemma_scope.text import prepare, sources, token_store, tokenizers
 
 ROOT = pathlib.Path(gemma_scope.__file__).parents[1]
 ODD = (
@@ -50,20 +50,20 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope='session')
-def tokenizer(tmp_path_factory, corpus) -> prepare.Tokenizer:
+def tokenizer(tmp_path_factory, corpus) -> tokenizers.Tokenizer:
   path = tmp_path_factory.mktemp('tokenizer') / 'tiny.model'
-  found = prepare.documents(f'files:{corpus}/*.txt', 'train')
-  return prepare.train_tokenizer(found, path, 440)
+  found = sources.documents(f'files:{corpus}/*.txt', 'train')
+  return tokenizers.train_tokenizer(found, path, 440)
 
 
 @pytest.fixture(scope='session')
-def store(tmp_path_factory, corpus, tokenizer) -> prepare.Tokens:
+def store(tmp_path_factory, corpus, tokenizer) -> token_store.Tokens:
   folder = tmp_path_factory.mktemp('stores') / 'store'
   return prepare.prepare(f'files:{corpus}/*.txt', tokenizer, folder)
 
 
 @pytest.fixture(scope='session')
-def library() -> dict[str, prepare.Document]:
+def library() -> dict[str, sources.Document]:
   """All of `python`, with the docstrings (seconds to parse) of 100 modules."""
   whole, parsed = sources.docstrings, []
 
@@ -73,13 +73,13 @@ def library() -> dict[str, prepare.Document]:
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sources, 'docstrings', docstrings)
-    found = list(prepare.documents('python'))
+    found = list(sources.documents('python'))
   assert len(parsed) > 300
   assert len({d.name for d in found}) == len(found)
   return {d.name: d for d in found}
 
 
-def copy_of(store: prepare.Tokens, folder: pathlib.Path) -> pathlib.Path:
+def copy_of(store: token_store.Tokens, folder: pathlib.Path) -> pathlib.Path:
   folder.mkdir()
   for file in store.folder.iterdir():
     (folder / file.name).write_bytes(file.read_bytes())
@@ -122,14 +122,14 @@ def test_long_documents_are_cut_at_lines_and_come_back(tokenizer):
 
 
 def test_training_is_deterministic(tmp_path, tokenizer, corpus):
-  found = prepare.documents(f'files:{corpus}/*.txt', 'train')
-  again = prepare.train_tokenizer(found, tmp_path / 'elsewhere.model', 440)
+  found = sources.documents(f'files:{corpus}/*.txt', 'train')
+  again = tokenizers.train_tokenizer(found, tmp_path / 'elsewhere.model', 440)
   assert again.sha256 == tokenizer.sha256
 
 
 def test_too_little_text_for_a_vocabulary_is_a_sentence(tmp_path):
   with pytest.raises(ValueError, match='No tokenizer of 9999 pieces'):
-    prepare.train_tokenizer(
+    tokenizers.train_tokenizer(
       [sources.Document('a', 'abc')], tmp_path / 'a.model', 9999
     )
 
@@ -137,7 +137,7 @@ def test_too_little_text_for_a_vocabulary_is_a_sentence(tmp_path):
 def test_tokenizer_pickles_by_path_and_notices_a_change(tmp_path, tokenizer):
   path = tmp_path / 'a.model'
   path.write_bytes(pathlib.Path(tokenizer.path).read_bytes())
-  saved = pickle.dumps(prepare.Tokenizer(path))
+  saved = pickle.dumps(tokenizers.Tokenizer(path))
   assert len(saved) < 1000
   np.testing.assert_array_equal(
     pickle.loads(saved).encode(ODD), tokenizer.encode(ODD)
@@ -149,11 +149,11 @@ def test_tokenizer_pickles_by_path_and_notices_a_change(tmp_path, tokenizer):
 
 def test_missing_and_damaged_tokenizers_are_sentences(tmp_path):
   with pytest.raises(FileNotFoundError, match=r'tokenizer_gemma2\.model'):
-    prepare.Tokenizer(tmp_path / 'no.model')
+    tokenizers.Tokenizer(tmp_path / 'no.model')
   for i, data in enumerate([b'', b'not a model', bytes(range(256))]):
     (tmp_path / f'{i}.model').write_bytes(data)
     with pytest.raises(ValueError, match=f'{i}.model is not a Sentence'):
-      prepare.Tokenizer(tmp_path / f'{i}.model')
+      tokenizers.Tokenizer(tmp_path / f'{i}.model')
 
 
 # Sources.
@@ -190,8 +190,8 @@ def test_splits_are_disjoint_by_document_and_near_two_per_cent(corpus, library):
   held_out = sum(d.split == 'eval' for d in found)
   assert 300 < held_out < 500
   source = f'files:{corpus}/*.txt'
-  train = {d.name for d in prepare.documents(source, 'train')}
-  held = {d.name for d in prepare.documents(source, 'eval')}
+  train = {d.name for d in sources.documents(source, 'train')}
+  held = {d.name for d in sources.documents(source, 'eval')}
   assert train and held and not train & held and len(train | held) == 300
   # A module and its docstrings are on the same side.
   sides = {}
@@ -211,14 +211,14 @@ def test_odd_files(tmp_path_factory, tmp_path, tokenizer):
   (tmp_path / 'd.py').write_bytes(b'# coding: nonsense\n\xff\n')
   (tmp_path / 'e.md').write_bytes('\ufeff# Title\r\n'.encode())
   (tmp_path / 'sub' / 'f.txt').write_text('\n')
-  found = {d.name: d.text for d in prepare.documents(f'files:{tmp_path}/**')}
+  found = {d.name: d.text for d in sources.documents(f'files:{tmp_path}/**')}
   assert list(found) == ['b.txt', 'c.py', 'd.py', 'e.md', 'sub/f.txt']
   assert found['b.txt'] == 'ok \ufffd\ufffd\x00 end'
   assert found['c.py'].endswith('"é"\n') and '\ufffd' in found['d.py']
   assert found['e.md'] == '# Title\r\n'
   (tmp_path / 'sub' / 'g.log').write_text('no text')
   with pytest.raises(ValueError, match=r'sub/g\.log'):
-    list(prepare.documents(f'files:{tmp_path}/**/*'))
+    list(sources.documents(f'files:{tmp_path}/**/*'))
   (tmp_path / 'sub' / 'g.log').unlink()
   store = prepare.prepare(f'files:{tmp_path}/**', tokenizer, out)
   stream = np.fromfile(store.path('train'), '<u2').tolist()
@@ -231,7 +231,7 @@ def test_json_lines_plain_and_gzipped(tmp_path):
   data = '\n'.join(map(json.dumps, rows)) + '\n\n{"text": "\\ud800!"}\n'
   (tmp_path / 'a.jsonl').write_text(data)
   (tmp_path / 'b.jsonl.gz').write_bytes(gzip.compress(data.encode()))
-  found = list(prepare.documents(f'files:{tmp_path}/*'))
+  found = list(sources.documents(f'files:{tmp_path}/*'))
   assert [d.text for d in found] == ['row 0', 'row 1', 'row 2', '?!'] * 2
   assert found[3].name == 'a.jsonl#5' and found[4].name == 'b.jsonl.gz#1'
 
@@ -240,14 +240,14 @@ def test_json_lines_plain_and_gzipped(tmp_path):
 def test_bad_json_line_is_named(tmp_path, line):
   (tmp_path / 'a.jsonl').write_text('{"text": "x"}\n' + line)
   with pytest.raises(ValueError, match=r'a\.jsonl, line 2'):
-    list(prepare.documents(f'files:{tmp_path}/*'))
+    list(sources.documents(f'files:{tmp_path}/*'))
 
 
 def test_cut_gzip_is_named(tmp_path):
   data = gzip.compress(b'{"text": "abc"}\n' * 9999)
   (tmp_path / 'a.jsonl.gz').write_bytes(data[: len(data) // 2])
   with pytest.raises(ValueError, match=r'a\.jsonl\.gz cannot be read'):
-    list(prepare.documents(f'files:{tmp_path}/*'))
+    list(sources.documents(f'files:{tmp_path}/*'))
 
 
 @pytest.mark.parametrize(
@@ -255,17 +255,17 @@ def test_cut_gzip_is_named(tmp_path):
 )
 def test_unknown_sources_list_the_kinds(source):
   with pytest.raises(ValueError, match='files:GLOB, arrayrecord:GLOB'):
-    prepare.documents(source)
+    sources.documents(source)
 
 
 def test_what_matches_nothing_or_is_no_text_is_a_sentence(tmp_path):
   (tmp_path / 'a.png').write_bytes(b'x')
   with pytest.raises(ValueError, match='matches no file'):
-    list(prepare.documents(f'files:{tmp_path}/*.txt'))
+    list(sources.documents(f'files:{tmp_path}/*.txt'))
   with pytest.raises(ValueError, match=r'a\.png'):
-    list(prepare.documents(f'files:{tmp_path}/*'))
+    list(sources.documents(f'files:{tmp_path}/*'))
   with pytest.raises(ValueError, match="split is 'test'"):
-    prepare.documents('python', 'test')
+    sources.documents('python', 'test')
 
 
 def write_records(path: pathlib.Path, records: list[bytes]) -> None:
@@ -286,7 +286,7 @@ def test_array_record_of_text_json_and_examples(tmp_path):
   records = ['plain é'.encode(), b'{"text": "json"}', b'{ brace', b'\n\xff']
   records += [example.SerializeToString(), b'\nplain \n\x04text\x12 trap']
   write_records(tmp_path / 'a.array_record', records * 300)
-  found = [d.text for d in prepare.documents(f'arrayrecord:{tmp_path}/a.*')]
+  found = [d.text for d in sources.documents(f'arrayrecord:{tmp_path}/a.*')]
   assert found[:4] == ['plain é', 'json', '{ brace', '\n\ufffd']
   assert found[4:6] == ['an example', '\nplain \n\x04text\x12 trap']
   assert found == found[:6] * 300
@@ -299,7 +299,7 @@ def test_damaged_array_record_is_named(tmp_path):
   (tmp_path / 'c.array_record').write_bytes(b'')
   for name in 'bc':
     with pytest.raises(ValueError, match=f'{name}.array_record cannot be'):
-      list(prepare.documents(f'arrayrecord:{tmp_path}/{name}.*'))
+      list(sources.documents(f'arrayrecord:{tmp_path}/{name}.*'))
 
 
 BUILD = """
@@ -328,23 +328,23 @@ def test_tfds_without_tensorflow(tmp_path, monkeypatch):
   run_python(BUILD, str(tmp_path))
   assert (tmp_path / 'tiny' / '1.2.0' / 'dataset_info.json').is_file()
   code = (
-    'import sys; from gemma_scope.text import prepare as text\n'
-    'rows = [d.text for s in sys.argv[1:] for d in text.documents(s)]\n'
+    'import sys; from gemma_scope.text import sources\n'
+    'rows = [d.text for s in sys.argv[1:] for d in sources.documents(s)]\n'
     'assert "tensorflow" not in sys.modules\n'
     'print(len(rows), len(set(rows)), rows[-1])'
   )
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
   out = run_python(code, 'tfds:tiny:train', 'tfds:tiny:1.2.0:test')
   assert out.startswith('127 120 tfds row ') and out.endswith('é')
-  assert len(list(prepare.documents('tfds:tiny:train[:10]'))) == 10
-  name = next(prepare.documents('tfds:tiny:test')).name
+  assert len(list(sources.documents('tfds:tiny:train[:10]'))) == 10
+  name = next(sources.documents('tfds:tiny:test')).name
   assert name == 'tiny/1.2.0/test#0'
   with pytest.raises(ValueError, match="no split 'validation'"):
-    list(prepare.documents('tfds:tiny:validation'))
+    list(sources.documents('tfds:tiny:validation'))
   with pytest.raises(ValueError, match='is not under'):
-    list(prepare.documents('tfds:other:train'))
+    list(sources.documents('tfds:other:train'))
   with pytest.raises(ValueError, match='not of the form'):
-    list(prepare.documents('tfds:tiny'))
+    list(sources.documents('tfds:tiny'))
 
   info_path = tmp_path / 'tiny' / '1.2.0' / 'dataset_info.json'
   info = json.loads(info_path.read_text())
@@ -355,10 +355,10 @@ def test_tfds_without_tensorflow(tmp_path, monkeypatch):
       split['shardLengths'] = [claimed]
     info_path.write_text(json.dumps(changed))
     with pytest.raises(ValueError, match=f'holds 120 .* says {claimed}'):
-      list(prepare.documents('tfds:tiny:train'))
+      list(sources.documents('tfds:tiny:train'))
   info_path.write_text(json.dumps(info | {'fileFormat': 'parquet'}))
   with pytest.raises(ValueError, match='holds parquet files'):
-    list(prepare.documents('tfds:tiny:train'))
+    list(sources.documents('tfds:tiny:train'))
 
 
 # The store.
@@ -367,7 +367,7 @@ def test_tfds_without_tensorflow(tmp_path, monkeypatch):
 def test_stream_is_documents_each_followed_by_eos(store, corpus, tokenizer):
   for split in ('train', 'eval'):
     expected = []
-    for document in prepare.documents(f'files:{corpus}/*.txt', split):
+    for document in sources.documents(f'files:{corpus}/*.txt', split):
       expected += [*tokenizer.encode(document.text), tokenizer.eos_id]
     assert len(expected) > 100
     found = np.fromfile(store.path(split), store.manifest['dtype'])
@@ -427,8 +427,8 @@ def test_another_preparation_is_refused_by_field(tmp_path, corpus, tokenizer):
     (tmp_path / name).write_text(lines(9))
   source, folder = f'files:{tmp_path}/*.txt', tmp_path / 'store'
   prepare.prepare(source, tokenizer, folder)
-  other = prepare.train_tokenizer(
-    prepare.documents(f'files:{corpus}/*.txt'), tmp_path / 'other.model', 430
+  other = tokenizers.train_tokenizer(
+    sources.documents(f'files:{corpus}/*.txt'), tmp_path / 'other.model', 430
   )
   with pytest.raises(ValueError, match='tokenizer_sha256'):
     prepare.prepare(source, other, folder)
@@ -450,7 +450,7 @@ def test_limit_stops_at_a_document(tmp_path, corpus, tokenizer):
   source = f'files:{corpus}/*.txt'
   store = prepare.prepare(source, tokenizer, tmp_path / 's', limit_tokens=500)
   lengths = [
-    len(tokenizer.encode(d.text)) + 1 for d in prepare.documents(source)
+    len(tokenizer.encode(d.text)) + 1 for d in sources.documents(source)
   ]
   count = int(np.searchsorted(np.cumsum(lengths), 500)) + 1
   assert sum(store.manifest['documents'].values()) == count
@@ -477,8 +477,9 @@ def test_killed_preparation_is_cleared_and_made_anew(
   tmp_path, corpus, tokenizer, store
 ):
   code = (
-    'import sys, time; from gemma_scope.text import prepare as text\n'
-    'text.prepare(sys.argv[1], text.Tokenizer(sys.argv[2]), sys.argv[3],\n'
+    'import sys, time; from gemma_scope.text import prepare, tokenizers\n'
+    'tokenizer = tokenizers.Tokenizer(sys.argv[2])\n'
+    'prepare.prepare(sys.argv[1], tokenizer, sys.argv[3],\n'
     '             progress=lambda _: (print("x", flush=True), time.sleep(60)))'
   )
   source = f'files:{corpus}/*.txt'
@@ -511,9 +512,9 @@ def test_a_flipped_bit_is_found(tmp_path, store):
       if file.name == 'manifest.json' and data[at // 8] in b' \n\t\r':
         continue  # white space for white space
       with pytest.raises(ValueError, match=file.name.replace('.', r'\.')):
-        prepare.Tokens(folder).verify()
+        token_store.Tokens(folder).verify()
     file.write_bytes(whole)
-  prepare.Tokens(folder).verify()
+  token_store.Tokens(folder).verify()
 
 
 def test_missing_and_cut_files_are_named(tmp_path, store):
@@ -521,13 +522,13 @@ def test_missing_and_cut_files_are_named(tmp_path, store):
   with open(folder / 'eval.tokens', 'ab') as file:
     file.write(b'\0')
   with pytest.raises(ValueError, match=r'eval\.tokens should have'):
-    prepare.Tokens(folder)
+    token_store.Tokens(folder)
   (folder / 'eval.tokens').unlink()
   with pytest.raises(ValueError, match=r'eval\.tokens .* is missing'):
-    prepare.Tokens(folder)
+    token_store.Tokens(folder)
   (folder / 'manifest.json').unlink()
   with pytest.raises(FileNotFoundError, match='prepare_text'):
-    prepare.Tokens(folder)
+    token_store.Tokens(folder)
 
 
 @pytest.mark.parametrize(
@@ -551,7 +552,7 @@ def test_hostile_manifests_are_refused(tmp_path, store, change):
   path = folder / 'manifest.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | change))
   with pytest.raises(ValueError, match='not the manifest of a token store'):
-    prepare.Tokens(folder)
+    token_store.Tokens(folder)
 
 
 @pytest.mark.parametrize('data', [b'', b'[]', b'\xff', b'[' * 60000, b'{}'])
@@ -559,7 +560,7 @@ def test_odd_manifests_are_refused(tmp_path, store, data):
   folder = copy_of(store, tmp_path / 'copy')
   (folder / 'manifest.json').write_bytes(data)
   with pytest.raises(ValueError, match='not the manifest of a token store'):
-    prepare.Tokens(folder)
+    token_store.Tokens(folder)
 
 
 def test_a_text_of_one_token_and_of_none(tmp_path, tokenizer):
@@ -613,9 +614,10 @@ def test_same_row_in_another_process(store):
   assert wanted.shape == (400, 20) and wanted.dtype == np.int32
   np.testing.assert_array_equal(wanted[7], order[12])
   code = (
-    'import hashlib, sys; from gemma_scope.text import prepare as text\n'
-    'o = text.shuffled(text.Tokens(sys.argv[1]).sequences(20), 3)\n'
-    'print(text.batch(o, 5, 400).tolist())'
+    'import sys; from gemma_scope.text import prepare, token_store\n'
+    'store = token_store.Tokens(sys.argv[1])\n'
+    'o = prepare.shuffled(store.sequences(20), 3)\n'
+    'print(prepare.batch(o, 5, 400).tolist())'
   )
   assert json.loads(run_python(code, str(store.folder))) == wanted.tolist()
 
@@ -631,7 +633,7 @@ def test_sequences_pickle_small_and_equal(store):
 def test_import_is_light():
   heavy = ('jax', 'grain', 'sentencepiece', 'tensorflow', 'gemma')
   code = (
-    'import sys; from gemma_scope.text import prepare as text; '
+    'import sys; from gemma_scope.text import prepare; '
     f'print([m for m in {heavy} if m in sys.modules])'
   )
   assert run_python(code) == '[]'
@@ -661,7 +663,7 @@ def test_command_writes_then_finds_it_done(tmp_path, corpus, tokenizer, store):
   assert first.returncode == second.returncode == 0, first.stderr
   assert 'store written: train ' in first.stdout and 'MB/s' in first.stderr
   assert 'was already done: train ' in second.stdout and not second.stderr
-  assert prepare.Tokens(tmp_path / 'store').fingerprint == store.fingerprint
+  assert token_store.Tokens(tmp_path / 'store').fingerprint == store.fingerprint
 
 
 def test_command_answers_an_unknown_source_in_one_sentence(tmp_path, tokenizer):

@@ -22,7 +22,7 @@ from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import generate, weights
 from gemma_scope.text import prepare as prepare_lib
 from gemma_scope.text import prompts as prompts_lib
-from gemma_scope.text import rollouts, tokenizers
+from gemma_scope.text import rollouts, token_store, tokenizers
 
 ROOT = pathlib.Path(gemma_scope.__file__).parents[1]
 START, END = 106, 107
@@ -309,7 +309,7 @@ def test_stopped_and_resumed_is_the_same_store(tmp_path, answers):
         break
       except InterruptedError:
         with pytest.raises(FileNotFoundError, match='no token store'):
-          prepare_lib.Tokens(folder)
+          token_store.Tokens(folder)
         left[0] = stops
     assert store.manifest == whole.manifest
     for split in ('train', 'eval'):
@@ -395,7 +395,7 @@ def test_hostile_manifests_are_refused(tmp_path, answers, change):
   sealed = manifest | {'manifest_sha256': files.json_sha256(manifest)}
   (store.folder / 'manifest.json').write_text(json.dumps(sealed))
   with pytest.raises(ValueError, match='not the manifest of a token store'):
-    prepare_lib.Tokens(store.folder)
+    token_store.Tokens(store.folder)
 
 
 def test_sampled_replies_resume_bit_for_bit(tmp_path):
@@ -453,7 +453,7 @@ def test_command_killed_and_resumed(tmp_path):
   printed, error = resumed.communicate()
   assert resumed.returncode == 0, error
   assert 's: 99 conversations, 0 held out' in printed
-  store = prepare_lib.Tokens(out)
+  store = token_store.Tokens(out)
   store.verify()
   assert store.path('train').read_bytes().startswith(b''.join(kept))
   assert len(store.sequences(32)) == 99

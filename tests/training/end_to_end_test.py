@@ -22,9 +22,9 @@ from gemma_scope.activations import chunks as chunks_lib
 from gemma_scope.activations import harvest
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice, weights
-from gemma_scope.runtime import runs
+from gemma_scope.runtime import lease as lease_lib
 from gemma_scope.sae import architectures
-from gemma_scope.text import prepare, tokenizers
+from gemma_scope.text import tokenizers
 from gemma_scope.training import end_to_end, loop, objectives, stack
 from gemma_scope.training import optimizer as optimizer_lib
 
@@ -147,8 +147,8 @@ def test_a_mesh_gives_one_devices_result():
   places = {n: weights.sharding(mesh, n, x.shape) for n, x in flat.items()}
   split = traverse_util.unflatten_dict(jax.device_put(flat, places), sep='/')
   b = jax.device_put(a, tuple(one.shardings(mesh) for one in stacks))
-  batch = jax.device_put(BATCH, mesh_lib.place(mesh, 'data', None))
-  pin = mesh_lib.place(mesh, 'data', None, None)
+  batch = jax.device_put(BATCH, mesh_lib.sharding(mesh, 'data', None))
+  pin = mesh_lib.sharding(mesh, 'data', None, None)
   sharded = step_of(stacks, lm.Gemma(MODEL, pin), mesh)
   for step in range(2):
     a, expected = take(a, params, BATCH, jnp.int32(step), 1.0)
@@ -355,7 +355,7 @@ def test_a_stopped_run_ends_bitwise_where_it_would_have(tmp_path):
     folder = tmp_path / name
     folder.mkdir(exist_ok=True)
     interrupt = mock.Mock(at_step=lambda step: step == stop)
-    with runs.Lease(folder) as lease:
+    with lease_lib.Lease(folder) as lease:
       loop.keep_config(config, folder)
       return loop.train(config, folder, lease, interrupt)
 
@@ -387,7 +387,7 @@ def test_it_lowers_the_kl_at_the_same_l0():
   site, length, steps = sites.Site(2, 'resid_post'), 33, 50
   mesh = mesh_lib.make({'sae': 1, 'data': 1, 'latent': 1}, jax.devices()[:1])
   gemma, params = weights.load('tiny', mesh=mesh)
-  tokenizer = prepare.Tokenizer(weights.TINY / 'tokenizer.model')
+  tokenizer = tokenizers.Tokenizer(weights.TINY / 'tokenizer.model')
   names = ('argparse', 'inspect', 'tarfile', '_pydecimal')
   ids = [tokenizer.encode((LIBRARY / f'{n}.py').read_text()) for n in names]
   ids = np.concatenate(ids)[: 1000 * (length - 1)].reshape(1000, -1)

@@ -10,9 +10,10 @@ import pytest
 from configs import tiny
 from gemma_scope import config as config_lib
 from gemma_scope import mesh as mesh_lib
-from gemma_scope import release, sae
+from gemma_scope import release, sae, specs
 from gemma_scope.release.formats import gemma_scope_2, saelens
 from gemma_scope.training import initialise, setup, stack
+from gemma_scope.training import trained as trained_lib
 
 D = 128  # of the tiny model
 
@@ -74,7 +75,7 @@ def begin(folder, argument, **changes):
   stacks, groups = setup.make_stacks(config, setup.dimensions(config))
   mesh = mesh_lib.make({'sae': 1, 'data': 1, 'latent': 2}, jax.devices()[:2])
   states = stack.init_all(stacks, jax.random.key(0), mesh)
-  scales = {site: 5.0 + site.layer for site in config_lib.site_list(config)}
+  scales = {site: 5.0 + site.layer for site in specs.site_list(config)}
   chosen = initialise.plan(config, groups)
   begun = initialise.start(chosen, stacks, groups, states, scales)
   return config, stacks, groups, states, begun, scales, chosen
@@ -91,7 +92,7 @@ def test_a_member_starts_as_the_function_that_was_released(
     f'layers=1;sites=resid_post;widths=128;sparsity=8,40;'
     f'architectures={architecture}',
   )
-  out = setup.members(
+  out = trained_lib.members(
     config, stacks, begun, scales, 0, {'text': {'source': 'python'}}
   )
   x = 10 / D**0.5 * np.random.default_rng(0).normal(size=(50, D))

@@ -17,7 +17,9 @@ from ml_collections import ConfigDict
 from configs import tiny
 from gemma_scope import mesh as mesh_lib
 from gemma_scope.activations import store
-from gemma_scope.runtime import runs
+from gemma_scope.runtime import changes
+from gemma_scope.runtime import interrupt as interrupt_lib
+from gemma_scope.runtime import lease as lease_lib
 from gemma_scope.training import loop, setup
 from tests.helpers.runs import ROOT, STEPS, flags_of, last_step, small
 
@@ -142,7 +144,7 @@ def test_a_signal_before_the_first_step_exits_cleanly(whole, tmp_path):
 def test_a_second_run_on_the_folder_is_refused_by_the_holders_name(
   whole, tmp_path
 ):
-  with runs.Lease(tmp_path):
+  with lease_lib.Lease(tmp_path):
     process = start(whole[0], tmp_path)
     output, _ = process.communicate(timeout=120)
   assert process.returncode != 0
@@ -155,7 +157,7 @@ def test_a_second_run_on_the_folder_is_refused_by_the_holders_name(
 def test_a_changed_config_is_refused_by_field(whole, field, value):
   config = whole[0].copy_and_resolve_references()
   config.update_from_flattened_dict({field: value})
-  with pytest.raises(runs.ChangedError, match=field):
+  with pytest.raises(changes.ChangedError, match=field):
     loop.keep_config(config, whole[1] / 'run')
 
 
@@ -163,7 +165,10 @@ def in_process(config, workdir):
   workdir.mkdir(exist_ok=True)
   config = config.copy_and_resolve_references()
   config.mesh.data, config.mesh.latent = 4, 2
-  with runs.Lease(workdir) as lease, runs.Interrupt() as interrupt:
+  with (
+    lease_lib.Lease(workdir) as lease,
+    interrupt_lib.Interrupt() as interrupt,
+  ):
     loop.keep_config(config, workdir)
     return config, loop.train(config, workdir, lease, interrupt, print)
 
@@ -178,7 +183,7 @@ def test_another_text_is_refused_on_resume(tmp_path):
   for path in (run / 'tokens').iterdir():
     path.unlink()
   (run / 'tokens').rmdir()
-  with pytest.raises(runs.ChangedError, match='text'):
+  with pytest.raises(changes.ChangedError, match='text'):
     in_process(config, run)
 
 

@@ -6,12 +6,11 @@ import jax
 import numpy as np
 
 from configs import tiny
-from gemma_scope import config as config_lib
 from gemma_scope import mesh as mesh_lib
-from gemma_scope import sae
+from gemma_scope import sae, specs
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import weights
-from gemma_scope.training import setup, stack
+from gemma_scope.training import setup, stack, trained
 
 
 def test_parameters_are_known_on_any_mesh_and_told_apart():
@@ -32,7 +31,7 @@ def test_members_of_one_shape_share_a_stack():
   ]  # fmt: skip
   assert [m for group in groups for m in group] and sum(
     map(len, groups)
-  ) == len(config_lib.members(config))
+  ) == len(specs.members(config))
   for one, group in zip(stacks, groups, strict=True):
     for i, member in enumerate(group):
       assert one.sites[int(one.setting.reads[i])] == member.sites[0]
@@ -49,7 +48,7 @@ def test_a_member_acts_on_raw_activations_as_its_module_on_scaled_ones():
   state.params['b_dec'] = state.params['b_dec'] + 0.1
   scale = 7.5
   scales = {groups[0][0].sites[0]: scale}
-  out = setup.members(
+  out = trained.members(
     config, stacks, (state,), scales, 3, {'text': {'source': 'python'}}
   )
   x_BD = np.random.default_rng(0).normal(size=(20, 128)).astype(np.float32)

@@ -96,7 +96,7 @@ def test_any_mesh_gives_one_devices_result(shape):
     out_shardings=(shardings, None),
     donate_argnums=0,
   )
-  place = mesh_lib.place(mesh, 'data', None)
+  place = mesh_lib.sharding(mesh, 'data', None)
   for i, x_NBD in enumerate(data()):
     rows = dict(zip(SITES, x_NBD, strict=True))
     state, _ = step(state, jax.device_put(rows, place), jnp.int32(i), KEY)

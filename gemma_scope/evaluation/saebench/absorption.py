@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gemma_scope.evaluation import estimates
 from gemma_scope.evaluation.saebench import probe
 from gemma_scope.release import sae_folder
-from gemma_scope.runtime import metrics
 
 F1_JUMP = 0.03  # least gain of F1 from one more main latent
 MOST_MAIN = 10
@@ -149,7 +149,7 @@ def _main(f_BF: np.ndarray, y_B: np.ndarray) -> np.ndarray:
 def _mean(value_B, group_B) -> dict[str, float | None]:
   _, index_B = np.unique(group_B, return_inverse=True)
   sums_G = np.bincount(index_B, np.asarray(value_B, np.float64))
-  mean, low, high = metrics.ratio_interval(sums_G, np.bincount(index_B))
+  mean, low, high = estimates.ratio_interval(sums_G, np.bincount(index_B))
   if not np.isfinite(low):
     return {'value': mean, 'low': None, 'high': None}
   return {'value': mean, 'low': max(low, 0.0), 'high': min(high, 1.0)}

@@ -5,7 +5,7 @@
   KL score                       (KL_zero - KL) / KL_zero, zero: 0 for y
 
 These are what SAEBench's core has and `evaluate` has not. A figure is a ratio
-of sums over sequences, with the interval of `metrics.ratio_interval`.
+of sums over sequences, with the interval of `estimates.ratio_interval`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope import places, sae
+from gemma_scope import sae, sites
+from gemma_scope.evaluation import estimates
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
 from gemma_scope.release import sae_folder
-from gemma_scope.runtime import metrics
 
 
 def of(
   gemma: lm.Gemma,
   params: lm.Params,
   sae_params: sae_folder.Params,
-  place: places.Place,
+  place: sites.Wiring,
   batches: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> dict[str, Mapping[str, Any]]:
   """The figures of one SAE or transcoder, over the tokens that count.
@@ -59,7 +59,7 @@ def of(
   }
   return {
     name: dict(
-      zip(('value', 'low', 'high'), metrics.ratio_interval(a, b), strict=True)
+      zip(('value', 'low', 'high'), estimates.ratio_interval(a, b), strict=True)
     )
     for name, (a, b) in figures.items()
   }

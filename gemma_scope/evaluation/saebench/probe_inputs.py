@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from gemma_scope import places, sae
+from gemma_scope import sae, sites
 from gemma_scope.evaluation import controls
 from gemma_scope.evaluation.saebench import probe
 from gemma_scope.language_model import gemma as lm
@@ -100,7 +100,7 @@ def activations(
   gemma: lm.Gemma,
   params: lm.Params,
   tokens_NT: np.ndarray,
-  place: places.Place,
+  place: sites.Wiring,
   batch: int = 16,
 ) -> dict:
   """x [N, T, D], float32 in host memory, at the sites that a member names."""
@@ -132,7 +132,7 @@ def latents(params: sae_folder.Params, x_BD: np.ndarray) -> np.ndarray:
   return np.concatenate(found)
 
 
-def read_at(x_by_site: Mapping, place: places.Place, where) -> np.ndarray:
+def read_at(x_by_site: Mapping, place: sites.Wiring, where) -> np.ndarray:
   """The rows `where` ([N, T] bool or an index) that a member reads."""
   if not place.several:
     return x_by_site[place.sites[0]][where]
@@ -142,7 +142,7 @@ def read_at(x_by_site: Mapping, place: places.Place, where) -> np.ndarray:
 def control(
   x_by_site: Mapping,
   keep_NT: np.ndarray,
-  place: places.Place,
+  place: sites.Wiring,
   params: sae_folder.Params,
   seed: int = 0,
 ) -> sae_folder.Params:
@@ -163,7 +163,7 @@ def control(
 
 def of_tokens(
   x_by_site: Mapping,
-  place: places.Place,
+  place: sites.Wiring,
   params: sae_folder.Params,
   control_params: sae_folder.Params,
   where_NT: np.ndarray,
@@ -214,7 +214,7 @@ def of_prompts(
   for i, row in enumerate(ids):
     tokens_NT[i, : 1 + len(row)] = [tokenizer.bos_id, *row]
     keep_NT[i, 1 : 1 + len(row)] = True
-  place = places.of(card)
+  place = sites.wiring_of(card)
   x_by_site = activations(gemma, lm_params, tokens_NT, place, batch)
   twin = control(x_by_site, keep_NT, place, params)
   x_BD = read_at(x_by_site, place, keep_NT)

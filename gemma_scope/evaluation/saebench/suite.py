@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 import gemma_scope
-from gemma_scope import files, places
+from gemma_scope import files, sites
 from gemma_scope.evaluation import evaluate
 from gemma_scope.evaluation.saebench import (
   absorption,
@@ -246,7 +246,7 @@ def of_one(
   gemma, params, sae_params, card, code: Code, tokenizer, settings: Settings
 ) -> dict[str, Any]:
   """All scores of one SAE, plain for JSON; see the module."""
-  place = places.of(card)
+  place = sites.wiring_of(card)
   x_by_site = probe_inputs.activations(
     gemma, params, code.tokens_NT, place, settings.batch
   )
@@ -350,7 +350,7 @@ def _core(gemma, params, sae_params, card, twin, code, settings):
     seed=settings.seed,
   )[card['name']]
   found['explained_variance'] = 1 - found['fvu']['value']
-  place = places.of(card)
+  place = sites.wiring_of(card)
   if not place.several:
     batches = [
       (tokens_NT[i : i + settings.batch], keep_NT[i : i + settings.batch])

@@ -2,10 +2,11 @@
 
 Reading order; a module imports only from those above it:
 
-  intervene          latents changed inside a pass
-  effects            what a change does: losses, dose-response, steered text
-  permutation_test   what a search finds where decoders are shuffled
-  attribution        a logit traced to latents, the exact effects beside it
-  replacement_model  a text's linear model over transcoders
-  attribution_graph  what a logit was made of, through several layers
+  intervene          latents changed inside the forward pass
+  effects            what a change does: KL, losses, logits, steered text
+  readout            what the model predicts at a position
+  permutation_test   what the same search finds with shuffled decoders
+  attribution        a logit attributed to latents, beside exact effects
+  replacement_model  the linear model of one text over transcoders
+  attribution_graph  the paths that lead to a logit
 """

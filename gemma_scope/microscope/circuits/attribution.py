@@ -37,6 +37,7 @@ from gemma_scope import sae, sites
 from gemma_scope.language_model import splice
 from gemma_scope.microscope.circuits import effects, intervene, permutation_test
 from gemma_scope.microscope.circuits.intervene import Change, Rows, Subject
+from gemma_scope.sae import released
 
 _AT_ONCE = 8  # passes with a gradient
 LEVEL = 0.05
@@ -253,7 +254,7 @@ def _parts(gemma, lm_params, params, place, tokens_1T, keep_T):
   at = tuple(sorted({*place.sites, *place.targets}))
   taps = gemma.forward(lm_params, tokens_1T, taps=at, logits=False).taps
   x, y = (
-    splice.stacked([taps[s] for s in where], place.several)[0]
+    released.stacked([taps[s] for s in where], place.several)[0]
     for where in (place.sites, place.targets)
   )
   with jax.default_matmul_precision('highest'):

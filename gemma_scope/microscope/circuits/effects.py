@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from gemma_scope import places, sae
+from gemma_scope import sae, sites
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import generate, splice
 from gemma_scope.microscope.circuits import intervene
 from gemma_scope.microscope.circuits.intervene import Change, Rows, Subject
+from gemma_scope.sae import released
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 _ROUND = 16  # lengths are rounded up to it: few programs
@@ -251,7 +252,7 @@ def read(subject: Subject, tokens_T: Sequence[int], top: int = 10) -> Reading:
 @functools.partial(jax.jit, static_argnames='top')
 def _read(params, x, y, top: int):
   several = params['W_enc'].ndim == 3
-  x, y = splice.stacked(x, several)[0], splice.stacked(y, several)[0]
+  x, y = released.stacked(x, several)[0], released.stacked(y, several)[0]
   with jax.default_matmul_precision('highest'):
     f = sae.encode(params, x)
     missed = y - sae.decode(params, f, x)
@@ -304,7 +305,7 @@ def _predict(gemma, lm_params, tokens_1T, top: int):
 class _At:
   """tokens_BT -> edits, for `generate`: special tokens are left alone."""
 
-  place: places.Place
+  place: sites.Wiring
   special: tuple[int, ...]
   projects: bool
 

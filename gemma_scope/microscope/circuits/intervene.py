@@ -33,9 +33,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma_scope import places, sae, sites
+from gemma_scope import sae, sites
 from gemma_scope.language_model import gemma as lm
-from gemma_scope.language_model import hooks, splice
+from gemma_scope.language_model import hooks
+from gemma_scope.sae import released
 
 KINDS = ('none', 'add', 'clamp', 'ablate', 'project_out')
 _NONE, _ADD, _CLAMP, _ABLATE, _PROJECT = range(len(KINDS))
@@ -87,7 +88,7 @@ class Subject:
   gemma: lm.Gemma
   lm_params: lm.Params
   params: Mapping[str, jax.Array]
-  place: places.Place
+  place: sites.Wiring
   max_F: np.ndarray
   special: tuple[int, ...] = (0, 1, 2)
 
@@ -102,7 +103,7 @@ class Subject:
     return carried(self.place)
 
 
-def carried(place: places.Place) -> bool:
+def carried(place: sites.Wiring) -> bool:
   """Of a crosscoder of the residual stream."""
   return place.type == 'crosscoder' and place.kind.startswith('resid')
 
@@ -122,7 +123,7 @@ def subject(
     ValueError: TopK over several layers at once, whose latents cannot be told
       before all layers are read; `max_F` of another SAE.
   """
-  place = places.of(card)
+  place = sites.wiring_of(card)
   if place.several and 'k' in params:
     raise ValueError(
       'TopK over several layers picks its latents from all of them at once, '
@@ -135,7 +136,7 @@ def subject(
       f'{params["b_enc"].size:,}.'
     )
   return Subject(
-    gemma, lm_params, splice.put(params, mesh), place,
+    gemma, lm_params, released.put(params, mesh), place,
     np.asarray(max_F, np.float32), tuple(sorted(map(int, special))),
   )  # fmt: skip
 
@@ -260,7 +261,7 @@ def gains(norm_F, feature, writer) -> np.ndarray:
 
 
 def edits(
-  place: places.Place,
+  place: sites.Wiring,
   params: Mapping[str, jax.Array],
   rows: Rows,
   where_BT: jax.Array,

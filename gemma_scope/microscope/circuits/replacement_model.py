@@ -32,6 +32,7 @@ from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
 from gemma_scope.microscope.circuits import effects
 from gemma_scope.microscope.circuits.intervene import Subject
+from gemma_scope.sae import released
 
 KINDS = ('feature', 'error', 'embedding', 'bias')
 _FIRST = sites.Site(0, 'resid_pre')
@@ -108,7 +109,7 @@ class Replacement:
     """A subject's active features; what it explains is no error any more."""
     place, params = self._subjects[n].place, self._subjects[n].params
     x, y = (
-      splice.stacked([taps[s] for s in where], place.several)[0]
+      released.stacked([taps[s] for s in where], place.several)[0]
       for where in (place.sites, place.targets)
     )
     f, error = map(np.asarray, _encoded(params, x, y))

@@ -2,8 +2,8 @@
 
 Reading order; a module imports only from those above it:
 
-  neuronpedia  an index -> Neuronpedia's files
+  neuronpedia  an index in Neuronpedia's format
   pages        indexes -> a folder of static pages
-  api          what can be asked about a text, answered in JSON
-  server       the pages, served with these questions
+  api          answers to questions about a text, in JSON
+  server       the pages, with the live view
 """

@@ -19,16 +19,18 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma_scope import places
 from gemma_scope.language_model import gemma as lm
-from gemma_scope.microscope.circuits import attribution, effects, intervene
+from gemma_scope.microscope.circuits import (
+  attribution,
+  effects,
+  intervene,
+  readout,
+)
 from gemma_scope.microscope.circuits import attribution_graph as graph_lib
 from gemma_scope.microscope.circuits.intervene import Change, Subject
 from gemma_scope.microscope.index.store import Index
 from gemma_scope.release import sae_folder
 from gemma_scope.text import tokenizers
-
-Logit = tuple[int, int | None]  # tokens (a, b); b None: a's alone
 
 MOST_TOKENS = 4096  # of a text
 _MOST_CHANGES = 32
@@ -97,7 +99,7 @@ class Questions:
     text = asked.get('text')
     if not isinstance(text, str):
       raise ValueError('A question has a "text".')
-    ids = with_bos(self._tokenizer, text)
+    ids = readout.with_bos(self._tokenizer, text)
     if not 1 < len(ids) <= MOST_TOKENS:
       raise ValueError(
         f'The text has {len(ids) - 1:,} tokens; give 1 to {MOST_TOKENS - 1:,}.'
@@ -110,11 +112,11 @@ class Questions:
       raise ValueError(f'"changes" is a list of at most {_MOST_CHANGES}.')
     return [_change(one) for one in given]
 
-  def _logit(self, asked: Mapping, ids: Sequence[int]) -> Logit:
+  def _logit(self, asked: Mapping, ids: Sequence[int]) -> readout.Logit:
     """Two tokens: as given, else the two likeliest ones at the end."""
     given = asked.get('logit')
     if given is None:
-      return likeliest(self._gemma, self._lm_params, ids)
+      return readout.likeliest(self._gemma, self._lm_params, ids)
     if not isinstance(given, list) or len(given) != 2:
       raise ValueError('"logit" is a pair of tokens; the second may be null.')
     first, second = (None if one is None else self._token(one) for one in given)
@@ -130,10 +132,10 @@ class Questions:
       return given
     if not isinstance(given, str) or not given:
       raise ValueError('A token is its text, or its number.')
-    return one_token(self._tokenizer, given)
+    return readout.one_token(self._tokenizer, given)
 
-  def _pieces(self, logit: Logit) -> list[str]:
-    return logit_pieces(self._tokenizer, logit)
+  def _pieces(self, logit: readout.Logit) -> list[str]:
+    return readout.logit_pieces(self._tokenizer, logit)
 
   # Answers.
 
@@ -242,7 +244,9 @@ class Questions:
   def graph(self, asked: Mapping) -> dict[str, Any]:
     """The graph over transcoders of several layers, or a CLT."""
     first = _integer(asked, 'member', 0, len(self._shown) - 1)
-    chosen = together([(one.card, one.index) for one in self._shown], first)
+    chosen = readout.together(
+      [(one.card, one.index) for one in self._shown], first
+    )
     subjects = [self._loaded(i) for i in chosen]
     ids = self._tokens(asked)
     logit = self._logit(asked, ids)
@@ -255,54 +259,6 @@ class Questions:
 
 
 # Shared with the commands.
-
-
-def with_bos(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-  """The ids of a text, BOS before them."""
-  return [tokenizer.bos_id, *map(int, tokenizer.encode(text))]
-
-
-def one_token(tokenizer: tokenizers.Tokenizer, text: str) -> int:
-  """The token that a text is; ValueError if it is several."""
-  ids = list(map(int, tokenizer.encode(text)))
-  if len(ids) != 1:
-    pieces = tokenizer.pieces(ids)
-    raise ValueError(f'{text!r} is not one token but {len(ids)}: {pieces}.')
-  return ids[0]
-
-
-def likeliest(gemma: lm.Gemma, lm_params: lm.Params, ids: Sequence[int]):
-  """The two likeliest tokens after a text, as a logit difference."""
-  found = effects.predict(gemma, lm_params, ids, 2)
-  return tuple(map(int, found.token_TK[-1]))
-
-
-def logit_pieces(tokenizer: tokenizers.Tokenizer, logit: Logit) -> list[str]:
-  """The tokens of a logit, or of a difference, as text."""
-  return tokenizer.pieces([t for t in logit if t is not None])
-
-
-def together(
-  saes: Sequence[tuple[Mapping[str, Any], Index]], first: int
-) -> list[int]:
-  """What a graph is over: a CLT alone, or a transcoder and its fellows.
-
-  Of each other layer the transcoder that is most like it in width and L0.
-  """
-  place = places.of(saes[first][0])
-  if place.type != 'transcoder':
-    return [first]
-  size = lambda i: np.log(
-    [saes[i][0]['width'], float(saes[i][1].density_F.sum()) + 1e-9]
-  )
-  best = {place.sites[0].layer: (-1.0, first)}
-  for i, (card, _) in enumerate(saes):
-    other = places.of(card)
-    if (other.type, other.kind) == (place.type, place.kind):
-      away = float(np.abs(size(i) - size(first)).sum())
-      layer = other.sites[0].layer
-      best[layer] = min(best.get(layer, (np.inf, i)), (away, i))
-  return [i for _, (_, i) in sorted(best.items())]
 
 
 def _short(value) -> float | None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope import places, sites
+from gemma_scope import sites
 from gemma_scope.microscope.index.store import Index
 
 _BATCH = 1024
@@ -35,7 +35,7 @@ _KINDS = {
 def source_id(index: Index, name: str) -> str:
   """'12-gemmascope-res-16k' for layer 12, the set's name and 16k latents."""
   card = index.meta['card']
-  place = places.of(card)
+  place = sites.wiring_of(card)
   kind = _KINDS.get(place.kind, place.kind)
   width = sites.width_name(card['width'])
   return f'{place.sites[0].layer}-{name}-{kind}-{width}'

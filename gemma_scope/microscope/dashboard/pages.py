@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope import files, places, sites
+from gemma_scope import files, sites
 from gemma_scope.microscope.index.store import Index
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
@@ -151,7 +151,7 @@ def _one(value) -> float | None:
 
 def _described(entry: Entry, i: int, near: Sequence[int]) -> dict[str, Any]:
   index, card = entry.index, entry.index.meta['card']
-  place, density_F = places.of(card), entry.index.density_F
+  place, density_F = sites.wiring_of(card), entry.index.density_F
   metrics = entry.metrics or {}
   keys = ('l0', 'fvu', 'delta_loss')
   number = lambda m: {'value': m['value']} if isinstance(m, Mapping) else None

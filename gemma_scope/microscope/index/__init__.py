@@ -2,8 +2,8 @@
 
 Reading order; a module imports only from those above it:
 
-  store       what every latent fires on: the form in which it is kept
-  logit_lens  what a latent writes, read through Gemma's unembedding
-  statistics  counts, examples and samples, added up batch by batch
-  build       members of a collection -> an index each, in one pass
+  store       the index of an SAE on disk
+  logit_lens  a latent's decoder read through the unembedding
+  statistics  counts, examples and samples, batch by batch
+  build       SAEs -> an index each, in one pass over a text
 """

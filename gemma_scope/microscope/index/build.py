@@ -33,7 +33,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gemma_scope
-from gemma_scope import files, places, sae
+from gemma_scope import files, sae, sites
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
 from gemma_scope.microscope.index import logit_lens
@@ -41,7 +41,7 @@ from gemma_scope.microscope.index import store as store_lib
 from gemma_scope.microscope.index.statistics import Firings, Statistics
 from gemma_scope.microscope.index.store import Index
 from gemma_scope.release import sae_folder
-from gemma_scope.sae import sparse
+from gemma_scope.sae import released, sparse
 
 Row = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]
 WINDOW = 48  # tokens around an example
@@ -169,9 +169,9 @@ def build(
   Yields:
     An `Index` a member, in their order.
   """
-  several = [places.of(card) for _, card in members]
+  several = [sites.wiring_of(card) for _, card in members]
   reads = tuple(dict.fromkeys(s for place in several for s in place.sites))
-  on_device = [splice.put(params, mesh) for params, _ in members]
+  on_device = [released.put(params, mesh) for params, _ in members]
   count = len(text.sequences_NT)
   statistics = [Statistics(p['b_enc'].size, count) for p, _ in members]
   kept = state.load() if state else None
@@ -276,7 +276,7 @@ class _Encoder:
 @functools.partial(jax.jit, static_argnames='room')
 def _encode(params, x, keep_BT, room: int):
   """The latents that fire on each token: index and value [B T, K], count."""
-  x = splice.stacked(x, params['W_enc'].ndim == 3)
+  x = released.stacked(x, params['W_enc'].ndim == 3)
   with jax.default_matmul_precision('highest'):
     f = sae.encode(params, x)
   rows = keep_BT.size

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope import places
+from gemma_scope import sites
 from gemma_scope.language_model import gemma as lm
 
 TOKENS, NEAR = 10, 12
@@ -45,7 +45,7 @@ def directions(
   card: Mapping[str, Any],
 ) -> np.ndarray | None:
   """What each latent writes into the residual stream, [F, D]; None: nothing."""
-  place = places.of(card)
+  place = sites.wiring_of(card)
   W_dec, target = np.asarray(params['W_dec'], np.float32), place.targets[-1]
   if place.several:
     W_dec = W_dec[:, :, -1].reshape(-1, W_dec.shape[-1])

@@ -20,10 +20,9 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gemma_scope import places, sites
-from gemma_scope.release import card as card_lib
+from gemma_scope import sites
 from gemma_scope.release import folder as folder_lib
-from gemma_scope.release import manifest, npz, sae_folder
+from gemma_scope.release import manifest, npz, sae_folder, table
 from gemma_scope.release.formats import gemma_scope_2, hook_points, saelens
 
 Row = tuple[Callable[[], sae_folder.Params], dict[str, Any], dict | None]
@@ -100,7 +99,7 @@ def _write_member(folder, params, card, metrics, layout) -> None:
 
 def _l0(card: Mapping[str, Any], metrics: Mapping[str, Any] | None):
   """L0 as measured; else as asked for, where a number of latents was."""
-  found = card_lib.value((metrics or {}).get('l0'))
+  found = table.value((metrics or {}).get('l0'))
   if found is None:
     asked = card.get('sparsity') or {}
     if asked.get('kind') not in ('target_l0', 'k'):
@@ -136,7 +135,7 @@ def _label(l0: float) -> str:
 
 
 def _in_gemma_scope_1(card, l0) -> str:
-  place = places.of(card)
+  place = sites.wiring_of(card)
   model = re.fullmatch(r'gemma2-(\d+b)(-it)?', card.get('model', ''))
   kind = _KINDS.get(place.kind) if place.type == 'sae' else None
   if (place.type, place.kind) == ('transcoder', 'mlp_in_ungained'):
@@ -156,7 +155,7 @@ def _in_gemma_scope_1(card, l0) -> str:
 
 
 def _in_gemma_scope_2(card, l0, label) -> str:
-  place, width = places.of(card), sites.width_name(card['width'])
+  place, width = sites.wiring_of(card), sites.width_name(card['width'])
   layers = f'layer_{"_".join(str(site.layer) for site in place.sites)}_'
   affine = '_affine' * bool(card.get('affine'))
   layers = '' if place.type == 'clt' else layers
@@ -164,7 +163,7 @@ def _in_gemma_scope_2(card, l0, label) -> str:
 
 
 def _in_saelens(card, l0) -> str:
-  hook = hook_points.of_transformer_lens(places.of(card).sites[0])
+  hook = hook_points.of_transformer_lens(sites.wiring_of(card).sites[0])
   width = sites.width_name(card['width'])
   return f'{hook}/width_{width}/average_l0_{round(l0)}'
 
@@ -190,7 +189,7 @@ def _describe(root, rows, paths, layout, license_name) -> None:
     f'# or {_HOW[layout].format(path=paths[0])}',
     '```',
     '',
-    card_lib.table(measured, markdown=True),
+    table.table(measured, markdown=True),
     '',
     *(f'- `{path}`' for path in paths),
     '',

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope import places
+from gemma_scope import sites
 from gemma_scope.release import npz, sae_folder
 from gemma_scope.release.formats import hook_points, tensors
 
@@ -66,7 +66,7 @@ def read(folder: pathlib.Path, path: str) -> tuple[sae_folder.Params, dict]:
     for ours, theirs in _KEYS.items()
     if theirs in parts[0]
   }
-  if card['type'] not in places.SEVERAL:
+  if card['type'] not in sites.SEVERAL:
     return {key: values[0] for key, values in params.items()}, card
   if any(set(part) != set(parts[0]) for part in parts):
     raise npz.Refused(f'{npz.show(folder)} has files with different tensors.')
@@ -83,11 +83,11 @@ def read(folder: pathlib.Path, path: str) -> tuple[sae_folder.Params, dict]:
 
 def _card(config: Mapping[str, Any], path: str, files: int) -> dict[str, Any]:
   kind = config.get('type')
-  if config.get('architecture') != 'jump_relu' or kind not in places.TYPES:
+  if config.get('architecture') != 'jump_relu' or kind not in sites.TYPES:
     raise npz.Refused(
       f'describes a {npz.show(kind)} of architecture '
       f'{npz.show(config.get("architecture"))}; expected jump_relu and one of '
-      f'{", ".join(places.TYPES)}'
+      f'{", ".join(sites.TYPES)}'
     )
   reads = _sites(config, 'hf_hook_point_in', files)
   writes = _sites(config, 'hf_hook_point_out', files)
@@ -155,7 +155,7 @@ def write(
     raise npz.Refused(
       'is a TopK, and Gemma Scope 2 has thresholds alone: train a BatchTopK'
     )
-  place, several = places.of(card), places.of(card).several
+  place, several = sites.wiring_of(card), sites.wiring_of(card).several
   folder.mkdir(parents=True)
   for i in range(len(place.sites) if several else 1):
     name = f'params_layer_{i}' if several else 'params'

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope import places, sites
+from gemma_scope import sites
 from gemma_scope.release import folder as folder_lib
 from gemma_scope.release import manifest, npz, sae_folder
+from gemma_scope.release import paths as paths_lib
 from gemma_scope.release.formats import (
   dictionaries,
   gemma_scope_1,
@@ -102,7 +103,7 @@ def offered(paths: str) -> list[folder_lib.Member]:
   for path in paths.split(','):
     if _sealed(pathlib.Path(path)):
       found += folder_lib.load_all(path)
-    elif inside := manifest.locate(pathlib.Path(os.path.abspath(path))):
+    elif inside := paths_lib.locate(pathlib.Path(os.path.abspath(path))):
       of_release = folder_lib.load_all(inside[0]) if _sealed(inside[0]) else []
       found += [m for m in of_release if m.path == inside[1]] or [
         Member(path, pathlib.Path(path), load(path)[1], None)
@@ -133,7 +134,7 @@ def _read(folder: pathlib.Path, path: str):
 
 def _checked(params, card: dict[str, Any]):
   """The parameters in the file's order, and the card with its sizes."""
-  place = places.of(card)
+  place = sites.wiring_of(card)
   W_enc, b_dec = params['W_enc'], params['b_dec']
   card |= {
     'd_in': W_enc.shape[-2] if W_enc.ndim > 1 else 0,

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope import places
+from gemma_scope import sites
 from gemma_scope.release import npz, sae_folder
 from gemma_scope.release.formats import hook_points, tensors
 
@@ -155,7 +155,7 @@ def write(
     npz.Refused: the format has no such thing: several layers, a top-k
       transcoder, or a site without a name.
   """
-  place = places.of(card)
+  place = sites.wiring_of(card)
   if place.several:
     raise npz.Refused(f'is a {place.type}, and SAELens has single layers alone')
   itself, skip = place.type == 'sae', 'W_skip' in params

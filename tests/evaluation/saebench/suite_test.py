@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from gemma_scope import places
+from gemma_scope import sites as sites_lib
 from gemma_scope.evaluation.saebench import fidelity, suite
 from gemma_scope.language_model import weights
 from gemma_scope.text import tokenizers
@@ -61,7 +61,7 @@ def test_nothing_is_lost_with_a_perfect_sae_and_all_with_an_empty_one(
   model, code
 ):
   batches = [(code.tokens_NT[:8], code.keep_NT[:8])]
-  place = places.of(CARD)
+  place = sites_lib.wiring_of(CARD)
   whole = fidelity.of(*model, perfect(), place, batches)
   empty = perfect()
   empty['W_dec'] = np.zeros_like(empty['W_dec'])

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from gemma_scope import places, sae
+from gemma_scope import sae, sites
 from gemma_scope.language_model import splice
 from gemma_scope.microscope.circuits import attribution_graph
 from gemma_scope.microscope.circuits import intervene as iv
@@ -100,7 +100,7 @@ def test_features_are_those_that_fire():
   subjects, tokens_T = CASES['clt']()
   s = Replacement(subjects, tokens_T).sources
   params, card = circuits.MEMBERS['clt']
-  place = places.of(card)
+  place = sites.wiring_of(card)
   taps = splice.taps(*tiny(), np.array([tokens_T]), place.sites)
   x = np.stack([taps[site][0] for site in place.sites], -2)
   with jax.default_matmul_precision('highest'):

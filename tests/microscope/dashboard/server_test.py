@@ -11,8 +11,9 @@ import time
 import numpy as np
 import pytest
 
-from gemma_scope import places
+from gemma_scope import sites
 from gemma_scope.language_model import weights
+from gemma_scope.microscope.circuits import readout
 from gemma_scope.microscope.dashboard import api, pages
 from gemma_scope.microscope.dashboard import server as server_lib
 from gemma_scope.microscope.index import build
@@ -246,11 +247,11 @@ def test_causes(server):
 
 def test_a_transcoders_fellows_are_those_most_like_it(asked):
   saes = [(one.card, one.index) for one in asked[0]._shown]
-  assert api.together(saes, 2) == [2, 3]
-  assert api.together(saes, 0) == [0]
+  assert readout.together(saes, 2) == [2, 3]
+  assert readout.together(saes, 0) == [0]
   twice = [*saes, saes[3]]
-  assert api.together(twice, 2) == [2, 3]
-  assert places.of(saes[3][0]).sites[0].layer == 2
+  assert readout.together(twice, 2) == [2, 3]
+  assert sites.wiring_of(saes[3][0]).sites[0].layer == 2
 
 
 # In Chromium.

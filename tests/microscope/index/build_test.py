@@ -14,6 +14,7 @@ from gemma_scope import sae, sites
 from gemma_scope.language_model import weights
 from gemma_scope.microscope.dashboard import neuronpedia
 from gemma_scope.microscope.index import build, logit_lens, statistics, store
+from gemma_scope.text import sequences
 from tests.helpers.random_saes import D, F, N, T, member
 
 FIELDS = [name for name in store._FIELDS]
@@ -257,11 +258,10 @@ def test_neighbours_are_the_nearest_decoders(built):
 
 
 def test_documents_are_those_of_the_stream(tmp_path):
-  from gemma_scope.text import token_store
 
   stream = np.asarray([5, 6, 1, 7, 8, 9, 1, 4, 3, 3, 3, 3], np.uint16)
   stream.tofile(tmp_path / 'x')
-  rows = token_store.Sequences(str(tmp_path / 'x'), 'uint16', 2, 5, len(stream))
+  rows = sequences.Sequences(str(tmp_path / 'x'), 'uint16', 2, 5, len(stream))
   np.testing.assert_array_equal(
     rows.documents(np.asarray([0, 1, 2]), 1),
     [[0, 0, 0, 0, 1], [1, 1, 1, 1, 2], [2, 2, 2, 2, 2]],

@@ -14,7 +14,9 @@ import time
 import pytest
 
 import gemma_scope
-from gemma_scope.runtime import runs
+from gemma_scope.runtime import changes
+from gemma_scope.runtime import interrupt as interrupt_lib
+from gemma_scope.runtime import lease as lease_lib
 
 ROOT = str(pathlib.Path(gemma_scope.__file__).parents[1])
 
@@ -31,7 +33,7 @@ def child(code: str, *args: str) -> subprocess.Popen:
 
 def write_lease(folder, age_s=0.0, **changes):
   """The lease of this very process, changed."""
-  with runs.Lease(folder):
+  with lease_lib.Lease(folder):
     holder = json.loads((folder / 'run.lease').read_text())
   path = folder / 'run.lease'
   path.write_text(json.dumps(holder | changes))
@@ -40,26 +42,26 @@ def write_lease(folder, age_s=0.0, **changes):
 
 def taken(folder) -> bool:
   try:
-    with runs.Lease(folder) as lease:
+    with lease_lib.Lease(folder) as lease:
       lease.check()
       return True
-  except runs.LeaseError:
+  except lease_lib.LeaseError:
     return False
 
 
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
   holder = child(
-    'import sys, time\nfrom gemma_scope.runtime import runs\n'
-    'with runs.Lease(sys.argv[1]):\n'
+    'import sys, time\nfrom gemma_scope.runtime import lease\n'
+    'with lease.Lease(sys.argv[1]):\n'
     '  print("held", flush=True)\n  time.sleep(60)',
     str(tmp_path),
   )
   try:
     assert holder.stdout.readline() == 'held\n'
     with pytest.raises(
-      runs.LeaseError, match=rf'process {holder.pid} on host \S+, .* ago'
+      lease_lib.LeaseError, match=rf'process {holder.pid} on host \S+, .* ago'
     ):
-      runs.Lease(tmp_path).__enter__()
+      lease_lib.Lease(tmp_path).__enter__()
     holder.kill()
     # Not reaped yet: a zombie does not hold a folder.
     deadline = time.monotonic() + 10
@@ -103,7 +105,7 @@ def test_an_unreadable_lease_is_judged_by_its_age(tmp_path):
 def test_a_race_for_a_stale_lease_has_one_winner(tmp_path):
   for _ in range(10):
     write_lease(tmp_path, pid=2**22 + 5)
-    leases = [runs.Lease(tmp_path) for _ in range(8)]
+    leases = [lease_lib.Lease(tmp_path) for _ in range(8)]
     barrier, won = threading.Barrier(8), []
 
     def take(lease, barrier=barrier, won=won):
@@ -111,7 +113,7 @@ def test_a_race_for_a_stale_lease_has_one_winner(tmp_path):
       try:
         lease.__enter__()
         won.append(lease)
-      except runs.LeaseError:
+      except lease_lib.LeaseError:
         pass
 
     threads = [threading.Thread(target=take, args=(x,)) for x in leases]
@@ -126,7 +128,7 @@ def test_a_race_for_a_stale_lease_has_one_winner(tmp_path):
 
 def test_heartbeat_and_a_lost_lease(tmp_path):
   path = tmp_path / 'run.lease'
-  with runs.Lease(tmp_path, beat_s=0.02) as lease:
+  with lease_lib.Lease(tmp_path, beat_s=0.02) as lease:
     os.utime(path, (1, 1))
     deadline = time.monotonic() + 10
     while path.stat().st_mtime < 2 and time.monotonic() < deadline:
@@ -136,7 +138,7 @@ def test_heartbeat_and_a_lost_lease(tmp_path):
     # Another host takes over while this one is suspended.
     thief = json.loads(path.read_text()) | {'token': 'x', 'host': 'elsewhere'}
     path.write_text(json.dumps(thief))
-    with pytest.raises(runs.LeaseError, match='must stop without writing'):
+    with pytest.raises(lease_lib.LeaseError, match='must stop without writing'):
       lease.check()
   assert json.loads(path.read_text()) == thief  # not ours to remove
 
@@ -144,19 +146,19 @@ def test_heartbeat_and_a_lost_lease(tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_sets_the_flag_and_handlers_are_put_back(number):
   before = signal.getsignal(number)
-  with runs.Interrupt() as interrupt:
+  with interrupt_lib.Interrupt() as interrupt:
     assert not interrupt.requested and not interrupt.at_step(0)
     interrupt.check()
     os.kill(os.getpid(), number)
     assert interrupt.requested and interrupt.at_step(1)
-    with pytest.raises(runs.Interrupted):
+    with pytest.raises(interrupt_lib.Interrupted):
       interrupt.check()
     os.kill(os.getpid(), signal.SIGTERM)  # again: still only the flag
   assert signal.getsignal(number) is before
 
 
 def test_a_second_ctrl_c_stops_at_once():
-  with runs.Interrupt() as interrupt:
+  with interrupt_lib.Interrupt() as interrupt:
     os.kill(os.getpid(), signal.SIGINT)
     assert interrupt.requested
     with pytest.raises(KeyboardInterrupt):
@@ -169,7 +171,7 @@ def test_interrupt_belongs_to_the_main_thread():
 
   def enter():
     with pytest.raises(RuntimeError, match='main thread'):
-      runs.Interrupt().__enter__()
+      interrupt_lib.Interrupt().__enter__()
     found.append(True)
 
   thread = threading.Thread(target=enter)
@@ -181,11 +183,11 @@ def test_interrupt_belongs_to_the_main_thread():
 def test_with_jax_distributed_its_preemption_service_is_the_owner():
   process = child(
     'import os, signal, socket, time, jax\n'
-    'from gemma_scope.runtime import runs\n'
+    'from gemma_scope.runtime import interrupt\n'
     's = socket.socket(); s.bind(("localhost", 0)); port = s.getsockname()[1]\n'
     's.close()\n'
     'jax.distributed.initialize(f"localhost:{port}", 1, 0)\n'
-    'with runs.Interrupt() as interrupt:\n'
+    'with interrupt.Interrupt() as interrupt:\n'
     '  for step in range(1000):\n'
     '    if step == 5: os.kill(os.getpid(), signal.SIGINT)\n'
     '    if interrupt.at_step(step): break\n'
@@ -207,25 +209,27 @@ def test_fingerprint_difference_names_fields():
     'nan': float('nan'),
   }
   same = json.loads(json.dumps(old))
-  assert runs.fingerprint_difference(old, same) == []
+  assert changes.fingerprint_difference(old, same) == []
   new = same | {
     'train': {'batch': 128, 'rate': 1e-3, 'new': {'x': 1}},
     'sites': ['b'],
     'seed': False,
   }
-  assert runs.fingerprint_difference(old, new) == [
+  assert changes.fingerprint_difference(old, new) == [
     'seed: was 0, is False',
     "sites: was ['a', 'b'], is ['b']",
     'train.batch: was 64, is 128',
     'train.gone: was 1, is absent',
     "train.new: was absent, is {'x': 1}",
   ]
-  ignored = runs.fingerprint_difference(old, new, ('train', 'site', 'seed'))
+  ignored = changes.fingerprint_difference(old, new, ('train', 'site', 'seed'))
   assert ignored == ["sites: was ['a', 'b'], is ['b']"]
 
 
 def test_refuse_changes_is_one_sentence():
-  runs.refuse_changes({'a': 1, 'b': 2}, {'a': 1, 'b': 3}, ignore=('b',))
-  with pytest.raises(runs.ChangedError, match=r'another text \(hash: was') as e:
-    runs.refuse_changes({'hash': 'x' * 200}, {'hash': 'y'}, what='text')
+  changes.refuse_changes({'a': 1, 'b': 2}, {'a': 1, 'b': 3}, ignore=('b',))
+  with pytest.raises(
+    changes.ChangedError, match=r'another text \(hash: was'
+  ) as e:
+    changes.refuse_changes({'hash': 'x' * 200}, {'hash': 'y'}, what='text')
   assert len(str(e.value)) < 250 and '\n' not in str(e.value)

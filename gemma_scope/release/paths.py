@@ -1,0 +1,66 @@
+"""Where an SAE lies in a release."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Sequence
+
+from gemma_scope import sites
+from gemma_scope.release import npz, table
+
+MEMBER = re.compile(
+  r'(?P<folder>(?P<kind>[a-z_]{1,40})'
+  r'/layer_\d{1,4}(?:_to_\d{1,4}|(?:_\d{1,4}){0,61})/width_\d{1,9}[km]?)/'
+  r'(?:average_l0_\d{1,9}|unmeasured_[a-z0-9_]{1,40}?(?:[.+-][a-z0-9]{1,9})*)'
+  r'(?P<affine>_affine)?(?:_[a-z][a-z0-9]{0,29}){0,4}'
+  r'(?:_seed_\d{1,19})?(?:_\d{1,6})?',
+  re.ASCII,
+)
+
+
+def folder(card: dict) -> str:
+  """The folder of a member up to its width: resid_post/layer_2/width_16k."""
+  place = sites.wiring_of(card)
+  layers = place.layers('_', '_to_')
+  width = sites.width_name(card['width'])
+  return f'{place.folder}/layer_{layers}/width_{width}'
+
+
+def paths(rows: Sequence[table.Row]) -> list[str]:
+  """A folder for each member; equal names get the seed, or else a number."""
+  found = []
+  several = len({card.get('architecture') for card, _ in rows}) > 1
+  for card, metrics in rows:
+    l0 = table.value((metrics or {}).get('l0'))
+    if l0 is None:
+      asked = table.sparsity(card).lower().replace(' ', '_')
+      leaf = f'unmeasured_{asked}' if asked != '-' else 'unmeasured_sparsity'
+    else:
+      leaf = f'average_l0_{round(l0)}'
+    affine = bool(card.get('affine'))
+    base = f'{folder(card)}/{leaf}' + '_affine' * affine
+    if several and card.get('architecture'):
+      base += f'_{card["architecture"]}'
+    path, count = base, 1
+    if path in found and type(card.get('seed')) is int and card['seed'] >= 0:
+      path = f'{base}_seed_{card["seed"]}'
+    while path in found:
+      count += 1
+      path = f'{base}_{count}'
+    match = MEMBER.fullmatch(path)
+    if not match or (match['affine'] is not None) != affine:
+      raise npz.Refused(f'{npz.show(path)} cannot name a folder of a release.')
+    found.append(path)
+  return found
+
+
+def locate(folder: pathlib.Path) -> tuple[pathlib.Path, str] | None:
+  """(release, member's path in it) where the folder's name has that form."""
+  if len(folder.parts) < 5:
+    return None
+  name = '/'.join(folder.parts[-4:])
+  match = MEMBER.fullmatch(name)
+  if not match or match['kind'] not in (*sites.KINDS, *sites.TYPES):
+    return None
+  return folder.parents[3], name

@@ -1,0 +1,185 @@
+"""The table of a release: one line for each SAE, in plain text or Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from gemma_scope import sites
+
+_COLUMNS = (
+  *('type', 'site', 'writes', 'layer', 'width', 'architecture', 'seed'),
+  *('target', 'L0', 'FVU', 'delta loss', 'dead %'),
+  *('control FVU', 'control delta'),
+)
+_SPARSITY = {'target_l0': 'L0', 'quadratic_l0': 'L0', 'l0': 'lambda'}
+TYPE_NAMES = {
+  'sae': 'sparse autoencoder',
+  'transcoder': 'transcoder',
+  'crosscoder': 'weakly causal crosscoder',
+  'clt': 'cross-layer transcoder',
+}
+
+
+def value(metric: object) -> float | None:
+  """Measured figure ({'value', 'low', 'high', ...} or number) -> float."""
+  number = metric.get('value') if isinstance(metric, dict) else metric
+  if isinstance(number, bool) or not isinstance(number, int | float):
+    return None
+  try:
+    return float(number) if math.isfinite(number) else None
+  except OverflowError:
+    return None
+
+
+def control(metrics: dict | None) -> dict:
+  """Figures of the randomly initialised twin; {} where there are none."""
+  found = (metrics or {}).get('control')
+  return found if isinstance(found, dict) else {}
+
+
+def order(row: Row) -> tuple:
+  """Sort key: place, width, architecture, L0, seed."""
+  card, metrics = row
+  l0 = value((metrics or {}).get('l0'))
+  return (
+    sites.wiring_order(sites.wiring_of(card)),
+    card['width'],
+    architecture(card),
+    math.inf if l0 is None else l0,
+    str(card.get('seed', '')),
+    str(card.get('name', '')),
+  )
+
+
+def architecture(card: dict) -> str:
+  """'jumprelu', or 'jumprelu, affine' where there is an affine skip."""
+  found = str(card.get('architecture', ''))
+  return f'{found}, affine' if card.get('affine') else found
+
+
+def sparsity(card: dict) -> str:
+  """What the member was asked for: 'L0 50', 'lambda 0.0006' or 'l1 4'."""
+  setting = card.get('sparsity')
+  if not isinstance(setting, dict) or not setting:
+    return '-'
+  kind = str(setting.get('kind', ''))
+  amount = value(setting.get('value'))
+  shown = '-' if amount is None else f'{amount:g}'
+  return f'{_SPARSITY.get(kind, kind)} {shown}'
+
+
+def table(
+  rows: Sequence[Row], *, markdown: bool = False, columns: int = 100
+) -> str:
+  """One line per member, by place, width and L0, the control beside.
+
+  Args:
+    rows: (card, metrics) pairs; metrics None shows dashes.
+    markdown: Markdown, with 95 % intervals; else aligned plain text.
+    columns: room for plain text; intervals are shown where they fit.
+
+  Returns:
+    The table, without a newline at its end. FVU is the fraction of variance
+    unexplained, delta loss is in nats per token.
+  """
+  rows = sorted(rows, key=order)
+  wide = _cells(rows, intervals=True)
+  if markdown:
+    head, *body = wide
+    rule = ['---'] * _text_columns(head)
+    rule += ['---:'] * (len(head) - len(rule))
+    return '\n'.join(
+      f'| {" | ".join(escape(cell) for cell in line)} |'
+      for line in (head, rule, *body)
+    )
+  text = _aligned(wide)
+  if len(text.partition('\n')[0]) > columns:
+    text = _aligned(_cells(rows, intervals=False))
+  return text
+
+
+def _cells(rows: Sequence[Row], *, intervals: bool) -> list[list[str]]:
+  """Header and body of the table; a column that says nothing is left out."""
+  lines = [_line(*row, intervals) for row in rows]
+
+  def differs(key):
+    return len({line[key] for line in lines}) > 1
+
+  said = {
+    'type': any(line['type'] != 'sae' for line in lines),
+    'writes': any(line['writes'] != line['site'] for line in lines),
+    'architecture': differs('architecture'),
+    'seed': differs('seed'),
+  }
+  head = [key for key in _COLUMNS if said.get(key, True)]
+  return [head, *([line[key] for key in head] for line in lines)]
+
+
+def _line(card: dict, metrics: dict | None, intervals: bool) -> dict[str, str]:
+  """Every cell of a row, by its column."""
+  place, metrics = sites.wiring_of(card), metrics or {}
+  twin, dead = control(metrics), value(metrics.get('dead'))
+  cells = (
+    place.type,
+    place.kind,
+    place.targets[0].kind,
+    place.layers(),
+    sites.width_name(card['width']),
+    architecture(card) or '-',
+    str(card.get('seed', '-')),
+    sparsity(card),
+    _figure(metrics.get('l0'), 1, intervals),
+    _figure(metrics.get('fvu'), 3, intervals),
+    _figure(metrics.get('delta_loss'), 4, intervals),
+    '-' if dead is None else f'{100 * dead:.1f}',
+    _figure(twin.get('fvu'), 3, False),
+    _figure(twin.get('delta_loss'), 4, False),
+  )
+  return dict(zip(_COLUMNS, cells, strict=True))
+
+
+def _figure(metric: object, digits: int, intervals: bool) -> str:
+  number = value(metric)
+  if number is None:
+    return '-'
+  shown = f'{number:.{digits}f}'
+  if intervals and isinstance(metric, dict):
+    low, high = value(metric.get('low')), value(metric.get('high'))
+    if low is not None and high is not None:
+      # The wider side, so that ± never says less than was found.
+      shown += f' ±{max(high - number, number - low):.{digits}f}'
+  return shown
+
+
+def _text_columns(head: Sequence[str]) -> int:
+  return head.index('target') + 1
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+  """Words to the left, figures to the right, a rule under the header."""
+  words = _text_columns(lines[0])
+  widths = [
+    max(len(cell) for cell in column) for column in zip(*lines, strict=True)
+  ]
+  shown = [
+    '  '.join(
+      cell.ljust(width) if i < words else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ).rstrip()
+    for line in lines
+  ]
+  shown.insert(1, '-' * len(shown[0]))
+  return '\n'.join(shown)
+
+
+def escape(text: object) -> str:
+  """Text on one line of Markdown that can open no cell, tag, link or code."""
+  line = ' '.join(str(text).split())
+  line = line.encode('utf-8', 'backslashreplace').decode('utf-8')
+  for mark in '\\|<>[]`':
+    line = line.replace(mark, f'&#{ord(mark)};')
+  return line
+
+
+Row = tuple[dict, dict | None]

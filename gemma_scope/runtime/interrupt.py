@@ -1,0 +1,110 @@
+"""SIGTERM and Ctrl-C end a run at a whole step, agreed over all processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Interrupted(Exception):
+  """SIGTERM or Ctrl-C asked the run to end."""
+
+
+class Interrupt:
+  """The one owner of SIGTERM and SIGINT; a flag that every phase polls.
+
+    with Interrupt() as interrupt:
+      for batch in harvest: interrupt.check()     # or: if interrupt.requested
+      for step in ...:
+        if interrupt.at_step(step): save; break
+
+  One process: handlers in the main thread set the flag; a second Ctrl-C
+  raises KeyboardInterrupt at once. Python runs a handler between bytecodes,
+  so inside one long compilation the flag is set when that call returns.
+
+  In a cluster (joined before entering): of two handlers of SIGTERM the one
+  installed last wins silently, and jax's preemption service must be the one,
+  for it makes all processes stop at the same place. SIGTERM is then left to
+  jax, Ctrl-C is turned into SIGTERM, and the flag appears at the call on which
+  all agree: every process must make the same calls of `check` and `at_step`.
+  """
+
+  def __init__(self):
+    self._flag = threading.Event()
+    self._old: dict[int, Any] = {}
+    self._cluster = False
+    self._calls = 0
+    self._pressed = False
+
+  def __enter__(self) -> Interrupt:
+    if threading.current_thread() is not threading.main_thread():
+      raise RuntimeError(
+        'Interrupt installs signal handlers, which only the main thread may'
+        ' do; enter it there and pass it on.'
+      )
+    self._cluster = jax.distributed.is_initialized()
+    mine = (
+      (signal.SIGINT,)
+      if self._cluster
+      else (
+        signal.SIGINT,
+        signal.SIGTERM,
+      )
+    )
+    self._old = {s: signal.signal(s, self._handle) for s in mine}
+    return self
+
+  def __exit__(self, *unused):
+    for number, handler in self._old.items():
+      # None: a handler that was not Python's cannot be put back by Python.
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    self._old = {}
+
+  def _handle(self, number, frame):
+    del frame
+    if number == signal.SIGINT:
+      if self._pressed:
+        raise KeyboardInterrupt
+      self._pressed = True
+    # os.write: print may be interrupted in the middle of its own lock.
+    with contextlib.suppress(OSError):
+      os.write(
+        2,
+        f'\n{signal.Signals(number).name}: ending at the next whole step'
+        ' (Ctrl-C again: at once, unsaved)\n'.encode(),
+      )
+    if self._cluster:
+      os.kill(os.getpid(), signal.SIGTERM)  # jax tells the other processes
+    else:
+      self._flag.set()
+
+  @property
+  def requested(self) -> bool:
+    """True once the run should end."""
+    return self._flag.is_set()
+
+  def check(self):
+    """Raises Interrupted once the run should end."""
+    if self._agreed():
+      raise Interrupted('The run was asked to end (SIGTERM or Ctrl-C).')
+
+  def at_step(self, step: int) -> bool:
+    """True when this process, and every other one, is to stop at `step`."""
+    del step  # calls are counted: a harvest polls between two steps
+    return self._agreed()
+
+  def _agreed(self) -> bool:
+    self._calls += 1
+    if (
+      self._cluster
+      and not self.requested
+      and multihost_utils.reached_preemption_sync_point(self._calls)
+    ):
+      self._flag.set()
+    return self.requested

@@ -1,0 +1,205 @@
+"""One process at a time writes to a run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import socket
+import threading
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_scope import files
+from gemma_scope.runtime import cluster, progress
+
+_log = logging.getLogger(__name__)
+
+
+class LeaseError(RuntimeError):
+  """The folder belongs to another live run, or was lost to one."""
+
+
+def _process_start(pid: int) -> str | None:
+  """When a process started, as its kernel spells it; None when it is dead.
+
+  A pid alone is not a name: the kernel gives it out again. A zombie (killed,
+  not yet reaped by its parent) counts as dead.
+  """
+  try:
+    stat = pathlib.Path(f'/proc/{pid}/stat').read_text()
+  except FileNotFoundError:
+    if os.path.exists('/proc/self/stat'):
+      return None
+  except OSError:
+    return 'unknown'
+  else:
+    fields = stat.rpartition(')')[2].split()
+    return None if fields[0] in 'ZX' else fields[19]
+  try:  # no /proc: macOS
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return None
+  except OSError:
+    pass
+  return 'unknown'
+
+
+def _boot() -> str:
+  """Names this boot of this kernel; two machines may share a host name."""
+  try:
+    return pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+  except OSError:
+    return 'unknown'
+
+
+class Lease:
+  """Exclusive ownership of a folder while the `with` block lasts.
+
+  `run.lease` says who holds it; `run.lock` is held (flock) only for the
+  moments in which the lease is read and written, so that of two takers of one
+  stale lease the second sees the first's. A holder is dead when it is on this
+  boot of this host and its process is gone (or its pid belongs to a younger
+  process), or is elsewhere and its heartbeat is older than `stale_s`. Ages
+  are differences of two times stamped by the folder's own file system, so two
+  hosts' clocks need not agree. In a cluster the first process holds the lease
+  for all.
+
+  Raises LeaseError, one sentence, when another live run holds the folder.
+  """
+
+  def __init__(self, folder, *, beat_s: float = 30.0, stale_s: float = 300.0):
+    self._folder = pathlib.Path(folder)
+    self._path = self._folder / 'run.lease'
+    self._beat_s, self._stale_s = beat_s, stale_s
+    self._token = uuid.uuid4().hex
+    self._stop = threading.Event()
+    self._thread: threading.Thread | None = None
+    self.lost = False
+
+  def __enter__(self) -> Lease:
+    if not cluster.first():
+      return self
+    self._folder.mkdir(parents=True, exist_ok=True)
+    with self._mutex() as now:
+      holder = self._read()
+      if holder is not None:
+        beat = now - self._path.stat().st_mtime
+        held = now - holder.get('taken', now)
+        if not self._stale(holder, beat):
+          raise LeaseError(
+            f'{self._folder} is in use by process {holder.get("pid")} on'
+            f' host {holder.get("host")}, which took it'
+            f' {progress.duration(max(0.0, held))} ago (last heartbeat'
+            f' {progress.duration(max(0.0, beat))} ago); stop that run or'
+            ' choose another folder.'
+          )
+        _log.warning(
+          'Taking over %s from process %s on host %s, which is gone.',
+          self._folder,
+          holder.get('pid'),
+          holder.get('host'),
+        )
+      self._write(now)
+    self._stop.clear()
+    self._thread = threading.Thread(
+      target=self._beat, name='lease-heartbeat', daemon=True
+    )
+    self._thread.start()
+    return self
+
+  def __exit__(self, *unused):
+    if self._thread is None:
+      return
+    self._stop.set()
+    self._thread.join()
+    self._thread = None
+    with self._mutex():
+      holder = self._read()
+      if holder and holder.get('token') == self._token:
+        self._path.unlink()
+
+  def check(self):
+    """Raises LeaseError when another run took the folder (call per save).
+
+    It can happen only to a process that did not run for `stale_s`: a laptop
+    that slept, a machine that was paused.
+    """
+    if self._thread is not None and not self.lost:
+      holder = self._read()
+      self.lost = not holder or holder.get('token') != self._token
+    if self.lost:
+      raise LeaseError(
+        f'Another run took over {self._folder} while this one was not'
+        ' running; this one must stop without writing there.'
+      )
+
+  @contextlib.contextmanager
+  def _mutex(self):
+    """Yields the file system's time while no other taker is in here."""
+    handle = os.open(self._folder / 'run.lock', os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+      try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+      except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+          raise
+        _log.warning(
+          'The file system of %s has no locks (%s); a second run that starts'
+          ' at the same moment would not be seen.',
+          self._folder,
+          error,
+        )
+      os.utime(handle)
+      yield os.fstat(handle).st_mtime
+    finally:
+      os.close(handle)  # and with it the flock
+
+  def _read(self) -> dict[str, Any] | None:
+    try:
+      holder = json.loads(self._path.read_text())
+      return holder if isinstance(holder, dict) else {}
+    except FileNotFoundError:
+      return None
+    except ValueError:  # damaged: only its heartbeat can speak for it
+      return {}
+
+  def _write(self, now: float):
+    holder = {
+      'host': socket.gethostname(),
+      'boot': _boot(),
+      'pid': os.getpid(),
+      'start': _process_start(os.getpid()),
+      'taken': now,
+      'token': self._token,
+    }
+    files.write_json(self._path, holder)
+    self.lost = False
+
+  def _stale(self, holder: Mapping[str, Any], beat_age_s: float) -> bool:
+    pid = holder.get('pid')
+    here = (
+      holder.get('host') == socket.gethostname()
+      and holder.get('boot') == _boot()
+      and isinstance(pid, int)
+    )
+    if here:
+      start = _process_start(pid)
+      return start is None or start != holder.get('start')
+    return beat_age_s > self._stale_s
+
+  def _beat(self):
+    while not self._stop.wait(self._beat_s):
+      try:
+        holder = self._read()
+        if not holder or holder.get('token') != self._token:
+          self.lost = True
+          return
+        os.utime(self._path)
+      except OSError as error:  # a network file system may stumble
+        _log.warning('No heartbeat could be written: %s.', error)

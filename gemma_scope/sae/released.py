@@ -1,0 +1,48 @@
+"""Parameters of released SAEs on the devices: placed, stacked, replicated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def shardings(
+  mesh: Mesh, params: Mapping[str, jax.Array | np.ndarray]
+) -> dict[str, NamedSharding]:
+  """Where a member lies: its latents over that axis, if it divides them."""
+  width = params['b_enc'].shape[-1]
+  split = 'latent' in mesh.shape and width % mesh.shape['latent'] == 0
+  axes = {'W_enc': -1, 'b_enc': -1, 'threshold': -1}
+  axes['W_dec'] = 1 if params['W_dec'].ndim == 4 else 0
+  found = {}
+  for key, array in params.items():
+    spec = [None] * array.ndim
+    if split and key in axes:
+      spec[axes[key]] = 'latent'
+    found[key] = NamedSharding(mesh, PartitionSpec(*spec))
+  return found
+
+
+def put(
+  params: Mapping[str, np.ndarray], mesh: Mesh | None
+) -> dict[str, jax.Array]:
+  """A member on the devices, latents over the mesh's axis where they divide."""
+  arrays = {key: np.asarray(a, np.float32) for key, a in params.items()}
+  return jax.device_put(
+    arrays, None if mesh is None else shardings(mesh, arrays)
+  )
+
+
+def stacked(parts: Sequence[jax.Array], several: bool) -> jax.Array:
+  """float32 [B, t, D] of one site, or [B, t, L, D]."""
+  parts = [part.astype(jnp.float32) for part in parts]
+  return jnp.stack(parts, -2) if several else parts[0]
+
+
+def beside(keep_BT: jax.Array, f: jax.Array) -> jax.Array:
+  """keep_BT with axes of size 1, to broadcast with f [B, T, ...]."""
+  return keep_BT.reshape(*keep_BT.shape, *[1] * (f.ndim - keep_BT.ndim))

@@ -1,0 +1,75 @@
+"""Parameters and cards of the SAEs of a run, from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+import gemma_scope
+from gemma_scope import sites, specs
+from gemma_scope.sae import fold
+from gemma_scope.training import setup, stack
+
+
+def members(
+  config: ConfigDict,
+  stacks: tuple[stack.Stack, ...],
+  states: tuple[stack.State, ...],
+  scales: Mapping[sites.Site, float],
+  step: int,
+  facts: Mapping[str, Any],
+) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
+  """The trained SAEs as (params, card): folded, they act on raw activations."""
+  groups = specs.stacks(config, setup.dimensions(config)).values()
+  out = []
+  for trained, state, group in zip(stacks, states, groups, strict=True):
+    if jax.process_count() > 1:
+      host = multihost_utils.process_allgather(state, tiled=True)
+    else:
+      host = jax.device_get(state)
+    module = trained.module
+    for i, member in enumerate(group):
+      params = {
+        name: np.asarray(value)
+        for name, value in trained.member_params(host, i).items()
+      }
+      params = fold.fold(
+        params,
+        [scales[site] for site in member.sites],
+        [scales[site] for site in member.targets],
+        pre_encoder_bias=module.pre_encoder_bias,
+      )
+      if not module.unit_decoder:
+        params = fold.fold_decoder_norm(params)
+      both = dict.fromkeys((*member.sites, *member.targets))
+      card = {
+        'name': member.name,
+        'type': member.type,
+        'sites': [str(site) for site in member.sites],
+        'targets': [str(site) for site in member.targets],
+        'model': config.lm.name,
+        'architecture': member.architecture,
+        'd_in': module.d_in,
+        'd_out': module.d_out,
+        'width': member.width,
+        'sparsity': {'kind': member.penalty, 'value': member.sparsity},
+        'seed': member.seed,
+        'scales': {str(site): scales[site] for site in both},
+        'steps': step,
+        'tokens': step * config.train.batch,
+        'text': facts['text'],
+        'code': gemma_scope.__version__,
+      }
+      if ends := specs.prefixes(config, member):
+        card['matryoshka'] = list(ends)
+      if module.skip:
+        card['affine'] = True
+      if config.initialise.release:
+        card['initialised_from'] = config.initialise.release
+      out.append((params, card))
+  return out

@@ -6,7 +6,7 @@ member that writes several layers, a figure is the mean over its targets:
   FVU         1/M sum_m r_m,  r_m = E_m / V_m,  E_m = sum_n |y - y_hat|^2
   delta loss  1/M sum_m sum_n delta_nm / sum_n counts_n
 
-Both are ratios of sums over sequences, so that `estimates.ratio_interval` holds.
+Both are ratios of sums over sequences, so that `ratio_interval` holds.
 For a mean r of ratios, a_n and b_n are chosen such that a_n - r b_n is what
 sequence n adds to the errors of all the r_m, to first order:
 

@@ -215,8 +215,10 @@ class Session:
     )  # fmt: skip
     self.out.mkdir(parents=True, exist_ok=True)
     found = build_lib.build(
-      *self.model, rows, text, batch=batch, mesh=self.mesh, poll=poll,
-      progress=lambda done, _: progress.update(done, {}), state=state,
+      *self.model, rows, text,
+      build_lib.How(
+        batch, self.mesh, lambda done, _: progress.update(done, {}), poll, state
+      ),
     )  # fmt: skip
     loaded = []
     for sae, (params, _), one in zip(self.saes, rows, found, strict=True):

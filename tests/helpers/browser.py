@@ -48,8 +48,3 @@ def chromium(address):
     page.wait_for_selector('main h1')
     yield page
     browser.close()
-
-
-@pytest.fixture(scope='module')
-def page(folder):
-  yield from chromium((folder / 'index.html').as_uri())

@@ -72,20 +72,24 @@ def of(index: index_lib.Index, feature: int, width: int = 32) -> Examples:
   The halves are of sequences: no sequence has windows in both.
   """
   firing, silent = [], []
-  places = [
-    (index.top_FE, index.top_sequence_FE, index.top_position_FE,
-     index.window_top_FEW),
-    (index.sample_FQR, index.sample_sequence_FQR, index.sample_position_FQR,
-     index.window_sample_FQRW),
-  ]  # fmt: skip
+  kept = [
+    ('top', index.top_FE, index.top_sequence_FE, index.top_position_FE),
+    (
+      'sample',
+      index.sample_FQR,
+      index.sample_sequence_FQR,
+      index.sample_position_FQR,
+    ),
+  ]
   seen = set()
-  for values, sequences, positions, windows in places:
+  for name, values, sequences, positions in kept:
+    windows = index.windows(name, feature)
     window = windows.shape[-1]
     flat = zip(
       values[feature].reshape(-1),
       sequences[feature].reshape(-1),
       positions[feature].reshape(-1),
-      windows[feature].reshape(-1, window),
+      windows.reshape(-1, window),
       strict=True,
     )
     for value, sequence, position, values_W in flat:
@@ -99,7 +103,7 @@ def of(index: index_lib.Index, feature: int, width: int = 32) -> Examples:
       )
   # All of a silent sequence is silent: as many windows as it has room for.
   length = index.sequences_NT.shape[1]
-  silence = np.zeros(length, np.float16)
+  silence = np.zeros(length, np.float32)
   middles = range(min(width, length) // 2, max(length - width // 2, 1), width)
   for sequence in index.silent_FM[feature].tolist():
     if sequence >= 0:
@@ -108,8 +112,6 @@ def of(index: index_lib.Index, feature: int, width: int = 32) -> Examples:
         for middle in middles
       ]
 
-  # float16 windows may have lost a very small value.
-  firing = [(s, e) for s, e in firing if any(e.fires)]
   silent = [(s, e) for s, e in silent if e.ids]
 
   def half(found, which):
@@ -128,7 +130,7 @@ def _window(index, sequence, middle, start, values_W, width):
   at = at[(at < index.sequences_NT.shape[1]) & (at >= start)]
   at = at[at - start < len(values_W)]
   at = at[index.keep_NT[sequence, at]]
-  values = np.asarray(values_W, np.float32)[at - start]
+  values = np.asarray(values_W)[at - start]
   return Example(
     tuple(index.sequences_NT[sequence, at].tolist()), tuple(values.tolist())
   )

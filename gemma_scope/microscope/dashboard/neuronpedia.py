@@ -144,12 +144,13 @@ def _feature(index: Index, j: int, pieces) -> dict[str, Any]:
 
 
 def _examples(index: Index, j: int, pieces) -> Iterator[dict[str, Any]]:
-  width = index.window_top_FEW.shape[2]
+  windows_EW = index.windows('top', j)
+  width = windows_EW.shape[1]
   for e in np.flatnonzero(index.top_sequence_FE[j] >= 0):
     sequence = index.sequences_NT[index.top_sequence_FE[j, e]]
     start = index.top_position_FE[j, e] - width // 2
     inside = np.arange(max(start, 0), min(start + width, len(sequence)))
-    values = index.window_top_FEW[j, e, inside - start].astype(float)
+    values = windows_EW[e, inside - start]
     best = int(np.argmax(values))
     yield {
       'index': str(j),
@@ -168,4 +169,4 @@ def _rounded(values) -> list[float]:
 def _lines(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
   with gzip.GzipFile(path, 'wb', mtime=0) as file:
     for row in rows:
-      file.write(json.dumps(row).encode() + b'\n')
+      file.write(json.dumps(row, allow_nan=False).encode() + b'\n')

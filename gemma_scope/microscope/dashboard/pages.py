@@ -8,8 +8,8 @@
   data/m3/to5.js              its features' nearest decoders in SAE 5
 
 Each data file calls scope(key, text) with gzipped JSON in base64: a page from a
-disk may load scripts and fetch nothing. Values of an example are float16, in
-base64. Text reaches the page as text alone; a
+disk may load scripts and fetch nothing. An example's values are float16 shares
+of the feature's largest, in base64. Text reaches the page as text alone; a
 content security policy forbids all else. Equal indexes give equal bytes.
 """
 

@@ -1,25 +1,28 @@
-"""Members of a collection -> an `Index` each, in one pass over a text.
+"""SAEs and a text -> an `Index` for each SAE.
 
-For each batch of sequences
+First pass, for each batch of sequences:
 
-  forward pass with every member's sites tapped, once for all of them
-  each member   f = encode(x), and of it what fires alone: K pairs (latent,
-                value) a token, K the most that any token has
-  `Statistics`  counts, maxima, histograms, largest values, samples, co-firing
+  forward       one pass of the model, tapped at the sites of all SAEs
+  encode        f = encode(x) for each SAE; only the K latents that fire on a
+                token reach the host, K the most that any token has
+  `Statistics`  counts, maxima, histograms, top examples, samples, co-firing
 
-then a second look, once for all, at the sequences that hold an example, for its
-window. What a
-member needs on the host never has B x F numbers, and none of it depends on how
-the text was cut into batches or ordered (but for the windows' float16).
+The second pass reads the sequences that hold an example again, for the
+activations around it. The host never holds B x F numbers for an SAE, and
+nothing depends on the order of the text or on how it is cut into batches.
 
-A sample is drawn by priority, a hash of (latent, sequence, position), kept R to
-a bin of the histogram: the R smallest priorities of each tenth of (0, max] are
-then among those kept, unless a bin straddles two tenths.
+Tokens whose activation has a norm above a bound of the SAE's card
+(`encode.norm_bounds`) are outliers: they are counted and listed apart, and are
+left out of everything else.
+
+Samples are drawn by a hash of (latent, sequence, position), R from each bin of
+the histogram. The R smallest hashes of each tenth of (0, max] are then among
+those kept, unless a bin straddles two tenths.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -33,22 +36,26 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gemma_scope
-from gemma_scope import files, sae, sites
+from gemma_scope import files, sites
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
-from gemma_scope.microscope.index import logit_lens
+from gemma_scope.microscope.index import encode, logit_lens
 from gemma_scope.microscope.index import store as store_lib
-from gemma_scope.microscope.index.statistics import Firings, Statistics
+from gemma_scope.microscope.index.statistics import (
+  Firings,
+  Outliers,
+  Statistics,
+)
 from gemma_scope.microscope.index.store import Index
 from gemma_scope.release import sae_folder
-from gemma_scope.sae import released, sparse
+from gemma_scope.sae import released
 
 Row = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]
 WINDOW = 48  # tokens around an example
 
 
 class Text(NamedTuple):
-  """What the members are read on.
+  """The text that the SAEs are read on.
 
   Attributes:
     sequences_NT: int32, BOS first.
@@ -64,14 +71,14 @@ class Text(NamedTuple):
 
 
 def spread(store, seq_len: int, count: int, keep, eos_id: int) -> Text:
-  """`count` sequences of a token store's training text, evenly spread over it.
+  """Takes `count` sequences, evenly spread over a store's training text.
 
   Args:
     store: a `token_store.Tokens`.
-    seq_len: tokens a sequence.
-    count: at most so many.
+    seq_len: tokens in a sequence.
+    count: at most this many sequences.
     keep: tokens [N, T] -> where they count.
-    eos_id: what ends a document.
+    eos_id: the token that ends a document.
   """
   rows = store.sequences(seq_len)
   at = np.unique(np.linspace(0, len(rows) - 1, count).astype(int))
@@ -86,50 +93,56 @@ def spread(store, seq_len: int, count: int, keep, eos_id: int) -> Text:
 
 
 def name_of(path: str) -> str:
-  """A folder's name below an output folder, from an SAE's path anywhere."""
+  """The name of an SAE's output folder, from its path."""
   parts = [p for p in path.replace('\\', '/').split('/') if p not in ('', '..')]
   return '/'.join(re.sub(r'[^\w.+=-]', '_', part) for part in parts[-4:])
 
 
 class State:
-  """The first pass's statistics on disk; unused where the pass is another.
+  """The statistics of the first pass on disk; ignored for any other pass.
 
   Attributes:
-    key: of the text and of the members, parameters and all.
+    key: hash of the text, the cards and the parameters.
   """
 
   def __init__(
-    self, path: pathlib.Path, text: Text, members: Sequence[Row], every: int = 8
+    self,
+    path: pathlib.Path,
+    text: Text,
+    members: Sequence[Row],
+    every: int = 8,
+    outliers: bool = False,
   ):
     self._path, self._every, self._calls = path, every, 0
     digest = hashlib.sha256(text.sequences_NT.tobytes())
-    digest.update(f'{gemma_scope.__version__} {store_lib.VERSION}'.encode())
+    version = f'{gemma_scope.__version__} {store_lib.VERSION} {outliers}'
+    digest.update(version.encode())
     for params, card in members:
       digest.update(json.dumps(card, sort_keys=True, default=str).encode())
       digest.update(sae_folder.digest(params).encode())
     self.key = digest.hexdigest()
 
   def load(self) -> tuple[int, list[dict[str, np.ndarray]]] | None:
-    """(sequences done, arrays of each member), or None: from the start."""
+    """(sequences done, arrays of each SAE), or None to begin at the start."""
     if not self._path.exists():
       return None
     try:
       with np.load(self._path, allow_pickle=False) as file:
         if str(file['key']) != self.key:
           return None
-        found: list[dict[str, np.ndarray]] = []
+        states: list[dict[str, np.ndarray]] = []
         for name in file.files:
           number, _, field = name.partition('/')
           if field:
-            while len(found) <= int(number):
-              found.append({})
-            found[int(number)][field] = file[name]
-        return int(file['done']), found
+            while len(states) <= int(number):
+              states.append({})
+            states[int(number)][field] = file[name]
+        return int(file['done']), states
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
       return None  # cut off while it was written
 
   def save(self, done: int, states, now: bool = False) -> None:
-    """Every few calls, or now; whole or not at all."""
+    """Saves every few calls, or now; completely or not at all."""
     self._calls += 1
     if self._calls % self._every and not now:
       return
@@ -142,102 +155,162 @@ class State:
       np.savez(file, key=self.key, done=done, **arrays)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class How:
+  """How a pass over the text is run.
+
+  Attributes:
+    batch: sequences in each forward pass.
+    mesh: the devices; None for one.
+    progress: called with the sequences done and the total, of both passes.
+    poll: called before each batch; may raise to stop.
+    state: keeps the first pass on disk; None keeps nothing.
+    outliers: True also counts the tokens that an SAE's outlier rule leaves out.
+  """
+
+  batch: int = 32
+  mesh: Mesh | None = None
+  progress: Callable[[int, int], None] = lambda done, total: None
+  poll: Callable[[], None] = lambda: None
+  state: State | None = None
+  outliers: bool = False
+
+
 def build(
   gemma: lm.Gemma,
   lm_params: lm.Params,
   members: Sequence[Row],
   text: Text,
-  *,
-  batch: int = 32,
-  mesh: Mesh | None = None,
-  progress: Callable[[int, int], None] = lambda done, of: None,
-  poll: Callable[[], None] = lambda: None,
-  state: State | None = None,
+  how: How | None = None,
 ) -> Iterator[Index]:
-  """Indexes every member.
+  """Indexes every SAE in two passes over the text.
 
   Args:
     gemma, lm_params: the language model, sharded or not.
     members: (parameters, card) in released form.
     text: the sequences.
-    batch: sequences a forward pass.
-    mesh: the devices; None for one.
-    progress: called as progress(sequences done, of both passes).
-    poll: called before each batch; may raise to stop.
-    state: keeps the first pass on disk; None keeps nothing.
+    how: batch, devices and the rest.
 
   Yields:
-    An `Index` a member, in their order.
+    An `Index` for each SAE, in their order.
   """
-  several = [sites.wiring_of(card) for _, card in members]
-  reads = tuple(dict.fromkeys(s for place in several for s in place.sites))
-  on_device = [released.put(params, mesh) for params, _ in members]
-  count = len(text.sequences_NT)
-  statistics = [Statistics(p['b_enc'].size, count) for p, _ in members]
-  kept = state.load() if state else None
-  start = 0
-  if kept:
-    start, found = kept
-    for one, arrays in zip(statistics, found, strict=True):
-      one.restore(arrays)
-  total = 2 * count
-  encoders = [_Encoder(params) for params in on_device]
-
-  def firings(at: np.ndarray):
-    """Each member's `Firings` on some sequences, from one pass of the model."""
-    filled = np.resize(at, batch)  # one shape, one program
-    tokens_BT = _on_data(text.sequences_NT[filled], mesh)
-    taps = splice.taps(gemma, lm_params, tokens_BT, reads)
-    keep_BT = text.keep_NT[filled].copy()
-    keep_BT[len(at) :] = False
-    for place, encode in zip(several, encoders, strict=True):
-      yield encode(tuple(taps[s] for s in place.sites), keep_BT, filled)
-
-  arrays = lambda: [one.arrays() for one in statistics]
-  for first in range(start, count, batch):
-    try:
-      poll()
-    except Exception:
-      if state and first > start:
-        state.save(first, arrays, now=True)
-      raise
-    at = np.arange(first, min(first + batch, count))
-    for one, fires in zip(statistics, firings(at), strict=True):
-      one.add(fires, text.documents_NT)
-    progress(at[-1] + 1, total)
-    if state:
-      state.save(at[-1] + 1, arrays)
+  how = how or How()
+  reader = _Reader(gemma, lm_params, members, text, how)
+  statistics = _first_pass(reader, members, text, how)
   finished = [one.finish() for one in statistics]
-  windows = [_Windows(found, text.sequences_NT.shape[1]) for found in finished]
-  wanted = np.unique(np.concatenate([one.sequences() for one in windows]))
-  for first in range(0, len(wanted), batch):
-    poll()
-    at = wanted[first : first + batch]
-    for one, fires in zip(windows, firings(at), strict=True):
-      one.add(fires)
-    done = min(first + batch, len(wanted))
-    progress(count + round(count * done / len(wanted)), total)
-  for (params, card), found, around in zip(
-    members, finished, windows, strict=True
+  windows = [
+    _Windows(arrays, text.sequences_NT.shape[1]) for arrays in finished
+  ]
+  _second_pass(reader, windows, len(text.sequences_NT), how)
+  for (params, card), bounds, arrays, around in zip(
+    members, reader.bounds, finished, windows, strict=True
   ):
+    keep_NT = text.keep_NT.copy()
+    keep_NT[arrays['outlier_sequence_O'], arrays['outlier_position_O']] = False
+    meta = {
+      'version': store_lib.VERSION,
+      'card': dict(card),
+      'sae_sha256': sae_folder.digest(params),
+      'model': gemma.config.name,
+      'corpus': text.about,
+      'tokens': int(keep_NT.sum()),
+      'sequences': len(text.sequences_NT),
+      'outliers': _outliers_meta(bounds, len(arrays['outlier_norm_O'])),
+      'code': gemma_scope.__version__,
+    }
     yield Index(
-      meta={
-        'version': store_lib.VERSION,
-        'card': dict(card),
-        'sae_sha256': sae_folder.digest(params),
-        'model': gemma.config.name,
-        'corpus': text.about,
-        'tokens': int(text.keep_NT.sum()),
-        'sequences': count,
-        'code': gemma_scope.__version__,
-      },
+      meta=meta,
       sequences_NT=text.sequences_NT,
-      keep_NT=text.keep_NT,
-      **found,
-      **around.arrays,
+      keep_NT=keep_NT,
+      **arrays,
+      **around.shares(arrays['max_F']),
       **logit_lens.geometry(params),
       **logit_lens.effects(lm_params, params, card),
     )
+
+
+def _outliers_meta(bounds: Mapping[sites.Site, float], count: int):
+  if not bounds:
+    return None
+  return {
+    'norm_bounds': {str(site): bound for site, bound in bounds.items()},
+    'tokens': count,
+  }
+
+
+def _first_pass(reader, members, text: Text, how: How) -> list[Statistics]:
+  count = len(text.sequences_NT)
+  statistics = [Statistics(p['b_enc'].size, count) for p, _ in members]
+  kept = how.state.load() if how.state else None
+  start = 0
+  if kept:
+    start, states = kept
+    for one, arrays in zip(statistics, states, strict=True):
+      one.restore(arrays)
+  arrays = lambda: [one.arrays() for one in statistics]
+  for first in range(start, count, how.batch):
+    try:
+      how.poll()
+    except Exception:
+      if how.state and first > start:
+        how.state.save(first, arrays, now=True)
+      raise
+    at = np.arange(first, min(first + how.batch, count))
+    for one, (fires, outliers) in zip(statistics, reader(at), strict=True):
+      one.add(fires, text.documents_NT)
+      one.add_outliers(outliers)
+    how.progress(at[-1] + 1, 2 * count)
+    if how.state:
+      how.state.save(at[-1] + 1, arrays)
+  return statistics
+
+
+def _second_pass(reader, windows: Sequence[_Windows], count: int, how: How):
+  """Reads the sequences that hold an example again, for the windows."""
+  wanted = np.unique(np.concatenate([one.sequences() for one in windows]))
+  for first in range(0, len(wanted), how.batch):
+    how.poll()
+    at = wanted[first : first + how.batch]
+    for one, (fires, _) in zip(windows, reader(at), strict=True):
+      one.add(fires)
+    done = min(first + how.batch, len(wanted))
+    how.progress(count + round(count * done / len(wanted)), 2 * count)
+
+
+class _Reader:
+  """Sequences -> each SAE's firings and outliers, from one forward pass."""
+
+  def __init__(self, gemma, lm_params, members, text: Text, how: How):
+    self._model, self._text, self._how = (gemma, lm_params), text, how
+    self._wirings = [sites.wiring_of(card) for _, card in members]
+    self.bounds = [
+      {} if how.outliers else encode.norm_bounds(card) for _, card in members
+    ]
+    self._sites = tuple(
+      dict.fromkeys(
+        site
+        for wiring, bounds in zip(self._wirings, self.bounds, strict=True)
+        for site in (*wiring.sites, *bounds)
+      )
+    )
+    self._encoders = [
+      encode.Encoder(released.put(params, how.mesh)) for params, _ in members
+    ]
+
+  def __call__(self, at: np.ndarray) -> Iterator[tuple[Firings, Outliers]]:
+    filled = np.resize(at, self._how.batch)  # one shape, one program
+    tokens_BT = _on_data(self._text.sequences_NT[filled], self._how.mesh)
+    taps = splice.taps(*self._model, tokens_BT, self._sites)
+    keep_BT = self._text.keep_NT[filled].copy()
+    keep_BT[len(at) :] = False
+    for wiring, bounds, encoder in zip(
+      self._wirings, self.bounds, self._encoders, strict=True
+    ):
+      norm_BT = encode.outlier_norms(
+        tuple(taps[site] for site in bounds), tuple(bounds.values()), keep_BT
+      )
+      x = tuple(taps[site] for site in wiring.sites)
+      yield encoder(x, keep_BT, norm_BT, filled)
 
 
 def _on_data(tokens_BT, mesh: Mesh | None):
@@ -247,46 +320,8 @@ def _on_data(tokens_BT, mesh: Mesh | None):
   return jax.device_put(tokens_BT, place)
 
 
-class _Encoder:
-  """One member's firings on a batch; room for K a token, more when needed."""
-
-  def __init__(self, params):
-    self._params, self._room = params, 64
-    self._width = params['b_enc'].size
-
-  def __call__(self, x, keep_BT, sequences_B) -> Firings:
-    while True:
-      room = min(self._room, self._width)
-      i_BK, f_BK, found_B = map(
-        np.asarray, _encode(self._params, x, keep_BT, room)
-      )
-      if found_B.max() <= room:
-        break
-      self._room = 1 << int(found_B.max() - 1).bit_length()
-    token, slot = np.nonzero(np.arange(room) < found_B[:, None])
-    row, position = np.divmod(token, keep_BT.shape[1])
-    return Firings(
-      latent=i_BK[token, slot].astype(np.int64),
-      value=f_BK[token, slot],
-      sequence=sequences_B[row].astype(np.int32),
-      position=position.astype(np.int32),
-    )
-
-
-@functools.partial(jax.jit, static_argnames='room')
-def _encode(params, x, keep_BT, room: int):
-  """The latents that fire on each token: index and value [B T, K], count."""
-  x = released.stacked(x, params['W_enc'].ndim == 3)
-  with jax.default_matmul_precision('highest'):
-    f = sae.encode(params, x)
-  rows = keep_BT.size
-  f_RF = f.reshape(rows, -1)
-  i_RK, found_R = sparse.select((f_RF > 0) & keep_BT.reshape(-1, 1), room)
-  return i_RK, jax.numpy.take_along_axis(f_RF, i_RK, 1), found_R
-
-
 class _Windows:
-  """Latents' values around their examples, from a second look."""
+  """Activations around the examples, filled by the second pass."""
 
   def __init__(self, found: Mapping[str, np.ndarray], length: int):
     width = min(WINDOW, length)
@@ -312,10 +347,10 @@ class _Windows:
     key = self._sequence.astype(np.int64) * self._latents + latent
     self._order = np.argsort(key, kind='stable')
     self.key = key[self._order]
-    self._values = np.zeros((len(key), width), np.float16)
+    self._values = np.zeros((len(key), width), np.float32)
 
   def sequences(self) -> np.ndarray:
-    """Those that hold an example."""
+    """The sequences that hold an example."""
     found = np.unique(self._sequence)
     return found[found >= 0]
 
@@ -333,17 +368,14 @@ class _Windows:
     inside = (offset >= 0) & (offset < self._width)
     self._values[example[inside], offset[inside]] = fires.value[firing[inside]]
 
-  @property
-  def arrays(self) -> dict[str, np.ndarray]:
-    """The windows, by their names in an `Index`."""
-    names = {
-      'top': 'window_top_FEW',
-      'sample': 'window_sample_FQRW',
-    }
-    found, first = {}, 0
+  def shares(self, max_F: np.ndarray) -> dict[str, np.ndarray]:
+    """The windows as shares of max_F, by their names in an `Index`."""
+    names = {'top': 'window_top_FEW', 'sample': 'window_sample_FQRW'}
+    arrays, first = {}, 0
     for name, shape in self._shapes.items():
       count = int(np.prod(shape))
-      part = self._values[first : first + count]
-      found[names[name]] = part.reshape(*shape, self._width)
+      values = self._values[first : first + count].reshape(len(max_F), -1)
+      share = store_lib.shares(values, max_F[:, None])
+      arrays[names[name]] = share.reshape(*shape, self._width)
       first += count
-    return found
+    return arrays

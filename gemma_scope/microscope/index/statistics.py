@@ -1,9 +1,10 @@
-"""What an index keeps of a latent's firings, added up batch by batch.
+"""Statistics of each latent's activations, added up batch by batch.
 
-All on the host, of the few firings of a batch: sorts of their number, and
-merges with what is kept of the latents that they touch. `memory` says how much
-is kept. Co-firing is counted over all latents, on all tokens up to F = 4096,
-and above on a share of them chosen by their hash, which bounds the pairs.
+Everything happens on the host and only touches the few latents that fire in a
+batch: the firings are sorted and merged with what is kept of those latents.
+`memory` gives the size of the state. Co-firing is counted over all latents: on
+every token up to F = 4096, and on a hashed sample of tokens above, which bounds
+the number of pairs.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from scipy import sparse as scipy_sparse
 
 EXAMPLES, SAMPLES, SILENT, POOL, NEAR = 24, 4, 16, 64, 12
 TENTHS = 10
-# Eight bins an octave would be finer than a page shows; values of raw
-# activations lie well within 2^-8 .. 2^16.
-EDGES_H = 2.0 ** np.linspace(-8, 16, 97)
-_DENSE = 4096  # latents up to which co-firing is a full matrix
+# Four bins an octave are as fine as a page shows. The residual stream of
+# Gemma 3 has values far beyond float16's 2^16.
+EDGES_H = 2.0 ** np.linspace(-8, 28, 145)
+_DENSE = 4096  # co-firing uses every token up to this many latents
 _PAIRS = 1 << 22
+_FIELDS = ('value', 'sequence', 'position', 'owner', 'rank')  # of a record
 
 
 def memory(latents: int) -> int:
-  """Bytes kept for an SAE, without co-firing: 168 MB at 16k, 10.7 GB at 1m."""
+  """Bytes kept for an SAE, without co-firing: 251 MB at 16k, 16 GB at 1m."""
   bins = len(EDGES_H) - 1
   of_record = 4 + 4 + 4 + 4 + 8
   numbers = 8 * 3 + 4 + 8 * bins + POOL
@@ -31,7 +33,7 @@ def memory(latents: int) -> int:
 
 
 class Firings(NamedTuple):
-  """Values above 0 on the tokens that count, each [P]."""
+  """Activations above 0 on the tokens that count, each [P]."""
 
   latent: np.ndarray
   value: np.ndarray
@@ -39,8 +41,17 @@ class Firings(NamedTuple):
   position: np.ndarray
 
 
+class Outliers(NamedTuple):
+  """Tokens that the outlier rule leaves out, each [O], and what fires there."""
+
+  sequence: np.ndarray
+  position: np.ndarray
+  norm: np.ndarray
+  fired_F: np.ndarray  # on how many of them each latent fires
+
+
 def priority(latent, sequence, position) -> np.ndarray:
-  """A hash, uint64: splitmix64 of the three numbers."""
+  """Hashes three numbers to uint64 with splitmix64."""
   with np.errstate(over='ignore'):
     z = (
       np.asarray(latent, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -53,9 +64,10 @@ def priority(latent, sequence, position) -> np.ndarray:
 
 
 class Kept:
-  """For each group the `limit` records of the smallest rank, one an owner.
+  """Keeps the `limit` records of lowest rank in each group, one per owner.
 
-  Records are (value, sequence, position); rank is falling value, or priority.
+  A record is (value, sequence, position). The rank is the negated value, or a
+  hash (`priority`).
   """
 
   def __init__(self, groups: int, limit: int):
@@ -67,7 +79,7 @@ class Kept:
     self.rank = np.full(shape, np.inf)
 
   def add(self, group, rank, owner, value, sequence, position) -> None:
-    """Merges records; `owner` -1 is nobody's, and never excludes another."""
+    """Merges records. Records with `owner` -1 never exclude one another."""
     could = rank < self.rank[group, -1]
     group, rank, owner, value, sequence, position = (
       a[could] for a in (group, rank, owner, value, sequence, position)
@@ -80,12 +92,11 @@ class Kept:
     groups = np.concatenate([np.repeat(touched, old.sum(1)), group])
     columns = [
       np.concatenate([getattr(self, name)[touched][old], new])
-      for name, new in (
-        ('rank', rank), ('owner', owner), ('value', value),
-        ('sequence', sequence), ('position', position),
+      for name, new in zip(
+        _FIELDS, (value, sequence, position, owner, rank), strict=True
       )
-    ]  # fmt: skip
-    rank, owner, value, sequence, position = columns
+    ]
+    value, sequence, position, owner, rank = columns
     # An owner's best record first; then the best of each group.
     order = np.lexsort((position, sequence, rank, owner, groups))
     same = (np.diff(groups[order]) == 0) & (np.diff(owner[order]) == 0)
@@ -99,17 +110,19 @@ class Kept:
     place = np.arange(len(groups)) - first
     fits = place < limit
     order, groups, place = order[fits], groups[fits], place[fits]
-    for name, new, empty in (
-      ('rank', rank, np.inf), ('owner', owner, -1), ('value', value, 0),
-      ('sequence', sequence, -1), ('position', position, 0),
-    ):  # fmt: skip
+    for name, new, empty in zip(
+      _FIELDS,
+      (value, sequence, position, owner, rank),
+      (0, -1, 0, -1, np.inf),
+      strict=True,
+    ):
       array = getattr(self, name)
       array[touched] = empty
       array[groups, place] = new[order]
 
 
 class Statistics:
-  """One member's, over a whole text; independent of batches and their order."""
+  """Statistics of one SAE on a text; batches may come in any order."""
 
   def __init__(self, latents: int, sequences: int):
     self._latents = latents
@@ -128,9 +141,13 @@ class Statistics:
     self.sample = Kept(latents * bins, SAMPLES)
     self.pairs = scipy_sparse.csr_matrix((latents, latents), dtype=np.int64)
     self.counted_F = np.zeros(latents, np.int64)  # where pairs were counted
+    self.outlier_sequence_O = np.zeros(0, np.int32)
+    self.outlier_position_O = np.zeros(0, np.int32)
+    self.outlier_norm_O = np.zeros(0, np.float32)
+    self.outlier_fired_F = np.zeros(latents, np.int64)
 
   def add(self, fires: Firings, documents_NT: np.ndarray) -> None:
-    """Adds the firings of some sequences, each once."""
+    """Adds the firings of some sequences; each sequence is added once."""
     j, v, s, t = fires
     F, bins = self.histogram_FH.shape
     self.fired_F += np.bincount(j, minlength=F)
@@ -147,6 +164,14 @@ class Statistics:
     self.sample.add(group, rank, np.full(len(j), -1, np.int32), v, s, t)
     self._add_pairs(fires)
 
+  def add_outliers(self, outliers: Outliers) -> None:
+    """Adds the outlier tokens of some sequences; each is added once."""
+    for name in ('sequence', 'position', 'norm'):
+      old = getattr(self, f'outlier_{name}_O')
+      both = np.concatenate([old, getattr(outliers, name)])
+      setattr(self, f'outlier_{name}_O', both)
+    self.outlier_fired_F += outliers.fired_F
+
   def _add_pairs(self, fires: Firings) -> None:
     j, _, s, t = fires
     share = min(1.0, _PAIRS / max(self._latents, 1) / 1024)
@@ -162,7 +187,7 @@ class Statistics:
 
   def finish(self) -> dict[str, np.ndarray]:
     """The arrays of an `Index` that come from firings."""
-    F, bins = self.histogram_FH.shape
+    order = np.lexsort((self.outlier_position_O, self.outlier_sequence_O))
     mean_F = self.sum_F / np.maximum(self.fired_F, 1)
     near, jaccard = self._cofiring()
     return {
@@ -178,10 +203,14 @@ class Statistics:
       'silent_FM': self._silent(),
       'cofiring_FC': near,
       'cofiring_value_FC': jaccard,
+      'outlier_sequence_O': self.outlier_sequence_O[order],
+      'outlier_position_O': self.outlier_position_O[order],
+      'outlier_norm_O': self.outlier_norm_O[order],
+      'outlier_fired_F': self.outlier_fired_F,
     }
 
   def _tenths(self) -> dict[str, np.ndarray]:
-    """Of the samples kept, the R of smallest priority in each tenth."""
+    """The R kept samples of smallest priority in each tenth of the range."""
     F, bins = self.histogram_FH.shape
     group, slot = np.nonzero(self.sample.sequence >= 0)
     value = self.sample.value[group, slot]
@@ -206,52 +235,61 @@ class Statistics:
   def _silent(self) -> np.ndarray:
     silent_FP = ~self.heard_FP
     place_FP = np.cumsum(silent_FP, 1) - 1
-    found = np.full((self._latents, SILENT), -1, np.int32)
+    silent_FM = np.full((self._latents, SILENT), -1, np.int32)
     j, slot = np.nonzero(silent_FP & (place_FP < SILENT))
-    found[j, place_FP[j, slot]] = self._pool[slot]
-    return found
+    silent_FM[j, place_FP[j, slot]] = self._pool[slot]
+    return silent_FM
 
   def _cofiring(self) -> tuple[np.ndarray, np.ndarray]:
+    """For each latent the NEAR others of largest Jaccard index."""
     near = np.full((self._latents, NEAR), -1, np.int32)
     jaccard = np.zeros((self._latents, NEAR), np.float32)
-    pairs = self.pairs.tocsr()
-    for j in range(self._latents):
-      start, stop = pairs.indptr[j], pairs.indptr[j + 1]
-      other, both = pairs.indices[start:stop], pairs.data[start:stop]
-      other, both = other[other != j], both[other != j]
-      either = self.counted_F[j] + self.counted_F[other] - both
-      share = both / np.maximum(either, 1)
-      best = np.lexsort((other, -share))[:NEAR]
-      near[j, : len(best)] = other[best]
-      jaccard[j, : len(best)] = share[best]
+    pairs = self.pairs.tocoo()
+    other = pairs.row != pairs.col
+    j, k, both = (a[other] for a in (pairs.row, pairs.col, pairs.data))
+    share = both / np.maximum(self.counted_F[j] + self.counted_F[k] - both, 1)
+    order = np.lexsort((k, -share, j))
+    j, k, share = j[order], k[order], share[order]
+    place = np.arange(len(j)) - np.searchsorted(j, j)
+    best = place < NEAR
+    near[j[best], place[best]] = k[best]
+    jaccard[j[best], place[best]] = share[best]
     return near, jaccard
 
-  # Kept between two runs, as plain arrays.
+  # The state between two runs, as plain arrays.
 
   _PLAIN = (
-    'fired_F', 'sum_F', 'max_F', 'histogram_FH', 'heard_FP', 'counted_F',
-  )  # fmt: skip
-  _FIELDS = ('value', 'sequence', 'position', 'owner', 'rank')
+    'fired_F',
+    'sum_F',
+    'max_F',
+    'histogram_FH',
+    'heard_FP',
+    'counted_F',
+    'outlier_sequence_O',
+    'outlier_position_O',
+    'outlier_norm_O',
+    'outlier_fired_F',
+  )
 
   def arrays(self) -> dict[str, np.ndarray]:
-    """All that `restore` needs."""
-    found = {name: getattr(self, name) for name in self._PLAIN}
+    """Everything that `restore` needs."""
+    arrays = {name: getattr(self, name) for name in self._PLAIN}
     for kept in ('top', 'sample'):
-      for field in self._FIELDS:
-        found[f'{kept}_{field}'] = getattr(getattr(self, kept), field)
+      for field in _FIELDS:
+        arrays[f'{kept}_{field}'] = getattr(getattr(self, kept), field)
     pairs = self.pairs.tocoo()
-    return found | {
+    return arrays | {
       'pairs_row': pairs.row.astype(np.int32),
       'pairs_column': pairs.col.astype(np.int32),
       'pairs_count': pairs.data,
     }
 
   def restore(self, arrays) -> None:
-    """Continues from what `arrays` gave."""
+    """Continues from a state that `arrays` returned."""
     for name in self._PLAIN:
       setattr(self, name, np.array(arrays[name]))
     for kept in ('top', 'sample'):
-      for field in self._FIELDS:
+      for field in _FIELDS:
         value = np.array(arrays[f'{kept}_{field}'])
         setattr(getattr(self, kept), field, value)
     self.pairs = scipy_sparse.csr_matrix(

@@ -1,9 +1,9 @@
-"""What every latent of an SAE fires on: the form in which it is kept.
+"""The index of an SAE on disk: what each latent fires on.
 
-A folder an SAE: index.json (meta) and arrays.safetensors. F counts all latents
-(of all layers together, layer-major); N sequences of T tokens, all of them kept
-so that an example is a sequence, a position in it, and the latent's values
-around that position.
+A folder for each SAE holds index.json (meta) and arrays.safetensors. F counts
+the latents of all layers, layer by layer. All N sequences of T tokens are kept:
+an example is a sequence, a position in it, and the latent's activations around
+that position.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from gemma_scope import files
 
-VERSION = 2
+VERSION = 3  # 2: windows hold the values themselves, no outliers
 _META, _ARRAYS = 'index.json', 'arrays.safetensors'
 _MOST_META = 1 << 22
 
@@ -32,33 +32,38 @@ class Index:
   Attributes:
     meta: plain JSON: 'version', 'card' and 'sae_sha256' (of the SAE), 'model',
       'corpus' (name, sha256, split), 'tokens' (that counted), 'sequences',
+      'outliers' (the norm limits and the number of tokens left out, or None),
       'code' (version).
     sequences_NT: int32, the text, BOS first.
     keep_NT: bool, where a token counted.
-    fired_F: int64, on how many tokens a latent fired.
-    max_F: float32, its largest value.
-    mean_F: float32, its mean where it fired.
-    edges_H: float32, H + 1 edges of the histogram, log-spaced, one for all.
-    histogram_FH: int64, how many values lay between them.
-    top_FE, top_sequence_FE, top_position_FE: values (float32, falling; 0 is
-      none), sequences and positions (int32) of the E largest, at most one a
-      document.
-    sample_FQR, sample_sequence_FQR, sample_position_FQR: R values from each of
-      Q = 10 equal intervals of (0, max], drawn whatever the order of the text.
+    fired_F: int64, number of tokens on which a latent fired.
+    max_F: float32, its largest activation.
+    mean_F: float32, its mean activation where it fired.
+    edges_H: float32, the H + 1 edges of the histogram, log-spaced.
+    histogram_FH: int64, number of activations in each bin.
+    top_FE, top_sequence_FE, top_position_FE: activations (float32, falling; 0
+      is none), sequences and positions (int32) of the E largest, at most one
+      from each document.
+    sample_FQR, sample_sequence_FQR, sample_position_FQR: R activations from
+      each of Q = 10 equal intervals of (0, max], whatever the order of the
+      text.
     silent_FM: int32, sequences on which it never fired (-1 is none).
     cofiring_FC, cofiring_value_FC: int32 latents that fire with it most (-1 is
       none), and the Jaccard index of their tokens, falling.
     neighbour_FC, neighbour_value_FC: int32 latents of the nearest decoders, and
       their cosines, falling.
     positive_FL, positive_value_FL: int32 tokens whose logits it raises most,
-      and by how much per unit of activation, falling; None where it writes to
-      no residual stream that is read so.
-    negative_FL, negative_value_FL: those that it lowers most, rising.
+      and by how much per unit of activation, falling; None where it does not
+      write to a residual stream.
+    negative_FL, negative_value_FL: those whose logits it lowers most, rising.
     decoder_norm_F, encoder_norm_F, cosine_F, threshold_F: float32; cosine of a
       latent's encoder and decoder (nan where their spaces differ).
-    window_top_FEW, window_sample_FQRW: float16, the latent's values around each
-      example's position, W tokens, from position - W // 2 (0 outside the
-      sequence).
+    outlier_sequence_O, outlier_position_O, outlier_norm_O: tokens that the
+      card's outlier rule left out of everything above, and their norms.
+    outlier_fired_F: int64, on how many of these a latent fires.
+    window_top_FEW, window_sample_FQRW: float16, the latent's activations around
+      each example as shares of max_F, W tokens from position - W // 2 (0
+      outside of the sequence). `windows` gives the activations.
   """
 
   meta: dict[str, Any]
@@ -88,6 +93,10 @@ class Index:
   encoder_norm_F: np.ndarray
   cosine_F: np.ndarray
   threshold_F: np.ndarray
+  outlier_sequence_O: np.ndarray
+  outlier_position_O: np.ndarray
+  outlier_norm_O: np.ndarray
+  outlier_fired_F: np.ndarray
   window_top_FEW: np.ndarray
   window_sample_FQRW: np.ndarray
 
@@ -96,15 +105,24 @@ class Index:
     """Share of tokens on which each latent fires."""
     return self.fired_F / max(self.meta['tokens'], 1)
 
+  def windows(self, name: str, latent: int) -> np.ndarray:
+    """A latent's activations around its examples, float32.
+
+    Args:
+      name: 'top' [E, W] or 'sample' [Q, R, W].
+    """
+    share = self.window_top_FEW if name == 'top' else self.window_sample_FQRW
+    return share[latent].astype(np.float32) * self.max_F[latent]
+
 
 _FIELDS = [f.name for f in dataclasses.fields(Index) if f.name != 'meta']
 
 
 def write(folder: str | os.PathLike[str], index: Index) -> None:
-  """Writes an index, whole or not at all; one that is there is replaced."""
+  """Writes an index, completely or not at all; replaces an older one."""
   folder = pathlib.Path(folder)
   if folder.exists() and not (folder / _META).exists():
-    raise ValueError(f'{folder} is there and holds no index; move it away.')
+    raise ValueError(f'{folder} exists and is not an index; move it away.')
   arrays = {
     name: np.ascontiguousarray(getattr(index, name))
     for name in _FIELDS
@@ -122,27 +140,61 @@ def read(folder: str | os.PathLike[str]) -> Index:
   """Reads an index.
 
   Raises:
-    ValueError: one sentence on what is missing, damaged or of another version.
+    ValueError: it is missing, damaged or of an unknown version.
   """
   folder = pathlib.Path(folder)
   try:
     with files.open_plain(folder / _META, _MOST_META) as (file, _):
       meta = json.loads(file.read())
-    if meta.get('version') != VERSION:
-      raise ValueError(f'is of version {meta.get("version")}')
+    if meta.get('version') not in (2, VERSION):
+      raise ValueError(f'it is of version {meta.get("version")}')
     found = files.sha256(folder / _ARRAYS)
     if found != meta['arrays_sha256']:
-      raise ValueError('has other arrays than it was written with')
+      raise ValueError('its arrays are not those it was written with')
     arrays = load_file(folder / _ARRAYS)
+    if meta['version'] == 2:
+      meta, arrays = _of_version_2(meta, arrays)
     unknown = set(arrays) ^ set(_FIELDS)
     if unknown - {name for name in _FIELDS if name[:8] in _SOME}:
-      raise ValueError(f'lacks or adds {sorted(unknown)[0]}')
+      raise ValueError(f'the array {sorted(unknown)[0]} is missing or unknown')
     return Index(meta=meta, **{name: arrays.get(name) for name in _FIELDS})
   except (OSError, KeyError, TypeError, SafetensorError, ValueError) as error:
     raise ValueError(
-      f'{str(folder)!r} is no index that can be read ({str(error)[:200]}); '
-      'make it again with launch/microscope.py build.'
+      f'Cannot read the index {str(folder)!r}: {str(error)[:200]}. Make it '
+      'again with launch/microscope.py build.'
     ) from None
 
 
-_SOME = ('positive', 'negative')  # not there where a latent moves no logits
+_SOME = ('positive', 'negative')  # missing where a latent moves no logits
+
+
+def _of_version_2(meta, arrays):
+  """The index of version 0.3.0 in today's form; ValueError where it cannot be.
+
+  Its windows hold activations in float16, which are infinite above 65,504.
+  """
+  names = 'window_top_FEW', 'window_sample_FQRW'
+  if not all(np.isfinite(arrays[name]).all() for name in names):
+    raise ValueError(
+      'version 0.3.0 wrote it, with activations that are too large for float16'
+    )
+  max_F = arrays['max_F']
+  for name in names:
+    by_latent = max_F.reshape(-1, *[1] * (arrays[name].ndim - 1))
+    arrays[name] = shares(arrays[name], by_latent)
+  none = np.zeros(0, np.int32)
+  return meta | {'version': VERSION, 'outliers': None}, arrays | {
+    'outlier_sequence_O': none,
+    'outlier_position_O': none,
+    'outlier_norm_O': none.astype(np.float32),
+    'outlier_fired_F': np.zeros(len(max_F), np.int64),
+  }
+
+
+def shares(values: np.ndarray, most: np.ndarray) -> np.ndarray:
+  """Activations as shares of a latent's largest, float16; none becomes 0."""
+  share = values / np.maximum(most, np.finfo(np.float32).tiny)
+  return np.where(values > 0, np.maximum(share, _LEAST), 0).astype(np.float16)
+
+
+_LEAST = 2.0**-24  # the smallest float16 above 0

@@ -34,7 +34,7 @@ def an_index(f_NTF, tokens_NT):
   def empty(*shape):
     values = np.zeros((F, *shape), np.float32)
     places = np.full((2, F, *shape), -1, np.int32)
-    return values, places, np.zeros((F, *shape, W), np.float16)
+    return values, places, np.zeros((F, *shape, W), np.float32)
 
   def around(f_NT, n, t):
     padded = np.pad(f_NT[n], (W // 2, W))
@@ -64,7 +64,7 @@ def an_index(f_NTF, tokens_NT):
     top_FE=top, top_sequence_FE=top_at[0], top_position_FE=top_at[1],
     sample_FQR=sample, sample_sequence_FQR=sample_at[0],
     sample_position_FQR=sample_at[1], silent_FM=silent_FM,
-    window_top_FEW=window_top, window_sample_FQRW=window_sample,
+    windows=lambda name, j: dict(top=window_top, sample=window_sample)[name][j],
     positive_FL=None,
   )  # fmt: skip
 

@@ -12,7 +12,7 @@ from gemma_scope.language_model import weights
 from gemma_scope.microscope.dashboard import pages
 from gemma_scope.microscope.index import build
 from tests.helpers import random_saes
-from tests.helpers.browser import data
+from tests.helpers.browser import chromium, data
 
 HOSTILE = [
   '<script>window.hit=1</script>', '</script><img src=x onerror=hit()>',
@@ -40,7 +40,7 @@ def entries():
     sequences_NT, sequences_NT != 2, documents_NT.astype(np.int32), about
   )
   members = [random_saes.member(s, 'resid_post/1', 80) for s in (0, 1)]
-  found = build.build(*model, members, text, batch=12)
+  found = build.build(*model, members, text, build.How(12))
   label = {'text': HOSTILE[0], 'by': 'rule', 'score': 0.9, 'control': 0.5}
   figure = lambda v: {'value': v, 'low': v, 'high': v}
   metrics = {
@@ -70,7 +70,9 @@ def test_a_features_record_is_its_index(folder, entries):
   assert record['low'] < record['density'] < record['high']
   assert record['histogram'] == one.histogram_FH[j].tolist()
   example = record['top'][0]
-  values = np.frombuffer(base64.b64decode(example['values']), '<f2')
+  values = (
+    np.frombuffer(base64.b64decode(example['values']), '<f2') * one.max_F[j]
+  )
   assert len(values) == len(example['ids'])
   assert values[example['peak']] == pytest.approx(
     float(one.top_FE[j, 0]), rel=1e-2
@@ -124,6 +126,11 @@ def test_intervals_hold_the_share(count, of):
 # In Chromium.
 
 
+@pytest.fixture(scope='module')
+def page(folder):
+  yield from chromium((folder / 'index.html').as_uri())
+
+
 def go(page, route):
   page.evaluate(f"location.hash = '{route}'")
   page.wait_for_timeout(50)
@@ -156,7 +163,9 @@ def test_searching_opening_hovering_and_keys(page, entries, folder):
   record = data(folder, f'm0/c{fired // pages.CHUNK}')[fired % pages.CHUNK]
   most = np.frombuffer(base64.b64decode(record['top'][0]['values']), '<f2')
   said = float(page.text_content('.tip').rpartition('  ')[2])
-  assert said == pytest.approx(float(most[record['top'][0]['peak']]), rel=5e-3)
+  assert said == pytest.approx(
+    float(most[record['top'][0]['peak']] * record['max']), rel=5e-3
+  )
   assert json.loads(page.text_content('.tip').rpartition('  ')[0]) is not None
   page.keyboard.press('j')
   page.wait_for_timeout(100)

@@ -47,7 +47,7 @@ def asked():
   text = build.Text(sequences_NT, sequences_NT != 2, documents_NT, about)
   members = [random_saes.member(s, 'resid_post/1') for s in (0, 1)]
   members += [transcoder(layer) for layer in (0, 2)]
-  found = list(build.build(*model, members, text, batch=12))
+  found = list(build.build(*model, members, text, build.How(12)))
   shown = [
     api.Shown(f'sae/{i}', card, lambda p=params, o=one: (p, o), one)
     for i, (one, (params, card)) in enumerate(zip(found, members, strict=True))

@@ -19,7 +19,7 @@ function load(key) {
   return known[key];
 }
 
-// float16 values in base64, as an example has them.
+// float16 shares of the largest value in base64, as an example has them.
 function halves(text) {
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0)), view = new DataView(bytes.buffer);
   return Array.from({ length: bytes.length / 2 }, (_, i) => {
@@ -224,7 +224,7 @@ async function feature(id, j, stale) {
   if (stale()) return;
   const other = (k) => h('a', { href: to('s', id, 'f', k) }, `#${k}`);
   const example = (e) => {
-    const values = halves(e.values);
+    const values = halves(e.values).map((v) => v * f.max);
     return h('div', { class: 'tokens' },
       h('span', { class: 'value' }, number(e.peak === null ? 0 : values[e.peak])),
       tokens(e.ids.map(piece), values, f.max, e.peak));

@@ -1,0 +1,90 @@
+"""The activations of one SAE on a batch of tokens, and its outlier tokens.
+
+norm_bounds     the rule of a card: the largest norm of an ordinary token
+outlier_norms   which tokens of a batch are above it
+Encoder         the latents that fire on each of the others
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope import sae, sites
+from gemma_scope.microscope.index.statistics import Firings, Outliers
+from gemma_scope.sae import released, sparse
+
+
+def norm_bounds(card: Mapping[str, Any]) -> dict[sites.Site, float]:
+  """The largest norm of an ordinary token, by site; {} without a rule."""
+  bounds = (card.get('outliers') or {}).get('norm_bounds', {})
+  return {sites.parse(site): float(bound) for site, bound in bounds.items()}
+
+
+@jax.jit
+def outlier_norms(rows, bounds, keep_BT):
+  """The largest norm of each outlier token, 0 elsewhere [B, T]."""
+  norm_BT = jnp.zeros(keep_BT.shape)
+  for x_BTD, bound in zip(rows, bounds, strict=True):
+    own_BT = jnp.linalg.norm(x_BTD.astype(jnp.float32), axis=-1)
+    outlier_BT = keep_BT & (own_BT > bound)
+    norm_BT = jnp.maximum(norm_BT, jnp.where(outlier_BT, own_BT, 0))
+  return norm_BT
+
+
+class Encoder:
+  """Encodes a batch with one SAE: K activations a token, more when needed."""
+
+  def __init__(self, params):
+    self._params, self._room = params, 64
+    self._width = params['b_enc'].size
+
+  def __call__(
+    self, x, keep_BT, norm_BT, sequences_B
+  ) -> tuple[Firings, Outliers]:
+    while True:
+      room = min(self._room, self._width)
+      i_RK, f_RK, count_R, fired_F = map(
+        np.asarray, _encode(self._params, x, keep_BT, norm_BT > 0, room)
+      )
+      if count_R.max() <= room:
+        break
+      self._room = 1 << int(count_R.max() - 1).bit_length()
+    token, slot = np.nonzero(np.arange(room) < count_R[:, None])
+    row, position = np.divmod(token, keep_BT.shape[1])
+    fires = Firings(
+      latent=i_RK[token, slot].astype(np.int64),
+      value=f_RK[token, slot],
+      sequence=sequences_B[row].astype(np.int32),
+      position=position.astype(np.int32),
+    )
+    norm_BT = np.asarray(norm_BT)
+    row, position = np.nonzero(norm_BT)
+    return fires, Outliers(
+      sequences_B[row].astype(np.int32),
+      position.astype(np.int32),
+      norm_BT[row, position],
+      fired_F.astype(np.int64),
+    )
+
+
+@functools.partial(jax.jit, static_argnames='room')
+def _encode(params, x, keep_BT, outlier_BT, room: int):
+  """Encodes a batch of R = B T tokens; outliers are kept apart.
+
+  Returns:
+    The latents that fire on each token and their activations [R, K]; how many
+    fire [R]; on how many outliers each latent fires [F].
+  """
+  x = released.stacked(x, params['W_enc'].ndim == 3)
+  with jax.default_matmul_precision('highest'):
+    f_RF = sae.encode(params, x).reshape(keep_BT.size, -1)
+  counts_R1 = (keep_BT & ~outlier_BT).reshape(-1, 1)
+  i_RK, count_R = sparse.select((f_RF > 0) & counts_R1, room)
+  fired_F = jnp.sum((f_RF > 0) & outlier_BT.reshape(-1, 1), 0)
+  return i_RK, jnp.take_along_axis(f_RF, i_RK, 1), count_R, fired_F

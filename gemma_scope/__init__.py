@@ -10,7 +10,10 @@ Reading order; a folder or module imports only from those above it:
   release         parameters + card <-> a folder that other tools can read
   language_model  Gemma: forward pass with taps and edits, weights, sampling
   specs           the list of SAEs that a config asks for
-  config          a run's settings, checked without JAX
+  config_fields   every field of a run's config: type, bounds, choices
+  config_checks   what fits together in a config
+  config          loads, changes and checks a config, without JAX
+  command_line    flags of the commands, and their errors
   activations     rows of activations: harvested, shuffled, stored, synthetic
   text            documents -> tokens on disk -> shuffled sequences
   evaluation      L0, FVU, delta loss and the SAEBench metrics, with controls

@@ -1,38 +1,110 @@
-"""A run's settings: the argument after the config file, checks, the members.
+"""A run's settings: the config file, changes to it, checks.
 
-A config file (configs/*.py) returns a complete, typed `ConfigDict`; its fields
-are documented in configs/tiny.py. `--config=configs/tiny.py:layers=1;widths=1k`
-selects the collection in one argument, `--config.train.batch=8` changes any
-field; ml_collections refuses a wrong name or type with a
-suggestion, and `check` an impossible combination with a sentence, both before
-a model or a device is touched.
+A config file (configs/*.py) returns a complete `ConfigDict`; configs/tiny.py
+says what each field is for. Two ways of changing one:
+
+  tiny:layers=1;widths=1k        fields of the collection, after a colon
+  --config.train.batch=512       any field
+
+`check` refuses a config that cannot run, and names all that is wrong with it,
+before a model, a device or JAX is touched.
 """
 
 from __future__ import annotations
 
-import difflib
+import ast
+import importlib.util
+import os
+import pathlib
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from gemma_scope import sites, specs
+from gemma_scope import config_checks, sites
+from gemma_scope.config_fields import (
+  FIELDS,
+  flat,
+  nearest,
+  problems,
+  suggestion,
+)
 
-ARCHITECTURES = {
-  # architecture -> the penalties it can be trained by; 'target_l0' asks every
-  # architecture for an L0, each in its own way (see `objectives`)
-  'jumprelu': (
-      'target_l0', 'l0', 'quadratic_l0', 'quadratic_frequency', 'tanh',
-  ),
-  'topk': ('target_l0',),
-  'batch_topk': ('target_l0',),
-  'gated': ('target_l0', 'l1'),
-  'relu': ('target_l0', 'l1', 'tanh'),
-}  # fmt: skip
-DTYPES = ('float32', 'bfloat16')
+# Fields that hold a path of this machine.
+_PATHS = (
+  'lm.checkpoint', 'lm.tokenizer', 'text.store', 'activations.store',
+  'initialise.release',
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
-  """A config that cannot run; the message is the sentence to show."""
+  """A config that cannot run; the message says why."""
+
+
+# -------------------------------------------------------- loading and changing
+
+
+def folder() -> pathlib.Path:
+  """Where the project's configs are: in the package, or beside it."""
+  package = pathlib.Path(__file__).parent
+  installed = package / 'configs'
+  return installed if installed.is_dir() else package.parent / 'configs'
+
+
+def load(name: str) -> ConfigDict:
+  """The config that 'FILE' or 'FILE:FIELDS' names.
+
+  Args:
+    name: a path, or the name of a file in `folder()` ('tiny',
+      'configs/tiny.py'); after a colon, what `apply_argument` reads.
+
+  Raises:
+    ConfigError: there is no such file, or it is no config.
+  """
+  path, colon, argument = name.partition(':')
+  file = _file(path)
+  try:
+    importlib.import_module('configs')
+  except ImportError:  # installed: the files import each other by this name
+    sys.modules['configs'] = importlib.import_module('gemma_scope.configs')
+  spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config(*([argument] if colon else []))
+  except ConfigError:
+    raise
+  except Exception as error:  # the file is the user's: anything may happen
+    raise ConfigError(
+      f'The config {str(file)!r} cannot be read: {type(error).__name__}: '
+      f'{error}.'
+    ) from error
+  if not isinstance(config, ConfigDict):
+    raise ConfigError(
+      f'get_config in {str(file)!r} must return a ConfigDict; found a '
+      f'{type(config).__name__}.'
+    )
+  return config
+
+
+def _file(path: str) -> pathlib.Path:
+  given, ours = pathlib.Path(path).expanduser(), folder()
+  if given.is_file():
+    return given
+  named = ours / f'{given.stem}.py'
+  ours_meant = given.parent.name in ('', 'configs')
+  if ours_meant and named.is_file() and given.suffix in ('', '.py'):
+    return named
+  names = sorted(
+    file.stem
+    for file in ours.glob('*.py')
+    if 'def get_config' in file.read_text(encoding='utf-8')
+  )
+  raise ConfigError(
+    f'There is no config {path!r}.{suggestion(given.stem, names)} --config is '
+    f'a file, or one of {", ".join(names)}.'
+  )
 
 
 def apply_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
@@ -45,49 +117,98 @@ def apply_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
     ConfigError: an unknown field (with a suggestion) or a value that does not
       parse.
   """
-  collection = config.collection
+  names = config.collection.keys()
   for part in filter(None, (argument or '').split(';')):
     name, separator, text = part.partition('=')
     name = name.strip()
-    if name not in collection or not separator:
-      near = difflib.get_close_matches(name, collection.keys(), 1)
-      hint = f' Did you mean {near[0]!r}?' if near else ''
+    if name not in names or not separator:
       raise ConfigError(
         f'{part!r} is not field=value with a field of the collection '
-        f'({", ".join(collection.keys())}).{hint}'
+        f'({", ".join(names)}).{suggestion(name, names)}'
       )
-    items = [item.strip() for item in text.split(',') if item.strip()]
-    try:
-      if name == 'layers':
-        value = tuple(layer for item in items for layer in _layer_range(item))
-      elif name == 'widths':
-        value = tuple(map(sites.parse_width, items))
-      elif name == 'sparsity':
-        value = tuple(map(float, items))
-      elif name == 'seeds':
-        value = tuple(map(int, items))
-      else:
-        value = _same_type(collection[name], items, text.strip())
-    except ValueError as error:
-      raise ConfigError(f'{part!r} does not parse: {error}') from error
-    collection[name] = value
+    override(config, f'collection.{name}', text.strip(), part)
   return config
 
 
-def _same_type(old, items: list[str], text: str):
-  """The argument's words as the type of the field's present value."""
+def override(
+  config: ConfigDict, name: str, text: str, shown: str | None = None
+) -> None:
+  """Sets the field 'train.steps' from text, by the type that it has.
+
+  Args:
+    config: changed.
+    name: of the field.
+    text: its value; a list is separated by commas.
+    shown: what the user wrote, for the message.
+
+  Raises:
+    ConfigError: no such field (with a suggestion), or no such value.
+  """
+  values = flat(config)
+  if name not in values:
+    below = [field for field in values if field.startswith(f'{name}.')]
+    by_last_part = {field.rpartition('.')[2]: field for field in values}
+    near = nearest(name, values)
+    if near is None:  # right but for its section
+      near = by_last_part.get(nearest(name.rpartition('.')[2], by_last_part))
+    hint = f' Did you mean {near!r}?' if near else ''
+    hint = f' Its fields are {", ".join(below)}.' if below else hint
+    raise ConfigError(f'The config has no field {name!r}.{hint}')
+  section, _, field = name.rpartition('.')
+  holder = config[section] if section else config
+  try:
+    holder[field] = _parse(name, values[name], text)
+  except (ValueError, TypeError, SyntaxError) as error:
+    raise ConfigError(
+      f'{shown or f"--config.{name}={text}"!r} does not parse: {error}.'
+    ) from error
+
+
+def _parse(name: str, old: Any, text: str) -> Any:
+  """Text as a value of the field's type; ValueError where it is none."""
   if isinstance(old, tuple):
-    return tuple(items)
+    return _parse_list(name, text)
   if isinstance(old, bool):
     if text.lower() not in ('true', 'false'):
-      raise ValueError('it is either true or false')
+      raise ValueError(f'it is true or false; found {text!r}')
     return text.lower() == 'true'
-  return text
+  if isinstance(old, str):
+    return text
+  kind = 'a whole number' if isinstance(old, int) else 'a number'
+  try:
+    return type(old)(text)
+  except ValueError:
+    raise ValueError(f'it must be {kind}; found {text!r}') from None
+
+
+def _parse_list(name: str, text: str) -> tuple:
+  if text.startswith(('(', '[')):  # as Python writes it
+    value = ast.literal_eval(text)
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+  items = [item.strip() for item in text.split(',') if item.strip()]
+  if name == 'collection.layers':
+    return tuple(layer for item in items for layer in _layer_range(item))
+  if name == 'collection.widths':
+    return tuple(map(sites.parse_width, items))
+  field = FIELDS.get(name)
+  return tuple(map(field.type if field else str, items))
 
 
 def _layer_range(text: str) -> range:
-  first, _, last = text.partition('-')
+  first, dash, last = text.partition('-')
+  if not first.isdigit() or (dash and not last.isdigit()):
+    raise ValueError(f'a layer is a number or a range such as 0-25, not {text}')
   return range(int(first), int(last or first) + 1)
+
+
+def expand_paths(config: ConfigDict) -> None:
+  """Replaces '~' by the home folder in every field that holds a path."""
+  for name in _PATHS:
+    section, _, field = name.partition('.')
+    config[section][field] = os.path.expanduser(config[section][field])
+
+
+# --------------------------------------------------------------------- checks
 
 
 def check(
@@ -103,192 +224,25 @@ def check(
     mesh_shape: sizes of ('sae', 'data', 'latent'), when known.
 
   Raises:
-    ConfigError: one sentence on the first thing found.
+    ConfigError: all that is wrong, a sentence each.
   """
-
-  def need(holds: bool, sentence: str):
-    if not holds:
-      raise ConfigError(sentence)
-
-  c, t, a = config.collection, config.train, config.activations
-  lists = ('layers', 'sites', 'widths', 'architectures', 'sparsity', 'seeds')
-  for field in lists:
-    found = c[field]
-    need(
-      bool(found) and len(set(found)) == len(found),
-      f'collection.{field} must be a list without repeats; found {found}.',
-    )
-  need(
-    c.type in sites.TYPES,
-    f'collection.type must be one of {", ".join(sites.TYPES)}; found '
-    f'{c.type!r}.' + _suggestion(c.type, sites.TYPES),
-  )
-  for architecture in c.architectures:
-    base = architecture.removeprefix(specs.MATRYOSHKA)
-    need(
-      base in ARCHITECTURES,
-      f'collection.architectures are {", ".join(ARCHITECTURES)}, each also '
-      f'after {specs.MATRYOSHKA!r}; found {architecture!r}.'
-      + _suggestion(base, ARCHITECTURES),
-    )
-    kinds = ARCHITECTURES[base]
-    need(
-      c.penalty in kinds,
-      f'A {base} SAE is trained by {" or ".join(kinds)}; found '
-      f'collection.penalty {c.penalty!r}.' + _suggestion(c.penalty, kinds),
-    )
-    trained = base == 'jumprelu'
-    need(
-      trained or not (config.objective.frequency or config.objective.pre_act),
-      'objective.frequency and objective.pre_act act on trained thresholds; '
-      f'{architecture} has none: set them to 0 or train jumprelu alone.',
-    )
-    need(
-      base != 'topk' or config.sae.unit_decoder,
-      'TopK ranks latents of one unit: sae.unit_decoder must be true for '
-      f'{architecture}.',
-    )
-    if base != architecture:
-      shares = tuple(config.sae.matryoshka)
-      need(
-        bool(shares) and sorted(set(shares)) == list(shares)
-        and shares[0] > 0 and shares[-1] == 1,
-        'sae.matryoshka must rise to 1, such as (0.125, 0.25, 0.5, 1.0); '
-        f'found {shares}.',
-      )  # fmt: skip
-  for kind in c.sites:
-    need(
-      kind in sites.KINDS,
-      f'collection.sites has {kind!r}; the kinds are '
-      f'{", ".join(sites.KINDS)}.' + _suggestion(kind, sites.KINDS),
-    )
-    need(
-      c.type in sites.ITSELF or kind in specs.TARGETS,
-      f'A {c.type} reads {" or ".join(specs.TARGETS)}; found {kind!r} in '
-      'collection.sites.',
-    )
-  need(
-    not c.skip or c.type not in sites.ITSELF,
-    f'collection.skip is for transcoders and CLTs; found it on a {c.type}, '
-    'which would copy its input.',
-  )
-  several = c.type in sites.SEVERAL
-  if several:
-    need(
-      len(c.layers) > 1,
-      f'A {c.type} reads several layers; found layers {c.layers}.',
-    )
-    for width in c.widths:
-      need(
-        width % len(c.layers) == 0,
-        f'The width {width} of a {c.type} is that of all layers together and '
-        f'must be divisible by their number ({len(c.layers)}).',
-      )
-  if model is not None:
-    for layer in c.layers:
-      need(
-        0 <= layer < model.num_layers,
-        f'collection.layers has {layer}, and {config.lm.name} has layers 0 '
-        f'to {model.num_layers - 1}.',
-      )
-  need(min(c.widths) > 0, 'collection.widths must be positive.')
-  need(min(c.sparsity) > 0, 'collection.sparsity must be positive.')
-  if c.penalty in ('target_l0', 'quadratic_l0'):
-    need(
-      max(c.sparsity) < min(c.widths),
-      f'A target L0 of {max(c.sparsity):g} cannot be met by '
-      f'{min(c.widths)} latents.',
-    )
-  for name, dtype in (
-    ('lm.dtype', config.lm.dtype),
-    ('activations.dtype', a.dtype),
-    ('sae.matmul_dtype', config.sae.matmul_dtype),
-  ):
-    need(
-      dtype in DTYPES, f'{name} must be float32 or bfloat16; found {dtype!r}.'
-    )
-  need(
-    a.scale in ('rms', 'sqrt_d'),
-    f'activations.scale must be rms or sqrt_d; found {a.scale!r}.',
-  )
-  need(
-    a.memory in ('auto', 'device', 'host'),
-    f'activations.memory must be auto, device or host; found {a.memory!r}.',
-  )
-  need(
-    a.ahead in ('auto', 'on', 'off'),
-    f'activations.ahead must be auto, on or off; found {a.ahead!r}.',
-  )
-  need(
-    config.text.seq_len >= 2, 'text.seq_len must be at least 2 (BOS and one).'
-  )
-  for name in ('steps', 'batch', 'learning_rate', 'dead_after'):
-    need(t[name] > 0, f'train.{name} must be positive; found {t[name]}.')
-  e = config.end_to_end
-  need(e.beta >= 0, f'end_to_end.beta must not be negative; found {e.beta}.')
-  if e.beta:
-    need(
-      not several,
-      'End-to-end fine-tuning is for members that write one site; a '
-      f'{c.type} writes several: set end_to_end.beta to 0.',
-    )
-    need(
-      not a.store,
-      'End-to-end fine-tuning runs the language model itself; set either '
-      'activations.store to nothing or end_to_end.beta to 0.',
-    )
-    rows = e.sequences * (config.text.seq_len - 1)
-    need(
-      t.batch == rows,
-      'End-to-end fine-tuning has end_to_end.sequences * (text.seq_len - 1) '
-      f'= {rows} rows a step; found train.batch {t.batch}.',
-    )
-  need(
-    t.active_limit >= 0,
-    'train.active_limit is a number of latents a row, 0 for a dense step; '
-    f'found {t.active_limit}.',
-  )
-  for name in ('warm_up', 'decay', 'sparsity_warm_up', 'l0_steps'):
-    need(
-      0 <= t[name] <= t.steps,
-      f'train.{name} is {t[name]} steps, and the run has {t.steps}.',
-    )
-  need(
-    a.chunk_rows >= t.batch,
-    f'activations.chunk_rows ({a.chunk_rows}) must hold at least one batch '
-    f'of train.batch ({t.batch}).',
-  )
-  if mesh_shape is not None:
-    sae_size, data_size, latent_size = mesh_shape
-    need(
-      t.batch % data_size == 0 and a.lm_batch % data_size == 0,
-      f'train.batch ({t.batch}) and activations.lm_batch ({a.lm_batch}) must '
-      f"be divisible by the mesh's data axis ({data_size}).",
-    )
-    need(
-      not e.beta or e.sequences % data_size == 0,
-      f'end_to_end.sequences ({e.sequences}) must be divisible by the '
-      f"mesh's data axis ({data_size}).",
-    )
-    layers = len(c.layers) if several else 1
-    for width in c.widths:
-      need(
-        width // layers % latent_size == 0,
-        f'The width {width}, {width // layers} a layer, is not divisible by '
-        f"the mesh's latent axis ({latent_size}).",
-      )
-    if model is not None:
-      for (architecture, width, d_in, _), group in specs.stacks(
-        config, model
-      ).items():
-        need(
-          len(group) % sae_size == 0,
-          f'The {len(group)} {architecture} SAEs of width {width} on '
-          f"{d_in}-wide sites cannot be split over the mesh's sae axis "
-          f'({sae_size}).',
-        )
+  by_field = problems(config)
+  found = [sentence for wrong in by_field.values() for sentence in wrong]
+  # A check that reads a section with a wrong field would report it again.
+  wrong_sections = {name.partition('.')[0] for name in by_field}
+  for sections, sentences in config_checks.CHECKS:
+    if not wrong_sections & set(sections):
+      found += sentences(config)
+  if not found and model is not None:
+    found += config_checks.model(config, model)
+  if not found and mesh_shape is not None:
+    found += config_checks.mesh(config, model, mesh_shape)
+  if found:
+    raise ConfigError(_together(found))
 
 
-def _suggestion(word: str, words) -> str:
-  near = difflib.get_close_matches(str(word), list(words), 1)
-  return f' Did you mean {near[0]!r}?' if near else ''
+def _together(sentences: list[str]) -> str:
+  if len(sentences) == 1:
+    return sentences[0]
+  lines = [f'  {i}. {sentence}' for i, sentence in enumerate(sentences, 1)]
+  return '\n'.join([f'The config has {len(sentences)} problems:', *lines])

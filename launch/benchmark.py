@@ -1,11 +1,11 @@
-"""Measures speed here: a table, and with --out one JSON line a measurement.
+r"""Measures speed here: a table, and with --out one JSON line a measurement.
 
   bash launch/benchmark.sh --d=768 --width=16384 --batch=1024 --k=64 \
       --arch=jumprelu,topk --branch=dense,auto --out=benchmark.jsonl
   bash launch/benchmark.sh --what=harvest,collection,data --lm=tiny
 
 Lists (a,b) are measured in all combinations, in interleaved rounds of one
-process. What the columns mean: gemma_scope/benchmark.py, docs/benchmark.md.
+process. docs/benchmark.md explains the columns.
 """
 
 from __future__ import annotations
@@ -13,77 +13,105 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
+import pathlib
 
-from absl import app, flags
+from gemma_scope import command_line
+from gemma_scope.command_line import whole, words
 
-from gemma_scope.runtime import progress
-
-WHAT = flags.DEFINE_list(
-  'what', ['step'], 'Of step, harvest, collection and data.'
+WHATS = ('step', 'harvest', 'collection', 'data')
+FLAGS = command_line.Flags(
+  __doc__,
+  words('what', ('step',), f'What to measure: {", ".join(WHATS)}.'),
+  words('arch', ('jumprelu',), 'Architectures: jumprelu, topk, ...'),
+  words('d', ('768',), 'Width of the activations.'),
+  words('width', ('16384',), 'Number of latents.'),
+  words('batch', ('1024',), 'Rows of a training step.'),
+  words('k', ('64',), 'Latents that fire on a row.'),
+  whole('limit', 0, 'Candidates of a row (sparse); 0: from k.', low=0),
+  words('members', ('1',), 'SAEs that train together.'),
+  words('dtype', ('float32',), 'float32, bfloat16.'),
+  words('branch', ('dense', 'auto'), 'Kinds of step: dense, auto, sparse.'),
+  words('mesh', ('1', '1', '1'), 'Sizes of the axes sae, data, latent.'),
+  whole('repeats', 5, 'Interleaved rounds.', low=1),
+  command_line.text(
+    'lm', 'tiny', 'Language model of harvest, collection and data.'
+  ),
+  whole('seq_len', 128, 'Tokens of a sequence.', low=2),
+  whole('lm_batch', 32, 'Sequences of a forward pass.', low=1),
+  whole('rows', 2**16, 'Rows of a chunk.', low=1),
+  command_line.path('out', 'File to append JSON lines to.', default=''),
+  name='benchmark',
 )
-ARCH = flags.DEFINE_list('arch', ['jumprelu'], 'jumprelu, topk, ...')
-D = flags.DEFINE_list('d', ['768'], 'Width of the activations.')
-WIDTH = flags.DEFINE_list('width', ['16384'], 'Latents.')
-BATCH = flags.DEFINE_list('batch', ['1024'], 'Rows a step.')
-K = flags.DEFINE_list('k', ['64'], 'Latents that fire on a row.')
-LIMIT = flags.DEFINE_integer('limit', 0, 'Room for candidates; 0: from k.')
-MEMBERS = flags.DEFINE_list('members', ['1'], 'SAEs that train together.')
-DTYPE = flags.DEFINE_list('dtype', ['float32'], 'float32, bfloat16.')
-BRANCH = flags.DEFINE_list('branch', ['dense', 'auto'], 'dense, auto, sparse.')
-MESH = flags.DEFINE_list('mesh', ['1', '1', '1'], 'Sizes of sae, data, latent.')
-REPEATS = flags.DEFINE_integer('repeats', 5, 'Interleaved rounds.', 1)
-LM = flags.DEFINE_string('lm', 'tiny', 'Language model of the other three.')
-SEQ_LEN = flags.DEFINE_integer('seq_len', 128, 'Tokens a sequence.', 2)
-LM_BATCH = flags.DEFINE_integer('lm_batch', 32, 'Sequences a pass.', 1)
-ROWS = flags.DEFINE_integer('rows', 2**16, 'Rows of a chunk.', 1)
-OUT = flags.DEFINE_string('out', '', 'File to append JSON lines to.')
 
 
-def main(_) -> None:
-  import jax
+def main(arguments: list[str] | None = None) -> None:
+  with FLAGS.parse(arguments) as given:
+    sizes = [
+      whole_numbers(given, name)
+      for name in ('d', 'width', 'batch', 'k', 'members')
+    ]
+    mesh_sizes = whole_numbers(given, 'mesh')
+    if len(mesh_sizes) != 3:
+      raise ValueError('--mesh is three sizes: sae, data, latent.')
+    if wrong := set(given.what) - set(WHATS):
+      raise ValueError(
+        f'--what is of {", ".join(WHATS)}; found {", ".join(sorted(wrong))}.'
+      )
+    if given.out:
+      pathlib.Path(given.out).parent.mkdir(parents=True, exist_ok=True)
+    import jax
 
-  from gemma_scope import mesh as mesh_lib
-  from gemma_scope.performance import benchmark
+    from gemma_scope import mesh as mesh_lib
+    from gemma_scope.performance import benchmark
 
-  shape = dict(zip(mesh_lib.AXES, map(int, MESH.value), strict=True))
-  mesh = mesh_lib.make(shape, jax.devices()[: math.prod(shape.values())])
-  sizes = (map(int, flag.value) for flag in (D, WIDTH, BATCH, K, MEMBERS))
-  model = LM.value, SEQ_LEN.value, LM_BATCH.value, mesh, REPEATS.value
-  try:
+    shape = dict(zip(mesh_lib.AXES, mesh_sizes, strict=True))
+    mesh = mesh_lib.make(shape, jax.devices()[: math.prod(mesh_sizes)])
+    model = given.lm, given.seq_len, given.lm_batch, mesh, given.repeats
     for d, width, batch, k, members in itertools.product(*sizes):
       # What is compared is interleaved; sizes come one after the other.
       cases = [
         benchmark.Case(
-          arch, d, width, batch, k, LIMIT.value, members, dtype, way
+          arch, d, width, batch, k, given.limit, members, dtype, branch
         )
-        for dtype, arch, way in itertools.product(
-          DTYPE.value, ARCH.value, BRANCH.value
+        for dtype, arch, branch in itertools.product(
+          given.dtype, given.arch, given.branch
         )
       ]
-      if 'step' in WHAT.value:
-        show(*benchmark.steps(cases, mesh, REPEATS.value))
-      if 'collection' in WHAT.value:
-        show(*(benchmark.collection(case, *model) for case in cases))
-      if 'data' in WHAT.value:
-        show(*benchmark.data(cases[0], ROWS.value, mesh, REPEATS.value))
-    if 'harvest' in WHAT.value:
-      show(benchmark.harvest(*model))
-  except ValueError as error:
-    sys.exit(f'{type(error).__name__}: {error}')
+      if 'step' in given.what:
+        show(benchmark.steps(cases, mesh, given.repeats), given.out)
+      if 'collection' in given.what:
+        show((benchmark.collection(case, *model) for case in cases), given.out)
+      if 'data' in given.what:
+        show(
+          benchmark.data(cases[0], given.rows, mesh, given.repeats), given.out
+        )
+    if 'harvest' in given.what:
+      show([benchmark.harvest(*model)], given.out)
 
 
-def show(*records) -> None:
+def whole_numbers(given, name: str) -> list[int]:
+  """A list flag as whole numbers above 0."""
+  values = getattr(given, name)
+  if not all(value.isdigit() and int(value) for value in values):
+    raise ValueError(
+      f'--{name} is whole numbers above 0, separated by commas; found '
+      f'{",".join(values)!r}.'
+    )
+  return list(map(int, values))
+
+
+def show(records, out: str) -> None:
   """Prints a line a record, and appends it to --out."""
   for record in records:
     print('  '.join(_words(record)), flush=True)
-    if OUT.value:
-      with open(OUT.value, 'a') as file:
+    if out:
+      with open(out, 'a') as file:
         file.write(json.dumps(record) + '\n')
 
 
 def _words(record):
   """What is measured, its figures with their range, and where."""
+  from gemma_scope.runtime import progress
 
   for name, value in record.items():
     if f'{name}_low' in record:
@@ -101,4 +129,4 @@ def _words(record):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()

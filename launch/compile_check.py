@@ -1,53 +1,56 @@
-"""Compiles a config's programs for a TPU pod, on a machine without one.
+r"""Compiles a config's programs for a TPU pod, on a machine without one.
 
-  .venv/bin/pip install libtpu==0.0.50     # the compiler; see launch/lock/ci.in
-  .venv/bin/python launch/compile_check.py --topology=v5p:2x2x4 \
+  pip install libtpu==0.0.50     # the compiler; see launch/lock/ci.in
+  gemma-scope compile-check --topology=v5p:2x2x4 \
       --config='configs/gemma_scope_2b.py:set=1m;layers=12' \
       --config.mesh.data=1 --config.mesh.latent=16 --out=check.jsonl
 
-Per device: HBM against the chip's, FLOPs, bytes, the compiler's own estimate of
-the time beside the roofline, collectives. An estimate is no measurement.
+Shows per device: memory beside the chip's, FLOPs, bytes, collectives, and the
+compiler's own estimate of the time beside the roofline. An estimate is no
+measurement. Ends with code 1 when a program does not fit.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pathlib
 import sys
 
-os.environ['JAX_PLATFORMS'] = 'cpu'  # the pod's devices are descriptions
+from gemma_scope import command_line
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+FLAGS = command_line.Flags(
+  __doc__,
+  command_line.config(),
+  command_line.words(
+    'topology', (), 'TPU topologies, such as v5p:2x2x4.', required=True
+  ),
+  command_line.words(
+    'programs', ('harvest', 'step'), 'What to compile: harvest, step.'
+  ),
+  command_line.path('out', 'File to append JSON lines to.', default=''),
+  name='compile-check',
+)
 
-CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-TOPOLOGY = flags.DEFINE_list('topology', None, 'Such as v5p:2x2x4.')
-PROGRAMS = flags.DEFINE_list('programs', ['harvest', 'step'], 'Of these two.')
-OUT = flags.DEFINE_string('out', '', 'File to append JSON lines to.')
-flags.mark_flags_as_required(['config', 'topology'])
 
+def main(arguments: list[str] | None = None) -> None:
+  with FLAGS.parse(arguments) as given:
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # the pod's devices are descriptions
+    if given.out:
+      pathlib.Path(given.out).parent.mkdir(parents=True, exist_ok=True)
+    from gemma_scope.performance import compile_check
 
-def main(arguments: list[str]) -> None:
-  if arguments[1:]:
-    raise app.UsageError(f'What is {arguments[1]!r}? Flags start with --.')
-  logging.set_verbosity(logging.ERROR)
-  from gemma_scope.performance import compile_check
-
-  named = next(a for a in sys.argv if a.startswith('--config='))
-  fits = True
-  try:
-    for topology in TOPOLOGY.value:
-      for found in compile_check.check(CONFIG.value, topology, PROGRAMS.value):
-        record = {**found, 'config': named.removeprefix('--config=')}
+    fits = True
+    for topology in given.topology:
+      for found in compile_check.check(given.config, topology, given.programs):
+        record = {**found, 'config': given.config_name}
         print('\n'.join(compile_check.lines(record)), flush=True)
         fits &= record['fits']
-        if OUT.value:
-          with open(OUT.value, 'a') as file:
+        if given.out:
+          with open(given.out, 'a') as file:
             file.write(json.dumps(record) + '\n')
-  except (ValueError, RuntimeError, OSError) as error:
-    sys.exit(f'{type(error).__name__}: {error}')
-  sys.exit(0 if fits else 1)
+    sys.exit(0 if fits else 1)
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()

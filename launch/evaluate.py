@@ -1,14 +1,13 @@
-"""Evaluates a release on held-out text: L0, FVU, delta loss, controls beside.
+r"""Evaluates SAEs on held-out text: L0, FVU, loss recovered, with controls.
 
-  .venv/bin/python launch/evaluate.py --config=configs/tiny.py \
-      --workdir=runs/tiny --release=runs/tiny/release --out=scores.json
+  gemma-scope evaluate --config=tiny --workdir=runs/tiny \
+      --release=runs/tiny/release --out=scores.json
+  gemma-scope evaluate --config=gemma_scope_2b --config.lm.checkpoint=... \
+      --release=google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_176 \
+      --workdir=runs/2b --out=scores.json
 
-  ... --config=configs/gemma_scope_2b.py --config.lm.checkpoint=... \
-      --release=google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_176
-
-The config names the language model, the text and evaluation.sequences; the
-release, or any SAE in a folder or on the hub that formats.published reads, the
-SAEs. Several paths are joined by commas; all in one pass over the text.
+The config names the language model, the text and the number of sequences
+(evaluation.sequences). All SAEs are evaluated in one pass over the text.
 """
 
 from __future__ import annotations
@@ -16,41 +15,60 @@ from __future__ import annotations
 import pathlib
 import sys
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from gemma_scope import command_line
 
-from gemma_scope.runtime import interrupt as interrupt_lib
+FLAGS = command_line.Flags(
+  __doc__,
+  command_line.config(),
+  command_line.path(
+    'workdir',
+    'Folder that holds the tokenised text, in tokens/; it is made where it '
+    'does not exist.',
+    required=True,
+  ),
+  command_line.paths(
+    'release',
+    'The SAEs: releases, folders of single SAEs in any published format, or '
+    'their paths on the Hugging Face hub.',
+    required=True,
+  ),
+  command_line.path(
+    'out',
+    'JSON file to write, with all metrics and their intervals; its folder is '
+    'made where it does not exist.',
+    required=True,
+  ),
+  name='evaluate',
+)
 
-CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the token store.')
-RELEASE = flags.DEFINE_list('release', None, 'Releases, or SAEs anywhere.')
-OUT = flags.DEFINE_string('out', None, 'JSON to write, with all the metrics.')
-flags.mark_flags_as_required(['config', 'workdir', 'release', 'out'])
 
+def main(arguments: list[str] | None = None) -> None:
+  with FLAGS.parse(arguments) as given:
+    from gemma_scope import config as config_lib
 
-def main(_) -> None:
-  logging.set_verbosity(logging.WARNING)
-  from gemma_scope import pipeline
-  from gemma_scope.release import table
-  from gemma_scope.release.formats import published
-
-  try:
-    out = pathlib.Path(OUT.value)
+    config_lib.check(given.config)
+    out = pathlib.Path(given.out)
     if out.exists():
-      raise ValueError(f'{out} is there already; name another file.')
-    saes = [sae for path in RELEASE.value for sae in published.load_all(path)]
-    workdir = pathlib.Path(WORKDIR.value)
+      raise ValueError(f'{out} exists; choose another file for --out.')
+    # A folder that cannot be made is refused before the work.
+    out.parent.mkdir(parents=True, exist_ok=True)
+    workdir = pathlib.Path(given.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    with interrupt_lib.Interrupt() as interrupt:
-      scores = pipeline.evaluate_saes(
-        CONFIG.value, workdir, saes, interrupt, out
-      )
+    from gemma_scope import pipeline
+    from gemma_scope.release import table
+    from gemma_scope.release.formats import published
+    from gemma_scope.runtime import interrupt as interrupt_lib
+
+    saes = [sae for path in given.release for sae in published.load_all(path)]
+    try:
+      with interrupt_lib.Interrupt() as interrupt:
+        scores = pipeline.evaluate_saes(
+          given.config, workdir, saes, interrupt, out
+        )
+    except interrupt_lib.Interrupted:
+      sys.exit('stopped; nothing was written')
     print(table.table([(card, scores[card['name']]) for _, card in saes]))
-  except interrupt_lib.Interrupted:
-    sys.exit('stopped; nothing was written')
-  except (ValueError, RuntimeError, OSError) as error:
-    sys.exit(f'{type(error).__name__}: {error}')
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()

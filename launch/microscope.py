@@ -1,84 +1,186 @@
-"""The microscope: what SAEs fire on, what they do, and whether to believe it.
+r"""Finds, reads, steers and checks the features of SAEs.
 
-  .venv/bin/python launch/microscope.py build --workdir=runs/tiny
-  ... serve    the pages, with a live view on your own text: steer, ablate, why
-  ... why --sae=resid_post/layer_2/width_1k/average_l0_33 --text='if x is not'
-      (--logit=' None, self': tokens; by default the two likeliest)
-  ... steer --sae=... --text='The value' --change=503:add:0.5
-  ... probe --sae=... --prompts=labelled.jsonl [--pooling=mean]
-  ... explain --sae=... [--features=all] [--endpoint=URL --labeller=NAME]
-  ... suite [--sae=...]       ... export --model_id=gemma-2-2b --title=my-saes
-  ... pages    written again, with the labels that are there
+  gemma-scope microscope build --workdir=runs/tiny
+  gemma-scope microscope serve --workdir=runs/tiny
+  gemma-scope microscope why --workdir=runs/tiny --text='if x is not' \
+      --sae=resid_post/layer_2/width_1k/average_l0_33
 
-All of them take --workdir, a run's folder. build reads the run's text with its
-language model, writes <workdir>/microscope and prints the address of its pages,
-which open without a server. --release takes other SAEs: releases, or SAEs of
-any format in a folder or on the hub, with commas. --config names model and text
-where the folder is of no run:
+build comes first: it reads the run's text with its language model and writes
+dashboards, which open without a server. The SAEs are those of the run in
+--workdir; --release names others, in any published format, in a folder or on
+the Hugging Face hub. For these, --config names the language model and the text:
 
-  ... build --config=configs/gemma_scope_2b.py --config.lm.checkpoint=... \
-      --workdir=runs/2b --release=google/gemma-scope-2b-pt-res/layer_20/...
+  gemma-scope microscope build --workdir=runs/2b --config=gemma_scope_2b \
+      --config.lm.checkpoint=... --release=google/gemma-scope-2b-pt-res/layer_20
 """
 
 from __future__ import annotations
 
+import difflib
 import pathlib
 import sys
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from gemma_scope import command_line
+from gemma_scope.command_line import choice, number, path, text, whole, words
 
-from gemma_scope.runtime import interrupt
+COMMON = (
+  path('workdir', 'Folder of a training run, or a new one.', required=True),
+  command_line.config(required=False),
+  command_line.paths(
+    'release',
+    'The SAEs, separated by commas: releases or single SAEs; by default the '
+    "run's own.",
+  ),
+  path('out', 'Folder of the index; by default <workdir>/microscope.'),
+)
+OPTIONS = (
+  text('sae', '', 'The SAE, by any part of its name that only it has.'),
+  whole('sequences', 1024, 'Sequences of text to read.', low=2),
+  whole('batch', 32, 'Sequences in a forward pass.', low=1),
+  whole('port', 8642, 'Port of the server.', low=1, high=65535),
+  text('text', '', 'The prompt.', required=True),
+  text(
+    'logit',
+    '',
+    'The token whose logit is explained, or two separated by a comma for '
+    'their difference; by default the two likeliest next tokens.',
+  ),
+  words(
+    'change',
+    (),
+    'The edits, as LATENT:KIND:STRENGTH: 17:add:0.5, 17:clamp:2, 17:ablate.',
+    required=True,
+  ),
+  whole('tokens', 48, 'Tokens to generate.', low=1),
+  number('temperature', 0.5, 'Of sampling; 0 is greedy.', low=0.0),
+  whole('seed', 0, 'Seed of the sampling.', low=0),
+  path(
+    'prompts',
+    'JSONL file of prompts, each with "text" and "label" (true or false).',
+    default='',
+    required=True,
+  ),
+  choice(
+    'pooling',
+    'last',
+    ('last', 'mean', 'max'),
+    'How the latents of a prompt are summarised over its tokens.',
+  ),
+  text(
+    'features',
+    '200',
+    'The features to label: all, a number (of the most frequent), or their '
+    'numbers, such as 3,17.',
+  ),
+  text('endpoint', '', 'Address of an OpenAI-compatible server that labels.'),
+  text(
+    'labeller',
+    '',
+    "The endpoint's model; or local, the run's own language model. Without "
+    'it, rules label.',
+  ),
+  whole(
+    'most_questions', 10_000, 'Most questions sent to the labeller.', low=1
+  ),
+  text('model_id', '', "Neuronpedia's name of the language model."),
+  text('title', 'gemma-scope', 'Name of the set of SAEs.'),
+  text('creator', '', 'Who made the SAEs.'),
+)
+# command -> what it does, and the flags that it reads.
+COMMANDS = {
+  'build': (
+    'Read text, index what every feature fires on, write the dashboards.',
+    ('sequences', 'batch'),
+  ),
+  'pages': ('Write the dashboards again, with the labels of now.', ()),
+  'serve': (
+    'Serve the dashboards on this machine, with a live view of your own text.',
+    ('port',),
+  ),
+  'why': (
+    'Trace a logit to the features it depends on.',
+    ('text', 'sae', 'logit'),
+  ),
+  'steer': (
+    'Generate text with features changed, beside the unchanged model.',
+    ('text', 'change', 'sae', 'logit', 'tokens', 'temperature', 'seed'),
+  ),
+  'probe': (
+    'Find the features of a concept from labelled prompts.',
+    ('prompts', 'sae', 'pooling', 'batch'),
+  ),
+  'explain': (
+    'Label features, and score the labels.',
+    ('sae', 'features', 'endpoint', 'labeller', 'most_questions'),
+  ),
+  'suite': ('Run the SAEBench metrics.', ('sae',)),
+  'export': (
+    "Write Neuronpedia's files.",
+    ('model_id', 'title', 'creator'),
+  ),
+}
 
-CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a training run.')
-RELEASE = flags.DEFINE_string('release', '', "SAEs; default: the run's.")
-OUT = flags.DEFINE_string('out', None, 'Default <workdir>/microscope.')
-flags.mark_flag_as_required('workdir')
-OPTIONS = [
-  flags.DEFINE_string('sae', '', 'One of the SAEs, by a part of its name.'),
-  flags.DEFINE_integer('sequences', 1024, 'To read, for build.', 2),
-  flags.DEFINE_integer('batch', 32, 'Sequences a forward pass.', 1),
-  flags.DEFINE_integer('port', 8642, 'Of serve.', 1, 65535),
-  flags.DEFINE_string('text', '', 'What the model has read, why and steer.'),
-  flags.DEFINE_string('logit', '', 'Tokens a,b or a, for why and steer.'),
-  flags.DEFINE_list('change', [], 'LATENT:KIND:STRENGTH, for steer.'),
-  flags.DEFINE_integer('tokens', 48, 'To write, for steer.', 1),
-  flags.DEFINE_float('temperature', 0.5, 'Of steer; 0: the likeliest.', 0.0),
-  flags.DEFINE_integer('seed', 0, 'Of steer.', 0),
-  flags.DEFINE_string('prompts', '', 'Labelled JSONL, for probe.'),
-  flags.DEFINE_enum('pooling', 'last', ['last', 'mean', 'max'], 'For probe.'),
-  flags.DEFINE_string('features', '200', 'all, a number, or latents.'),
-  flags.DEFINE_string('endpoint', '', 'OpenAI-compatible, for explain.'),
-  flags.DEFINE_string('labeller', '', 'Its model, or local; else rules.'),
-  flags.DEFINE_integer('most_questions', 10_000, 'Sent by explain.', 1),
-  flags.DEFINE_string('model_id', '', "Neuronpedia's name of the model."),
-  flags.DEFINE_string('title', 'gemma-scope', 'Of the export.'),
-  flags.DEFINE_string('creator', '', 'Who made the SAEs.'),
-]
+
+def flags(command: str) -> command_line.Flags:
+  """The flags of one command, those of all commands last."""
+  does, reads = COMMANDS[command]
+  by_name = {flag.name: flag for flag in OPTIONS}
+  return command_line.Flags(
+    does,
+    *(by_name[name] for name in reads),
+    *COMMON,
+    name=f'microscope {command}',
+  )
 
 
-def main(arguments: list[str]) -> None:
-  logging.set_verbosity(logging.WARNING)
-  from gemma_scope.microscope import commands, session
+def usage() -> str:
+  """The docstring and a line for each command."""
+  lines = [f'  {name:10} {does}' for name, (does, _) in COMMANDS.items()]
+  return '\n'.join(
+    [
+      'Usage: gemma-scope microscope COMMAND --workdir=PATH [flags]',
+      '',
+      command_line.examples(__doc__.strip()),
+      '',
+      *lines,
+      '',
+      'COMMAND --help explains a command and its flags.',
+    ]
+  )
 
-  names = ', '.join(commands.COMMANDS)
-  if len(arguments) != 2 or arguments[1] not in commands.COMMANDS:
-    raise app.UsageError(f'Say one of {names}, then flags.')
-  opened = session.Session(
-    pathlib.Path(WORKDIR.value), OUT.value and pathlib.Path(OUT.value),
-    CONFIG.value, RELEASE.value,
-  )  # fmt: skip
-  options = commands.Options(**{flag.name: flag.value for flag in OPTIONS})
-  try:
-    commands.run(arguments[1], opened, options)
-  except interrupt.Interrupted:
-    sys.exit('stopped and saved; the same command continues')
-  except KeyboardInterrupt:
-    sys.exit('stopped')
-  except (ValueError, RuntimeError, OSError) as error:
-    sys.exit(f'{type(error).__name__}: {error}')
+
+def main(arguments: list[str] | None = None) -> None:
+  arguments = list(sys.argv[1:] if arguments is None else arguments)
+  if not arguments or arguments[0] in ('--help', '-h', 'help'):
+    print(usage())
+    sys.exit(0 if arguments else 2)
+  command = arguments[0]
+  if command not in COMMANDS:
+    near = difflib.get_close_matches(command, COMMANDS, 1)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    print(
+      f'The first word must be a command ({", ".join(COMMANDS)}); found '
+      f'{command!r}.{hint}',
+      file=sys.stderr,
+    )
+    sys.exit(2)
+  with flags(command).parse(arguments[1:]) as given:
+    if given.config is None:
+      command_line.existing(given.workdir, 'workdir')
+    from gemma_scope.microscope import commands, session
+    from gemma_scope.runtime import interrupt as interrupt_lib
+
+    opened = session.Session(
+        pathlib.Path(given.workdir), given.out and pathlib.Path(given.out),
+        given.config, ','.join(given.release or []),
+    )  # fmt: skip
+    reads = COMMANDS[command][1]
+    options = commands.Options(**{name: getattr(given, name) for name in reads})
+    try:
+      commands.run(command, opened, options)
+    except interrupt_lib.Interrupted:
+      sys.exit('stopped and saved; the same command continues')
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()

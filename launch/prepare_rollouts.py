@@ -1,15 +1,16 @@
-"""Lets a Gemma answer prompts: a token store of chats, to train IT SAEs on.
+r"""Writes a chat model's answers to prompts into a token store.
 
-  .venv/bin/python launch/prepare_rollouts.py --prompts=oasst1.jsonl.gz \
+  gemma-scope prepare-rollouts --prompts=oasst1.jsonl.gz \
       --model=gemma2-9b --checkpoint=gemma2-9b-it --dtype=bfloat16 \
       --tokenizer=tokenizer_gemma2.model --out=runs/rollouts \
       --seq_len=1024 --max_new_tokens=512
 
-Run again to continue after an interrupt or a kill. The store is what
-`--config.text.store` names, with `--config.text.seq_len` as here; each of its
-rows is one conversation. Without --model, --checkpoint and --tokenizer it is
-the embedded model that answers (in Python, more or less). With several devices
-the parameters and the batch are spread over them.
+SAEs of an instruction-tuned model train on such text: each row of the store is
+one conversation. --config.text.store=runs/rollouts uses it, with
+--config.text.seq_len as here. Without --model, --checkpoint and --tokenizer the
+embedded model answers (in Python, more or less). With several devices,
+parameters and conversations are spread over them. The same command continues
+one that was stopped or killed.
 """
 
 from __future__ import annotations
@@ -17,78 +18,88 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import types
 
-from absl import app, flags, logging
+from gemma_scope import command_line
+from gemma_scope.command_line import number, path, text, whole
 
-from gemma_scope.runtime import interrupt as interrupt_lib
-from gemma_scope.runtime import lease
-from gemma_scope.runtime import progress as progress_lib
-from gemma_scope.text import tokenizers
-
-PROMPTS = flags.DEFINE_string('prompts', None, '.txt, .jsonl or .jsonl.gz.')
-MODEL = flags.DEFINE_string('model', 'tiny', 'Such as gemma2-9b, gemma3-1b.')
-CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'Its IT checkpoint.')
-TOKENIZER = flags.DEFINE_string('tokenizer', '', 'SentencePiece model.')
-DTYPE = flags.DEFINE_enum(
-  'dtype', 'float32', ['float32', 'bfloat16'], 'Of the parameters.'
+FLAGS = command_line.Flags(
+  __doc__,
+  path(
+    'prompts',
+    'File of prompts, .txt (one on a line), .jsonl or .jsonl.gz.',
+    required=True,
+  ),
+  path('out', 'Folder of the token store to write.', required=True),
+  text('model', 'tiny', 'Language model, such as gemma2-9b or gemma3-1b.'),
+  path(
+    'checkpoint', 'Checkpoint of its instruction-tuned version.', default=''
+  ),
+  path(
+    'tokenizer', "SentencePiece model; by default the checkpoint's.", default=''
+  ),
+  command_line.choice(
+    'dtype', 'float32', ('float32', 'bfloat16'), 'Of the parameters.'
+  ),
+  whole('seq_len', 1024, 'Tokens of a conversation, with BOS.', low=2),
+  whole('max_new_tokens', 512, 'Most tokens of an answer.', low=1),
+  number('temperature', 1.0, 'Of sampling; 0 is greedy.', low=0.0),
+  whole('top_k', 0, 'Sample from the k likeliest tokens; 0: from all.', low=0),
+  whole('seed', 0, 'Seed of the sampling.', low=0),
+  whole('batch', 32, 'Conversations generated together.', low=1),
+  number(
+    'heldout', 0.05, 'Share of the prompts kept for evaluation.', low=0, high=1
+  ),
+  name='prepare-rollouts',
 )
-OUT = flags.DEFINE_string('out', None, 'Folder of the store.')
-SEQ_LEN = flags.DEFINE_integer('seq_len', 1024, 'Tokens of a row, with BOS.')
-NEW = flags.DEFINE_integer('max_new_tokens', 512, 'Of an answer.')
-TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 is greedy.')
-TOP_K = flags.DEFINE_integer('top_k', 0, 'Sample among so many; 0: all.')
-SEED = flags.DEFINE_integer('seed', 0, 'Of the sampling.')
-BATCH = flags.DEFINE_integer('batch', 32, 'Conversations at once.')
-HELDOUT = flags.DEFINE_float('heldout', 0.05, 'Share of prompts for eval.')
-flags.mark_flags_as_required(['prompts', 'out'])
 
 
-def main(arguments: list[str]) -> None:
-  if arguments[1:]:
-    raise app.UsageError(f'What is {arguments[1]!r}?')
-  logging.set_verbosity(logging.WARNING)
+def main(arguments: list[str] | None = None) -> None:
+  with FLAGS.parse(arguments) as given:
+    from gemma_scope.runtime import interrupt as interrupt_lib
+    from gemma_scope.runtime import lease
 
-  try:
-    with lease.Lease(OUT.value), interrupt_lib.Interrupt() as interrupt:
-      store = prepare(interrupt.check)
-  except (interrupt_lib.Interrupted, KeyboardInterrupt):
-    sys.exit('stopped; the same command continues')
-  except (ValueError, RuntimeError, OSError) as error:
-    sys.exit(str(error))
-  facts = store.manifest
-  rows, replies = sum(facts['documents'].values()), facts['replies']
-  print(
-    f'{OUT.value}: {facts["documents"]["train"]:,} conversations, '
-    f'{facts["documents"]["eval"]:,} held out; '
-    f'{facts["rollouts"]["too_long"]:,} prompts were too long; '
-    f'{replies["tokens"] / rows:.1f} tokens an answer, '
-    f'{100 * replies["ended"] / rows:.0f} % ended by themselves.'
-  )
+    try:
+      with lease.Lease(given.out), interrupt_lib.Interrupt() as interrupt:
+        store = prepare(given, interrupt.check)
+    except (interrupt_lib.Interrupted, KeyboardInterrupt):
+      sys.exit('stopped; the same command continues')
+    facts = store.manifest
+    rows, replies = sum(facts['documents'].values()), facts['replies']
+    print(
+      f'{given.out}: {facts["documents"]["train"]:,} conversations, '
+      f'{facts["documents"]["eval"]:,} held out; '
+      f'{facts["rollouts"]["too_long"]:,} prompts were too long; '
+      f'{replies["tokens"] / rows:.1f} tokens an answer, '
+      f'{100 * replies["ended"] / rows:.0f} % ended by themselves.'
+    )
 
 
-def prepare(poll):
+def prepare(given: types.SimpleNamespace, poll):
+  """Loads the model and lets it answer; returns the token store."""
   import jax
 
   from gemma_scope import mesh as mesh_lib
   from gemma_scope.language_model import weights
   from gemma_scope.runtime import checksums
+  from gemma_scope.runtime import progress as progress_lib
   from gemma_scope.text import prompts as prompts_lib
-  from gemma_scope.text import rollouts
+  from gemma_scope.text import rollouts, tokenizers
 
-  prompts = prompts_lib.read(PROMPTS.value)
+  prompts = prompts_lib.read(given.prompts)
   tokenizer = tokenizers.Tokenizer(
-    TOKENIZER.value or weights.tokenizer(MODEL.value, CHECKPOINT.value)
+    given.tokenizer or weights.tokenizer(given.model, given.checkpoint)
   )
   mesh = None
   if jax.device_count() > 1:
     mesh = mesh_lib.make({'sae': 1, 'data': -1, 'latent': 1})
-    if BATCH.value % jax.device_count():
+    if given.batch % jax.device_count():
       raise ValueError(
-        f'--batch={BATCH.value} must be a multiple of the '
+        f'--batch={given.batch} must be a multiple of the '
         f'{jax.device_count()} devices.'
       )
   gemma, params = weights.load(
-    MODEL.value, CHECKPOINT.value, dtype=DTYPE.value, mesh=mesh
+    given.model, given.checkpoint, dtype=given.dtype, mesh=mesh
   )
   sums = checksums.of(checksums.named(params)[0])
   sums = hashlib.sha256(json.dumps(sums, sort_keys=True).encode())
@@ -97,7 +108,7 @@ def prepare(poll):
   def progress(done: int, total: int) -> None:
     nonlocal line
     if line is None:
-      per_part = BATCH.value * NEW.value
+      per_part = given.batch * given.max_new_tokens
       line = progress_lib.Progress(
         total, per_part, first_step=done, label='rollouts'
       )
@@ -105,12 +116,12 @@ def prepare(poll):
     line.update(done)
 
   store = rollouts.prepare_rollouts(
-      gemma, params, tokenizer, prompts, OUT.value, seq_len=SEQ_LEN.value,
-      max_new_tokens=NEW.value, temperature=TEMPERATURE.value,
-      top_k=TOP_K.value, seed=SEED.value, batch=BATCH.value,
-      heldout=HELDOUT.value, progress=progress, poll=poll,
+      gemma, params, tokenizer, prompts, given.out, seq_len=given.seq_len,
+      max_new_tokens=given.max_new_tokens, temperature=given.temperature,
+      top_k=given.top_k, seed=given.seed, batch=given.batch,
+      heldout=given.heldout, progress=progress, poll=poll,
       facts={
-          'model': MODEL.value, 'dtype': DTYPE.value,
+          'model': given.model, 'dtype': given.dtype,
           'parameters_sha256': sums.hexdigest(),
       },
   )  # fmt: skip
@@ -120,4 +131,4 @@ def prepare(poll):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()

@@ -1,59 +1,72 @@
-"""Tokenises a text once into a token store; run again to find it done.
+"""Tokenises a text once, into a token store that training reads.
 
-  .venv/bin/python launch/prepare_text.py --source=python --out=runs/tokens
+  gemma-scope prepare-text --source=python --out=runs/tokens
   ... --source='files:corpus/**/*.jsonl.gz' --tokenizer=tokenizer_gemma2.model
   ... --source='arrayrecord:corpus/*.arrayrecord' --limit_tokens=1000000
   ... --source=tfds:wiki40b/en:train          (a local copy in $TFDS_DATA_DIR)
 
-The store is what `--config.text.store` names. Without --tokenizer it is that
-of the embedded model.
+--config.text.store=runs/tokens then uses the store. The same command again
+finds the store complete and does nothing.
 """
 
 from __future__ import annotations
 
 import sys
 
-from absl import app, flags
+from gemma_scope import command_line
+from gemma_scope.text import sources
 
-from gemma_scope.language_model import weights
-from gemma_scope.text import prepare, sources, tokenizers
-
-EMBEDDED = weights.TINY / 'tokenizer.model'
-
-SOURCE = flags.DEFINE_string('source', None, ', '.join(sources.KINDS))
-TOKENIZER = flags.DEFINE_string(
-  'tokenizer', str(EMBEDDED), 'SentencePiece model.'
+FLAGS = command_line.Flags(
+  __doc__,
+  command_line.text(
+    'source',
+    None,
+    f'The documents: {", ".join(sources.KINDS)}.',
+    required=True,
+  ),
+  command_line.path(
+    'tokenizer',
+    "SentencePiece model; without it, the embedded language model's.",
+  ),
+  command_line.path(
+    'out', 'Folder of the token store to write.', required=True
+  ),
+  command_line.whole(
+    'limit_tokens', None, 'Stop after this number of tokens.', low=1
+  ),
+  name='prepare-text',
 )
-OUT = flags.DEFINE_string('out', None, 'Folder of the store.')
-LIMIT = flags.DEFINE_integer('limit_tokens', None, 'Stop after this many.')
-flags.mark_flags_as_required(['source', 'out'])
 
 
-def main(arguments: list[str]) -> None:
-  if arguments[1:]:
-    raise app.UsageError(f'What is {arguments[1]!r}? Quote globs in a shell.')
-  done = []
+def main(arguments: list[str] | None = None) -> None:
+  with FLAGS.parse(arguments) as given:
+    from gemma_scope.language_model import weights
+    from gemma_scope.text import prepare, tokenizers
 
-  def progress(at: prepare.Progress) -> None:
-    done.append(at)
-    print(at, file=sys.stderr, flush=True)
+    done = []
 
-  try:
-    store = prepare.prepare(
-      SOURCE.value,
-      tokenizers.Tokenizer(TOKENIZER.value),
-      OUT.value,
-      progress=progress,
-      limit_tokens=LIMIT.value,
+    def progress(state: prepare.Progress) -> None:
+      done.append(state)
+      print(state, file=sys.stderr, flush=True)
+
+    try:
+      store = prepare.prepare(
+        given.source,
+        tokenizers.Tokenizer(
+          given.tokenizer or str(weights.TINY / 'tokenizer.model')
+        ),
+        given.out,
+        progress=progress,
+        limit_tokens=given.limit_tokens,
+      )
+    except KeyboardInterrupt:
+      sys.exit(f'Interrupted; {given.out} was not written.')
+    counts = ', '.join(
+      f'{split} {count:,}' for split, count in store.manifest['tokens'].items()
     )
-  except (ValueError, OSError) as error:
-    sys.exit(str(error))
-  except KeyboardInterrupt:
-    sys.exit(f'Interrupted; {OUT.value} was not written.')
-  counts = ', '.join(f'{k} {v:,}' for k, v in store.manifest['tokens'].items())
-  state = 'written' if done else 'was already done'
-  print(f'{OUT.value} {state}: {counts} tokens.')
+    state = 'written' if done else 'was already done'
+    print(f'{given.out} {state}: {counts} tokens.')
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()

@@ -1,63 +1,136 @@
-"""SAEs -> a release, in our layout or another's; listed, or sent to the hub.
+r"""Writes a release, converts it to another tool's format, lists or uploads it.
 
-  .venv/bin/python launch/release.py --workdir=runs/tiny --out=/data/release
-  .venv/bin/python launch/release.py --release=runs/tiny/release \
+  gemma-scope release --workdir=runs/tiny --out=/data/release
+  gemma-scope release --release=runs/tiny/release \
       --layout=saelens --out=/data/saelens
-  .venv/bin/python launch/release.py --release=/data/saelens --push=me/my-saes
-  .venv/bin/python launch/release.py --list=google/gemma-scope-2b-pt-res
+  gemma-scope release --release=/data/saelens --push=me/my-saes
+  gemma-scope release --list=google/gemma-scope-2b-pt-res
 
-launch/train.py writes <workdir>/release when it is done; --workdir writes one
-from the newest checkpoint of a run that is not, or elsewhere. A release that is
-there and the same is left alone; another is replaced only with --overwrite.
---push says what it would send; with --nodry_run it does, to a private
-repository of yours, and the same command continues what was cut off.
+`train` writes <workdir>/release when it is done. --workdir writes one from the
+newest checkpoint of a run, finished or not. A release that exists and is equal
+is left alone; another is replaced only with --overwrite.
+
+--push says what it would upload; with --nodry_run it uploads, to a private
+repository of yours, and the same command continues an upload that was cut off.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
-import sys
 
-from absl import app, flags, logging
+from gemma_scope import command_line
+from gemma_scope.release.formats import export
 
-from gemma_scope import release
-from gemma_scope.release import npz, table
-from gemma_scope.release.formats import export, hub, published
-
-WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a training run.')
-RELEASE = flags.DEFINE_string('release', None, 'A release that is there.')
-OUT = flags.DEFINE_string('out', None, 'Release; default <workdir>/release.')
-LAYOUT = flags.DEFINE_enum(
-  'layout', 'gemma_scope', ['gemma_scope', *export.LAYOUTS], 'Of what is made.'
+OURS = 'gemma_scope'
+FLAGS = command_line.Flags(
+  __doc__,
+  command_line.path('workdir', 'Folder of a training run to write from.'),
+  command_line.path('release', 'A release that exists, to convert or push.'),
+  command_line.path(
+    'out', 'Folder to write; with --workdir, by default <workdir>/release.'
+  ),
+  command_line.choice(
+    'layout', OURS, (OURS, *export.LAYOUTS), 'Format of what is written.'
+  ),
+  command_line.text('license', 'apache-2.0', 'Licence of the weights.'),
+  command_line.switch('overwrite', False, 'Replace a release in --out.'),
+  command_line.text('push', None, 'owner/name on the hub to upload to.'),
+  command_line.switch('dry_run', True, 'Only say what would be uploaded.'),
+  command_line.path('list', 'Only print the SAEs at this path.'),
+  command_line.text('revision', '', 'Revision of the repository to list.'),
+  name='release',
+  needs_flags=True,
 )
-LICENSE = flags.DEFINE_string('license', 'apache-2.0', 'Of the weights.')
-OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace a release there.')
-PUSH = flags.DEFINE_string('push', None, 'owner/name on the hub to send it to.')
-DRY_RUN = flags.DEFINE_bool('dry_run', True, 'Only say what would be sent.')
-LIST = flags.DEFINE_string('list', None, 'Only print what this path holds.')
-REVISION = flags.DEFINE_string('revision', '', 'Of a repository to list.')
 
 
-def write(workdir: pathlib.Path, out: pathlib.Path) -> bool:
+def main(arguments: list[str] | None = None) -> None:
+  with FLAGS.parse(arguments) as given:
+    sources = [n for n in ('workdir', 'release', 'list') if getattr(given, n)]
+    if len(sources) != 1:
+      raise ValueError(
+        'release needs one of --workdir, --release and --list; found '
+        f'{" and ".join("--" + name for name in sources) or "none"}.'
+      )
+    if given.list:
+      show(given.list, given.revision)
+      return
+    command_line.existing(getattr(given, sources[0]), sources[0])
+    if given.workdir:
+      command_line.existing(f'{given.workdir}/config.json', 'workdir')
+    if given.layout != OURS and not given.out:
+      raise ValueError(f'--layout={given.layout} needs --out, a new folder.')
+    out = pathlib.Path(given.out or given.release or f'{given.workdir}/release')
+    if given.workdir or given.out:
+      write(given, out)
+    if given.push:
+      from gemma_scope.release.formats import hub
+
+      hub.push(out, given.push, not given.dry_run, print)
+    else:
+      show(str(out))
+
+
+def write(given, out: pathlib.Path) -> None:
+  """Writes the SAEs of a run or a release into `out`, in the layout asked."""
+  out.parent.mkdir(parents=True, exist_ok=True)
+  if given.workdir:
+    members, scores = trained(pathlib.Path(given.workdir))
+  if given.layout == OURS:
+    options = {'license_name': given.license, 'overwrite': given.overwrite}
+    if given.workdir:
+      from gemma_scope import pipeline
+
+      written = pipeline.write_release(
+        pathlib.Path(given.workdir), members, scores, out, **options
+      )
+    else:
+      from gemma_scope import release
+
+      written = release.save(
+        out,
+        [
+          (m.load(), m.card, m.metrics) for m in release.load_all(given.release)
+        ],
+        **options,
+      )
+    print(f'{out}: {"written" if written else "exists already, equal"}')
+    return
+  if given.workdir:
+    rows = [
+      (lambda params=params: params, card, scores.get(card['name']))
+      for params, card in members
+    ]
+  else:
+    from gemma_scope import release
+
+    rows = [
+      (m.load, m.card, m.metrics) for m in release.load_all(given.release)
+    ]
+  export.write(out, rows, given.layout, given.license)
+  print(f'{out}: written, in the layout {given.layout}')
+
+
+def trained(workdir: pathlib.Path):
+  """The SAEs of a run's newest checkpoint, and their metrics by name."""
   from ml_collections import ConfigDict
 
-  from gemma_scope import pipeline
-  from gemma_scope.training import loop  # JAX: not needed for all else
+  from gemma_scope.training import loop  # JAX: only here
 
   config = ConfigDict(json.loads((workdir / 'config.json').read_text()))
   members = loop.load(config, workdir).members(config)
   scores = {}
   if (workdir / 'evaluation.json').exists():
     scores = json.loads((workdir / 'evaluation.json').read_text())['members']
-  return pipeline.write_release(
-      workdir, members, scores, out,
-      license_name=LICENSE.value, overwrite=OVERWRITE.value,
-  )  # fmt: skip
+  return members, scores
 
 
-def show(path: str) -> None:
-  """A line an SAE: with its measurements, or with what its path says."""
+def show(path: str, revision: str = '') -> None:
+  """Prints one line for each SAE, with its metrics where they are known."""
+  from gemma_scope import release
+  from gemma_scope.release import table
+  from gemma_scope.release.formats import published
+
   if (pathlib.Path(path) / 'manifest.json').exists():
     try:
       rows = [(m.card, m.metrics) for m in release.load_all(path)]
@@ -65,36 +138,8 @@ def show(path: str) -> None:
       return
     except release.ReleaseError:
       pass  # the manifest of another layout
-  print(published.table(published.listed(path, REVISION.value)))
-
-
-def main(arguments: list[str]) -> None:
-  source = WORKDIR.value or RELEASE.value
-  if arguments[1:] or not (source or LIST.value):
-    raise app.UsageError('Give --workdir, --release or --list.')
-  logging.set_verbosity(logging.WARNING)
-  try:
-    if LIST.value:
-      show(LIST.value)
-      return
-    out = pathlib.Path(RELEASE.value or OUT.value or f'{WORKDIR.value}/release')
-    if WORKDIR.value:
-      written = write(pathlib.Path(WORKDIR.value), out)
-      print(f'{out}: {"written" if written else "already there, the same"}')
-    if LAYOUT.value != 'gemma_scope':
-      if not OUT.value or WORKDIR.value:
-        raise ValueError('--layout turns a --release into a new folder --out.')
-      rows = [(m.load, m.card, m.metrics) for m in release.load_all(out)]
-      out = pathlib.Path(OUT.value)
-      export.write(out, rows, LAYOUT.value, LICENSE.value)
-      print(f'{out}: written, {LAYOUT.value}')
-    if PUSH.value:
-      hub.push(out, PUSH.value, not DRY_RUN.value, print)
-    else:
-      show(str(out))
-  except (ValueError, RuntimeError, OSError, npz.Refused) as error:
-    sys.exit(f'{type(error).__name__}: {error}')
+  print(published.table(published.listed(path, revision)))
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()

@@ -1,40 +1,40 @@
-"""Trains, evaluates and releases a collection of SAEs; run again to continue.
+r"""Trains, evaluates and releases a collection of SAEs.
 
-.venv/bin/python launch/train.py --config=configs/tiny.py --workdir=runs/tiny
-... --config='configs/gemma_scope_2b.py:set=16k;layers=12,20;sparsity=30,60'
-... --config.train.steps=100     (any field of the config)
+  gemma-scope train --config=tiny --workdir=runs/tiny
+  gemma-scope train --workdir=runs/2b \
+      --config='configs/gemma_scope_2b.py:set=16k;layers=12,20;sparsity=30,60'
+  ... --config.train.steps=100     (any field of the config)
+
+The same command continues a run that was stopped, at any stage.
 """
 
 from __future__ import annotations
 
-import sys
+from gemma_scope import command_line
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+FLAGS = command_line.Flags(
+  __doc__,
+  command_line.config(),
+  command_line.path(
+    'workdir',
+    'Folder of the run; it is made where it does not exist.',
+    required=True,
+  ),
+  name='train',
+)
 
-CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
-flags.mark_flags_as_required(['config', 'workdir'])
 
+def main(arguments: list[str] | None = None) -> None:
+  with FLAGS.parse(arguments) as given:
+    from gemma_scope import config as config_lib
 
-def main(arguments: list[str]) -> None:
-  if arguments[1:]:
-    raise app.UsageError(f'What is {arguments[1]!r}? Flags start with --.')
-  logging.set_verbosity(logging.WARNING)
-  from gemma_scope import config as config_lib
-
-  try:
-    config_lib.check(CONFIG.value)  # before jax, a model or a device
+    config_lib.check(given.config)  # before JAX, a model or a device
     from gemma_scope import pipeline
     from gemma_scope.runtime import cluster
 
     with cluster.joined():
-      pipeline.run(CONFIG.value, WORKDIR.value)
-  except (ValueError, RuntimeError, OSError) as error:
-    if flags.FLAGS.pdb:
-      raise
-    sys.exit(f'{type(error).__name__}: {error}')
+      pipeline.run(given.config, given.workdir)
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope import config, mesh, release, sae, sites
+from gemma_scope import config_fields, mesh, release, sae, sites
 from gemma_scope.sae import architectures, fold
 from gemma_scope.training import objectives, stack
 from gemma_scope.training import optimizer as optimizer_lib
@@ -466,5 +466,5 @@ def test_resampling_revives_the_dead_and_leaves_the_living(case):
 
 def test_every_architecture_and_type_is_held_to_the_contract():
   assert {case.base for case in CASES} == set(architectures.ARCHITECTURES)
-  assert {case.base for case in CASES} == set(config.ARCHITECTURES)
+  assert {case.base for case in CASES} == set(config_fields.ARCHITECTURES)
   assert {case.type for case in CASES} == set(sites.TYPES)

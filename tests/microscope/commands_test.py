@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
-import importlib.util
+import inspect
 import json
-import pathlib
+import re
 import shutil
 
 import numpy as np
 import pytest
 
-import gemma_scope
 from configs import tiny
 from gemma_scope import release
 from gemma_scope.microscope import commands, session
 from gemma_scope.microscope.circuits import effects
 from gemma_scope.runtime import interrupt
+from launch import microscope
 from tests.helpers import browser, random_saes, releases
-
-ROOT = pathlib.Path(gemma_scope.__file__).parents[1]
 
 
 @pytest.fixture(scope='module')
@@ -229,15 +228,16 @@ def test_what_is_missing_is_said(workdir, said, tmp_path):
     run('build', tmp_path, said, given=str(workdir / 'release'))
 
 
-def test_every_option_is_a_flag():
-  """launch/microscope.py and `Options` agree on names and defaults."""
-  spec = importlib.util.spec_from_file_location(
-    'launch_microscope', ROOT / 'launch' / 'microscope.py'
-  )
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  given = {flag.name: flag.default for flag in module.OPTIONS}
-  given['change'] = tuple(given['change'])
-  options = commands.Options()
-  assert given == {key: getattr(options, key) for key in given}
-  assert set(given) == set(commands.Options.__dataclass_fields__)
+def test_every_option_is_a_flag_of_the_commands_that_read_it():
+  """launch/microscope.py and `commands` agree on names and defaults."""
+  assert list(microscope.COMMANDS) == list(commands.COMMANDS)
+  defaults = {flag.name: flag.default for flag in microscope.OPTIONS}
+  defaults['change'] = tuple(defaults['change'])
+  assert defaults == {
+    field.name: field.default for field in dataclasses.fields(commands.Options)
+  }
+  for name, command in commands.COMMANDS.items():
+    _, given = microscope.COMMANDS[name]
+    source = inspect.getsource(command)
+    asked = set(re.findall(r'options\.(\w+)', source))
+    assert asked <= set(given), name

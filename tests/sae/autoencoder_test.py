@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope import config, sae
+from gemma_scope import config_fields, sae
 from gemma_scope.sae import activation_functions as functions
 from gemma_scope.sae import architectures
 from gemma_scope.training import objectives
@@ -234,7 +234,7 @@ def test_target_term_is_zero_at_its_target_and_quadratic(target):
   np.testing.assert_allclose(total, terms.squared_error, rtol=1e-6)
 
 
-@pytest.mark.parametrize('penalty', config.ARCHITECTURES['jumprelu'])
+@pytest.mark.parametrize('penalty', config_fields.ARCHITECTURES['jumprelu'])
 def test_penalties_are_their_formulas(penalty):
   """The forms of the papers, written out in numpy on the same latents."""
   module, params, x_BD = make()

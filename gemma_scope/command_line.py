@@ -1,0 +1,383 @@
+"""A command's flags: declared once, parsed, explained, and its errors shown.
+
+  FLAGS = Flags(
+    __doc__,
+    config(),
+    path('workdir', 'Folder of the run.', required=True),
+    whole('batch', 32, 'Sequences in a forward pass.', low=1),
+  )
+
+  def main(arguments: list[str] | None = None) -> None:
+    with FLAGS.parse(arguments) as given:
+      train(given.config, given.workdir)
+
+`--help` shows the docstring and every flag. An error that the user can mend
+(a wrong flag, a ValueError, RuntimeError or OSError inside the block) is shown
+as its message, without a traceback, and ends the process with code 1 (2 for a
+wrong flag); --debug shows the traceback as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import os
+import pathlib
+import re
+import sys
+import textwrap
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from absl import flags as absl_flags
+from absl import logging
+
+from gemma_scope import config as config_lib
+
+_WIDTH = 80
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+  """One flag. `kind` is what its value is, see the functions below."""
+
+  kind: str
+  name: str
+  default: Any
+  help: str
+  required: bool = False
+  choices: tuple[str, ...] = ()
+  low: float | None = None
+  high: float | None = None
+
+  @property
+  def usage(self) -> str:
+    """'--batch=N', as the help shows it."""
+    if self.kind == 'switch':
+      return f'--[no]{self.name}'
+    value = '|'.join(self.choices) or {
+      'whole': 'N', 'number': 'X', 'path': 'PATH', 'paths': 'PATH,...',
+      'words': 'A,B,...', 'config': 'FILE[:FIELDS]',
+    }.get(self.kind, 'TEXT')  # fmt: skip
+    return f'--{self.name}={value}'
+
+  def define(self, values: absl_flags.FlagValues) -> None:
+    """Registers the flag with absl, which parses it."""
+    given = self.name, self.default, self.help
+    bounds = {'lower_bound': self.low, 'upper_bound': self.high}
+    match self.kind:
+      case 'whole':
+        absl_flags.DEFINE_integer(*given, flag_values=values, **bounds)
+      case 'number':
+        absl_flags.DEFINE_float(*given, flag_values=values, **bounds)
+      case 'switch':
+        absl_flags.DEFINE_bool(*given, flag_values=values)
+      case 'choice':
+        name, default, text = given
+        absl_flags.DEFINE_enum(
+          name, default, self.choices, text, flag_values=values
+        )
+      case 'words' | 'paths':
+        absl_flags.DEFINE_list(*given, flag_values=values)
+      case _:
+        absl_flags.DEFINE_string(*given, flag_values=values)
+
+  def read(self, value: Any) -> Any:
+    """The parsed value as the command gets it: paths without '~'."""
+    match self.kind, value:
+      case 'path', str():
+        return os.path.expanduser(value)
+      case 'paths', list():
+        return [os.path.expanduser(part) for part in value if part]
+      case 'number', float() if value != value:
+        raise absl_flags.Error(f'--{self.name} must be a number; found nan')
+    return value
+
+
+def text(name: str, default: str | None, help_: str, **options) -> Flag:
+  """A string."""
+  return Flag('text', name, default, help_, **options)
+
+
+def whole(name: str, default: int | None, help_: str, **options) -> Flag:
+  """A whole number, from `low` to `high`."""
+  return Flag('whole', name, default, help_, **options)
+
+
+def number(name: str, default: float | None, help_: str, **options) -> Flag:
+  """A number, from `low` to `high`."""
+  return Flag('number', name, default, help_, **options)
+
+
+def switch(name: str, default: bool, help_: str) -> Flag:
+  """--name or --noname."""
+  return Flag('switch', name, default, help_)
+
+
+def choice(
+  name: str, default: str | None, choices: Sequence[str], help_: str
+) -> Flag:
+  """One of a few words."""
+  return Flag('choice', name, default, help_, choices=tuple(choices))
+
+
+def words(name: str, default: Sequence[str], help_: str, **options) -> Flag:
+  """Words separated by commas."""
+  return Flag('words', name, list(default), help_, **options)
+
+
+def path(name: str, help_: str, default: str | None = None, **options) -> Flag:
+  """A file or folder, or an address that stands for one; '~' is expanded."""
+  return Flag('path', name, default, help_, **options)
+
+
+def paths(name: str, help_: str, **options) -> Flag:
+  """Paths separated by commas."""
+  return Flag('paths', name, None, help_, **options)
+
+
+def config(required: bool = True) -> Flag:
+  """--config=FILE:FIELDS, and --config.SECTION.FIELD=VALUE for any field."""
+  return Flag(
+    'config',
+    'config',
+    None,
+    'The config: a file, or the name of one in configs/, such as tiny. After '
+    'a colon fields of the collection may follow, as in '
+    "'tiny:layers=1,2;widths=1k;sparsity=30'. --config.train.steps=100 sets "
+    'any field; configs/tiny.py explains each.',
+    required,
+  )
+
+
+_DEBUG = switch('debug', False, 'Show the traceback of an error.')
+
+
+class Flags:
+  """The flags of one command.
+
+  Args:
+    doc: the module's docstring: what the command does, with examples.
+    *declared: its flags, in the order of the help.
+    name: the command as typed, such as 'train' or 'microscope build'.
+    needs_flags: whether the command without any flag shows its help; by
+      default where a flag is required.
+  """
+
+  def __init__(
+    self,
+    doc: str,
+    *declared: Flag,
+    name: str,
+    needs_flags: bool | None = None,
+  ):
+    self.doc = doc.strip()
+    self.declared = (*declared, _DEBUG)
+    self.name = name
+    required = any(flag.required for flag in declared)
+    self.needs_flags = required if needs_flags is None else needs_flags
+
+  @contextlib.contextmanager
+  def parse(self, arguments: Sequence[str] | None = None) -> Iterator[Any]:
+    """Yields the values by name, and shows the errors of the block.
+
+    Args:
+      arguments: the words after the command; None for those of the process.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = '--debug' in arguments
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+    with contextlib.suppress(absl_flags.Error):
+      absl_flags.FLAGS.mark_as_parsed()  # libraries have flags of their own
+    if '--help' in arguments or '-h' in arguments:
+      print(self.help())
+      sys.exit(0)
+    if self.needs_flags and not arguments:
+      print(self.help())
+      sys.exit(2)
+    try:
+      given = self._values(arguments)
+    except (absl_flags.Error, config_lib.ConfigError) as error:
+      if debug:
+        raise
+      self._refuse(str(error))
+    try:
+      yield given
+    except (ValueError, RuntimeError, OSError) as error:
+      if debug:
+        raise
+      sys.stdout.flush()
+      sys.exit(f'{type(error).__name__}: {error}')
+    except KeyboardInterrupt:
+      if debug:
+        raise
+      sys.exit('stopped')
+
+  def _values(self, arguments: list[str]) -> types.SimpleNamespace:
+    configs = any(flag.kind == 'config' for flag in self.declared)
+    overrides = []
+    if configs:
+      arguments, overrides = _take_overrides(arguments)
+    values = absl_flags.FlagValues()
+    for flag in self.declared:
+      flag.define(values)
+    values.set_gnu_getopt(True)
+    extra = values(['command', *arguments])[1:]
+    if extra:
+      raise absl_flags.Error(
+        f'Unexpected argument {extra[0]!r}; flags start with --, and a value '
+        'with spaces or * needs quotes'
+      )
+    missing = [
+      flag.usage
+      for flag in self.declared
+      if flag.required and not values[flag.name].value
+    ]
+    if missing:
+      verb = 'is' if len(missing) == 1 else 'are'
+      raise absl_flags.Error(f'{" and ".join(missing)} {verb} required')
+    given = types.SimpleNamespace(
+      **{f.name: f.read(values[f.name].value) for f in self.declared}
+    )
+    if configs:
+      given.config_name = given.config
+      given.config = given.config and config_lib.load(given.config)
+      if overrides and given.config is None:
+        raise absl_flags.Error(
+          f'--config.{overrides[0][0]} changes a config, and no --config is '
+          'given'
+        )
+      for name, value in overrides:
+        config_lib.override(given.config, name, value)
+      if given.config is not None:
+        config_lib.expand_paths(given.config)
+    return given
+
+  def _refuse(self, message: str) -> NoReturn:
+    # absl writes 'Did you mean: a or b ?'
+    sentence = re.sub(r'mean: (.*) \?', r'mean --\1?', message.strip())
+    end = '' if sentence.endswith(('.', '?')) else '.'
+    print(f'{sentence}{end} --help lists the flags.', file=sys.stderr)
+    sys.exit(2)
+
+  def help(self) -> str:
+    """Usage, what the command does, and every flag with its default."""
+    required = [flag.usage for flag in self.declared if flag.required]
+    command = examples(f'gemma-scope {self.name}')
+    lines = [
+      f'Usage: {" ".join([command, *required])} [flags]',
+      '',
+      examples(self.doc),
+      '',
+      'Flags:',
+    ]
+    for flag in self.declared:
+      lines.append(f'  {flag.usage}')
+      lines.append(
+        textwrap.fill(
+          describe(flag),
+          _WIDTH,
+          initial_indent=' ' * 6,
+          subsequent_indent=' ' * 6,
+        )
+      )
+    return '\n'.join(lines)
+
+
+def examples(doc: str) -> str:
+  """A docstring's commands as they are typed here.
+
+  'gemma-scope train' is there where the project is installed; in a checkout it
+  is a script of launch/.
+  """
+  script = pathlib.Path(sys.argv[0])
+  if script.suffix != '.py':
+    return doc
+  return re.sub(
+    r'gemma-scope ([a-z-]+)',
+    lambda found: f'python launch/{found[1].replace("-", "_")}.py',
+    doc,
+  )
+
+
+def describe(flag: Flag) -> str:
+  """A flag's help with its default and bounds."""
+  if flag.required:
+    return f'{flag.help} Required.'
+  if flag.default is None or flag.default in ('', []):
+    return flag.help
+  if flag.default is False:
+    return flag.help
+  default = flag.default
+  if isinstance(default, list):
+    default = ','.join(default)
+  if default is True:
+    default = f'--{flag.name}'
+  return f'{flag.help} Default: {default}.'
+
+
+def _take_overrides(arguments: list[str]):
+  """Takes --config.NAME=VALUE (or two words, or --noconfig.NAME) out."""
+  rest, overrides = [], []
+  words_left = iter(arguments)
+  for word in words_left:
+    head, equals, value = word.partition('=')
+    bare = head.lstrip('-')
+    if not word.startswith('-') or not bare.startswith(
+      ('config.', 'noconfig.')
+    ):
+      rest.append(word)
+      continue
+    name = bare.partition('.')[2]
+    if bare.startswith('no'):
+      value = 'false'
+    elif not equals:
+      value = next(words_left, '')
+      if not value or value.startswith('--'):
+        raise absl_flags.Error(f'{word} needs a value: {word}=VALUE')
+    overrides.append((name, value))
+  return rest, overrides
+
+
+# ---------------------------------------------------------- files and folders
+
+
+def near(path_: str | os.PathLike) -> str:
+  """' Did you mean ...?' for a path that does not exist; '' without a guess.
+
+  The first part of the path that does not exist is compared with what lies
+  beside it.
+  """
+  wanted = pathlib.Path(path_)
+  for i in range(1, len(wanted.parts) + 1):
+    part = pathlib.Path(*wanted.parts[:i])
+    if part.exists():
+      continue
+    try:
+      names = [entry.name for entry in part.parent.iterdir()]
+    except OSError:
+      return ''
+    guess = difflib.get_close_matches(part.name, names, 1, 0.6)
+    rest = wanted.parts[i:]
+    if not guess:
+      return ''
+    found = pathlib.Path(part.parent, guess[0], *rest)
+    return f' Did you mean {str(found)!r}?' if found.exists() else ''
+  return ''
+
+
+def existing(path_: str, flag: str) -> pathlib.Path:
+  """The path, which must exist.
+
+  Raises:
+    ValueError: it does not, with a suggestion.
+  """
+  found = pathlib.Path(path_)
+  if not found.exists():
+    raise ValueError(
+      f'--{flag}: there is no file or folder {path_!r}.{near(path_)}'
+    )
+  return found

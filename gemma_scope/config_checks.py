@@ -1,0 +1,231 @@
+"""What fits together in a config: each check yields a sentence a problem.
+
+`config_fields` has looked at the fields one by one; here are the rules between
+them, and between a config, its language model and its devices.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Sequence
+
+from ml_collections import ConfigDict
+
+from gemma_scope import sites, specs
+from gemma_scope.config_fields import ARCHITECTURES
+
+_INT32 = 2**31 - 1
+
+
+def _architectures(config: ConfigDict) -> Iterator[str]:
+  c, objective = config.collection, config.objective
+  for architecture in c.architectures:
+    base = architecture.removeprefix(specs.MATRYOSHKA)
+    kinds = ARCHITECTURES[base]
+    if c.penalty not in kinds:
+      yield (
+        f'A {base} SAE is trained by {" or ".join(kinds)}; found '
+        f'collection.penalty {c.penalty!r}.'
+      )
+    if base != 'jumprelu' and (objective.frequency or objective.pre_act):
+      yield (
+        'objective.frequency and objective.pre_act act on trained thresholds; '
+        f'{architecture} has none: set them to 0 or train jumprelu alone.'
+      )
+    if base == 'topk':
+      if not config.sae.unit_decoder:
+        yield (
+          'TopK compares latents by their size: sae.unit_decoder must be true '
+          f'for {architecture}.'
+        )
+      if fractions := [k for k in c.sparsity if float(k) % 1]:
+        yield (
+          f'TopK keeps a whole number of latents; found {fractions[0]:g} in '
+          'collection.sparsity.'
+        )
+    if base != architecture:
+      shares = list(config.sae.matryoshka)
+      if sorted(shares) != shares or shares[-1] != 1:
+        yield (
+          'sae.matryoshka must rise to 1, such as (0.125, 0.25, 0.5, 1.0); '
+          f'found {tuple(shares)}.'
+        )
+      elif round(shares[0] * min(c.widths)) < 1:
+        yield (
+          f'The first prefix of sae.matryoshka, {shares[0]:g} of '
+          f'{min(c.widths)} latents, has none.'
+        )
+  if (
+    'jumprelu' in {a.removeprefix(specs.MATRYOSHKA) for a in c.architectures}
+    and config.sae.log_threshold
+    and config.sae.initial_threshold == 0
+  ):
+    yield (
+      'sae.initial_threshold is 0, and sae.log_threshold trains its '
+      'logarithm: set it above 0.'
+    )
+
+
+def _collection(config: ConfigDict) -> Iterator[str]:
+  c = config.collection
+  if c.type not in sites.ITSELF:
+    for kind in c.sites:
+      if kind not in specs.TARGETS:
+        yield (
+          f'A {c.type} reads {" or ".join(specs.TARGETS)}; found {kind!r} in '
+          'collection.sites.'
+        )
+  elif c.skip:
+    yield (
+      f'collection.skip is for transcoders and CLTs; found it on a {c.type}, '
+      'which would copy its input.'
+    )
+  if c.type in sites.SEVERAL:
+    if len(c.layers) < 2:
+      yield f'A {c.type} reads several layers; found layers {tuple(c.layers)}.'
+    for width in c.widths:
+      if width % len(c.layers):
+        yield (
+          f'The width {width} of a {c.type} is that of all layers together and '
+          f'must be divisible by their number ({len(c.layers)}).'
+        )
+  targets = c.penalty in ('target_l0', 'quadratic_l0')
+  if targets and max(c.sparsity) >= min(c.widths):
+    yield (
+      f'A target L0 of {max(c.sparsity):g} cannot be met by {min(c.widths)} '
+      'latents.'
+    )
+
+
+def _names(config: ConfigDict) -> Iterator[str]:
+  """Metrics, cards and folders go by name: each SAE needs its own."""
+  c = config.collection
+  if c.type not in sites.ITSELF and set(c.sites) - set(specs.TARGETS):
+    return  # said already
+  names = collections.Counter(spec.name for spec in specs.members(config))
+  shared = [name for name, count in names.items() if count > 1]
+  if shared:
+    more = f', and {len(shared) - 1} more names are shared' * (len(shared) > 1)
+    yield (
+      f'{names[shared[0]]} SAEs of the collection are named {shared[0]}{more}: '
+      'their widths or sparsities are too close to be told apart; choose '
+      'others, or train them in separate runs.'
+    )
+
+
+def _training(config: ConfigDict) -> Iterator[str]:
+  a, t = config.activations, config.train
+  for name in ('warm_up', 'decay', 'sparsity_warm_up', 'l0_steps'):
+    if t[name] > t.steps:
+      yield f'train.{name} is {t[name]} steps, and the run has {t.steps}.'
+  if a.chunk_rows < t.batch:
+    yield (
+      f'activations.chunk_rows ({a.chunk_rows}) must hold at least one batch '
+      f'of train.batch ({t.batch}).'
+    )
+  for name, sequences in (
+    ('activations.lm_batch', a.lm_batch),
+    ('evaluation.batch', config.evaluation.batch),
+  ):
+    if sequences * config.text.seq_len > _INT32:
+      yield (
+        f'{name} * text.seq_len is {sequences * config.text.seq_len:,} tokens '
+        f'in a forward pass; at most {_INT32:,} can be counted.'
+      )
+  if config.evaluation.sequences and config.text.seq_len < 3:
+    yield (
+      'Evaluation needs text.seq_len of at least 3 (BOS, a token, and the one '
+      'it predicts); set evaluation.sequences to 0 for none.'
+    )
+
+
+def _end_to_end(config: ConfigDict) -> Iterator[str]:
+  e, c = config.end_to_end, config.collection
+  if not e.beta:
+    return
+  if c.type in sites.SEVERAL:
+    yield (
+      f'End-to-end fine-tuning is for SAEs that write one site; a {c.type} '
+      'writes several: set end_to_end.beta to 0.'
+    )
+  if config.activations.store:
+    yield (
+      'End-to-end fine-tuning runs the language model itself: leave '
+      'activations.store empty or set end_to_end.beta to 0.'
+    )
+  rows = e.sequences * (config.text.seq_len - 1)
+  if config.train.batch != rows:
+    yield (
+      'End-to-end fine-tuning has end_to_end.sequences * (text.seq_len - 1) '
+      f'= {rows} rows a step; found train.batch {config.train.batch}.'
+    )
+
+
+def _axes(config: ConfigDict) -> Iterator[str]:
+  axes = config.mesh.to_dict()
+  for name, size in axes.items():
+    if size == 0:
+      yield f'mesh.{name} must be at least 1, or -1 for all devices left.'
+  if list(axes.values()).count(-1) > 1:
+    yield f'At most one axis of the mesh may be -1; found mesh {axes}.'
+
+
+# (sections read, check)
+CHECKS = (
+  (('collection', 'sae', 'objective'), _architectures),
+  (('collection',), _collection),
+  (('collection',), _names),
+  (('train', 'activations', 'text', 'evaluation'), _training),
+  (
+    ('end_to_end', 'collection', 'activations', 'text', 'train'),
+    _end_to_end,
+  ),
+  (('mesh',), _axes),
+)
+
+
+def model(config: ConfigDict, dimensions: sites.Dimensions) -> Iterator[str]:
+  for layer in config.collection.layers:
+    if layer >= dimensions.num_layers:
+      yield (
+        f'collection.layers has {layer}, and {config.lm.name} has layers 0 '
+        f'to {dimensions.num_layers - 1}.'
+      )
+
+
+def mesh(
+  config: ConfigDict,
+  dimensions: sites.Dimensions | None,
+  mesh_shape: Sequence[int],
+) -> Iterator[str]:
+  c, evaluation = config.collection, config.evaluation
+  sae_size, data_size, latent_size = mesh_shape
+  divided = {
+    'train.batch': config.train.batch,
+    'activations.lm_batch': config.activations.lm_batch,
+  }
+  if evaluation.sequences and config.lm.name != 'synthetic':
+    divided['evaluation.batch'] = evaluation.batch
+  if config.end_to_end.beta:
+    divided['end_to_end.sequences'] = config.end_to_end.sequences
+  for name, size in divided.items():
+    if size % data_size:
+      yield (
+        f"{name} ({size}) must be divisible by the mesh's data axis "
+        f'({data_size}).'
+      )
+  layers = len(c.layers) if c.type in sites.SEVERAL else 1
+  for width in c.widths:
+    if width // layers % latent_size:
+      yield (
+        f'The width {width}, {width // layers} a layer, is not divisible by '
+        f"the mesh's latent axis ({latent_size})."
+      )
+  groups = {} if dimensions is None else specs.stacks(config, dimensions)
+  for (architecture, width, d_in, _), group in groups.items():
+    if len(group) % sae_size:
+      yield (
+        f'The {len(group)} {architecture} SAEs of width {width} on '
+        f"{d_in}-wide sites cannot be split over the mesh's sae axis "
+        f'({sae_size}).'
+      )

@@ -267,8 +267,11 @@ class Flags:
     """Usage, what the command does, and every flag with its default."""
     required = [flag.usage for flag in self.declared if flag.required]
     command = examples(f'gemma-scope {self.name}')
+    usage = f'Usage: {" ".join([command, *required])} [flags]'
     lines = [
-      f'Usage: {" ".join([command, *required])} [flags]',
+      *textwrap.wrap(
+        usage, _WIDTH, subsequent_indent=' ' * 4, break_on_hyphens=False
+      ),
       '',
       examples(self.doc),
       '',

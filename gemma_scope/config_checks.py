@@ -92,8 +92,8 @@ def _collection(config: ConfigDict) -> Iterator[str]:
   targets = c.penalty in ('target_l0', 'quadratic_l0')
   if targets and max(c.sparsity) >= min(c.widths):
     yield (
-      f'A target L0 of {max(c.sparsity):g} cannot be met by {min(c.widths)} '
-      'latents.'
+      f'A target L0 of {max(c.sparsity):g} in collection.sparsity cannot be '
+      f'met by {min(c.widths)} latents.'
     )
 
 

@@ -29,7 +29,9 @@ FLAGS = command_line.Flags(
   words('k', ('64',), 'Latents that fire on a row.'),
   whole('limit', 0, 'Candidates of a row (sparse); 0: from k.', low=0),
   words('members', ('1',), 'SAEs that train together.'),
-  words('dtype', ('float32',), 'float32, bfloat16.'),
+  words(
+    'dtype', ('float32',), 'Of the product with the latents: float32, bfloat16.'
+  ),
   words('branch', ('dense', 'auto'), 'Kinds of step: dense, auto, sparse.'),
   words('mesh', ('1', '1', '1'), 'Sizes of the axes sae, data, latent.'),
   whole('repeats', 5, 'Interleaved rounds.', low=1),

@@ -35,7 +35,9 @@ FLAGS = command_line.Flags(
   ),
   command_line.text('license', 'apache-2.0', 'Licence of the weights.'),
   command_line.switch('overwrite', False, 'Replace a release in --out.'),
-  command_line.text('push', None, 'owner/name on the hub to upload to.'),
+  command_line.text(
+    'push', None, 'Repository on the hub to upload to, owner/name.'
+  ),
   command_line.switch('dry_run', True, 'Only say what would be uploaded.'),
   command_line.path('list', 'Only print the SAEs at this path.'),
   command_line.text('revision', '', 'Revision of the repository to list.'),

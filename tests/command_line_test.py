@@ -84,7 +84,7 @@ def test_a_wrong_flag_is_a_sentence(name, capsys):
       wrong = ['tinny', 'tiny:layer=1', 'tiny:layers=x']
     for value in wrong:
       said = fails(capsys, *whole, f'--{flag.name}={value}')
-      assert flag.name in said or value in said
+      assert flag.name in said or value.partition(':')[2] in said
       assert len(said.strip().splitlines()) == 1, said
     if flag.required:
       rest = [word for word in whole if not word.startswith(f'--{flag.name}=')]

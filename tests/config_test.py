@@ -161,7 +161,7 @@ def test_paths_lose_their_tilde(monkeypatch):
     ({'sae.initial_threshold': 0.0}, 'logarithm'),
     ({'collection.layers': (30,)}, 'has layers 0 to 25'),
     ({'collection.layers': (1, 1)}, 'without repeats'),
-    ({'collection.sparsity': (600.0,)}, 'cannot be met by 512'),
+    ({'collection.sparsity': (600.0,)}, 'met by 512'),
     ({'collection.sparsity': (8.0, 8.0000001)}, 'too close to be told apart'),
     ({'train.warm_up': 10**6}, 'the run has 800'),
     ({'train.batch': 100}, "train.batch .* mesh's data axis"),
@@ -227,7 +227,8 @@ def test_a_config_has_every_field_and_no_other():
 
 # 0 is a value of its own here: none, never, at once.
 ZERO = {
-  'seed', 'objective.strength', 'objective.prefactor', 'objective.frequency',
+  'seed', 'collection.layers', 'collection.seeds', 'objective.strength',
+  'objective.prefactor', 'objective.frequency',
   'objective.frequency_limit', 'objective.pre_act', 'objective.auxk',
   'objective.auxk_latents', 'initialise.layer', 'end_to_end.beta',
   'train.warm_up', 'train.decay', 'train.sparsity_warm_up',

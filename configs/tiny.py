@@ -25,7 +25,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   lm.dtype = 'float32'
 
   config.text = text = ConfigDict()
-  text.source = 'python'  # files:..., arrayrecord:..., tfds:... (text.py)
+  text.source = 'python'  # prose, files:..., tfds:... (text/sources.py)
   text.store = ''  # a folder by launch/prepare_text.py; '' makes one
   text.seq_len = 128  # tokens a sequence, with BOS
 

@@ -1,6 +1,7 @@
 """Tokenises a text once, into a token store that training reads.
 
   gemma-scope prepare-text --source=python --out=runs/tokens
+  ... --source=prose                          (English, from documentation)
   ... --source='files:corpus/**/*.jsonl.gz' --tokenizer=tokenizer_gemma2.model
   ... --source='arrayrecord:corpus/*.arrayrecord' --limit_tokens=1000000
   ... --source=tfds:wiki40b/en:train          (a local copy in $TFDS_DATA_DIR)

@@ -2,7 +2,10 @@
 
 Reading order; a module imports only from those above it:
 
-  sources      where documents come from; train or held out
+  corpus       a text with a name; train or held out
+  standard_library  code, docstrings and topics of the interpreter
+  prose        English of the documentation of installed packages
+  sources      a string names a source; a source is documents
   prompts      chat prompts from a file, each train or held out
   tokenizers   SentencePiece: Gemma's own, or one trained here
   sequences    fixed-length sequences from a token store, by index

@@ -29,10 +29,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gemma_scope import files
+from gemma_scope.text import corpus, sources, token_store, tokenizers
 from gemma_scope.text import sequences as sequences_lib
-from gemma_scope.text import sources, token_store, tokenizers
 
 _BATCH_CHARS = 1 << 21  # encoded at once: bounds memory, feeds the threads
+_BATCH_SECONDS = 2.0  # so that a slow source shows progress too
 
 
 class Rows(Protocol):
@@ -112,6 +113,9 @@ def prepare(
     'pad_id': tokenizer.pad_id,
     'limit_tokens': limit_tokens,
   }
+  revision = sources.revision(source)
+  if revision is not None:
+    inputs['revision'] = revision
   found = sources.documents(source)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     return _same_preparation(folder, inputs, found)
@@ -130,16 +134,22 @@ def prepare(
 def _same_preparation(
   folder: pathlib.Path,
   inputs: dict[str, Any],
-  found: Iterable[sources.Document],
+  found: Iterable[corpus.Document],
 ) -> token_store.Tokens:
   """Opens the folder if it holds the preparation of these inputs."""
   store = token_store.Tokens(folder)
   advice = 'Choose another folder, or delete that one.'
   for field, wanted in inputs.items():
-    if store.manifest[field] != wanted:
+    there = store.manifest.get(field)
+    if isinstance(wanted, dict) and isinstance(there, dict):
+      names = sorted(wanted.keys() | there.keys())
+      names = [n for n in names if wanted.get(n) != there.get(n)]
+      wanted = {n: wanted.get(n) for n in names}
+      there = {n: there.get(n) for n in names}
+    if there != wanted:
       raise ValueError(
-        f'{folder} holds another preparation: {field} is '
-        f'{store.manifest[field]!r} there and {wanted!r} here. {advice}'
+        f'{folder} holds another preparation: {field} is {there!r} there and '
+        f'{wanted!r} here. {advice}'
       )
   if inputs['limit_tokens'] is not None:  # only the first ones were read
     found = itertools.islice(found, sum(store.manifest['documents'].values()))
@@ -156,7 +166,7 @@ def _same_preparation(
 
 def _write(
   folder: pathlib.Path,
-  found: Iterable[sources.Document],
+  found: Iterable[corpus.Document],
   tokenizer: tokenizers.Tokenizer,
   limit_tokens: int | None,
   progress: Callable[[Progress], None],
@@ -165,14 +175,14 @@ def _write(
   dtype = sequences_lib.dtype_of(tokenizer.vocab_size)
   started = time.monotonic()
   read = hashlib.sha256()
-  hashes = {split: hashlib.sha256() for split in sources.SPLITS}
-  tokens = dict.fromkeys(sources.SPLITS, 0)
-  counts = dict.fromkeys(sources.SPLITS, 0)
+  hashes = {split: hashlib.sha256() for split in corpus.SPLITS}
+  tokens = dict.fromkeys(corpus.SPLITS, 0)
+  counts = dict.fromkeys(corpus.SPLITS, 0)
   text_bytes, full = 0, False
   with contextlib.ExitStack() as stack:
     token_files = {
       split: stack.enter_context(open(folder / f'{split}.tokens', 'wb'))
-      for split in sources.SPLITS
+      for split in corpus.SPLITS
     }
     for several in _batches(found):
       encoded = tokenizer.encode_all([d.text for d in several])
@@ -198,25 +208,27 @@ def _write(
     'dtype': dtype,
     'tokens': tokens,
     'documents': counts,
-    'sha256': {s: hashes[s].hexdigest() for s in sources.SPLITS},
+    'sha256': {s: hashes[s].hexdigest() for s in corpus.SPLITS},
   }
 
 
 def _batches(
-  found: Iterable[sources.Document],
-) -> Iterator[list[sources.Document]]:
-  several, size = [], 0
+  found: Iterable[corpus.Document],
+) -> Iterator[list[corpus.Document]]:
+  """Batches of _BATCH_CHARS, or what came within _BATCH_SECONDS."""
+  several, size, began = [], 0, time.monotonic()
   for document in found:
     several.append(document)
     size += len(document.text)
-    if size >= _BATCH_CHARS:
+    late = time.monotonic() - began >= _BATCH_SECONDS
+    if size >= _BATCH_CHARS or late:
       yield several
-      several, size = [], 0
+      several, size, began = [], 0, time.monotonic()
   if several:
     yield several
 
 
-def _hash_document(digest: Any, document: sources.Document) -> int:
+def _hash_document(digest: Any, document: corpus.Document) -> int:
   """Adds name and text, each after its length; returns the text's bytes."""
   name, body = document.name.encode(), document.text.encode()
   digest.update(len(name).to_bytes(8, 'little') + name)

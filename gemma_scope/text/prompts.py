@@ -9,7 +9,7 @@ import os
 import pathlib
 from typing import Any
 
-from gemma_scope.text import sources
+from gemma_scope.text import corpus
 
 _USER = ('user', 'prompter', 'human')
 
@@ -42,7 +42,7 @@ def read(path: str | os.PathLike[str]) -> list[str]:
         text = line.decode('utf-8', 'replace').removeprefix('\ufeff').strip()
         if text and not path.name.endswith('.txt'):
           text = _first_user_turn(json.loads(text))
-        prompts.append(sources.valid(text).strip())
+        prompts.append(corpus.valid(text).strip())
   except (ValueError, TypeError, EOFError, OSError, RecursionError) as error:
     raise ValueError(
       f'{path}, line {number}: expected a JSON object with `prompt`, `text`, '

@@ -32,8 +32,8 @@ import numpy as np
 from gemma_scope import files
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import generate
+from gemma_scope.text import corpus, sequences, token_store, tokenizers
 from gemma_scope.text import prompts as prompts_lib
-from gemma_scope.text import sequences, sources, token_store, tokenizers
 
 _MARKERS = re.compile('<(?=(?:start|end)_of_turn>)')
 _PARTS = 'parts'  # folder of what is done, until the store is whole
@@ -123,7 +123,7 @@ def prepare_rollouts(
       model, tokenizer and sizes do not fit.
   """
   folder = pathlib.Path(folder)
-  prompts = [sources.valid(prompt) for prompt in prompts]
+  prompts = [corpus.valid(prompt) for prompt in prompts]
   generate.check_settings(max_new_tokens, temperature, top_k, seed)
   _check_fit(gemma, tokenizer, batch, heldout)
   room = seq_len - 1 - len(tokenizer.encode('\n')) - max_new_tokens
@@ -321,12 +321,12 @@ def _read_part(path: pathlib.Path, size: int) -> bytes | None:
 
 def _assemble(folder, splits, sizes, shape, tokenizer) -> dict[str, Any]:
   """Parts -> the two token files; the manifest's part about them."""
-  hashes = {split: hashlib.sha256() for split in sources.SPLITS}
+  hashes = {split: hashlib.sha256() for split in corpus.SPLITS}
   padding = (tokenizer.pad_id,)
   answers = tokenizers.Special(padding, reply_opening(tokenizer))
   stops = tokenizer.end_of_turn, tokenizer.eos_id
   reply_tokens = ended = 0
-  paths = {s: folder / f'{s}.tokens' for s in sources.SPLITS}
+  paths = {s: folder / f'{s}.tokens' for s in corpus.SPLITS}
   with contextlib.ExitStack() as stack:
     token_files = {
       split: stack.enter_context(files.whole_file(path))
@@ -349,11 +349,11 @@ def _assemble(folder, splits, sizes, shape, tokenizer) -> dict[str, Any]:
       ):
         token_files[split].write(row_T.tobytes())
         hashes[split].update(row_T.tobytes())
-  counts = {split: splits.count(split) for split in sources.SPLITS}
+  counts = {split: splits.count(split) for split in corpus.SPLITS}
   width = shape.shape[0]
   return {
     'tokens': {split: n * width for split, n in counts.items()},
     'documents': counts,
-    'sha256': {split: hashes[split].hexdigest() for split in sources.SPLITS},
+    'sha256': {split: hashes[split].hexdigest() for split in corpus.SPLITS},
     'replies': {'tokens': reply_tokens, 'ended': ended},
   }

@@ -1,6 +1,8 @@
 """Where text comes from: one string names a source, a source is documents.
 
   python                          the running interpreter's standard library
+                                  (standard_library)
+  prose                           English of installed documentation (prose)
   files:GLOB                      txt, md, py; jsonl and jsonl.gz by `text`
   arrayrecord:GLOB                one document per ArrayRecord record
   tfds:NAME[/CONFIG][:VERSION]:SPLIT   a data set prepared on this disk
@@ -11,13 +13,6 @@ the same text has the same fingerprint on every machine. A document belongs to
 another document, as docstrings are from their module): text is held out by
 document, never by window.
 
-The source `python` is every .py file of the standard library in three passes:
-the code of each module; the docstrings of each module as prose under their
-qualified names; the topics of pydoc. Left out: tests, site-packages, the
-character tables of `encodings` (a megabyte of near copies, which would leak
-between train and eval), `_sysconfigdata*` (differs by machine) and the file
-that holds the pydoc topics (its entries are documents of their own).
-
 Nothing here imports TensorFlow. Records of an ArrayRecord file may be UTF-8
 text, JSON objects with a `text` string, or tf.train.Example with a `text`
 bytes feature (parsed by tensorflow_datasets' own protobuf).
@@ -25,67 +20,46 @@ bytes feature (parsed by tensorflow_datasets' own protobuf).
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import dataclasses
 import glob
 import gzip
-import hashlib
-import importlib
-import inspect
-import io
 import json
 import os
 import pathlib
 import re
-import sysconfig
-import tokenize
-import warnings
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
+from gemma_scope.text import corpus, prose, standard_library
+
 KINDS = (
   'python',
+  'prose',
   'files:GLOB',
   'arrayrecord:GLOB',
   'tfds:NAME[/CONFIG][:VERSION]:SPLIT',
 )
-SPLITS = ('train', 'eval')
-_EVAL_ONE_IN = 50
-_NOT_LIBRARY = frozenset(
-  {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests'}
-  | {'idle_test', 'encodings'}
-)
 _READ_AT_ONCE = 1024  # records
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
-  """A text with a name; `group` names what decides its split."""
-
-  name: str
-  text: str
-  group: str = ''
-
-  @property
-  def split(self) -> str:
-    digest = hashlib.sha256((self.group or self.name).encode()).digest()
-    held_out = int.from_bytes(digest, 'big') % _EVAL_ONE_IN == 0
-    return 'eval' if held_out else 'train'
-
-
-def documents(source: str, split: str | None = None) -> Iterator[Document]:
+def documents(
+  source: str, split: str | None = None
+) -> Iterator[corpus.Document]:
   """Documents of a source in their fixed order; empty ones are left out.
 
   `split` is None (all), 'train' or 'eval'. Raises ValueError at the call, not
   at the first document, for an unknown kind of source.
   """
-  if split is not None and split not in SPLITS:
-    raise ValueError(f'split is {split!r}; it is one of {", ".join(SPLITS)}.')
+  if split is not None and split not in corpus.SPLITS:
+    raise ValueError(
+      f'split is {split!r}; it is one of {", ".join(corpus.SPLITS)}.'
+    )
   kind, _, rest = source.partition(':')
   if source == 'python':
-    found = _python()
+    found = standard_library.read()
+  elif source == 'prose':
+    found = prose.read()
   elif kind == 'files' and rest:
     found = _files(rest)
   elif kind == 'arrayrecord' and rest:
@@ -99,103 +73,17 @@ def documents(source: str, split: str | None = None) -> Iterator[Document]:
   return _kept(found, split)
 
 
-def valid(text: str) -> str:
-  """Text that can be written as UTF-8: lone surrogates become '?'."""
-  return text.encode('utf-8', 'replace').decode('utf-8')
+def revision(source: str) -> dict[str, str] | None:
+  """What else than its name decides a source's text, for the manifest."""
+  return prose.versions() if source == 'prose' else None
 
 
-def _kept(found: Iterator[Document], split: str | None) -> Iterator[Document]:
-  for document in found:
-    if document.text and split in (None, document.split):
-      yield document
-
-
-# The standard library.
-
-
-def _python() -> Iterator[Document]:
-  root = pathlib.Path(sysconfig.get_paths()['stdlib'])
-  paths = _library_paths(root)
-  if not paths:
-    raise ValueError(
-      f'No .py file was found under {root}, where this Python keeps its '
-      'standard library; use another Python or another text source.'
-    )
-  for name in paths:
-    text = _python_text((root / name).read_bytes())
-    if text is not None:
-      yield Document(name, valid(text))
-  for name in paths:
-    text = _python_text((root / name).read_bytes())
-    if text is not None:
-      prose = docstrings(text, _module_name(name))
-      yield Document(f'{name}#docstrings', valid(prose), group=name)
-  try:
-    topics = importlib.import_module('pydoc_data.topics').topics
-  except ImportError:  # some distributions package it separately
-    topics = {}
-  for topic in sorted(topics):
-    yield Document(f'pydoc_data/topics#{topic}', valid(topics[topic]))
-
-
-def _library_paths(root: pathlib.Path) -> list[str]:
-  """Relative posix paths of the library's modules, sorted."""
-  found = []
-  for folder, folders, files in os.walk(root):
-    folders[:] = [f for f in folders if f not in _NOT_LIBRARY]
-    here = pathlib.Path(folder).relative_to(root)
-    for file in files:
-      name = (here / file).as_posix()
-      left_out = name == 'pydoc_data/topics.py'
-      left_out |= file.startswith('_sysconfigdata')
-      if file.endswith('.py') and not left_out:
-        found.append(name)
-  return sorted(found)
-
-
-def _python_text(data: bytes) -> str | None:
-  """Decodes as Python itself would (PEP 263); None if Python could not."""
-  try:
-    encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-    return io.TextIOWrapper(io.BytesIO(data), encoding).read()
-  except (SyntaxError, UnicodeDecodeError, LookupError):
-    return None
-
-
-def _module_name(path: str) -> str:
-  parts = path.removesuffix('.py').split('/')
-  if parts[-1] == '__init__' and len(parts) > 1:
-    parts = parts[:-1]
-  return '.'.join(parts)
-
-
-def docstrings(code: str, module: str) -> str:
-  """All docstrings of a module as prose, each under its qualified name."""
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter('ignore')  # invalid escapes in old modules
-      tree = ast.parse(code)
-  except (SyntaxError, ValueError, RecursionError):
-    return ''
-  sections = []
-
-  def visit(node: ast.AST, name: str) -> None:
-    prose = ast.get_docstring(node, clean=False)
-    if prose and inspect.cleandoc(prose):
-      sections.append(f'{name}\n\n{inspect.cleandoc(prose)}\n')
-    inside(node, name)
-
-  def inside(node: ast.AST, name: str) -> None:
-    for child in ast.iter_child_nodes(node):
-      if isinstance(
-        child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-      ):
-        visit(child, f'{name}.{child.name}')
-      elif isinstance(child, (ast.stmt, ast.ExceptHandler)):
-        inside(child, name)  # definitions under if, try, with
-
-  visit(tree, module)
-  return '\n\n'.join(sections)
+def _kept(
+  found: Iterator[corpus.Document], split: str | None
+) -> Iterator[corpus.Document]:
+  for candidate in found:
+    if candidate.text and split in (None, candidate.split):
+      yield candidate
 
 
 # Files.
@@ -217,7 +105,7 @@ def _glob(pattern: str, kind: str) -> list[tuple[str, pathlib.Path]]:
   return sorted((p.relative_to(root).as_posix(), p) for p in paths)
 
 
-def _files(pattern: str) -> Iterator[Document]:
+def _files(pattern: str) -> Iterator[corpus.Document]:
   found = _glob(pattern, 'files')
   for name, _ in found:  # before the first document, not after hours
     if not name.endswith(('.txt', '.md', '.py', '.jsonl', '.jsonl.gz')):
@@ -230,20 +118,20 @@ def _files(pattern: str) -> Iterator[Document]:
       yield from _json_lines(name, path)
       continue
     data = path.read_bytes()
-    text = _python_text(data) if name.endswith('.py') else None
+    text = standard_library.decode(data) if name.endswith('.py') else None
     if text is None:  # a bad byte costs one character, not the file
       text = data.decode('utf-8', 'replace').removeprefix('\ufeff')
-    yield Document(name, valid(text))
+    yield corpus.Document(name, corpus.valid(text))
 
 
-def _json_lines(name: str, path: pathlib.Path) -> Iterator[Document]:
+def _json_lines(name: str, path: pathlib.Path) -> Iterator[corpus.Document]:
   opener = gzip.open if name.endswith('.gz') else open
   number = 0
   try:
     with opener(path, 'rb') as lines:
       for number, line in enumerate(lines, 1):
         if line.strip():
-          yield Document(f'{name}#{number}', _json_text(line))
+          yield corpus.Document(f'{name}#{number}', _json_text(line))
   except (OSError, EOFError, zlib.error) as error:
     raise ValueError(
       f'{path} cannot be read after line {number} ({error}); it is damaged '
@@ -260,20 +148,20 @@ def _json_text(line: bytes) -> str:
   record = json.loads(line.decode('utf-8', 'replace'))
   if not isinstance(record, dict) or not isinstance(record.get('text'), str):
     raise TypeError('no string under `text`')
-  return valid(record['text'])
+  return corpus.valid(record['text'])
 
 
 # ArrayRecord and TFDS.
 
 
-def _arrayrecord(pattern: str) -> Iterator[Document]:
+def _arrayrecord(pattern: str) -> Iterator[corpus.Document]:
   for name, path in _glob(pattern, 'arrayrecord'):
     count = _num_records(path)
     with _reader(path) as reader:
       for start in range(0, count, _READ_AT_ONCE):
         stop = min(count, start + _READ_AT_ONCE)
         for i, record in enumerate(reader.read(start, stop), start):
-          yield Document(f'{name}#{i}', _record_text(record))
+          yield corpus.Document(f'{name}#{i}', _record_text(record))
 
 
 def _num_records(path: pathlib.Path) -> int:
@@ -316,7 +204,7 @@ def _record_text(record: bytes) -> str:
   return record.decode('utf-8', 'replace')
 
 
-def _tfds(spec: str) -> Iterator[Document]:
+def _tfds(spec: str) -> Iterator[corpus.Document]:
   """Reads a TFDS data set that lies on this disk as ArrayRecord.
 
   The folder is $TFDS_DATA_DIR or ~/tensorflow_datasets. The text is the
@@ -388,7 +276,7 @@ def _tfds(spec: str) -> Iterator[Document]:
       value = row[key]
       if isinstance(value, bytes):
         value = value.decode('utf-8', 'replace')
-      yield Document(f'{where}#{i}', valid(value))
+      yield corpus.Document(f'{where}#{i}', corpus.valid(value))
 
 
 def _version(name: str) -> tuple[int, ...] | None:

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from gemma_scope import files
+from gemma_scope.text import corpus
 from gemma_scope.text import sequences as sequences_lib
-from gemma_scope.text import sources
 
 FORMAT = 1
 MANIFEST = 'manifest.json'
@@ -41,7 +41,7 @@ class Tokens:
     self.folder = pathlib.Path(folder)
     self.manifest = _read_manifest(self.folder / MANIFEST)
     size = np.dtype(self.manifest['dtype']).itemsize
-    for split in sources.SPLITS:
+    for split in corpus.SPLITS:
       path = self.path(split)
       expected = self.manifest['tokens'][split] * size
       found = path.stat().st_size if path.is_file() else None
@@ -54,9 +54,9 @@ class Tokens:
 
   def path(self, split: str) -> pathlib.Path:
     """The token file of 'train' or 'eval'."""
-    if split not in sources.SPLITS:
+    if split not in corpus.SPLITS:
       raise ValueError(
-        f'split is {split!r}; it is one of {", ".join(sources.SPLITS)}.'
+        f'split is {split!r}; it is one of {", ".join(corpus.SPLITS)}.'
       )
     return self.folder / f'{split}.tokens'
 
@@ -80,7 +80,7 @@ class Tokens:
 
   def verify(self) -> None:
     """Reads every byte; ValueError names the file whose hash is wrong."""
-    for split in sources.SPLITS:
+    for split in corpus.SPLITS:
       if files.sha256(self.path(split)) != self.manifest['sha256'][split]:
         raise ValueError(
           f'{self.path(split)} does not have the hash in its manifest; it is '
@@ -156,7 +156,7 @@ def _check_manifest(manifest: Any) -> None:
   for key in ('bos_id', 'eos_id'):
     _integer(manifest, key, 0, vocab)
   _integer(manifest, 'pad_id', -1, vocab)  # -1: the tokenizer has none
-  for split in sources.SPLITS:
+  for split in corpus.SPLITS:
     _integer(manifest['tokens'], split, 0, 1 << 50)
     _integer(manifest['documents'], split, 0, 1 << 50)
     _hash(manifest['sha256'], split)
@@ -172,7 +172,7 @@ def _check_manifest(manifest: Any) -> None:
 def _check_chat(manifest: dict[str, Any]) -> None:
   width = _integer(manifest, 'seq_len', 2, 1 << 31) - 1
   reply = manifest['reply']
-  whole = all(manifest['tokens'][s] % width == 0 for s in sources.SPLITS)
+  whole = all(manifest['tokens'][s] % width == 0 for s in corpus.SPLITS)
   if manifest['chat'] is not True or not whole:
     raise ValueError('its rows are not whole conversations')
   if not isinstance(reply, list) or not reply:

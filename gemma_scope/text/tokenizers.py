@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gemma_scope import files
-from gemma_scope.text import sources
+from gemma_scope.text import corpus
 
 _PART_CHARS = 1 << 20  # longer documents are encoded in parts, cut at lines
 # Gemma 2's first ids: pad, eos, bos, unk, then these (see gm.text).
@@ -122,8 +122,8 @@ class Tokenizer:
 
   def encode_all(self, texts: list[str]) -> list[np.ndarray]:
     """int32 [tokens] per text, on all cores."""
-    parts = [list(_parts(sources.valid(text))) for text in texts]
-    flat = [part for document in parts for part in document]
+    parts = [list(_parts(corpus.valid(text))) for text in texts]
+    flat = [part for cut in parts for part in cut]
     ids = iter(self._processor.encode(flat, num_threads=os.cpu_count() or 1))
     empty = np.zeros(0, np.int32)
     return [
@@ -189,7 +189,7 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def train_tokenizer(
-  documents: Iterable[sources.Document],
+  documents: Iterable[corpus.Document],
   path: str | os.PathLike[str],
   vocab_size: int,
 ) -> Tokenizer:
@@ -239,7 +239,7 @@ def train_tokenizer(
   return Tokenizer(str(path))
 
 
-def _training_lines(documents: Iterable[sources.Document]) -> Iterator[str]:
+def _training_lines(documents: Iterable[corpus.Document]) -> Iterator[str]:
   """Lines, as newlines are pieces of their own and never part of another."""
   for document in documents:
     for line in document.text.split('\n'):

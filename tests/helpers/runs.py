@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 import gemma_scope
 from configs import tiny
-from gemma_scope.text import sources
+from gemma_scope.text import corpus
 
 ROOT = pathlib.Path(gemma_scope.__file__).parents[1]
 
@@ -61,7 +61,7 @@ def small(tmp_path: pathlib.Path, **changes) -> ConfigDict:
         (folder / f'{name}{part}.txt').write_text(text)
     # The split goes by name: one that is held out.
     names = (f'heldout{i}.txt' for i in range(1000))
-    heldout = next(n for n in names if sources.Document(n, '').split == 'eval')
+    heldout = next(n for n in names if corpus.Document(n, '').split == 'eval')
     (folder / heldout).write_text(text * 3)
   return config
 

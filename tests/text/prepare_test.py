@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 
 import gemma_scope
-from gemma_scope.text import prepare, sources, token_store, tokenizers
+from gemma_scope.text import corpus as corpus_lib
+from gemma_scope.text import (
+  prepare,
+  sources,
+  standard_library,
+  token_store,
+  tokenizers,
+)
 
 ROOT = pathlib.Path(gemma_scope.__file__).parents[1]
 ODD = (
@@ -63,16 +70,16 @@ def store(tmp_path_factory, corpus, tokenizer) -> token_store.Tokens:
 
 
 @pytest.fixture(scope='session')
-def library() -> dict[str, sources.Document]:
+def library() -> dict[str, corpus_lib.Document]:
   """All of `python`, with the docstrings (seconds to parse) of 100 modules."""
-  whole, parsed = sources.docstrings, []
+  whole, parsed = standard_library.docstrings, []
 
   def docstrings(code: str, module: str) -> str:
     parsed.append(module)
     return whole(code, module) if len(parsed) <= 100 else ''
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sources, 'docstrings', docstrings)
+    patch.setattr(standard_library, 'docstrings', docstrings)
     found = list(sources.documents('python'))
   assert len(parsed) > 300
   assert len({d.name for d in found}) == len(found)
@@ -130,7 +137,7 @@ def test_training_is_deterministic(tmp_path, tokenizer, corpus):
 def test_too_little_text_for_a_vocabulary_is_a_sentence(tmp_path):
   with pytest.raises(ValueError, match='No tokenizer of 9999 pieces'):
     tokenizers.train_tokenizer(
-      [sources.Document('a', 'abc')], tmp_path / 'a.model', 9999
+      [corpus_lib.Document('a', 'abc')], tmp_path / 'a.model', 9999
     )
 
 
@@ -178,15 +185,15 @@ def test_docstrings_of_nested_definitions():
     '  async def f(self):\n    """F."""\n    def g(): "G."\n'
     'if True:\n  def h():\n    """H."""\n  def empty(): ""\n'
   )
-  prose = sources.docstrings(code, 'm')
+  prose = standard_library.docstrings(code, 'm')
   sections = ['m\n\nTop.', 'm.A\n\nA.\n\nmore', 'm.A.f\n\nF.']
   sections += ['m.A.f.g\n\nG.', 'm.h\n\nH.']
   assert prose == '\n\n\n'.join(sections) + '\n'
-  assert sources.docstrings('def (', 'm') == ''
+  assert standard_library.docstrings('def (', 'm') == ''
 
 
 def test_splits_are_disjoint_by_document_and_near_two_per_cent(corpus, library):
-  found = [sources.Document(f'document {i}', 'x') for i in range(20_000)]
+  found = [corpus_lib.Document(f'document {i}', 'x') for i in range(20_000)]
   held_out = sum(d.split == 'eval' for d in found)
   assert 300 < held_out < 500
   source = f'files:{corpus}/*.txt'

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from gemma_scope.text import sources, tokenizers
+from gemma_scope.text import corpus, tokenizers
 
 # One of these, or none (the space between tokens).
 CLASSES = (
@@ -187,7 +187,7 @@ def of_pieces(pieces: Iterable[str], code: str) -> dict[str, np.ndarray]:
 
 
 def windows(
-  documents: Iterable[sources.Document],
+  documents: Iterable[corpus.Document],
   tokenizer: tokenizers.Tokenizer,
   length: int,
   most: int,

@@ -1,0 +1,403 @@
+"""English that every installation has: the documentation of its packages.
+
+  standard library                pydoc's topics, docstrings, comments
+  PACKAGES, as installed          their descriptions (what the package index
+                                  shows), .md, .rst and .txt files, docstrings,
+                                  comments and long strings of their modules
+    -> paragraphs(text)           sentences; no code, tables or signatures
+    -> one document per file      paragraphs that no earlier document had
+
+A paragraph is dropped when more than half of its runs of five words stood in
+earlier paragraphs, so that neither repeated boilerplate nor a README that
+repeats a docstring lies on both sides of the held-out split.
+
+The documents are a function of the interpreter's version and of the versions
+in `versions()`, which the manifest of a token store keeps.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import inspect
+import itertools
+import pathlib
+import platform
+import re
+import warnings
+from collections.abc import Iterator
+
+from gemma_scope.text import corpus, standard_library
+
+# The distributions of requirements.txt whose documentation is long. A fixed
+# list: what else an environment holds does not change the text.
+PACKAGES = (
+  'absl-py',
+  'anyio',
+  'array-record',
+  'attrs',
+  'chex',
+  'click',
+  'cloudpickle',
+  'clu',
+  'einops',
+  'etils',
+  'flax',
+  'fonttools',
+  'fsspec',
+  'gemma',
+  'grain',
+  'humanize',
+  'jax',
+  'jaxlib',
+  'jaxtyping',
+  'kauldron',
+  'markdown-it-py',
+  'matplotlib',
+  'ml-collections',
+  'numpy',
+  'optax',
+  'orbax-checkpoint',
+  'packaging',
+  'pillow',
+  'pluggy',
+  'protobuf',
+  'psutil',
+  'pygments',
+  'pyparsing',
+  'pytest',
+  'python-dateutil',
+  'requests',
+  'rich',
+  'safetensors',
+  'scipy',
+  'simplejson',
+  'starlette',
+  'tensorboardx',
+  'tensorflow-datasets',
+  'tensorstore',
+  'toolz',
+  'tqdm',
+  'typeguard',
+  'typing-extensions',
+  'urllib3',
+  'uvicorn',
+  'wrapt',
+)
+_TESTS = frozenset({'test', 'tests', 'testing', 'testdata', 'licenses'})
+_NO_PROSE = re.compile(
+  r'licen[cs]e|copying|authors|notice|entry_points|top_level|labels|classes'
+  r'|url_checksums|names\.txt|categories',
+  re.IGNORECASE,
+)
+_STRING_WORDS = 25  # fewer, outside docstrings, is a message
+_DOCUMENT_WORDS = 40
+_PARAGRAPH_WORDS = 10
+_SHINGLE = 5  # words
+_EVAL_ONE_IN = 20  # documents: the corpus is small
+
+
+def versions() -> dict[str, str]:
+  """Which version of each package the documents are taken from."""
+  found = {'python': platform.python_version()}
+  for name in PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      pass  # not in `versions`: so another text
+  return found
+
+
+def read() -> Iterator[corpus.Document]:
+  """Prose documents, in a fixed order, without what earlier ones say."""
+  seen: set[int] = set()
+  for name, text in itertools.chain(_standard_library(), _packages()):
+    kept = _without_dangling([p for p in paragraphs(text) if _is_new(p, seen)])
+    if sum(len(p.split()) for p in kept) >= _DOCUMENT_WORDS:
+      yield corpus.Document(
+        name, corpus.valid(_joined(kept)), eval_one_in=_EVAL_ONE_IN
+      )
+
+
+def _standard_library() -> Iterator[tuple[str, str]]:
+  topics = standard_library.topics()
+  for topic in sorted(topics):
+    yield f'pydoc/{topic}', topics[topic]
+  for name, code in standard_library.modules():
+    yield f'python/{name}', english(code)
+
+
+def _packages() -> Iterator[tuple[str, str]]:
+  for package in PACKAGES:
+    try:
+      distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+    description = distribution.metadata.get_payload()
+    yield f'{package}/description', str(description or '')
+    for file in sorted(distribution.files or (), key=str):
+      if _TESTS & set(file.parts) or '..' in file.parts:
+        continue
+      if file.suffix not in ('.py', '.md', '.rst', '.txt'):
+        continue
+      if file.suffix != '.py' and _NO_PROSE.search(str(file)):
+        continue
+      path = pathlib.Path(str(file.locate()))
+      if path.is_file():
+        data = path.read_bytes()
+        text = standard_library.decode(data) or ''
+        if file.suffix == '.py':
+          text = english(text)
+        yield f'{package}/{file.as_posix()}', text
+
+
+def english(code: str) -> str:
+  """Docstrings, comments of several lines and long strings of a module.
+
+  They keep their order; each begins a paragraph. '' if it does not parse.
+  """
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # invalid escapes in old modules
+      tree = ast.parse(code)
+  except (SyntaxError, ValueError, RecursionError):
+    return ''
+  nodes = list(ast.walk(tree))
+  formatted = {
+    id(part)
+    for node in nodes
+    if isinstance(node, ast.JoinedStr)
+    for part in ast.walk(node)
+  }
+  docstrings = {
+    id(node.body[0].value)
+    for node in nodes
+    if isinstance(node, _DOCUMENTED)
+    and node.body
+    and isinstance(node.body[0], ast.Expr)
+  }
+  texts = _comments(code)
+  for node in nodes:
+    if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+      continue
+    short = len(node.value.split()) < _STRING_WORDS
+    if id(node) in formatted or (id(node) not in docstrings and short):
+      continue
+    texts.append((node.lineno, inspect.cleandoc(node.value)))
+  return '\n\n'.join(text for _, text in sorted(texts))
+
+
+def _comments(code: str) -> list[tuple[int, str]]:
+  """Runs of at least three comment lines, with the number of the first."""
+  found, run = [], []
+  for number, line in enumerate([*code.splitlines(), ''], 1):
+    comment = _COMMENT.match(line)
+    if comment:
+      run.append(comment[1])
+      continue
+    if len(run) >= 3 and not _LEGAL.search(' '.join(run)):
+      found.append((number - len(run), '\n'.join(run)))
+    run = []
+  return found
+
+
+_COMMENT = re.compile(r'\s*#+(?!\w) ?(.*)')
+_LEGAL = re.compile(r'copyright|licen[cs]e', re.IGNORECASE)
+_DOCUMENTED = (
+  ast.Module,
+  ast.ClassDef,
+  ast.FunctionDef,
+  ast.AsyncFunctionDef,
+)
+
+# Paragraphs.
+
+_BULLET = re.compile(r'(?:[-*+•]|\(?\d{1,2}[.)])\s+(?=\S)')
+_DIRECTIVE = re.compile(r'\.\.\s+([\w-]+)::')
+_TALKS = frozenset(  # directives whose body is text
+  {'note', 'warning', 'important', 'tip', 'caution', 'attention', 'hint'}
+  | {'seealso', 'versionadded', 'versionchanged', 'deprecated', 'admonition'}
+  | {'danger', 'topic', 'sidebar', 'epigraph'}
+)
+_RULE = re.compile(r'\s*([=\-~^"\'`#*+.:_])\1{2,}[\s=\-~+|:]*$')
+_ENTRY = re.compile(  # of a parameter list: `name (type): text`, `:param x: `
+  r'(?::\w[^:]*:|@\w+(?: \w+:)?|\*{0,2}`*[\w.\[\]]+`*(?:\s*\([^)]*\))?:)\s+'
+)
+_MARKUP = (
+  (re.compile(r'!\[[^\]]*\](?:\([^)]*\)|\[[^\]]*\])'), ''),  # images
+  (re.compile(r'\[([^\]]+)\]\([^)\s]+\)'), r'\1'),  # links
+  (re.compile(r'\[([^\]]+)\]\[[^\]]*\]'), r'\1'),
+  (re.compile(r'\s?\[#?\w+\]_'), ''),  # footnotes
+  (re.compile(r':[\w:+-]+:`~?([^`<]+?)(?:\s*<[^`>]+>)?`'), r'\1'),  # roles
+  (re.compile(r'`([^`<]+?)\s*<[^`>]+>`__?'), r'\1'),
+  (re.compile(r'``(.+?)``'), r'\1'),
+  (re.compile(r'`([^`]+)`(?:__?)?'), r'\1'),
+  (re.compile(r'\*\*([^*]+)\*\*'), r'\1'),
+  (re.compile(r'(?<![\w*])\*([^*\s][^*]*)\*(?![\w*])'), r'\1'),
+  (re.compile(r'(?<!\w)_([^_\s][^_]*)_(?!\w)'), r'\1'),
+  (re.compile(r'</?[A-Za-z][^>]*>'), ''),
+  (re.compile(r'\\(?=[^\w\s])|\s*\\\s'), ''),
+  (re.compile(r'\s+'), ' '),
+)
+_SENTENCE = re.compile(r'(?<=[.!?])["\')]*\s+(?=["\'(]?[A-Z])')
+_WORD = re.compile(r'["\'(\[]*[A-Za-z][A-Za-z\'’/-]*[)\]"\']*[.,;:!?]*[)"\']*')
+_NUMBER = re.compile(r'[(]?[+-]?\d[\d.,]*%?[)]?[.,;:]?')
+_SYMBOLS = re.compile(r'[{}<>=|\\_@#$^~\[\]%]')
+_COMMON = frozenset(
+  'a all also an and any are as at be been but by can do does each for from '
+  'get has have if in into is it its may more must no not of on one only or '
+  'other same should so such than that the their them then there these they '
+  'this to two use used using was we when where which will with you '
+  'your'.split()
+)
+
+
+def paragraphs(text: str) -> list[str]:
+  """The paragraphs of a text that are English sentences, markup taken off.
+
+  A list item keeps '- ' in front.
+  """
+  found = []
+  for raw in _blocks(text):
+    bullet = _BULLET.match(raw)
+    body = raw[bullet.end() :] if bullet else raw
+    entry = _ENTRY.match(body)
+    if entry and not entry.group().lower().startswith(('note:', 'warning:')):
+      body = body[entry.end() :]
+    for pattern, written in _MARKUP:
+      body = pattern.sub(written, body)
+    body = ' '.join(
+      s for s in _SENTENCE.split(body.strip()) if not re.search('https?:', s)
+    )
+    if _is_prose(body):
+      found.append(f'- {body}' if bullet else body)
+  return found
+
+
+def _blocks(text: str) -> Iterator[str]:
+  """Paragraphs and list items, each on one line; literal blocks are left out.
+
+  What is indented deeper than a paragraph that ends in '::', or than a
+  directive that is no remark, is literal.
+  """
+  lines: list[str] = []  # of the block at hand
+  fenced, literal = False, None
+
+  def block() -> str:
+    joined = ' '.join(line.strip() for line in lines)
+    lines.clear()
+    return joined
+
+  for line in [*text.expandtabs().splitlines(), '']:
+    stripped = line.strip()
+    indent = len(line) - len(line.lstrip())
+    if stripped.startswith(('```', '~~~')):
+      fenced = not fenced
+      lines.clear()
+      continue
+    if fenced:
+      continue
+    if literal is not None and stripped:
+      if indent > literal:
+        continue
+      literal = None
+    if not stripped:
+      if lines and lines[-1].rstrip().endswith('::'):
+        literal = len(lines[0]) - len(lines[0].lstrip())
+      if lines:
+        yield block()
+      continue
+    directive = _DIRECTIVE.match(stripped)
+    if directive or stripped.startswith('..'):
+      if lines:
+        yield block()
+      if directive and directive[1] in _TALKS:
+        continue
+      literal = indent
+      continue
+    if _RULE.match(line):  # under a heading, or of a table
+      lines.clear()
+      continue
+    if lines and _starts_anew(lines, line, indent):
+      yield block()
+    lines.append(line)
+
+
+def _starts_anew(lines: list[str], line: str, indent: int) -> bool:
+  """Whether a line begins another paragraph than the lines before it."""
+  first = len(lines[0]) - len(lines[0].lstrip())
+  before = len(lines[-1]) - len(lines[-1].lstrip())
+  stripped = line.strip()
+  if _BULLET.match(stripped) or stripped.startswith((':', '>>>', '@')):
+    return True
+  if _ENTRY.match(stripped) and lines[-1].rstrip().endswith(('.', '!', '?')):
+    return True
+  if _BULLET.match(lines[0].strip()):
+    return indent <= first
+  if indent < before:
+    return True
+  # A term and its text: `name : type` above, deeper lines below.
+  return indent > before and not _ENTRY.match(lines[0].strip())
+
+
+def _is_prose(text: str) -> bool:
+  """Whether it reads as one or more English sentences."""
+  words = text.split()
+  if len(words) < _PARAGRAPH_WORDS or not re.match(r'["\'(]?[A-Z]', text):
+    return False
+  if not re.search(r'[.!?:]["\')]*$', text) or '>>>' in text:
+    return False
+  plain = sum(bool(_WORD.fullmatch(w) or _NUMBER.fullmatch(w)) for w in words)
+  common = sum(w.lower().strip('.,;:()"\'') in _COMMON for w in words)
+  numbers = sum(bool(_NUMBER.fullmatch(w)) for w in words)
+  letters = sum(c.isalpha() for c in text)
+  capitals = sum(c.isupper() for c in text)
+  return (
+    plain >= 0.85 * len(words)
+    and common >= 0.25 * len(words)
+    and numbers <= 0.15 * len(words)
+    and capitals <= 0.15 * letters
+    and len(_SYMBOLS.findall(text)) <= 0.01 * len(text)
+  )
+
+
+def _is_new(paragraph: str, seen: set[int]) -> bool:
+  """Whether most of its runs of words are new; adds them to `seen`."""
+  words = re.findall(r'[a-z]+', paragraph.lower())
+  runs = {
+    int.from_bytes(
+      hashlib.blake2b(
+        ' '.join(words[i : i + _SHINGLE]).encode(), digest_size=8
+      ).digest(),
+      'big',
+    )
+    for i in range(max(len(words) - _SHINGLE + 1, 1))
+  }
+  known = len(runs & seen)
+  if 2 * known > len(runs):
+    return False
+  seen |= runs
+  return True
+
+
+def _without_dangling(kept: list[str]) -> list[str]:
+  """Drops last sentences that announce what was left out ('For example:')."""
+  found = []
+  for text, following in itertools.zip_longest(kept, kept[1:], fillvalue=''):
+    announces = re.search(r':+["\')]*$', text)
+    if announces and not following.startswith('- '):
+      text = ' '.join(_SENTENCE.split(text)[:-1])
+      if len(text.split()) < _PARAGRAPH_WORDS:
+        continue
+    found.append(text)
+  return found
+
+
+def _joined(kept: list[str]) -> str:
+  """Blank lines between paragraphs, none between the items of a list."""
+  text = kept[0]
+  for before, paragraph in zip(kept, kept[1:], strict=False):
+    both = before.startswith('- ') and paragraph.startswith('- ')
+    text += ('\n' if both else '\n\n') + paragraph
+  return text + '\n'

@@ -17,7 +17,8 @@ from gemma_scope.text import (
 
 ROOT = pathlib.Path(gemma_scope.__file__).parents[1]
 DOCSTRING = """
-Solves a linear system of equations by :func:`~scipy.linalg.lu`, as described in [1]_.
+Solves a linear system of equations by :func:`~scipy.linalg.lu`, as it is in
+[1]_.
 
 The matrix must be square, and its condition number should not be *too* large;
 otherwise ``solve`` emits a warning. See https://example.org for the proof.
@@ -63,7 +64,7 @@ MUST BE CAPITAL LETTERS THAT ARE A LEGAL NOTICE AND NOT A SENTENCE TO READ.
 
 def test_sentences_stay_and_code_tables_and_lists_of_parameters_go():
   assert prose.paragraphs(DOCSTRING) == [
-    'Solves a linear system of equations by scipy.linalg.lu, as described in.',
+    'Solves a linear system of equations by scipy.linalg.lu, as it is in.',
     'The matrix must be square, and its condition number should not be too '
     'large; otherwise solve emits a warning.',
     'The matrix of coefficients, which has to be square and of full rank.',

@@ -2,14 +2,14 @@
 
 Reading order; a module imports only from those above it:
 
-  corpus       a text with a name; train or held out
+  corpus            a text with a name; train or held out
   standard_library  code, docstrings and topics of the interpreter
-  prose        English of the documentation of installed packages
-  sources      a string names a source; a source is documents
-  prompts      chat prompts from a file, each train or held out
-  tokenizers   SentencePiece: Gemma's own, or one trained here
-  sequences    fixed-length sequences from a token store, by index
-  token_store  tokens on disk, checked
-  prepare      documents -> tokens on disk -> shuffled sequences
-  rollouts     chat turns, and a store of the model's own replies
+  prose             English of the documentation of installed packages
+  sources           a string names a source; a source is documents
+  prompts           chat prompts from a file, each train or held out
+  tokenizers        SentencePiece: Gemma's own, or one trained here
+  sequences         fixed-length sequences from a token store, by index
+  token_store       tokens on disk, checked
+  prepare           documents -> tokens on disk -> shuffled sequences
+  rollouts          chat turns, and a store of the model's own replies
 """

@@ -6,9 +6,12 @@ import collections
 import contextlib
 import math
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+_Item = TypeVar('_Item')
 
 
 def duration(seconds: float) -> str:
@@ -207,3 +210,43 @@ def matmul_peak() -> float:
     if stop - began > 0.3:
       break
   return 2 * side**3 / best
+
+
+def track(
+  items: Sequence[_Item],
+  label: str,
+  after_s: float = 5.0,
+  every_s: float = 5.0,
+  stream: Any = None,
+) -> Iterator[_Item]:
+  """Yields the items of a loop, and shows progress if it takes long.
+
+  Nothing is shown before `after_s` seconds. A timer shows the first line, so
+  that a slow first item (one that compiles) is not silent either.
+  """
+  count, done, ended = len(items), 0, False
+  shown: list[Progress] = []
+
+  def begin():
+    if not ended:
+      shown.append(
+        Progress(
+          count, label=label, first_step=done, every_s=every_s, stream=stream
+        )
+      )
+      shown[0].update(done)
+
+  timer = threading.Timer(after_s, begin)
+  timer.daemon = True
+  timer.start()
+  try:
+    for item in items:
+      yield item
+      done += 1
+      if shown:
+        shown[0].update(done)
+  finally:
+    ended = True
+    timer.cancel()
+    if shown:
+      shown[0].close()

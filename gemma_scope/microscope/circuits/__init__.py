@@ -2,6 +2,7 @@
 
 Reading order; a module imports only from those above it:
 
+  budget             rows of a pass that fit into memory
   intervene          latents changed inside the forward pass
   effects            what a change does: KL, losses, logits, steered text
   readout            what the model predicts at a position

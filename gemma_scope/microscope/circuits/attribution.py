@@ -25,6 +25,7 @@ nothing, one text in twenty shows any that passes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,11 +36,17 @@ import numpy as np
 
 from gemma_scope import sae, sites
 from gemma_scope.language_model import splice
-from gemma_scope.microscope.circuits import effects, intervene, permutation_test
+from gemma_scope.microscope.circuits import (
+  budget,
+  effects,
+  intervene,
+  permutation_test,
+)
 from gemma_scope.microscope.circuits.intervene import Change, Rows, Subject
+from gemma_scope.runtime import progress
 from gemma_scope.sae import released
 
-_AT_ONCE = 8  # passes with a gradient
+_AT_ONCE = 8  # at most so many passes with a gradient
 LEVEL = 0.05
 _WAYS = ('gradient', 'integrated')
 _FACTS = (
@@ -48,30 +55,40 @@ _FACTS = (
 )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """How many latents are measured, and against how many shuffles.
+
+  Attributes:
+    top: latents to measure, for each of the two predictions.
+    others: latents drawn from the rest of those that fire, for the correlation.
+    shuffles: of the decoders; with fewer than 19 no latent can pass.
+    steps: of the integral.
+    seed: of the shuffles and of the latents drawn.
+  """
+
+  top: int = 10
+  others: int = 20
+  shuffles: int = 19
+  steps: int = 16
+  seed: int = 0
+
+
 def attribute(
   subject: Subject,
   tokens_T: Sequence[int],
   logit: tuple[int, int | None],
-  *,
   position: int | None = None,
-  top: int = 10,
-  others: int = 20,
-  shuffles: int = 19,
-  steps: int = 16,
-  seed: int = 0,
+  settings: Search | None = None,
 ) -> dict[str, Any]:
-  """Latents behind a logit or a difference of two; plain for JSON.
+  """Attributes a logit, or the difference of two, to latents; plain for JSON.
 
   Args:
     subject: the SAE in its model.
     tokens_T: ids, BOS first.
-    logit: tokens (a, b); b None: a's logit alone.
-    position: of the token after which the logit is read; by default the last.
-    top: latents that are measured, by each of the two predictions.
-    others: latents that fire too, drawn from the rest, for the correlation.
-    shuffles: of the decoders; fewer than 19 let nothing pass.
-    steps: of the integral.
-    seed: of what is drawn.
+    logit: tokens (a, b); b None: the logit of a alone.
+    position: the token after which the logit is read; by default the last.
+    settings: how many latents and shuffles.
 
   Returns:
     `value` (m); `without` (m without latents and error), `latents`, `error`,
@@ -91,20 +108,20 @@ def attribute(
   position = len(tokens_T) - 1 if position is None else position
   check(subject, tokens_T, logit, position)
   tokens_T = [int(i) for i in tokens_T[: position + 1]]
-  found = search(subject, tokens_T, logit, steps)
+  settings = settings or Search()
+  found = search(subject, tokens_T, logit, settings.steps)
   fires = np.flatnonzero(found['fires'])
-  chosen = _largest(found, top)
-  rng = np.random.default_rng(seed)
-  rest = rng.permutation(np.setdiff1d(fires, chosen))[:others]
+  chosen = _largest(found, settings.top)
+  rng = np.random.default_rng(settings.seed)
+  rest = rng.permutation(np.setdiff1d(fires, chosen))[: settings.others]
   measured = [*chosen, *map(int, rest)]
-  exact, control_CN = _exact(
-    subject, tokens_T, logit, measured, len(chosen), shuffles, seed
-  )
+  query = permutation_test.Query(subject, tuple(tokens_T), logit)
+  exact, control_CN = _exact(query, measured, len(chosen), settings)
   shuffled = np.zeros(0)
   if chosen:
     shuffled = permutation_test.largest(
-      subject, tokens_T, logit, found['f'], [found['slope'][w] for w in _WAYS],
-      top=top, shuffles=shuffles, seed=seed,
+      query, found['f'], [found['slope'][way] for way in _WAYS],
+      permutation_test.Shuffles(settings.top, settings.shuffles, settings.seed),
     )  # fmt: skip
   features = []
   for n, i in enumerate(measured):
@@ -213,11 +230,14 @@ def search(
     for p, e in zip(map(np.asarray, path), map(np.asarray, error), strict=True)
   ]
   values, slopes = [], []
-  for start in range(0, steps + 4, _AT_ONCE):
-    at = np.arange(start, min(start + _AT_ONCE, steps + 4))
+  batch = budget.rows(
+    budget.gradient, subject.gemma, tokens_1T.shape[1], _AT_ONCE
+  )
+  for start in progress.track(range(0, steps + 4, batch), 'gradients'):
+    at = np.arange(start, min(start + batch, steps + 4))
     value_S, slope = _slopes(
       subject.gemma, subject.lm_params, subject.place.targets, tokens_1T,
-      tuple(a[np.resize(at, _AT_ONCE)] for a in shifts), length - 1, logit[0],
+      tuple(a[np.resize(at, batch)] for a in shifts), length - 1, logit[0],
       -1 if logit[1] is None else logit[1],
     )  # fmt: skip
     values.append(np.asarray(value_S)[: len(at)])
@@ -322,21 +342,23 @@ def _contracted(W_dec, error, slope, once: bool):
 # Measurements.
 
 
-def _exact(subject, tokens_T, logit, features, chosen, controls, seed):
-  """Exact effects of ablations [N], and of the controls of the first [C, N]."""
+def _exact(query: permutation_test.Query, features, chosen: int, settings):
+  """Exact effects of ablations [N], and of the controls of the first [C, N].
+
+  Args:
+    chosen: how many of the features get controls, from the first on.
+  """
+  controls = settings.shuffles
   if not features:
     return np.zeros(0), np.zeros((controls, 0))
+  subject = query.subject
   own = intervene.rows(subject, [[Change(i)] for i in features])
   first, rest = (
     Rows(*(array[part] for array in own))
     for part in (slice(chosen), slice(chosen, None))
   )
-  both = intervene.with_controls(subject, first, controls, seed)
-  found = effects.effects(
-    subject, effects.padded([tokens_T]), intervene.stacked([both, rest]),
-    logit=logit,
-  )  # fmt: skip
-  change_B = (found.clean_logit_BT - found.logit_BT)[:, len(tokens_T) - 1]
+  both = intervene.with_controls(subject, first, controls, settings.seed)
+  change_B = permutation_test.exact(query, intervene.stacked([both, rest]))
   of_first, control, of_rest = np.split(
     change_B, [chosen, chosen * (1 + controls)]
   )

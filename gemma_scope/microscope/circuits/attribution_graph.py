@@ -26,7 +26,6 @@ from gemma_scope import files
 from gemma_scope.language_model import splice
 from gemma_scope.microscope.circuits import (
   attribution,
-  effects,
   intervene,
   permutation_test,
   replacement_model,
@@ -37,6 +36,7 @@ from gemma_scope.microscope.circuits.replacement_model import (
   Replacement,
   Sources,
 )
+from gemma_scope.runtime import progress
 
 _AT_ONCE = 32  # features whose sources are found before influence is new
 LOGIT = -1  # as the target of an edge
@@ -55,7 +55,7 @@ class Graph:
       first-order changes of the logit itself. Its A add up to it.
     ends: shares of the influence that end in embeddings, in errors, in biases,
       and in features whose own sources were not looked for.
-    features: those that stayed, each with `node`, `predicted`, `exact`, `p` and
+    features: those measured, each with `node`, `predicted`, `exact`, `p` and
       `passes`.
     agreement: of predicted with exact (`attribute.agreement`).
     shuffled: the largest effect of each shuffle.
@@ -72,33 +72,47 @@ class Graph:
   shuffled: list[float]
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How far a graph is traced.
+
+  Attributes:
+    most: features whose own sources are found.
+    nodes, edges: shares of the influence to keep.
+    measured: features to ablate, the most influential ones.
+    shuffles: of the decoders; with fewer than 19 no feature can pass.
+    seed: of the shuffles.
+  """
+
+  most: int = 256
+  nodes: float = 0.8
+  edges: float = 0.98
+  measured: int = 64
+  shuffles: int = 19
+  seed: int = 0
+
+
 def trace(
   subjects: Sequence[Subject],
   tokens_T: Sequence[int],
   logit: tuple[int, int | None],
-  *,
   position: int | None = None,
-  most: int = 256,
-  nodes: float = 0.8,
-  edges: float = 0.98,
-  shuffles: int = 19,
-  seed: int = 0,
+  settings: Settings | None = None,
 ) -> Graph:
-  """The graph behind a logit, or a difference of two.
+  """The graph behind a logit, or the difference of two.
 
   Args:
     subjects: transcoders, at most one a layer, or one CLT; of one model.
     tokens_T: ids, BOS first.
     logit: tokens (a, b); b None: a's alone.
-    position: of the token after which the logit is read; by default the last.
-    most: features whose own sources are found.
-    nodes, edges: shares of the influence that stay.
-    shuffles: of the decoders; fewer than 19 let nothing pass.
-    seed: of these.
+    position: the token after which the logit is read; by default the last.
+    settings: how far to trace.
 
   Raises:
-    ValueError: they are no transcoders, or two write to one layer.
+    ValueError: they are not transcoders, two write to the same layer, or the
+      text is too long.
   """
+  settings = settings or Settings()
   position = len(tokens_T) - 1 if position is None else position
   replacement_model.check(subjects)
   attribution.check(subjects[0], tokens_T, logit, position)
@@ -109,21 +123,28 @@ def trace(
   (of_logit_n,) = model.rows([target])
   features = int((sources.kind == 0).sum())
   rows: dict[int, np.ndarray] = {}
-  while len(rows) < most:
+  for start in progress.track(
+    range(0, settings.most, _AT_ONCE), 'graph: steps back'
+  ):
     influence_n = influence(of_logit_n, rows)
     order = np.argsort(-influence_n[:features], kind='stable')
     chosen = [int(i) for i in order if i not in rows and influence_n[i] > 0]
-    chosen = chosen[: min(_AT_ONCE, most - len(rows))]
+    chosen = chosen[: min(_AT_ONCE, settings.most - start)]
     if not chosen:
       break
     found = model.rows([model.target(i) for i in chosen])
     rows |= dict(zip(chosen, found, strict=True))
   influence_n = influence(of_logit_n, rows)
-  kept, kept_edges = prune(sources, of_logit_n, rows, influence_n, nodes, edges)
+  kept, kept_edges = prune(sources, of_logit_n, rows, influence_n, settings)
   mine = [i for i in kept if sources.kind[i] == 0]
+  mine = sorted(mine, key=lambda i: -influence_n[i])[: settings.measured]
   predicted_n = along_all_paths(sources, of_logit_n, rows)
-  measured = _measured(subjects, sources, tokens_T, logit, mine, predicted_n)
-  most_C = _shuffled(subjects, sources, tokens_T, logit, mine, shuffles, seed)
+  queries = [
+    permutation_test.Query(subject, tuple(tokens_T), logit)
+    for subject in subjects
+  ]
+  measured = _measured(queries, sources, mine, predicted_n)
+  most_C = _shuffled(queries, sources, mine, settings)
   for line in measured:
     line['p'] = permutation_test.p_value(line['exact'], most_C)
     line['passes'] = line['p'] <= attribution.LEVEL
@@ -203,14 +224,13 @@ def prune(
   of_logit_n: np.ndarray,
   rows: dict[int, np.ndarray],
   influence_n: np.ndarray,
-  nodes: float,
-  edges: float,
+  settings: Settings,
 ) -> tuple[list[int], list[tuple[int, int, float]]]:
   """The nodes and edges that hold so much of the influence.
 
   A feature that leads nowhere, or into which nothing leads, goes too.
   """
-  kept = set(_most(influence_n, nodes))
+  kept = set(_most(influence_n, settings.nodes))
   at = sorted(i for i in kept if i in rows)
   targets = [LOGIT, *at]
   weight_En = np.stack([of_logit_n, *(rows[i] for i in at)])
@@ -221,7 +241,9 @@ def prune(
   found = [
     (int(j), targets[e], float(weight_En[e, j]))
     for e, j in zip(
-      *np.unravel_index(_most(score_En.ravel(), edges), score_En.shape),
+      *np.unravel_index(
+        _most(score_En.ravel(), settings.edges), score_En.shape
+      ),
       strict=True,
     )
   ]
@@ -245,22 +267,22 @@ def _most(score_n: np.ndarray, share: float) -> np.ndarray:
 
 
 def _measured(
-  subjects, sources, tokens_T, logit, nodes, predicted_n
+  queries: Sequence[permutation_test.Query],
+  sources: Sources,
+  nodes: Sequence[int],
+  predicted_n: np.ndarray,
 ) -> list[dict[str, Any]]:
   """Each feature ablated at its token."""
-  tokens_1T, lines = effects.padded([tokens_T]), []
-  for n, subject in enumerate(subjects):
+  lines = []
+  for n, query in enumerate(queries):
     mine = [i for i in nodes if sources.member[i] == n]
     if not mine:
       continue
     rows = intervene.rows(
-      subject, [[Change(int(sources.feature[i]))] for i in mine]
+      query.subject, [[Change(int(sources.feature[i]))] for i in mine]
     )
-    where_BT = sources.position[mine][:, None] == np.arange(tokens_1T.shape[1])
-    found = effects.effects(
-      subject, tokens_1T, rows, logit=logit, where_BT=where_BT
-    )
-    change_B = (found.clean_logit_BT - found.logit_BT)[:, len(tokens_T) - 1]
+    at_BT = sources.position[mine][:, None] == np.arange(len(query.tokens_T))
+    change_B = permutation_test.exact(query, rows, at_BT)
     lines += [
       {'node': i, 'predicted': float(predicted_n[i]), 'exact': float(exact)}
       for i, exact in zip(mine, change_B, strict=True)
@@ -268,19 +290,19 @@ def _measured(
   return lines
 
 
-def _shuffled(
-  subjects, sources, tokens_T, logit, nodes, shuffles, seed
-) -> np.ndarray:
-  """The largest effect of each shuffle, over all subjects."""
-  most_C = np.zeros(shuffles)
-  for n, subject in enumerate(subjects):
+def _shuffled(queries, sources, nodes, settings: Settings) -> np.ndarray:
+  """The largest effect in each shuffle, over all subjects."""
+  most_C = np.zeros(settings.shuffles)
+  for n, query in enumerate(queries):
     count = sum(sources.member[i] == n for i in nodes)
     if count:
-      found = attribution.search(subject, tokens_T, logit, 1)
+      found = attribution.search(query.subject, query.tokens_T, query.logit, 1)
+      control = permutation_test.Shuffles(
+        int(count), settings.shuffles, settings.seed, by_token=True
+      )
       own_C = permutation_test.largest(
-        subject, tokens_T, logit, found['f'], [found['slope']['gradient']],
-        top=int(count), shuffles=shuffles, seed=seed, by_token=True,
-      )  # fmt: skip
+        query, found['f'], [found['slope']['gradient']], control
+      )
       most_C = np.maximum(most_C, own_C)
   return most_C
 

@@ -24,12 +24,14 @@ from jax.tree_util import Partial
 from gemma_scope import sae, sites
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import generate, splice
-from gemma_scope.microscope.circuits import intervene
+from gemma_scope.microscope.circuits import budget, intervene
 from gemma_scope.microscope.circuits.intervene import Change, Rows, Subject
+from gemma_scope.runtime import progress
 from gemma_scope.sae import released
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 _ROUND = 16  # lengths are rounded up to it: few programs
+_MOST_ROWS = 64  # of one pass
 
 
 class Effects(NamedTuple):
@@ -54,7 +56,6 @@ def effects(
   *,
   logit: tuple[int, int | None] = (0, None),
   where_BT: np.ndarray | None = None,
-  batch: int = 64,
 ) -> Effects:
   """Runs every row of changes and the texts without changes.
 
@@ -65,7 +66,9 @@ def effects(
     prompt_B: the text of each row; by default all have the first.
     logit: (a, b), tokens whose logits' difference is measured; b None: 0.
     where_BT: tokens that the changes apply to; by default all but special ones.
-    batch: rows of one pass.
+
+  Raises:
+    ValueError: the text is too long (`budget`).
   """
   tokens_PT = padded(tokens_PT)
   rows_count = len(given.feature_BK)
@@ -78,8 +81,12 @@ def effects(
     usual_BT = usual_BT & wide
   minus = -1 if logit[1] is None else logit[1]
   before_PTD = _last(subject.gemma, subject.lm_params, tokens_PT)
+  latents = subject.width if 'k' in subject.params else 0
+  batch = budget.rows(
+    budget.forward, subject.gemma, tokens_PT.shape[1], _MOST_ROWS, latents
+  )
   parts = []
-  for start in range(0, rows_count, batch):
+  for start in progress.track(range(0, rows_count, batch), 'passes'):
     at = np.arange(start, min(start + batch, rows_count))
     filled = np.resize(at, min(batch, _power(rows_count)))
     part = Rows(*(a[filled] for a in given))

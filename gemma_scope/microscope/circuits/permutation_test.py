@@ -13,6 +13,7 @@ permutation test of a maximum (Westfall and Young 1993, section 2).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,36 +22,77 @@ from gemma_scope.microscope.circuits import effects, intervene
 from gemma_scope.microscope.circuits.intervene import Rows, Subject
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Query:
+  """What is attributed.
+
+  Attributes:
+    subject: the SAE in its model.
+    tokens_T: ids, BOS first; the logit is read after the last.
+    logit: tokens (a, b), whose logits' difference it is; b None: a alone.
+  """
+
+  subject: Subject
+  tokens_T: tuple[int, ...]
+  logit: tuple[int, int | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shuffles:
+  """The control.
+
+  Attributes:
+    top: latents measured in each shuffle, for each prediction.
+    count: shuffles.
+    seed: of the shuffles.
+    by_token: latents are searched, and ablated, one token at a time.
+  """
+
+  top: int
+  count: int
+  seed: int = 0
+  by_token: bool = False
+
+
+def exact(
+  query: Query, rows: Rows, where_BT: np.ndarray | None = None
+) -> np.ndarray:
+  """How much the logit falls with each row of changes, [B]."""
+  found = effects.effects(
+    query.subject,
+    effects.padded([query.tokens_T]),
+    rows,
+    logit=query.logit,
+    where_BT=where_BT,
+  )
+  last = len(query.tokens_T) - 1
+  return (found.clean_logit_BT - found.logit_BT)[:, last]
+
+
 def largest(
-  subject: Subject,
-  tokens_T: Sequence[int],
-  logit: tuple[int, int | None],
+  query: Query,
   f_TF: np.ndarray,
   slopes: Sequence[np.ndarray],
-  *,
-  top: int,
-  shuffles: int,
-  seed: int = 0,
-  by_token: bool = False,
+  control: Shuffles,
 ) -> np.ndarray:
-  """The largest exact effect of each shuffle, [shuffles], absolute.
+  """The largest exact effect in each shuffle, absolute [count].
 
   Args:
-    subject, tokens_T: as in `attribute`; the logit is after the last token.
-    logit: tokens (a, b).
+    query: what is attributed.
     f_TF: the text's latents.
-    slopes: dm/df [T, F] by each way to predict.
-    top: latents, or latents at a token, measured by each way.
-    shuffles: how many.
-    seed: of the shuffles.
-    by_token: a latent is searched, and taken out, at one token.
+    slopes: dm/df [T, F] of each prediction.
+    control: how many shuffles, and of what.
   """
+  subject, shuffles = query.subject, control.count
   layer_F, norm_F = intervene.decoders(subject)
   alive_F = ((subject.max_F > 0) | (f_TF > 0).any(0)) & (norm_F > 0)
   active = np.flatnonzero((f_TF > 0).any(0) & alive_F)
   f_TA, chosen = f_TF[:, active], []
   for c in range(shuffles):
-    rng, writer_F = np.random.default_rng((seed, c)), np.arange(len(norm_F))
+    rng, writer_F = (
+      np.random.default_rng((control.seed, c)),
+      np.arange(len(norm_F)),
+    )
     for layer in np.unique(layer_F):
       pool = np.flatnonzero(alive_F & (layer_F == layer))
       writer_F[pool] = rng.permutation(pool)
@@ -59,9 +101,9 @@ def largest(
     picked = set()
     for slope_TF in slopes:
       a_TA = f_TA * slope_TF[:, writer_A] * gain_A
-      if not by_token:
+      if not control.by_token:
         a_TA = a_TA.sum(0, keepdims=True)
-      order = np.argsort(-np.abs(a_TA), axis=None, kind='stable')[:top]
+      order = np.argsort(-np.abs(a_TA), axis=None, kind='stable')[: control.top]
       picked |= set(zip(*np.unravel_index(order, a_TA.shape), strict=True))
     chosen += [
       (c, t, active[a], writer_A[a], gain_A[a]) for t, a in sorted(picked)
@@ -79,14 +121,10 @@ def largest(
     column(writer_B, np.int32),
     column(gain_B, np.float32),
   )
-  tokens_1T = effects.padded([tokens_T])
-  where_BT = np.ones((len(chosen), tokens_1T.shape[1]), bool)
-  if by_token:
-    where_BT = at_B[:, None] == np.arange(tokens_1T.shape[1])
-  found = effects.effects(
-    subject, tokens_1T, rows, logit=logit, where_BT=where_BT
-  )
-  change_B = (found.clean_logit_BT - found.logit_BT)[:, len(tokens_T) - 1]
+  where_BT = None
+  if control.by_token:
+    where_BT = at_B[:, None] == np.arange(len(query.tokens_T))
+  change_B = exact(query, rows, where_BT)
   most_C = np.zeros(shuffles)
   np.maximum.at(most_C, draw_B, np.abs(change_B))
   return most_C

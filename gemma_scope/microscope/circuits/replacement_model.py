@@ -30,13 +30,13 @@ import numpy as np
 from gemma_scope import sae, sites
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
-from gemma_scope.microscope.circuits import effects
+from gemma_scope.microscope.circuits import budget, effects
 from gemma_scope.microscope.circuits.intervene import Subject
 from gemma_scope.sae import released
 
 KINDS = ('feature', 'error', 'embedding', 'bias')
 _FIRST = sites.Site(0, 'resid_pre')
-_TARGETS = 8  # whose sources are found in one pass
+_TARGETS = 8  # at most so many targets in one pass
 _CHUNK = 2048  # features whose decoders are there at once
 
 # Where a target reads: a site, a token, and its vector dz/dx there [D].
@@ -74,7 +74,8 @@ class Replacement:
     last_TD: the residual stream that is unembedded.
 
   Raises:
-    ValueError: they are no transcoders, or two write to one layer.
+    ValueError: they are not transcoders, two write to the same layer, or the
+      text is too long.
   """
 
   def __init__(self, subjects: Sequence[Subject], tokens_T: Sequence[int]):
@@ -82,6 +83,9 @@ class Replacement:
     self._subjects = subjects
     self._gemma, self._lm_params = subjects[0].gemma, subjects[0].lm_params
     self._tokens_1T = effects.padded([tokens_T])
+    self._at_once = budget.rows(
+      budget.gradient, self._gemma, self._tokens_1T.shape[1], _TARGETS
+    )
     self._keep_T = ~np.isin(self._tokens_1T[0], subjects[0].special)
     depth = self._gemma.config.num_layers
     self._last = splice.last(self._gemma)
@@ -142,9 +146,10 @@ class Replacement:
   def rows(self, targets: Sequence[Target]) -> Iterator[np.ndarray]:
     """For each target A of every source, float32 [n]."""
     outputs = (*self._reads, self._last)
-    for start in range(0, len(targets), _TARGETS):
-      part = list(targets[start : start + _TARGETS])
-      filled = part + [part[-1]] * (_TARGETS - len(part))
+    count = self._at_once
+    for start in range(0, len(targets), count):
+      part = list(targets[start : start + count])
+      filled = part + [part[-1]] * (count - len(part))
       g_nTD, g_nMTD = _slopes(
         self._gemma, outputs, self._lm_params, self._tokens_1T,
         self._skips, np.array([outputs.index(site) for site, _, _ in filled]),
@@ -161,7 +166,7 @@ class Replacement:
       rows = np.concatenate(
         [
           *features_nJ,
-          np.asarray(error)[:, :, keep].reshape(_TARGETS, -1),
+          np.asarray(error)[:, :, keep].reshape(count, -1),
           np.asarray(embedding)[:, keep],
           np.asarray(bias)[:, None],
         ],
@@ -185,7 +190,7 @@ class Replacement:
     one, s = self._subjects[n], self.sources
     mine = np.flatnonzero((s.kind == 0) & (s.member == n))
     l, i = np.divmod(s.feature[mine], one.width // len(one.place.sites))
-    total = np.zeros((_TARGETS, len(mine)), np.float32)
+    total = np.zeros((self._at_once, len(mine)), np.float32)
     for start in range(0, len(mine), _CHUNK):
       at = np.arange(start, min(start + _CHUNK, len(mine)))
       j = np.resize(at, _CHUNK)

@@ -147,20 +147,34 @@ def test_a_source_acts_along_all_paths():
 def test_pruning_keeps_paths_alone():
   sources, of_logit, rows = by_hand()
   influence = attribution_graph.influence(of_logit, rows)
-  every = attribution_graph.prune(sources, of_logit, rows, influence, 1.0, 1.0)
+  every = attribution_graph.prune(
+    sources,
+    of_logit,
+    rows,
+    influence,
+    attribution_graph.Settings(nodes=1.0, edges=1.0),
+  )
   assert every[0] == [0, 1, 3, 4]
   assert (0, 1, 3.0) in every[1] and (1, attribution_graph.LOGIT, 3.0) in every[
     1
   ]
   few, edges = attribution_graph.prune(
-    sources, of_logit, rows, influence, 0.7, 0.9
+    sources,
+    of_logit,
+    rows,
+    influence,
+    attribution_graph.Settings(nodes=0.7, edges=0.9),
   )
   assert set(few) < set(every[0]) and len(edges) < len(every[1])
   # Without anything that leads into it, a feature goes, and what it led to.
   lonely = {1: np.array([3.0, 0, 0, 0, 0])}
   influence = attribution_graph.influence(of_logit, lonely)
   kept, edges = attribution_graph.prune(
-    sources, of_logit, lonely, influence, 1.0, 1.0
+    sources,
+    of_logit,
+    lonely,
+    influence,
+    attribution_graph.Settings(nodes=1.0, edges=1.0),
   )
   assert kept == [3] and edges == [(3, attribution_graph.LOGIT, -1.0)]
 
@@ -168,7 +182,9 @@ def test_pruning_keeps_paths_alone():
 @pytest.mark.parametrize('name', ['skip', 'clt'])
 def test_a_graph_is_measured_and_written(name, tmp_path):
   subjects, tokens_T = CASES[name]()
-  found = attribution_graph.trace(subjects, tokens_T, (7, 9), most=20)
+  found = attribution_graph.trace(
+    subjects, tokens_T, (7, 9), settings=attribution_graph.Settings(most=20)
+  )
   assert found.edges and found.nodes
   assert sum(found.ends.values()) == pytest.approx(1)
   assert min(found.ends.values()) >= 0 and len(found.shuffled) == 19

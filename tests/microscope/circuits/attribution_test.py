@@ -9,6 +9,7 @@ from gemma_scope.evaluation.saebench import scr_tpp
 from gemma_scope.language_model import weights
 from gemma_scope.microscope.circuits import (
   attribution,
+  budget,
   effects,
   permutation_test,
 )
@@ -38,7 +39,10 @@ def test_a_gradient_is_the_slope_of_a_small_change(model, subjects, name):
   """At one token, of a latent that fires there; both signs cancel curvature."""
   subject = subjects[name]
   found = attribution.attribute(
-    subject, TOKENS_T, LOGIT, top=4, others=0, shuffles=1
+    subject,
+    TOKENS_T,
+    LOGIT,
+    settings=attribution.Search(top=4, others=0, shuffles=1),
   )
   _, f_TF = circuits.values(model, name)
   checked = 0
@@ -60,7 +64,10 @@ def test_a_gradient_is_the_slope_of_a_small_change(model, subjects, name):
 @pytest.mark.parametrize('name', ['sae', 'transcoder', 'clt'])
 def test_the_integral_adds_up(subjects, name):
   found = attribution.attribute(
-    subjects[name], TOKENS_T, LOGIT, top=2, others=0, shuffles=1, steps=64
+    subjects[name],
+    TOKENS_T,
+    LOGIT,
+    settings=attribution.Search(top=2, others=0, shuffles=1, steps=64),
   )
   parts = abs(found['latents']) + abs(found['error'])
   assert parts > 0.05 and abs(found['other']) < 0.03 * parts
@@ -69,7 +76,10 @@ def test_the_integral_adds_up(subjects, name):
 def test_exact_effects_are_those_of_removal(subjects, model):
   subject, (params, _) = subjects['sae'], circuits.MEMBERS['sae']
   found = attribution.attribute(
-    subject, TOKENS_T, LOGIT, top=3, others=2, shuffles=2
+    subject,
+    TOKENS_T,
+    LOGIT,
+    settings=attribution.Search(top=3, others=2, shuffles=2),
   )
   gemma, lm_params = model
 
@@ -104,7 +114,9 @@ def planted(model, strength: float):
 
 
 def test_a_planted_cause_is_found_and_passes(model):
-  found = attribution.attribute(planted(model, 2.0), TOKENS_T, LOGIT, top=3)
+  found = attribution.attribute(
+    planted(model, 2.0), TOKENS_T, LOGIT, settings=attribution.Search(top=3)
+  )
   first = found['features'][0]
   assert first['feature'] == 0 and first['passes'] and first['p'] == 0.05
   assert first['exact'] > max(found['shuffled']) > 0
@@ -113,7 +125,10 @@ def test_a_planted_cause_is_found_and_passes(model):
   assert abs(found['agreement']['integrated']['spearman']) > 0.5
   assert 'passes' in attribution.report(found)
   few = attribution.attribute(
-    planted(model, 2.0), TOKENS_T, LOGIT, top=3, shuffles=5
+    planted(model, 2.0),
+    TOKENS_T,
+    LOGIT,
+    settings=attribution.Search(top=3, shuffles=5),
   )
   assert few['passing'] == [] and few['verdict'].startswith('Not tested')
 
@@ -128,7 +143,10 @@ def test_where_latents_mean_nothing_few_texts_show_any(model):
     tokens_T = [2, *rng.integers(10, 4000, T - 1).tolist()]
     logit = tuple(map(int, rng.integers(10, 4000, 2)))
     found = attribution.attribute(
-      subject, tokens_T, logit, top=5, others=0, seed=seed
+      subject,
+      tokens_T,
+      logit,
+      settings=attribution.Search(top=5, others=0, seed=seed),
     )
     shown += bool(found['passing'])
     assert found['passing'] or 'No ' in found['verdict']
@@ -146,16 +164,14 @@ def test_a_shuffle_keeps_lengths_and_layers(model):
   )
   found = attribution.search(subject, TOKENS_T, LOGIT, 1)
   slope = [found['slope']['gradient']]
-  some = {'top': 3, 'shuffles': 4}
-  one, two = (
+  query = permutation_test.Query(subject, tuple(TOKENS_T), LOGIT)
+  one, again, two = (
     permutation_test.largest(
-      subject, TOKENS_T, LOGIT, found['f'], slope, by_token=by_token, **some
+      query, found['f'], slope,
+      permutation_test.Shuffles(3, 4, by_token=by_token),
     )
-    for by_token in (False, True)
-  )
-  again = permutation_test.largest(
-    subject, TOKENS_T, LOGIT, found['f'], slope, **some
-  )
+    for by_token in (False, False, True)
+  )  # fmt: skip
   np.testing.assert_array_equal(one, again)
   assert (one > 0).all() and (two > 0).all() and not np.allclose(one, two)
   assert permutation_test.p_value(0.0, one) == 1.0
@@ -165,10 +181,17 @@ def test_a_shuffle_keeps_lengths_and_layers(model):
 def test_a_logit_in_the_middle_is_of_what_was_read(subjects):
   """Latents after the position are no part of it."""
   found = attribution.attribute(
-    subjects['sae'], TOKENS_T, LOGIT, position=5, top=3, shuffles=2
+    subjects['sae'],
+    TOKENS_T,
+    LOGIT,
+    position=5,
+    settings=attribution.Search(top=3, shuffles=2),
   )
   cut = attribution.attribute(
-    subjects['sae'], TOKENS_T[:6], LOGIT, top=3, shuffles=2
+    subjects['sae'],
+    TOKENS_T[:6],
+    LOGIT,
+    settings=attribution.Search(top=3, shuffles=2),
   )
   assert found == cut and len(found['features'][0]['by_token']) == 6
 
@@ -187,3 +210,29 @@ def test_what_is_not_there_is_said(subjects):
     attribution.attribute(subjects['sae'], TOKENS_T, (4096, None))
   with pytest.raises(ValueError, match='There is no position 16'):
     attribution.attribute(subjects['sae'], TOKENS_T, (1, None), position=16)
+
+
+def test_a_small_budget_changes_no_number(subjects, monkeypatch):
+  """Fewer rows a pass, or one: the same effects; less than one: a sentence."""
+  subject = subjects['sae']
+  settings = attribution.Search(top=2, others=2, shuffles=1)
+  wide = attribution.attribute(subject, TOKENS_T, LOGIT, settings=settings)
+  row = budget.gradient(subject.gemma, len(TOKENS_T))
+  monkeypatch.setattr(budget, 'BUDGET', 2 * row - 1)
+  assert budget.rows(budget.gradient, subject.gemma, len(TOKENS_T), 8) == 1
+  thin = attribution.attribute(subject, TOKENS_T, LOGIT, settings=settings)
+  for one, other in zip(wide['features'], thin['features'], strict=True):
+    for key in ('gradient', 'integrated', 'exact'):
+      assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-4)
+  monkeypatch.setattr(budget, 'BUDGET', row - 1)
+  most = budget.longest(budget.gradient, subject.gemma)
+  assert 0 < most < len(TOKENS_T)
+  with pytest.raises(ValueError, match=f'traced over at most {most} within'):
+    attribution.attribute(subject, TOKENS_T, LOGIT, settings=settings)
+
+
+def test_rows_of_a_pass_do_not_grow_with_the_square_of_the_text(model):
+  for length in (16, 64, 256, 1024, 2048):
+    count = budget.rows(budget.forward, model[0], length, 64)
+    assert count & (count - 1) == 0
+    assert count * budget.forward(model[0], length) <= budget.BUDGET

@@ -134,9 +134,7 @@ def test_losses_and_kl_are_those_of_the_logits(model, subjects):
   subject = subjects['sae']
   changes = [[iv.Change(i, 'clamp', 2.0)] for i in range(2)]
   rows = iv.rows(subject, changes)
-  found = effects.effects(
-    subject, np.array([TOKENS_T]), rows, logit=(7, 9), batch=1
-  )
+  found = effects.effects(subject, np.array([TOKENS_T]), rows, logit=(7, 9))
   where_BT = np.array([TOKENS_T] * 2) != 2
   logits = [
     subject.gemma.forward(

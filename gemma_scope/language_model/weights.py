@@ -118,6 +118,15 @@ def tokenizer(name: str, checkpoint: str = '') -> pathlib.Path:
   return TINY / 'tokenizer.model'
 
 
+def quantisation(name: str, checkpoint: str = '') -> str:
+  """How the weights were rounded before they came here; '' where not at all.
+
+  For GGUF files: 'GGUF Q4_K_M (Q8_0, Q5_0, Q6_K, Q4_K)', say.
+  """
+  folder = _folder(name, checkpoint)
+  return gguf.quantisation(folder) if _is_gguf(folder) else ''
+
+
 def shapes(
   name: str,
   checkpoint: str,

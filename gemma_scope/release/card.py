@@ -154,6 +154,7 @@ def _provenance(rows: Sequence[table_lib.Row]) -> list[str]:
   lines = []
   for label, key in (
     ('Language model', 'model'),
+    ('Quantisation of its weights', 'quantisation'),
     ('Training tokens', 'tokens'),
     ('Training steps', 'steps'),
     ('Seed', 'seed'),

@@ -96,6 +96,9 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
     'seed': config.seed,
     'text': store.fingerprint,
   }
+  kind = weights.quantisation(config.lm.name, config.lm.checkpoint)
+  if kind:
+    facts['quantisation'] = kind
   return source, facts
 
 

@@ -65,6 +65,8 @@ def members(
         'text': facts['text'],
         'code': gemma_scope.__version__,
       }
+      if quantisation := facts.get('quantisation'):
+        card['quantisation'] = quantisation
       if ends := specs.prefixes(config, member):
         card['matryoshka'] = list(ends)
       if module.skip:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 _LOG10_EDGES = np.arange(-7, 0.25, 0.25)  # of the frequency histogram
+_Z975 = 1.959964  # the 97.5 % point of the normal distribution
 _DENSE = 0.1  # a latent that fires on more than this share of tokens
 
 
@@ -212,3 +213,16 @@ def ratio_interval(a_n: Any, b_n: Any) -> tuple[Any, Any, Any]:
       half = np.full_like(value, np.inf)
   result = value, value - half, value + half
   return result if a_n.ndim > 1 else tuple(map(float, result))
+
+
+def wilson_interval(hits: int, count: int) -> tuple[float, float, float]:
+  """A share of independent trials with Wilson's 95 % interval.
+
+  Returns:
+    (value, low, high), all within 0 and 1.
+  """
+  z2, share = _Z975**2, hits / count
+  middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+  spread = share * (1 - share) / count + z2 / (4 * count**2)
+  half = math.sqrt(z2 * spread) / (1 + z2 / count)
+  return share, max(middle - half, 0.0), min(middle + half, 1.0)

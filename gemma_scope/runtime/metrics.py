@@ -1,7 +1,6 @@
 """What a run says of itself: means, intervals, the writer, the progress.
 
   Mean             a weighted mean, one value at a time
-  ratio_interval   sum(a) / sum(b) over clusters, with its 95 % interval
   Writer           scalars by step -> metrics.jsonl; TensorBoard, wandb by
                    config
   Progress         one line for a person: step, rates, time left, metrics

@@ -39,3 +39,13 @@ def test_sums_of_targets_lie_side_by_side():
   found = estimates.joined(parts)
   assert found['a_B'].shape == (6, 2) and found['a_T'].shape == (3, 2)
   np.testing.assert_array_equal(found['a_T'][0], [0, 2])
+
+
+@pytest.mark.parametrize('share', [0.002, 0.1, 0.5, 0.97])
+def test_wilsons_interval_covers_the_share(share):
+  hits = np.random.default_rng(2).binomial(1000, share, 2000)
+  limits = [estimates.wilson_interval(int(n), 1000) for n in hits]
+  covered = np.mean([low <= share <= high for _, low, high in limits])
+  assert 0.92 < covered <= 0.99
+  for value, low, high in [*limits, estimates.wilson_interval(0, 5)]:
+    assert 0 <= low <= value <= high <= 1 and high > low

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from gemma_scope import files
+from gemma_scope.evaluation import estimates
 from gemma_scope.microscope.autointerp import examples, llm
 from gemma_scope.microscope.index import store as index_lib
 
@@ -45,8 +46,8 @@ def balanced_accuracy(yes: Sequence[bool], no: Sequence[bool]):
   if not len(yes) or not len(no):
     return None
   (p, p_low, p_high), (q, q_low, q_high) = (
-    _wilson(np.sum(yes), len(yes)),
-    _wilson(len(no) - np.sum(no), len(no)),
+    estimates.wilson_interval(np.sum(yes), len(yes)),
+    estimates.wilson_interval(len(no) - np.sum(no), len(no)),
   )
   value = (p + q) / 2
   return {
@@ -56,14 +57,6 @@ def balanced_accuracy(yes: Sequence[bool], no: Sequence[bool]):
     'firing': len(yes),
     'silent': len(no),
   }
-
-
-def _wilson(hits: int, count: int, z: float = 1.959964):
-  p = hits / count
-  middle = (p + z * z / (2 * count)) / (1 + z * z / count)
-  half = z * np.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
-  half /= 1 + z * z / count
-  return p, middle - half, middle + half
 
 
 def detection_by_rule(label: examples.Rule, found: examples.Examples):

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from gemma_scope import files, sites
+from gemma_scope.evaluation import estimates
 from gemma_scope.microscope.index.store import Index
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
@@ -37,7 +38,6 @@ CHUNK = 64  # features a file
 _TOP, _SILENT, _OPEN = 16, 4, 2  # examples shown; tenths that are unfolded
 _PAIRS = 8  # SAEs that one is compared with
 _MATCHES = 3
-_Z = 1.96  # of a 95 % interval
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -207,7 +207,7 @@ def words(index: Index, j: int) -> list[int]:
 def _feature(entry: Entry, j: int, used: set[int]) -> dict[str, Any]:
   index = entry.index
   fired, tokens = int(index.fired_F[j]), max(index.meta['tokens'], 1)
-  low, high = interval(fired, tokens)
+  _, low, high = estimates.wilson_interval(fired, tokens)
 
   def example(sequence, position, window, start):
     """A window of a sequence; `position` None where it is silent."""
@@ -281,15 +281,6 @@ def _feature(entry: Entry, j: int, used: set[int]) -> dict[str, Any]:
       used.update(ids.tolist())
       record[name] = pairs(ids, getattr(index, f'{name}_value_FL')[j])
   return record
-
-
-def interval(count: int, of: int) -> tuple[float, float]:
-  """Wilson's 95 % interval of a share, as if tokens were independent."""
-  share, z2 = count / of, _Z**2
-  middle = (share + z2 / (2 * of)) / (1 + z2 / of)
-  half = _Z * math.sqrt(share * (1 - share) / of + z2 / (4 * of * of))
-  half /= 1 + z2 / of
-  return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def _comparable(entries: Sequence[Entry]) -> list[list[int]]:

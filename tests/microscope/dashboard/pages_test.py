@@ -115,14 +115,6 @@ def test_a_folder_that_holds_other_things_is_left_alone(entries, tmp_path):
   assert (tmp_path / 'mine' / 'notes').read_text() == 'keep'
 
 
-@pytest.mark.parametrize(
-  'count, of', [(0, 100), (1, 100), (50, 100), (9, 10**6)]
-)
-def test_intervals_hold_the_share(count, of):
-  low, high = pages.interval(count, of)
-  assert 0 <= low <= count / of <= high <= 1 and high > low
-
-
 # In Chromium.
 
 

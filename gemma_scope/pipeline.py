@@ -13,15 +13,20 @@ says so when there is nothing left to do:
 from __future__ import annotations
 
 import json
+import math
+import os
 import pathlib
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gemma_scope import files, release
+from gemma_scope import config as config_lib
+from gemma_scope import files, release, specs
 from gemma_scope import mesh as mesh_lib
 from gemma_scope.activations import synthetic
 from gemma_scope.evaluation import evaluate, recovery
@@ -56,14 +61,16 @@ def run(
     lease_lib.Lease(workdir) as lease,
     interrupt_lib.Interrupt() as interrupt,
   ):
-    loop.keep_config(config, workdir)
+    loop.check_config(config, workdir)
     if _exists(workdir / 'release'):
       report(f'{workdir} is done; delete it to train again')
     else:
-      if config.evaluation.sequences and not _known(config):
-        # Too little held-out text shall not show after days of training.
-        _, store = prepare.open_text(config, workdir, report)
-        store.sequences(config.text.seq_len, 'eval')
+      if not _exists(workdir / 'config.json'):
+        _check_memory(config)
+        _check_disk(config, workdir)
+      _check_text(config, workdir, report)
+      # Last: a command that is refused leaves the folder free for another.
+      loop.keep_config(config, workdir)
       result = loop.train(config, workdir, lease, interrupt, report)
       if not result.done:
         return False
@@ -94,6 +101,70 @@ def run(
   if (workdir / 'frontier.png').exists():
     report(f'picture  {workdir / "frontier.png"}')
   return True
+
+
+def _check_memory(config: ConfigDict) -> None:
+  """Refuses SAEs whose state alone is larger than the devices' memory."""
+  mesh = mesh_lib.make(config.mesh)
+  shards = mesh.shape['sae'] * mesh.shape['latent']
+  device = mesh.local_devices[0]
+  room = (device.memory_stats() or {}).get('bytes_limit')
+  if room is None and device.platform == 'cpu':
+    shards = 1  # all of this host's devices share one memory
+    room = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  need = _state_bytes(config)[0] // shards
+  if room is not None and need > room:
+    raise config_lib.ConfigError(
+      f'The training state of the {len(specs.members(config))} SAEs needs '
+      f'{_size(need)} on a device, and it has {_size(room)}: train fewer or '
+      'narrower SAEs, or spread them over more devices (mesh.sae, mesh.latent).'
+    )
+
+
+def _check_disk(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Refuses a run whose checkpoints and release the disk cannot hold."""
+  state, params = _state_bytes(config)
+  # One more than are kept: the new one is written before the oldest goes.
+  need = (config.checkpoint.keep + 1) * state + params
+  free = shutil.disk_usage(workdir).free
+  if need > free:
+    raise config_lib.ConfigError(
+      f'The run needs {_size(need)} of disk ({config.checkpoint.keep + 1} '
+      f'checkpoints of {_size(state)}, a release of {_size(params)}), and '
+      f'{str(workdir)!r} has {_size(free)} free: make room, lower '
+      'checkpoint.keep, or choose another folder.'
+    )
+
+
+def _state_bytes(config: ConfigDict) -> tuple[int, int]:
+  """Bytes of all SAEs' training state, and of their parameters alone."""
+  stacks, _ = setup.make_stacks(config, setup.dimensions(config))
+  states = [jax.eval_shape(s.init, jax.random.key(0)) for s in stacks]
+  params = [state.params for state in states]
+  state_bytes, params_bytes = (
+    sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    for tree in (states, params)
+  )
+  return state_bytes, params_bytes
+
+
+def _size(num_bytes: int) -> str:
+  return f'{progress_lib.quantity(num_bytes)}B'
+
+
+def _check_text(config: ConfigDict, workdir: pathlib.Path, report) -> None:
+  """Refuses a text with too little held out, before days of training."""
+  if not config.evaluation.sequences or _known(config):
+    return
+  tokens = workdir / 'tokens'
+  had_tokens = _exists(tokens)
+  try:
+    _, store = prepare.open_text(config, workdir, report)
+    store.sequences(config.text.seq_len, 'eval')
+  except ValueError:
+    if cluster.first() and not had_tokens:
+      shutil.rmtree(tokens, ignore_errors=True)  # of a text that is refused
+    raise
 
 
 def write_release(
@@ -128,7 +199,13 @@ def evaluate_saes(
   else:
     scores = _on_held_out_text(config, workdir, saes, interrupt, report)
   if cluster.first():
-    files.write_json(out, {'members': scores}, indent=1)
+    try:
+      files.write_json(out, {'members': scores}, indent=1)
+    except OSError as error:  # hours of work: shown where it cannot be kept
+      report(json.dumps({'members': scores}))
+      raise OSError(
+        f'{out} could not be written ({error}); the metrics are printed above.'
+      ) from error
   return scores
 
 

@@ -56,12 +56,13 @@ def main(arguments: list[str] | None = None) -> None:
     from gemma_scope.runtime import progress as progress_lib
     from gemma_scope.training import setup
 
+    mesh = mesh_lib.make(config.mesh)
+    config_lib.check(config, setup.dimensions(config), mesh.devices.shape)
     workdir = pathlib.Path(given.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     try:
       with lease.Lease(out), interrupt_lib.Interrupt() as interrupt:
-        mesh = mesh_lib.make(config.mesh)
         source, facts = setup.make_source(config, workdir, mesh, print)
         progress = progress_lib.Progress(
           given.chunks, source.layout.rows, label='harvest'

@@ -57,21 +57,28 @@ class Result:
     )
 
 
-def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Writes config.json of a new run; refuses another config for an old one."""
+def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Refuses a config that cannot run here, or that is not this folder's."""
   config_lib.check(config)
   path = workdir / 'config.json'
-  described = json.loads(config.to_json())
-  with cluster.first_goes_ahead():  # with its config the others are compared
-    if path.exists():
-      changes.refuse_changes(
-        json.loads(path.read_text()), described, _MAY_CHANGE
-      )
-      return
-    # Before the folder is taken: what the run would start from is there.
-    groups = specs.stacks(config, setup.dimensions(config)).values()
-    initialise.plan(config, groups)
-    files.write_json(path, described, indent=2)
+  if path.exists():
+    changes.refuse_changes(
+      json.loads(path.read_text()), json.loads(config.to_json()), _MAY_CHANGE
+    )
+  model, mesh = setup.dimensions(config), mesh_lib.make(config.mesh)
+  config_lib.check(config, model, mesh.devices.shape)
+  if not path.exists():
+    # The release that the run would start from exists and fits.
+    initialise.plan(config, specs.stacks(config, model).values())
+
+
+def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes config.json of a new run, once `check_config` has passed it."""
+  with cluster.first_goes_ahead():  # the others are compared with its config
+    check_config(config, workdir)
+    path = workdir / 'config.json'
+    if not path.exists():
+      files.write_json(path, json.loads(config.to_json()), indent=2)
 
 
 def train(

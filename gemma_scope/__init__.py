@@ -28,4 +28,17 @@ The alphabet of axes, in names and in einsums:
   S members         N sites      V vocabulary         K heads   H head size
 """
 
+import importlib
+
 __version__ = '0.3.0'
+
+
+def __getattr__(name: str):
+  """`gemma_scope.sae` and `.release` without an import of their own.
+
+  They are imported when they are first used: `import gemma_scope` alone takes
+  no time.
+  """
+  if name in ('sae', 'release'):
+    return importlib.import_module(f'{__name__}.{name}')
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -193,10 +193,10 @@ class Flags:
     with contextlib.suppress(absl_flags.Error):
       absl_flags.FLAGS.mark_as_parsed()  # libraries have flags of their own
     if '--help' in arguments or '-h' in arguments:
-      print(self.help())
+      show(self.help())
       sys.exit(0)
     if self.needs_flags and not arguments:
-      print(self.help())
+      show(self.help())
       sys.exit(2)
     try:
       given = self._values(arguments)
@@ -288,6 +288,14 @@ class Flags:
         )
       )
     return '\n'.join(lines)
+
+
+def show(text_: str) -> None:
+  """Prints a long text; a reader that stops early (`| head`) is no error."""
+  try:
+    print(text_, flush=True)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def examples(doc: str) -> str:

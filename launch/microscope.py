@@ -152,7 +152,7 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> None:
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   if not arguments or arguments[0] in ('--help', '-h', 'help'):
-    print(usage())
+    command_line.show(usage())
     sys.exit(0 if arguments else 2)
   command = arguments[0]
   if command not in COMMANDS:

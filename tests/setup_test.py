@@ -7,6 +7,7 @@ a stand-in Python or a stand-in `gcloud` first on PATH.
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import pathlib
 import re
@@ -138,6 +139,33 @@ def test_pyproject_bounds_hold_for_the_lock():
         assert requirement.specifier.contains(version), line
     else:
       assert any(requirement.specifier.contains(v) for v, _ in lock[name]), line
+
+
+def test_the_wheel_has_every_package_the_configs_and_the_commands():
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+  tool = project['tool']['setuptools']
+  elsewhere = tool['package-dir']
+  assert set(elsewhere.values()) == {'configs', 'launch'}
+  folders = {path.parent for path in (ROOT / 'gemma_scope').rglob('*.py')}
+  found = {'.'.join(folder.relative_to(ROOT).parts) for folder in folders}
+  assert sorted(tool['packages']) == sorted(found | set(elsewhere))
+  assert all((folder / '__init__.py').exists() for folder in folders)
+  module, _, function = project['project']['scripts']['gemma-scope'].partition(
+    ':'
+  )
+  assert callable(getattr(importlib.import_module(elsewhere[module]), function))
+
+
+def test_the_package_is_typed_and_hands_on_sae_and_release():
+  code = (
+    'import sys, gemma_scope; print([m for m in ("jax", "numpy") if m in '
+    'sys.modules]); gemma_scope.sae.encode, gemma_scope.release.load'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0 and done.stdout.strip() == '[]', done
+  assert (ROOT / 'gemma_scope' / 'py.typed').exists()
 
 
 def test_every_direct_dependency_says_why():

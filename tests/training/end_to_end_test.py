@@ -323,7 +323,7 @@ def test_what_cannot_be_is_refused():
   with pytest.raises(config_lib.ConfigError, match='data axis'):
     config_lib.check(config, None, (1, 4, 1))
   for field, value, word in (
-    ('end_to_end.beta', -1.0, 'negative'),
+    ('end_to_end.beta', -1.0, 'at least 0'),
     ('collection.type', 'crosscoder', 'one site'),
     ('activations.store', 'somewhere', 'itself'),
     ('train.batch', 256, '254'),

@@ -32,7 +32,9 @@ def gemma_scope_1(model: str) -> ConfigDict:
         'chunk_rows': 10**6,
         'lm_batch': 32,  # not published
         'dtype': 'bfloat16',  # the paper stores float32
+        'centre': 'none',
         'scale': 'rms',
+        'max_norm': 0.0,
         'memory': 'auto',
         'ahead': 'auto',
       },

@@ -39,7 +39,11 @@ def get_config(argument: str | None = None) -> ConfigDict:
   activations.chunk_rows = 2**16  # shuffled together; the paper has about 10^6
   activations.lm_batch = 32  # sequences a forward pass
   activations.dtype = 'float32'  # of rows in a chunk and in a store
-  activations.scale = 'rms'  # C of a site; 'sqrt_d' in the paper's transcoders
+  activations.centre = 'none'  # 'mean', 'geometric_median' are subtracted
+  # C of a site; also 'centred_rms', and 'sqrt_d' in the paper's transcoders
+  activations.scale = 'rms'
+  # Rows of norm above so many medians are outliers and left out; 0 keeps all.
+  activations.max_norm = 0.0
   activations.memory = 'auto'  # where a chunk lives: 'device', 'host'
   activations.ahead = 'auto'  # make the next while one is used: 'on', 'off'
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import pathlib
 import sys
@@ -36,6 +37,10 @@ _PATHS = (
   'lm.checkpoint', 'lm.tokenizer', 'text.store', 'activations.store',
   'initialise.release',
 )  # fmt: skip
+
+
+# Fields that older versions did not have, with the values that they acted by.
+_ADDED = {'activations': {'centre': 'none', 'max_norm': 0.0}}
 
 
 class ConfigError(ValueError):
@@ -86,6 +91,15 @@ def load(name: str) -> ConfigDict:
       f'{type(config).__name__}.'
     )
   return config
+
+
+def read(path: pathlib.Path) -> ConfigDict:
+  """The config.json of a run, of this version or an older one."""
+  described = json.loads(path.read_text())
+  for section, fields in _ADDED.items():
+    if isinstance(described.get(section), dict):
+      described[section] = fields | described[section]
+  return ConfigDict(described)
 
 
 def _file(path: str) -> pathlib.Path:

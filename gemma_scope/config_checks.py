@@ -118,6 +118,16 @@ def _training(config: ConfigDict) -> Iterator[str]:
   for name in ('warm_up', 'decay', 'sparsity_warm_up', 'l0_steps'):
     if t[name] > t.steps:
       yield f'train.{name} is {t[name]} steps, and the run has {t.steps}.'
+  if a.scale == 'centred_rms' and a.centre == 'none':
+    yield (
+      'activations.scale is centred_rms, which needs a centre: set '
+      'activations.centre to mean or geometric_median, or the scale to rms.'
+    )
+  if 0 < a.max_norm <= 1:
+    yield (
+      'activations.max_norm is a number of median norms above 1, or 0 to keep '
+      f'all rows; found {a.max_norm:g}.'
+    )
   if a.chunk_rows < t.batch:
     yield (
       f'activations.chunk_rows ({a.chunk_rows}) must hold at least one batch '

@@ -17,6 +17,7 @@ COMMANDS = {
   'release': 'Write, convert, list or upload a release.',
   'microscope': 'Find, read, steer and check the features of SAEs.',
   'harvest': 'Write activations to disk, to train on many times.',
+  'site-statistics': 'Print what the activations of each site are like.',
   'synthetic': 'Write synthetic activations whose true features are known.',
   'prepare-text': 'Tokenise a text into a token store.',
   'prepare-rollouts': "Write a chat model's answers into a token store.",

@@ -115,11 +115,10 @@ def write(given, out: pathlib.Path) -> None:
 
 def trained(workdir: pathlib.Path):
   """The SAEs of a run's newest checkpoint, and their metrics by name."""
-  from ml_collections import ConfigDict
-
+  from gemma_scope import config as config_lib
   from gemma_scope.training import loop  # JAX: only here
 
-  config = ConfigDict(json.loads((workdir / 'config.json').read_text()))
+  config = config_lib.read(workdir / 'config.json')
   members = loop.load(config, workdir).members(config)
   scores = {}
   if (workdir / 'evaluation.json').exists():

@@ -227,7 +227,8 @@ def test_a_config_has_every_field_and_no_other():
 
 # 0 is a value of its own here: none, never, at once.
 ZERO = {
-  'seed', 'collection.layers', 'collection.seeds', 'objective.strength',
+  'activations.max_norm', 'seed',
+  'collection.layers', 'collection.seeds', 'objective.strength',
   'objective.prefactor', 'objective.frequency',
   'objective.frequency_limit', 'objective.pre_act', 'objective.auxk',
   'objective.auxk_latents', 'initialise.layer', 'end_to_end.beta',
@@ -244,7 +245,8 @@ ANY_TEXT = {
   'activations.store', 'initialise.release', 'metrics.wandb_project',
 }  # fmt: skip
 UNBOUNDED = {
-  'objective.strength', 'objective.prefactor', 'objective.p0',
+  'activations.max_norm', 'objective.strength',
+  'objective.prefactor', 'objective.p0',
   'objective.tanh_scale', 'objective.frequency', 'objective.pre_act',
   'objective.auxk', 'sae.bandwidth', 'sae.initial_threshold',
   'end_to_end.beta', 'train.learning_rate', 'train.initial_l0',

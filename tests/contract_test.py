@@ -182,8 +182,9 @@ def test_shapes_and_forward_is_decode_of_encode(case):
 
 
 @every_case
-def test_released_is_the_module_on_raw_activations(case, tmp_path):
-  """Trained, folded, written, read back: the same function of 37 x."""
+@pytest.mark.parametrize('centred', [False, True])
+def test_released_is_the_module_on_raw_activations(case, centred, tmp_path):
+  """Trained, folded, written, read back: the same function of C x + m."""
   one, state, _ = train(case, 12)
   state = state.replace(
     params={
@@ -205,17 +206,19 @@ def test_released_is_the_module_on_raw_activations(case, tmp_path):
 
   y_hat, params = forward(state)
   several = one.module.layers > 0
-  scales_in = [37.0, 3.0, 110.0][: L if several else 1]
   own = case.type in ('sae', 'crosscoder')
-  scales_out = scales_in if own else [5.0, 41.0, 0.6][: len(scales_in)]
+  read = _normalisations((37.0, 3.0, 110.0), centred, seed=1)
+  written = read if own else _normalisations((5.0, 41.0, 0.6), centred, seed=2)
+  count = L if several else 1
+  read, written = read[:count], written[:count]
   params = {name: np.asarray(p) for name, p in params.items()}
   params = fold.fold(
-    params, scales_in, scales_out, pre_encoder_bias=one.module.pre_encoder_bias
+    params, read, written, pre_encoder_bias=one.module.pre_encoder_bias
   )
   if not one.module.unit_decoder:
     params = fold.fold_decoder_norm(params)
   kinds = ('resid_post',) * 2 if own else ('mlp_in', 'mlp_out')
-  layers = range(len(scales_in))
+  layers = range(count)
   card = {
     'name': str(case),
     'type': case.type,
@@ -229,16 +232,39 @@ def test_released_is_the_module_on_raw_activations(case, tmp_path):
   }
   release.save(tmp_path / 'release', [(params, card, None)])
   (loaded,) = release.load_all(tmp_path / 'release')
-  read = loaded.load()
-  assert set(read) == set(params)
-  for name, value in read.items():
+  loaded = loaded.load()
+  assert set(loaded) == set(params)
+  for name, value in loaded.items():
     np.testing.assert_array_equal(value, params[name], err_msg=name)
-  shape = (-1, 1) if several else (-1,)
-  raw = x * np.reshape(scales_in, shape)
-  found = jax.jit(lambda p: sae.decode(p, sae.encode(p, raw), raw))(read)
+
+  def every(method, rows, normalisations):
+    if not several:
+      return getattr(normalisations[0], method)(np.asarray(rows))
+    return np.stack(
+      [
+        getattr(n, method)(np.asarray(rows[:, i]))
+        for i, n in enumerate(normalisations)
+      ],
+      1,
+    )
+
+  raw = every('undo', x, read)
+  found = jax.jit(lambda p: sae.decode(p, sae.encode(p, raw), raw))(loaded)
   np.testing.assert_allclose(
-    found / np.reshape(scales_out, shape), y_hat, rtol=2e-4, atol=2e-5
+    every('apply', found, written), y_hat, rtol=2e-4, atol=4e-5
   )
+
+
+def _normalisations(scales, centred: bool, seed: int):
+  """One a layer; the centres are as long as a row."""
+  rng = np.random.default_rng(seed)
+  return [
+    fold.Normalisation(
+      c,
+      (c * rng.normal(size=D) / D**0.5).astype(np.float32) if centred else None,
+    )
+    for c in scales
+  ]
 
 
 @each_kind

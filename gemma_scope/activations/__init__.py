@@ -2,8 +2,11 @@
 
 Reading order; a module imports only from those above it:
 
-  harvest    sequences -> rows of activations for each site
-  chunks     rows -> shuffled chunks -> the batch of a step
-  store      activations on disk, written once
-  synthetic  rows that are sums of known features
+  harvest     sequences -> rows of activations for each site
+  normalise   the centre and scale by which training sees a site's rows
+  outliers    rows of abnormal norm, by one rule that a card carries
+  chunks      rows -> shuffled chunks -> the batch of a step
+  store       activations on disk, written once
+  statistics  what the rows of a site are like, as a table
+  synthetic   rows that are sums of known features
 """

@@ -1,8 +1,8 @@
 """Rows -> shuffled chunks -> batches; the next chunk is made while one is used.
 
   harvest   the parts of a chunk (`activations`), in the order of the text
-  rows      those that do not count or are not finite are left out; the rest
-            is permuted as a whole by (seed, c)
+  rows      those that do not count, are not finite or are outliers are left
+            out; the rest is permuted as a whole by (seed, c)
   batches   step s -> chunk s // k, batch s % k of k = n (T - 1) // B
 
 So every batch is a pure function of (config, step): there is no iterator state
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,8 @@ from jax.sharding import Mesh
 
 from gemma_scope import mesh as mesh_lib
 from gemma_scope import sites
-from gemma_scope.activations import harvest
+from gemma_scope.activations import harvest, normalise
+from gemma_scope.sae import fold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Chunk:
   rows: dict[sites.Site, jax.Array | OnHost]
   special: int  # rows left out: BOS, EOS, padding
   not_finite: int  # rows left out: NaN or infinity at some site
+  outliers: int  # rows left out: a norm above the bound at some site
 
 
 class Chunks:
@@ -97,8 +99,12 @@ class Chunks:
     ahead: 'on', 'off', or 'auto': the next chunk is made while one is in use,
       which holds two of them; 'auto' where devices other than the CPU have a
       quarter of the memory for both.
+    max_norm: rows whose norm at some site is above so many medians of that
+      site are left out; 0 keeps all.
 
   Attributes:
+    norm_bounds: the largest norm that is kept, by site; measured on the first
+      chunk that is made, unless it is set before (a resumed run does).
     jobs: what `building` divides the making of a chunk into.
     ahead: whether the next chunk is to be made while one is in use.
   """
@@ -110,8 +116,11 @@ class Chunks:
     mesh: Mesh,
     memory: str = 'auto',
     ahead: str = 'off',
+    max_norm: float = 0.0,
   ):
     self.source = source
+    self.norm_bounds: dict[sites.Site, float] = {}
+    self._max_norm = max_norm
     self.layout = source.layout
     self.jobs = source.parts + 1 + len(source.widths)
     self._seed = seed
@@ -125,16 +134,8 @@ class Chunks:
       lambda rows, index: {site: x[index] for site, x in rows.items()},
       out_shardings=mesh_lib.sharding(mesh, 'data', None),
     )
-    self._finite = jax.jit(
-      lambda part: jnp.all(
-        jnp.stack(
-          [jnp.all(jnp.isfinite(x), -1).reshape(-1) for x in part.values()]
-        ),
-        0,
-      ),
-      # Replicated, so that every process of a pod can read it.
-      out_shardings=mesh_lib.sharding(mesh),
-    )
+    # Replicated, so that every process of a pod can read it.
+    self._mark = jax.jit(self._marks_of, out_shardings=mesh_lib.sharding(mesh))
 
   def _held(self, memory: str, ahead: str) -> tuple[bool, bool]:
     """Whether chunks stay on the devices, and whether two are held."""
@@ -155,6 +156,21 @@ class Chunks:
   def _shuffle_rows(self, parts, index_R):
     x_RD = jnp.concatenate([p.reshape(-1, p.shape[-1]) for p in parts])
     return x_RD[index_R].reshape(self.layout.batches, self.layout.batch, -1)
+
+  def _marks_of(self, part):
+    """Where rows are finite [R], and their norms by site [R] if asked for."""
+    finite_R = jnp.all(
+      jnp.stack(
+        [jnp.all(jnp.isfinite(x), -1).reshape(-1) for x in part.values()]
+      ),
+      0,
+    )
+    if not self._max_norm:
+      return finite_R, {}
+    return finite_R, {
+      site: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), -1)).reshape(-1)
+      for site, x in part.items()
+    }
 
   def batch(self, chunk: Chunk, index: int) -> dict[sites.Site, jax.Array]:
     """Batch `index` of a chunk, [B, D] per site, on the devices."""
@@ -190,11 +206,20 @@ class Chunks:
         found[site].append(x)
       yield None
     counts_R = self.source.counts(chunk)
-    finite_R = self._all_finite(marks, counts_R.size)
-    index_R = mesh_lib.put(
-      self._order(chunk, counts_R, finite_R), mesh_lib.sharding(self._mesh)
-    )
+    finite_R, norms = self._read_marks(marks, counts_R.size)
     special, not_finite = ~counts_R, counts_R & ~finite_R
+    usable_R = counts_R & finite_R
+    ordinary_R = self._ordinary(norms, usable_R)
+    outliers = usable_R & ~ordinary_R
+    left_out = {
+      'special tokens': special,
+      'rows with NaN or infinity': not_finite,
+      'outliers': outliers,
+    }
+    index_R = mesh_lib.put(
+      self._order(chunk, usable_R & ordinary_R, left_out),
+      mesh_lib.sharding(self._mesh),
+    )
     yield None
     rows = {}
     for site in list(found):
@@ -207,38 +232,57 @@ class Chunks:
       del x
       if not yield_chunk:
         yield None
-    yield Chunk(rows, int(special.sum()), int(not_finite.sum()))
+    counted = (int(rows_R.sum()) for rows_R in left_out.values())
+    yield Chunk(rows, *counted)
 
   def _marked(self, chunk, poll, marks) -> Iterator[harvest.Part]:
-    """The source's parts on the devices; adds where they are finite."""
+    """The source's parts on the devices; adds their marks."""
     rows = mesh_lib.sharding(self._mesh, 'data', None)
     for part in self.source.passes(chunk, poll):
       part = {
         site: x if isinstance(x, jax.Array) else mesh_lib.put(x, rows)
         for site, x in part.items()
       }
-      marks.append((tuple(part), self._finite(part)))
+      marks.append((tuple(part), self._mark(part)))
       yield part
 
-  def _all_finite(self, marks, count: int) -> np.ndarray:
-    """Where the rows of every site are finite, [R]."""
+  def _read_marks(self, marks, count: int):
+    """Where the rows of every site are finite [R], and norms by site [R]."""
     finite_R = np.ones(count, bool)
+    norms = {site: [] for site in self.source.widths}
     start = dict.fromkeys(self.source.widths, 0)
-    for at, mark in marks:
+    for at, (mark, norm) in marks:
       mark_r = np.asarray(mark)
       finite_R[start[at[0]] :][: mark_r.size] &= mark_r
       for site in at:
         start[site] += mark_r.size
-    return finite_R
+      for site, norm_r in norm.items():
+        norms[site].append(np.asarray(norm_r))
+    if not self._max_norm:
+      return finite_R, {}
+    return finite_R, {site: np.concatenate(n) for site, n in norms.items()}
 
-  def _order(self, chunk: int, counts_R, finite_R) -> np.ndarray:
+  def _ordinary(self, norms, usable_R: np.ndarray) -> np.ndarray:
+    """Where no site's norm is above its bound, [R]; all without a rule."""
+    ordinary_R = np.ones(usable_R.size, bool)
+    if norms and not self.norm_bounds and usable_R.any():
+      self.norm_bounds = {
+        site: self._max_norm * float(np.median(norm_R[usable_R]))
+        for site, norm_R in norms.items()
+      }
+    for site, norm_R in norms.items():
+      ordinary_R &= ~(norm_R > self.norm_bounds.get(site, np.inf))
+    return ordinary_R
+
+  def _order(self, chunk: int, usable_R, left_out) -> np.ndarray:
     """The chunk's rows in their places among the source's, int32."""
-    usable = np.flatnonzero(counts_R & finite_R)
+    usable = np.flatnonzero(usable_R)
     if not usable.size:
+      counted = ', '.join(
+        f'{int(rows_R.sum())} {name}' for name, rows_R in left_out.items()
+      )
       raise ValueError(
-        f'Chunk {chunk} has no usable row: {int((~counts_R).sum())} special '
-        f'tokens and {int((~finite_R).sum())} rows with NaN or infinity of '
-        f'{counts_R.size}.'
+        f'Chunk {chunk} has no usable row among {usable_R.size}: {counted}.'
       )
     order = np.random.default_rng((self._seed, chunk)).permutation(usable)
     count = self.layout.batches * self.layout.batch
@@ -266,12 +310,12 @@ class Feed:
     steps: of the run: no chunk is made past its end.
 
   Attributes:
-    left_out: rows left out so far, 'special' and 'not_finite'; a resumed run
-      sets it to what it was.
+    left_out: rows left out so far: 'special', 'not_finite' and 'outliers'; a
+      resumed run sets it to what it was.
   """
 
   def __init__(self, chunks: Chunks, steps: int):
-    self.left_out = {'special': 0, 'not_finite': 0}
+    self.left_out = dict.fromkeys(('special', 'not_finite', 'outliers'), 0)
     self._chunks = chunks
     self._steps = steps
     self._index, self._chunk = -1, None
@@ -292,8 +336,8 @@ class Feed:
         self._chunk = self._chunks.load(index, poll)
       self._index, self._building = index, None
       if offset == 0:  # not again when a resumed run reloads its chunk
-        self.left_out['special'] += self._chunk.special
-        self.left_out['not_finite'] += self._chunk.not_finite
+        for reason in self.left_out:
+          self.left_out[reason] += getattr(self._chunk, reason)
     batch = self._chunks.batch(self._chunk, offset)
     if self._chunks.ahead and (index + 1) * count < self._steps:
       self._build(index + 1, count - offset, poll)
@@ -308,22 +352,32 @@ class Feed:
       self._next = next(self._building)
       self._jobs -= 1
 
-  def scales(self, kind: str = 'rms') -> dict[sites.Site, float]:
-    """C of each site, measured on the present chunk or sqrt(D)."""
-    if kind == 'sqrt_d':
-      return {s: x.shape[-1] ** 0.5 for s, x in self._chunk.rows.items()}
-    return measure_scales(self._chunk)
+  @property
+  def norm_bounds(self) -> dict[sites.Site, float]:
+    """See `Chunks`; a resumed run sets it to what it was."""
+    return self._chunks.norm_bounds
+
+  @norm_bounds.setter
+  def norm_bounds(self, bounds: dict[sites.Site, float]) -> None:
+    self._chunks.norm_bounds = bounds
+
+  def normalisation(
+    self, centre: str = 'none', scale: str = 'rms'
+  ) -> dict[sites.Site, fold.Normalisation]:
+    """Of each site, measured on the present chunk; see `normalise`."""
+    return measure(self._chunk, self.norm_bounds, centre, scale)
 
 
-def measure_scales(chunk: Chunk) -> dict[sites.Site, float]:
-  """C = sqrt(E|x|^2) of each site over a chunk (arXiv 2408.05147, 3.2)."""
-
-  @jax.jit
-  def mean_square(x_KBD):
-    per_row = jnp.sum(jnp.square(x_KBD.astype(jnp.float32)), -1)
-    return jnp.sqrt(jnp.mean(per_row))
-
-  return {
-    site: float(mean_square(x.up() if isinstance(x, OnHost) else x))
-    for site, x in chunk.rows.items()
-  }
+def measure(
+  chunk: Chunk,
+  norm_bounds: Mapping[sites.Site, float],
+  centre: str = 'none',
+  scale: str = 'rms',
+) -> dict[sites.Site, fold.Normalisation]:
+  """The normalisation of each site, measured on a chunk."""
+  measured = {}
+  for site, x_KBD in chunk.rows.items():
+    x_KBD = x_KBD.up() if isinstance(x_KBD, OnHost) else x_KBD
+    found = normalise.measure(x_KBD, centre, scale)
+    measured[site] = found._replace(norm_bound=norm_bounds.get(site))
+  return measured

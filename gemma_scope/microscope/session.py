@@ -23,6 +23,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from gemma_scope import config as config_lib
 from gemma_scope import files, release
 from gemma_scope import mesh as mesh_lib
 from gemma_scope.language_model import gemma as lm
@@ -85,7 +86,7 @@ class Session:
         f'{self.workdir} has no config.json; name the folder of a run, or say '
         '--config=, which names the model and the text.'
       )
-    return ConfigDict(json.loads(path.read_text()))
+    return config_lib.read(path)
 
   @functools.cached_property
   def mesh(self) -> Mesh:

@@ -1,32 +1,37 @@
-"""Scales and decoder norms, moved into a trained member's parameters.
+"""Moves normalisation and decoder norms into an SAE's parameters.
 
-Training saw the input x / A and the target y / C, with A and C the root mean
-square norms of the sites read and written (A = C, x = y in an SAE):
+Training sees normalised rows (class `Normalisation`): the input (x - m)/A and
+the target (y - n)/C, where m and n are the centres and A and C the scales of
+the sites that are read and written (in an SAE n = m, C = A, y = x):
 
-  z = (x/A - b_dec) W_enc + b_enc              f = relu(z) 1[z > threshold]
-  y_hat/C = f W_dec + b_dec + (x/A) W_skip
+  z = ((x - m)/A - b_dec) W_enc + b_enc        f = relu(z) 1[z > threshold]
+  (y_hat - n)/C = f W_dec + b_dec + (x - m)/A W_skip
 
-without `- b_dec` where the encoder has no such bias. A release acts on raw
-activations, with latents C times as large and W_dec as it was:
+Encoders without a pre-encoder bias lack the `- b_dec`. A released SAE acts on
+raw activations. Its latents are C times as large and W_dec stays as it was:
 
-  W_enc' = C/A W_enc    b_enc' = C (b_enc - b_dec W_enc)    b_dec' = C b_dec
-  W_skip' = C/A W_skip  threshold' = C threshold
-  =>  z' = x W_enc' + b_enc' = C z,  f' = C f,  y_hat = f' W_dec + b_dec' + ...
+  W_enc' = C/A W_enc       b_enc' = C (b_enc - (m/A + b_dec) W_enc)
+  W_skip' = C/A W_skip     b_dec' = C (b_dec - m/A W_skip) + n
+  threshold' = C threshold
+  =>  z' = x W_enc' + b_enc' = C z,  f' = C f,
+      y_hat = f' W_dec + b_dec' + x W_skip'
 
-(arXiv 2408.05147, appendix A). With several layers each has its own A and C,
-the latents of layer l are C_l times as large, and from l to m
+(arXiv 2408.05147, appendix A; the centres are ours.) With several layers each
+layer has its own m, n, A and C, the latents of layer l are C_l times as large,
+and from layer l to m
 
   W_dec'[l, :, m] = C_m / C_l W_dec[l, :, m]
 
-TopK (`k`) ranks the latents of all layers against each other, so that there
-all of them grow by the same factor instead, the geometric mean of the C.
+TopK (`k`) ranks the latents of all layers against each other, so that the
+latents of all layers must grow by the same factor: the geometric mean of the C.
 
-numpy only, float32 in and out.
+numpy only, float32 in and out; products with centres are taken in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,54 +40,87 @@ Params = dict[str, np.ndarray]
 _BLOCK = 1 << 12  # latents at a time in float64
 
 
+class Normalisation(NamedTuple):
+  """What training does to the rows of a site; its arrays may be JAX's.
+
+  Attributes:
+    scale: C, by which rows are divided.
+    centre: m [D], which is subtracted first; None subtracts nothing.
+    norm_bound: rows of a larger norm are outliers, which training leaves out;
+      None keeps all. It plays no part in `apply` and `undo`.
+  """
+
+  scale: Any
+  centre: Any = None
+  norm_bound: Any = None
+
+  def apply(self, x: Any) -> Any:
+    """Raw rows [..., D] -> what training sees."""
+    return (x if self.centre is None else x - self.centre) / self.scale
+
+  def undo(self, x: Any) -> Any:
+    """The inverse of `apply`."""
+    x = x * self.scale
+    return x if self.centre is None else x + self.centre
+
+
 def fold(
   params: Mapping[str, np.ndarray],
-  scales_in: Sequence[float],
-  scales_out: Sequence[float],
+  read: Sequence[Normalisation],
+  written: Sequence[Normalisation],
   *,
   pre_encoder_bias: bool,
 ) -> Params:
-  """Moves the scales of the sites into a member trained on x / A and y / C.
+  """Moves the normalisation of the sites into a trained SAE's parameters.
 
   Args:
     params: W_enc [D, F], b_enc [F], W_dec [F, D_out], b_dec [D_out],
-      threshold [F], at will W_skip [D, D_out] and k []; or of L layers, with a
-      leading axis L, W_dec [L, F, L, D_out].
-    scales_in: A of each site read, in its own units; one, or L.
-    scales_out: C of each site written.
-    pre_encoder_bias: training's encoder saw x/A - b_dec (SAEs, crosscoders),
-      not x/A (transcoders, CLTs).
+      threshold [F], optionally W_skip [D, D_out] and k []; with L layers each
+      has a leading axis L, and W_dec is [L, F, L, D_out].
+    read: of the sites read, one or L.
+    written: of the sites written, as many.
+    pre_encoder_bias: the trained encoder subtracts b_dec from its input (SAEs,
+      crosscoders) or does not (transcoders, CLTs).
 
   Returns:
-    float32 parameters that act on raw x and give raw y_hat.
+    float32 parameters that take raw x and return raw y_hat.
 
   Raises:
-    ValueError: a scale that is none, or too many or too few of them.
+    ValueError: a scale is not finite and positive, a centre does not fit, or
+      there are too many or too few of them.
   """
-  p, A, C, unit = _units(params, scales_in, scales_out)
-  shift = _shift(p) if pre_encoder_bias else 0.0
-  return p | {
-    'W_enc': _times(p['W_enc'], unit / A, 2),
+  p, A, C, unit = _units(params, read, written)
+  m, n = _centres(p, 'W_enc', -2, read), _centres(p, 'b_dec', -1, written)
+  shift = _shift(p, m, A, pre_encoder_bias)
+  p |= {
     'b_enc': _times(p['b_enc'] - shift, unit, 1),
+    'W_enc': _times(p['W_enc'], unit / A, 2),
     'threshold': _times(p['threshold'], unit, 1),
     **_outputs(p, C / A, C, C / unit[:, None]),
   }
+  if m is not None or n is not None:
+    b_dec = _plus(p['b_dec'], n, 1) - _skipped(p, m)
+    p['b_dec'] = b_dec.astype(np.float32)
+  return p
 
 
 def unfold(
   params: Mapping[str, np.ndarray],
-  scales_in: Sequence[float],
-  scales_out: Sequence[float],
+  read: Sequence[Normalisation],
+  written: Sequence[Normalisation],
   *,
   pre_encoder_bias: bool,
 ) -> Params:
   """The inverse of `fold`: released parameters -> those that training has."""
-  p, A, C, unit = _units(params, scales_in, scales_out)
+  p, A, C, unit = _units(params, read, written)
+  m, n = _centres(p, 'W_enc', -2, read), _centres(p, 'b_dec', -1, written)
+  if m is not None or n is not None:
+    p['b_dec'] = _plus(p['b_dec'], n, -1) + _skipped(p, m)
   p |= {
     'W_enc': _times(p['W_enc'], A / unit, 2),
     **_outputs(p, A / C, 1 / C, unit[:, None] / C),
   }
-  shift = _shift(p) if pre_encoder_bias else 0.0
+  shift = _shift(p, m, A, pre_encoder_bias)
   b_enc = _times(p['b_enc'].astype(np.float64), 1 / unit, 1, np.float64)
   return p | {
     'b_enc': (b_enc + shift).astype(np.float32),
@@ -135,18 +173,18 @@ def _float32(params: Mapping[str, np.ndarray]) -> Params:
   return {key: np.asarray(array, np.float32) for key, array in params.items()}
 
 
-def _units(params, scales_in, scales_out):
+def _units(params, read, written):
   """params, A, C, and by how much each layer's latents grow; [L] each."""
   p = _float32(params)
   layers = len(p['W_enc']) if p['W_enc'].ndim == 3 else 1
   A, C = (
-    np.asarray(scales, np.float64).reshape(-1)
-    for scales in (scales_in, scales_out)
+    np.asarray([site.scale for site in sites], np.float64)
+    for sites in (read, written)
   )
   for scales in (A, C):
     if not (np.isfinite(scales).all() and (scales > 0).all()):
       raise ValueError(
-        f'A scale is finite and above 0; found {scales.tolist()}.'
+        f'A scale must be finite and above 0; found {scales.tolist()}.'
       )
     if len(scales) != layers:
       raise ValueError(
@@ -157,15 +195,49 @@ def _units(params, scales_in, scales_out):
   return p, A, C, C
 
 
-def _shift(p: Params) -> np.ndarray:
-  """b_dec W_enc, in float64: [F], or [L, F]."""
+def _centres(p: Params, name: str, axis: int, sites) -> np.ndarray | None:
+  """Centres in float64, [D] or [L, D]; None where no site has one."""
+  if all(site.centre is None for site in sites):
+    return None
+  width = p[name].shape[axis]
+  centres = []
+  for site in sites:
+    centre = np.zeros(width) if site.centre is None else site.centre
+    centre = np.asarray(centre, np.float64)
+    if centre.shape != (width,) or not np.isfinite(centre).all():
+      raise ValueError(
+        f'A centre must have {width} finite values; found shape {centre.shape}.'
+      )
+    centres.append(centre)
+  return np.stack(centres) if p['W_enc'].ndim == 3 else centres[0]
+
+
+def _shift(p: Params, m, A, pre_encoder_bias: bool):
+  """(m/A + b_dec) W_enc in float64, [F] or [L, F]; 0.0 without both terms."""
+  shift = p['b_dec'].astype(np.float64) if pre_encoder_bias else None
+  if m is not None:
+    centre = m / (A[:, None] if m.ndim == 2 else A[0])
+    shift = centre if shift is None else shift + centre
+  if shift is None:
+    return 0.0
   out = np.empty(p['b_enc'].shape)
-  b_dec = p['b_dec'].astype(np.float64)[..., None, :]
   # In blocks: float64 of a whole W_enc would triple the memory.
-  for at in range(0, out.shape[-1], _BLOCK):
-    block = slice(at, at + _BLOCK)
-    out[..., block] = (b_dec @ p['W_enc'][..., block])[..., 0, :]
+  for start in range(0, out.shape[-1], _BLOCK):
+    block = slice(start, start + _BLOCK)
+    out[..., block] = (shift[..., None, :] @ p['W_enc'][..., block])[..., 0, :]
   return out
+
+
+def _skipped(p: Params, m) -> np.ndarray | float:
+  """m W_skip in float64, of released parameters: [D_out] or [L, D_out]."""
+  if m is None or 'W_skip' not in p:
+    return 0.0
+  return (m[..., None, :] @ p['W_skip'])[..., 0, :]
+
+
+def _plus(b_dec: np.ndarray, n, sign: int) -> np.ndarray:
+  """b_dec plus or minus the centres written, in float64."""
+  return b_dec.astype(np.float64) + (0.0 if n is None else sign * n)
 
 
 def _times(array, factor_L, axes: int, dtype=np.float32) -> np.ndarray:
@@ -179,11 +251,11 @@ def _times(array, factor_L, axes: int, dtype=np.float32) -> np.ndarray:
 
 
 def _outputs(p: Params, skip_L, bias_L, decoder_LM) -> Params:
-  """What writes, scaled; decoder_LM: [L, L], or [1, 1] and then 1."""
-  found = {'b_dec': _times(p['b_dec'], bias_L, 1)}
+  """b_dec, W_dec and W_skip, scaled; decoder_LM: [L, L], or [1, 1] of 1."""
+  scaled = {'b_dec': _times(p['b_dec'], bias_L, 1)}
   if p['W_dec'].ndim == 4:
     factor = decoder_LM.astype(np.float32)[:, None, :, None]
-    found['W_dec'] = p['W_dec'] * factor
+    scaled['W_dec'] = p['W_dec'] * factor
   if 'W_skip' in p:
-    found['W_skip'] = _times(p['W_skip'], skip_L, 2)
-  return found
+    scaled['W_skip'] = _times(p['W_skip'], skip_L, 2)
+  return scaled

@@ -38,8 +38,10 @@ from jax.sharding import Mesh
 from gemma_scope import mesh as mesh_lib
 from gemma_scope import sites
 from gemma_scope.activations import chunks as chunks_lib
+from gemma_scope.activations import outliers
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
+from gemma_scope.sae import fold
 from gemma_scope.training import stack
 
 Batch = Mapping[str, jax.Array]  # tokens int32 [n, T], keep bool [n, T]
@@ -49,7 +51,7 @@ class Feed:
   """The sequences of a step; `batches.Feed` with tokens for rows.
 
   Args:
-    chunks: of a `ModelSource`; they give the scales.
+    chunks: of a `ModelSource`; they give the normalisation.
     sequences: n, of a step.
     mesh: sequences lie on its 'data' axis.
 
@@ -57,6 +59,7 @@ class Feed:
     source: of the chunks; it has the language model.
     left_out: tokens left out so far, as 'special'; a resumed run sets it to
       what it was. A batch that is not finite is a step that changes nothing.
+      Outliers are left out on the devices and not counted.
   """
 
   def __init__(self, chunks: chunks_lib.Chunks, sequences: int, mesh: Mesh):
@@ -90,12 +93,21 @@ class Feed:
       'keep': mesh_lib.put(keep_BT, self._place),
     }
 
-  def scales(self, kind: str = 'rms') -> dict[sites.Site, float]:
-    """C of each site: sqrt(D), or measured on the first chunk."""
-    if kind == 'sqrt_d':
-      model = self.source.gemma.config
-      return {s: s.width(model) ** 0.5 for s in self.source.sites}
-    return chunks_lib.measure_scales(self._chunks.load(0))
+  @property
+  def norm_bounds(self) -> dict[sites.Site, float]:
+    """See `chunks.Chunks`; a resumed run sets it to what it was."""
+    return self._chunks.norm_bounds
+
+  @norm_bounds.setter
+  def norm_bounds(self, bounds: dict[sites.Site, float]) -> None:
+    self._chunks.norm_bounds = bounds
+
+  def normalisation(
+    self, centre: str = 'none', scale: str = 'rms'
+  ) -> dict[sites.Site, fold.Normalisation]:
+    """Of each site, measured on the first chunk."""
+    chunk = self._chunks.load(0)
+    return chunks_lib.measure(chunk, self.norm_bounds, centre, scale)
 
 
 def step_all(
@@ -104,7 +116,7 @@ def step_all(
   gemma: lm.Gemma,
   lm_params: lm.Params,
   batch: Batch,
-  scales: Mapping[sites.Site, jax.Array],
+  normalisation: Mapping[sites.Site, fold.Normalisation],
   step: jax.Array,
   key: jax.Array,
   beta: float,
@@ -117,7 +129,7 @@ def step_all(
     states: theirs; on a mesh without 'sae' axis, as members go one by one.
     gemma, lm_params: the whole model; jit with `lm_params` as an argument.
     batch: see `Feed`.
-    scales: C of each site, by which the SAEs see it divided.
+    normalisation: of each site; outliers do not count.
     step, key, beta: int32 from 0, of the run, and the weight of KL.
     mesh: None on a single device.
 
@@ -132,18 +144,21 @@ def step_all(
     taps = gemma.forward(lm_params, tokens_BT, taps=wanted, logits=False).taps
   for site in at:
     keep_BT &= jnp.all(jnp.isfinite(taps[site]), -1)
+    if (bound := normalisation[site].norm_bound) is not None:
+      keep_BT &= ~outliers.is_outlier({site: taps[site]}, {site: bound})
   token_R, row_BT = _correspondence(keep_BT)
   rows = {
-    site: _on_data(
-      taps[site].reshape(-1, taps[site].shape[-1])[token_R], mesh
-    ).astype(jnp.float32)
-    / scales[site]
+    site: normalisation[site].apply(
+      _on_data(
+        taps[site].reshape(-1, taps[site].shape[-1])[token_R], mesh
+      ).astype(jnp.float32)
+    )
     for site in at
   }
 
   def kl(target: sites.Site, y_hat_RD: jax.Array) -> jax.Array:
     """Mean KL, nats, with rows of normalised y_hat at their tokens."""
-    y_hat_BTD = _on_data((y_hat_RD * scales[target])[row_BT], mesh)
+    y_hat_BTD = _on_data(normalisation[target].undo(y_hat_RD)[row_BT], mesh)
     spliced_BTD = _spliced(
         gemma, lm_params, tokens_BT, target, y_hat_BTD,
         taps[splice.before(target)], taps[target], keep_BT,

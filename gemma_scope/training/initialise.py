@@ -110,7 +110,7 @@ def start(
   stacks: Sequence[stack.Stack],
   groups: Sequence[Sequence[specs.SaeSpec]],
   states: Sequence[stack.State],
-  scales: Mapping[sites.Site, float],
+  normalisation: Mapping[sites.Site, fold.Normalisation],
 ) -> tuple[stack.State, ...]:
   """States whose parameters are those of the chosen SAEs.
 
@@ -118,7 +118,7 @@ def start(
     chosen: what `plan` returned.
     stacks, groups: the collection.
     states: at random, at step 0.
-    scales: C of each site, of this run.
+    normalisation: of each site, in this run.
   """
   begun = []
   for one, group, state, sources in zip(
@@ -130,7 +130,7 @@ def start(
         member,
         [source.load() for source in of_member],
         {name: p[i] for name, p in state.params.items()},
-        scales,
+        normalisation,
       )
       for i, (member, of_member) in enumerate(zip(group, sources, strict=True))
     ]
@@ -142,7 +142,7 @@ def start(
   return tuple(begun)
 
 
-def _member(module, member, loaded, random, scales):
+def _member(module, member, loaded, random, normalisation):
   """Trainable parameters of one member."""
   parts = []
   for params, site, target in zip(
@@ -163,8 +163,8 @@ def _member(module, member, loaded, random, scales):
     parts.append(
       fold.unfold(
         own,
-        [scales[site]],
-        [scales[target]],
+        [normalisation[site]],
+        [normalisation[target]],
         pre_encoder_bias=module.pre_encoder_bias,
       )
     )

@@ -29,6 +29,7 @@ from gemma_scope.activations import chunks as chunks_lib
 from gemma_scope.runtime import changes, checkpoints, cluster, metrics, progress
 from gemma_scope.runtime import interrupt as interrupt_lib
 from gemma_scope.runtime import lease as lease_lib
+from gemma_scope.sae import fold
 from gemma_scope.training import end_to_end, initialise, setup, stack, trained
 
 # What may differ when a run is continued: nothing that a parameter depends on.
@@ -45,7 +46,7 @@ class Result:
 
   done: bool
   step: int
-  scales: dict[sites.Site, float]
+  normalisation: dict[sites.Site, fold.Normalisation]
   stacks: tuple[stack.Stack, ...]
   states: tuple[stack.State, ...]
   facts: dict[str, Any]  # on the text and the model
@@ -53,7 +54,12 @@ class Result:
   def members(self, config: ConfigDict):
     """The trained SAEs as (params, card), see `collection.members`."""
     return trained.members(
-      config, self.stacks, self.states, self.scales, self.step, self.facts
+      config,
+      self.stacks,
+      self.states,
+      self.normalisation,
+      self.step,
+      self.facts,
     )
 
 
@@ -62,9 +68,8 @@ def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
   config_lib.check(config)
   path = workdir / 'config.json'
   if path.exists():
-    changes.refuse_changes(
-      json.loads(path.read_text()), json.loads(config.to_json()), _MAY_CHANGE
-    )
+    was = json.loads(config_lib.read(path).to_json())
+    changes.refuse_changes(was, json.loads(config.to_json()), _MAY_CHANGE)
   model, mesh = setup.dimensions(config), mesh_lib.make(config.mesh)
   config_lib.check(config, model, mesh.devices.shape)
   if not path.exists():
@@ -107,7 +112,9 @@ def train(
   stacks, groups = setup.make_stacks(config, model)
   source, facts = setup.make_source(config, workdir, mesh, report)
   a = config.activations
-  chunks = chunks_lib.Chunks(source, config.seed, mesh, a.memory, a.ahead)
+  chunks = chunks_lib.Chunks(
+    source, config.seed, mesh, a.memory, a.ahead, a.max_norm
+  )
   if config.end_to_end.beta:
     feed = end_to_end.Feed(chunks, config.end_to_end.sequences, mesh)
   else:
@@ -121,7 +128,7 @@ def train(
     loop.start(facts)
     loop.run(interrupt)
   return Result(
-      loop.step == config.train.steps, loop.step, loop.scales, stacks,
+      loop.step == config.train.steps, loop.step, loop.normalisation, stacks,
       loop.states, facts,
   )  # fmt: skip
 
@@ -157,15 +164,20 @@ class _Loop:
     )
     if restored is None:
       key = jax.random.key(self._config.seed)
-      self.step, self.scales = 0, {}
+      self.step, self.normalisation = 0, {}
       self.states = stack.init_all(self._stacks, key, self._mesh)
     else:
       changes.refuse_changes(
         restored.meta['facts'], facts, what='text or model'
       )
       self.step, self.states = restored.step, restored.state
-      self._set_scales(_scales(restored.meta))
-      self._feed.left_out = restored.meta['left_out']
+      self._set_normalisation(_normalisation(restored.meta))
+      self._feed.norm_bounds = {
+        site: n.norm_bound
+        for site, n in self.normalisation.items()
+        if n.norm_bound is not None
+      }
+      self._feed.left_out |= restored.meta['left_out']
       self._report(f'continuing at step {self.step}')
       was = restored.meta.get('devices')
       if was and (
@@ -186,10 +198,10 @@ class _Loop:
       try:
         while self.step < steps and not interrupt.at_step(self.step):
           batch = self._feed.at(self.step, interrupt.check)
-          if not self.scales:
-            self._begin_at_scales()
+          if not self.normalisation:
+            self._begin_at_normalisation()
           self.states, values = self._take_step(
-            self.states, batch, self._scales, self._put(np.int32(self.step))
+            self.states, batch, self._placed, self._put(np.int32(self.step))
           )
           # Metrics of step i are read after step i + 1 was dispatched.
           self._log(pending)
@@ -208,17 +220,30 @@ class _Loop:
     if self.step < steps:
       self._report(f'stopped and saved at step {self.step} of {steps}')
 
-  def _set_scales(self, scales: dict[sites.Site, float]) -> None:
-    self.scales = scales
-    self._scales = {s: self._put(np.float32(c)) for s, c in scales.items()}
+  def _set_normalisation(self, normalisation) -> None:
+    self.normalisation = normalisation
+    self._placed = {  # what the step needs of it, on the devices
+      site: jax.tree.map(
+        lambda value: self._put(np.asarray(value, np.float32)),
+        n if self._config.end_to_end.beta else n._replace(norm_bound=None),
+      )
+      for site, n in normalisation.items()
+    }
 
-  def _begin_at_scales(self) -> None:
-    """Measures the scales; starts from a release where the config names one."""
-    self._set_scales(self._feed.scales(self._config.activations.scale))
+  def _begin_at_normalisation(self) -> None:
+    """Measures it; starts from a release where the config names one."""
+    a = self._config.activations
+    self._set_normalisation(self._feed.normalisation(a.centre, a.scale))
+    if a.max_norm:
+      count = self._feed.left_out.get('outliers', 0)
+      self._report(
+        f'leaving out rows of norm above {a.max_norm:g} medians'
+        + f': {count:,} in the first chunk' * bool(count)
+      )
     chosen = initialise.plan(self._config, self._groups)
     if chosen is not None:
       self.states = initialise.start(
-        chosen, self._stacks, self._groups, self.states, self.scales
+        chosen, self._stacks, self._groups, self.states, self.normalisation
       )
 
   @contextlib.contextmanager
@@ -248,7 +273,7 @@ class _Loop:
   def _save(self) -> int:
     self._lease.check()
     meta = {
-      'scales': {str(site): value for site, value in self.scales.items()},
+      **_describe(self.normalisation),
       'facts': self._facts,
       'left_out': dict(self._feed.left_out),
       'devices': self._devices(),
@@ -284,6 +309,8 @@ class _Loop:
         for member, value in zip(group, value_S, strict=True):
           scalars[f'{member.name}/{name}'] = float(value)
     scalars['rows_not_finite'] = self._feed.left_out['not_finite']
+    if self._config.activations.max_norm:
+      scalars['rows_outliers'] = self._feed.left_out['outliers']
     scalars['tokens'] = step * self._config.train.batch
     self._writer.write_scalars(step, scalars)
     self._progress.update(
@@ -303,8 +330,8 @@ class _Loop:
 
 
 def step_of(config, stacks, gemma, mesh):
-  """The jitted step: states, batch, scales, step, parameters of the language
-  model (() where none is run) -> states, metrics."""
+  """The jitted step: states, batch, normalisation by site, step, parameters of
+  the language model (() where none is run) -> states, metrics."""
   shardings = tuple(s.shardings(mesh) for s in stacks)
   key, beta = jax.random.key(config.seed), config.end_to_end.beta
 
@@ -313,14 +340,14 @@ def step_of(config, stacks, gemma, mesh):
     donate_argnums=0,
     out_shardings=(shardings, mesh_lib.sharding(mesh)),
   )
-  def take_step(states, batch, scales, step, lm_params):
+  def take_step(states, batch, normalisation, step, lm_params):
     if beta:
       return end_to_end.step_all(
-          stacks, states, gemma, lm_params, batch, scales, step,
+          stacks, states, gemma, lm_params, batch, normalisation, step,
           key, beta, mesh,
       )  # fmt: skip
     rows = {
-      site: x_BD.astype(jnp.float32) / scales[site]
+      site: normalisation[site].apply(x_BD.astype(jnp.float32))
       for site, x_BD in batch.items()
     }
     return stack.step_all(stacks, states, rows, step, key, mesh)
@@ -328,8 +355,31 @@ def step_of(config, stacks, gemma, mesh):
   return take_step
 
 
-def _scales(meta: dict[str, Any]) -> dict[sites.Site, float]:
-  return {sites.parse(name): value for name, value in meta['scales'].items()}
+def _describe(normalisation) -> dict[str, Any]:
+  """What a checkpoint keeps of it; what is not used is not mentioned."""
+  meta = {'scales': {}, 'centres': {}, 'norm_bounds': {}}
+  for site, n in normalisation.items():
+    meta['scales'][str(site)] = n.scale
+    if n.centre is not None:
+      meta['centres'][str(site)] = np.asarray(n.centre).tolist()
+    if n.norm_bound is not None:
+      meta['norm_bounds'][str(site)] = n.norm_bound
+  return {key: value for key, value in meta.items() if value or key == 'scales'}
+
+
+def _normalisation(
+  meta: dict[str, Any],
+) -> dict[sites.Site, fold.Normalisation]:
+  """The inverse of `_describe`."""
+  centres, bounds = meta.get('centres', {}), meta.get('norm_bounds', {})
+  return {
+    sites.parse(name): fold.Normalisation(
+      scale,
+      np.asarray(centres[name], np.float32) if name in centres else None,
+      bounds.get(name),
+    )
+    for name, scale in meta['scales'].items()
+  }
 
 
 def load(config: ConfigDict, workdir: str | pathlib.Path) -> Result:
@@ -348,5 +398,6 @@ def load(config: ConfigDict, workdir: str | pathlib.Path) -> Result:
     raise checkpoints.CheckpointError(f'There is no checkpoint in {folder}.')
   return Result(
       restored.step == config.train.steps, restored.step,
-      _scales(restored.meta), stacks, restored.state, restored.meta['facts'],
+      _normalisation(restored.meta), stacks, restored.state,
+      restored.meta['facts'],
   )  # fmt: skip

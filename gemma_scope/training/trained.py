@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 import gemma_scope
 from gemma_scope import sites, specs
+from gemma_scope.activations import outliers
 from gemma_scope.sae import fold
 from gemma_scope.training import setup, stack
 
@@ -20,7 +21,7 @@ def members(
   config: ConfigDict,
   stacks: tuple[stack.Stack, ...],
   states: tuple[stack.State, ...],
-  scales: Mapping[sites.Site, float],
+  normalisation: Mapping[sites.Site, fold.Normalisation],
   step: int,
   facts: Mapping[str, Any],
 ) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
@@ -40,13 +41,15 @@ def members(
       }
       params = fold.fold(
         params,
-        [scales[site] for site in member.sites],
-        [scales[site] for site in member.targets],
+        [normalisation[site] for site in member.sites],
+        [normalisation[site] for site in member.targets],
         pre_encoder_bias=module.pre_encoder_bias,
       )
       if not module.unit_decoder:
         params = fold.fold_decoder_norm(params)
-      both = dict.fromkeys((*member.sites, *member.targets))
+      both = {
+        site: normalisation[site] for site in (*member.sites, *member.targets)
+      }
       card = {
         'name': member.name,
         'type': member.type,
@@ -59,7 +62,7 @@ def members(
         'width': member.width,
         'sparsity': {'kind': member.penalty, 'value': member.sparsity},
         'seed': member.seed,
-        'scales': {str(site): scales[site] for site in both},
+        'scales': {str(site): n.scale for site, n in both.items()},
         'steps': step,
         'tokens': step * config.train.batch,
         'text': facts['text'],
@@ -71,6 +74,11 @@ def members(
         card['matryoshka'] = list(ends)
       if module.skip:
         card['affine'] = True
+      if config.activations.max_norm:
+        card['outliers'] = outliers.describe(
+          config.activations.max_norm,
+          {site: n.norm_bound for site, n in both.items()},
+        )
       if config.initialise.release:
         card['initialised_from'] = config.initialise.release
       out.append((params, card))

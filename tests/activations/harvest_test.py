@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from gemma_scope import mesh as mesh_lib
 from gemma_scope import sites
 from gemma_scope.activations import chunks as chunks_lib
-from gemma_scope.activations import harvest, store
+from gemma_scope.activations import harvest, outliers, store
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.runtime import interrupt
 from gemma_scope.text import tokenizers
@@ -181,8 +183,9 @@ def test_a_chunk_of_special_tokens_alone_is_a_sentence(made):
 def test_scale_makes_the_mean_square_norm_one(made):
   source, mesh, _, _ = made
   chunk = chunks_lib.Chunks(source, 0, mesh).load(0)
-  for site, scale in chunks_lib.measure_scales(chunk).items():
-    norms = np.square(np.asarray(chunk.rows[site]) / scale).sum(-1)
+  for site, normal in chunks_lib.measure(chunk, {}).items():
+    assert normal.centre is None and normal.norm_bound is None
+    norms = np.square(np.asarray(chunk.rows[site]) / normal.scale).sum(-1)
     np.testing.assert_allclose(norms.mean(), 1, rtol=1e-5)
 
 
@@ -252,3 +255,100 @@ def test_a_damaged_store_is_refused_by_name(tmp_path, made):
     store.StoreSource(tmp_path, [sites.Site(0, 'mlp_out')], 16)
   with pytest.raises(ValueError, match='No activation store'):
     store.StoreSource(tmp_path / 'none', AT, 16)
+
+
+class Given:
+  """A source of rows that a test chooses, one chunk of them."""
+
+  def __init__(self, layout, rows):
+    self.layout, self.parts = layout, 1
+    self.rows = rows
+    self.widths = {site: x.shape[-1] for site, x in rows.items()}
+
+  def passes(self, chunk, poll):
+    yield {site: x + 0 * chunk for site, x in self.rows.items()}
+
+  def counts(self, chunk):
+    return np.arange(self.layout.rows) > 2  # three are special
+
+
+def with_outliers(layout):
+  """Rows of norm about 4; rows 0 and 5 of one site, 9 of the other are long."""
+  rng = np.random.default_rng(0)
+  rows = {
+    site: (3 + rng.normal(size=(layout.rows, 8))).astype(np.float32)
+    for site in AT
+  }
+  rows[AT[0]][[0, 5]] *= 100
+  rows[AT[1]][9] *= 100
+  return rows
+
+
+def test_rows_of_large_norm_are_left_out_and_counted(made):
+  source, mesh, _, _ = made
+  rows = with_outliers(source.layout)
+  chunks = chunks_lib.Chunks(Given(source.layout, rows), 0, mesh, max_norm=10.0)
+  chunk = chunks.load(0)
+  assert (chunk.special, chunk.not_finite, chunk.outliers) == (3, 0, 2)
+  for site, x in rows.items():
+    norm_R = np.linalg.norm(x, axis=1)
+    bound = 10 * np.median(norm_R[3:])
+    np.testing.assert_allclose(chunks.norm_bounds[site], bound, rtol=1e-5)
+    kept = np.linalg.norm(np.asarray(chunk.rows[site]), axis=-1)
+    assert kept.max() < bound
+  # The first chunk's bounds serve all others, and a resumed run's serve it.
+  bounds = dict(chunks.norm_bounds)
+  assert chunks.load(1).outliers == 2 and chunks.norm_bounds == bounds
+  chunks.norm_bounds = {AT[1]: bounds[AT[1]]}
+  assert chunks.load(0).outliers == 1
+  everything = chunks_lib.Chunks(Given(source.layout, rows), 0, mesh).load(0)
+  assert everything.outliers == 0
+  assert np.abs(np.asarray(everything.rows[AT[1]])).max() > 100
+
+
+@pytest.mark.parametrize('centre', ['mean', 'geometric_median'])
+@pytest.mark.parametrize('shape', [(1, 1, 1), (1, 4, 1)])
+def test_centre_and_scale_are_those_of_the_rows(centre, shape):
+  source, mesh, _, _ = make(shape)
+  rows = with_outliers(source.layout)
+  chunks = chunks_lib.Chunks(Given(source.layout, rows), 0, mesh)
+  chunk = chunks.load(0)
+  found = chunks_lib.measure(chunk, {}, centre, 'centred_rms')
+  for site, normal in found.items():
+    x_RD = np.asarray(chunk.rows[site], np.float64).reshape(-1, 8)
+    m_D = np.asarray(normal.centre, np.float64)
+    seen = np.asarray(normal.apply(x_RD))
+    np.testing.assert_allclose((seen**2).sum(1).mean(), 1, rtol=1e-5)
+    if centre == 'mean':
+      np.testing.assert_allclose(m_D, x_RD.mean(0), rtol=1e-5)
+    else:  # the mean direction to all rows is zero, and outliers hardly count
+      away = x_RD - m_D
+      pull = (away / np.linalg.norm(away, axis=1, keepdims=True)).mean(0)
+      assert np.linalg.norm(pull) < 1e-2
+      assert np.abs(m_D - 3).max() < 0.5 < np.abs(x_RD.mean(0) - 3).max()
+    rms = chunks_lib.measure(chunk, {}, centre, 'rms')[site]
+    np.testing.assert_allclose(
+      rms.scale, np.sqrt((x_RD**2).sum(1).mean()), rtol=1e-5
+    )
+
+
+def test_outliers_by_a_card(made):
+  rows = with_outliers(made[0].layout)
+  card = {'outliers': outliers.describe(10.0, {AT[0]: 85.5, AT[1]: 90.25})}
+  bounds = outliers.norm_bounds(json.loads(json.dumps(card)))
+  assert bounds == {AT[0]: 85.5, AT[1]: 90.25}
+  for convert in (np.asarray, jnp.asarray):
+    arrays = {site: convert(x) for site, x in rows.items()}
+    is_outlier = np.asarray(outliers.is_outlier(arrays, bounds))
+    assert np.flatnonzero(is_outlier).tolist() == [0, 5, 9]
+    one = {AT[1]: arrays[AT[1]]}
+    assert np.flatnonzero(outliers.is_outlier(one, bounds)).tolist() == [9]
+    assert not np.any(outliers.is_outlier(arrays, outliers.norm_bounds({})))
+
+
+@pytest.mark.parametrize(
+  'rule', [{}, {'norm_bounds': {'resid_post/0': -1}}, {'norm_bounds': [1]}, 3]
+)
+def test_a_damaged_rule_is_a_sentence(rule):
+  with pytest.raises(ValueError, match='norm_bounds'):
+    outliers.norm_bounds({'outliers': rule})

@@ -25,7 +25,8 @@ TEXTS = ['abc', 'ast', 'bisect', 'calendar', 'copy', 'csv', 'dis', 'enum']
 def small(tmp_path: pathlib.Path, **changes) -> ConfigDict:
   """The tiny config, smaller: 4 SAEs, 40 steps, 5 chunks.
 
-  All that carries state is on: BatchTopK's threshold, counters, resampling.
+  All that carries state is on: the centre and the bound of the norms,
+  BatchTopK's threshold, counters, resampling.
   """
   config = tiny.get_config('layers=0,1;sites=attn_out,resid_post;sparsity=4')
   config.update_from_flattened_dict(
@@ -39,6 +40,9 @@ def small(tmp_path: pathlib.Path, **changes) -> ConfigDict:
       'train.dead_after': 200,
       'train.active_limit': 12,  # some steps are sparse
       'activations.chunk_rows': 512,
+      'activations.centre': 'geometric_median',
+      'activations.scale': 'centred_rms',
+      'activations.max_norm': 1.5,
       'activations.lm_batch': 4,
       'train.steps': STEPS,
       'train.batch': 64,

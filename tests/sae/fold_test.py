@@ -36,6 +36,19 @@ def several(d_out=D, skip=False, k=0):
   return params
 
 
+def scales(*values):
+  return [fold.Normalisation(value) for value in values]
+
+
+def centred(values, width, seed):
+  """Normalisations with a centre four times the scale."""
+  rng = np.random.default_rng(seed)
+  return [
+    fold.Normalisation(c, 4 * c * rng.normal(size=width).astype(np.float32))
+    for c in values
+  ]
+
+
 def forward(params, x, shift=0.0):
   """f and y_hat in float64, of [B, D] or [B, L, D]."""
   p = {key: array.astype(np.float64) for key, array in params.items()}
@@ -67,22 +80,46 @@ CASES = {
 }
 
 
+def normalisations(case, with_centres):
+  """Of the sites read and written; an SAE writes what it reads."""
+  params, A, C, bias = CASES[case]
+  if not with_centres:
+    return scales(*A), scales(*C)
+  read = centred(A, D, 2)
+  written = centred(C, params['b_dec'].shape[-1], 3)
+  return read, read if bias else written
+
+
+def stacked(normalisations, many):
+  """Scale and centre as arrays that broadcast against rows."""
+  scale, centre = (
+    np.stack([np.asarray(n[i] if n[i] is not None else 0.0, np.float64)
+              for n in normalisations])
+    for i in (0, 1)
+  )  # fmt: skip
+  if not many:
+    return scale[0], centre[0]
+  return scale[:, None], centre.reshape(len(centre), -1)
+
+
+@pytest.mark.parametrize('with_centres', [False, True])
 @pytest.mark.parametrize('case', CASES)
-def test_fold_gives_the_same_member_on_raw_activations(case):
+def test_fold_gives_the_same_member_on_raw_activations(case, with_centres):
   params, A, C, bias = CASES[case]
   many = params['W_enc'].ndim == 3
-  A1, C1 = (np.asarray(s)[:, None] if many else s[0] for s in (A, C))
+  read, written = normalisations(case, with_centres)
+  (A1, m), (C1, n) = stacked(read, many), stacked(written, many)
   shape = (500, L, D) if many else (500, D)
-  x = A1 * np.random.default_rng(1).normal(size=shape)
+  x = np.random.default_rng(1).normal(size=shape)  # as training sees it
   shift = params['b_dec'].astype(np.float64) if bias else 0.0
-  f, y_hat = forward(params, x / A1, shift)
-  folded = fold.fold(params, A, C, pre_encoder_bias=bias)
-  g, raw = forward(folded, x)
+  f, y_hat = forward(params, x, shift)
+  folded = fold.fold(params, read, written, pre_encoder_bias=bias)
+  g, raw = forward(folded, A1 * x + m)
   assert (f > 0).mean() > 0.05
   np.testing.assert_array_equal(g > 0, f > 0)
-  np.testing.assert_allclose(raw / C1, y_hat, atol=2e-5)
+  np.testing.assert_allclose((raw - n) / C1, y_hat, atol=4e-5)
   unit = C1 if not (many and 'k' in params) else np.exp(np.log(C).mean())
-  np.testing.assert_allclose(g / unit, f, atol=5e-6)
+  np.testing.assert_allclose(g / unit, f, atol=1e-5)
   assert all(array.dtype == np.float32 for array in folded.values())
   if A == C and not many:  # Gemma Scope's fold
     for key in ('W_enc', 'W_dec'):
@@ -91,22 +128,41 @@ def test_fold_gives_the_same_member_on_raw_activations(case):
     np.testing.assert_array_equal(folded['W_dec'], params['W_dec'])
 
 
+@pytest.mark.parametrize('with_centres', [False, True])
 @pytest.mark.parametrize('case', CASES)
-def test_unfold_is_the_inverse(case):
-  params, A, C, bias = CASES[case]
-  folded = fold.fold(params, A, C, pre_encoder_bias=bias)
-  back = fold.unfold(folded, A, C, pre_encoder_bias=bias)
+def test_unfold_is_the_inverse(case, with_centres):
+  params, _, _, bias = CASES[case]
+  read, written = normalisations(case, with_centres)
+  folded = fold.fold(params, read, written, pre_encoder_bias=bias)
+  back = fold.unfold(folded, read, written, pre_encoder_bias=bias)
   assert set(back) == set(params)
   for key, array in params.items():
     assert back[key].dtype == np.float32
-    np.testing.assert_allclose(back[key], array, rtol=3e-7, atol=2e-6)
-    # What was zero stays zero: nothing begins to write to earlier layers.
-    np.testing.assert_array_equal(back[key][array == 0], 0)
+    tolerance = 1e-5 if with_centres else 2e-6  # centres are 4 scales long
+    np.testing.assert_allclose(back[key], array, rtol=3e-7, atol=tolerance)
+    if key not in ('b_enc', 'b_dec'):
+      # What was zero stays zero: nothing begins to write to earlier layers.
+      np.testing.assert_array_equal(back[key][array == 0], 0)
+
+
+def test_apply_and_undo_are_inverse():
+  x = np.random.default_rng(0).normal(size=(7, D)).astype(np.float32)
+  for n in (*scales(3.0), *centred([3.0], D, 1)):
+    np.testing.assert_allclose(n.undo(n.apply(x)), x, atol=1e-5)
+  np.testing.assert_array_equal(fold.Normalisation(3.0).apply(x), x / 3.0)
+
+
+def test_fold_refuses_a_centre_that_does_not_fit():
+  read = [fold.Normalisation(1.0, np.zeros(D + 1))]
+  with pytest.raises(ValueError, match=f'{D} finite values'):
+    fold.fold(single(), read, scales(1.0), pre_encoder_bias=True)
 
 
 def test_scales_of_one_change_only_the_bias_of_the_encoder():
   params = several(skip=True)
-  folded = fold.fold(params, [1] * L, [1] * L, pre_encoder_bias=False)
+  folded = fold.fold(
+    params, scales(*[1] * L), scales(*[1] * L), pre_encoder_bias=False
+  )
   for key, array in params.items():
     np.testing.assert_array_equal(folded[key], array)
 
@@ -114,9 +170,11 @@ def test_scales_of_one_change_only_the_bias_of_the_encoder():
 @pytest.mark.parametrize('scale', [0.0, -1.0, float('nan'), float('inf')])
 def test_fold_refuses_a_scale_that_is_none(scale):
   with pytest.raises(ValueError, match='above 0'):
-    fold.fold(single(), [scale], [1.0], pre_encoder_bias=True)
+    fold.fold(single(), scales(scale), scales(1.0), pre_encoder_bias=True)
   with pytest.raises(ValueError, match='3 scales are needed'):
-    fold.unfold(several(), [1.0], [1.0] * 3, pre_encoder_bias=True)
+    fold.unfold(
+      several(), scales(1.0), scales(*[1.0] * 3), pre_encoder_bias=True
+    )
 
 
 @pytest.mark.parametrize('params', [single(), several(6, skip=True)])

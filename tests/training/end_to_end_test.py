@@ -23,7 +23,7 @@ from gemma_scope.activations import harvest
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice, weights
 from gemma_scope.runtime import lease as lease_lib
-from gemma_scope.sae import architectures
+from gemma_scope.sae import architectures, fold
 from gemma_scope.text import tokenizers
 from gemma_scope.training import end_to_end, loop, objectives, stack
 from gemma_scope.training import optimizer as optimizer_lib
@@ -36,7 +36,12 @@ MODEL = lm.Config(
 RESID, MLP = sites.Site(0, 'resid_post'), sites.Site(1, 'mlp_out')
 IN, OUT = sites.Site(0, 'mlp_in'), sites.Site(0, 'mlp_out')
 AT = (RESID, MLP, IN, OUT)
-SCALES = {RESID: 5.0, MLP: 2.0, IN: 3.0, OUT: 1.0}
+NORMAL = {
+  RESID: fold.Normalisation(5.0, np.linspace(-1, 1, D, dtype=np.float32)),
+  MLP: fold.Normalisation(2.0),
+  IN: fold.Normalisation(3.0),
+  OUT: fold.Normalisation(1.0, np.linspace(0, 1, D, dtype=np.float32)),
+}
 KEY = jax.random.key(3)
 SPECIAL = tokenizers.Special((0, 1, 2))
 OPTIMIZER = optimizer_lib.Optimizer(
@@ -86,7 +91,7 @@ def step_of(stacks, gemma, mesh=None):
   @jax.jit
   def take(states, params, batch, step, beta):
     return end_to_end.step_all(
-        stacks, states, gemma, params, batch, SCALES, step, KEY, beta, mesh
+        stacks, states, gemma, params, batch, NORMAL, step, KEY, beta, mesh
     )  # fmt: skip
 
   return take
@@ -114,7 +119,9 @@ def test_beta_zero_is_the_ordinary_step():
   # The rows of the batch, chosen one by one.
   index = np.resize(np.flatnonzero(KEEP), N * (T - 1))
   taps = splice.taps(gemma, params, TOKENS, AT)
-  rows = {s: x.reshape(N * T, -1)[index] / SCALES[s] for s, x in taps.items()}
+  rows = {
+    s: NORMAL[s].apply(x.reshape(N * T, -1)[index]) for s, x in taps.items()
+  }
   ordinary = jax.jit(functools.partial(stack.step_all, stacks))
   b = a
   for step in range(3):
@@ -203,15 +210,15 @@ def test_kl_is_that_of_the_spliced_model(kind):
   @jax.jit
   def expected(member, read, target):
     clean = gemma.forward(lm_params, TOKENS, taps=AT)
-    x_RD = jnp.stack([clean.taps[s] / SCALES[s] for s in one.sites])[read]
+    x_RD = jnp.stack([NORMAL[s].apply(clean.taps[s]) for s in one.sites])[read]
     y_hat = one.module.apply({'params': member}, x_RD.reshape(N * T, D))
     y_hat_BTD = y_hat.reshape(N, T, D)
 
-    def edit(i, scale):
+    def edit(i, normal):
       here = KEEP[..., None] & (target == i)
-      return lambda y_BTD: jnp.where(here, y_hat_BTD * scale, y_BTD)
+      return lambda y_BTD: jnp.where(here, normal.undo(y_hat_BTD), y_BTD)
 
-    edits = {s: edit(i, SCALES[s]) for i, s in enumerate(one.targets)}
+    edits = {s: edit(i, NORMAL[s]) for i, s in enumerate(one.targets)}
     spliced = gemma.forward(lm_params, TOKENS, edits=edits)
     return mean_kl(clean.logits_BTV, spliced.logits_BTV)
 
@@ -307,13 +314,16 @@ def test_the_feed_is_a_function_of_the_step():
   np.testing.assert_array_equal(found['tokens'], rows[8:16])
   np.testing.assert_array_equal(found['keep'], SPECIAL.keep(rows[8:16]))
   left_out = int((rows[8:16, 1:] < 3).sum())
-  assert feed.left_out == {'special': left_out, 'not_finite': 0}
+  assert feed.left_out == {
+    'special': left_out,
+    'not_finite': 0,
+  }
   np.testing.assert_array_equal(feed.at(1)['tokens'], found['tokens'])
   with pytest.raises(ValueError, match='step 2 counts'):
     feed.at(2)
   ordinary.at(0)
-  assert feed.scales() == ordinary.scales()
-  assert feed.scales('sqrt_d') == {RESID: 4.0}
+  assert feed.normalisation() == ordinary.normalisation()
+  assert feed.normalisation(scale='sqrt_d') == {RESID: fold.Normalisation(4.0)}
 
 
 def test_what_cannot_be_is_refused():
@@ -362,7 +372,9 @@ def test_a_stopped_run_ends_bitwise_where_it_would_have(tmp_path):
   whole = run('whole', None)
   assert not run('parts', 3).done
   parts = run('parts', None)
-  assert whole.done and parts.done and whole.scales == parts.scales
+  assert (
+    whole.done and parts.done and whole.normalisation == parts.normalisation
+  )
   assert_close(whole.states, parts.states, rtol=0)
 
 
@@ -397,12 +409,12 @@ def test_it_lowers_the_kl_at_the_same_l0():
       gemma, params, site, rows, mesh, chunk_rows=2**13, batch=256, lm_batch=32
   )  # fmt: skip
   feed, tokens = chunks_lib.Feed(chunks, 100), end_to_end.Feed(chunks, 4, mesh)
-  scales = tokens.scales()
+  normalisation = tokens.normalisation()
   plain, tuned = made_for(site, 1.2e-2, 80, 25), made_for(site, 3e-3, steps, 1)
   take = jax.jit(plain.step)
   (state,) = stack.init_all((plain,), KEY, mesh)
   for step in range(80):
-    x_NBD = feed.at(step)[site][None] / scales[site]
+    x_NBD = normalisation[site].apply(feed.at(step)[site][None])
     state, _ = take(state, x_NBD, x_NBD, jnp.int32(step), KEY)
   (start,) = stack.init_all((tuned,), KEY, mesh)
   start = start.replace(params=state.params)
@@ -412,7 +424,8 @@ def test_it_lowers_the_kl_at_the_same_l0():
   @jax.jit
   def tune(state, params, batch, step, beta):
     return end_to_end.step_all(
-        (tuned,), (state,), gemma, params, batch, scales, step, KEY, beta, mesh
+        (tuned,), (state,), gemma, params, batch, normalisation, step, KEY,
+        beta, mesh,
     )  # fmt: skip
 
   def ends_at(beta):

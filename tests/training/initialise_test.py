@@ -12,6 +12,7 @@ from gemma_scope import config as config_lib
 from gemma_scope import mesh as mesh_lib
 from gemma_scope import release, sae, specs
 from gemma_scope.release.formats import gemma_scope_2, saelens
+from gemma_scope.sae import fold
 from gemma_scope.training import initialise, setup, stack
 from gemma_scope.training import trained as trained_lib
 
@@ -75,10 +76,16 @@ def begin(folder, argument, **changes):
   stacks, groups = setup.make_stacks(config, setup.dimensions(config))
   mesh = mesh_lib.make({'sae': 1, 'data': 1, 'latent': 2}, jax.devices()[:2])
   states = stack.init_all(stacks, jax.random.key(0), mesh)
-  scales = {site: 5.0 + site.layer for site in specs.site_list(config)}
+  normalisation = {
+    site: fold.Normalisation(
+      5.0 + site.layer,
+      np.random.default_rng(site.layer).normal(size=D).astype(np.float32),
+    )
+    for site in specs.site_list(config)
+  }
   chosen = initialise.plan(config, groups)
-  begun = initialise.start(chosen, stacks, groups, states, scales)
-  return config, stacks, groups, states, begun, scales, chosen
+  begun = initialise.start(chosen, stacks, groups, states, normalisation)
+  return config, stacks, groups, states, begun, normalisation, chosen
 
 
 @pytest.mark.parametrize(
@@ -87,13 +94,13 @@ def begin(folder, argument, **changes):
 def test_a_member_starts_as_the_function_that_was_released(
   architecture, folder
 ):
-  config, stacks, groups, _, begun, scales, chosen = begin(
+  config, stacks, groups, _, begun, normalisation, chosen = begin(
     folder,
     f'layers=1;sites=resid_post;widths=128;sparsity=8,40;'
     f'architectures={architecture}',
   )
   out = trained_lib.members(
-    config, stacks, begun, scales, 0, {'text': {'source': 'python'}}
+    config, stacks, begun, normalisation, 0, {'text': {'source': 'python'}}
   )
   x = 10 / D**0.5 * np.random.default_rng(0).normal(size=(50, D))
   for i, (params, _) in enumerate(out):
@@ -124,17 +131,17 @@ def test_decoders_of_any_norm_start_as_the_same_function(
     tmp_path / 'release',
     [(params, card('any', 'resid_post/1', 64, 8.0), None)],
   )
-  _, (one,), _, _, (state,), scales, _ = begin(
+  _, (one,), _, _, (state,), normalisation, _ = begin(
     tmp_path / 'release',
     'layers=1;sites=resid_post;widths=64;sparsity=8',
     **{'train.learning_rate': 0.0, 'sae.unit_decoder': unit_decoder},
   )
-  (scale,) = scales.values()
+  (normal,) = normalisation.values()
   x_BD = 10 / D**0.5 * np.random.default_rng(0).normal(size=(50, D))
-  x_NBD = jnp.asarray(x_BD[None] / scale, jnp.float32)
+  x_NBD = jnp.asarray(normal.apply(x_BD)[None], jnp.float32)
   state, _ = one.step(state, x_NBD, x_NBD, jnp.int32(0), jax.random.key(0))
   begun = {name: p[0] for name, p in state.params.items()}
-  found = scale * one.module.apply({'params': begun}, x_NBD[0])
+  found = normal.undo(one.module.apply({'params': begun}, x_NBD[0]))
   wanted = sae.decode(params, sae.encode(params, x_BD))
   np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
 
@@ -238,7 +245,7 @@ def test_a_feature_of_several_layers_becomes_one_latent_of_the_first():
 
 def test_a_crosscoder_starts_from_single_layers_better_than_at_random(folder):
   """On the layers' own sums of directions: the error, beside the control."""
-  config, stacks, groups, states, begun, scales, _ = begin(
+  config, stacks, groups, states, begun, normalisation, _ = begin(
     folder,
     'layers=0,1,2;sites=resid_post;type=crosscoder;widths=96;sparsity=8',
   )
@@ -251,7 +258,8 @@ def test_a_crosscoder_starts_from_single_layers_better_than_at_random(folder):
     ]
     on = rng.random((200, 32)) < 0.1
     rows.append(3 * on @ params['W_dec'][:32] + params['b_dec'])
-  x = jnp.asarray(np.stack(rows, 1) / np.array([[5.0], [6.0], [7.0]]))
+  rows = [n.apply(x) for n, x in zip(normalisation.values(), rows, strict=True)]
+  x = jnp.asarray(np.stack(rows, 1))
   errors = []
   for state in (begun[0], states[0]):
     own = {name: p[0] for name, p in state.params.items()}

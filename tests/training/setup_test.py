@@ -8,8 +8,10 @@ import numpy as np
 from configs import tiny
 from gemma_scope import mesh as mesh_lib
 from gemma_scope import sae, specs
+from gemma_scope.activations import outliers
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import weights
+from gemma_scope.sae import fold
 from gemma_scope.training import setup, stack, trained
 
 
@@ -47,14 +49,20 @@ def test_a_member_acts_on_raw_activations_as_its_module_on_scaled_ones():
   (state,) = stack.init_all(stacks, jax.random.key(0), mesh)
   state.params['b_dec'] = state.params['b_dec'] + 0.1
   scale = 7.5
-  scales = {groups[0][0].sites[0]: scale}
+  centre = np.random.default_rng(1).normal(size=128).astype(np.float32)
+  normal = fold.Normalisation(scale, centre, 57.0)
+  config.activations.max_norm = 10.0
+  site = groups[0][0].sites[0]
   out = trained.members(
-    config, stacks, (state,), scales, 3, {'text': {'source': 'python'}}
+    config, stacks, (state,), {site: normal}, 3, {'text': {'source': 'python'}}
   )
   x_BD = np.random.default_rng(0).normal(size=(20, 128)).astype(np.float32)
   for i, (params, card) in enumerate(out):
     own = {name: value[i] for name, value in state.params.items()}
-    expected = scale * stacks[0].module.apply({'params': own}, x_BD / scale)
+    expected = normal.undo(
+      stacks[0].module.apply({'params': own}, normal.apply(x_BD))
+    )
     found = sae.decode(params, sae.encode(params, x_BD))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert card['name'] == groups[0][i].name and card['steps'] == 3
+    assert outliers.norm_bounds(card) == {site: 57.0}

@@ -1,0 +1,80 @@
+"""Outlier rows: the few of abnormal norm, kept apart by one rule.
+
+On some tokens (in Gemma 3 the space before a year, or a lone newline) a site's
+activation is many times longer than on all others. These rows own the variance
+and every latent's largest examples, as BOS would if it were not left out. The
+rule is a bound on the Euclidean norm at each site:
+
+  |x| > max_norm * median |x|
+
+The medians are measured when training starts; the card keeps the bounds:
+
+  "outliers": {"max_norm": 10.0, "norm_bounds": {"resid_post/9": 57812.5}}
+
+so that evaluation, index, attribution and probes apply the same rule from the
+card alone. A card without "outliers" has no rule: no row is an outlier.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_scope import sites
+
+Bounds = Mapping[sites.Site, float]
+
+
+def describe(max_norm: float, bounds: Bounds) -> dict[str, Any]:
+  """What a card says under 'outliers'."""
+  return {
+    'max_norm': max_norm,
+    'norm_bounds': {str(site): bound for site, bound in bounds.items()},
+  }
+
+
+def norm_bounds(card: Mapping[str, Any]) -> dict[sites.Site, float]:
+  """The largest norm of an ordinary row, by site; {} where there is no rule.
+
+  Raises:
+    ValueError: the card's rule is damaged.
+  """
+  rule = card.get('outliers')
+  if rule is None:
+    return {}
+  try:
+    bounds = {
+      sites.parse(name): float(bound)
+      for name, bound in rule['norm_bounds'].items()
+    }
+    damaged = not all(
+      bound > 0 and math.isfinite(bound) for bound in bounds.values()
+    )
+  except (AttributeError, KeyError, TypeError, ValueError):
+    damaged = True
+  if damaged:
+    raise ValueError(
+      'The card\'s "outliers" must hold "norm_bounds", a positive norm for '
+      f'each site; found {str(rule)[:80]}.'
+    )
+  return bounds
+
+
+def is_outlier(rows: Mapping[sites.Site, Any], bounds: Bounds) -> Any:
+  """Where a row is an outlier at any of the sites.
+
+  Args:
+    rows: raw activations [..., D] by site, NumPy or JAX, of equal leading axes.
+    bounds: see `norm_bounds`; sites that `rows` lacks are not looked at.
+
+  Returns:
+    bool [...].
+  """
+  found = None
+  for site, x in rows.items():
+    x = x.astype('float32')
+    bound = bounds.get(site, math.inf)
+    above = (x * x).sum(-1) > bound * bound
+    found = above if found is None else found | above
+  return found

@@ -30,7 +30,7 @@ The alphabet of axes, in names and in einsums:
 
 import importlib
 
-__version__ = '0.3.0'
+__version__ = '0.4.0'
 
 
 def __getattr__(name: str):

@@ -46,7 +46,9 @@ def section(flags: command_line.Flags, heading: str) -> Iterator[str]:
   yield '|---|---|'
   for flag in flags.declared:
     usage = flag.usage.replace('|', '\\|')
-    yield f'| `{usage}` | {command_line.describe(flag)} |'
+    # A bracket would begin a link.
+    purpose = command_line.describe(flag).replace('[', '\\[')
+    yield f'| `{usage}` | {purpose} |'
 
 
 def main() -> None:

@@ -236,9 +236,7 @@ def _on_held_out_text(config, workdir, saes, interrupt, report):
   count = min(config.evaluation.sequences, len(heldout))
   order = prepare.shuffled(heldout, config.seed)
   sequences_NT = np.asarray(prepare.batch(order, 0, count))
-  progress = progress_lib.Progress(
-    count, config.text.seq_len, label='evaluate', every_s=20
-  )
+  progress = progress_lib.Progress(count, config.text.seq_len, label='evaluate')
   try:
     return evaluate.evaluate(
       gemma,

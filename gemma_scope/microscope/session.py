@@ -211,8 +211,7 @@ class Session:
       self.report(f'{self.out} is built')
       return first
     progress = progress_lib.Progress(
-      2 * len(text.sequences_NT), self.config.text.seq_len, label='index',
-      every_s=20,
+      2 * len(text.sequences_NT), self.config.text.seq_len, label='index'
     )  # fmt: skip
     self.out.mkdir(parents=True, exist_ok=True)
     found = build_lib.build(

@@ -1,13 +1,4 @@
-"""What a run says of itself: means, intervals, the writer, the progress.
-
-  Mean             a weighted mean, one value at a time
-  Writer           scalars by step -> metrics.jsonl; TensorBoard, wandb by
-                   config
-  Progress         one line for a person: step, rates, time left, metrics
-  matmul_peak      FLOP/s of a plain matmul here: the unit of "share of peak"
-
-Everything here is Python floats and numpy arrays.
-"""
+"""The metrics of a run, by step: metrics.jsonl, TensorBoard, wandb."""
 
 from __future__ import annotations
 
@@ -19,31 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from gemma_scope import files
-
-
-class Mean:
-  """Weighted mean sum(w x) / sum(w) in float64, of scalars or arrays."""
-
-  def __init__(self):
-    self.total: Any = 0.0
-    self.weight: Any = 0.0
-
-  def add(self, value: Any, weight: Any = 1.0) -> Mean:
-    """Adds one value, or an array of them elementwise."""
-    weight = np.asarray(weight, np.float64)
-    self.total = self.total + weight * np.asarray(value, np.float64)
-    self.weight = self.weight + weight
-    return self
-
-  @property
-  def value(self) -> Any:
-    """The mean so far: float or array; nan where no weight was added."""
-    with np.errstate(invalid='ignore', divide='ignore'):
-      mean = np.asarray(self.total, np.float64) / self.weight
-    return mean if mean.ndim else float(mean)
 
 
 def _needed(module: str, field: str, install: str) -> Any:

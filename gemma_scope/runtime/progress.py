@@ -1,9 +1,13 @@
-"""Progress: a line on a terminal or in a log, with rate and time left."""
+"""Progress of a loop: a bar on a terminal, lines in a log; rates, time left.
+
+Progress     a loop that reports its steps
+track        a loop over items; shown only if it takes long
+matmul_peak  FLOP/s of a plain matmul here: the unit of "share of peak"
+"""
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import math
 import sys
 import threading
@@ -12,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 _Item = TypeVar('_Item')
+_WINDOW_S = 30.0  # rates are of the last so many seconds
+_LINE_S, _BAR_S = 10.0, 0.5  # between two lines, two states of a bar
 
 
 def duration(seconds: float) -> str:
@@ -40,150 +46,147 @@ def quantity(value: float) -> str:
 
 
 class Progress:
-  """One line on how a loop of known length goes.
+  """Shows how a loop of known length goes: rates, time left, its metrics.
 
-    train 1,200/6,000 20 % | 14.2 steps/s 29.1k tokens/s | 5 min 38 s left
-      | 41 % of peak | loss 0.31 l0 48.2 fvu 0.22 dead 1.3 %
+  On a terminal it is a bar of `rich`. Elsewhere a line is printed every ten
+  seconds, and for the last step:
 
-  On a terminal the line is renewed in place (rich, when installed);
-  elsewhere one is printed every `every_s` seconds and for the last step.
-  Rates are of the last `window_s` seconds, so that a pause is forgotten.
+    train 1,200/6,000 20% | 14.2 steps/s 29.1k tokens/s | 5 min 38 s left
+      | 41% of peak | loss 0.31 L0 48.2 FVU 0.22 dead 1.3%
+
+  Rates are those of the last 30 seconds, so that a pause is forgotten.
 
   Args:
     total: steps of the whole loop.
     tokens_per_step: rows or tokens of one step; 0 shows no such rate.
-    flops_per_step: with `peak` (FLOP/s, `matmul_peak` times the devices)
-      gives the share of peak; 0 shows none.
+    label: what the loop does.
     first_step: where a resumed loop begins.
-    label: what is going on; unit: what tokens_per_step counts.
+    ideal_s: seconds that a step would take at the devices' peak, for the share
+      of it that is reached; 0 shows none.
+    stream: where to; stderr by default.
   """
 
   def __init__(
     self,
     total: int,
     tokens_per_step: float = 0,
-    flops_per_step: float = 0,
     *,
-    peak: float = 0,
-    first_step: int = 0,
     label: str = 'train',
-    unit: str = 'tokens',
-    every_s: float = 10.0,
-    window_s: float = 30.0,
+    first_step: int = 0,
+    ideal_s: float = 0.0,
     stream: Any = None,
-    clock: Callable[[], float] = time.monotonic,
   ):
-    self._total, self._label, self._unit = total, label, unit
-    self._tokens = tokens_per_step
-    self._share = flops_per_step / peak if peak else 0
-    self._every_s, self._window_s, self._clock = every_s, window_s, clock
+    self._total, self._label = total, label
+    self._tokens, self._ideal_s = tokens_per_step, ideal_s
     self._stream = sys.stderr if stream is None else stream
-    self._began = clock()
+    self._began = time.monotonic()
     self._marks = collections.deque([(self._began, first_step)])
-    self._shown: float | None = None
-    self._live = self._terminal()
+    self._shown = -math.inf
+    self._bar = self._task = None
+    if getattr(self._stream, 'isatty', lambda: False)():
+      self._bar, self._task = self._open_bar(first_step)
 
-  def _terminal(self) -> Any:
-    if not getattr(self._stream, 'isatty', lambda: False)():
-      return None
-    try:
-      from rich import console, live
-    except ImportError:
-      return None
-    # No refresh thread: a line changes only when there is news.
-    shown = live.Live(
-      console=console.Console(file=self._stream, highlight=False),
-      auto_refresh=False,
+  def _open_bar(self, first_step: int):
+    from rich import console, progress, text  # only where it shows
+
+    class Bar(progress.Progress):
+      """A bar, and below it a line of rates and metrics."""
+
+      def get_renderables(self):
+        yield from super().get_renderables()
+        for task in self.tasks:
+          yield text.Text(
+            task.fields['about'], no_wrap=True, overflow='ellipsis'
+          )
+
+    bar = Bar(
+      progress.TextColumn('{task.description}'),
+      progress.BarColumn(bar_width=20),
+      progress.MofNCompleteColumn(),
+      progress.TimeRemainingColumn(),
+      console=console.Console(file=self._stream),
+      auto_refresh=False,  # no thread: it changes only when there is news
     )
-    shown.start()
-    return shown
+    bar.start()
+    task = bar.add_task(
+      self._label, total=self._total, completed=first_step, about=''
+    )
+    return bar, task
 
   def update(
     self,
     step: int,
     metrics: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
-  ):
-    """`step` steps are done; shows the line when it is due.
+  ) -> None:
+    """`step` steps are done; shows it when it is time to.
 
     Values are numbers or words; a function that makes them is called only
-    when a line is shown.
+    when they are shown.
     """
-    now = self._clock()
+    now = time.monotonic()
     self._marks.append((now, step))
     # One mark older than the window stays: rates span at least the window.
-    while len(self._marks) > 2 and self._marks[1][0] <= now - self._window_s:
+    while len(self._marks) > 2 and self._marks[1][0] <= now - _WINDOW_S:
       self._marks.popleft()
-    every_s = min(self._every_s, 0.5) if self._live else self._every_s
-    due = self._shown is None or now - self._shown >= every_s
-    if due or step >= self._total:
-      self._shown = now
-      self._show(self.line(step, metrics() if callable(metrics) else metrics))
+    every_s = _LINE_S if self._bar is None else _BAR_S
+    if now - self._shown < every_s and step < self._total:
+      return
+    self._shown = now
+    values = metrics() if callable(metrics) else metrics
+    if self._bar is None:
+      print(self.line(step, values), file=self._stream, flush=True)
+    else:
+      about = ' | '.join((*self._rates(), *_words(values)))
+      self._bar.update(self._task, completed=step, about=about, refresh=True)
 
   def line(self, step: int, metrics: Mapping[str, Any] | None) -> str:
     """The line for `step`, from the marks so far."""
-    (then, first), (now, last) = self._marks[0], self._marks[-1]
-    rate = (last - first) / (now - then) if now > then else 0.0
     share = step / self._total if self._total else 1.0
-    parts = [f'{self._label} {step:,}/{self._total:,} {share:.0%}']
-    if rate:
-      rates = f'{quantity(rate)} steps/s'
-      if self._tokens:
-        rates += f' {quantity(rate * self._tokens)} {self._unit}/s'
-      parts.append(rates)
+    left = 'done in ' + duration(self._marks[-1][0] - self._began)
     if step < self._total:
-      left = (self._total - step) / rate if rate else math.inf
-      parts.append(f'{duration(left)} left')
-    else:
-      parts.append(f'done in {duration(now - self._began)}')
-    if rate and self._share:
-      parts.append(f'{rate * self._share:.0%} of peak')
-    words = [
-      f'{k} {v if isinstance(v, str) else format(float(v), ".4g")}'
-      for k, v in (metrics or {}).items()
-    ]
-    return ' | '.join(parts + [' '.join(words)] * bool(words))
+      rate = self._rate()
+      left = duration((self._total - step) / rate if rate else math.inf)
+      left += ' left'
+    rates = self._rates()
+    parts = [f'{self._label} {step:,}/{self._total:,} {share:.0%}']
+    parts += [*rates[:1], left, *rates[1:], *_words(metrics)]
+    return ' | '.join(parts)
 
-  def _show(self, line: str):
-    if self._live is None:
-      print(line, file=self._stream, flush=True)
-    else:
-      from rich import text
+  def _rate(self) -> float:
+    """Steps a second."""
+    (then, first), (now, last) = self._marks[0], self._marks[-1]
+    return (last - first) / (now - then) if now > then else 0.0
 
-      shown = text.Text(line, no_wrap=True, overflow='ellipsis')
-      self._live.update(shown, refresh=True)
+  def _rates(self) -> list[str]:
+    rate = self._rate()
+    if not rate:
+      return []
+    rates = f'{quantity(rate)} steps/s'
+    if self._tokens:
+      rates += f' {quantity(rate * self._tokens)} tokens/s'
+    if not self._ideal_s:
+      return [rates]
+    return [rates, f'{rate * self._ideal_s:.0%} of peak']
 
-  @contextlib.contextmanager
-  def phase(self, name: str) -> Iterator[None]:
-    """Says that something else goes on (compile, evaluation), and how long.
-
-    Its time is taken out of the rates.
-    """
-    began = self._clock()
-    self._note(f'{name} ...')
-    try:
-      yield
-    finally:
-      away = self._clock() - began
-      self._marks = collections.deque((t + away, s) for t, s in self._marks)
-      self._note(f'{name}: {duration(away)}')
-
-  def _note(self, line: str):
-    if self._live is None:
-      print(line, file=self._stream, flush=True)
-    else:
-      self._live.console.print(line, markup=False)
-
-  def close(self):
-    """Leaves the terminal as it was; the last line stays."""
-    if self._live is not None:
-      self._live.stop()
-      self._live = None
+  def close(self) -> None:
+    """Leaves the terminal as it was; what was shown last stays."""
+    if self._bar is not None:
+      self._bar.stop()
 
   def __enter__(self) -> Progress:
     return self
 
   def __exit__(self, *unused):
     self.close()
+
+
+def _words(metrics: Mapping[str, Any] | None) -> list[str]:
+  """The metrics as one part of a line, or none."""
+  words = [
+    f'{name} {value if isinstance(value, str) else format(float(value), ".4g")}'
+    for name, value in (metrics or {}).items()
+  ]
+  return [' '.join(words)] if words else []
 
 
 def matmul_peak() -> float:
@@ -216,7 +219,6 @@ def track(
   items: Sequence[_Item],
   label: str,
   after_s: float = 5.0,
-  every_s: float = 5.0,
   stream: Any = None,
 ) -> Iterator[_Item]:
   """Yields the items of a loop, and shows progress if it takes long.
@@ -229,11 +231,7 @@ def track(
 
   def begin():
     if not ended:
-      shown.append(
-        Progress(
-          count, label=label, first_step=done, every_s=every_s, stream=stream
-        )
-      )
+      shown.append(Progress(count, label=label, first_step=done, stream=stream))
       shown[0].update(done)
 
   timer = threading.Timer(after_s, begin)

@@ -260,10 +260,13 @@ class _Loop:
       wandb={'project': m.wandb_project} if m.wandb_project else None,
       resume_step=self.step,
     )
+    peak = progress.matmul_peak() * jax.device_count()
     self._progress = progress.Progress(
-        t.steps, t.batch, self._flops(), first_step=self.step,
-        peak=progress.matmul_peak() * jax.device_count(),
-    )  # fmt: skip
+      t.steps,
+      t.batch,
+      first_step=self.step,
+      ideal_s=self._flops() / peak,
+    )
     try:
       yield
     finally:

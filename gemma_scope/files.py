@@ -125,14 +125,13 @@ def json_sha256(value: Any, **options: Any) -> str:
 
 @contextlib.contextmanager
 def open_plain(
-  path: PathLike, max_bytes: int, links: bool = False
+  path: PathLike, max_bytes: int
 ) -> Iterator[tuple[BinaryIO, int]]:
   """Opens a plain file to read, unbuffered.
 
   Args:
-    path: the file.
+    path: the file; a symbolic link only in huggingface_hub's cache.
     max_bytes: the largest size to accept.
-    links: whether `path` may be a symbolic link.
 
   Yields:
     (the open file, its size in bytes).
@@ -141,14 +140,15 @@ def open_plain(
     Refused: the text continues a sentence that begins with the file's name.
   """
   # O_NONBLOCK: opening a pipe must not wait for its writer.
-  flags = os.O_RDONLY | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW)
+  flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
   try:
-    descriptor = os.open(path, flags)
+    descriptor = os.open(_cached(path), flags)
   except FileNotFoundError:
     raise Refused('does not exist') from None
   except (OSError, ValueError) as error:
-    link = not links and os.path.islink(path)
-    why = 'is a symbolic link' if link else f'cannot be opened ({error})'
+    why = f'cannot be opened ({error})'
+    if os.path.islink(path):
+      why = 'is a symbolic link'
     raise Refused(why) from None
   try:
     status = os.fstat(descriptor)
@@ -163,6 +163,22 @@ def open_plain(
       yield file, status.st_size
   finally:
     os.close(descriptor)
+
+
+def _cached(path: PathLike) -> PathLike:
+  """The file behind a link of huggingface_hub's cache; else `path` itself.
+
+  There snapshots/REVISION/... are links into blobs/ of the same repository.
+  """
+  if not os.path.islink(path):
+    return path
+  real = pathlib.Path(os.path.realpath(path))
+  for above in pathlib.Path(os.path.abspath(path)).parents:
+    if above.name == 'snapshots':
+      if real.parent == (above.parent / 'blobs').resolve():
+        return real
+      break
+  return path
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,13 +74,13 @@ def run(
       result = loop.train(config, workdir, lease, interrupt, report)
       if not result.done:
         return False
-      members = result.members(config)
+      saes = result.saes(config)
       del result  # frees the optimiser's memory
       try:
         scores = {}
         if config.evaluation.sequences:
           scores = evaluate_saes(
-              config, workdir, members, interrupt,
+              config, workdir, saes, interrupt,
               workdir / 'evaluation.json', report,
           )  # fmt: skip
       except interrupt_lib.Interrupted:
@@ -88,7 +88,7 @@ def run(
         return False
       with cluster.first_goes_ahead():
         if cluster.first():
-          write_release(workdir, members, scores)
+          write_release(workdir, saes, scores)
   if not cluster.first():
     return True
   rows = [(m.card, m.metrics) for m in release.load_all(workdir / 'release')]
@@ -169,23 +169,21 @@ def _check_text(config: ConfigDict, workdir: pathlib.Path, report) -> None:
 
 def write_release(
   workdir: pathlib.Path,
-  members: list[tuple[dict[str, np.ndarray], dict[str, Any]]],
-  scores: dict[str, Any],
-  out: pathlib.Path | None = None,
-  **options: Any,
-) -> bool:
-  """Writes the picture and the release; False when the same is there."""
-  rows = [(params, card, scores.get(card['name'])) for params, card in members]
-  measured = [(card, score) for _, card, score in rows if score]
-  if measured:
-    frontier.frontier(workdir / 'frontier.png', measured)
-  return release.save(out or workdir / 'release', rows, **options)
+  saes: Sequence[release.Released],
+  scores: Mapping[str, Any],
+) -> None:
+  """Writes the run's release, and the plot of its frontier."""
+  saes = [sae.measured(scores.get(sae.name)) for sae in saes]
+  rows = [(sae.card, sae.metrics) for sae in saes if sae.metrics]
+  if rows:
+    frontier.frontier(workdir / 'frontier.png', rows)
+  release.save(workdir / 'release', saes)
 
 
 def evaluate_saes(
   config: ConfigDict,
   workdir: pathlib.Path,
-  saes: list[tuple[dict[str, np.ndarray], dict[str, Any]]],
+  saes: Sequence[release.Released],
   interrupt: interrupt_lib.Interrupt,
   out: pathlib.Path,
   report: Callable[[str], None] = print,

@@ -105,10 +105,14 @@ def parse(text: str) -> Site:
 
 
 def width_name(width: int) -> str:
-  """Number of latents in Gemma Scope's names: 16384 -> '16k', 2^20 -> '1m'."""
-  if width >= 1_000_000:
-    return f'{width // 1_000_000}m'
-  return f'{width // 1_000}k' if width >= 1_000 else str(width)
+  """Number of latents in Gemma Scope's names: 16384 -> '16k', 2^20 -> '1m'.
+
+  A number that is no power of two stands for itself: 1536 -> '1536'.
+  """
+  if width < 1_000 or width & (width - 1):
+    return str(width)
+  in_millions = width >= 1_000_000
+  return f'{width // 1_000_000}m' if in_millions else f'{width // 1_000}k'
 
 
 def parse_width(text: str) -> int:

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     from gemma_scope.release.formats import published
     from gemma_scope.runtime import interrupt as interrupt_lib
 
-    saes = [sae for path in given.release for sae in published.load_all(path)]
+    saes = published.open_all(','.join(given.release))
     try:
       with interrupt_lib.Interrupt() as interrupt:
         scores = pipeline.evaluate_saes(
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     except interrupt_lib.Interrupted:
       sys.exit('stopped; nothing was written')
-    print(table.table([(card, scores[card['name']]) for _, card in saes]))
+    print(table.table([(sae.card, scores[sae.name]) for sae in saes]))
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import pathlib
 
-from gemma_scope import command_line
+from gemma_scope import command_line, release
 from gemma_scope.release.formats import export
 
 OURS = 'gemma_scope'
@@ -75,60 +75,36 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write(given, out: pathlib.Path) -> None:
   """Writes the SAEs of a run or a release into `out`, in the layout asked."""
-  out.parent.mkdir(parents=True, exist_ok=True)
+  if given.layout != OURS:
+    export.check_free(out, given.overwrite)  # before anything is loaded
   if given.workdir:
-    members, scores = trained(pathlib.Path(given.workdir))
-  if given.layout == OURS:
-    options = {'license_name': given.license, 'overwrite': given.overwrite}
-    if given.workdir:
-      from gemma_scope import pipeline
-
-      written = pipeline.write_release(
-        pathlib.Path(given.workdir), members, scores, out, **options
-      )
-    else:
-      from gemma_scope import release
-
-      written = release.save(
-        out,
-        [
-          (m.load(), m.card, m.metrics) for m in release.load_all(given.release)
-        ],
-        **options,
-      )
-    print(f'{out}: {"written" if written else "exists already, equal"}')
-    return
-  if given.workdir:
-    rows = [
-      (lambda params=params: params, card, scores.get(card['name']))
-      for params, card in members
-    ]
+    saes = trained(pathlib.Path(given.workdir))
   else:
-    from gemma_scope import release
+    saes = release.load_all(given.release)
+  options = {'license_name': given.license, 'overwrite': given.overwrite}
+  if given.layout != OURS:
+    export.write(out, saes, given.layout, **options)
+    print(f'{out}: written, in the layout {given.layout}')
+    return
+  written = release.save(out, saes, **options)
+  print(f'{out}: {"written" if written else "exists already, equal"}')
 
-    rows = [
-      (m.load, m.card, m.metrics) for m in release.load_all(given.release)
-    ]
-  export.write(out, rows, given.layout, given.license)
-  print(f'{out}: written, in the layout {given.layout}')
 
-
-def trained(workdir: pathlib.Path):
-  """The SAEs of a run's newest checkpoint, and their metrics by name."""
+def trained(workdir: pathlib.Path) -> list[release.Released]:
+  """The SAEs of a run's newest checkpoint, with their metrics."""
   from gemma_scope import config as config_lib
   from gemma_scope.training import loop  # JAX: only here
 
   config = config_lib.read(workdir / 'config.json')
-  members = loop.load(config, workdir).members(config)
+  saes = loop.load(config, workdir).saes(config)
   scores = {}
   if (workdir / 'evaluation.json').exists():
     scores = json.loads((workdir / 'evaluation.json').read_text())['members']
-  return members, scores
+  return [sae.measured(scores.get(sae.name)) for sae in saes]
 
 
 def show(path: str, revision: str = '') -> None:
   """Prints one line for each SAE, with its metrics where they are known."""
-  from gemma_scope import release
   from gemma_scope.release import table
   from gemma_scope.release.formats import published
 

@@ -14,6 +14,7 @@ from gemma_scope import config_fields, mesh, release, sae, sites
 from gemma_scope.sae import architectures, fold
 from gemma_scope.training import objectives, stack
 from gemma_scope.training import optimizer as optimizer_lib
+from tests.helpers import releases
 
 D, F, B, L = 8, 24, 64, 3
 LOW, HIGH = 2.0, 6.0  # target L0s
@@ -230,7 +231,7 @@ def test_released_is_the_module_on_raw_activations(case, centred, tmp_path):
     'width': F,
     'seed': 0,
   }
-  release.save(tmp_path / 'release', [(params, card, None)])
+  releases.save(tmp_path / 'release', [(params, card, None)])
   (loaded,) = release.load_all(tmp_path / 'release')
   loaded = loaded.load()
   assert set(loaded) == set(params)

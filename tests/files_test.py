@@ -105,8 +105,6 @@ def test_only_plain_files_under_the_cap_are_opened(tmp_path):
   os.mkfifo(tmp_path / 'pipe')
   with files.open_plain(path, 5) as (file, size):
     assert size == 5 and file.read() == b'12345'
-  with files.open_plain(tmp_path / 'link', 5, links=True) as (file, _):
-    assert file.read() == b'12345'
   for name, why in {
     'a': 'at most 4', 'link': 'symbolic link', 'pipe': 'not a plain file',
     'none': 'does not exist', '.': 'not a plain file',
@@ -114,3 +112,19 @@ def test_only_plain_files_under_the_cap_are_opened(tmp_path):
     with pytest.raises(files.Refused, match=why):
       with files.open_plain(tmp_path / name, 4):
         pass
+
+
+def test_links_of_the_hubs_cache_are_followed(tmp_path):
+  snapshot = tmp_path / 'models--a--b' / 'snapshots' / 'f00' / 'layer_1'
+  blobs = tmp_path / 'models--a--b' / 'blobs'
+  snapshot.mkdir(parents=True)
+  blobs.mkdir()
+  (blobs / '0a').write_bytes(b'12345')
+  (tmp_path / 'secret').write_bytes(b'54321')
+  (snapshot / 'good').symlink_to('../../../blobs/0a')
+  (snapshot / 'bad').symlink_to('../../../../secret')
+  with files.open_plain(snapshot / 'good', 5) as (file, _):
+    assert file.read() == b'12345'
+  with pytest.raises(files.Refused, match='symbolic link'):
+    with files.open_plain(snapshot / 'bad', 5):
+      pass

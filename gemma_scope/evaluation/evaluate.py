@@ -39,11 +39,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma_scope import sites
+from gemma_scope import files, release, sites
 from gemma_scope.evaluation import controls, estimates, passes
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
-from gemma_scope.release import npz, sae_folder
+from gemma_scope.release import sae_folder
 from gemma_scope.sae import released
 
 _SAMPLE_TOKENS, _SAMPLE_SEQUENCES = 2**13, 32  # at least, to set the controls
@@ -81,7 +81,7 @@ def _ablation(target: sites.Site, name: str, value: Any) -> _Replacement:
 def evaluate(
   gemma: lm.Gemma,
   params: lm.Params,
-  members: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+  members: Sequence[release.Released],
   sequences: np.ndarray,
   *,
   batch: int,
@@ -94,8 +94,7 @@ def evaluate(
 
   Args:
     gemma, params: the language model; sharded parameters are used as they lie.
-    members: (parameters, card) of each, in released form (raw activations); of
-      the card only `name`, `type`, `sites` and `targets` are read.
+    members: the SAEs; of a card only `type`, `sites` and `targets` are read.
     sequences: int32 [N, T], each starting with BOS.
     batch: sequences a forward pass; need not divide N.
     keep: which tokens count: int32 [N, T] -> bool [N, T], never BOS
@@ -194,11 +193,14 @@ def _members(config: lm.Config, given, mesh: Mesh | None) -> list[_Replacement]:
   """The members, checked; their parameters on the devices when they fit."""
   if not given:
     raise ValueError('There is nothing to evaluate: no SAE was given.')
-  size = sum(sum(a.nbytes for a in arrays.values()) for arrays, _ in given)
+  for name, count in collections.Counter(sae.name for sae in given).items():
+    if count > 1:
+      raise ValueError(f'{count} of the SAEs are named {name}.')
+  loaded = [(sae.name, sae.load(), sae.card) for sae in given]
+  size = sum(sum(a.nbytes for a in arrays.values()) for _, arrays, _ in loaded)
   found = []
-  for arrays, card in given:
-    name = card['name']
-    place = _fitting_place(config, arrays, card)
+  for name, arrays, card in loaded:
+    place = _fitting_place(config, name, arrays, card)
     for key, array in arrays.items():
       if not np.isfinite(np.asarray(array)).all():
         raise ValueError(f'{name} has NaN or infinity in {key}.')
@@ -206,16 +208,12 @@ def _members(config: lm.Config, given, mesh: Mesh | None) -> list[_Replacement]:
     if size <= _RESIDENT_BYTES:
       put = functools.cache(put)
     found.append(_Replacement(place, name, put))
-  counts = collections.Counter(one.name for one in found)
-  for name, count in counts.items():
-    if count > 1:
-      raise ValueError(f'{count} of the members are named {name}.')
   return found
 
 
-def _fitting_place(config: lm.Config, arrays, card) -> sites.Wiring:
-  """What a member reads and writes, if its parameters fit this model there."""
-  name, place = card['name'], sites.wiring_of(card)
+def _fitting_place(config: lm.Config, name: str, arrays, card) -> sites.Wiring:
+  """What an SAE reads and writes, if its parameters fit this model there."""
+  place = sites.wiring_of(card)
   for site in (*place.sites, *place.targets):
     site.check(config)
   known = {*sae_folder.KEYS, *sae_folder.OPTIONAL_KEYS}
@@ -235,7 +233,7 @@ def _fitting_place(config: lm.Config, arrays, card) -> sites.Wiring:
     sae_folder.check_shapes(
       shapes, {**card, **sizes, 'affine': 'W_skip' in arrays}
     )
-  except npz.Refused as error:
+  except files.Refused as error:
     raise ValueError(
       f'{name} {error}, as in {config.name} at {place}: is it a member of '
       'another model or site?'

@@ -47,7 +47,7 @@ import jax
 import numpy as np
 from scipy import optimize
 
-from gemma_scope import sae, sites
+from gemma_scope import release, sae, sites
 from gemma_scope.activations import harvest, synthetic
 
 FOUND = 0.9  # cosine from which a feature counts as recovered
@@ -320,7 +320,7 @@ HELD_OUT = 10**6  # a chunk that no store holds
 
 
 def score(
-  saes: Sequence[tuple[Params, Mapping[str, Any]]],
+  saes: Sequence[release.Released],
   store: str | os.PathLike[str],
   poll: Callable[[], None] = lambda: None,
   report: Callable[[int], None] = lambda done: None,
@@ -328,7 +328,7 @@ def score(
   """Metrics of SAEs trained on a synthetic store, with both controls.
 
   Args:
-    saes: (released parameters, card) of each.
+    saes: what is scored.
     store: the folder that launch/synthetic.py wrote.
     poll: called often; may raise to stop.
     report: called with the number done.
@@ -351,9 +351,9 @@ def score(
   fitted_on, rows = rows_of(0), rows_of(HELD_OUT)
   f_RG = synthetic.latents(truth.settings, HELD_OUT, layout.rows)
   scores = {}
-  for params, card in saes:
+  for sae_given in saes:
     poll()
-    place = sites.wiring_of(card)
+    place = sae_given.wiring
     at = place.sites, place.targets
 
     def metrics(params, at=at):
@@ -361,13 +361,13 @@ def score(
       figures = {key: found[key] for key in ('l0', 'fvu', 'dead')}
       return {**figures, 'recovery': found}
 
-    own = metrics(params)
+    own = metrics(sae_given.load())
     l0 = max(own['l0'], 1e-3)
     control = random_control(
-      fitted_on, *at, card['width'], l0, several=place.several
+      fitted_on, *at, sae_given.card['width'], l0, several=place.several
     )
     pca = pca_control(fitted_on, *at, l0, several=place.several)
-    scores[card['name']] = {
+    scores[sae_given.name] = {
       **own,
       'tokens': layout.rows,
       'control': metrics(control),

@@ -28,7 +28,8 @@ from gemma_scope.microscope.circuits import (
   readout,
 )
 from gemma_scope.microscope.dashboard import api, neuronpedia, server
-from gemma_scope.microscope.session import Sae, Session, spoken
+from gemma_scope.microscope.session import Session, spoken
+from gemma_scope.release import Released
 from gemma_scope.runtime import interrupt as interrupt_lib
 
 
@@ -75,7 +76,7 @@ def serve(session: Session, options: Options) -> None:
   session.check_built()
   shown = [
     api.Shown(
-      one.name, one.member.card, functools.partial(session.load, one),
+      one.name, one.card, functools.partial(session.load, one),
       session.index(one),
     )
     for one in session.saes
@@ -101,7 +102,7 @@ def why(session: Session, options: Options) -> None:
   found = attribution.attribute(subject, ids, logit)
   session.report(attribution.report(found, session.named(sae)))
   _keep(session, 'why', {'text': options.text, 'logit': pieces, **found})
-  if sites.wiring_of(sae.member.card).type in ('transcoder', 'clt'):
+  if sites.wiring_of(sae.card).type in ('transcoder', 'clt'):
     together = _together(session, sae)
     traced = attribution_graph.trace(
       [session.subject(one) for one in together], ids, logit
@@ -174,9 +175,9 @@ def _logit(session: Session, options: Options, ids) -> readout.Logit:
   return (found[0], found[1] if len(found) > 1 else None)
 
 
-def _together(session: Session, sae: Sae) -> list[Sae]:
+def _together(session: Session, sae: Released) -> list[Released]:
   """A transcoder with its fellows of other layers; a CLT alone."""
-  every = [(one.member.card, session.index(one)) for one in session.saes]
+  every = [(one.card, session.index(one)) for one in session.saes]
   first = session.saes.index(sae)
   return [session.saes[i] for i in readout.together(every, first)]
 
@@ -196,7 +197,7 @@ def find_concept(session: Session, options: Options) -> None:
   sae = session.find(options.sae)
   prompts = probe_inputs.read_prompts(options.prompts)
   found_rows = probe_inputs.of_prompts(
-    *session.model, sae.member.load(), sae.member.card, prompts,
+    *session.model, sae.load(), sae.card, prompts,
     session.tokenizer, options.pooling, options.batch,
   )  # fmt: skip
   found = probe.run(found_rows, prompts.label_N)
@@ -265,7 +266,7 @@ def score(session: Session, options: Options) -> None:
   """SAEBench's scores, on labels that Python's own source gives."""
   saes = [session.find(options.sae)] if options.sae else session.saes
   paths = suite.run(
-    *session.model, [(one.member.load(), one.member.card) for one in saes],
+    *session.model, saes,
     session.tokenizer, session.out / 'suite', report=session.report,
   )  # fmt: skip
   session.report(suite.table(paths))

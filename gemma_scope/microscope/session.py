@@ -44,14 +44,6 @@ from gemma_scope.training import setup
 _MEMBERS = 'members.json'
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Sae:
-  """An SAE of a session, and its name in the microscope."""
-
-  name: str
-  member: release.Member
-
-
 class Session:
   """A run's folder, and the folder of its microscope.
 
@@ -135,22 +127,22 @@ class Session:
     ]
 
   @functools.cached_property
-  def saes(self) -> list[Sae]:
+  def saes(self) -> list[release.Released]:
     """Those given, or that it is built of; in the order of the pages."""
     found = []
     for path in self._paths:
       here = self.workdir / path
       path = str(here) if here.exists() else path
-      for one in published.offered(path):
+      for one in published.open_all(path):
         found.append((build_lib.name_of(one.path), path, one))
     names = [name for name, _, _ in found]
     several = {name for name in names if names.count(name) > 1}
     saes = [
-      Sae(
-        f'{build_lib.name_of(path).replace("/", "_")}/{name}'
+      dataclasses.replace(
+        one,
+        name=f'{build_lib.name_of(path).replace("/", "_")}/{name}'
         if name in several
         else name,
-        one,
       )
       for name, path, one in found
     ]
@@ -158,7 +150,7 @@ class Session:
       raise ValueError('The same SAE is given twice.')
     return saes
 
-  def find(self, name: str) -> Sae:
+  def find(self, name: str) -> release.Released:
     """The SAE of this name, or the only one whose name has it in it."""
     found = [one for one in self.saes if name in one.name]
     found = [one for one in found if one.name == name] or found
@@ -170,27 +162,27 @@ class Session:
       )
     return found[0]
 
-  def index(self, sae: Sae) -> Index:
+  def index(self, sae: release.Released) -> Index:
     """Its index; ValueError where it was not built."""
     return store_lib.read(self.out / 'indexes' / sae.name)
 
-  def load(self, sae: Sae) -> tuple[member_lib.Params, Index]:
+  def load(self, sae: release.Released) -> tuple[member_lib.Params, Index]:
     """Its parameters and their index; ValueError where it is of others."""
-    params, found = sae.member.load(), self.index(sae)
+    params, found = sae.load(), self.index(sae)
     if found.meta['sae_sha256'] != member_lib.digest(params):
       raise ValueError(
         f'The index of {sae.name} is of other parameters than '
-        f'{sae.member.folder} holds now; run build again.'
+        f'{sae.folder} holds now; run build again.'
       )
     return params, found
 
-  def subject(self, sae: Sae) -> intervene.Subject:
+  def subject(self, sae: release.Released) -> intervene.Subject:
     """It in its model, in units of its index's largest values."""
     params, found = self.load(sae)
     t = self.tokenizer
     special = t.pad_id, t.bos_id, t.eos_id
     return intervene.subject(
-      *self.model, params, sae.member.card, found.max_F,
+      *self.model, params, sae.card, found.max_F,
       special, self.mesh,
     )  # fmt: skip
 
@@ -203,7 +195,7 @@ class Session:
     is built of this text and of these SAEs is left as it is.
     """
     text = self.text(sequences)
-    rows = [(one.member.load(), one.member.card) for one in self.saes]
+    rows = [(one.load(), one.card) for one in self.saes]
     state = build_lib.State(self.out / 'partial.npz', text, rows)
     first, built = self.out / 'pages' / 'index.html', self._built
     about = {'saes': self._paths, 'key': state.key}
@@ -254,7 +246,7 @@ class Session:
     self.report(f'writing the pages of {len(self.saes)} SAEs')
     entries = [
       pages.Entry(
-        one.name, found, one.member.metrics, logit_lens.decoders(params),
+        one.name, found, one.metrics, logit_lens.decoders(params),
         self.labels(one),
       )
       for one, (params, found) in zip(self.saes, loaded, strict=True)
@@ -262,7 +254,7 @@ class Session:
     pages.write(self.out / 'pages', entries, self.tokenizer.pieces)
     return self.out / 'pages' / 'index.html'
 
-  def _label_rows(self, sae: Sae) -> dict[int, dict[str, Any]]:
+  def _label_rows(self, sae: release.Released) -> dict[int, dict[str, Any]]:
     path = self.out / 'labels' / f'{sae.name}.jsonl'
     if not path.exists():
       return {}
@@ -271,7 +263,7 @@ class Session:
     return {row['feature']: row for row in rows if row['sae_sha256'] == mine}
 
   def keep_labels(
-    self, sae: Sae, rows: Sequence[dict[str, Any]]
+    self, sae: release.Released, rows: Sequence[dict[str, Any]]
   ) -> pathlib.Path:
     """Adds `explain`'s rows to those that are there -> the file."""
     path = self.out / 'labels' / f'{sae.name}.jsonl'
@@ -281,7 +273,7 @@ class Session:
     labels_lib.write(path, [every[feature] for feature in sorted(every)])
     return path
 
-  def labels(self, sae: Sae) -> dict[int, dict[str, Any]]:
+  def labels(self, sae: release.Released) -> dict[int, dict[str, Any]]:
     """feature -> its label and scores, as the pages show them."""
     value = lambda score: None if score is None else score['value']
     return {
@@ -296,7 +288,7 @@ class Session:
       if row['label'] is not None
     }
 
-  def named(self, sae: Sae) -> Callable[[int], str]:
+  def named(self, sae: release.Released) -> Callable[[int], str]:
     """feature -> its label, or the words that it fires on, for a report."""
     labels, one = self.labels(sae), self.index(sae)
 

@@ -25,18 +25,18 @@ shapes, then values. What fails is a `ReleaseError` of one sentence.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import numpy as np
-
+from gemma_scope import files
 from gemma_scope.release import card as card_lib
 from gemma_scope.release import frontier, manifest, npz, sae_folder
 from gemma_scope.release import paths as paths_lib
 from gemma_scope.release import table as table_lib
+from gemma_scope.release.released import Released
 
 Params = sae_folder.Params
 KEYS = sae_folder.KEYS
@@ -49,23 +49,9 @@ class ReleaseError(ValueError):
   """A release that cannot be read or written; the text is one sentence."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Member:
-  """One member of a release on disk; its parameters are read when asked for."""
-
-  path: str  # below the release, such as resid_post/layer_2/...
-  folder: pathlib.Path
-  card: dict
-  metrics: dict | None
-
-  def load(self) -> Params:
-    """Returns the parameters, checked as `release.load` checks them."""
-    return load(self.folder)[0]
-
-
 def save(
   folder: str | os.PathLike[str],
-  members: Sequence[tuple[Mapping[str, np.ndarray], dict, dict | None]],
+  saes: Sequence[Released],
   *,
   title: str | None = None,
   license_name: str = 'apache-2.0',
@@ -73,16 +59,13 @@ def save(
 ) -> bool:
   """Writes a release, whole or not at all.
 
-  It is built in a hidden folder beside `folder` and renamed into place; what
-  a killed writer left there is cleaned up by the next. Equal members give
-  equal files, byte for byte.
+  Equal SAEs give equal files, byte for byte.
 
   Args:
     folder: the release; made here, with the folders above it.
-    members: (params, card, metrics), params float32 as `fold` returns them,
-      metrics as `evaluate` returns them or None. A number in metrics or card
-      that is not finite is written as null; a card gets 'affine': true where
-      there is a W_skip.
+    saes: parameters float32 as `fold` returns them, metrics as `evaluate`
+      returns them or None. A number in metrics or card that is not finite is
+      written as null; a card gets 'affine': true where there is a W_skip.
     title: heading of the model card; None: 'Sparse autoencoders for ...'.
     license_name: Hugging Face licence identifier of the weights.
     overwrite: replace a different release that is already there. A folder
@@ -96,49 +79,47 @@ def save(
     ReleaseError: unfit members, a folder that is taken, no room on the disk.
   """
   target = pathlib.Path(os.path.realpath(folder))
-  if not members:
-    raise ReleaseError('A release needs at least one member; none was given.')
-  partial = target.with_name(f'.{target.name}.partial')
-  aside = target.with_name(f'.{target.name}.replaced')
+  if not saes:
+    raise ReleaseError('A release needs at least one SAE; none was given.')
   try:
-    ready = []
-    for params, card, metrics in members:
-      card, metrics = manifest.plain(card), manifest.plain(metrics)
-      if 'W_skip' in params and isinstance(card, dict):
-        card['affine'] = True  # the table and the path say so
-      ready.append((sae_folder.fit(params, card), card, metrics))
-    # By the table's order, so that the order given changes nothing.
-    ready.sort(key=lambda each: table_lib.order(each[1:]))
+    ready = sorted(
+      map(_ready, saes), key=lambda each: table_lib.order(each[1:])
+    )
     paths = paths_lib.paths([each[1:] for each in ready])
     target.parent.mkdir(parents=True, exist_ok=True)
-    if aside.exists() and not target.exists():
-      os.rename(aside, target)  # a writer was killed between two renames
-    _remove(partial)
-    _remove(aside)
     _check_room(target.parent, ready)
-    try:
-      _build(partial, ready, paths, title, license_name)
-      if not _may_replace(target, partial, overwrite):
-        return False
-      if target.exists():
-        os.rename(target, aside)
-      os.rename(partial, target)
-      _remove(aside)
-    finally:
-      _remove(partial)
-  except npz.Refused as error:
+    with files.whole_folder(target, replace=True) as draft:
+      _build(draft, ready, paths, title, license_name)
+      if not _may_replace(target, draft, overwrite):
+        raise _Unchanged
+  except _Unchanged:
+    return False
+  except files.Refused as error:
     raise ReleaseError(str(error)) from None
   except OSError as error:
     raise ReleaseError(
-      f'The release {npz.show(target)} could not be written: {error}.'
+      f'The release {files.show(target)} could not be written: {error}.'
     ) from error
   return True
+
+
+class _Unchanged(Exception):
+  """The folder holds the same release; nothing is replaced."""
+
+
+def _ready(sae: Released) -> tuple[Params, dict, dict | None]:
+  """Parameters, card and metrics as they are written, checked."""
+  params = sae.load()
+  card, metrics = manifest.plain(sae.card), manifest.plain(sae.metrics)
+  if 'W_skip' in params and isinstance(card, dict):
+    card['affine'] = True  # the table and the path say so
+  return sae_folder.fit(params, card), card, metrics
 
 
 def load(
   path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES
 ) -> tuple[Params, dict]:
-  """Reads one member's folder, or the params.npz in it.
+  """Reads one SAE's folder, or the params.npz in it.
 
   A params.npz with no config.json beside it (as Gemma Scope 1 was published)
   gets a card of its sizes alone.
@@ -156,62 +137,93 @@ def load(
   Raises:
     ReleaseError: anything that is not a whole, unchanged member.
   """
-  folder = pathlib.Path(os.path.abspath(path))
-  if folder.suffix == '.npz':
-    if folder.name != 'params.npz':
-      raise ReleaseError(
-        f'{npz.show(folder)} should be called params.npz, in its folder.'
-      )
-    folder = folder.parent
   try:
-    inside = paths_lib.locate(folder)
-    files = None
-    if inside:
-      root, name = inside
-      manifest.refuse_links(root, name)
-      if os.path.lexists(root / manifest.NAME):
-        entries = manifest.read(root)['members']
-        files = {e['path']: e['files'] for e in entries}.get(name)
-        if files is None:
-          raise npz.Refused(
-            f'{npz.show(folder)} is not in the manifest of its release.'
-          )
-    elif folder.is_symlink():
-      raise npz.Refused(
-        f'{npz.show(folder)} is a symbolic link; give the folder itself.'
-      )
-    return sae_folder.read(folder, name if inside else None, files, max_bytes)
-  except npz.Refused as error:
+    return sae_folder.read(*_located(path), max_bytes)
+  except files.Refused as error:
     raise ReleaseError(str(error)) from None
 
 
-def load_all(root: str | os.PathLike[str]) -> list[Member]:
+def read_card(path: str | os.PathLike[str]) -> dict:
+  """Reads and checks the card of an SAE's folder, and no parameters.
+
+  Raises:
+    ReleaseError: there is no card, or it does not fit its folder.
+  """
+  try:
+    folder, name, listed = _located(path)
+    card = sae_folder.read_card(folder, name, listed)
+    if card is None:
+      raise files.Refused(
+        f'{files.show(folder)} holds no SAE in a format that is known.'
+      )
+  except files.Refused as error:
+    raise ReleaseError(str(error)) from None
+  return card
+
+
+def _located(path) -> tuple[pathlib.Path, str | None, dict | None]:
+  """(folder, its path in its release, its files by the manifest there)."""
+  folder = pathlib.Path(os.path.abspath(path))
+  if folder.suffix == '.npz':
+    if folder.name != 'params.npz':
+      raise files.Refused(
+        f'{files.show(folder)} should be called params.npz, in its folder.'
+      )
+    folder = folder.parent
+  inside = paths_lib.locate(folder)
+  if not inside:
+    if folder.is_symlink():
+      raise files.Refused(
+        f'{files.show(folder)} is a symbolic link; give the folder itself.'
+      )
+    return folder, None, None
+  root, name = inside
+  manifest.refuse_links(root, name)
+  if not os.path.lexists(root / manifest.NAME):
+    return folder, name, None
+  entries = manifest.read(root)['members']
+  listed = {e['path']: e['files'] for e in entries}.get(name)
+  if listed is None:
+    raise files.Refused(
+      f'{files.show(folder)} is not in the manifest of its release.'
+    )
+  return folder, name, listed
+
+
+def load_all(root: str | os.PathLike[str]) -> list[Released]:
   """Lists a release: cards and metrics, checked; parameters not yet read.
 
   Returns:
-    Members by place, width and L0; `member.load()` reads one.
+    SAEs by site, width and L0; `sae.load()` reads the parameters of one.
 
   Raises:
     ReleaseError: no manifest, a damaged one, or files that differ from it.
   """
   root = pathlib.Path(os.path.abspath(root))
   try:
-    members = []
+    saes = []
     for entry in manifest.read(root)['members']:
       manifest.refuse_links(root, entry['path'])
-      folder, files = root / entry['path'], entry['files']
-      card = manifest.read_json(folder / 'config.json', files['config.json'])
-      sae_folder.check_card(card, folder, entry['path'])
+      folder, listed = root / entry['path'], entry['files']
+      card = manifest.read_json(folder / 'config.json', listed['config.json'])
+      sae_folder.check_card(card, folder / 'config.json', entry['path'])
       metrics = None
-      if 'metrics.json' in files:
+      if 'metrics.json' in listed:
         path = folder / 'metrics.json'
-        metrics = manifest.read_json(path, files[path.name])
+        metrics = manifest.read_json(path, listed[path.name])
         if not isinstance(metrics, dict):
-          raise npz.Refused(f'{npz.show(folder)} has metrics of no known form.')
-      members.append(Member(entry['path'], folder, card, metrics))
-  except npz.Refused as error:
+          raise files.Refused(
+            f'{files.show(folder)} has metrics of no known form.'
+          )
+      read = functools.partial(_params, folder)
+      saes.append(Released(card, read, metrics, entry['path'], folder))
+  except files.Refused as error:
     raise ReleaseError(str(error)) from None
-  return sorted(members, key=lambda m: table_lib.order((m.card, m.metrics)))
+  return sorted(saes, key=lambda m: table_lib.order((m.card, m.metrics)))
+
+
+def _params(folder: pathlib.Path) -> Params:
+  return load(folder)[0]
 
 
 def verify(root: str | os.PathLike[str]) -> int:
@@ -229,14 +241,13 @@ def verify(root: str | os.PathLike[str]) -> int:
     for name, expected in manifest.listed(manifest.read(root)).items():
       manifest.refuse_links(root, name)
       total += manifest.check_file(root / name, expected)
-  except npz.Refused as error:
+  except files.Refused as error:
     raise ReleaseError(str(error)) from None
   return total
 
 
 def _build(root: pathlib.Path, ready, paths, title, license_name):
-  """Writes every file of a release below a folder that is not there yet."""
-  os.mkdir(root)
+  """Writes every file of a release into an empty folder."""
   rows = [(card, metrics) for _, card, metrics in ready]
   entries = []
   for (params, card, metrics), path in zip(ready, paths, strict=True):
@@ -250,8 +261,8 @@ def _build(root: pathlib.Path, ready, paths, title, license_name):
     for key in ('l0', 'fvu', 'delta_loss'):
       summary[key] = table_lib.value((metrics or {}).get(key))
     present = [n for n in manifest.MEMBER_FILES if (folder / n).exists()]
-    files = {name: manifest.describe(folder / name) for name in present}
-    entries.append(summary | {'path': path, 'files': files})
+    described = {name: manifest.describe(folder / name) for name in present}
+    entries.append(summary | {'path': path, 'files': described})
   picture = None
   if any(frontier.has_points(row) for row in rows):
     picture = 'frontier.png'
@@ -259,7 +270,7 @@ def _build(root: pathlib.Path, ready, paths, title, license_name):
   text = card_lib.model_card(
     rows, paths, title=title, license_name=license_name, picture=picture
   )
-  manifest.write_text(root / 'README.md', text)
+  files.write_text(root / 'README.md', text)
   present = [n for n in manifest.ROOT_FILES if (root / n).exists()]
   sealed = manifest.seal(
     {
@@ -276,7 +287,7 @@ def _may_replace(
   target: pathlib.Path, partial: pathlib.Path, overwrite: bool
 ) -> bool:
   """False: target already is this release. Raises where it must stay."""
-  where = npz.show(target)
+  where = files.show(target)
   if not os.path.lexists(target):
     return True
   if not target.is_dir():
@@ -285,7 +296,7 @@ def _may_replace(
     return True
   try:
     old = manifest.read(target)
-  except npz.Refused as error:
+  except files.Refused as error:
     raise ReleaseError(
       f'{where} is not empty and not a release that can be read ({error}) '
       'It is left as it is; choose another folder or remove it.'
@@ -295,7 +306,7 @@ def _may_replace(
     for name in names:
       if pathlib.Path(path, name) not in known:
         raise ReleaseError(
-          f'{npz.show(pathlib.Path(path, name))} is no part of the release '
+          f'{files.show(pathlib.Path(path, name))} is no part of the release '
           'it lies in and would be lost; move it, or choose another folder.'
         )
   if old == manifest.read(partial):
@@ -319,11 +330,6 @@ def _check_room(folder: pathlib.Path, ready):
   free = shutil.disk_usage(folder).free
   if free < needed:
     raise ReleaseError(
-      f'The release needs {needed:,} bytes and {npz.show(folder)} has '
+      f'The release needs {needed:,} bytes and {files.show(folder)} has '
       f'{free:,} free; make room or choose another disk.'
     )
-
-
-def _remove(folder: pathlib.Path):
-  if folder.is_dir() and not folder.is_symlink():
-    shutil.rmtree(folder)

@@ -19,7 +19,7 @@ so one flipped bit anywhere, in the manifest too, is found. A member's path is
 followed by _ARCHITECTURE in a release of several. Names are matched
 against what a release can hold, never cleaned: '..', absolute paths, control
 characters and links have no way in. JSON is capped in size before it is
-parsed. All failures are `npz.Refused`, one sentence each.
+parsed. All failures are `files.Refused`, one sentence each.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope.release import npz
+from gemma_scope import files
 from gemma_scope.release import paths as paths_lib
 
 NAME = 'manifest.json'
@@ -61,36 +61,26 @@ def plain(value: Any) -> Any:
     return None
   if value is None or isinstance(value, bool | int | float | str):
     return value
-  raise npz.Refused(
+  raise files.Refused(
     'A card and metrics hold numbers, words, lists and dicts only; found '
-    f'{npz.show(type(value).__name__)}.'
+    f'{files.show(type(value).__name__)}.'
   )
 
 
 def write_json(path: str | os.PathLike[str], value: Any):
-  """Writes JSON, sorted, ASCII, synced to disk; the file must be new."""
+  """Writes JSON as `read_json` reads it: sorted, no larger than its cap."""
   text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + '\n'
   if len(text) > _JSON_BYTES:
-    raise npz.Refused(
-      f'{npz.show(path)} would have {len(text):,} bytes, and {_JSON_BYTES:,} '
+    raise files.Refused(
+      f'{files.show(path)} would have {len(text):,} bytes, and {_JSON_BYTES:,} '
       'are the most that is read back; write a smaller release.'
     )
-  write_text(path, text)
-
-
-def write_text(path: str | os.PathLike[str], text: str):
-  """Writes a new UTF-8 file and syncs it to disk."""
-  with open(path, 'xb') as file:
-    file.write(text.encode('utf-8', 'backslashreplace'))
-    file.flush()
-    os.fsync(file.fileno())
+  files.write_text(path, text)
 
 
 def describe(path: str | os.PathLike[str]) -> dict:
   """A file's {'bytes', 'sha256'} as the manifest holds them."""
-  with open(path, 'rb') as file:
-    sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-    return {'bytes': os.fstat(file.fileno()).st_size, 'sha256': sha256}
+  return {'bytes': os.path.getsize(path), 'sha256': files.sha256(path)}
 
 
 def seal(manifest: dict) -> dict:
@@ -100,49 +90,51 @@ def seal(manifest: dict) -> dict:
 
 def listed(manifest: dict) -> dict[str, dict]:
   """Every file of the release but the manifest, by its path below the root."""
-  files = dict(manifest['files'])
+  entries = dict(manifest['files'])
   for member in manifest['members']:
     for name, expected in member['files'].items():
-      files[f'{member["path"]}/{name}'] = expected
-  return files
+      entries[f'{member["path"]}/{name}'] = expected
+  return entries
 
 
 def read(root: pathlib.Path) -> dict:
   """Reads and checks manifest.json; every name in it is then safe to join."""
   path = root / NAME
   found = read_json(path)
-  where = npz.show(path)
+  where = files.show(path)
   if not isinstance(found, dict) or found.get('format') != FORMAT:
-    raise npz.Refused(f'{where} is not the manifest of a gemma_scope release.')
+    raise files.Refused(
+      f'{where} is not the manifest of a gemma_scope release.'
+    )
   if found.get('version') != VERSION:
-    raise npz.Refused(
-      f'{where} has version {npz.show(found.get("version"))}; this '
+    raise files.Refused(
+      f'{where} has version {files.show(found.get("version"))}; this '
       f'gemma_scope reads version {VERSION}.'
     )
-  members, files = found.get('members'), found.get('files')
-  if not isinstance(members, list) or not isinstance(files, dict):
-    raise npz.Refused(f'{where} lacks its lists of members and files.')
+  members, at_root = found.get('members'), found.get('files')
+  if not isinstance(members, list) or not isinstance(at_root, dict):
+    raise files.Refused(f'{where} lacks its lists of members and files.')
   # Names before the digest: who writes a hostile name can write a digest.
   seen = set()
   for member in members:
     name = member.get('path') if isinstance(member, dict) else None
     if not isinstance(name, str) or not paths_lib.MEMBER.fullmatch(name):
-      raise npz.Refused(
-        f'{where} names a member {npz.show(name)}; expected '
+      raise files.Refused(
+        f'{where} names a member {files.show(name)}; expected '
         'kind/layer_L/width_W/average_l0_N.'
       )
     if name in seen:
-      raise npz.Refused(f'{where} names the member {name} twice.')
+      raise files.Refused(f'{where} names the member {name} twice.')
     seen.add(name)
     _check_names(where, member.get('files'), MEMBER_FILES, 2)
-  _check_names(where, files, ROOT_FILES, 0)
+  _check_names(where, at_root, ROOT_FILES, 0)
   unsealed = {key: item for key, item in found.items() if key != 'digest'}
   try:
     same = found.get('digest') == _digest(unsealed)
   except RecursionError:
     same = False
   if not same:
-    raise npz.Refused(
+    raise files.Refused(
       f'{where} is damaged or was edited: its digest does not match.'
     )
   return found
@@ -151,31 +143,31 @@ def read(root: pathlib.Path) -> dict:
 def read_json(path: pathlib.Path, expected: dict | None = None) -> Any:
   """Reads a small JSON file; `expected`: {'bytes', 'sha256'} where known."""
   try:
-    with npz.open_file(path, _JSON_BYTES) as (file, _):
+    with files.open_plain(path, _JSON_BYTES) as (file, _):
       data = file.readall()
-  except npz.Refused as error:
-    raise npz.Refused(f'{npz.show(path)} {error}.') from None
+  except files.Refused as error:
+    raise files.Refused(f'{files.show(path)} {error}.') from None
   if expected is not None:
     sha256 = hashlib.sha256(data).hexdigest()
     _compare(path, {'bytes': len(data), 'sha256': sha256}, expected)
   try:
     return json.loads(data.decode('utf-8'), parse_constant=_no_constant)
   except (ValueError, RecursionError) as error:
-    raise npz.Refused(
-      f'{npz.show(path)} is not valid JSON ({str(error)[:100]}).'
+    raise files.Refused(
+      f'{files.show(path)} is not valid JSON ({str(error)[:100]}).'
     ) from None
 
 
 def check_file(path: pathlib.Path, expected: dict) -> int:
   """Compares a file with its entry, hashing it; returns its bytes."""
   try:
-    with npz.open_file(path, _ANY_BYTES) as (file, size):
+    with files.open_plain(path, _ANY_BYTES) as (file, size):
       if size != expected['bytes']:
         sha256 = '-'
       else:
         sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-  except npz.Refused as error:
-    raise npz.Refused(f'{npz.show(path)} {error}.') from None
+  except files.Refused as error:
+    raise files.Refused(f'{files.show(path)} {error}.') from None
   _compare(path, {'bytes': size, 'sha256': sha256}, expected)
   return size
 
@@ -186,20 +178,20 @@ def refuse_links(root: pathlib.Path, name: str):
   for part in name.split('/'):
     path = path / part
     if path.is_symlink():
-      raise npz.Refused(
-        f'{npz.show(path)} is a symbolic link; a release holds plain files '
+      raise files.Refused(
+        f'{files.show(path)} is a symbolic link; a release holds plain files '
         'and folders only.'
       )
 
 
-def _check_names(where, files, allowed, needed: int):
-  """`files` is {allowed name: {'bytes', 'sha256'}}, the first ones needed."""
-  if not isinstance(files, dict):
-    raise npz.Refused(f'{where} has a member with no list of files.')
-  for name, entry in files.items():
+def _check_names(where, entries, allowed, needed: int):
+  """`entries` is {allowed name: {'bytes', 'sha256'}}, the first ones needed."""
+  if not isinstance(entries, dict):
+    raise files.Refused(f'{where} has a member with no list of files.')
+  for name, entry in entries.items():
     if name not in allowed:
-      raise npz.Refused(
-        f'{where} lists the file {npz.show(name)}; expected '
+      raise files.Refused(
+        f'{where} lists the file {files.show(name)}; expected '
         f'{", ".join(allowed)} only.'
       )
     if (
@@ -208,28 +200,27 @@ def _check_names(where, files, allowed, needed: int):
       or not isinstance(entry.get('sha256'), str)
       or not _SHA256.fullmatch(entry['sha256'])
     ):
-      raise npz.Refused(f'{where} gives no size and SHA-256 for {name}.')
-  missing = [name for name in allowed[:needed] if name not in files]
+      raise files.Refused(f'{where} gives no size and SHA-256 for {name}.')
+  missing = [name for name in allowed[:needed] if name not in entries]
   if missing:
-    raise npz.Refused(f'{where} has a member without {", ".join(missing)}.')
+    raise files.Refused(f'{where} has a member without {", ".join(missing)}.')
 
 
 def _compare(path: pathlib.Path, found: dict, expected: dict):
   if found['bytes'] != expected['bytes']:
-    raise npz.Refused(
-      f'{npz.show(path)} has {found["bytes"]:,} bytes and its manifest says '
+    raise files.Refused(
+      f'{files.show(path)} has {found["bytes"]:,} bytes and its manifest says '
       f'{expected["bytes"]:,}; fetch or write it again.'
     )
   if found['sha256'] != expected['sha256']:
-    raise npz.Refused(
-      f'{npz.show(path)} is damaged or was changed: its SHA-256 should be '
+    raise files.Refused(
+      f'{files.show(path)} is damaged or was changed: its SHA-256 should be '
       f'{expected["sha256"][:12]}... and is {found["sha256"][:12]}...'
     )
 
 
 def _digest(manifest: dict) -> str:
-  text = json.dumps(manifest, sort_keys=True, separators=(',', ':'))
-  return hashlib.sha256(text.encode('ascii')).hexdigest()
+  return files.json_sha256(manifest, separators=(',', ':'))
 
 
 def _no_constant(name: str):

@@ -21,18 +21,19 @@ and arrays of objects have no way in.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
 import os
-import pathlib
 import re
-import stat
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
+
+from gemma_scope import files
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -46,13 +47,9 @@ _HEADER = re.compile(
 )
 
 
-class Refused(ValueError):
-  """A file that is not what it should be; the text is one sentence."""
-
-
 def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]):
-  """Writes float32 arrays, stored, in the order given; syncs to disk."""
-  with open(path, 'xb') as file:
+  """Writes float32 arrays, stored, in the order given; whole or not at all."""
+  with files.whole_file(path) as file:
     with zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as archive:
       for name, array in arrays.items():
         entry = zipfile.ZipInfo(f'{name}.npy', (1980, 1, 1, 0, 0, 0))
@@ -66,8 +63,18 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]):
             version=(1, 0),
             allow_pickle=False,
           )
-    file.flush()
-    os.fsync(file.fileno())
+
+
+def shapes(
+  path: str | os.PathLike[str],
+  *,
+  required: Sequence[str],
+  optional: Sequence[str] = (),
+  max_bytes: int,
+) -> dict[str, tuple[int, ...]]:
+  """Every array's shape, from the headers alone; arguments as of `read`."""
+  with _opened(path, required, optional, max_bytes) as (_, _, _, headers):
+    return {name: header[0] for name, header in headers.items()}
 
 
 def read(
@@ -86,7 +93,7 @@ def read(
     required: names of the arrays that must be there.
     optional: names that may be. Lower-case spellings of both are accepted.
     check: is given every array's shape before any data is read, and raises
-      `Refused` when it does not like them.
+      `files.Refused` when it does not like them.
     max_bytes: the largest file to accept.
     sha256: hex digest that the file must have; None: not known.
 
@@ -94,92 +101,53 @@ def read(
     Arrays under the names of `required` and `optional`, in that order.
 
   Raises:
-    Refused: one sentence that starts with the file's name.
+    files.Refused: one sentence that starts with the file's name.
   """
-  path = pathlib.Path(path)
+  opened = _opened(path, required, optional, max_bytes)
+  with opened as (file, archive, entries, headers):
+    check({name: header[0] for name, header in headers.items()})
+    if sha256 is not None:
+      file.seek(0)
+      found = hashlib.file_digest(file, 'sha256').hexdigest()
+      if found != sha256:
+        raise files.Refused(
+          f'is damaged or was changed: its SHA-256 should be '
+          f'{sha256[:12]}... and is {found[:12]}...'
+        )
+    return {
+      name: _data(archive, entries[name], name, *header)
+      for name, header in headers.items()
+    }
+
+
+@contextlib.contextmanager
+def _opened(path, required, optional, max_bytes):
+  """(file, archive, name -> entry, name -> header), errors as sentences."""
   known = {f'{name}.npy'.lower(): name for name in (*required, *optional)}
   try:
-    with open_file(path, max_bytes) as (file, size):
+    with files.open_plain(path, max_bytes) as (file, size):
       entries = _entries(file, size, known)
       missing = [name for name in required if name not in entries]
       if missing:
-        raise Refused(f'lacks {", ".join(missing)}')
+        raise files.Refused(f'lacks {", ".join(missing)}')
       with zipfile.ZipFile(_Bounded(file)) as archive:
         headers = {}
         for name in (n for n in known.values() if n in entries):
           with archive.open(entries[name]) as stream:
             headers[name] = _header(stream, name, entries[name], size)
-        check({name: header[0] for name, header in headers.items()})
-        if sha256 is not None:
-          file.seek(0)
-          found = hashlib.file_digest(file, 'sha256').hexdigest()
-          if found != sha256:
-            raise Refused(
-              f'is damaged or was changed: its SHA-256 should be '
-              f'{sha256[:12]}... and is {found[:12]}...'
-            )
-        return {
-          name: _data(archive, entries[name], name, *headers[name])
-          for name in headers
-        }
-  except Refused as error:
-    raise Refused(f'{show(path)} {error}.') from None
+        yield file, archive, entries, headers
+  except files.Refused as error:
+    raise files.Refused(f'{files.show(path)} {error}.') from None
   except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-    raise Refused(
-      f'{show(path)} is not a whole npz file ({str(error)[:120]}); fetch or '
-      'write it again.'
+    raise files.Refused(
+      f'{files.show(path)} is not a whole npz file ({str(error)[:120]}); fetch '
+      'or write it again.'
     ) from None
   except (OSError, RuntimeError, ValueError, MemoryError) as error:
-    raise Refused(
-      f'{show(path)} cannot be read as an npz file '
+    raise files.Refused(
+      f'{files.show(path)} cannot be read as an npz file '
       f'({type(error).__name__}: {str(error)[:120]}).'
     ) from None
-
-
-def show(name: object) -> str:
-  """A name for a message: quoted, control characters escaped, cut."""
-  text = repr(str(name))
-  return text if len(text) < 200 else f'{text[:90]}...{text[-90:]}'
-
-
-class open_file:  # pylint: disable=invalid-name
-  """Opens a plain file to read: `with open_file(path, cap) as (file, size)`.
-
-  A link, a folder, a pipe or a file above the cap is `Refused`; the message
-  continues a sentence that begins with the file's name.
-  """
-
-  def __init__(self, path: str | os.PathLike[str], max_bytes: int):
-    self._path, self._max_bytes = path, max_bytes
-
-  def __enter__(self) -> tuple[BinaryIO, int]:
-    try:
-      # O_NONBLOCK: a pipe in the file's place must not make us wait.
-      flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-      descriptor = os.open(self._path, flags)
-    except FileNotFoundError:
-      raise Refused('does not exist') from None
-    except (OSError, ValueError) as error:
-      link = os.path.islink(self._path)
-      why = 'is a symbolic link' if link else f'cannot be opened ({error})'
-      raise Refused(why) from None
-    self._file = os.fdopen(descriptor, 'rb', buffering=0)
-    status = os.fstat(descriptor)
-    problem = None
-    if not stat.S_ISREG(status.st_mode):
-      problem = 'is not a plain file'
-    elif status.st_size > self._max_bytes:
-      problem = (
-        f'has {status.st_size:,} bytes, and at most {self._max_bytes:,} '
-        'are expected here'
-      )
-    if problem:
-      self._file.close()
-      raise Refused(problem)
-    return self._file, status.st_size
-
-  def __exit__(self, *unused):
-    self._file.close()
 
 
 class _Bounded(io.RawIOBase):
@@ -207,7 +175,7 @@ class _Bounded(io.RawIOBase):
       size = self._file.seek(0, os.SEEK_END) - here
       self._file.seek(here)
     if size > _BLOCK_BYTES:
-      raise Refused(f'asks for {size:,} bytes of directory at once')
+      raise files.Refused(f'asks for {size:,} bytes of directory at once')
     return self._file.read(size)
 
 
@@ -217,7 +185,7 @@ def _entries(
   """Array name -> its entry, from a directory that holds known names only."""
   file.seek(0)
   if file.read(4) != b'PK\x03\x04':
-    raise Refused('is not an npz file (it does not begin as a zip does)')
+    raise files.Refused('is not an npz file (it does not begin as a zip does)')
   directory = _Directory(file)
   with zipfile.ZipFile(directory) as archive:
     infos = archive.infolist()
@@ -225,26 +193,26 @@ def _entries(
   for info in infos:
     name = known.get(info.filename.lower())
     if name is None:
-      raise Refused(
-        f'holds {show(info.filename)}, which no SAE has; expected '
+      raise files.Refused(
+        f'holds {files.show(info.filename)}, which no SAE has; expected '
         f'{", ".join(known.values())} only'
       )
     if name in entries:
-      raise Refused(f'holds {name} twice')
+      raise files.Refused(f'holds {name} twice')
     if info.flag_bits & 0x1:
-      raise Refused(f'holds {name} encrypted')
+      raise files.Refused(f'holds {name} encrypted')
     if (
       info.compress_type != zipfile.ZIP_STORED
       or info.compress_size != info.file_size
     ):
-      raise Refused(
+      raise files.Refused(
         f'holds {name} compressed ({info.compress_size:,} bytes that claim '
         f'to be {info.file_size:,}); write it with np.savez, which stores'
       )
     entries[name] = info
   spare = size - sum(info.file_size for info in infos)
   if not 0 <= spare <= _DIRECTORY_BYTES:
-    raise Refused(
+    raise files.Refused(
       f'has {size:,} bytes, {spare:,} more than its arrays; expected the '
       'arrays and nothing else'
     )
@@ -260,7 +228,7 @@ class _Directory(_Bounded):
     data = super().read(size)
     self._left -= len(data)
     if self._left < 0:
-      raise Refused('has a zip directory far larger than an SAE needs')
+      raise files.Refused('has a zip directory far larger than an SAE needs')
     return data
 
 
@@ -270,23 +238,25 @@ def _header(
   """Reads one .npy header -> (shape, Fortran order, header bytes)."""
   start = stream.read(10)
   if start[:8] != _MAGIC or len(start) != 10:
-    raise Refused(f'holds {name} with no numpy header of version 1.0')
+    raise files.Refused(f'holds {name} with no numpy header of version 1.0')
   length = int.from_bytes(start[8:], 'little')
   match = _HEADER.fullmatch(stream.read(min(length, 4096)))
   if not match:
-    raise Refused(f'holds {name} with a header that numpy does not write')
+    raise files.Refused(f'holds {name} with a header that numpy does not write')
   descr, fortran, dims = (group.decode('ascii') for group in match.groups())
   if descr != '<f4':
-    raise Refused(f"holds {name} as {descr!r}; expected float32 ('<f4')")
+    raise files.Refused(f"holds {name} as {descr!r}; expected float32 ('<f4')")
   numbers = [part.strip() for part in dims.split(',') if part.strip()]
   if any(not number.isdigit() or len(number) > 15 for number in numbers):
-    raise Refused(f'holds {name} with the shape ({dims}), which is no shape')
+    raise files.Refused(
+      f'holds {name} with the shape ({dims}), which is no shape'
+    )
   shape = tuple(int(number) for number in numbers)
   if 0 in shape:
-    raise Refused(f'holds {name} as {shape}, which is empty')
+    raise files.Refused(f'holds {name} as {shape}, which is empty')
   declared = 10 + length + 4 * math.prod(shape)
   if declared != entry.file_size or declared > size:
-    raise Refused(
+    raise files.Refused(
       f'declares {name} as {shape}, {declared:,} bytes with its header, '
       f'and holds {entry.file_size:,}'
     )
@@ -310,10 +280,10 @@ def _data(
     while at < len(view):
       count = stream.readinto(view[at : at + _BLOCK_BYTES // 4])
       if not count:
-        raise Refused(f'ends inside {name}')
+        raise files.Refused(f'ends inside {name}')
       at += count
     stream.read(1)  # past the end: the CRC is compared here at the latest
   # min and max carry a NaN through and need no second array.
   if flat.size and not (np.isfinite(flat.min()) and np.isfinite(flat.max())):
-    raise Refused(f'holds values in {name} that are not finite')
+    raise files.Refused(f'holds values in {name} that are not finite')
   return flat.reshape(shape[::-1]).T.copy() if fortran else flat.reshape(shape)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from gemma_scope import sites
-from gemma_scope.release import npz, table
+from gemma_scope import files, sites
+from gemma_scope.release import table
 
 MEMBER = re.compile(
   r'(?P<folder>(?P<kind>[a-z_]{1,40})'
@@ -19,12 +19,13 @@ MEMBER = re.compile(
 )
 
 
-def folder(card: dict) -> str:
-  """The folder of a member up to its width: resid_post/layer_2/width_16k."""
-  place = sites.wiring_of(card)
-  layers = place.layers('_', '_to_')
-  width = sites.width_name(card['width'])
-  return f'{place.folder}/layer_{layers}/width_{width}'
+def folder(
+  card: dict, width_name: Callable[[int], str] = sites.width_name
+) -> str:
+  """The folder of an SAE up to its width: resid_post/layer_2/width_16k."""
+  wiring = sites.wiring_of(card)
+  layers = wiring.layers('_', '_to_')
+  return f'{wiring.folder}/layer_{layers}/width_{width_name(card["width"])}'
 
 
 def paths(rows: Sequence[table.Row]) -> list[str]:
@@ -50,7 +51,9 @@ def paths(rows: Sequence[table.Row]) -> list[str]:
       path = f'{base}_{count}'
     match = MEMBER.fullmatch(path)
     if not match or (match['affine'] is not None) != affine:
-      raise npz.Refused(f'{npz.show(path)} cannot name a folder of a release.')
+      raise files.Refused(
+        f'{files.show(path)} cannot name a folder of a release.'
+      )
     found.append(path)
   return found
 

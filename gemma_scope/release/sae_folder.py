@@ -24,7 +24,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gemma_scope import sites
+from gemma_scope import files, sites
 from gemma_scope.release import manifest, npz, paths
 
 Params = dict[str, np.ndarray]
@@ -47,34 +47,50 @@ def digest(params: Mapping[str, np.ndarray]) -> str:
 
 def fit(params: Mapping[str, np.ndarray], card: object) -> Params:
   """Returns the parameters, in the file's order, if `read` would take them."""
-  place = check_card(card, pathlib.Path('member'), None)
-  what = f'The member {npz.show(card.get("name", place))}'
+  place = check_card(card, 'the card', None)
+  what = f'The member {files.show(card.get("name", place))}'
   names = [key for key in (*KEYS, *OPTIONAL_KEYS) if key in params]
   if set(params) - set(names) or set(KEYS) - set(params):
-    raise npz.Refused(
+    raise files.Refused(
       f'{what} has {", ".join(sorted(params))}; expected '
       f'{", ".join(KEYS)} and at most {", ".join(OPTIONAL_KEYS)}.'
     )
   arrays = {key: np.asarray(params[key]) for key in names}
   for key, array in arrays.items():
     if array.dtype != np.float32:
-      raise npz.Refused(
+      raise files.Refused(
         f'{what} has {key} in {array.dtype}; a release holds float32.'
       )
     if not np.isfinite(array).all():
-      raise npz.Refused(f'{what} has values in {key} that are not finite.')
+      raise files.Refused(f'{what} has values in {key} that are not finite.')
   try:
     check_shapes({k: a.shape for k, a in arrays.items()}, card)
     _check_values(arrays, card)
-  except npz.Refused as error:
-    raise npz.Refused(f'{what} {error}.') from None
+  except files.Refused as error:
+    raise files.Refused(f'{what} {error}.') from None
   return arrays
+
+
+def read_card(
+  folder: pathlib.Path, name: str | None, listed: dict | None
+) -> dict | None:
+  """Reads config.json; arguments as of `read`.
+
+  Returns:
+    The card, checked; None where there is no config.json and no manifest.
+  """
+  path = folder / 'config.json'
+  if not listed and not os.path.lexists(path):
+    return None
+  card = manifest.read_json(path, (listed or {}).get('config.json'))
+  check_card(card, path, name)
+  return card
 
 
 def read(
   folder: pathlib.Path,
   name: str | None,
-  files: dict | None,
+  listed: dict | None,
   max_bytes: int,
 ) -> tuple[Params, dict]:
   """Reads one folder -> (params, card).
@@ -82,86 +98,99 @@ def read(
   Args:
     folder: holds params.npz and, unless it is a bare download, config.json.
     name: its path in a release, which the card must agree with, or None.
-    files: its entry in the manifest, {file: {'bytes', 'sha256'}}, or None.
+    listed: its entry in the manifest, {file: {'bytes', 'sha256'}}, or None.
     max_bytes: the largest params.npz to accept, whatever the card says.
 
   Raises:
-    npz.Refused: anything that is not a whole, unchanged member.
+    files.Refused: anything that is not a whole, unchanged member.
   """
-  expected = files or {}
-  config = folder / 'config.json'
-  card = None
-  if files or os.path.lexists(config):
-    card = manifest.read_json(config, expected.get('config.json'))
-    check_card(card, folder, name)
-    max_bytes = min(max_bytes, _bytes_of(card) + _ZIP_BYTES)
+  card = read_card(folder, name, listed)
+  if card is not None:
+    max_bytes = min(max_bytes, nbytes(card) + _ZIP_BYTES)
   path = folder / 'params.npz'
-  if files and path.is_file() and not path.is_symlink():
-    size = path.stat().st_size
-    if size != expected['params.npz']['bytes']:
-      raise npz.Refused(
-        f'{npz.show(path)} has {size:,} bytes and its manifest says '
-        f'{expected["params.npz"]["bytes"]:,}; fetch or write it again.'
-      )
+  expected = (listed or {}).get('params.npz', {})
+  if expected and path.is_file() and path.stat().st_size != expected['bytes']:
+    raise files.Refused(
+      f'{files.show(path)} has {path.stat().st_size:,} bytes and its manifest '
+      f'says {expected["bytes"]:,}; fetch or write it again.'
+    )
   params = npz.read(
     path,
     required=KEYS,
     optional=OPTIONAL_KEYS,
     check=lambda shapes: check_shapes(shapes, card),
     max_bytes=max_bytes,
-    sha256=expected.get('params.npz', {}).get('sha256'),
+    sha256=expected.get('sha256'),
   )
   try:
     _check_values(params, card or {})
-  except npz.Refused as error:
-    raise npz.Refused(f'{npz.show(path)} {error}.') from None
+  except files.Refused as error:
+    raise files.Refused(f'{files.show(path)} {error}.') from None
   if card is None:
-    card = {
-      'd_in': params['W_enc'].shape[-2],
-      'd_out': params['b_dec'].shape[-1],
-      'width': params['b_enc'].size,
-    }
+    card = sizes_of({key: array.shape for key, array in params.items()})
   return params, card
 
 
+def sizes_of(shapes: npz.Shapes) -> dict:
+  """What a card says of sizes, from the shapes of parameters."""
+  check_shapes(shapes, None)
+  sizes = {
+    'd_in': shapes['W_enc'][-2],
+    'd_out': shapes['b_dec'][-1],
+    'width': math.prod(shapes['b_enc']),
+  }
+  return sizes | ({'affine': True} if 'W_skip' in shapes else {})
+
+
 def check_card(
-  card: object, folder: pathlib.Path, name: str | None
+  card: object, path: str | os.PathLike[str], name: str | None
 ) -> sites.Wiring:
-  """Sizes are whole numbers; place and width agree with the folder's name."""
-  where = npz.show(folder / 'config.json')
+  """Sizes are whole numbers; place and width agree with the folder's name.
+
+  Args:
+    card: what was read.
+    path: where it was read, for messages.
+    name: path of the SAE in its release, or None.
+  """
+  where = files.show(path)
   if not isinstance(card, dict):
-    raise npz.Refused(f'{where} is not a card: expected a JSON object.')
+    raise files.Refused(f'{where} is not a card: expected a JSON object.')
   for key in ('d_in', 'd_out', 'width'):
     number = card.get(key)
     if type(number) is not int or not 0 < number < 1 << 31:
-      raise npz.Refused(
-        f'{where} has {key} = {npz.show(number)}; expected a whole number '
+      raise files.Refused(
+        f'{where} has {key} = {files.show(number)}; expected a whole number '
         'above 0.'
       )
   try:
     place = sites.wiring_of(card)
   except ValueError as error:
-    raise npz.Refused(
+    raise files.Refused(
       f'{where} does not say what it reads and writes: {str(error)[:300]}'
     ) from None
   layers = len(place.sites)
   if card['width'] % layers:
-    raise npz.Refused(
+    raise files.Refused(
       f'{where} has width = {card["width"]}, which {layers} layers cannot '
       'share evenly.'
     )
   if place.sites == place.targets and card['d_in'] != card['d_out']:
-    raise npz.Refused(
+    raise files.Refused(
       f'{where} has d_in = {card["d_in"]} and d_out = {card["d_out"]}, and '
       f'a member of type {place.type} writes what it reads.'
     )
   if type(card.get('affine', False)) is not bool:
-    raise npz.Refused(f'{where} has an affine that is neither true nor false.')
+    raise files.Refused(
+      f'{where} has an affine that is neither true nor false.'
+    )
   if name is not None:
     found = paths.MEMBER.fullmatch(name)
     wanted = paths.folder(card), card.get('affine', False)
-    if (found['folder'], found['affine'] is not None) != wanted:
-      raise npz.Refused(
+    # Before version 0.4 '1k' stood for 1536 latents too.
+    folders = wanted[0], paths.folder(card, lambda width: f'{width // 1000}k')
+    is_affine = found['affine'] is not None
+    if found['folder'] not in folders or is_affine is not wanted[1]:
+      raise files.Refused(
         f'{where} is the card of {wanted[0]} with'
         f'{"" if wanted[1] else "out"} an affine skip, and its folder is '
         f'{name}.'
@@ -189,7 +218,8 @@ def _layers(card: dict) -> int:
   return len(place.sites) if place.several else 0
 
 
-def _bytes_of(card: dict) -> int:
+def nbytes(card: dict) -> int:
+  """Size of the parameters in float32, of a card that was checked."""
   shapes = _shapes(card, _layers(card))
   return 4 * sum(math.prod(shape) for shape in shapes.values())
 
@@ -199,7 +229,7 @@ def check_shapes(shapes: npz.Shapes, card: dict | None):
   if card is None:
     W_enc, b_dec = shapes['W_enc'], shapes['b_dec']
     if len(W_enc) not in (2, 3) or len(b_dec) != len(W_enc) - 1:
-      raise npz.Refused(
+      raise files.Refused(
         f'has W_enc {W_enc} and b_dec {b_dec}; expected [d_in, F] and [d_out], '
         'or [L, d_in, F] and [L, d_out]'
       )
@@ -209,7 +239,7 @@ def check_shapes(shapes: npz.Shapes, card: dict | None):
   else:
     layers = _layers(card)
     if card.get('affine', False) is not ('W_skip' in shapes):
-      raise npz.Refused(
+      raise files.Refused(
         f'has {"" if "W_skip" in shapes else "no "}W_skip, and its card says '
         f'affine: {str(card.get("affine", False)).lower()}'
       )
@@ -217,7 +247,7 @@ def check_shapes(shapes: npz.Shapes, card: dict | None):
     if key in shapes and shapes[key] != expected:
       hint = ', transposed' if shapes[key] == expected[::-1] else ''
       several = f', L = {layers} and' if layers else ','
-      raise npz.Refused(
+      raise files.Refused(
         f'has {key} {shapes[key]}{hint}; expected {expected} for d_in = '
         f'{card["d_in"]}{several} F = {_shapes(card, layers)["b_enc"][-1]}, '
         f'd_out = {card["d_out"]}'
@@ -227,22 +257,22 @@ def check_shapes(shapes: npz.Shapes, card: dict | None):
 def _check_values(params: Mapping[str, np.ndarray], card: dict):
   """What the shapes do not say: thresholds, zeros of W_dec, k."""
   if params['threshold'].min() < 0:
-    raise npz.Refused('holds thresholds below 0')
+    raise files.Refused('holds thresholds below 0')
   W_dec = params['W_dec']
   if W_dec.ndim == 4:
     for layer in range(1, len(W_dec)):
       if W_dec[layer, :, :layer].any():
-        raise npz.Refused(
+        raise files.Refused(
           f'has latents of its layer number {layer} that write to an earlier '
           'one; expected zeros in W_dec[l, :, m] for m < l'
         )
   if 'k' in params:
     k, width = float(params['k']), params['b_enc'].size
     if not (k.is_integer() and 1 <= k <= width):
-      raise npz.Refused(
+      raise files.Refused(
         f'has k = {k:g}; expected a whole number from 1 to {width:,}'
       )
     if card.get('k') is not None and card['k'] != k:
-      raise npz.Refused(
-        f'has k = {k:g}, and its card says {npz.show(card["k"])}'
+      raise files.Refused(
+        f'has k = {k:g}, and its card says {files.show(card["k"])}'
       )

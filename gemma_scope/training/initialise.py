@@ -40,7 +40,7 @@ from gemma_scope.training import stack
 
 _BLOCK = 1 << 12  # latents whose products with a layer's encoders are at once
 
-Plan = list[list[tuple[release.Member, ...]]]
+Plan = list[list[tuple[release.Released, ...]]]
 
 
 def plan(
@@ -63,11 +63,11 @@ def plan(
   """
   if not config.initialise.release:
     return None
-  offered = published.offered(config.initialise.release)
+  offered = published.open_all(config.initialise.release)
   return [[_sources(config, offered, m) for m in group] for group in groups]
 
 
-def _sources(config, offered, member) -> tuple[release.Member, ...]:
+def _sources(config, offered, member) -> tuple[release.Released, ...]:
   kind = 'sae' if member.sites == member.targets else 'transcoder'
   found = []
   for site in member.sites:
@@ -88,7 +88,7 @@ def _sources(config, offered, member) -> tuple[release.Member, ...]:
   return tuple(found)
 
 
-def _distance(source: release.Member, member: specs.SaeSpec) -> tuple:
+def _distance(source: release.Released, member: specs.SaeSpec) -> tuple:
   """Smaller is nearer: width, architecture, L0, seed; then the path."""
   card, width = source.card, member.width // max(member.layers, 1)
   l0 = table.value((source.metrics or {}).get('l0'))

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 import gemma_scope
 from gemma_scope import config as config_lib
-from gemma_scope import files, sites, specs
+from gemma_scope import files, release, sites, specs
 from gemma_scope import mesh as mesh_lib
 from gemma_scope.activations import chunks as chunks_lib
 from gemma_scope.runtime import changes, checkpoints, cluster, metrics, progress
@@ -51,9 +51,9 @@ class Result:
   states: tuple[stack.State, ...]
   facts: dict[str, Any]  # on the text and the model
 
-  def members(self, config: ConfigDict):
-    """The trained SAEs as (params, card), see `collection.members`."""
-    return trained.members(
+  def saes(self, config: ConfigDict) -> list[release.Released]:
+    """The trained SAEs, see `trained.saes`."""
+    return trained.saes(
       config,
       self.stacks,
       self.states,

@@ -11,21 +11,21 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import gemma_scope
-from gemma_scope import sites, specs
+from gemma_scope import release, sites, specs
 from gemma_scope.activations import outliers
 from gemma_scope.sae import fold
 from gemma_scope.training import setup, stack
 
 
-def members(
+def saes(
   config: ConfigDict,
   stacks: tuple[stack.Stack, ...],
   states: tuple[stack.State, ...],
   normalisation: Mapping[sites.Site, fold.Normalisation],
   step: int,
   facts: Mapping[str, Any],
-) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
-  """The trained SAEs as (params, card): folded, they act on raw activations."""
+) -> list[release.Released]:
+  """The trained SAEs: folded, they act on raw activations."""
   groups = specs.stacks(config, setup.dimensions(config)).values()
   out = []
   for trained, state, group in zip(stacks, states, groups, strict=True):
@@ -81,5 +81,5 @@ def members(
         )
       if config.initialise.release:
         card['initialised_from'] = config.initialise.release
-      out.append((params, card))
+      out.append(release.in_memory(params, card))
   return out

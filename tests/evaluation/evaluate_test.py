@@ -14,6 +14,7 @@ from gemma_scope import mesh, sites
 from gemma_scope.evaluation import controls, evaluate, passes
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice, weights
+from tests.helpers import releases
 
 CONFIG = lm.Config(
     name='random', vocab_size=48, d_model=16, num_layers=2, num_heads=2,
@@ -80,7 +81,7 @@ def identity_sae(site):
 
 def measure(model, saes, tokens_NT, **more):
   return evaluate.evaluate(
-    *model, saes, tokens_NT, batch=BATCH, keep=keep, **more
+    *model, releases.saes(saes), tokens_NT, batch=BATCH, keep=keep, **more
   )
 
 
@@ -382,7 +383,7 @@ def test_what_does_not_fit_is_a_sentence(model, saes):
     [(params, {**card, 'sites': far, 'targets': far})],
   )
   refused('writes the same', [(params, {**card, 'targets': far})])
-  refused('2 of the members are named', [saes[0], saes[0]])
+  refused('2 of the SAEs are named', [saes[0], saes[0]])
   refused('no SAE was given', [])
   refused('sequence 0 starts with token 7', tokens_NT=np.full((2, 5), 7))
   refused('all to evaluate on are special', tokens_NT=np.full((2, 5), 2))

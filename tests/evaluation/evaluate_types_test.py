@@ -14,6 +14,7 @@ from gemma_scope.evaluation import controls, evaluate, passes
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
 from gemma_scope.sae import released
+from tests.helpers import releases
 
 LAYERS, D, F = 3, 16, 10
 CONFIG = lm.Config(
@@ -105,7 +106,7 @@ def found(model, members):
 
 def measure(model, members, **more):
   return evaluate.evaluate(
-    *model, members, text(), batch=BATCH, keep=keep, **more
+    *model, releases.saes(members), text(), batch=BATCH, keep=keep, **more
   )
 
 
@@ -335,14 +336,16 @@ def test_sharded_equals_one_device(model, members, which):
 def test_what_counts_is_said_by_keep(model, members):
   """As after a chat's user turn: the tokens of the second half alone."""
   late = lambda tokens: keep(tokens) & (np.arange(TOKENS) >= 5)
-  got = evaluate.evaluate(*model, members[:1], text(), batch=BATCH, keep=late)[
-    members[0][1]['name']
-  ]
+  got = evaluate.evaluate(
+    *model, releases.saes(members[:1]), text(), batch=BATCH, keep=late
+  )[members[0][1]['name']]
   assert got['tokens'] == late(text()).sum()
   assert got['by_position']['position'][0] >= 5
   for wrong in (lambda t: keep(t)[:, 1:], lambda t: keep(t).astype(int)):
     with pytest.raises(ValueError, match=r'expected bool \[6, 9\]'):
-      evaluate.evaluate(*model, members, text(), batch=BATCH, keep=wrong)
+      evaluate.evaluate(
+        *model, releases.saes(members), text(), batch=BATCH, keep=wrong
+      )
 
 
 def test_what_does_not_fit_is_a_sentence(model, members):

@@ -1,6 +1,8 @@
-"""A card for a made-up SAE."""
+"""A card for a made-up SAE, and releases of such."""
 
 from __future__ import annotations
+
+from gemma_scope import release
 
 D, F = 8, 24
 
@@ -24,3 +26,13 @@ def card(site='resid_post/2', seed=0, target=5.0, **more):
     'code': '0.1.0',
     'name': f'{site}/width_24/target_l0_{target:g}/seed_{seed}',
   } | more
+
+
+def saes(rows) -> list[release.Released]:
+  """SAEs in memory, each given as (params, card) or (params, card, metrics)."""
+  return [release.in_memory(*row) for row in rows]
+
+
+def save(folder, rows, **options) -> bool:
+  """`release.save` of such."""
+  return release.save(folder, saes(rows), **options)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from gemma_scope import release
 from gemma_scope.microscope import commands, session
 from gemma_scope.microscope.circuits import effects
 from gemma_scope.runtime import interrupt
@@ -40,7 +39,7 @@ def workdir(tmp_path_factory):
     params, card = random_saes.member(seed, 'resid_post/1', width)
     card = releases.card('resid_post/1', seed=seed) | card
     members.append((params, card, None))
-  release.save(folder / 'release', members)
+  releases.save(folder / 'release', members)
   session.Session(folder, report=lambda _: None).build(40, 8, lambda: None)
   return folder
 
@@ -99,7 +98,7 @@ def test_what_is_built_is_what_is_shown(workdir, said, tmp_path):
   params, card = random_saes.member(7, 'resid_post/1', 40)
   card = releases.card('resid_post/1', seed=0) | card
   shutil.rmtree(moved / 'release')
-  release.save(moved / 'release', [(params, card, None)])
+  releases.save(moved / 'release', [(params, card, None)])
   with pytest.raises(ValueError, match='of other parameters'):
     run('why', moved, said, sae=SAE, text=TEXT)
   run('build', moved, said)

@@ -69,7 +69,7 @@ def _no_picture(monkeypatch, request):
 @pytest.fixture
 def folder(tmp_path):
   """One member, released."""
-  release.save(tmp_path / 'out', [(_params(), releases.card(), _metrics())])
+  releases.save(tmp_path / 'out', [(_params(), releases.card(), _metrics())])
   return tmp_path / 'out' / MEMBER
 
 
@@ -78,7 +78,7 @@ def folder(tmp_path):
 
 def test_round_trip_is_exact_in_the_papers_form(tmp_path):
   params, card, metrics = _params(), releases.card(), _metrics()
-  assert release.save(tmp_path / 'out', [(params, card, metrics)])
+  assert releases.save(tmp_path / 'out', [(params, card, metrics)])
   folder = tmp_path / 'out' / MEMBER
   for path in (folder, str(folder), folder / 'params.npz'):
     loaded, found = release.load(path)
@@ -101,15 +101,15 @@ def test_equal_members_give_equal_files_and_are_not_written_twice(tmp_path):
     (_params(i), releases.card(seed=i), _metrics(l0=5 + 10 * i))
     for i in range(2)
   ]
-  assert release.save(tmp_path / 'a', members)
-  assert release.save(tmp_path / 'b', members[::-1])
+  assert releases.save(tmp_path / 'a', members)
+  assert releases.save(tmp_path / 'b', members[::-1])
   names = sorted(p.relative_to(tmp_path / 'a') for p in _files(tmp_path / 'a'))
   assert len(names) == 9
   for name in names:
     same = (tmp_path / 'a' / name).read_bytes()
     assert same == (tmp_path / 'b' / name).read_bytes(), name
   before = (tmp_path / 'a' / 'manifest.json').stat().st_mtime_ns
-  assert not release.save(tmp_path / 'a', members)
+  assert not releases.save(tmp_path / 'a', members)
   assert (tmp_path / 'a' / 'manifest.json').stat().st_mtime_ns == before
   assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b']
 
@@ -121,7 +121,7 @@ def test_equal_names_are_told_apart(tmp_path):
     (_params(2), releases.card(seed=1), _metrics(5.3)),
     (_params(3), releases.card(seed=1), _metrics(5.4)),
   ]
-  release.save(tmp_path / 'out', members)
+  releases.save(tmp_path / 'out', members)
   found = release.load_all(tmp_path / 'out')
   assert {member.path: member.card['seed'] for member in found} == {
     MEMBER: 0,
@@ -137,7 +137,7 @@ def test_several_architectures_are_told_apart(tmp_path):
     (_params(i), releases.card(architecture=name), _metrics())
     for i, name in enumerate(names)
   ]
-  release.save(tmp_path / 'out', members)
+  releases.save(tmp_path / 'out', members)
   found = release.load_all(tmp_path / 'out')
   assert [member.path for member in found] == [
     f'{MEMBER}_{name}' for name in names
@@ -150,7 +150,7 @@ def test_several_architectures_are_told_apart(tmp_path):
 
 def test_a_number_that_is_not_finite_is_written_as_null(tmp_path):
   metrics = _metrics() | {'fvu': _figure(float('nan')), 'dense': np.float32(0)}
-  release.save(tmp_path / 'out', [(_params(), releases.card(), metrics)])
+  releases.save(tmp_path / 'out', [(_params(), releases.card(), metrics)])
   (member,) = release.load_all(tmp_path / 'out')
   assert member.metrics['fvu']['value'] is None
   assert member.metrics['dense'] == 0.0
@@ -193,11 +193,11 @@ def test_a_published_file_needs_no_card_and_no_upper_case(tmp_path):
 
 def test_a_different_release_is_replaced_only_when_asked(tmp_path):
   out = tmp_path / 'out'
-  release.save(out, [(_params(0), releases.card(), _metrics())])
+  releases.save(out, [(_params(0), releases.card(), _metrics())])
   other = [(_params(1), releases.card(), _metrics())]
   with pytest.raises(release.ReleaseError, match='different release'):
-    release.save(out, other)
-  assert release.save(out, other, overwrite=True)
+    releases.save(out, other)
+  assert releases.save(out, other, overwrite=True)
   np.testing.assert_array_equal(
     release.load(out / MEMBER)[0]['W_enc'], _params(1)['W_enc']
   )
@@ -207,29 +207,27 @@ def test_a_different_release_is_replaced_only_when_asked(tmp_path):
 def test_what_is_not_ours_is_never_replaced(tmp_path):
   members = [(_params(0), releases.card(), _metrics())]
   out = tmp_path / 'out'
-  release.save(out, members)
+  releases.save(out, members)
   (out / 'notes.txt').write_text('keep')
   with pytest.raises(release.ReleaseError, match='notes.txt'):
-    release.save(out, [(_params(1), releases.card(), None)], overwrite=True)
+    releases.save(out, [(_params(1), releases.card(), None)], overwrite=True)
   assert (out / 'notes.txt').read_text() == 'keep'
   home = tmp_path / 'home'
   home.mkdir()
   (home / 'thesis').touch()
   with pytest.raises(release.ReleaseError, match='not empty'):
-    release.save(home, members, overwrite=True)
+    releases.save(home, members, overwrite=True)
   with pytest.raises(release.ReleaseError, match='is a file'):
-    release.save(home / 'thesis', members, overwrite=True)
+    releases.save(home / 'thesis', members, overwrite=True)
   assert sorted(p.name for p in tmp_path.iterdir()) == ['home', 'out']
 
 
 def test_a_killed_writer_leaves_nothing_half_done(tmp_path, monkeypatch):
   out, members = tmp_path / 'out', [(_params(0), releases.card(), _metrics())]
-  release.save(out, members)
+  releases.save(out, members)
   # Killed between the two renames, and while building.
   os.rename(out, tmp_path / '.out.replaced')
-  (tmp_path / '.out.partial').mkdir()
-  (tmp_path / '.out.partial' / 'half').touch()
-  assert not release.save(out, members)
+  assert not releases.save(out, members)
   assert [p.name for p in tmp_path.iterdir()] == ['out']
 
   def full(path, arrays):
@@ -237,18 +235,18 @@ def test_a_killed_writer_leaves_nothing_half_done(tmp_path, monkeypatch):
 
   monkeypatch.setattr(npz, 'write', full)
   with pytest.raises(release.ReleaseError, match='No space left'):
-    release.save(out, [(_params(1), releases.card(), None)], overwrite=True)
+    releases.save(out, [(_params(1), releases.card(), None)], overwrite=True)
   assert release.verify(out)
   assert [p.name for p in tmp_path.iterdir()] == ['out']
 
 
 def test_a_damaged_release_is_mended_when_asked(tmp_path):
   out, members = tmp_path / 'out', [(_params(0), releases.card(), _metrics())]
-  release.save(out, members)
+  releases.save(out, members)
   (out / 'README.md').write_text('x')
   with pytest.raises(release.ReleaseError, match='README.md'):
-    release.save(out, members)
-  assert release.save(out, members, overwrite=True)
+    releases.save(out, members)
+  assert releases.save(out, members, overwrite=True)
   assert release.verify(out)
 
 
@@ -274,7 +272,7 @@ def test_unfit_members_are_not_released(tmp_path, change, words):
   params, card = _params(), releases.card()
   change(params, card)
   with pytest.raises(release.ReleaseError, match=words):
-    release.save(tmp_path / 'out', [(params, card, None)])
+    releases.save(tmp_path / 'out', [(params, card, None)])
   assert not list(tmp_path.iterdir())
 
 
@@ -684,7 +682,7 @@ def test_a_valid_file_in_anothers_place_is_refused(tmp_path):
     (_params(i), releases.card(seed=i), _metrics(l0=5 + 10 * i))
     for i in range(2)
   ]
-  release.save(tmp_path / 'out', members)
+  releases.save(tmp_path / 'out', members)
   first, second = (m.folder for m in release.load_all(tmp_path / 'out'))
   shutil.copy(first / 'params.npz', second / 'params.npz')
   with pytest.raises(release.ReleaseError, match='SHA-256'):
@@ -747,7 +745,7 @@ def test_the_model_card_says_what_was_measured(tmp_path):
     (_params(i), releases.card(seed=i), _metrics(l0=5 + 10 * i))
     for i in range(2)
   ]
-  release.save(tmp_path / 'out', members, license_name='cc-by-4.0')
+  releases.save(tmp_path / 'out', members, license_name='cc-by-4.0')
   text = (tmp_path / 'out' / 'README.md').read_text()
   assert text.startswith(
     '---\nlicense: "cc-by-4.0"\nlibrary_name: "gemma_scope"\ntags: ["sparse-'
@@ -764,7 +762,7 @@ def test_the_model_card_says_what_was_measured(tmp_path):
 def test_words_in_a_card_cannot_open_html_or_a_cell(tmp_path):
   nasty = '</td><script>alert(1)</script>|[x](y)`\n---\ud800'
   card = releases.card(text={'source': nasty}, model=nasty, code=nasty)
-  release.save(tmp_path / 'out', [(_params(), card, None)], title=nasty)
+  releases.save(tmp_path / 'out', [(_params(), card, None)], title=nasty)
   text = (tmp_path / 'out' / 'README.md').read_text()
   assert '<script' not in text and '</td' not in text and '[x]' not in text
   assert text.count('\n---\n') == 1

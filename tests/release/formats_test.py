@@ -276,11 +276,14 @@ def _edited(tmp_path, change):
     ),
     (lambda c, w: c['metadata'].update(hook_name='blocks.3.x'), 'no site'),
     (lambda c, w: w.pop('b_dec'), 'lacks b_dec'),
-    (lambda c, w: w.update(more=w['b_dec']), 'which no SAE has'),
+    (
+      lambda c, w: w.update(more=w['b_dec']),
+      'no parameter that this reader knows',
+    ),
     (lambda c, w: w.update(W_dec=w['W_dec'].T), 'transposed'),
     (
       lambda c, w: w.update(W_enc=w['W_enc'][:-1]),
-      r'W_enc \(11, 32\) and b_dec \(12,\)',
+      "has d_in 11, and cfg.json says d_in = '12'",
     ),
     (lambda c, w: w.update(b_enc=w['b_enc'].astype(np.int32)), 'in I32'),
     (lambda c, w: w.update(b_enc=w['b_enc'] * np.nan), 'not finite'),

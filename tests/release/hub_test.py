@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
@@ -17,8 +18,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save, save_file
 
-from gemma_scope import release
-from gemma_scope.release import manifest, npz
+from gemma_scope import files, release
+from gemma_scope.release import manifest
 from gemma_scope.release.formats import export, hub, published, saelens
 from tests.helpers import peer_formats
 
@@ -40,17 +41,28 @@ class Hub:
       raise type('RepositoryNotFoundError', (Exception,), {})('secret-token')
     return self.root / repository
 
-  def list_repo_files(self, repository, revision=None):
+  def repo_info(self, repository, revision=None):
     folder = self._call(f'list {revision}', repository)
-    files = (p for p in folder.rglob('*') if p.is_file())
-    more = getattr(self, 'more', [])
-    return [p.relative_to(folder).as_posix() for p in files] + more
+    there = (p for p in folder.rglob('*') if p.is_file())
+    names = [p.relative_to(folder).as_posix() for p in there]
+    names += getattr(self, 'more', [])
+    siblings = [types.SimpleNamespace(rfilename=name) for name in names]
+    return types.SimpleNamespace(siblings=siblings, sha=f'sha{revision}')
 
-  def hf_hub_download(self, repository, name, revision=None, local_dir=None):
+  def hf_hub_download(self, repository, name, revision):
+    """As there: snapshots of links into one folder of blobs."""
     folder = self._call(f'get {name}', repository)
-    target = pathlib.Path(local_dir, name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / name, target)
+    home = pathlib.Path(os.environ['HF_HOME'], 'hub')
+    cache = home / f'models--{repository.replace("/", "--")}'
+    data = (folder / name).read_bytes()
+    blob = cache / 'blobs' / hashlib.sha256(data).hexdigest()
+    link = cache / 'snapshots' / revision / name
+    for path in (blob, link):
+      path.parent.mkdir(parents=True, exist_ok=True)
+    blob.write_bytes(data)
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(blob, link.parent))
+    return str(link)
 
   def create_repo(self, repository, private, exist_ok):
     assert private and exist_ok
@@ -151,8 +163,8 @@ def rows(*kinds):
   for i, kind in enumerate(kinds):
     params, card = peer_formats.for_saelens(kind)
     card |= {'name': f'{kind}_{i}', 'model': 'gemma2-2b'}
-    card['sparsity'] = {'kind': 'target_l0', 'value': 10.0 + 10 * i}
-    found.append((lambda params=params: params, card, None))
+    card['sparsity'] = {'kind': 'target_l0', 'value': 99.0}
+    found.append(release.in_memory(params, card, {'l0': 10.0 + 10 * i}))
   return found
 
 
@@ -174,10 +186,10 @@ def rows(*kinds):
 def test_a_layout_is_read_back_and_complete(layout, paths, tmp_path):
   members = rows('jumprelu', 'transcoder')
   assert export.write(tmp_path / 'out', members, layout) == paths
-  for path, (load, card, _) in zip(paths, members, strict=True):
+  for path, sae in zip(paths, members, strict=True):
     found, of = published.load(str(tmp_path / 'out' / path))
-    peer_formats.same(found, load())
-    assert of['sites'] == card['sites']
+    peer_formats.same(found, sae.load())
+    assert of['sites'] == sae.card['sites']
   listed = json.loads((tmp_path / 'out/manifest.json').read_text())['files']
   there = {
     p.relative_to(tmp_path / 'out').as_posix()
@@ -195,8 +207,8 @@ def test_a_layout_is_read_back_and_complete(layout, paths, tmp_path):
 def test_labels_of_gemma_scope_2_are_unique(tmp_path):
   def paths(*values):
     members = rows(*['jumprelu'] * len(values))
-    for (_, card, _), value in zip(members, values, strict=True):
-      card['sparsity']['value'] = value
+    for i, value in enumerate(values):
+      members[i] = members[i].measured({'l0': value})
     return export.write(tmp_path / str(values), members, 'gemma_scope_2')
 
   start = 'resid_post/layer_3_width_32_l0'
@@ -208,7 +220,7 @@ def test_labels_of_gemma_scope_2_are_unique(tmp_path):
 def test_what_a_layout_has_no_place_for_leaves_nothing(tmp_path):
   with pytest.raises(release.ReleaseError, match='Gemma Scope 1 has SAEs of'):
     members = rows('jumprelu')
-    members[0][1]['model'] = 'gemma3-1b'
+    members[0].card['model'] = 'gemma3-1b'
     export.write(tmp_path / 'out', members, 'gemma_scope_1')
   with pytest.raises(release.ReleaseError, match='thresholds alone'):
     export.write(tmp_path / 'out', rows('jumprelu', 'topk'), 'gemma_scope_2')
@@ -222,7 +234,7 @@ def test_a_release_is_sent_and_continued(fake, tmp_path):
   hub.push(out, 'me/saes', False, lines.append)
   assert not fake.calls and all(line.startswith('would') for line in lines)
   fake.failures = [OSError('cut')] * 3
-  with pytest.raises(npz.Refused, match='could not be'):
+  with pytest.raises(files.Refused, match='could not be'):
     hub.push(out, 'me/saes', True, lines.append)
   hub.push(out, 'me/saes', True, lines.append)
   for path in out.rglob('*'):
@@ -235,7 +247,7 @@ def test_a_release_is_sent_and_continued(fake, tmp_path):
   )
   peer_formats.same(found, peer_formats.make_member('jumprelu')[0])
   (out / 'link').symlink_to('/etc/passwd')
-  with pytest.raises(npz.Refused, match='is a link'):
+  with pytest.raises(files.Refused, match='is a link'):
     hub.push(out, 'me/saes', True, lines.append)
 
 
@@ -312,9 +324,7 @@ def test_a_config_that_is_none_is_refused(text, tmp_path):
 
 def test_the_command_lists_and_converts(tmp_path):
   members = rows('jumprelu', 'transcoder')
-  release.save(
-    tmp_path / 'ours', [(load(), card, None) for load, card, _ in members]
-  )
+  release.save(tmp_path / 'ours', members)
 
   def run(*arguments):
     return subprocess.run(

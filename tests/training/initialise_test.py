@@ -15,6 +15,7 @@ from gemma_scope.release.formats import gemma_scope_2, saelens
 from gemma_scope.sae import fold
 from gemma_scope.training import initialise, setup, stack
 from gemma_scope.training import trained as trained_lib
+from tests.helpers import releases
 
 D = 128  # of the tiny model
 
@@ -64,7 +65,7 @@ def folder(tmp_path_factory):
         params = trained(width, hash((layer, width, l0)) % 1000)
         site = f'resid_post/{layer}'
         members.append((params, card(name, site, width, l0), None))
-  release.save(path, members)
+  releases.save(path, members)
   return path
 
 
@@ -99,11 +100,12 @@ def test_a_member_starts_as_the_function_that_was_released(
     f'layers=1;sites=resid_post;widths=128;sparsity=8,40;'
     f'architectures={architecture}',
   )
-  out = trained_lib.members(
+  out = trained_lib.saes(
     config, stacks, begun, normalisation, 0, {'text': {'source': 'python'}}
   )
   x = 10 / D**0.5 * np.random.default_rng(0).normal(size=(50, D))
-  for i, (params, _) in enumerate(out):
+  for i, one in enumerate(out):
+    params = one.load()
     (source,) = chosen[0][i]
     assert source.card['sparsity']['value'] == (8.0, 32.0)[i]
     assert source.card['width'] == 128
@@ -127,7 +129,7 @@ def test_decoders_of_any_norm_start_as_the_same_function(
   norms = np.linspace(0.3, 3, 64).astype(np.float32)
   params['W_dec'] *= norms[:, None]
   params['W_dec'][7] = 0
-  release.save(
+  releases.save(
     tmp_path / 'release',
     [(params, card('any', 'resid_post/1', 64, 8.0), None)],
   )

@@ -53,11 +53,12 @@ def test_a_member_acts_on_raw_activations_as_its_module_on_scaled_ones():
   normal = fold.Normalisation(scale, centre, 57.0)
   config.activations.max_norm = 10.0
   site = groups[0][0].sites[0]
-  out = trained.members(
+  out = trained.saes(
     config, stacks, (state,), {site: normal}, 3, {'text': {'source': 'python'}}
   )
   x_BD = np.random.default_rng(0).normal(size=(20, 128)).astype(np.float32)
-  for i, (params, card) in enumerate(out):
+  for i, one in enumerate(out):
+    params, card = one.load(), one.card
     own = {name: value[i] for name, value in state.params.items()}
     expected = normal.undo(
       stacks[0].module.apply({'params': own}, normal.apply(x_BD))

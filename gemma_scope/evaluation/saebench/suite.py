@@ -27,13 +27,13 @@ import os
 import pathlib
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 import gemma_scope
-from gemma_scope import files, sites
+from gemma_scope import files, release, sites
 from gemma_scope.evaluation import evaluate
 from gemma_scope.evaluation.saebench import (
   absorption,
@@ -113,13 +113,13 @@ def read_code(tokenizer: tokenizers.Tokenizer, settings: Settings) -> Code:
 def run(
   gemma: lm.Gemma,
   params: lm.Params,
-  saes: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+  saes: Sequence[release.Released],
   tokenizer: tokenizers.Tokenizer,
   out: str | os.PathLike[str],
   settings: Settings = Settings(),  # noqa: B008  frozen
   report: Callable[[str], None] = print,
 ) -> list[pathlib.Path]:
-  """Measures each (parameters, card) that `out` does not hold yet.
+  """Measures each SAE that `out` does not hold yet.
 
   Returns:
     The files, one an SAE, in order.
@@ -131,8 +131,9 @@ def run(
   out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
   code, done = None, []
-  for sae_params, card in saes:
-    path = out / f'{card["name"].replace("/", "_")}_eval_results.json'
+  for sae in saes:
+    sae_params, card = sae.load(), sae.card | {'name': sae.name}
+    path = out / f'{sae.name.replace("/", "_")}_eval_results.json'
     config = {
       **dataclasses.asdict(settings),
       'code': gemma_scope.__version__,
@@ -343,7 +344,7 @@ def _core(gemma, params, sae_params, card, twin, code, settings):
   found = evaluate.evaluate(
     gemma,
     params,
-    [(sae_params, card)],
+    [release.in_memory(sae_params, card)],
     tokens_NT,
     batch=settings.batch,
     keep=lambda _: keep_NT,

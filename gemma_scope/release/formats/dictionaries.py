@@ -10,7 +10,8 @@ A pickle can run any code, and none is read here. Its tensors alone can:
 Of config.json, `trainer` says class, layer and submodule. Linear layers have
 [out, in] weights; the input's bias comes off before the encoder:
 
-  AutoEncoder            f = relu(W (x - bias) + b), decoder.weight [D, F]
+  AutoEncoder            f = relu(W (x - bias) + b), decoder.weight [D, F],
+                         then latents in units of decoders of norm 1
   AutoEncoderTopK        the same with b_dec, and the k largest
   BatchTopKSAE           the same with b_dec, and a threshold
   MatryoshkaBatchTopKSAE the same, with W_enc [D, F] and W_dec [F, D]
@@ -20,14 +21,15 @@ Of config.json, `trainer` says class, layer and submodule. Linear layers have
 
 from __future__ import annotations
 
+import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from gemma_scope import sites
-from gemma_scope.release import npz, sae_folder
+from gemma_scope import files, sites
+from gemma_scope.release import sae_folder
 from gemma_scope.release.formats import tensors
 
 PICKLE, WEIGHTS, CONFIG = 'ae.pt', 'ae.safetensors', 'config.json'
@@ -35,7 +37,7 @@ _LINEAR = ('encoder.weight', 'encoder.bias', 'decoder.weight')
 _PLAIN = ('W_enc', 'b_enc', 'W_dec', 'b_dec', 'threshold')
 _KEYS = {
   'AutoEncoder': (*_LINEAR, 'bias'),
-  'AutoEncoderTopK': (*_LINEAR, 'b_dec', 'k'),
+  'AutoEncoderTopK': (*_LINEAR, 'b_dec'),
   'BatchTopKSAE': (*_LINEAR, 'b_dec', 'threshold'),
   'MatryoshkaBatchTopKSAE': _PLAIN,
   'JumpReluAutoEncoder': _PLAIN,
@@ -45,6 +47,22 @@ _KEYS = {
   ),
 }  # fmt: skip
 _OPTIONAL = ('k', 'threshold', 'group_sizes')
+_WHOLE = ('k', 'group_sizes')
+_ALIASES = {'MatroyshkaBatchTopKSAE': 'MatryoshkaBatchTopKSAE'}  # once misspelt
+# Class, model, place and k are used; norm_factor is in the biases already; all
+# else is of training.
+_FIELDS = frozenset(
+  """activation_dim activation_queue_length adaptive_sparsity_penalty
+  anneal_end anneal_start auxk_alpha bandwidth compile dead_neuron_threshold
+  decay_start device dict_class dict_size group_fractions group_sizes
+  group_weights initial_sparsity_penalty k k_anneal_steps l1_penalty lambda
+  lambda_warm_steps layer lm_name lr n_sparsity_updates next_p norm_factor p
+  p_end p_start resample_steps seed sparsity_coeff sparsity_coefficient
+  sparsity_function sparsity_loss_queue_length sparsity_penalty
+  sparsity_queue_length sparsity_warmup_steps steps steps_before_annealing
+  submodule_name target_l0 threshold_beta threshold_start_step top_k_aux
+  trainer_class wandb_name warmup_steps weights_temperature""".split()
+)
 _KINDS = {
   'resid_post': 'resid_post', 'mlp_out': 'mlp_raw', 'attention_out': 'attn_raw',
 }  # fmt: skip
@@ -54,38 +72,40 @@ def is_there(folder: pathlib.Path) -> bool:
   return (folder / WEIGHTS).is_file() or (folder / PICKLE).is_file()
 
 
-def read(folder: pathlib.Path, path: str) -> tuple[sae_folder.Params, dict]:
-  """Reads one dictionary; `path` names it."""
-  if not (folder / WEIGHTS).is_file():
-    raise npz.Refused(
-      f'{npz.show(folder / PICKLE)} is a pickle, which can run any code and is '
-      f'not read; write its tensors as {WEIGHTS} beside it (how: the head of '
-      'gemma_scope/formats/dictionaries.py).'
+def read(
+  folder: pathlib.Path, path: str
+) -> tuple[dict[str, Any], Callable[[], sae_folder.Params]]:
+  """One dictionary: its card, and a function that reads its parameters.
+
+  Args:
+    folder: holds config.json and the weights.
+    path: its name.
+  """
+  file = folder / WEIGHTS
+  if not file.is_file():
+    raise files.Refused(
+      f'{files.show(folder / PICKLE)} is a pickle, which can run any code and '
+      f'is not read; write its tensors as {WEIGHTS} beside it (how: the head '
+      'of gemma_scope/release/formats/dictionaries.py).'
     )
   config = tensors.read_json(folder / CONFIG)
   trainer = config.get('trainer')
   trainer = trainer if isinstance(trainer, dict) else {}
-  kind = trainer.get('dict_class')
-  if kind not in _KEYS:
-    raise npz.Refused(
-      f'{npz.show(folder / CONFIG)} has dict_class {npz.show(kind)}; those '
-      f'that can be read are {", ".join(_KEYS)}.'
-    )
-  optional = [key for key in _OPTIONAL if key not in _KEYS[kind]]
-  p = tensors.read(
-    folder / WEIGHTS,
-    required=_KEYS[kind],
-    optional=optional,
-    whole=('k', 'group_sizes'),
-  )
-  site = _site(folder, trainer)
+  kind = _ALIASES.get(trainer.get('dict_class'), trainer.get('dict_class'))
   try:
-    params = _params(kind, p)
-  except ValueError as error:
-    raise npz.Refused(
-      f'{npz.show(folder / WEIGHTS)} has shapes that do not fit ({error}).'
-    ) from None
-  return params, {
+    if kind not in _KEYS:
+      raise files.Refused(
+        f'has dict_class {files.show(kind)}; those that can be read are '
+        f'{", ".join(_KEYS)}'
+      )
+    tensors.check_fields(trainer, _FIELDS, 'dictionary_learning')
+    site = _site(trainer)
+  except files.Refused as error:
+    raise tensors.in_file(folder / CONFIG, error) from None
+  optional = [key for key in _OPTIONAL if key not in _KEYS[kind]]
+  wanted = {'required': _KEYS[kind], 'optional': optional, 'whole': _WHOLE}
+  shapes = tensors.shapes(file, **wanted)
+  card = {
     'name': path,
     'type': 'sae',
     'sites': [str(site)],
@@ -94,10 +114,45 @@ def read(folder: pathlib.Path, path: str) -> tuple[sae_folder.Params, dict]:
     'architecture': {'AutoEncoder': 'relu', 'AutoEncoderTopK': 'topk'}.get(
       kind, 'jumprelu'
     ),
+    **_sizes(file, shapes),
   }
+  return card, functools.partial(_params, file, kind, wanted, trainer.get('k'))
 
 
-def _params(kind: str, p: Mapping[str, np.ndarray]) -> sae_folder.Params:
+def _sizes(file: pathlib.Path, shapes) -> dict[str, int]:
+  encoder = shapes.get('W_enc') or shapes['encoder.weight'][::-1]
+  if len(encoder) != 2:
+    raise files.Refused(f'{files.show(file)} has an encoder {encoder}.')
+  return {'d_in': encoder[0], 'd_out': encoder[0], 'width': encoder[1]}
+
+
+def _params(
+  file: pathlib.Path, kind: str, wanted: Mapping[str, Any], k: Any
+) -> sae_folder.Params:
+  p = tensors.read(file, **wanted)
+  if kind == 'AutoEncoderTopK':
+    # Early files have no k; its place was the config alone.
+    given = p.setdefault('k', k)
+    if (
+      type(k) not in (int, type(None))
+      or given is None
+      or k not in (None, given)
+    ):
+      raise files.Refused(
+        f'{files.show(file)} has k = {files.show(p.get("k"))}, and {CONFIG} '
+        f'says {files.show(k)}.'
+      )
+    p['k'] = np.float32(given)
+  try:
+    return _folded(kind, p)
+  except ValueError as error:
+    raise files.Refused(
+      f'{files.show(file)} has shapes that do not fit ({error}).'
+    ) from None
+
+
+def _folded(kind: str, p: Mapping[str, np.ndarray]) -> sae_folder.Params:
+  """Their parameters -> ours."""
   if kind in ('JumpReluAutoEncoder', 'MatryoshkaBatchTopKSAE'):
     params = {key: p[key] for key in _PLAIN}
     if kind == 'MatryoshkaBatchTopKSAE':
@@ -118,6 +173,11 @@ def _params(kind: str, p: Mapping[str, np.ndarray]) -> sae_folder.Params:
       # The gate opens where the magnitude's pre-activation is above this one.
       params['threshold'] = p['mag_bias'] - gain * p['gate_bias']
     params['b_enc'] = params['b_enc'] - b_dec @ params['W_enc']
+    if kind == 'AutoEncoder':  # its own loader gives decoders norm 1
+      norm_F = np.linalg.norm(params['W_dec'], axis=1)
+      params['W_enc'] = params['W_enc'] * norm_F
+      params['b_enc'] = params['b_enc'] * norm_F
+      params['W_dec'] = params['W_dec'] / np.maximum(norm_F, 1e-30)[:, None]
   threshold = np.maximum(params['threshold'], 0)
   params['threshold'] = threshold + np.zeros_like(params['b_enc'])
   if kind == 'AutoEncoderTopK':
@@ -125,12 +185,12 @@ def _params(kind: str, p: Mapping[str, np.ndarray]) -> sae_folder.Params:
   return params
 
 
-def _site(folder: pathlib.Path, trainer: Mapping[str, Any]) -> sites.Site:
+def _site(trainer: Mapping[str, Any]) -> sites.Site:
   layer, name = trainer.get('layer'), str(trainer.get('submodule_name'))
   for start, kind in _KINDS.items():
     if name.startswith(start) and type(layer) is int and 0 <= layer < 1024:
       return sites.Site(layer, kind)
-  raise npz.Refused(
-    f'{npz.show(folder / CONFIG)} names the submodule {npz.show(name)} of '
-    f'layer {npz.show(layer)}; expected {", ".join(_KINDS)} of a number.'
+  raise files.Refused(
+    f'names the submodule {files.show(name)} of layer {files.show(layer)}; '
+    f'expected {", ".join(_KINDS)} of a number'
   )

@@ -1,33 +1,30 @@
-"""Members -> a folder in the layout that others read.
+"""SAEs -> a folder in a layout that other tools read.
 
   gemma_scope_1   gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71/
   gemma_scope_2   resid_post/layer_12_width_16k_l0_medium[_affine]/, clt/...
   saelens         blocks.12.hook_resid_post/width_16k/average_l0_71/
 
 Beside them README.md, a card as Hugging Face shows it, and manifest.json with
-every file's size and SHA-256. Built in a hidden folder and renamed: whole or
-not at all. Labels of Gemma Scope 2 are by L0: small below 25, medium below 75,
-then big; where two members would have the same, numbers stand for all.
+every file's size and SHA-256. Labels of Gemma Scope 2 are by L0: small below
+25, medium below 75, then big; where two SAEs would have the same, numbers stand
+for all. Only a measured L0 is called average_l0.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import pathlib
 import re
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from gemma_scope import sites
+from gemma_scope import files, sites
 from gemma_scope.release import folder as folder_lib
 from gemma_scope.release import manifest, npz, sae_folder, table
 from gemma_scope.release.formats import gemma_scope_2, hook_points, saelens
-
-Row = tuple[Callable[[], sae_folder.Params], dict[str, Any], dict | None]
+from gemma_scope.release.released import Released
 
 LAYOUTS = ('gemma_scope_1', 'gemma_scope_2', 'saelens')
+_FORMAT = 'gemma_scope.export'
 _KINDS = {'resid_post': 'res', 'mlp_out': 'mlp', 'attn_out': 'att'}
 _HOW = {
   'gemma_scope_1': "numpy.load('{path}/params.npz')",
@@ -38,88 +35,112 @@ _HOW = {
 
 def write(
   folder: str | os.PathLike[str],
-  rows: Sequence[Row],
+  saes: Sequence[Released],
   layout: str,
   license_name: str = 'apache-2.0',
+  overwrite: bool = False,
 ) -> list[str]:
-  """Writes members in one of `LAYOUTS`.
+  """Writes SAEs in one of `LAYOUTS`, all or none.
 
   Args:
-    folder: made here; must not be there yet.
-    rows: (what loads the parameters, card, metrics or None) of each.
+    folder: made here.
+    saes: what to write.
     layout: of `LAYOUTS`.
     license_name: Hugging Face licence identifier of the weights.
+    overwrite: replace an export that is there; nothing else is replaced.
 
   Returns:
-    The members' paths below the folder.
+    The SAEs' paths below the folder.
 
   Raises:
-    release.ReleaseError: the folder is taken, or the layout has no place for a
-      member.
+    release.ReleaseError: the folder is taken, or the layout has no place for an
+      SAE.
   """
   target = pathlib.Path(os.path.abspath(folder))
-  partial = target.with_name(f'.{target.name}.partial')
   try:
     if layout not in LAYOUTS:
-      raise npz.Refused(
-        f'There is no layout {npz.show(layout)}; expected one of '
+      raise files.Refused(
+        f'There is no layout {files.show(layout)}; expected one of '
         f'{", ".join(LAYOUTS)}.'
       )
-    if os.path.lexists(target):
-      raise npz.Refused(f'{npz.show(target)} is there already; name another.')
-    paths = _paths(rows, layout)
-    shutil.rmtree(partial, ignore_errors=True)
-    for path, (load, card, metrics) in zip(paths, rows, strict=True):
-      _write_member(partial / path, load(), card, metrics, layout)
-    _describe(partial, rows, paths, layout, license_name)
-    os.rename(partial, target)
-  except npz.Refused as error:
+    check_free(target, overwrite)
+    paths = _paths(saes, layout)
+    with files.whole_folder(target, replace=True) as draft:
+      for path, sae in zip(paths, saes, strict=True):
+        _write_one(draft / path, sae, layout)
+      _describe(draft, saes, paths, layout, license_name)
+  except files.Refused as error:
     raise folder_lib.ReleaseError(str(error)) from None
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
   return paths
 
 
-def _write_member(folder, params, card, metrics, layout) -> None:
+def check_free(target: pathlib.Path, overwrite: bool) -> None:
+  """Raises `files.Refused` unless an export may be written here."""
+  if not os.path.lexists(target):
+    return
+  where = files.show(target)
+  if not target.is_dir():
+    raise files.Refused(f'{where} is a file; an export is a folder.')
+  if not any(target.iterdir()):
+    return
+  if not overwrite:
+    raise files.Refused(
+      f'{where} is there already; choose another folder, or pass --overwrite '
+      'to replace an export.'
+    )
+  found = None
+  if (target / manifest.NAME).is_file():
+    found = manifest.read_json(target / manifest.NAME)
+  if not str(isinstance(found, dict) and found.get('format')).startswith(
+    _FORMAT
+  ):
+    raise files.Refused(f'{where} holds no export, and is not replaced.')
+  known = {target / name for name in (manifest.NAME, *found['files'])}
+  for path in target.rglob('*'):
+    if not path.is_dir() and path not in known:
+      raise files.Refused(
+        f'{files.show(path)} is no part of the export it lies in and would be '
+        'lost; move it, or choose another folder.'
+      )
+
+
+def _write_one(folder: pathlib.Path, sae: Released, layout: str) -> None:
   try:
-    params = sae_folder.fit(params, card)
+    params, card = sae_folder.fit(sae.load(), sae.card), sae.card
     if layout == 'saelens':
       saelens.write(folder, params, card)
     elif layout == 'gemma_scope_2':
-      gemma_scope_2.write(folder, params, card, _l0(card, metrics))
+      gemma_scope_2.write(folder, params, card, _l0(sae, measured=False))
     else:
       if set(params) != set(sae_folder.KEYS):
         more = ', '.join(set(params) - set(sae_folder.KEYS))
-        raise npz.Refused(f'has {more}, and Gemma Scope 1 has no such thing')
+        raise files.Refused(
+          f'has {more}, and Gemma Scope 1 has no such parameter'
+        )
       folder.mkdir(parents=True)
       npz.write(folder / 'params.npz', params)
-  except npz.Refused as error:
-    raise npz.Refused(f'{npz.show(card["name"])} {error}.') from None
+  except files.Refused as error:
+    raise files.Refused(f'{files.show(sae.name)} {error}.') from None
 
 
-def _l0(card: Mapping[str, Any], metrics: Mapping[str, Any] | None):
-  """L0 as measured; else as asked for, where a number of latents was."""
-  found = table.value((metrics or {}).get('l0'))
-  if found is None:
-    asked = card.get('sparsity') or {}
-    if asked.get('kind') not in ('target_l0', 'k'):
-      raise npz.Refused(
-        f'{npz.show(card["name"])} has no L0: evaluate it first.'
-      )
-    found = asked['value']
+def _l0(sae: Released, measured: bool) -> float | None:
+  """L0 as measured, or unless `measured` the L0 that it was trained for."""
+  found = table.value((sae.metrics or {}).get('l0'))
+  asked = sae.card.get('sparsity') or {}
+  if found is None and not measured and asked.get('kind') in ('target_l0', 'k'):
+    found = table.value(asked.get('value'))
   return found
 
 
-def _paths(rows: Sequence[Row], layout: str) -> list[str]:
-  name = {
-    'gemma_scope_1': _in_gemma_scope_1,
-    'gemma_scope_2': functools.partial(_in_gemma_scope_2, label=_label),
-    'saelens': _in_saelens,
-  }[layout]
-  measured = [(card, _l0(card, metrics)) for _, card, metrics in rows]
-  found = [name(card, l0) for card, l0 in measured]
-  if layout == 'gemma_scope_2' and len(set(found)) < len(found):
-    found = [_in_gemma_scope_2(card, l0, round) for card, l0 in measured]
+def _paths(saes: Sequence[Released], layout: str) -> list[str]:
+  """The SAEs' paths; equal names get a number."""
+  if layout == 'gemma_scope_2':
+    found = [_in_gemma_scope_2(sae, _label) for sae in saes]
+    if len(set(found)) < len(found):
+      found = [_in_gemma_scope_2(sae, round) for sae in saes]
+  else:
+    name = _in_gemma_scope_1 if layout == 'gemma_scope_1' else _in_saelens
+    found = list(map(name, saes))
   paths: list[str] = []
   for path in found:
     count, base = 1, path
@@ -134,43 +155,56 @@ def _label(l0: float) -> str:
   return 'small' if l0 < 25 else 'medium' if l0 < 75 else 'big'
 
 
-def _in_gemma_scope_1(card, l0) -> str:
-  place = sites.wiring_of(card)
-  model = re.fullmatch(r'gemma2-(\d+b)(-it)?', card.get('model', ''))
-  kind = _KINDS.get(place.kind) if place.type == 'sae' else None
-  if (place.type, place.kind) == ('transcoder', 'mlp_in_ungained'):
+def _in_gemma_scope_1(sae: Released) -> str:
+  wiring, name = sae.wiring, files.show(sae.name)
+  model = re.fullmatch(r'gemma2-(\d+b)(-it)?', sae.card.get('model', ''))
+  kind = _KINDS.get(wiring.kind) if wiring.type == 'sae' else None
+  if (wiring.type, wiring.kind) == ('transcoder', 'mlp_in_ungained'):
     kind = 'transcoders'
   if not (model and kind):
-    raise npz.Refused(
-      f'{npz.show(card["name"])} is a {place} of {card.get("model")!r}; '
-      'Gemma Scope 1 has SAEs of attn_out, mlp_out and resid_post and '
-      'transcoders of mlp_in_ungained, all of Gemma 2.'
+    raise files.Refused(
+      f'{name} is a {wiring} of {sae.card.get("model")!r}; Gemma Scope 1 has '
+      'SAEs of attn_out, mlp_out and resid_post and transcoders of '
+      'mlp_in_ungained, all of Gemma 2.'
+    )
+  l0 = _l0(sae, measured=True)
+  if l0 is None:
+    raise files.Refused(
+      f'{name} was never evaluated, and Gemma Scope 1 names a folder by the '
+      'measured L0; evaluate it first.'
     )
   tuning = 'it' if model[2] else 'pt'
-  width = sites.width_name(card['width'])
+  width = sites.width_name(sae.card['width'])
   return (
-    f'gemma-scope-{model[1]}-{tuning}-{kind}/layer_{place.sites[0].layer}/'
+    f'gemma-scope-{model[1]}-{tuning}-{kind}/layer_{wiring.sites[0].layer}/'
     f'width_{width}/average_l0_{round(l0)}'
   )
 
 
-def _in_gemma_scope_2(card, l0, label) -> str:
-  place, width = sites.wiring_of(card), sites.width_name(card['width'])
-  layers = f'layer_{"_".join(str(site.layer) for site in place.sites)}_'
-  affine = '_affine' * bool(card.get('affine'))
-  layers = '' if place.type == 'clt' else layers
-  return f'{place.folder}/{layers}width_{width}_l0_{label(l0)}{affine}'
+def _in_gemma_scope_2(sae: Released, label) -> str:
+  wiring, width = sae.wiring, sites.width_name(sae.card['width'])
+  l0 = _l0(sae, measured=False)
+  if l0 is None:
+    raise files.Refused(
+      f'{files.show(sae.name)} has no L0, measured or asked for; evaluate it '
+      'first.'
+    )
+  layers = f'layer_{"_".join(str(site.layer) for site in wiring.sites)}_'
+  affine = '_affine' * bool(sae.card.get('affine'))
+  layers = '' if wiring.type == 'clt' else layers
+  return f'{wiring.folder}/{layers}width_{width}_l0_{label(l0)}{affine}'
 
 
-def _in_saelens(card, l0) -> str:
-  hook = hook_points.of_transformer_lens(sites.wiring_of(card).sites[0])
-  width = sites.width_name(card['width'])
-  return f'{hook}/width_{width}/average_l0_{round(l0)}'
+def _in_saelens(sae: Released) -> str:
+  hook = hook_points.of_transformer_lens(sae.wiring.sites[0])
+  width = sites.width_name(sae.card['width'])
+  l0 = _l0(sae, measured=True)
+  leaf = 'unmeasured' if l0 is None else f'average_l0_{round(l0)}'
+  return f'{hook}/width_{width}/{leaf}'
 
 
-def _describe(root, rows, paths, layout, license_name) -> None:
-  """README.md and manifest.json, beside the members."""
-  measured = [(card, metrics) for _, card, metrics in rows]
+def _describe(root, saes, paths, layout, license_name) -> None:
+  """README.md and manifest.json, beside the SAEs."""
   front = ['---', f'license: {license_name}']
   if layout != 'gemma_scope_2':
     front.append('library_name: saelens')
@@ -178,30 +212,30 @@ def _describe(root, rows, paths, layout, license_name) -> None:
   text = [
     *front,
     '',
-    f'# Sparse autoencoders for {measured[0][0].get("model", "a model")}',
+    f'# Sparse autoencoders for {saes[0].card.get("model", "a model")}',
     '',
-    'Trained with gemma_scope; they work on raw activations. One is read by',
+    'Trained with gemma_scope. They act on raw activations. To read one:',
     '',
     '```python',
-    'from gemma_scope.formats import published',
+    'from gemma_scope.release.formats import published',
     f"params, card = published.load('{paths[0]}')",
     '',
     f'# or {_HOW[layout].format(path=paths[0])}',
     '```',
     '',
-    table.table(measured, markdown=True),
+    table.table([(sae.card, sae.metrics) for sae in saes], markdown=True),
     '',
     *(f'- `{path}`' for path in paths),
     '',
   ]
-  manifest.write_text(root / 'README.md', '\n'.join(text))
-  files = sorted(path for path in root.rglob('*') if path.is_file())
+  files.write_text(root / 'README.md', '\n'.join(text))
+  written = sorted(path for path in root.rglob('*') if path.is_file())
   sealed = manifest.seal(
     {
-      'format': f'gemma_scope.export.{layout}',
+      'format': f'{_FORMAT}.{layout}',
       'files': {
         path.relative_to(root).as_posix(): manifest.describe(path)
-        for path in files
+        for path in written
       },
     }
   )

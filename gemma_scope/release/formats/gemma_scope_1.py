@@ -12,13 +12,17 @@ Source: arXiv 2408.05147; key names and shapes as published.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from gemma_scope import files
 from gemma_scope.release import npz, sae_folder
+from gemma_scope.release.formats import tensors
 
 FILE = 'params.npz'
 _REPOSITORY = re.compile(
@@ -47,14 +51,15 @@ def card_of(path: str) -> dict[str, Any]:
     path: with slashes; the repository's name stands anywhere in it.
 
   Raises:
-    npz.Refused: it has no repository or no folder of Gemma Scope 1.
+    files.Refused: it has no repository or no folder of Gemma Scope 1.
   """
   repository, folder = _REPOSITORY.search(path), _FOLDER.search(path)
   if not (repository and folder):
-    raise npz.Refused(
-      f'{npz.show(path)} does not say which model and site it is of: keep the '
-      'published folders below one that is called like their repository, such '
-      'as gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71.'
+    raise files.Refused(
+      f'{files.show(path)} does not say which model and site it is of: keep '
+      'the published folders below one that is called like their repository, '
+      'such as gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71, or say '
+      '--site=resid_post/20.'
     )
   reads, writes = _SITES[repository['site']]
   layer = int(folder['layer'] or 0)
@@ -62,7 +67,7 @@ def card_of(path: str) -> dict[str, Any]:
     reads = writes = 'resid_pre'
   model = f'gemma2-{repository["size"]}'
   card = {
-    'name': path[repository.start() : folder.end()],
+    'name': f'{repository[0]}/{folder[0]}',
     'type': 'sae' if reads == writes else 'transcoder',
     'sites': [f'{reads}/{layer}'],
     'targets': [f'{writes}/{layer}'],
@@ -74,23 +79,32 @@ def card_of(path: str) -> dict[str, Any]:
   return card
 
 
-def read(folder: pathlib.Path, path: str) -> tuple[sae_folder.Params, dict]:
-  """Reads one SAE.
+def read(
+  folder: pathlib.Path, path: str
+) -> tuple[dict[str, Any], Callable[[], sae_folder.Params]]:
+  """One SAE: its card, and a function that reads its parameters.
 
   Args:
     folder: holds params.npz.
     path: see `card_of`.
   """
-  card = card_of(path)
+  shapes = npz.shapes(
+    folder / FILE, required=sae_folder.KEYS, max_bytes=tensors.MAX_BYTES
+  )
+  card = card_of(path) | sae_folder.sizes_of(shapes)
+  return card, functools.partial(_params, folder / FILE, card)
+
+
+def _params(file: pathlib.Path, card: dict[str, Any]) -> sae_folder.Params:
   params = npz.read(
-    folder / FILE,
+    file,
     required=sae_folder.KEYS,
-    check=lambda shapes: sae_folder.check_shapes(shapes, None),
-    max_bytes=128 << 30,
+    check=lambda shapes: sae_folder.check_shapes(shapes, card),
+    max_bytes=tensors.MAX_BYTES,
   )
   if card['sites'] == ['resid_pre/0']:
     scale = np.float32(params['b_dec'].size ** 0.5)
     params['W_enc'] = params['W_enc'] / scale
     params['W_dec'] = params['W_dec'] * scale
     params['b_dec'] = params['b_dec'] * scale
-  return params, card
+  return params

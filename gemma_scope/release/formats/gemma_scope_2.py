@@ -15,21 +15,26 @@ the tutorial of Gemma Scope 2.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gemma_scope import sites
-from gemma_scope.release import npz, sae_folder
+from gemma_scope import files, sites
+from gemma_scope.release import sae_folder
 from gemma_scope.release.formats import hook_points, tensors
 
 _KEYS = {
   'W_enc': 'w_enc', 'b_enc': 'b_enc', 'W_dec': 'w_dec', 'b_dec': 'b_dec',
   'threshold': 'threshold', 'W_skip': 'affine_skip_connection',
 }  # fmt: skip
+_TENSORS = {
+  'required': [_KEYS[key] for key in sae_folder.KEYS],
+  'optional': [_KEYS['W_skip']],
+}
 _LAYERS = re.compile(r'params_layer_(\d{1,3})\.safetensors')
 
 
@@ -49,48 +54,57 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   return [path for _, path in sorted(found)]
 
 
-def read(folder: pathlib.Path, path: str) -> tuple[sae_folder.Params, dict]:
-  """Reads one SAE, transcoder, crosscoder or CLT; `path` names it."""
-  config, files = tensors.read_json(folder / 'config.json'), _files(folder)
+def read(
+  folder: pathlib.Path, path: str
+) -> tuple[dict[str, Any], Callable[[], sae_folder.Params]]:
+  """One SAE, transcoder, crosscoder or CLT; `path` names it."""
+  config, parts = tensors.read_json(folder / 'config.json'), _files(folder)
   try:
-    card = _card(config, path, len(files))
-  except npz.Refused as error:
-    raise npz.Refused(f'{npz.show(folder / "config.json")} {error}.') from None
-  required = [_KEYS[key] for key in sae_folder.KEYS]
-  parts = [
-    tensors.read(file, required=required, optional=[_KEYS['W_skip']])
-    for file in files
-  ]
-  params = {
-    ours: [part[theirs] for part in parts]
-    for ours, theirs in _KEYS.items()
-    if theirs in parts[0]
-  }
-  if card['type'] not in sites.SEVERAL:
-    return {key: values[0] for key, values in params.items()}, card
-  if any(set(part) != set(parts[0]) for part in parts):
-    raise npz.Refused(f'{npz.show(folder)} has files with different tensors.')
-  try:
-    params = {key: np.stack(values) for key, values in params.items()}
-  except ValueError:
-    raise npz.Refused(
-      f'{npz.show(folder)} has layers of other sizes.'
+    card = _card(config, path, len(parts))
+  except files.Refused as error:
+    raise files.Refused(
+      f'{files.show(folder / "config.json")} {error}.'
     ) from None
-  for layer in range(len(files)):
+  shapes = tensors.shapes(parts[0], **_TENSORS)
+  if any(tensors.shapes(part, **_TENSORS) != shapes for part in parts):
+    raise files.Refused(f'{files.show(folder)} has layers of different shapes.')
+  several = card['type'] in sites.SEVERAL
+  lead = (len(parts),) * several
+  ours = {
+    key: (*lead, *shapes[_KEYS[key]]) for key in _KEYS if _KEYS[key] in shapes
+  }
+  try:
+    card |= sae_folder.sizes_of(ours)
+  except files.Refused as error:
+    raise files.Refused(f'{files.show(parts[0])} {error}.') from None
+  return card, functools.partial(_params, parts, several)
+
+
+def _params(parts: Sequence[pathlib.Path], several: bool) -> sae_folder.Params:
+  read = [tensors.read(part, **_TENSORS) for part in parts]
+  params = {
+    ours: [part[theirs] for part in read]
+    for ours, theirs in _KEYS.items()
+    if theirs in read[0]
+  }
+  if not several:
+    return {key: values[0] for key, values in params.items()}
+  params = {key: np.stack(values) for key, values in params.items()}
+  for layer in range(len(parts)):
     params['W_dec'][layer, :, :layer] = 0
-  return params, card
+  return params
 
 
-def _card(config: Mapping[str, Any], path: str, files: int) -> dict[str, Any]:
+def _card(config: Mapping[str, Any], path: str, count: int) -> dict[str, Any]:
   kind = config.get('type')
   if config.get('architecture') != 'jump_relu' or kind not in sites.TYPES:
-    raise npz.Refused(
-      f'describes a {npz.show(kind)} of architecture '
-      f'{npz.show(config.get("architecture"))}; expected jump_relu and one of '
-      f'{", ".join(sites.TYPES)}'
+    raise files.Refused(
+      f'describes a {files.show(kind)} of architecture '
+      f'{files.show(config.get("architecture"))}; expected jump_relu and one '
+      f'of {", ".join(sites.TYPES)}'
     )
-  reads = _sites(config, 'hf_hook_point_in', files)
-  writes = _sites(config, 'hf_hook_point_out', files)
+  reads = _sites(config, 'hf_hook_point_in', count)
+  writes = _sites(config, 'hf_hook_point_out', count)
   card = {
     'name': path, 'type': kind, 'sites': reads, 'targets': writes,
     'model': _model(config.get('model_name')), 'architecture': 'jumprelu',
@@ -101,15 +115,15 @@ def _card(config: Mapping[str, Any], path: str, files: int) -> dict[str, Any]:
   return card
 
 
-def _sites(config: Mapping[str, Any], key: str, files: int) -> list[str]:
+def _sites(config: Mapping[str, Any], key: str, count: int) -> list[str]:
   name = str(config.get(key))
   several = re.fullmatch(r'(.*)\{([\w, -]+)\}(.*)', name)
   layers = [''] if several is None else several[2].split(',')
   if several and several[2] == 'all':
-    layers = list(map(str, range(files)))
-  if len(layers) != files:
-    raise npz.Refused(
-      f'names {len(layers)} layers in {key}, beside {files} files of parameters'
+    layers = list(map(str, range(count)))
+  if len(layers) != count:
+    raise files.Refused(
+      f'names {len(layers)} layers in {key}, beside {count} files of parameters'
     )
   names = [
     name if several is None else f'{several[1]}{layer.strip()}{several[3]}'
@@ -122,7 +136,9 @@ def _model(name: object) -> str:
   """'google/gemma-3-1b-pt' -> 'gemma3-1b'."""
   found = re.search(r'gemma-?(\d)-(\d+[bm])(-it)?', str(name))
   if not found:
-    raise npz.Refused(f'is of the model {npz.show(name)}, which is no Gemma')
+    raise files.Refused(
+      f'is of the model {files.show(name)}, which is no Gemma'
+    )
   return f'gemma{found[1]}-{found[2]}{found[3] or ""}'
 
 
@@ -149,10 +165,11 @@ def write(
     l0: measured, or asked for.
 
   Raises:
-    npz.Refused: the format has no such thing: a TopK, or a site without a name.
+    files.Refused: the format has no such thing: a TopK, or a site without a
+      name.
   """
   if 'k' in params:
-    raise npz.Refused(
+    raise files.Refused(
       'is a TopK, and Gemma Scope 2 has thresholds alone: train a BatchTopK'
     )
   place, several = sites.wiring_of(card), sites.wiring_of(card).several

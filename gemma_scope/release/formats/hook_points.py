@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import re
 
-from gemma_scope import sites
-from gemma_scope.release import npz
+from gemma_scope import files, sites
 
 _TRANSFORMERS = {
   'output': 'resid_post',
@@ -42,7 +41,7 @@ def parse(name: str) -> sites.Site:
   """A hook point's name -> the site.
 
   Raises:
-    npz.Refused: it is none that is known.
+    files.Refused: it is none that is known.
   """
   text = str(name)
   for pattern, kinds in (
@@ -58,8 +57,8 @@ def parse(name: str) -> sites.Site:
     kind = _TRANSFORMERS.get(f'{found[2][1:]}.output'.lstrip('.'))
     if kind:
       return sites.Site(int(found[1]), kind)
-  raise npz.Refused(
-    f'names the hook point {npz.show(name)}, which is no site of Gemma here'
+  raise files.Refused(
+    f'names the hook point {files.show(name)}, which is no site of Gemma here'
   )
 
 
@@ -77,4 +76,4 @@ def _named(site: sites.Site, kinds: dict[str, str]) -> str:
   for name, kind in kinds.items():
     if kind == site.kind:
       return name
-  raise npz.Refused(f'is at {site}, for which that format has no name')
+  raise files.Refused(f'is at {site}, for which that format has no name')

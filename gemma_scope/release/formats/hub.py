@@ -3,38 +3,55 @@
 Names are looked up in the repository's own list, never built, and only plain
 ones are fetched. What was fetched stays in huggingface_hub's cache (HF_HOME);
 a cut-off download goes on where it stopped. HF_TOKEN is read by huggingface_hub
-alone and never shown.
+alone and never shown. All files of an SAE are of one commit.
 """
 
 from __future__ import annotations
 
-import os
 import pathlib
 import re
 import time
 from collections.abc import Callable, Sequence
 
-from gemma_scope.release import npz
+from gemma_scope import files
 
 _PLAIN = re.compile(r'[\w][\w.+=-]{0,200}', re.ASCII)
 _TRIES = 3
+# What to do about an error that another try does not mend, by its class.
+_FINAL = {
+  'GatedRepoError': (
+    'its owner asks for consent; open its page on https://huggingface.co, '
+    'accept the terms, then log in with `hf auth login` or set HF_TOKEN'
+  ),
+  'RepositoryNotFoundError': (
+    'there is no such repository, or it is private; check the name and log in '
+    'with `hf auth login` or set HF_TOKEN'
+  ),
+  'RevisionNotFoundError': 'it has no such branch, tag or commit',
+  'EntryNotFoundError': 'it has no such file at this revision',
+  'OfflineModeIsEnabled': (
+    'HF_HUB_OFFLINE is set; unset it, or give the path of a downloaded folder'
+  ),
+  'HFValidationError': 'the name is not owner/name',
+}
+_ADVICE = 'check the network, then run the same command again'
 _WANTED = re.compile(
   r'(params|params_layer_\d{1,3}|sae_weights|sae|ae)\.(npz|safetensors)'
   r'|(config|cfg|metrics|activation_scaler)\.json'
 )
 
 
-def files(path: str, revision: str = '') -> list[str]:
+def names(path: str, revision: str = '') -> list[str]:
   """Names of the files below `owner/name[/path]`, without that path.
 
   Raises:
-    npz.Refused: no such repository, or no network.
+    files.Refused: no such repository, or no network.
   """
   repository, inside = _parts(path)
   start = f'{inside}/' if inside else ''
   return [
     name.removeprefix(start)
-    for name in _list(repository, revision)
+    for name in _list(repository, revision)[0]
     if name.startswith(start)
   ]
 
@@ -50,10 +67,11 @@ def fetch(
     canonical: chooses one of several paths.
 
   Raises:
-    npz.Refused: it is not there, or cannot be fetched.
+    files.Refused: it is not there, or cannot be fetched.
   """
   repository, inside = _parts(path)
-  names = [n for n in _list(repository, revision) if _is_plain(n)]
+  every, commit = _list(repository, revision)
+  names = [name for name in every if _is_plain(name)]
   there = {name.rpartition('/')[0] for name in names}
   above, _, last = inside.rpartition('/')
   if last == 'canonical' and inside not in there:
@@ -66,14 +84,16 @@ def fetch(
   ]
   if not wanted:
     near = sorted(f for f in there if f.startswith(inside.split('/')[0]))[:5]
-    raise npz.Refused(
-      f'{repository} has no SAE in {npz.show(inside)}'
+    raise files.Refused(
+      f'{repository} has no SAE in {files.show(inside)}'
       f'{"; it has " + ", ".join(near) if near else ""}.'
     )
-  root = _cache() / repository.replace('/', '--')
-  for name in wanted:
-    _retried(repository, _download, repository, name, revision, root)
-  return root / inside, f'{repository}/{inside}'
+  fetched = [
+    _retried(repository, _client().hf_hub_download, repository, name,
+             revision=commit)
+    for name in wanted
+  ]  # fmt: skip
+  return pathlib.Path(fetched[0]).parent, f'{repository}/{inside}'
 
 
 def push(
@@ -94,18 +114,18 @@ def push(
     report: takes a line of text.
 
   Raises:
-    npz.Refused: no such folder or name, a link in it, or no network.
+    files.Refused: no such folder or name, a link in it, or no network.
   """
   _, inside = _parts(repository)
   if inside:
-    raise npz.Refused(f'{npz.show(repository)} is not owner/name.')
+    raise files.Refused(f'{files.show(repository)} is not owner/name.')
   if not folder.is_dir():
-    raise npz.Refused(f'{npz.show(folder)} is no folder.')
+    raise files.Refused(f'{files.show(folder)} is no folder.')
   names = []
   for path in sorted(folder.rglob('*')):
     name = path.relative_to(folder).as_posix()
     if path.is_symlink() or not _is_plain(name):
-      raise npz.Refused(f'{npz.show(path)} is a link or has an odd name.')
+      raise files.Refused(f'{files.show(path)} is a link or has an odd name.')
     if path.is_file():
       names.append(name)
   parts = sorted({name.rpartition('/')[0] for name in names}, reverse=True)
@@ -129,17 +149,12 @@ def push(
     report(f'{done} {part or "."}: {len(of_part)} files, {size:,} bytes')
 
 
-def _cache() -> pathlib.Path:
-  home = os.environ.get('HF_HOME') or '~/.cache/huggingface'
-  return pathlib.Path(home).expanduser() / 'gemma_scope'
-
-
 def _parts(path: str) -> tuple[str, str]:
   """'owner/name/a/b' -> 'owner/name', 'a/b'."""
   names = path.rstrip('/').split('/')
   if len(names) < 2 or not all(map(_PLAIN.fullmatch, names)):
-    raise npz.Refused(
-      f'{npz.show(path)} is no folder here, and no repository on the hub: '
+    raise files.Refused(
+      f'{files.show(path)} is no folder here, and no repository on the hub: '
       'those are owner/name, and then a path in it.'
     )
   return '/'.join(names[:2]), '/'.join(names[2:])
@@ -149,26 +164,20 @@ def _is_plain(name: str) -> bool:
   return all(_PLAIN.fullmatch(part) for part in name.split('/'))
 
 
-def _list(repository: str, revision: str) -> list[str]:
-  def names():
-    return (
-      _client().HfApi().list_repo_files(repository, revision=revision or None)
-    )
-
-  return sorted(_retried(repository, names))
-
-
-def _download(repository, name, revision, root) -> None:
-  _client().hf_hub_download(
-    repository, name, revision=revision or None, local_dir=root
-  )
+def _list(repository: str, revision: str) -> tuple[list[str], str]:
+  """Names of a repository's files, and the commit that has them."""
+  info = _retried(
+    repository, _client().HfApi().repo_info, repository,
+    revision=revision or None,
+  )  # fmt: skip
+  return sorted(file.rfilename for file in info.siblings), info.sha
 
 
 def _client():
   try:
     import huggingface_hub
   except ImportError:
-    raise npz.Refused(
+    raise files.Refused(
       'Fetching from the hub needs huggingface_hub: pip install '
       'huggingface_hub, or download the folder and give its path.'
     ) from None
@@ -180,17 +189,13 @@ def _retried(repository: str, function, *arguments, **named):
   for left in reversed(range(_TRIES)):
     try:
       return function(*arguments, **named)
-    except npz.Refused:
+    except files.Refused:
       raise
     except Exception as error:  # of any of the libraries below huggingface_hub
-      kind = type(error).__name__
-      final = kind in (
-        'RepositoryNotFoundError', 'RevisionNotFoundError', 'GatedRepoError',
-        'EntryNotFoundError', 'OfflineModeIsEnabled', 'HFValidationError',
-      )  # fmt: skip
-      if final or not left:
-        raise npz.Refused(
-          f'{repository} could not be fetched ({kind}); check its name, the '
-          'network and, where it asks for one, the login (hf auth login).'
+      advice = _FINAL.get(type(error).__name__)
+      if advice or not left:
+        raise files.Refused(
+          f'{repository} could not be fetched ({type(error).__name__}): '
+          f'{advice or _ADVICE}.'
         ) from None
       time.sleep(2.0 ** (_TRIES - left))

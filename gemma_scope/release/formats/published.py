@@ -1,4 +1,4 @@
-"""load(path or repository) -> params, card, whatever the format; lists.
+"""SAEs in any format, from a folder or from the hub; what a folder holds.
 
   load('downloads/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71')
   load('google/gemma-scope-2b-pt-res/layer_20/width_16k/canonical')
@@ -10,16 +10,19 @@ SAE whose L0 is nearest to 100 among those of its folder, as the field means it.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import difflib
+import functools
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gemma_scope import sites
+from gemma_scope import files, sites
 from gemma_scope.release import folder as folder_lib
 from gemma_scope.release import manifest, npz, sae_folder
 from gemma_scope.release import paths as paths_lib
@@ -30,23 +33,19 @@ from gemma_scope.release.formats import (
   hub,
   saelens,
   sparsify,
+  tensors,
 )
+from gemma_scope.release.released import Released
 
 # Tried in this order: each knows its own files.
 FORMATS = (gemma_scope_1, gemma_scope_2, saelens, sparsify, dictionaries)
+_FILES = {
+  'params.npz', 'params.safetensors', 'params_layer_0.safetensors',
+  saelens.WEIGHTS, sparsify.WEIGHTS, dictionaries.WEIGHTS, dictionaries.PICKLE,
+}  # fmt: skip
 _L0 = re.compile(r'(?:^|/)average_l0_(\d{1,6})(?:_[\w.+-]*)?$')
 _CANONICAL = 100
 _MOST = 1 << 16  # folders of a release
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-  """One SAE of a list: its path, and what the path says."""
-
-  path: str
-  layer: str
-  width: str
-  l0: str
 
 
 def load(path: str, revision: str = '') -> tuple[sae_folder.Params, dict]:
@@ -64,140 +63,230 @@ def load(path: str, revision: str = '') -> tuple[sae_folder.Params, dict]:
   Raises:
     release.ReleaseError: one sentence on what is missing, unknown or damaged.
   """
-  try:
-    folder = pathlib.Path(path)
-    if not folder.exists():
-      if folder.name == 'canonical' and folder.parent.is_dir():
-        path = canonical([entry.path for entry in listed(str(folder.parent))])
-        folder = folder.parent / path
-      else:
-        folder, path = hub.fetch(path, revision, canonical)
-    return _read(pathlib.Path(os.path.abspath(folder)), path)
-  except npz.Refused as error:
-    raise folder_lib.ReleaseError(str(error)) from None
+  sae = open_sae(path, revision)
+  return sae.load(), sae.card
 
 
-def load_all(
-  path: str, revision: str = ''
-) -> list[tuple[sae_folder.Params, dict]]:
-  """The same of every SAE of a release of ours; else of the one at `path`."""
-  if _sealed(pathlib.Path(path)):
-    return [(m.load(), m.card) for m in folder_lib.load_all(path)]
-  return [load(path, revision)]
+def open_sae(
+  path: str, revision: str = '', about: Mapping[str, Any] | None = None
+) -> Released:
+  """Opens one SAE: its card is read and checked, its parameters are not.
 
-
-class Member(folder_lib.Member):
-  """One SAE anywhere; its parameters are read when asked for."""
-
-  def load(self) -> sae_folder.Params:
-    return load(self.path)[0]
-
-
-def offered(paths: str) -> list[folder_lib.Member]:
-  """The SAEs of releases of ours and of other paths, joined by commas.
+  Args:
+    path, revision: as of `load`.
+    about: what a params.npz without a card is: 'sites' and 'targets', such as
+      ['resid_post/12'], and 'model'.
 
   Raises:
-    release.ReleaseError: a path has none that can be read.
+    release.ReleaseError: as of `load`.
   """
-  found: list[folder_lib.Member] = []
+  path = os.path.expanduser(path)
+  try:
+    folder = _folder(pathlib.Path(path))
+    if folder is None:
+      folder, path = hub.fetch(path, revision, canonical)
+    elif folder.name == 'canonical' and not folder.exists():
+      within = [entry.path for entry in listed(str(folder.parent))]
+      folder = folder.parent / canonical(within)
+    folder = pathlib.Path(os.path.abspath(folder))
+    if _is_release(folder):
+      raise files.Refused(
+        f'{files.show(folder)} is a release of several; name one of its '
+        'folders.'
+      )
+    card, read = _card(folder, path, about)
+  except files.Refused as error:
+    raise folder_lib.ReleaseError(str(error)) from None
+  return Released(
+    card, functools.partial(_checked, card, read), path=path, folder=folder
+  )
+
+
+def open_all(
+  paths: str, revision: str = '', about: Mapping[str, Any] | None = None
+) -> list[Released]:
+  """Opens all SAEs of releases of ours and of other paths, joined by commas.
+
+  Where SAEs of different paths have one name, what differs in the paths is put
+  before it.
+
+  Raises:
+    release.ReleaseError: a path has none that can be read, or is given twice.
+  """
+  found: list[tuple[str, Released]] = []
   for path in paths.split(','):
-    if _sealed(pathlib.Path(path)):
-      found += folder_lib.load_all(path)
-    elif inside := paths_lib.locate(pathlib.Path(os.path.abspath(path))):
-      of_release = folder_lib.load_all(inside[0]) if _sealed(inside[0]) else []
-      found += [m for m in of_release if m.path == inside[1]] or [
-        Member(path, pathlib.Path(path), load(path)[1], None)
+    folder = pathlib.Path(os.path.abspath(os.path.expanduser(path)))
+    inside = paths_lib.locate(folder)
+    if _is_release(folder):
+      found += [(str(folder), sae) for sae in folder_lib.load_all(folder)]
+    elif inside and _is_release(inside[0]):
+      of_release = folder_lib.load_all(inside[0])
+      found += [
+        (str(inside[0]), sae) for sae in of_release if sae.path == inside[1]
       ]
+      if not found or found[-1][1].path != inside[1]:
+        raise folder_lib.ReleaseError(
+          f'{files.show(path)} is not in the manifest of its release.'
+        )
     else:
-      found.append(Member(path, pathlib.Path(path), load(path)[1], None))
-  return found
+      found.append((str(folder), open_sae(path, revision, about)))
+  return _uniquely_named(found)
 
 
-def _sealed(root: pathlib.Path) -> bool:
-  """Whether it is a release, or another layout of several."""
+def _uniquely_named(found: Sequence[tuple[str, Released]]) -> list[Released]:
+  """The SAEs, given (root, SAE); equal names get what differs in the roots."""
+  counts = collections.Counter(sae.name for _, sae in found)
+  above = os.path.commonpath([root for root, _ in found]) if found else ''
+  saes = [
+    sae
+    if counts[sae.name] == 1
+    else dataclasses.replace(
+      sae, name=f'{pathlib.PurePath(os.path.relpath(root, above))}/{sae.name}'
+    )
+    for root, sae in found
+  ]
+  for name, count in collections.Counter(sae.name for sae in saes).items():
+    if count > 1:
+      raise folder_lib.ReleaseError(
+        f'The SAE {files.show(name)} is given twice.'
+      )
+  return saes
+
+
+def _folder(path: pathlib.Path) -> pathlib.Path | None:
+  """The folder that a path means; None where the path is not on this disk.
+
+  Raises:
+    files.Refused: a file that is no part of an SAE, or a misspelt folder.
+  """
+  try:
+    if path.is_file():
+      if path.name in _FILES or path.suffix == '.json':
+        return path.parent
+      raise files.Refused(
+        f'{files.show(path)} is a file; give the folder of an SAE.'
+      )
+    if path.exists() or (path.name == 'canonical' and path.parent.is_dir()):
+      return path
+  except (OSError, ValueError) as error:  # too long, or a null character
+    raise files.Refused(f'{files.show(path)} is no path ({error}).') from None
+  above = next(a for a in path.parents if a.is_dir())
+  missing = path.relative_to(above).parts[0]
+  names = sorted(entry.name for entry in above.iterdir())
+  near = difflib.get_close_matches(missing, names, 1)
+  is_local = path.is_absolute() or above != pathlib.Path('.')
+  if not is_local and not near and len(path.parts) > 1:
+    return None
+  hint = f' Did you mean {files.show(above / near[0])}?' if near else ''
+  raise files.Refused(f'There is no folder {files.show(path)}.{hint}')
+
+
+def _is_release(root: pathlib.Path) -> bool:
+  """Whether it is a release of ours, or an export of several SAEs."""
   return (root / manifest.NAME).exists()
 
 
-def _read(folder: pathlib.Path, path: str):
-  if _sealed(folder):
-    raise npz.Refused(
-      f'{npz.show(folder)} is a release of several; name one of its folders.'
-    )
+Read = Callable[[], sae_folder.Params]
+
+
+def _card(
+  folder: pathlib.Path, path: str, about
+) -> tuple[dict[str, Any], Read]:
+  """An SAE's card, checked, and what reads its parameters."""
+  if about and (folder / 'params.npz').is_file():
+    if not (folder / 'config.json').exists():
+      return _own(folder, path, about)
   for one in FORMATS:
     if one.is_there(folder):
       # The whole path: the folders above may say what the SAE is of.
-      name = path if one is not gemma_scope_1 else str(folder)
-      params, card = one.read(folder, name)
-      return _checked(params, card)
-  return folder_lib.load(folder)
+      card, read = one.read(
+        folder, path if one is not gemma_scope_1 else str(folder)
+      )
+      sae_folder.check_card(card, card['name'], None)
+      return card, read
+  return folder_lib.read_card(folder), lambda: folder_lib.load(folder)[0]
 
 
-def _checked(params, card: dict[str, Any]):
-  """The parameters in the file's order, and the card with its sizes."""
-  place = sites.wiring_of(card)
-  W_enc, b_dec = params['W_enc'], params['b_dec']
-  card |= {
-    'd_in': W_enc.shape[-2] if W_enc.ndim > 1 else 0,
-    'd_out': b_dec.shape[-1] if b_dec.ndim else 0,
-    'width': int(params['b_enc'].size),
+def _own(folder: pathlib.Path, path: str, about) -> tuple[dict[str, Any], Read]:
+  """A params.npz of one's own, with what the user says of it."""
+  file = folder / 'params.npz'
+  keys = {
+    'required': sae_folder.KEYS,
+    'optional': sae_folder.OPTIONAL_KEYS,
+    'max_bytes': tensors.MAX_BYTES,
   }
-  if place.sites == place.targets and card['d_in'] != card['d_out']:
-    raise npz.Refused(
-      f'{npz.show(card["name"])} has W_enc {W_enc.shape} and b_dec '
-      f'{b_dec.shape}, and a member of type {place.type} writes what it reads.'
-    )
-  if 'W_skip' in params:
-    card['affine'] = True
-  if place.several and len(place.sites) != len(W_enc):
-    raise npz.Refused(f'{card["name"]} has {len(W_enc)} layers of parameters.')
-  params = {key: np.asarray(a, np.float32) for key, a in params.items()}
-  return sae_folder.fit(params, card), card
+  shapes = npz.shapes(file, **keys)
+  itself = list(about['sites']) == list(about['targets'])
+  several = len(shapes['W_enc']) == 3
+  card = {
+    'name': path,
+    'type': ('transcoder', 'sae', 'clt', 'crosscoder')[2 * several + itself],
+    'architecture': 'topk' if 'k' in shapes else 'jumprelu',
+    **about,
+    **sae_folder.sizes_of(shapes),
+  }
+  sae_folder.check_card(card, file, None)
+  check = functools.partial(sae_folder.check_shapes, card=card)
+  return card, lambda: npz.read(file, check=check, **keys)
+
+
+def _checked(card: Mapping[str, Any], read: Read) -> sae_folder.Params:
+  """The parameters as `release.load` gives them, held to the card."""
+  try:
+    params = {key: np.asarray(a, np.float32) for key, a in read().items()}
+    return sae_folder.fit(params, card)
+  except files.Refused as error:
+    raise folder_lib.ReleaseError(str(error)) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One SAE of a list: its path, and what the path says."""
+
+  path: str
+  layer: str
+  width: str
+  l0: str
 
 
 def listed(path: str, revision: str = '') -> list[Entry]:
-  """What a folder or a repository holds, by path.
+  """Lists what a folder or a repository holds, by path; reads no SAE.
 
   Raises:
     release.ReleaseError: there is nothing that can be read.
   """
+  path = os.path.expanduser(path)
   try:
-    folder = pathlib.Path(path)
-    if folder.is_dir():
-      files = [
-        str(pathlib.Path(root, name).relative_to(folder))
-        for root, _, names in os.walk(folder)
-        for name in names
-      ]
+    folder = _folder(pathlib.Path(path))
+    if folder is None:
+      names = hub.names(path, revision)
     else:
-      files = hub.files(path, revision)
-  except npz.Refused as error:
+      names = [
+        pathlib.Path(root, name).relative_to(folder).as_posix()
+        for root, _, names_there in os.walk(folder)
+        for name in names_there
+      ]
+  except files.Refused as error:
     raise folder_lib.ReleaseError(str(error)) from None
-  found = sorted({folder for file in files if (folder := _folder_of(file))})
+  of_files = [name.rpartition('/') for name in names]
+  found = sorted({above for above, _, name in of_files if name in _FILES})
   if not found:
     raise folder_lib.ReleaseError(
-      f'{npz.show(path)} holds no SAE that is known.'
+      f'{files.show(path)} holds no SAE in a format that is known.'
     )
-  return [_entry(one) for one in found[:_MOST]]
+  return [_entry(path, one) for one in found[:_MOST]]
 
 
-_FILES = {
-  'params.npz', 'params.safetensors', 'params_layer_0.safetensors',
-  saelens.WEIGHTS, sparsify.WEIGHTS, dictionaries.WEIGHTS, dictionaries.PICKLE,
-}  # fmt: skip
+def _entry(root: str, path: str) -> Entry:
+  """From the path; where that is the root itself, from the root's folders."""
+  described = path or os.path.abspath(root)
 
-
-def _folder_of(file: str) -> str:
-  folder, _, name = file.replace(os.sep, '/').rpartition('/')
-  return folder if name in _FILES else ''
-
-
-def _entry(path: str) -> Entry:
   def find(pattern):
-    found = re.search(pattern, path)
+    found = re.search(pattern, described)
     return found[1] if found else ''
 
   return Entry(
-    path,
+    path or '.',
     find(r'layers?[_.](\d+(?:_\d+)*)') or find(r'blocks\.(\d+)'),
     find(r'width_(\d+[km]?)'),
     find(r'(?:average_)?l0_([a-z0-9]+)'),
@@ -234,11 +323,11 @@ def canonical(paths: Sequence[str]) -> str:
   """Of `.../average_l0_N`, the one with N nearest to 100; the first of two.
 
   Raises:
-    npz.Refused: none has an L0 in its name.
+    files.Refused: none has an L0 in its name.
   """
   found = [(int(match[1]), p) for p in paths if (match := _L0.search(p))]
   if not found:
-    raise npz.Refused(
+    raise files.Refused(
       'There is no canonical SAE where none has an average_l0 in its name.'
     )
   return min(found, key=lambda one: (abs(one[0] - _CANONICAL), one))[1]

@@ -4,55 +4,124 @@
   W_skip [D_out, D_in]   layers.12/, layers.12.mlp/: the module's output
 
 The k largest of relu(encoder(x)) are kept; an SAE takes b_dec off its input, a
-transcoder (`transcode`), which reads the module's input, does not. Compared
-with eai-sparsify 1.3.3.
+transcoder (`transcode`), which reads the module's input, does not. `signed`
+(June to August 2024) keeps the k largest by absolute value, negative ones too:
+refused, as groupmax is. Compared with eai-sparsify 1.3.3.
 """
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
-from gemma_scope.release import npz, sae_folder
+from gemma_scope import files
+from gemma_scope.release import sae_folder
 from gemma_scope.release.formats import hook_points, tensors
 
 CONFIG, WEIGHTS = 'cfg.json', 'sae.safetensors'
 _KEYS = ('encoder.weight', 'encoder.bias', 'W_dec', 'b_dec')
+_FIELDS = frozenset(
+  """activation d_in expansion_factor k multi_topk normalize_decoder num_latents
+  signed skip_connection transcode""".split()
+)
 
 
 def is_there(folder: pathlib.Path) -> bool:
   return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
-def read(folder: pathlib.Path, path: str) -> tuple[sae_folder.Params, dict]:
-  """Reads one coder; `path` names it, its last part the module."""
-  config = tensors.read_json(folder / CONFIG)
-  k, transcodes = config.get('k'), bool(config.get('transcode'))
-  if config.get('activation', 'topk') != 'topk' or type(k) is not int:
-    raise npz.Refused(
-      f'{npz.show(folder / CONFIG)} has activation '
-      f'{npz.show(config.get("activation"))} and k = {npz.show(k)}; only '
-      'topk can be read.'
-    )
+def read(
+  folder: pathlib.Path, path: str
+) -> tuple[dict[str, Any], Callable[[], sae_folder.Params]]:
+  """One coder: its card, and a function that reads its parameters.
+
+  Args:
+    folder: holds cfg.json and the weights.
+    path: its name; the last part is the module.
+  """
   try:
-    site = hook_points.parse(re.split(r'[/\\]', path.rstrip('/'))[-1])
-    reads = site
+    config = tensors.read_json(folder / CONFIG)
+    k, transcodes = _checked(config), config.get('transcode', False)
+  except files.Refused as error:
+    raise tensors.in_file(folder / CONFIG, error) from None
+  file = folder / WEIGHTS
+  shapes = tensors.shapes(file, required=_KEYS, optional=['W_skip'])
+  try:
+    reads = site = hook_points.parse(re.split(r'[/\\]', path.rstrip('/'))[-1])
     if transcodes:
       reads = hook_points.parse(f'model.layers.{site.layer}.mlp.input')
       if site.kind != 'mlp_raw':
-        raise npz.Refused(f'is a transcoder of {site}; only those of MLPs')
-  except npz.Refused as error:
-    raise npz.Refused(f'{npz.show(path)} {error}.') from None
-  p = tensors.read(folder / WEIGHTS, required=_KEYS, optional=['W_skip'])
+        raise files.Refused(f'is a transcoder of {site}; only those of MLPs')
+    sizes = _sizes(shapes, config)
+  except files.Refused as error:
+    raise files.Refused(f'{files.show(path)} {error}.') from None
+  return {
+    'name': path,
+    'type': 'transcoder' if transcodes else 'sae',
+    'sites': [str(reads)],
+    'targets': [str(site)],
+    'model': '',
+    'architecture': 'topk',
+    'sparsity': {'kind': 'k', 'value': k},
+    **sizes,
+  }, functools.partial(_params, file, k, transcodes)
+
+
+def _checked(config: Mapping[str, Any]) -> int:
+  """k, where the config is of a coder that can be read."""
+  tensors.check_fields(config, _FIELDS, 'sparsify up to 1.3.3')
+  k = config.get('k')
+  if config.get('activation', 'topk') != 'topk' or type(k) is not int:
+    raise files.Refused(
+      f'has activation {files.show(config.get("activation"))} and k = '
+      f'{files.show(k)}; only topk can be read'
+    )
+  for key in ('signed', 'transcode', 'skip_connection'):
+    if type(config.get(key, False)) is not bool:
+      raise files.Refused(f'has {key} = {files.show(config[key])}')
+  if config.get('signed'):
+    raise files.Refused(
+      'has signed latents: its top-k keeps negative values as well, which no '
+      'SAE here has'
+    )
+  return k
+
+
+def _sizes(shapes, config: Mapping[str, Any]) -> dict[str, Any]:
+  W_enc, W_dec = shapes['encoder.weight'], shapes['W_dec']
+  if len(W_enc) != 2 or len(W_dec) != 2 or W_enc[0] != W_dec[0]:
+    raise files.Refused(
+      f'has shapes that do not fit: encoder.weight {W_enc}, W_dec {W_dec}'
+    )
+  width, d_in = W_enc
+  wanted = config.get('num_latents') or (
+    d_in * config.get('expansion_factor', width / d_in)
+  )
+  if (config.get('d_in', d_in), wanted) != (d_in, width):
+    raise files.Refused(
+      f'has {width} latents of {d_in} inputs, and {CONFIG} says {wanted} of '
+      f'{files.show(config.get("d_in"))}'
+    )
+  if config.get('skip_connection', 'W_skip' in shapes) != ('W_skip' in shapes):
+    raise files.Refused('has a skip_connection that its weights disagree with')
+  sizes = {'d_in': d_in, 'd_out': W_dec[1], 'width': width}
+  return sizes | ({'affine': True} if 'W_skip' in shapes else {})
+
+
+def _params(file: pathlib.Path, k: int, transcodes: bool) -> sae_folder.Params:
+  p = tensors.read(file, required=_KEYS, optional=['W_skip'])
+  W_enc, b_enc = p['encoder.weight'].T, p['encoder.bias']
   try:
-    W_enc, b_enc = p['encoder.weight'].T, p['encoder.bias']
     if not transcodes:
       b_enc = b_enc - p['b_dec'] @ W_enc
   except ValueError as error:
-    raise npz.Refused(
-      f'{npz.show(folder / WEIGHTS)} has shapes that do not fit ({error}).'
+    raise files.Refused(
+      f'{files.show(file)} has shapes that do not fit ({error}).'
     ) from None
   params = {
     'W_enc': np.ascontiguousarray(W_enc),
@@ -64,12 +133,4 @@ def read(folder: pathlib.Path, path: str) -> tuple[sae_folder.Params, dict]:
   if 'W_skip' in p:
     params['W_skip'] = np.ascontiguousarray(p['W_skip'].T)
   params['k'] = np.float32(k)
-  return params, {
-    'name': path,
-    'type': 'transcoder' if transcodes else 'sae',
-    'sites': [str(reads)],
-    'targets': [str(site)],
-    'model': '',
-    'architecture': 'topk',
-    'sparsity': {'kind': 'k', 'value': k},
-  }
+  return params

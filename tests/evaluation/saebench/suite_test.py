@@ -12,6 +12,7 @@ from gemma_scope import sites as sites_lib
 from gemma_scope.evaluation.saebench import fidelity, suite
 from gemma_scope.language_model import weights
 from gemma_scope.text import tokenizers
+from tests.helpers import releases
 
 SETTINGS = suite.Settings(
   length=32, train_modules=12, train_windows=4, test_windows=6,
@@ -78,7 +79,7 @@ def test_nothing_is_lost_with_a_perfect_sae_and_all_with_an_empty_one(
 def test_a_suite_goes_on_and_refuses_other_settings(model, tokenizer, tmp_path):
   lines, saes = [], [(perfect(), CARD)]
   measure = lambda settings: suite.run(
-    *model, saes, tokenizer, tmp_path, settings, lines.append
+    *model, releases.saes(saes), tokenizer, tmp_path, settings, lines.append
   )
   (path,) = measure(SETTINGS)
   before = path.read_bytes()

@@ -12,6 +12,7 @@ each FOLDER (cfg.json, its weights, x.npz) and writes expected.npz there.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import sys
 
@@ -85,6 +86,7 @@ def saelens(folder, generator):
 
 
 def sparsify(folder, generator):
+  os.environ['SPARSIFY_DISABLE_TRITON'] = '1'  # it needs a GPU
   from sparsify import SparseCoder, SparseCoderConfig
 
   for name, module, more in (
@@ -111,6 +113,7 @@ def dictionaries(folder, generator):
     matryoshka_batch_top_k,
     top_k,
   )
+  from dictionary_learning.utils import load_dictionary
   from safetensors.torch import save_file
 
   for made in (
@@ -135,10 +138,15 @@ def dictionaries(folder, generator):
       'lm_name': 'google/gemma-2-2b',
       'submodule_name': 'resid_post_layer_3',
     }
+    if hasattr(made, 'k'):
+      trainer['k'] = K
     (at / 'config.json').write_text(json.dumps({'trainer': trainer}))
+    torch.save(made.state_dict(), at / 'ae.pt')
+    loaded, _ = load_dictionary(at, 'cpu')
+    (at / 'ae.pt').unlink()
     x = 2 * torch.randn(ROWS, D, generator=generator)
-    f = made.encode(x)
-    _expected(at, x, f, made.decode(f))
+    f = loaded.encode(x)
+    _expected(at, x, f, loaded.decode(f))
 
 
 def apply(folder):

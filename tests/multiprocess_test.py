@@ -244,39 +244,78 @@ def in_two_seconds(folder: pathlib.Path) -> None:
   small_talk(folder, 'well')
 
 
-def test_a_cluster_is_found_by_hand_by_variables_or_not_at_all(monkeypatch):
-  for name in ('COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'PROCESS_ID'):
+VARIABLES = (
+    'COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'PROCESS_ID', 'SLURM_NTASKS',
+    'SLURM_PROCID', 'TPU_WORKER_HOSTNAMES', 'MEGASCALE_NUM_SLICES',
+)  # fmt: skip
+
+
+@pytest.fixture
+def lone(monkeypatch):
+  for name in VARIABLES:
     monkeypatch.delenv(name, raising=False)
+  return monkeypatch
+
+
+def test_a_cluster_is_given_by_hand(lone):
   assert cluster.find() is None
-  monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 'localhost')
-  assert cluster.find() is None
-  monkeypatch.setenv('SLURM_NTASKS', '8')  # salloc's shell: not a task
-  assert cluster.find() is None
-  for name, value in {
-    'SLURM_PROCID': '3', 'SLURM_JOB_ID': '5000',
-    'SLURM_STEP_NODELIST': 'gpu[07-09,12],b1',
-  }.items():  # fmt: skip
-    monkeypatch.setenv(name, value)
-  assert cluster.find() == ('gpu07:9380', 8, 3)
-  monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 't0,t1')
-  monkeypatch.setenv('TPU_WORKER_ID', '1')
-  assert cluster.find() == ('t0:8476', 2, 1)
-  monkeypatch.setenv('COORDINATOR_ADDRESS', 'host:1')
+  lone.setenv('COORDINATOR_ADDRESS', 'host:1')
   with pytest.raises(cluster.ClusterError, match='NUM_PROCESSES'):
     cluster.find()
-  monkeypatch.setenv('NUM_PROCESSES', '4')
-  monkeypatch.setenv('PROCESS_ID', '2')
-  assert cluster.find() == ('host:1', 4, 2)
-
-
-def test_a_pods_metadata_is_asked_only_where_there_are_chips(monkeypatch):
-  said = {
-    'worker-network-endpoints': 'a:1:10.0.0.2,b:2:10.0.0.3',
-    'agent-worker-number': '1',
-  }
-  monkeypatch.setattr(cluster, '_metadata', said.get)
+  lone.setenv('NUM_PROCESSES', '4')
+  lone.setenv('PROCESS_ID', '2')
+  assert cluster.find() == {
+    'coordinator_address': 'host:1', 'num_processes': 4, 'process_id': 2,
+  }  # fmt: skip
+  lone.setenv('NUM_PROCESSES', '1')
   assert cluster.find() is None
-  monkeypatch.setattr(cluster, '_has_tpu', lambda: True)
-  assert cluster.find() == ('10.0.0.2:8476', 2, 1)
+
+
+@pytest.mark.parametrize(
+  'variables, several',
+  [
+    ({'SLURM_NTASKS': '8'}, False),  # salloc's shell: not a task
+    ({'SLURM_NTASKS': '8', 'SLURM_PROCID': '3'}, True),
+    ({'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'}, False),
+    ({'TPU_WORKER_HOSTNAMES': 'localhost'}, False),
+    ({'TPU_WORKER_HOSTNAMES': 't0,t1'}, True),
+    ({'TPU_WORKER_HOSTNAMES': 't0', 'MEGASCALE_NUM_SLICES': '2'}, True),
+  ],
+)
+def test_jax_is_asked_where_there_are_several_processes(
+  variables, several, lone
+):
+  for name, value in variables.items():
+    lone.setenv(name, value)
+  assert cluster.find() == ({} if several else None)
+
+
+def test_a_pods_metadata_is_asked_only_where_there_are_chips(lone):
+  said = {'worker-network-endpoints': 'a:1:10.0.0.2,b:2:10.0.0.3'}
+  lone.setattr(cluster, '_metadata', said.get)
+  assert cluster.find() is None
+  lone.setattr(cluster, '_has_tpu', lambda: True)
+  assert cluster.find() == {}
   said['worker-network-endpoints'] = 'unknown:unknown:10.0.0.2'
   assert cluster.find() is None
+
+
+def as_a_task_of_slurm(folder: pathlib.Path) -> None:
+  number = os.environ.pop('PROCESS_ID')
+  for name in ('COORDINATOR_ADDRESS', 'NUM_PROCESSES'):
+    os.environ.pop(name)
+  job = int(folder.stat().st_ino)  # another port for each
+  os.environ.update(
+    SLURM_JOB_ID=str(job),
+    SLURM_NTASKS='2',
+    SLURM_PROCID=number,
+    SLURM_LOCALID=number,
+    SLURM_STEP_NODELIST='localhost',
+  )
+  small_talk(folder, 'well')
+
+
+def test_tasks_of_slurm_join_by_jaxs_own_detection(tmp_path):
+  with Cluster(tmp_path, 2, as_a_task_of_slurm, tmp_path) as both:
+    assert both.codes(range(2)) == [0, 0], both.outputs()
+    assert all('over' in output for output in both.outputs())

@@ -1,20 +1,24 @@
-"""Several processes as one job: joining, watching each other, one goes first.
+"""Several processes as one job: start-up, watchdog, the first process.
 
-  joined           `with` around all of a command: joins the cluster, if there
-                   is one; a process that fails says so to the others
-  first            whether this is the process that writes and reports
-  first_goes_ahead what the first process makes on disk, then all read
+  joined            a `with` block around a whole command: joins the cluster,
+                    if there is one, and tells the others when this process
+                    fails
+  first             whether this process writes files and reports
+  first_goes_ahead  the first process runs a block, then all others do
 
-  join   every process connects to the coordinator, which the first one is;
-         whoever is missing after GEMMA_SCOPE_JOIN_SECONDS (300), all that came
-         end with the coordinator's address
-  beat   every process writes a count into the coordinator's key-value store; a
-         count that stands still for GEMMA_SCOPE_PEER_SECONDS (60) is a process
-         that was killed, stopped or cut off: each of the others names it and
-         ends, for it would wait in a collective forever
+Start-up: every process connects to the coordinator, which is the first process.
+If some are missing after GEMMA_SCOPE_JOIN_SECONDS (300), the processes that did
+connect end, and their message names the coordinator's address.
 
-Whoever ends so leaves code 1, and the same command on all hosts continues from
-the last checkpoint. A lone process has none of this: its signals stay its own.
+Watchdog: every process writes a counter into the coordinator's key-value store.
+A counter that does not change for GEMMA_SCOPE_PEER_SECONDS (60) belongs to a
+process that was killed, stopped or cut off. Every other process then names it
+and ends, for it would wait for it in a collective forever. (JAX's own
+heartbeats end the job as well, but by SIGABRT with a stack of C++, without the
+host, and mostly without the number of the process that failed.)
+
+The exit code is 1, and the same command on all hosts continues from the last
+checkpoint. A lone process has no watchdog and keeps its own signals.
 """
 
 from __future__ import annotations
@@ -39,7 +43,6 @@ from typing import Any, NoReturn
 import jax
 from jax._src import distributed  # its key-value store has no public name
 
-_PORT = 8476
 _PREFIX = 'gemma_scope/beat/'
 _WEEK_MS = 7 * 24 * 3600 * 1000
 _names = itertools.count()
@@ -59,8 +62,8 @@ def first() -> bool:
 def first_goes_ahead() -> Iterator[None]:
   """The first process runs the block, then the others run it at once.
 
-  For what one makes on disk and all read. Every process must come by; on a
-  coordinator's barrier they wait without keeping a device busy.
+  Use it for files that one process writes and all read. Every process must
+  enter the block. They wait at the coordinator, so that no device is busy.
   """
   if not first():
     _barrier()
@@ -70,7 +73,7 @@ def first_goes_ahead() -> Iterator[None]:
 
 
 def _barrier() -> None:
-  """Waits for all processes, however long; the watch ends it if one is lost."""
+  """Waits for all processes; the watchdog ends the wait if one is lost."""
   if jax.distributed.is_initialized():
     client = distributed.global_state.client
     client.wait_at_barrier(f'gemma_scope/{next(_names)}', _WEEK_MS)
@@ -79,41 +82,45 @@ def _barrier() -> None:
 # ------------------------------------------------------------------- joining
 
 
-def find() -> tuple[str, int, int] | None:
-  """(coordinator, processes, this one's number); None for a lone process.
+def find() -> dict[str, Any] | None:
+  """Arguments of jax.distributed.initialize; None for a lone process.
 
-  By hand in COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID; on GKE in the
-  TPU's variables; on the hosts of a TPU slice in the machine's metadata, which
-  is asked only where there are TPU chips; under SLURM from its variables.
+  By hand in COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID. Under SLURM, on
+  GKE and on Cloud TPU slices JAX finds the arguments itself ({} here), and this
+  only says whether there are several processes. JAX cannot be asked that: in a
+  lone process it raises, in a pod of Kubernetes that is no job as well, and
+  without an answer of the metadata server it waits for six minutes.
 
   Raises:
-    ClusterError: given by hand, and only a part of it.
+    ClusterError: only a part is given by hand.
   """
   names = 'COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'PROCESS_ID'
   given = [os.environ.get(name, '') for name in names]
   if any(given):
-    if not (all(given) and given[1].isdigit() and given[2].isdigit()):
+    address, count, index = given
+    if not (address and count.isdigit() and index.isdigit()):
       raise ClusterError(
         f'{", ".join(names)} go together, such as host:8476, 4 and 0; found '
         + ', '.join(map(repr, given))
         + '.'
       )
-    return given[0], int(given[1]), int(given[2])
-  hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
-  number = os.environ.get('TPU_WORKER_ID', '')
-  if len(hosts) == 1 and _has_tpu():
-    # An endpoint is a host, or name:id:host.
-    found = _metadata('worker-network-endpoints').split(',')
-    hosts = [endpoint.rpartition(':')[2] for endpoint in found]
-    number = _metadata('agent-worker-number') if len(hosts) > 1 else ''
-  if len(hosts) > 1 and number.isdigit():
-    return f'{hosts[0]}:{_PORT}', len(hosts), int(number)
-  tasks = int(os.environ.get('SLURM_NTASKS', '1'))
-  if tasks > 1 and 'SLURM_PROCID' in os.environ:
-    port = _PORT + int(os.environ.get('SLURM_JOB_ID', '0')) % 4096
-    host = _first_node(os.environ.get('SLURM_STEP_NODELIST', ''))
-    return f'{host}:{port}', tasks, int(os.environ['SLURM_PROCID'])
-  return None
+    if int(count) == 1:
+      return None
+    return {
+      'coordinator_address': address,
+      'num_processes': int(count),
+      'process_id': int(index),
+    }
+  tasks = os.environ.get('SLURM_NTASKS', '1')
+  slices = os.environ.get('MEGASCALE_NUM_SLICES', '1')
+  several = (
+    # salloc's shell has the first variable, and is no task.
+    (int(tasks) > 1 and 'SLURM_PROCID' in os.environ)
+    or int(slices) > 1
+    or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
+    or (_has_tpu() and ',' in _metadata('worker-network-endpoints'))
+  )
+  return {} if several else None
 
 
 def _has_tpu() -> bool:
@@ -141,30 +148,22 @@ def _metadata(name: str) -> str:
   return ''
 
 
-def _first_node(nodes: str) -> str:
-  """The first of SLURM's list: 'tpu[03-05,9],b' -> 'tpu03'."""
-  name, bracket, inside = nodes.partition('[')
-  if not bracket or ',' in name:
-    return nodes.partition(',')[0]
-  return name + inside.replace('-', ',').replace(']', ',').partition(',')[0]
-
-
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-  """Joins the cluster that `find` sees, and leaves it in good order.
+  """Joins the cluster, if there is one, and leaves it in good order.
 
-  Enter it before any device is touched. An error inside is printed (one of
-  ours as its sentence, any other with its traceback) and told to the other
-  processes, and this one ends. A lone process passes through.
+  Enter it before any device is used. An error inside the block is printed (a
+  ValueError, RuntimeError or OSError as its message, any other with its
+  traceback), the other processes are told, and this one ends. A lone process
+  just runs the block.
   """
-  found = find()
-  if found is None or found[1] == 1:
+  arguments = find()
+  if arguments is None:
     yield
     return
-  address, count, index = found
   limit_s = float(os.environ.get('GEMMA_SCOPE_PEER_SECONDS', '60'))
-  _join(address, count, index, limit_s)
-  watch = _Watch(address, count, index, limit_s)
+  _join(arguments, limit_s)
+  watch = _Watch(limit_s)
   try:
     yield
     _barrier()  # the first one may still be writing
@@ -177,14 +176,16 @@ def joined() -> Iterator[None]:
   jax.distributed.shutdown()
 
 
-def _join(address: str, count: int, index: int, limit_s: float) -> None:
+def _join(arguments: dict[str, Any], limit_s: float) -> None:
   wait_s = float(os.environ.get('GEMMA_SCOPE_JOIN_SECONDS', '300'))
+  state = distributed.global_state
 
   def give_up():
     _end(
-      f'Process {index} of {count} waited {wait_s:g} s at the coordinator '
-      f'{address}, and not all {count} came: start the command on every host, '
-      'and see that each reaches that address.'
+      f'Process {state.process_id} of {state.num_processes} waited '
+      f'{wait_s:g} s at the coordinator {state.coordinator_address}, and not '
+      'all came: start the command on every host, and see that each reaches '
+      'that address.'
     )
 
   # Of its own: jax would end the process with a stack of C++.
@@ -192,9 +193,7 @@ def _join(address: str, count: int, index: int, limit_s: float) -> None:
   timer.daemon = True
   timer.start()
   jax.distributed.initialize(
-    address,
-    count,
-    index,
+    **arguments,
     initialization_timeout=int(2 * wait_s) + 60,
     heartbeat_timeout_seconds=int(3 * limit_s) + 10,
   )
@@ -232,15 +231,16 @@ def _end(sentence: str) -> NoReturn:
 
 
 class _Watch:
-  """Beats for this process and listens to the others', in two threads.
+  """The watchdog of this process, in two threads.
 
-  One speaks with the coordinator, and hangs with it; the other looks at the
-  clock.
+  One talks to the coordinator, and hangs when that hangs; the other compares
+  the counters with the clock.
   """
 
-  def __init__(self, address: str, count: int, index: int, limit_s: float):
-    self._address, self._index, self._limit_s = address, index, limit_s
-    self._client = distributed.global_state.client
+  def __init__(self, limit_s: float):
+    state = distributed.global_state
+    self._address, self._index = state.coordinator_address, state.process_id
+    self._client, self._limit_s = state.client, limit_s
     self._beat_s = limit_s / 8
     self._beats = itertools.count()
     self._stopped = threading.Event()
@@ -248,7 +248,9 @@ class _Watch:
     now = time.monotonic()
     self._answered = now  # the coordinator, last
     self._others: dict[int, dict[str, Any]] = {
-      i: {'since': now} for i in range(count) if i != index
+      i: {'since': now}
+      for i in range(state.num_processes)
+      if i != state.process_id
     }
     # When the coordinator is gone jax aborts this process at once; these six
     # seconds (the signal's number, as sleep reads it) are for `_judge`'s words.

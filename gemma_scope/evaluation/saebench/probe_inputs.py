@@ -120,16 +120,48 @@ def _encode():
   return jax.jit(sae.encode)
 
 
-def latents(params: sae_folder.Params, x_BD: np.ndarray) -> np.ndarray:
-  """f [B, F] of rows [B, D] ([B, L, D] with several layers), all latents."""
-  found = []
+def _chunks(params: sae_folder.Params, x_BD: np.ndarray):
+  """Latents [n, F] of `_ROWS` rows at a time, all layers side by side."""
   with jax.default_matmul_precision('highest'):
     for start in range(0, len(x_BD), _ROWS):
       part = x_BD[start : start + _ROWS]
       filled = np.resize(part, (_ROWS, *part.shape[1:]))
       f = np.asarray(_encode()(dict(params), filled))[: len(part)]
-      found.append(f.reshape(len(part), -1))
-  return np.concatenate(found)
+      yield f.reshape(len(part), -1)
+
+
+def latents(params: sae_folder.Params, x_BD: np.ndarray) -> np.ndarray:
+  """f [B, F] of rows [B, D] ([B, L, D] with several layers), all latents."""
+  return np.concatenate(list(_chunks(params, x_BD)))
+
+
+def pooled_latents(
+  params: sae_folder.Params,
+  x_BD: np.ndarray,
+  prompt_B: np.ndarray,
+  pooling: str,
+) -> np.ndarray:
+  """Latents pooled over the rows of each prompt, [N, F].
+
+  Only a few prompts' latents are in memory at once.
+
+  Args:
+    prompt_B: the prompt of each row, rising, every prompt at least once.
+  """
+  first_N = np.flatnonzero(np.diff(prompt_B, prepend=-1))
+  ends_N = np.append(first_N[1:], len(prompt_B))
+  if pooling == 'last':
+    return latents(params, x_BD[ends_N - 1])
+  rows, start = [], 0
+  while start < len(first_N):
+    fits = np.searchsorted(ends_N, first_N[start] + _ROWS, 'right')
+    stop = max(int(fits), start + 1)
+    f_BF = latents(params, x_BD[first_N[start] : ends_N[stop - 1]])
+    for first, end in zip(first_N[start:stop], ends_N[start:stop], strict=True):
+      offset = first_N[start]
+      rows.append(POOLINGS[pooling](f_BF[first - offset : end - offset]))
+    start = stop
+  return np.stack(rows)
 
 
 def read_at(x_by_site: Mapping, place: sites.Wiring, where) -> np.ndarray:
@@ -149,7 +181,7 @@ def control(
   """A random member of this place and width, with the same L0 on these rows."""
   width = params['b_enc'].size
   x_BD = read_at(x_by_site, place, keep_NT)
-  active = float((latents(params, x_BD) > 0).sum())
+  active = float(sum((f_BF > 0).sum() for f_BF in _chunks(params, x_BD)))
   means = {site: x[keep_NT].mean(0) for site, x in x_by_site.items()}
   name = zlib.crc32(f'{place}/{width}'.encode())
   key = jax.random.fold_in(jax.random.key(seed), name)
@@ -219,16 +251,11 @@ def of_prompts(
   twin = control(x_by_site, keep_NT, place, params)
   x_BD = read_at(x_by_site, place, keep_NT)
   of_row = np.repeat(np.arange(len(ids)), keep_NT.sum(1))
-  pool = POOLINGS[pooling]
-
-  def pooled(a_BD):
-    a_BD = a_BD.reshape(len(a_BD), -1)
-    return np.stack([pool(a_BD[of_row == i]) for i in range(len(ids))])
-
+  x_pooled = [POOLINGS[pooling](x_BD[of_row == i]) for i in range(len(ids))]
   return probe.Rows(
-    pooled(x_BD),
-    pooled(latents(params, x_BD)),
-    pooled(latents(twin, x_BD)),
+    np.stack(x_pooled).reshape(len(ids), -1),
+    pooled_latents(params, x_BD, of_row, pooling),
+    pooled_latents(twin, x_BD, of_row, pooling),
     prompts.test_N,
     prompts.group_N,
   )

@@ -397,3 +397,30 @@ def test_prompts_with_a_def_are_told_apart(tokenizer, tmp_path):
     probe_inputs.of_prompts(
       gemma, lm_params, params, card, prompts, tokenizer, 'sum'
     )
+
+
+def test_pooled_latents_are_those_of_all_tokens_and_few_at_a_time(monkeypatch):
+  """Prompts longer and shorter than a chunk: the same as pooling them all."""
+  rng = np.random.default_rng(0)
+  D, F = 8, 16
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  params = {
+    'W_enc': draw(D, F), 'b_enc': draw(F), 'W_dec': draw(F, D),
+    'b_dec': draw(D), 'threshold': np.zeros(F, np.float32),
+  }  # fmt: skip
+  prompt_B = np.repeat(np.arange(6), [3, 9, 1, 4, 40, 2])
+  x_BD = draw(len(prompt_B), D)
+  every_BF = probe_inputs.latents(params, x_BD)
+  monkeypatch.setattr(probe_inputs, '_ROWS', 16)
+  sizes, encode = [], probe_inputs.latents
+
+  def counted(params, x_BD):
+    sizes.append(len(x_BD))
+    return encode(params, x_BD)
+
+  monkeypatch.setattr(probe_inputs, 'latents', counted)
+  for name, pool in probe_inputs.POOLINGS.items():
+    pooled = probe_inputs.pooled_latents(params, x_BD, prompt_B, name)
+    wanted = [pool(every_BF[prompt_B == i]) for i in range(6)]
+    np.testing.assert_allclose(pooled, wanted, rtol=1e-5, atol=1e-6)
+  assert max(sizes) == 40 and sorted(sizes)[-3] <= 16  # one long prompt alone

@@ -12,7 +12,7 @@ activations around it. The host never holds B x F numbers for an SAE, and
 nothing depends on the order of the text or on how it is cut into batches.
 
 Tokens whose activation has a norm above a bound of the SAE's card
-(`encode.norm_bounds`) are outliers: they are counted and listed apart, and are
+(`activations.outliers`) are outliers: they are counted and listed apart, and are
 left out of everything else.
 
 Samples are drawn by a hash of (latent, sequence, position), R from each bin of
@@ -37,6 +37,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gemma_scope
 from gemma_scope import files, sites
+from gemma_scope.activations import outliers
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
 from gemma_scope.microscope.index import encode, logit_lens
@@ -256,9 +257,9 @@ def _first_pass(reader, members, text: Text, how: How) -> list[Statistics]:
         how.state.save(first, arrays, now=True)
       raise
     at = np.arange(first, min(first + how.batch, count))
-    for one, (fires, outliers) in zip(statistics, reader(at), strict=True):
+    for one, (fires, left_out) in zip(statistics, reader(at), strict=True):
       one.add(fires, text.documents_NT)
-      one.add_outliers(outliers)
+      one.add_outliers(left_out)
     how.progress(at[-1] + 1, 2 * count)
     if how.state:
       how.state.save(at[-1] + 1, arrays)
@@ -284,7 +285,7 @@ class _Reader:
     self._model, self._text, self._how = (gemma, lm_params), text, how
     self._wirings = [sites.wiring_of(card) for _, card in members]
     self.bounds = [
-      {} if how.outliers else encode.norm_bounds(card) for _, card in members
+      {} if how.outliers else outliers.norm_bounds(card) for _, card in members
     ]
     self._sites = tuple(
       dict.fromkeys(

@@ -8,22 +8,13 @@ Encoder         the latents that fire on each of the others
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope import sae, sites
+from gemma_scope import sae
 from gemma_scope.microscope.index.statistics import Firings, Outliers
 from gemma_scope.sae import released, sparse
-
-
-def norm_bounds(card: Mapping[str, Any]) -> dict[sites.Site, float]:
-  """The largest norm of an ordinary token, by site; {} without a rule."""
-  bounds = (card.get('outliers') or {}).get('norm_bounds', {})
-  return {sites.parse(site): float(bound) for site, bound in bounds.items()}
 
 
 @jax.jit

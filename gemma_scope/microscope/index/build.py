@@ -12,8 +12,8 @@ activations around it. The host never holds B x F numbers for an SAE, and
 nothing depends on the order of the text or on how it is cut into batches.
 
 Tokens whose activation has a norm above a bound of the SAE's card
-(`activations.outliers`) are outliers: they are counted and listed apart, and are
-left out of everything else.
+(`activations.outliers`) are outliers: they are counted and listed apart, and
+are left out of everything else.
 
 Samples are drawn by a hash of (latent, sequence, position), R from each bin of
 the histogram. The R smallest hashes of each tenth of (0, max] are then among

@@ -1,13 +1,13 @@
 """The activations of one SAE on a batch of tokens, and its outlier tokens.
 
-norm_bounds     the rule of a card: the largest norm of an ordinary token
-outlier_norms   which tokens of a batch are above it
-Encoder         the latents that fire on each of the others
+outlier_norms  the tokens of a batch that the card's rule leaves out
+Encoder        the latents that fire on each of the others
 """
 
 from __future__ import annotations
 
 import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np

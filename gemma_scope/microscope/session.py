@@ -18,7 +18,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -29,7 +29,7 @@ from gemma_scope import mesh as mesh_lib
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import weights
 from gemma_scope.microscope.autointerp import labels as labels_lib
-from gemma_scope.microscope.circuits import intervene
+from gemma_scope.microscope.circuits import effects, intervene, readout
 from gemma_scope.microscope.dashboard import pages
 from gemma_scope.microscope.index import build as build_lib
 from gemma_scope.microscope.index import logit_lens
@@ -42,6 +42,14 @@ from gemma_scope.text import prepare, tokenizers
 from gemma_scope.training import setup
 
 _MEMBERS = 'members.json'
+
+
+class Firing(NamedTuple):
+  """A latent that fires on a token: its value, and what it stands for."""
+
+  feature: int
+  value: float
+  label: str  # its label, or the tokens that it fires on most
 
 
 class Session:
@@ -58,13 +66,14 @@ class Session:
 
   def __init__(
     self,
-    workdir: pathlib.Path,
+    workdir: str | os.PathLike[str],
     out: pathlib.Path | None = None,
     config: ConfigDict | None = None,
     given: str = '',
     report: Callable[[str], None] = print,
   ):
-    self.workdir, self.out = workdir, out or workdir / 'microscope'
+    self.workdir = pathlib.Path(workdir)
+    self.out = out or self.workdir / 'microscope'
     self._given, self._config, self.report = given, config, report
 
   @functools.cached_property
@@ -185,6 +194,37 @@ class Session:
       *self.model, params, sae.card, found.max_F,
       special, self.mesh,
     )  # fmt: skip
+
+  def read(
+    self, sae: release.Released, text: str, most: int = 8
+  ) -> list[tuple[str, list[Firing]]]:
+    """The tokens of a text, BOS first, each with the latents that fire on it.
+
+    Args:
+      sae: one of `saes`, as `find` returns it; its index must be built.
+      text: what Gemma reads.
+      most: latents of a token at most, the largest value first.
+    """
+    ids = readout.with_bos(self.tokenizer, text)
+    found = effects.read(self.subject(sae), ids, most)
+    label = self.named(sae)
+    return [
+      (
+        piece.replace('▁', ' '),
+        [
+          Firing(int(feature), float(value), label(int(feature)))
+          for feature, value in zip(feature_K, value_K, strict=True)
+          if counts and value > 0
+        ],
+      )
+      for piece, feature_K, value_K, counts in zip(
+        self.tokenizer.pieces(ids),
+        found.feature_TK,
+        found.value_TK,
+        found.counts_T,
+        strict=True,
+      )
+    ]
 
   def build(
     self, sequences: int, batch: int, poll: Callable[[], None]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
+from gemma_scope import sae as sae_lib
 from gemma_scope.microscope import commands, session
 from gemma_scope.microscope.circuits import effects
 from gemma_scope.runtime import interrupt
@@ -118,6 +119,31 @@ def test_two_releases_of_the_same_names(workdir, said, tmp_path):
 
 SAE = 'width_40'
 TEXT = 'the cat sat on'
+
+
+def test_a_text_is_read_as_named_features(workdir, said):
+  """`Session.read` agrees with encode on the model's own activation."""
+  opened = run('build', workdir, said)
+  sae = opened.find(SAE)
+  rows = opened.read(sae, TEXT, most=3)
+  ids = [opened.tokenizer.bos_id, *opened.tokenizer.encode(TEXT)]
+  assert [token for token, _ in rows] == [
+    piece.replace('▁', ' ') for piece in opened.tokenizer.pieces(ids)
+  ]
+  assert rows[0][1] == []  # BOS
+  gemma, lm_params = opened.model
+  site = sae.wiring.sites[0]
+  x_BTD = gemma.forward(lm_params, np.array([ids] * 8), taps=[site]).taps[site]
+  f_TF = np.asarray(sae_lib.encode(sae.load(), x_BTD))[0]
+  name = opened.named(sae)
+  for (_, firings), f_F in zip(rows[1:], f_TF[1:], strict=True):
+    order = np.argsort(-f_F)[: len(firings)]
+    assert len(firings) == min(3, (f_F > 0).sum())
+    assert [one.feature for one in firings] == order.tolist()
+    np.testing.assert_allclose(
+      [one.value for one in firings], f_F[order], rtol=1e-4
+    )
+    assert all(one.label == name(one.feature) for one in firings)
 
 
 def test_why(workdir, said):

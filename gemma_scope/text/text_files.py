@@ -1,0 +1,158 @@
+"""Documents of files that a glob matches: text, JSON Lines, parquet.
+
+  .txt .md .py        one document a file; .gz and .zst are decompressed
+  .jsonl              one document a line, the string under `column`
+  .parquet            one document a row, the strings of `column`
+
+Names are relative to the part of the glob without wildcards.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from gemma_scope.text import corpus, json_lines, standard_library
+
+DEFAULT_COLUMN = 'text'
+_TEXT = re.compile(r'\.(txt|md|py)(\.gz|\.zst)?$')
+_ROWS = 256  # of a parquet file, read at once
+
+
+def matches(pattern: str, kind: str) -> list[tuple[str, pathlib.Path]]:
+  """Relative name and path of each file, sorted by name.
+
+  Raises:
+    ValueError: there is none; `kind` is what the pattern follows.
+  """
+  pattern = os.path.expanduser(pattern)
+  paths = [pathlib.Path(p) for p in glob.glob(pattern, recursive=True)]
+  paths = [p for p in paths if p.is_file()]
+  if not paths:
+    raise ValueError(
+      f'{kind}:{pattern} matches no file; check the pattern (quote it in a '
+      'shell) and the folder it is relative to.'
+    )
+  root = pathlib.Path(pattern).parent
+  while glob.has_magic(str(root)):
+    root = root.parent
+  return sorted((p.relative_to(root).as_posix(), p) for p in paths)
+
+
+def read(pattern: str, column: str = '') -> Iterator[corpus.Document]:
+  """The documents of all matching files, file by file."""
+  found = matches(pattern, 'files')
+  for name, _ in found:  # before the first document, not after hours
+    if _TEXT.search(name) or name.endswith('.parquet'):
+      continue
+    if not name.endswith(json_lines.SUFFIXES):
+      raise ValueError(
+        f'{name} is matched by files:{pattern}, which reads .txt, .md, .py and '
+        '.jsonl (each also with .gz or .zst) and .parquet; narrow the pattern.'
+      )
+  if column and all(_TEXT.search(name) for name, _ in found):
+    raise ValueError(
+      f'files:{pattern} has no columns, so column={column!r} means nothing: '
+      'only .jsonl and .parquet have them.'
+    )
+  for name, path in found:
+    if name.endswith('.parquet'):
+      yield from _parquet(name, path, column)
+    elif name.endswith(json_lines.SUFFIXES):
+      for number, record in json_lines.records(path):
+        where = f'{path}, line {number}'
+        text = text_of(record, column or DEFAULT_COLUMN, where)
+        yield corpus.Document(f'{name}#{number}', text)
+    else:
+      yield corpus.Document(name, _whole(name, path))
+
+
+def _whole(name: str, path: pathlib.Path) -> str:
+  with json_lines.opened(path) as stream:
+    data = stream.read()
+  is_code = _TEXT.search(name)[1] == 'py'
+  text = standard_library.decode(data) if is_code else None
+  if text is None:  # a bad byte costs one character, not the file
+    text = data.decode('utf-8', 'replace').removeprefix('\ufeff')
+  return corpus.valid(text)
+
+
+def text_of(record: Any, column: str, where: str) -> str:
+  """The string under `column` of a JSON object; '' where it is null.
+
+  Raises:
+    ValueError: begins with `where`.
+  """
+  if not isinstance(record, dict):
+    kind = type(record).__name__
+    raise ValueError(f'{where}: expected a JSON object, found a {kind}.')
+  value = record.get(column, 0)
+  if value is None:
+    return ''
+  if not isinstance(value, str):
+    texts = [key for key, other in record.items() if isinstance(other, str)]
+    raise ValueError(
+      f'{where}: expected a string under {column!r}. {_choice(texts)}'
+    )
+  return corpus.valid(value)
+
+
+def choose_column(
+  columns: Mapping[str, bool], column: str, where: str
+) -> str:
+  """The column to read: the one asked for, 'text', or the only one of text.
+
+  Args:
+    columns: name -> whether it holds text.
+    column: '' leaves the choice to this function.
+    where: what has the columns, for the error.
+  """
+  texts = [name for name, holds_text in columns.items() if holds_text]
+  if not column and len(texts) == 1:
+    return texts[0]
+  wanted = column or DEFAULT_COLUMN
+  if wanted not in texts:
+    raise ValueError(
+      f'{where} has no column of text {wanted!r}. {_choice(texts)}'
+    )
+  return wanted
+
+
+def _choice(texts: Sequence[str]) -> str:
+  if not texts:
+    return 'Nothing in it is text.'
+  return f'Choose text.column (--column) from {", ".join(map(repr, texts))}.'
+
+
+def _parquet(
+  name: str, path: pathlib.Path, column: str
+) -> Iterator[corpus.Document]:
+  try:
+    import pyarrow as pa
+    from pyarrow import parquet
+  except ImportError as error:
+    raise ValueError(
+      f'{path} needs the package pyarrow: pip install pyarrow.'
+    ) from error
+  try:
+    with parquet.ParquetFile(path) as file:
+      columns = {
+        field.name: pa.types.is_string(field.type)
+        or pa.types.is_large_string(field.type)
+        for field in file.schema_arrow
+      }
+      chosen = choose_column(columns, column, str(path))
+      number = 0
+      for batch in file.iter_batches(_ROWS, columns=[chosen]):
+        for value in batch.column(0).to_pylist():
+          yield corpus.Document(f'{name}#{number}', value or '')
+          number += 1
+  except (pa.ArrowException, OSError) as error:
+    raise ValueError(
+      f'{path} cannot be read as parquet ({error}); it is damaged or of '
+      'another format.'
+    ) from error

@@ -4,6 +4,8 @@
   ... --source=prose                          (English, from documentation)
   ... --source='files:corpus/**/*.jsonl.gz' --tokenizer=tokenizer_gemma2.model
   ... --source='arrayrecord:corpus/*.arrayrecord' --limit_tokens=1000000
+  ... --source=hf:roneneldan/TinyStories:train --limit_tokens=10000000
+  ... --source='files:dump/*.parquet' --column=content --lm=gemma3-270m
   ... --source=tfds:wiki40b/en:train          (a local copy in $TFDS_DATA_DIR)
 
 --config.text.store=runs/tokens then uses the store. The same command again
@@ -12,6 +14,7 @@ finds the store complete and does nothing.
 
 from __future__ import annotations
 
+import pathlib
 import sys
 
 from gemma_scope import command_line
@@ -25,9 +28,20 @@ FLAGS = command_line.Flags(
     f'The documents: {", ".join(sources.KINDS)}.',
     required=True,
   ),
+  command_line.text(
+    'column',
+    '',
+    'Column of the text, in .jsonl, .parquet and data sets; without it, '
+    '"text" or the only column of text.',
+  ),
+  command_line.text(
+    'lm',
+    'tiny',
+    'The language model whose tokenizer is used, such as gemma3-270m.',
+  ),
+  command_line.path('checkpoint', "The language model's, as in lm.checkpoint."),
   command_line.path(
-    'tokenizer',
-    "SentencePiece model; without it, the embedded language model's.",
+    'tokenizer', "SentencePiece model; without it, the language model's own."
   ),
   command_line.path(
     'out', 'Folder of the token store to write.', required=True
@@ -42,22 +56,18 @@ FLAGS = command_line.Flags(
 def main(arguments: list[str] | None = None) -> None:
   with FLAGS.parse(arguments) as given:
     from gemma_scope.language_model import weights
-    from gemma_scope.text import prepare, tokenizers
+    from gemma_scope.text import prepare, token_store, tokenizers
 
-    done = []
-
-    def progress(state: prepare.Progress) -> None:
-      done.append(state)
-      print(state, file=sys.stderr, flush=True)
-
+    exists = (pathlib.Path(given.out) / token_store.MANIFEST).exists()
     try:
       store = prepare.prepare(
         given.source,
         tokenizers.Tokenizer(
-          given.tokenizer or str(weights.TINY / 'tokenizer.model')
+          given.tokenizer or weights.tokenizer(given.lm, given.checkpoint or '')
         ),
         given.out,
-        progress=progress,
+        column=given.column,
+        progress=lambda state: print(state, file=sys.stderr, flush=True),
         limit_tokens=given.limit_tokens,
       )
     except KeyboardInterrupt:
@@ -65,8 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
     counts = ', '.join(
       f'{split} {count:,}' for split, count in store.manifest['tokens'].items()
     )
-    state = 'written' if done else 'was already done'
+    state = 'was already done' if exists else 'written'
     print(f'{given.out} {state}: {counts} tokens.')
+    if store.note:
+      print(store.note)
 
 
 if __name__ == '__main__':

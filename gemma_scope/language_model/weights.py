@@ -127,6 +127,18 @@ def quantisation(name: str, checkpoint: str = '') -> str:
   return gguf.quantisation(folder) if _is_gguf(folder) else ''
 
 
+def special_ids(name: str, checkpoint: str = '') -> dict[str, int]:
+  """{'bos': id} where the config.json of a Hugging Face folder names it.
+
+  Its padding and EOS say how a fine-tune generates, not what was trained.
+  """
+  if not checkpoint or '://' in checkpoint:
+    return {}
+  fields = _described(_folder(name, checkpoint))
+  bos = fields.get('bos_token_id') if isinstance(fields, dict) else None
+  return {'bos': bos} if type(bos) is int else {}
+
+
 def shapes(
   name: str,
   checkpoint: str,

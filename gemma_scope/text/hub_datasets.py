@@ -138,7 +138,9 @@ def read(
     name = pathlib.PurePath(spec.name).name if spec.is_local else spec.name
     where = '/'.join(filter(None, (name, spec.config, spec.split)))
     for number, row in enumerate(rows.select_columns([chosen])):
-      yield corpus.Document(f'{where}#{number}', corpus.valid(row[chosen] or ''))
+      yield corpus.Document(
+        f'{where}#{number}', corpus.valid(row[chosen] or '')
+      )
   except (OSError, RuntimeError, TypeError, KeyError) as error:
     raise _refused(text, error) from error
 

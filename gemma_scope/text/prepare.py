@@ -29,7 +29,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gemma_scope import files
-from gemma_scope.text import corpus, sources, token_store, tokenizers
+from gemma_scope.text import corpus, sources, splits, token_store, tokenizers
 from gemma_scope.text import sequences as sequences_lib
 
 _BATCH_CHARS = 1 << 21  # encoded at once: bounds memory, feeds the threads
@@ -67,18 +67,19 @@ def batch(rows: Rows, start: int, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """What a preparation has done so far."""
+  """What a preparation has done so far; `tokens` is None while it compares."""
 
   documents: int
-  tokens: int
+  tokens: int | None
   bytes: int
   seconds: float
 
   def __str__(self) -> str:
     rate = self.bytes / 1e6 / max(self.seconds, 1e-9)
+    tokens = 'compared' if self.tokens is None else f'{self.tokens:,} tokens'
     return (
-      f'{self.documents:,} documents, {self.bytes / 1e6:.1f} MB, '
-      f'{self.tokens:,} tokens, {rate:.2f} MB/s'
+      f'{self.documents:,} documents, {self.bytes / 1e6:.1f} MB, {tokens}, '
+      f'{rate:.2f} MB/s'
     )
 
 
@@ -87,17 +88,28 @@ def prepare(
   tokenizer: tokenizers.Tokenizer,
   folder: str | os.PathLike[str],
   *,
-  progress: Callable[[Progress], None] | None = None,
+  column: str = '',
+  progress: Callable[[Progress], None] = lambda _: None,
   limit_tokens: int | None = None,
 ) -> token_store.Tokens:
   """Tokenises a source once into `folder`, or finds that this was done.
 
-  Stops at the end of the first document with which both splits together hold
-  `limit_tokens`. The folder (on a local or mounted disk) appears complete or
-  not at all; an interrupted preparation starts again. If the folder holds
-  this preparation (the documents are read and hashed again, not tokenised) it
-  is opened and returned; if it holds another, ValueError names the field that
-  differs.
+  The folder (on a local or mounted disk) appears complete or not at all; an
+  interrupted preparation starts again. If the folder holds this preparation it
+  is opened and returned. (Its documents are read and hashed again, unless a
+  revision says that they are the same.)
+
+  Args:
+    source, column: see `sources.documents`.
+    tokenizer: the language model's.
+    folder: of the token store.
+    progress: called every two seconds or more, and at the end.
+    limit_tokens: stops at the end of the first document with which both splits
+      together hold so many.
+
+  Raises:
+    ValueError: the source has no text; the folder holds another preparation
+      (the message names the field that differs).
   """
   folder = pathlib.Path(folder)
   if limit_tokens is not None and limit_tokens < 1:
@@ -113,55 +125,99 @@ def prepare(
     'pad_id': tokenizer.pad_id,
     'limit_tokens': limit_tokens,
   }
+  if column:
+    inputs['column'] = column
+  sources.documents(source, column=column)  # refused before the hub is asked
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    return _same_preparation(folder, inputs, progress)
   revision = sources.revision(source)
   if revision is not None:
     inputs['revision'] = revision
-  found = sources.documents(source)
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    return _same_preparation(folder, inputs, found)
+  found = sources.documents(source, column=column, revision=revision)
   try:
     with files.whole_folder(folder) as draft:
-      written = _write(
-        draft, found, tokenizer, limit_tokens, progress or (lambda _: None)
-      )
+      written = _write(draft, found, tokenizer, limit_tokens, progress)
+      if not written['source_bytes']:
+        raise ValueError(f'{source!r} holds no text: nothing was written.')
       token_store.write_manifest(draft, inputs | written)
   except FileExistsError:
     # Another process was first: the same text, or a refusal.
-    return _same_preparation(folder, inputs, sources.documents(source))
+    return _same_preparation(folder, inputs, progress)
   return token_store.Tokens(folder)
 
 
 def _same_preparation(
   folder: pathlib.Path,
   inputs: dict[str, Any],
-  found: Iterable[corpus.Document],
+  progress: Callable[[Progress], None],
 ) -> token_store.Tokens:
   """Opens the folder if it holds the preparation of these inputs."""
   store = token_store.Tokens(folder)
-  advice = 'Choose another folder, or delete that one.'
+  manifest = store.manifest
+  for field in ('column', 'revision'):  # those that not every manifest has
+    if field in manifest:
+      inputs = {field: None} | inputs
   for field, wanted in inputs.items():
-    there = store.manifest.get(field)
-    if isinstance(wanted, dict) and isinstance(there, dict):
-      names = sorted(wanted.keys() | there.keys())
-      names = [n for n in names if wanted.get(n) != there.get(n)]
-      wanted = {n: wanted.get(n) for n in names}
-      there = {n: there.get(n) for n in names}
-    if there != wanted:
-      raise ValueError(
-        f'{folder} holds another preparation: {field} is {there!r} there and '
-        f'{wanted!r} here. {advice}'
-      )
+    if field != 'revision':
+      _refuse_another(folder, field, manifest.get(field), wanted)
+  source, column = inputs['source'], inputs.get('column') or ''
+  revision = manifest.get('revision')
+  if revision is not None:
+    if 'commit' not in revision:  # a store keeps the commit it was made from
+      now = sources.revision(source)
+      _refuse_another(folder, 'revision', revision, now)
+    return store
+  found = sources.documents(source, column=column)
   if inputs['limit_tokens'] is not None:  # only the first ones were read
-    found = itertools.islice(found, sum(store.manifest['documents'].values()))
-  read = hashlib.sha256()
-  for document in found:
-    _hash_document(read, document)
-  if read.hexdigest() != store.manifest['source_sha256']:
+    found = itertools.islice(found, store.documents_read)
+  digest, ticks = hashlib.sha256(), _Ticks(progress)
+  for number, document in enumerate(found, 1):
+    ticks.bytes += _hash_document(digest, document)
+    ticks.maybe(number, None)
+  if digest.hexdigest() != manifest['source_sha256']:
     raise ValueError(
       f'{folder} holds another preparation: source_sha256 differs, so the '
-      f'text of {inputs["source"]!r} has changed since. {advice}'
+      f'text of {source!r} has changed since. {_ADVICE}'
     )
   return store
+
+
+_ADVICE = 'Choose another folder, or delete that one.'
+
+
+def _refuse_another(
+  folder: pathlib.Path, field: str, there: Any, here: Any
+) -> None:
+  """ValueError where two values differ; of dicts, it shows what differs."""
+  if there == here:
+    return
+  if isinstance(there, dict) and isinstance(here, dict):
+    names = sorted(there.keys() | here.keys())
+    names = [name for name in names if there.get(name) != here.get(name)]
+    there = {name: there.get(name) for name in names}
+    here = {name: here.get(name) for name in names}
+  raise ValueError(
+    f'{folder} holds another preparation: {field} is {there!r} there and '
+    f'{here!r} here. {_ADVICE}'
+  )
+
+
+class _Ticks:
+  """Calls `progress` first, then every _BATCH_SECONDS."""
+
+  def __init__(self, progress: Callable[[Progress], None]):
+    self._progress = progress
+    self._started = self._last = time.monotonic()
+    self.bytes = 0
+
+  def maybe(self, documents: int, tokens: int | None) -> None:
+    if time.monotonic() - self._last >= _BATCH_SECONDS:
+      self.now(documents, tokens)
+
+  def now(self, documents: int, tokens: int | None) -> None:
+    self._last = time.monotonic()
+    seconds = self._last - self._started
+    self._progress(Progress(documents, tokens, self.bytes, seconds))
 
 
 def _write(
@@ -172,43 +228,30 @@ def _write(
   progress: Callable[[Progress], None],
 ) -> dict[str, Any]:
   """Writes the token files; returns the manifest's part about them."""
-  dtype = sequences_lib.dtype_of(tokenizer.vocab_size)
-  started = time.monotonic()
-  read = hashlib.sha256()
-  hashes = {split: hashlib.sha256() for split in corpus.SPLITS}
-  tokens = dict.fromkeys(corpus.SPLITS, 0)
-  counts = dict.fromkeys(corpus.SPLITS, 0)
-  text_bytes, full = 0, False
+  digest, ticks = hashlib.sha256(), _Ticks(progress)
   with contextlib.ExitStack() as stack:
     token_files = {
       split: stack.enter_context(open(folder / f'{split}.tokens', 'wb'))
       for split in corpus.SPLITS
     }
+    dtype = sequences_lib.dtype_of(tokenizer.vocab_size)
+    out = splits.Writer(token_files, dtype, tokenizer.eos_id)
     for several in _batches(found):
       encoded = tokenizer.encode_all([d.text for d in several])
       for document, ids in zip(several, encoded, strict=True):
-        text_bytes += _hash_document(read, document)
-        data = np.append(ids, tokenizer.eos_id).astype(dtype).tobytes()
-        split = document.split
-        token_files[split].write(data)
-        hashes[split].update(data)
-        tokens[split] += len(ids) + 1
-        counts[split] += 1
-        full = limit_tokens is not None and sum(tokens.values()) >= limit_tokens
-        if full:
+        ticks.bytes += _hash_document(digest, document)
+        out.add(document.split, ids)
+        if limit_tokens is not None and out.tokens >= limit_tokens:
           break
-      seconds = time.monotonic() - started
-      totals = sum(counts.values()), sum(tokens.values())
-      progress(Progress(*totals, text_bytes, seconds))
-      if full:
+      ticks.maybe(out.documents, out.tokens)
+      if limit_tokens is not None and out.tokens >= limit_tokens:
         break
+    ticks.now(out.documents, out.tokens)
+    written = out.finish()
   return {
-    'source_sha256': read.hexdigest(),
-    'source_bytes': text_bytes,
-    'dtype': dtype,
-    'tokens': tokens,
-    'documents': counts,
-    'sha256': {s: hashes[s].hexdigest() for s in corpus.SPLITS},
+    'source_sha256': digest.hexdigest(),
+    'source_bytes': ticks.bytes,
+    **written,
   }
 
 
@@ -236,32 +279,79 @@ def _hash_document(digest: Any, document: corpus.Document) -> int:
   return len(body)
 
 
+# A run's text.
+
+
 def open_text(
   config: ConfigDict, workdir: pathlib.Path, report: Callable[[str], None]
 ) -> tuple[tokenizers.Tokenizer, token_store.Tokens]:
   """The tokenizer and the token store; makes the store where none is named.
 
   A run keeps the store it began with, whatever became of its source.
+
+  Raises:
+    ValueError: the tokenizer is not the model's, or the store was made with
+      another one.
   """
   # JAX: not for those who only prepare text.
   from gemma_scope.language_model import weights
   from gemma_scope.runtime import cluster
 
+  lm, text = config.lm, config.text
   tokenizer = tokenizers.Tokenizer(
-    config.lm.tokenizer
-    or weights.tokenizer(config.lm.name, config.lm.checkpoint)
+    lm.tokenizer or weights.tokenizer(lm.name, lm.checkpoint)
   )
-  folder = pathlib.Path(config.text.store or workdir / 'tokens')
+  check_tokenizer(tokenizer, lm.name, lm.checkpoint)
+  folder = pathlib.Path(text.store or workdir / 'tokens')
   with cluster.first_goes_ahead():
-    if config.text.store or (folder / 'manifest.json').exists():
+    if text.store or (folder / token_store.MANIFEST).exists():
       store = token_store.Tokens(folder)
-      store.verify()
     else:
-      report(f'tokenising {config.text.source}')
-      store = prepare(config.text.source, tokenizer, folder)
+      report(f'tokenising {text.source}')
+      store = prepare(
+        text.source,
+        tokenizer,
+        folder,
+        column=text.get('column', ''),
+        progress=lambda state: report(str(state)),
+      )
+      if store.note:
+        report(store.note)
+    store.verify()
   if store.fingerprint['tokenizer_sha256'] != tokenizer.sha256:
     raise ValueError(
       f'The token store {str(folder)!r} was made with another tokenizer than '
       f'{tokenizer.path!r}; prepare it again or set lm.tokenizer.'
     )
   return tokenizer, store
+
+
+def check_tokenizer(
+  tokenizer: tokenizers.Tokenizer, name: str, checkpoint: str
+) -> None:
+  """ValueError where a tokenizer does not belong to a language model.
+
+  Compared are the sizes of the vocabularies (an embedding may have a few rows
+  more, for padding) and the ids of padding and BOS.
+  """
+  from gemma_scope.language_model import generate, weights
+
+  rows = weights.read_config(name, checkpoint).vocab_size
+  pieces = tokenizer.vocab_size
+  advice = (
+    'set lm.tokenizer (--tokenizer) to the SentencePiece model that belongs to '
+    'the language model.'
+  )
+  if not 0.99 * rows <= pieces <= rows:
+    raise ValueError(
+      f'{tokenizer.path} has {pieces:,} pieces and the vocabulary of {name} '
+      f'has {rows:,}: {advice}'
+    )
+  ids = {'pad': generate.PAD} | weights.special_ids(name, checkpoint)
+  for role, wanted in ids.items():
+    found = getattr(tokenizer, f'{role}_id')
+    if found != wanted:
+      raise ValueError(
+        f'{tokenizer.path} has <{role}> at id {found}, {name} at {wanted}: '
+        f'{advice}'
+      )

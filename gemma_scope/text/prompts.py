@@ -1,15 +1,14 @@
-"""Prompts: from a file, one for each conversation; which are held out."""
+"""Reads chat prompts from a file and assigns each to train or eval."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
-from gemma_scope.text import corpus
+from gemma_scope.text import corpus, json_lines
 
 _USER = ('user', 'prompter', 'human')
 
@@ -17,41 +16,44 @@ _USER = ('user', 'prompter', 'human')
 def read(path: str | os.PathLike[str]) -> list[str]:
   """The prompts of a file; empty ones are left out.
 
-  .txt: one a line. .jsonl, .jsonl.gz: an object a line, with a string or a
-  tree (oasst1) under `prompt`, a string under `text` (of a flat oasst1 file,
-  only messages that begin a tree), or a list of turns under `messages` or
-  `conversation` (LMSYS), whose first user turn counts.
+  .txt: one prompt a line. .jsonl: a JSON object a line, with one of
+    prompt: a string, or a tree of messages (oasst1);
+    text: a string; of a flat oasst1 file, only messages that begin a tree;
+    messages, conversation: a list of turns (LMSYS), of which the first by the
+      user is the prompt.
 
   Raises:
     ValueError: says which line is not of that kind; no prompt at all.
   """
   path = pathlib.Path(path)
-  if not path.name.endswith(('.txt', '.jsonl', '.jsonl.gz')):
+  name = path.name.removesuffix('.gz').removesuffix('.zst')
+  if not name.endswith(('.txt', '.jsonl')):
     raise ValueError(
       f'{path} is no file of prompts: its name must end in .txt (a prompt a '
-      'line), .jsonl or .jsonl.gz.'
+      'line) or .jsonl, and then may end in .gz or .zst.'
     )
   if not path.is_file():
     raise FileNotFoundError(f'There is no file of prompts at {path}.')
-  opener = gzip.open if path.name.endswith('.gz') else open
-  prompts, number = [], 0
-  try:
-    with opener(path, 'rb') as lines:
-      for line in lines:
-        number += 1
-        text = line.decode('utf-8', 'replace').removeprefix('\ufeff').strip()
-        if text and not path.name.endswith('.txt'):
-          text = _first_user_turn(json.loads(text))
-        prompts.append(corpus.valid(text).strip())
-  except (ValueError, TypeError, EOFError, OSError, RecursionError) as error:
-    raise ValueError(
-      f'{path}, line {number}: expected a JSON object with `prompt`, `text`, '
-      f'`messages` or `conversation` ({error}).'
-    ) from error
+  if name.endswith('.txt'):
+    prompts = [text for _, text in json_lines.lines(path)]
+  else:
+    prompts = list(_of_records(path))
+  prompts = [corpus.valid(prompt).strip() for prompt in prompts]
   prompts = [prompt for prompt in prompts if prompt]
   if not prompts:
     raise ValueError(f'{path} holds no prompt.')
   return prompts
+
+
+def _of_records(path: pathlib.Path) -> Iterator[str]:
+  for number, record in json_lines.records(path):
+    try:
+      yield _first_user_turn(record)
+    except TypeError as error:
+      raise ValueError(
+        f'{path}, line {number}: expected a JSON object with `prompt`, `text`, '
+        f'`messages` or `conversation` ({error}).'
+      ) from error
 
 
 def _first_user_turn(record: Any) -> str:

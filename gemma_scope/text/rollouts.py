@@ -22,7 +22,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -35,7 +34,6 @@ from gemma_scope.language_model import generate
 from gemma_scope.text import corpus, sequences, token_store, tokenizers
 from gemma_scope.text import prompts as prompts_lib
 
-_MARKERS = re.compile('<(?=(?:start|end)_of_turn>)')
 _PARTS = 'parts'  # folder of what is done, until the store is whole
 _INPUTS = 'inputs.json'
 
@@ -54,7 +52,13 @@ def encode(tokenizer: tokenizers.Tokenizer, *texts: str) -> np.ndarray:
   ids = []
   for i, text in enumerate(texts):
     role = model if i % 2 else user
-    ids += [[start], role, _literal(tokenizer, text.strip()), [end], newline]
+    ids += [
+      [start],
+      role,
+      tokenizer.encode_literally(text.strip()),
+      [end],
+      newline,
+    ]
   if len(texts) % 2:
     ids += [[start], model]
   return np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.int32)
@@ -64,17 +68,6 @@ def reply_opening(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
   """The ids of '<start_of_turn>model\\n', for `tokenizers.Special.reply`."""
   opening = tokenizer.start_of_turn, *tokenizer.encode('model\n')
   return tuple(int(token) for token in opening)
-
-
-def _literal(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
-  """Ids of a text in which turn markers are letters, not control tokens.
-
-  The text is cut after the first character of each marker; no part then holds
-  a whole one.
-  """
-  cuts = [0, *(m.end() for m in _MARKERS.finditer(text)), len(text)]
-  parts = [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
-  return np.concatenate(tokenizer.encode_all(parts))
 
 
 # Rollouts.

@@ -101,9 +101,7 @@ def text_of(record: Any, column: str, where: str) -> str:
   return corpus.valid(value)
 
 
-def choose_column(
-  columns: Mapping[str, bool], column: str, where: str
-) -> str:
+def choose_column(columns: Mapping[str, bool], column: str, where: str) -> str:
   """The column to read: the one asked for, 'text', or the only one of text.
 
   Args:

@@ -16,6 +16,7 @@ ids that open the model's turn (`tokenizers.Special`).
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -31,7 +32,6 @@ from gemma_scope.text import sequences as sequences_lib
 FORMAT = 1
 MANIFEST = 'manifest.json'
 _MANIFEST_BYTES = 1 << 16
-_BLOCK_BYTES = 1 << 22
 
 
 class Tokens:
@@ -67,7 +67,27 @@ class Tokens:
     keys += ('limit_tokens', 'tokens', 'documents', 'sha256')
     if self.is_chat:
       keys += ('chat', 'seq_len', 'reply', 'rollouts')
+    keys += tuple(k for k in ('column', 'held_out') if k in self.manifest)
     return {key: self.manifest[key] for key in keys}
+
+  @property
+  def documents_read(self) -> int:
+    """Of the source: what is held out by parts counts once."""
+    by_parts = self.manifest.get('held_out')
+    counts = self.manifest['documents']
+    return by_parts['documents'] if by_parts else sum(counts.values())
+
+  @property
+  def note(self) -> str:
+    """What a user should know of the held-out text; '' where it is whole."""
+    by_parts = self.manifest.get('held_out')
+    if not by_parts:
+      return ''
+    return (
+      f'The source has {by_parts["documents"]} documents, too few to hold some '
+      f'out: the end of each of its {by_parts["parts"]} parts is held out '
+      f'instead ({self.manifest["tokens"]["eval"]:,} tokens, with gaps).'
+    )
 
   @property
   def is_chat(self) -> bool:
@@ -79,9 +99,14 @@ class Tokens:
     return tuple(self.manifest['reply']) if self.is_chat else ()
 
   def verify(self) -> None:
-    """Reads every byte; ValueError names the file whose hash is wrong."""
+    """Reads every byte; ValueError names the file whose hash is wrong.
+
+    A process reads a file once: again only if its size or time has changed.
+    """
     for split in corpus.SPLITS:
-      if files.sha256(self.path(split)) != self.manifest['sha256'][split]:
+      state = self.path(split).stat()
+      found = _sha256(self.path(split), state.st_size, state.st_mtime_ns)
+      if found != self.manifest['sha256'][split]:
         raise ValueError(
           f'{self.path(split)} does not have the hash in its manifest; it is '
           'damaged: delete the folder and prepare it again.'
@@ -112,6 +137,12 @@ class Tokens:
       seq_len,
       self.manifest['tokens'][split],
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _sha256(path: pathlib.Path, size: int, time_ns: int) -> str:
+  """Of a file; `size` and `time_ns` tell its states apart."""
+  return files.sha256(path)
 
 
 # The manifest.
@@ -165,6 +196,13 @@ def _check_manifest(manifest: Any) -> None:
   for key in ('source', 'python', 'limit_tokens'):
     if not isinstance(manifest[key], (str, int, type(None))):
       raise ValueError(f'{key} is {manifest[key]!r}')
+  if not isinstance(manifest.get('column', ''), str):
+    raise ValueError(f'column is {manifest["column"]!r}')
+  if not isinstance(manifest.get('revision', {}), dict):
+    raise ValueError(f'revision is {manifest["revision"]!r}')
+  if 'held_out' in manifest:
+    for key in ('documents', 'parts'):
+      _integer(manifest['held_out'], key, 1, 1 << 50)
   if manifest.get('chat', False) is not False:
     _check_chat(manifest)
 

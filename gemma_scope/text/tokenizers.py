@@ -1,8 +1,17 @@
 """Text <-> token ids, by SentencePiece models of Gemma's layout.
 
 `Tokenizer(path)` opens Gemma's own model file or one that `train_tokenizer`
-made. Ids come without BOS and EOS: where those go is the store's business
-(text.py). sentencepiece is imported when the first model is opened.
+made. Ids come without BOS and EOS around them: where those go is the store's
+business. sentencepiece is imported when the first model is opened.
+
+Control tokens that are typed in a text are read by one rule, in documents, in
+prompts and in questions alike:
+  - `<bos>` at the start is taken off: a sequence has its own;
+  - `<bos>` and `<eos>` elsewhere are those control tokens, as in transformers;
+  - user-defined pieces, such as `<start_of_turn>`, are one token each;
+  - `<pad>` stays text: the language model does not read padding.
+Only the turns of a chat are read otherwise (`encode_literally`): what a user
+says cannot end his turn.
 
 `Special` says at which tokens of a sequence activations count.
 """
@@ -14,7 +23,8 @@ import functools
 import io
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +32,7 @@ import numpy as np
 from gemma_scope import files
 from gemma_scope.text import corpus
 
+_MARKERS = re.compile(r'<(?:bos|eos|start_of_turn|end_of_turn)>')
 _PART_CHARS = 1 << 20  # longer documents are encoded in parts, cut at lines
 # Gemma 2's first ids: pad, eos, bos, unk, then these (see gm.text).
 _GEMMA2_SYMBOLS = (
@@ -120,15 +131,57 @@ class Tokenizer:
     """int32 [tokens], without BOS or EOS; a lone surrogate reads as '?'."""
     return self.encode_all([text])[0]
 
-  def encode_all(self, texts: list[str]) -> list[np.ndarray]:
-    """int32 [tokens] per text, on all cores."""
-    parts = [list(_parts(corpus.valid(text))) for text in texts]
-    flat = [part for cut in parts for part in cut]
+  def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """int32 [tokens] per text, as `encode` gives them, on all cores."""
+    return self._encode([list(self._parts(text)) for text in texts])
+
+  def encode_literally(self, text: str) -> np.ndarray:
+    """int32 [tokens] of a text in which control tokens are just letters.
+
+    The text is cut after the first character of each; no part then holds a
+    whole one.
+    """
+    text = corpus.valid(text)
+    cuts = [0, *(m.start() + 1 for m in _MARKERS.finditer(text)), len(text)]
+    pairs = zip(cuts, cuts[1:], strict=False)
+    return self._encode([[p for a, b in pairs for p in _pieces(text[a:b])]])[0]
+
+  def _parts(self, text: str) -> Iterator[str | int]:
+    """Texts to encode, and the ids of control tokens between them."""
+    text = corpus.valid(text).removeprefix(self._control[self.bos_id])
+    ids = {piece: token for token, piece in self._control.items()}
+    start = 0
+    for match in self._typed.finditer(text):
+      yield from _pieces(text[start : match.start()])
+      yield ids[match.group()]
+      start = match.end()
+    yield from _pieces(text[start:])
+
+  @functools.cached_property
+  def _control(self) -> dict[int, str]:
+    """BOS and EOS, as the vocabulary spells them."""
+    ids = (self.bos_id, self.eos_id)
+    return {i: self._processor.id_to_piece(i) for i in ids}
+
+  @functools.cached_property
+  def _typed(self) -> re.Pattern[str]:
+    return re.compile('|'.join(map(re.escape, self._control.values())))
+
+  def _encode(self, documents: list[list[str | int]]) -> list[np.ndarray]:
+    """int32 [tokens] of each document's parts; ids stay as they are."""
+    flat = [p for parts in documents for p in parts if isinstance(p, str)]
     ids = iter(self._processor.encode(flat, num_threads=os.cpu_count() or 1))
-    empty = np.zeros(0, np.int32)
     return [
-      np.concatenate([empty] + [np.asarray(next(ids), np.int32) for _ in d])
-      for d in parts
+      np.concatenate(
+        [
+          np.zeros(0, np.int32),
+          *(
+            np.asarray(next(ids) if isinstance(p, str) else [p], np.int32)
+            for p in parts
+          ),
+        ]
+      )
+      for parts in documents
     ]
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -176,7 +229,7 @@ class Special:
     return keep_NT & model_NT & (position_T - turn_NT >= len(self.reply))
 
 
-def _parts(text: str) -> Iterator[str]:
+def _pieces(text: str) -> Iterator[str]:
   """Cuts at line ends, so that one huge document does not fill the memory."""
   start = 0
   while start < len(text):

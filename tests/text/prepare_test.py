@@ -12,8 +12,11 @@ import time
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import gemma_scope
+from gemma_scope import files
+from gemma_scope.language_model import weights
 from gemma_scope.text import corpus as corpus_lib
 from gemma_scope.text import (
   prepare,
@@ -261,7 +264,7 @@ def test_cut_gzip_is_named(tmp_path):
   'source', ['', 'wiki', 'files:', 'tfds', 'http://x', 'python:3', 'Python']
 )
 def test_unknown_sources_list_the_kinds(source):
-  with pytest.raises(ValueError, match='files:GLOB, arrayrecord:GLOB'):
+  with pytest.raises(ValueError, match='python, prose, files:GLOB, hf:'):
     sources.documents(source)
 
 
@@ -455,14 +458,15 @@ def test_another_preparation_is_refused_by_field(tmp_path, corpus, tokenizer):
 
 def test_limit_stops_at_a_document(tmp_path, corpus, tokenizer):
   source = f'files:{corpus}/*.txt'
-  store = prepare.prepare(source, tokenizer, tmp_path / 's', limit_tokens=500)
+  limit = 5000
+  store = prepare.prepare(source, tokenizer, tmp_path / 's', limit_tokens=limit)
   lengths = [
     len(tokenizer.encode(d.text)) + 1 for d in sources.documents(source)
   ]
-  count = int(np.searchsorted(np.cumsum(lengths), 500)) + 1
+  count = int(np.searchsorted(np.cumsum(lengths), limit)) + 1
   assert sum(store.manifest['documents'].values()) == count
   assert sum(store.manifest['tokens'].values()) == sum(lengths[:count])
-  again = prepare.prepare(source, tokenizer, tmp_path / 's', limit_tokens=500)
+  again = prepare.prepare(source, tokenizer, tmp_path / 's', limit_tokens=limit)
   assert again.fingerprint == store.fingerprint
   with pytest.raises(ValueError, match='positive'):
     prepare.prepare(source, tokenizer, tmp_path / 't', limit_tokens=0)
@@ -570,7 +574,7 @@ def test_odd_manifests_are_refused(tmp_path, store, data):
     token_store.Tokens(folder)
 
 
-def test_a_text_of_one_token_and_of_none(tmp_path, tokenizer):
+def test_a_text_of_one_token(tmp_path, tokenizer):
   (tmp_path / 'a.txt').write_text('x')
   store = prepare.prepare(
     f'files:{tmp_path}/a.txt', tokenizer, tmp_path / 'one'
@@ -579,13 +583,183 @@ def test_a_text_of_one_token_and_of_none(tmp_path, tokenizer):
   assert store.manifest['tokens'][split] == 2
   row_T = store.sequences(3, split)[0]
   assert row_T.tolist() == [2, *tokenizer.encode('x'), 1]
-  (tmp_path / 'b.txt').write_text('')
-  store = prepare.prepare(
-    f'files:{tmp_path}/b.txt', tokenizer, tmp_path / 'none'
+
+
+@pytest.mark.parametrize('name', ['empty.txt', 'empty.jsonl', 'null.jsonl'])
+def test_no_text_is_refused_and_leaves_nothing(tmp_path, tokenizer, name):
+  (tmp_path / 'empty.txt').write_text('')
+  (tmp_path / 'empty.jsonl').write_text('{"text": ""}\n')
+  (tmp_path / 'null.jsonl').write_text('{"text": null}\n\n')
+  flags = (
+    f'--source=files:{tmp_path}/{name}',
+    f'--tokenizer={tokenizer.path}',
+    f'--out={tmp_path / "store"}',
   )
+  done = prepare_text(*flags)
+  assert done.returncode == 1 and 'holds no text' in done.stderr
+  assert not (tmp_path / 'store').exists()
+
+
+@pytest.mark.parametrize('count', [1, 3])
+def test_few_documents_are_held_out_by_parts_with_gaps(
+  tmp_path, tokenizer, count
+):
+  # In no such text does a split have a document of its own.
+  numbers = [' '.join(map(str, range(i, 30_000, 7))) for i in range(count)]
+  for i, text in enumerate(numbers):
+    (tmp_path / f'{i}.txt').write_text(text)
+  source = f'files:{tmp_path}/*.txt'
+  sides = {d.split for d in sources.documents(source)}
+  assert len(sides) == 1
+  store = prepare.prepare(source, tokenizer, tmp_path / 'store')
   store.verify()
-  with pytest.raises(ValueError, match='holds 0 tokens'):
-    store.sequences(2)
+  assert f'has {count} documents, too few' in store.note
+  assert store.documents_read == count
+  whole = np.concatenate([
+    np.append(tokenizer.encode(text), tokenizer.eos_id) for text in numbers
+  ])  # fmt: skip
+  text = ' '.join(map(str, whole))
+  kept = 0
+  for split in ('train', 'eval'):
+    stream = np.fromfile(store.path(split), '<u2')
+    # Every piece stands in the text as it is, and no two overlap.
+    places = []
+    start = 0
+    pieces = store.manifest['documents'][split]
+    ends = np.flatnonzero(stream == tokenizer.eos_id)
+    assert len(ends) >= pieces
+    for end in ends:
+      piece = ' '.join(map(str, stream[start:end]))
+      assert piece in text
+      places.append(text.index(piece))
+      start = end + 1
+    assert places == sorted(places)
+    kept += len(stream)
+    if split == 'eval':
+      assert 0.04 * len(whole) < len(stream) < 0.06 * len(whole)
+      assert store.sequences(32, 'eval')[0].shape == (32,)
+  assert 0.03 * len(whole) < len(whole) - kept < 0.05 * len(whole)
+  train, held = (
+    {row[1:].tobytes() for row in _rows(store, split)}
+    for split in ('train', 'eval')
+  )
+  assert not train & held
+  again = prepare.prepare(source, tokenizer, tmp_path / 'store')
+  assert again.fingerprint == store.fingerprint
+  assert store.fingerprint['held_out']['by'] == 'parts'
+
+
+def _rows(store, split):
+  sequences = store.sequences(9, split)
+  return [sequences[i] for i in range(len(sequences))]
+
+
+def test_the_command_says_that_parts_were_held_out(tmp_path, tokenizer):
+  (tmp_path / 'book.txt').write_text(lines(900))
+  done = prepare_text(
+    f'--source=files:{tmp_path}/book.txt',
+    f'--tokenizer={tokenizer.path}',
+    f'--out={tmp_path / "store"}',
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'too few to hold some out' in done.stdout
+
+
+def test_a_store_is_hashed_once_a_process(tmp_path, store, monkeypatch):
+  folder = copy_of(store, tmp_path / 'copy')
+  read, whole = [], files.sha256
+  monkeypatch.setattr(
+    files, 'sha256', lambda path: read.append(path) or whole(path)
+  )
+  for _ in range(3):
+    token_store.Tokens(folder).verify()
+  assert len(read) == 2  # one for each split
+  data = bytearray((folder / 'train.tokens').read_bytes())
+  data[0] ^= 1
+  (folder / 'train.tokens').write_bytes(data)
+  with pytest.raises(ValueError, match=r'train\.tokens does not have'):
+    token_store.Tokens(folder).verify()
+
+
+# The tokenizer and the model.
+
+
+def run_config(name: str, checkpoint: str, tokenizer: str, **text):
+  return ConfigDict({
+    'lm': {'name': name, 'checkpoint': checkpoint, 'tokenizer': tokenizer},
+    'text': {'source': 'python', 'store': '', 'column': ''} | text,
+  })  # fmt: skip
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_a_token_is_read(
+  tmp_path, tokenizer, store, monkeypatch
+):
+  monkeypatch.setattr(prepare, 'prepare', lambda *_, **__: 1 / 0)
+  config = run_config('tiny', '', tokenizer.path)
+  with pytest.raises(ValueError) as error:
+    prepare.open_text(config, tmp_path, print)
+  for part in ('has 440 pieces', 'tiny has 4,096', 'set lm.tokenizer'):
+    assert part in str(error.value)
+  config = run_config('tiny', '', tokenizer.path, store=str(store.folder))
+  with pytest.raises(ValueError, match='has 440 pieces'):
+    prepare.open_text(config, tmp_path, print)
+  # A model of few rows: ids past the embedding would be clamped.
+  monkeypatch.setattr(
+    weights, 'read_config', lambda *_: weights.lm.SIZES['gemma2-2b']
+  )
+  config = run_config('mine', '', str(weights.TINY / 'tokenizer.model'))
+  with pytest.raises(ValueError, match='has 4,096 pieces.* 256,128'):
+    prepare.open_text(config, tmp_path, print)
+
+
+def test_special_ids_of_a_checkpoint_are_compared(tmp_path, monkeypatch):
+  tiny = tokenizers.Tokenizer(str(weights.TINY / 'tokenizer.model'))
+  prepare.check_tokenizer(tiny, 'tiny', '')
+  (tmp_path / 'config.json').write_text('{"bos_token_id": 2}')
+  same = weights.read_config('tiny')
+  monkeypatch.setattr(weights, 'read_config', lambda *_: same)
+  prepare.check_tokenizer(tiny, 'mine', str(tmp_path))
+  (tmp_path / 'config.json').write_text('{"bos_token_id": 5}')
+  with pytest.raises(ValueError, match=r'<bos> at id 2, mine at 5: set lm\.'):
+    prepare.check_tokenizer(tiny, 'mine', str(tmp_path))
+
+
+# Control tokens that are typed.
+
+
+def test_control_tokens_typed_in_a_text_are_read_by_one_rule(tokenizer):
+  pieces = lambda text: tokenizer.pieces(tokenizer.encode(text))
+  assert pieces('<bos><start_of_turn>x') == ['<start_of_turn>', 'x']
+  assert pieces('<bos>') == []
+  assert pieces('a<eos><bos>x') == ['a', '<eos>', '<bos>', 'x']
+  assert '<pad>' not in pieces('<pad>')
+  assert tokenizer.decode(tokenizer.encode('<pad> x')) == '<pad> x'
+  plain = tokenizer.encode('line 3 of text')
+  both = tokenizer.encode_all(['<bos>line 3 of text<eos>', 'line 3 of text'])
+  assert both[0].tolist() == [*plain, tokenizer.eos_id]
+  assert both[1].tolist() == plain.tolist()
+  for text in ('<bos>x<eos>', '<end_of_turn>', 'a<start_of_turn>b', '<<bos>'):
+    letters = tokenizer.encode_literally(text)
+    assert tokenizer.decode(letters) == text
+    control = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.start_of_turn}
+    assert not control & set(letters.tolist())
+
+
+def test_documents_and_questions_read_typed_control_tokens_alike(
+  tmp_path, tokenizer
+):
+  from gemma_scope.microscope.circuits import readout
+
+  typed = '<bos><start_of_turn>user line 3<eos>'
+  (tmp_path / 'a.txt').write_text(typed)
+  store = prepare.prepare(
+    f'files:{tmp_path}/a.txt', tokenizer, tmp_path / 'store'
+  )
+  split = max(store.manifest['tokens'], key=store.manifest['tokens'].get)
+  stream = np.fromfile(store.path(split), '<u2').tolist()
+  asked = readout.with_bos(tokenizer, typed)
+  assert asked == [tokenizer.bos_id, *stream[:-1]]
+  assert tokenizer.pieces(asked)[:2] == ['<bos>', '<start_of_turn>']
 
 
 # The order.

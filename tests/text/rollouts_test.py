@@ -200,7 +200,9 @@ def test_prompts_of_every_kind(tmp_path):
 def test_a_bad_line_is_named(tmp_path, line):
   path = tmp_path / 'p.jsonl'
   path.write_text('{"prompt": "x"}\n' + line + '\n')
-  with pytest.raises(ValueError, match=r'p\.jsonl, line 2: expected') as error:
+  with pytest.raises(
+    ValueError, match=r'p\.jsonl, line 2(: expected| is not JSON)'
+  ) as error:
     prompts_lib.read(path)
   assert '\n' not in str(error.value)
 
@@ -213,7 +215,7 @@ def test_no_prompts(tmp_path):
     prompts_lib.read(tmp_path / 'p.csv')
   with pytest.raises(ValueError, match='holds no prompt'):
     prompts_lib.read(tmp_path / 'p.txt')
-  with pytest.raises(ValueError, match='line 0: expected'):
+  with pytest.raises(ValueError, match=r'p\.jsonl\.gz cannot be read'):
     prompts_lib.read(tmp_path / 'p.jsonl.gz')
   with pytest.raises(FileNotFoundError, match='no file of prompts'):
     prompts_lib.read(tmp_path / 'q.txt')

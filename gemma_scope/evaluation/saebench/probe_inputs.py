@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import zlib
 from collections.abc import Callable, Mapping
 
@@ -27,7 +26,7 @@ from gemma_scope.evaluation.saebench import probe
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
 from gemma_scope.release import sae_folder
-from gemma_scope.text import tokenizers
+from gemma_scope.text import json_lines, tokenizers
 
 _ROWS = 1024  # encoded at once
 POOLINGS: dict[str, Callable] = {
@@ -65,19 +64,12 @@ def read_prompts(path: str | os.PathLike[str], seed: int = 0) -> Prompts:
     ValueError: a line is not of that form.
   """
   texts, labels, splits, groups = [], [], [], []
-  lines = pathlib.Path(path).read_text(encoding='utf-8').splitlines()
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
-    try:
-      one = json.loads(line)
-    except ValueError:
-      one = None
+  for number, one in json_lines.records(path):
     good = isinstance(one, dict) and isinstance(one.get('text'), str)
     good = good and one.get('label') in (0, 1)
     if not good or one.get('split', 'test') not in ('train', 'test'):
       raise ValueError(
-        f'Line {number} of {path} is not a labelled prompt: expected a JSON '
+        f'{path}, line {number} is not a labelled prompt: expected a JSON '
         'object with "text", "label" (true or false) and at most "split" '
         '("train" or "test") and "group".'
       )

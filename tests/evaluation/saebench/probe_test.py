@@ -370,7 +370,7 @@ def test_prompts_of_a_file(tmp_path):
   for wrong in ('{"text": 1, "label": 1}', '{', '{"text": "a", "label": 7}',
                 '{"text": "a", "label": 1, "split": "x"}'):  # fmt: skip
     path.write_text(wrong)
-    with pytest.raises(ValueError, match='Line 1'):
+    with pytest.raises(ValueError, match='line 1 is not'):
       probe_inputs.read_prompts(path)
 
 

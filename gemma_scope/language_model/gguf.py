@@ -136,6 +136,11 @@ def _fields(file: gguf_file.File) -> dict[str, Any]:
   embedding = file.tensors.get('token_embd.weight')
   if embedding is None:
     raise gguf_file.BadFile(f'{where!r} has no tensor token_embd.weight.')
+  pattern = fields.get('sliding_window_pattern')
+  if isinstance(pattern, np.ndarray):  # whether each layer is local
+    kinds = np.where(pattern, 'sliding_attention', 'full_attention')
+    fields['layer_types'] = kinds.tolist()
+    del fields['sliding_window_pattern']
   fields |= {
     'model_type': _TYPES[architecture],
     'vocab_size': embedding.shape[0],

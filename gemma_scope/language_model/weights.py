@@ -77,6 +77,8 @@ def read_config(name: str, checkpoint: str = '') -> lm.Config:
   folder = _folder(name, checkpoint)
   if _is_gguf(folder):
     return gguf.config(name, folder)
+  if name not in lm.SIZES:
+    _refuse_missing(name, folder)
   fields = _described(folder)
   if hugging_face.is_described_by(fields):
     return hugging_face.config(name, fields, str(folder / 'config.json'))
@@ -196,15 +198,11 @@ def load(
     CheckpointNotFound: with what was looked for and what was found.
   """
   folder = _folder(name, checkpoint)
+  _refuse_missing(name, folder)
   gemma, wanted = shapes(name, checkpoint, dtype, mesh, num_layers)
   whole = traverse_util.flatten_dict(gemma.param_shapes, sep='/')
   if _is_gguf(folder):
     flat = gguf.read(folder, whole, wanted)
-  elif _is_local(folder) and not folder.is_dir():
-    raise CheckpointNotFound(
-      f'No checkpoint of {name} at {str(folder)!r}: expected a folder written '
-      'by Orbax, one with config.json and safetensors, or a GGUF file.'
-    )
   elif hugging_face.is_described_by(_described(folder)):
     flat = hugging_face.read(folder, whole, wanted)
   elif _is_local(folder) and any(folder.glob('*.safetensors')):
@@ -248,6 +246,14 @@ def _folder(name: str, checkpoint: str):
 
     return epath.Path(checkpoint)
   return pathlib.Path(checkpoint).expanduser().absolute()
+
+
+def _refuse_missing(name: str, folder) -> None:
+  if _is_local(folder) and not folder.exists():
+    raise CheckpointNotFound(
+      f'No checkpoint of {name} at {str(folder)!r}: expected a folder written '
+      'by Orbax, one with config.json and safetensors, or a GGUF file.'
+    )
 
 
 def _described(folder) -> Any:

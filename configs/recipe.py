@@ -69,6 +69,7 @@ def gemma_scope_1(model: str) -> ConfigDict:
         'pre_act': 0.0,
         'auxk': 0.0,
         'auxk_latents': 0,
+        'active_set': False,
       },
       'initialise': {'release': '', 'layer': -1},
       'end_to_end': {'beta': 0.0, 'sequences': 4},

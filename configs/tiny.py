@@ -85,6 +85,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   objective.pre_act = 0.0  # these two revive dead latents
   objective.auxk = 0.0  # 1/32 in the TopK paper
   objective.auxk_latents = 0  # 0: half of d
+  objective.active_set = False  # also train f after a step on what fires
 
   config.initialise = initialise = ConfigDict()
   initialise.release = ''  # a release to start from; '' starts at random

@@ -45,6 +45,9 @@ CASES = [
   Case('sae', 'jumprelu', 'target_l0', module=JUMP, objective=PREFIXES),
   Case('sae', 'jumprelu', 'l0', (0.1, 0.0), module=JUMP,
        objective=(('frequency', 0.1),)),
+  Case('sae', 'jumprelu', 'target_l0', module=JUMP,
+       objective=(('active_set', True),)),
+  Case('crosscoder', 'batch_topk', 'k', objective=(('active_set', True),)),
   Case('sae', 'jumprelu', 'quadratic_frequency', (0.3, 0.0), module=JUMP),
   Case('sae', 'jumprelu', 'tanh', (1.0, 0.0),
        module=(*JUMP, ('unit_decoder', False)),
@@ -65,7 +68,7 @@ KINDS = list({(case.type, case.base): case for case in CASES}.values())
 # The same of those whose objective the sparse way can serve.
 SPARSE = list(
   {
-    (case.type, case.base): case
+    (case.type, case.base, 'active_set' in dict(case.objective)): case
     for case in CASES
     if 'pre_act' not in dict(case.objective)
   }.values()

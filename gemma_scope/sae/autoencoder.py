@@ -250,6 +250,23 @@ class Autoencoder(nn.Module):
         axis=1,
       )
 
+  def read(
+    self, y: jax.Array, candidates: sparse.Candidates | None = None
+  ) -> jax.Array:
+    """Each latent's decoder times what it writes to, y W_dec^T."""
+    with jax.named_scope('decoder'):
+      if candidates is not None:
+        return candidates.read(y, self.W_dec)
+      if not self.layers:
+        return self._matmul('bd,fd->bf', y, self.W_dec)
+      return jnp.stack(
+        [
+          self._matmul('bmd,mfd->bf', y[:, l:], self.W_dec[l, l:])
+          for l in range(self.layers)
+        ],
+        axis=1,
+      )
+
   def offset(self, x: jax.Array) -> jax.Array:
     """What is written whatever the latents: b_dec (+ x W_skip)."""
     if not self.skip:

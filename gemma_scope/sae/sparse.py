@@ -184,38 +184,64 @@ def _write(shards, f_BLK, i_BLK, W_LLFD):
   return shards.run(local, inputs, _ROWS, f_BLK, i_BLK, W_LLFD)
 
 
-def _write_forward(shards, f_BLK, i_BLK, W_LLFD):
-  return _write(shards, f_BLK, i_BLK, W_LLFD), (f_BLK, i_BLK, W_LLFD)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _read(shards, y_BLD, i_BLK, W_LLFD):
+  """The candidates of y W_dec^T: the transpose of `_write` in f."""
+  dot = choice.on(shards.device, plain.gather_dot)
 
-
-def _write_backward(shards, saved, g_BLD):
-  dot, add = (
-    choice.on(shards.device, function)
-    for function in (plain.gather_dot, plain.scatter_add)
-  )
-
-  def local(f_BLK, i_BLK, W_LLFD, g_BLD):
+  def local(y_BLD, i_BLK, W_LLFD):
     at_BLK = shards.flat(i_BLK)
-    df_BLK, dW_MLFD = jnp.zeros_like(f_BLK), []
+    f_BLK = jnp.zeros(i_BLK.shape)
     for m in range(shards.layers):
-      g_BD, at_BK = g_BLD[:, m], _to(m, at_BLK)
-      df_BK = dot(g_BD, at_BK, _decoder_to(m, W_LLFD), shards.dtype)
-      df_BLK = df_BLK.at[:, : m + 1].add(df_BK.reshape(len(g_BD), m + 1, -1))
+      y_BD, at_BK = y_BLD[:, m], _to(m, at_BLK)
+      f_BK = dot(y_BD, at_BK, _decoder_to(m, W_LLFD), shards.dtype)
+      f_BLK = f_BLK.at[:, : m + 1].add(f_BK.reshape(len(y_BD), m + 1, -1))
+    return f_BLK
+
+  inputs = (_ROWS, _CANDIDATES, _DECODER)
+  return shards.run(local, inputs, _CANDIDATES, y_BLD, i_BLK, W_LLFD)
+
+
+def _decoder_gradient(shards, f_BLK, i_BLK, y_BLD):
+  """Sum over rows of f times y, at the candidates: the shape of W_dec."""
+  add = choice.on(shards.device, plain.scatter_add)
+
+  def local(f_BLK, i_BLK, y_BLD):
+    at_BLK, dW_MLFD = shards.flat(i_BLK), []
+    for m in range(shards.layers):
       dW_FD = add(
-        _to(m, f_BLK), at_BK, g_BD, (m + 1) * shards.local, shards.dtype
-      )
+        _to(m, f_BLK), _to(m, at_BLK), y_BLD[:, m], (m + 1) * shards.local,
+        shards.dtype,
+      )  # fmt: skip
       dW_LFD = dW_FD.reshape(m + 1, shards.local, -1)
       after = shards.layers - m - 1
       dW_MLFD.append(jnp.pad(dW_LFD, ((0, after), (0, 0), (0, 0))))
-    return df_BLK, shards.sum_over('data', jnp.stack(dW_MLFD, 1))
+    return shards.sum_over('data', jnp.stack(dW_MLFD, 1))
 
-  inputs = (_CANDIDATES, _CANDIDATES, _DECODER, _ROWS)
-  outputs = (_CANDIDATES, _DECODER)
-  df_BLK, dW_LLFD = shards.run(local, inputs, outputs, *saved, g_BLD)
-  return df_BLK, None, dW_LLFD
+  inputs = (_CANDIDATES, _CANDIDATES, _ROWS)
+  return shards.run(local, inputs, _DECODER, f_BLK, i_BLK, y_BLD)
 
 
-_write.defvjp(_write_forward, _write_backward)
+def _write_backward(shards, saved, g_BLD):
+  f_BLK, i_BLK, W_LLFD = saved
+  df_BLK = _read(shards, g_BLD, i_BLK, W_LLFD)
+  return df_BLK, None, _decoder_gradient(shards, f_BLK, i_BLK, g_BLD)
+
+
+def _read_backward(shards, saved, g_BLK):
+  y_BLD, i_BLK, W_LLFD = saved
+  dy_BLD = _write(shards, g_BLK, i_BLK, W_LLFD)
+  return dy_BLD, None, _decoder_gradient(shards, g_BLK, i_BLK, y_BLD)
+
+
+_write.defvjp(
+  lambda shards, *arguments: (_write(shards, *arguments), arguments),
+  _write_backward,
+)
+_read.defvjp(
+  lambda shards, *arguments: (_read(shards, *arguments), arguments),
+  _read_backward,
+)
 
 
 def encoder(mesh: Mesh | None, width: int, dtype: str):
@@ -363,6 +389,11 @@ class Candidates:
     """f W_dec, rows [B, D] or [B, L, D]."""
     W_LLFD = W_dec if len(self.shape) == 2 else W_dec[None, None]
     return self._out(_write(self._shards, self._in(f), self._i, W_LLFD))
+
+  def read(self, y: jax.Array, W_dec: jax.Array) -> jax.Array:
+    """y W_dec^T at the candidates, of rows [B, D] or [B, L, D]."""
+    W_LLFD = W_dec if len(self.shape) == 2 else W_dec[None, None]
+    return self._out(_read(self._shards, self._in(y), self._i, W_LLFD))
 
   def encoder_gradient(self, g: jax.Array, x: jax.Array) -> jax.Array:
     """Gradient of W_enc [F, D] or [L, F, D] from that of x W_enc^T."""

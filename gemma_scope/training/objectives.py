@@ -27,6 +27,13 @@ linear penalty's slope at 2 L0*. Further terms, each off at 0:
 Gemma Scope 2 has a penalty on latents of high frequency whose form is not
 published; `frequency` is ours: the L0 penalty, on what exceeds the limit alone.
 
+With `active_set` the error is the mean of two, |y - f W_dec - b_dec|^2 and the
+same with the latents after one step down its gradient, on those that fire:
+  f1 = relu(f + a W_dec (y - y_hat))   where f > 0
+  a  = |g|^2 / |g W_dec|^2             g = W_dec (y - y_hat) there
+so that decoders are learnt from latents that are nearer to the least squares
+ones. What is released is the plain SAE.
+
 A Matryoshka SAE (arXiv 2503.17547) takes the mean of the error over nested
 prefixes of its latents, the last of which is the whole. A Gated one has beside
 it the error of its gate decoded by frozen decoders, and L1 on the gate.
@@ -49,6 +56,7 @@ from gemma_scope import sae
 from gemma_scope.sae import activation_functions, sparse
 
 # The penalties whose value is the L0 to reach.
+_TINY = 1e-12
 TARGETS = ('target_l0', 'quadratic_l0', 'k', 'adaptive_l1')
 
 
@@ -65,6 +73,8 @@ class Objective:
     frequency, frequency_limit: coefficient and limit of the frequency term.
     pre_act: coefficient.
     auxk, auxk_latents: coefficient; how many dead latents, 0 for d_out / 2.
+    active_set: also train the reconstruction after one step on the latents
+      that fire.
     prefixes: ends of the Matryoshka prefixes, of each layer's latents; the
       last is all of them.
   """
@@ -79,6 +89,7 @@ class Objective:
   pre_act: float = 0.0
   auxk: float = 0.0
   auxk_latents: int = 0
+  active_set: bool = False
   prefixes: tuple[int, ...] = ()
 
   @property
@@ -153,6 +164,12 @@ def loss(
       errors.append(_mean_square(left_BD))
     squared_error = errors[-1]
     reconstruction, more = sum(errors) / len(errors), {}
+    if objective.active_set:
+      step_BD = bound.write(
+        _active_set_step(bound, latents, left_BD, candidates),
+        candidates=candidates,
+      )
+      reconstruction = (reconstruction + _mean_square(left_BD - step_BD)) / 2
     if fidelity is not None:
       reconstruction, more = fidelity(reconstruction, y_BD - left_BD)
     rows = x_BD.shape[0]
@@ -301,6 +318,20 @@ def _penalty(
     excess_F = jax.nn.relu(p_F - o.frequency_limit)
     penalty += o.frequency * jnp.sum(excess_F)
   return penalty
+
+
+def _active_set_step(bound, latents, error_BD, candidates) -> jax.Array:
+  """What one step of exact line search adds to the latents that fire."""
+  f_BF = latents.f_BF
+  fires_BF = jax.lax.stop_gradient(latents.active_BF) > 0
+  slope_BF = jnp.where(fires_BF, bound.read(error_BD, candidates), 0)
+  along_BD = bound.write(slope_BF, candidates=candidates)
+  over = tuple(range(1, f_BF.ndim))  # layers too: D and F have as many axes
+  length_B = jnp.sum(jnp.square(slope_BF), over, keepdims=True)
+  length_B /= jnp.maximum(
+    jnp.sum(jnp.square(along_BD), over, keepdims=True), _TINY
+  )
+  return jnp.where(fires_BF, jax.nn.relu(f_BF + length_B * slope_BF) - f_BF, 0)
 
 
 def _gate_error(module, params, gate_BF, x_BD, y_BD, candidates) -> jax.Array:

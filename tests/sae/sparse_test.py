@@ -91,12 +91,14 @@ def test_a_batch_on_a_mesh(shape, layers):
     W_dec *= np.triu(np.ones((layers, layers)))[:, :, None, None]
   x = jax.random.normal(next(keys), (rows, *lead, D))
   terms = 'blf,lmfd->bmd' if layers else 'bf,fd->bd'
+  back = 'bmd,lmfd->blf' if layers else 'bd,fd->bf'
 
   def loss(weights, latents_of):
     z_F, v_F, W_dec = weights
-    f, total, write = latents_of(z_F, v_F)
+    f, total, write, read = latents_of(z_F, v_F)
     y = write(f, W_dec)
-    return jnp.sum(jnp.sin(y) * x) + jnp.sum(jnp.cos(total(f)) * v), y
+    again = jnp.sum(f * jnp.tanh(read(x - y / 8, W_dec) / 16)) / 16
+    return jnp.sum(jnp.sin(y) * x) + jnp.sum(jnp.cos(total(f)) * v) + again, y
 
   @jax.jit
   def sparsely(z, v, W_dec):
@@ -108,6 +110,7 @@ def test_a_batch_on_a_mesh(shape, layers):
         jax.nn.relu(z_BK * jnp.exp(found.at(v_F))),
         found.total,
         found.write,
+        found.read,
       )
 
     out = jax.value_and_grad(loss, has_aux=True)((own, v, W_dec), latents_of)
@@ -121,6 +124,7 @@ def test_a_batch_on_a_mesh(shape, layers):
       return (
         f, lambda f: jnp.sum(f, 0),
         lambda f, W: jnp.einsum(terms, f, W),
+        lambda y, W: jnp.einsum(back, y, W),
       )  # fmt: skip
 
     out = jax.value_and_grad(loss, has_aux=True)((z, v, W_dec), latents_of)
@@ -134,7 +138,7 @@ def test_a_batch_on_a_mesh(shape, layers):
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
   close(value, wanted)
   close(y, wanted_y)
-  close(grads[1], wanted_grads[1])
+  close(grads[1], wanted_grads[1], atol=1e-3)  # of up to 200
   causal = np.triu(np.ones((layers or 1,) * 2))[:, :, None, None]
   close(grads[2], wanted_grads[2] * (causal if layers else 1))
   close(W_enc, wanted_W_enc)

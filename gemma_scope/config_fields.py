@@ -189,6 +189,7 @@ FIELDS: Mapping[str, Field] = {
   'objective.pre_act': _number(),
   'objective.auxk': _number(),
   'objective.auxk_latents': _whole(),
+  'objective.active_set': _SWITCH,
   'initialise.release': _TEXT,
   'initialise.layer': _whole(-1),
   'end_to_end.beta': _number(),

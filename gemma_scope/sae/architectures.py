@@ -90,6 +90,17 @@ class JumpReLU(autoencoder.Autoencoder):
     theta = jnp.where(theta > 0, theta, self.initial_threshold)
     return {**params, self._raw: self._raw_of(theta)}
 
+  def threshold_at(self, params, x, k):
+    bound = self.bind({'params': params})
+    z = bound.project(x) + params['b_enc']
+    ratio = z / jnp.maximum(bound.threshold(), _TINY)
+    return jnp.log(jnp.maximum(functions.kth_of_batch(ratio, k), _TINY))
+
+  def with_threshold_at(self, params, theta, value):
+    """All of theta times exp(value)."""
+    new = self._theta(params[self._raw]) * jnp.exp(value)
+    return {**params, self._raw: self._raw_of(new)}, theta
+
 
 class ReLU(autoencoder.Autoencoder):
   """f = max(z, 0), made sparse by an L1 penalty (Bricken et al., 2023)."""
@@ -145,6 +156,13 @@ class BatchTopK(autoencoder.Autoencoder):
     found = super().released(params, theta, k)
     return {**found, 'threshold': jnp.full(self.latent_shape, theta)}
 
+  def threshold_at(self, params, x, k):
+    z = self.bind({'params': params}).project(x) + params['b_enc']
+    return functions.kth_of_batch(z, k)
+
+  def with_threshold_at(self, params, theta, value):
+    return params, value
+
 
 class Gated(autoencoder.Autoencoder):
   """A gate says which latents fire, a magnitude how much (arXiv 2404.16014).
@@ -186,6 +204,24 @@ class Gated(autoencoder.Autoencoder):
   def with_threshold(self, params, theta):
     return {**params, 'b_gate': -theta}
 
+  def _moved(self, params, by):
+    gain = jnp.exp(params['r_mag'])
+    return {
+      **params,
+      'b_enc': params['b_enc'] + gain * by,
+      'b_gate': params['b_gate'] + by,
+    }
+
+  def threshold_at(self, params, x, k):
+    projected = self.bind({'params': params}).project(x)
+    z = jnp.exp(params['r_mag']) * projected + params['b_enc']
+    # The gate may be negative, and what is ranked may not.
+    gate = jnp.where(z > 0, jnp.exp(projected + params['b_gate']), 0)
+    return jnp.log(jnp.maximum(functions.kth_of_batch(gate, k), _TINY))
+
+  def with_threshold_at(self, params, theta, value):
+    return {**params, 'b_gate': params['b_gate'] - value}, theta
+
   def trainable(self, released):
     b_gate = jnp.asarray(released['b_enc'] - released['threshold'])
     found = super().trainable(released)
@@ -193,6 +229,7 @@ class Gated(autoencoder.Autoencoder):
 
 
 _ZERO = np.float32(0)
+_TINY = 1e-6
 
 
 def _at(candidates, v):

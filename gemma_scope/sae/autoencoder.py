@@ -380,6 +380,31 @@ class Autoencoder(nn.Module):
     """
     return params
 
+  def with_b_dec(self, params: dict[str, jax.Array], b_dec: jax.Array):
+    """Parameters with another b_dec, and the latents that they had."""
+    if not self.pre_encoder_bias:
+      return {**params, 'b_dec': b_dec}
+    terms = 'ld,lfd->lf' if self.layers else 'd,fd->f'
+    moved = jnp.einsum(terms, b_dec - params['b_dec'], params['W_enc'])
+    return {**self._moved(params, moved), 'b_dec': b_dec}
+
+  def _moved(self, params, by: jax.Array):
+    """Parameters for an x W_enc^T that is smaller by so much, [F]."""
+    return {**params, 'b_enc': params['b_enc'] + by}
+
+  def threshold_at(
+    self, params: dict[str, jax.Array], x: jax.Array, k: jax.Array
+  ) -> jax.Array:
+    """A scalar for `with_threshold_at`: what gives a batch k latents a row.
+
+    0 where there is nothing to change: TopK has k, ReLU no threshold.
+    """
+    return jnp.zeros(())
+
+  def with_threshold_at(self, params, theta: jax.Array, value: jax.Array):
+    """Parameters and BatchTopK's running threshold, for the scalar's mean."""
+    return params, theta
+
   def flops(self, rows: int) -> int:
     """Dense FLOPs of a training step: five matmuls, 2 B D F each."""
     pairs = (self.layers + 1) / 2 if self.layers else 1

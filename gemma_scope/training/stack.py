@@ -164,8 +164,8 @@ class Stack:
           (state, setting, seeds),
         )
         found = self.step_member(
-            of_member, setting_of, seed, _rows(x_NBD, setting_of.reads),
-            _rows(y_MBD, setting_of.writes), step, key, mesh=mesh,
+            of_member, setting_of, seed, rows_at(x_NBD, setting_of.reads),
+            rows_at(y_MBD, setting_of.writes), step, key, mesh=mesh,
             agree=agree,
         )  # fmt: skip
         return jax.tree.map(
@@ -327,8 +327,8 @@ class Stack:
     )
 
 
-def _rows(x_NBD: jax.Array, index: jax.Array) -> jax.Array:
-  """The rows of one site [B, D], or of several [B, L, D]."""
+def rows_at(x_NBD: jax.Array, index: jax.Array) -> jax.Array:
+  """Rows of one site [B, D], or of several [B, L, D]."""
   x = x_NBD[index]
   return x if index.ndim == 0 else jnp.moveaxis(x, 0, 1)
 

@@ -90,6 +90,9 @@ def gemma_scope_1(model: str) -> ConfigDict:
         'adaptive_rate': 0.001,
         'dead_after': 10_000_000,
         'resample_every': 0,
+        'meet_l0': False,
+        'refit_decoders': False,
+        'closing_batches': 64,
         'active_limit': 0,  # as the papers'; not tried on a TPU
       },
       'checkpoint': {'every': 5_000, 'keep': 3},

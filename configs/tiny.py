@@ -113,6 +113,9 @@ def get_config(argument: str | None = None) -> ConfigDict:
   train.dead_after = 100_000  # tokens without firing
   train.resample_every = 0  # steps between resamplings of dead latents
   train.active_limit = 0  # K of the sparse step (sparse.py), a row; 0: dense
+  train.meet_l0 = False  # after the last step, thresholds at the target L0
+  train.refit_decoders = False  # then decoders by least squares
+  train.closing_batches = 64  # that both are measured on
 
   config.checkpoint = checkpoint = ConfigDict()
   checkpoint.every = 200  # steps

@@ -15,6 +15,7 @@ from gemma_scope import sites, specs
 from gemma_scope.config_fields import ARCHITECTURES
 
 _INT32 = 2**31 - 1
+_MOST_REFIT = 2**16  # latents: 16 GiB over the mesh's latent axis
 
 
 def _architectures(config: ConfigDict) -> Iterator[str]:
@@ -37,6 +38,12 @@ def _architectures(config: ConfigDict) -> Iterator[str]:
         yield (
           'TopK compares latents by their size: sae.unit_decoder must be true '
           f'for {architecture}.'
+        )
+      if config.train.refit_decoders:
+        yield (
+          'TopK compares latents by their size, so the norms of new decoders '
+          'cannot be folded: set train.refit_decoders to False for '
+          f'{architecture}.'
         )
       if fractions := [k for k in c.sparsity if float(k) % 1]:
         yield (
@@ -68,6 +75,11 @@ def _architectures(config: ConfigDict) -> Iterator[str]:
 
 def _collection(config: ConfigDict) -> Iterator[str]:
   c = config.collection
+  if config.objective.active_set and c.type not in sites.ITSELF:
+    yield (
+      'objective.active_set steps towards the input, which a '
+      f'{c.type} does not reconstruct: set it to False.'
+    )
   if c.type not in sites.ITSELF:
     for kind in c.sites:
       if kind not in specs.TARGETS:
@@ -89,6 +101,11 @@ def _collection(config: ConfigDict) -> Iterator[str]:
           f'The width {width} of a {c.type} is that of all layers together and '
           f'must be divisible by their number ({len(c.layers)}).'
         )
+  if config.train.refit_decoders and max(c.widths) > _MOST_REFIT:
+    yield (
+      'train.refit_decoders holds a matrix of width x width, and the width '
+      f'{max(c.widths):,} is above {_MOST_REFIT:,}: set it to False.'
+    )
   targets = c.penalty in ('target_l0', 'quadratic_l0')
   if targets and max(c.sparsity) >= min(c.widths):
     yield (
@@ -153,6 +170,11 @@ def _end_to_end(config: ConfigDict) -> Iterator[str]:
   e, c = config.end_to_end, config.collection
   if not e.beta:
     return
+  if config.train.meet_l0 or config.train.refit_decoders:
+    yield (
+      'End-to-end fine-tuning has no closing phase: set train.meet_l0 and '
+      'train.refit_decoders to False.'
+    )
   if c.type in sites.SEVERAL:
     yield (
       f'End-to-end fine-tuning is for SAEs that write one site; a {c.type} '
@@ -182,8 +204,8 @@ def _axes(config: ConfigDict) -> Iterator[str]:
 
 # (sections read, check)
 CHECKS = (
-  (('collection', 'sae', 'objective'), _architectures),
-  (('collection',), _collection),
+  (('collection', 'sae', 'objective', 'train'), _architectures),
+  (('collection', 'objective', 'train'), _collection),
   (('collection',), _names),
   (('train', 'activations', 'text', 'evaluation'), _training),
   (

@@ -96,7 +96,7 @@ def trained(workdir: pathlib.Path) -> list[release.Released]:
   from gemma_scope.training import loop  # JAX: only here
 
   config = config_lib.read(workdir / 'config.json')
-  saes = loop.load(config, workdir).saes(config)
+  saes = trained.load(config, workdir).saes(config)
   scores = {}
   if (workdir / 'evaluation.json').exists():
     scores = json.loads((workdir / 'evaluation.json').read_text())['members']

@@ -343,6 +343,12 @@ class Feed:
       self._build(index + 1, count - offset, poll)
     return batch
 
+  def of_chunk(self, step: int, count: int) -> tuple[int, int]:
+    """The first steps of the chunk that `step` reads: [first, end)."""
+    batches = self._chunks.layout.batches
+    first = step // batches * batches
+    return first, first + min(count, batches)
+
   def _build(self, chunk: int, steps: int, poll: harvest.Poll) -> None:
     """Does a share of the jobs for `chunk`, all of them within `steps`."""
     if self._building is None:

@@ -6,6 +6,7 @@ Reading order; a module imports only from those above it:
   resampling  dead latents begun anew
   optimizer   Adam and the schedules of a run
   stack       many SAEs of one shape: state, step, sharding table
+  closing     after the last step: L0 at its target, decoders refitted
   end_to_end  fine-tuning by the KL of the spliced model
   setup       a config -> text, activations, stacks
   trained     parameters and cards of trained SAEs

@@ -23,7 +23,7 @@ here does it again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -41,8 +41,38 @@ _TOLERANCE = 1e-4  # of the residual, against the right-hand side
 Rows = Mapping[sites.Site, jax.Array]
 
 
+class Batches:
+  """The first batches of the run's last chunk, normalised, from the start.
+
+  Args:
+    feed: `chunks.Feed`.
+    step: the run's last, from 0.
+    count: how many, if the chunk has as many.
+    normalisation: of each site, on the devices.
+    poll: called between batches; may raise.
+  """
+
+  def __init__(self, feed, step: int, count: int, normalisation, poll):
+    self._feed = feed
+    self._first, self._last = feed.of_chunk(step, count)
+    self._poll = poll
+    self._normalise = jax.jit(
+      lambda batch: {
+        site: normalisation[site].apply(x_BD.astype(jnp.float32))
+        for site, x_BD in batch.items()
+      }
+    )
+
+  def __call__(self) -> Iterator[Rows]:
+    for step in range(self._first, self._last):
+      yield self._normalise(self._feed.at(step, self._poll))
+
+
 def meet_l0(
-  one: stack.Stack, state: stack.State, batches: Iterable[Rows]
+  one: stack.Stack,
+  state: stack.State,
+  batches: Iterable[Rows],
+  mesh: Mesh | None = None,
 ) -> stack.State:
   """The state with thresholds at which its members have their target L0.
 
@@ -50,6 +80,7 @@ def meet_l0(
     one: the stack; its penalty has a target.
     state: after the last step.
     batches: normalised rows by site, the same for all stacks.
+    mesh: the state keeps its sharding on it.
   """
 
   @jax.jit
@@ -66,7 +97,7 @@ def meet_l0(
   params, theta_S = jax.jit(jax.vmap(one.module.with_threshold_at))(
     state.params, state.theta, mean_S
   )
-  return state.replace(params=params, theta=theta_S)
+  return _placed(one, state.replace(params=params, theta=theta_S), mesh)
 
 
 class Sums(NamedTuple):
@@ -163,7 +194,14 @@ def refit_decoders(
       rows_seen += len(next(iter(rows.values())))
     new = solved(member, sums, jnp.float32(rows_seen))
     params = {name: p.at[i].set(new[name]) for name, p in params.items()}
-  return state.replace(params=params)
+  return _placed(one, state.replace(params=params), mesh)
+
+
+def _placed(one: stack.Stack, state: stack.State, mesh: Mesh | None):
+  """The state in its sharding."""
+  if mesh is None:
+    return state
+  return jax.jit(lambda state: state, out_shardings=one.shardings(mesh))(state)
 
 
 def conjugate_gradients(apply, right_NM, diagonal_N1) -> jax.Array:

@@ -9,7 +9,6 @@ a function of the config and the step, and all else is in the checkpoint.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import pathlib
@@ -23,14 +22,23 @@ from ml_collections import ConfigDict
 
 import gemma_scope
 from gemma_scope import config as config_lib
-from gemma_scope import files, release, sites, specs
+from gemma_scope import files, specs
 from gemma_scope import mesh as mesh_lib
 from gemma_scope.activations import chunks as chunks_lib
 from gemma_scope.runtime import changes, checkpoints, cluster, metrics, progress
 from gemma_scope.runtime import interrupt as interrupt_lib
 from gemma_scope.runtime import lease as lease_lib
-from gemma_scope.sae import fold
-from gemma_scope.training import end_to_end, initialise, setup, stack, trained
+from gemma_scope.training import (
+  closing,
+  end_to_end,
+  initialise,
+  objectives,
+  setup,
+  stack,
+  trained,
+)
+
+_PATIENCE = 100  # steps in a row without a finite gradient
 
 # What may differ when a run is continued: nothing that a parameter depends on.
 _MAY_CHANGE = (
@@ -38,29 +46,6 @@ _MAY_CHANGE = (
     'activations.ahead', 'mesh', 'lm.checkpoint', 'lm.tokenizer', 'text.store',
     'train.active_limit',
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """Where a run stands: `done` at its last step, else stopped on request."""
-
-  done: bool
-  step: int
-  normalisation: dict[sites.Site, fold.Normalisation]
-  stacks: tuple[stack.Stack, ...]
-  states: tuple[stack.State, ...]
-  facts: dict[str, Any]  # on the text and the model
-
-  def saes(self, config: ConfigDict) -> list[release.Released]:
-    """The trained SAEs, see `trained.saes`."""
-    return trained.saes(
-      config,
-      self.stacks,
-      self.states,
-      self.normalisation,
-      self.step,
-      self.facts,
-    )
 
 
 def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -92,7 +77,7 @@ def train(
   lease: lease_lib.Lease,
   interrupt: interrupt_lib.Interrupt,
   report: Callable[[str], None] = print,
-) -> Result:
+) -> trained.Result:
   """Trains the collection, from the last checkpoint if there is one.
 
   Args:
@@ -127,10 +112,13 @@ def train(
     )
     loop.start(facts)
     loop.run(interrupt)
-  return Result(
-      loop.step == config.train.steps, loop.step, loop.normalisation, stacks,
-      loop.states, facts,
+  return trained.Result(
+      loop.done, loop.step, loop.normalisation, stacks, loop.states, facts,
   )  # fmt: skip
+
+
+class NotFiniteError(RuntimeError):
+  """A run went on without a finite gradient for too long."""
 
 
 class _Loop:
@@ -148,6 +136,9 @@ class _Loop:
     self._saves = saves
     self._lease = lease
     self._report = report
+    self._writer = self._progress = None
+    self._closed = True  # no closing phase was left halfway
+    self._skipped = ()  # steps in a row without a finite gradient, by stack
     # An argument of the step, which would hold it as constants otherwise.
     beta = config.end_to_end.beta
     gemma, lm_params = (
@@ -155,6 +146,11 @@ class _Loop:
     )
     step = step_of(config, stacks, gemma, mesh)
     self._take_step = lambda *arguments: step(*arguments, lm_params)
+
+  @property
+  def done(self) -> bool:
+    """Whether the last step is taken, and the closing phase over."""
+    return self.step == self._config.train.steps and self._closed
 
   def start(self, facts: dict[str, Any]) -> None:
     """Restores the newest good checkpoint, or initialises at step 0."""
@@ -171,7 +167,7 @@ class _Loop:
         restored.meta['facts'], facts, what='text or model'
       )
       self.step, self.states = restored.step, restored.state
-      self._set_normalisation(_normalisation(restored.meta))
+      self._set_normalisation(trained.read_normalisation(restored.meta))
       self._feed.norm_bounds = {
         site: n.norm_bound
         for site, n in self.normalisation.items()
@@ -203,22 +199,72 @@ class _Loop:
           self.states, values = self._take_step(
             self.states, batch, self._placed, self._put(np.int32(self.step))
           )
+          self._skipped = [v['steps_skipped'] for v in values]
           # Metrics of step i are read after step i + 1 was dispatched.
           self._log(pending)
           self.step += 1
           every = self._config.metrics.every
           logged = self.step % every == 0 or self.step == steps
           pending = (self.step, values) if logged else None
+          if self.step % _PATIENCE == 0:
+            self._check_finite()
+          if self.step == steps:
+            self._close(interrupt.check)
           if self.step % self._config.checkpoint.every == 0:
             saved = self._save()
-      except interrupt_lib.Interrupted:  # while a chunk was made
+      except interrupt_lib.Interrupted:  # while a chunk was made, or in closing
         pass
       self._log(pending)
-      if saved != self.step:
+      if saved != self.step and self._closed:
         self._save()
       self._saves.wait()
+    if not self._closed:
+      self._report(
+        'stopped in the closing phase, which the next start does again'
+      )
+      return
     if self.step < steps:
       self._report(f'stopped and saved at step {self.step} of {steps}')
+
+  def _close(self, poll: Callable[[], None]) -> None:
+    """The closing phase, where the config asks for one."""
+    t = self._config.train
+    if not (t.meet_l0 or t.refit_decoders):
+      return
+    self._closed = False
+    batches = closing.Batches(
+      self._feed, self.step - 1, t.closing_batches, self._placed, poll
+    )
+    states = []
+    for one, state in zip(self._stacks, self.states, strict=True):
+      if t.meet_l0 and one.objective.penalty in objectives.TARGETS:
+        self._report(f'thresholds of {len(one.seeds)} SAEs meet their L0')
+        state = closing.meet_l0(one, state, batches(), self._mesh)
+      if t.refit_decoders:
+        self._report(f'decoders of {len(one.seeds)} SAEs by least squares')
+        state = closing.refit_decoders(one, state, batches, self._mesh)
+      states.append(state)
+    self.states, self._closed = tuple(states), True
+
+  def _check_finite(self) -> bool:
+    """Whether of every SAE one of the last two gradients was finite.
+
+    Raises:
+      NotFiniteError: one has had none for `_PATIENCE` steps.
+    """
+    skipped = [int(n) for n_S in jax.device_get(self._skipped) for n in n_S]
+    names = [member.name for group in self._groups for member in group]
+    lost = [
+      name for name, n in zip(names, skipped, strict=False) if n >= _PATIENCE
+    ]
+    if lost:
+      more = f' and {len(lost) - 1} more SAEs have' if lost[1:] else ' has'
+      raise NotFiniteError(
+        f'{lost[0]}{more} had no finite gradient for {_PATIENCE} steps (until '
+        f'step {self.step}). The last good checkpoint is kept; start another '
+        'run with a lower train.learning_rate, or with train.clip.'
+      )
+    return max(skipped, default=0) < 2
 
   def _set_normalisation(self, normalisation) -> None:
     self.normalisation = normalisation
@@ -249,7 +295,6 @@ class _Loop:
   @contextlib.contextmanager
   def _reporting(self):
     """The writer of metrics and the progress line, on the first process."""
-    self._writer = self._progress = None
     if jax.process_index():
       yield
       return
@@ -274,9 +319,15 @@ class _Loop:
       self._progress.close()
 
   def _save(self) -> int:
+    """Saves the states, but for those that may have no way back."""
+    if not self._check_finite():
+      self._report(
+        f'no checkpoint at step {self.step}: the last gradients are not finite'
+      )
+      return self.step
     self._lease.check()
     meta = {
-      **_describe(self.normalisation),
+      **trained.describe_normalisation(self.normalisation),
       'facts': self._facts,
       'left_out': dict(self._feed.left_out),
       'devices': self._devices(),
@@ -356,51 +407,3 @@ def step_of(config, stacks, gemma, mesh):
     return stack.step_all(stacks, states, rows, step, key, mesh)
 
   return take_step
-
-
-def _describe(normalisation) -> dict[str, Any]:
-  """What a checkpoint keeps of it; what is not used is not mentioned."""
-  meta = {'scales': {}, 'centres': {}, 'norm_bounds': {}}
-  for site, n in normalisation.items():
-    meta['scales'][str(site)] = n.scale
-    if n.centre is not None:
-      meta['centres'][str(site)] = np.asarray(n.centre).tolist()
-    if n.norm_bound is not None:
-      meta['norm_bounds'][str(site)] = n.norm_bound
-  return {key: value for key, value in meta.items() if value or key == 'scales'}
-
-
-def _normalisation(
-  meta: dict[str, Any],
-) -> dict[sites.Site, fold.Normalisation]:
-  """The inverse of `_describe`."""
-  centres, bounds = meta.get('centres', {}), meta.get('norm_bounds', {})
-  return {
-    sites.parse(name): fold.Normalisation(
-      scale,
-      np.asarray(centres[name], np.float32) if name in centres else None,
-      bounds.get(name),
-    )
-    for name, scale in meta['scales'].items()
-  }
-
-
-def load(config: ConfigDict, workdir: str | pathlib.Path) -> Result:
-  """The newest checkpoint of a run, without its language model or text.
-
-  Raises:
-    CheckpointError: there is none.
-  """
-  model = setup.dimensions(config)
-  mesh = mesh_lib.make(config.mesh)
-  stacks, _ = setup.make_stacks(config, model)
-  folder = pathlib.Path(workdir) / 'checkpoints'
-  with checkpoints.Checkpoints(folder) as saves:
-    restored = saves.restore(setup.abstract_states(stacks, mesh))
-  if restored is None:
-    raise checkpoints.CheckpointError(f'There is no checkpoint in {folder}.')
-  return Result(
-      restored.step == config.train.steps, restored.step,
-      _normalisation(restored.meta), stacks, restored.state,
-      restored.meta['facts'],
-  )  # fmt: skip

@@ -52,6 +52,7 @@ SHARDING = {
 # What a step reports of each member (and what `fidelity` adds).
 METRICS = (
     'loss', 'squared_error', 'fvu', 'l0', 'dead', 'dense', 'sparse_steps',
+    'steps_skipped',
 )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ class State(flax.struct.PyTreeNode):
   fired_share: jax.Array  # [S, F] running mean of the share of rows it fires on
   theta: jax.Array  # [S] running mean of the batch's threshold (BatchTopK)
   coefficient: jax.Array  # [S] of adaptive_l1
-  skipped: jax.Array  # [S] int32: steps dropped for a gradient not finite
+  skipped: jax.Array  # [S] int32: steps in a row without a finite gradient
 
 
 class Setting(NamedTuple):
@@ -281,7 +282,7 @@ class Stack:
         coefficient *= jnp.exp(o.adaptive_rate * factor * excess)
     after = State(
         params, moments, silent_F, share_F, theta, coefficient,
-        state.skipped + ~finite,
+        jnp.where(finite, 0, state.skipped + 1),
     )  # fmt: skip
     return after, terms
 
@@ -295,6 +296,7 @@ class Stack:
       'dead': jnp.mean(state.silent_tokens > self.optimizer.dead_after),
       'dense': jnp.mean(state.fired_share > 0.1),
       'sparse_steps': terms.sparse,
+      'steps_skipped': jnp.float32(state.skipped),
       **terms.more,
     }
 

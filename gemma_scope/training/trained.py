@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +13,83 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import gemma_scope
+from gemma_scope import mesh as mesh_lib
 from gemma_scope import release, sites, specs
 from gemma_scope.activations import outliers
+from gemma_scope.runtime import checkpoints
 from gemma_scope.sae import fold
 from gemma_scope.training import setup, stack
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """Where a run stands: `done` at its last step, else stopped on request."""
+
+  done: bool
+  step: int
+  normalisation: dict[sites.Site, fold.Normalisation]
+  stacks: tuple[stack.Stack, ...]
+  states: tuple[stack.State, ...]
+  facts: dict[str, Any]  # on the text and the model
+
+  def saes(self, config: ConfigDict) -> list[release.Released]:
+    """The trained SAEs, see `saes` below."""
+    return saes(
+      config,
+      self.stacks,
+      self.states,
+      self.normalisation,
+      self.step,
+      self.facts,
+    )
+
+
+def describe_normalisation(normalisation) -> dict[str, Any]:
+  """What a checkpoint keeps of it; what is not used is not mentioned."""
+  meta = {'scales': {}, 'centres': {}, 'norm_bounds': {}}
+  for site, n in normalisation.items():
+    meta['scales'][str(site)] = n.scale
+    if n.centre is not None:
+      meta['centres'][str(site)] = np.asarray(n.centre).tolist()
+    if n.norm_bound is not None:
+      meta['norm_bounds'][str(site)] = n.norm_bound
+  return {key: value for key, value in meta.items() if value or key == 'scales'}
+
+
+def read_normalisation(
+  meta: dict[str, Any],
+) -> dict[sites.Site, fold.Normalisation]:
+  """The inverse of `describe_normalisation`."""
+  centres, bounds = meta.get('centres', {}), meta.get('norm_bounds', {})
+  return {
+    sites.parse(name): fold.Normalisation(
+      scale,
+      np.asarray(centres[name], np.float32) if name in centres else None,
+      bounds.get(name),
+    )
+    for name, scale in meta['scales'].items()
+  }
+
+
+def load(config: ConfigDict, workdir: str | pathlib.Path) -> Result:
+  """The newest checkpoint of a run, without its language model or text.
+
+  Raises:
+    CheckpointError: there is none.
+  """
+  model = setup.dimensions(config)
+  mesh = mesh_lib.make(config.mesh)
+  stacks, _ = setup.make_stacks(config, model)
+  folder = pathlib.Path(workdir) / 'checkpoints'
+  with checkpoints.Checkpoints(folder) as saves:
+    restored = saves.restore(setup.abstract_states(stacks, mesh))
+  if restored is None:
+    raise checkpoints.CheckpointError(f'There is no checkpoint in {folder}.')
+  return Result(
+      restored.step == config.train.steps, restored.step,
+      read_normalisation(restored.meta), stacks, restored.state,
+      restored.meta['facts'],
+  )  # fmt: skip
 
 
 def saes(
@@ -45,7 +120,7 @@ def saes(
         [normalisation[site] for site in member.targets],
         pre_encoder_bias=module.pre_encoder_bias,
       )
-      if not module.unit_decoder:
+      if not module.unit_decoder or config.train.refit_decoders:
         params = fold.fold_decoder_norm(params)
       both = {
         site: normalisation[site] for site in (*member.sites, *member.targets)

@@ -20,7 +20,8 @@ from gemma_scope.activations import store
 from gemma_scope.runtime import changes
 from gemma_scope.runtime import interrupt as interrupt_lib
 from gemma_scope.runtime import lease as lease_lib
-from gemma_scope.training import loop, setup
+from gemma_scope.training import loop, setup, trained
+from gemma_scope.training import optimizer as optimizer_lib
 from tests.helpers.runs import ROOT, STEPS, flags_of, last_step, small
 
 
@@ -47,7 +48,7 @@ def states(config: ConfigDict, workdir: pathlib.Path):
   """Everything that training changed, as one dict of arrays."""
   one = config.copy_and_resolve_references()
   one.mesh.data = jax.device_count()
-  result = loop.load(one, workdir)
+  result = trained.load(one, workdir)
   leaves = jax.tree_util.tree_leaves_with_path(
     (result.states, result.normalisation)
   )
@@ -238,3 +239,71 @@ def test_a_short_run_meets_its_target_l0(tmp_path):
     key = f'resid_post/2/jumprelu/width_128/target_l0_{target:g}/seed_0/l0'
     l0 = np.mean([json.loads(line)[key] for line in lines])
     assert l0 == pytest.approx(target, rel=0.1)
+
+
+def test_the_closing_phase_is_done_again_where_it_was_stopped(tmp_path):
+  """The same end, and a release whose decoders have norm 1."""
+  config = small(
+      tmp_path,
+      **{
+          'train.steps': 20, 'train.meet_l0': True,
+          'train.refit_decoders': True, 'train.closing_batches': 5,
+      },
+  )  # fmt: skip
+  config, whole = in_process(config, tmp_path / 'whole')
+  norms = np.linalg.norm(whole.states[0].params['W_dec'], axis=-1)
+  assert np.abs(norms - 1).max() > 0.01
+  for params, _ in whole.members(config):
+    np.testing.assert_allclose(
+      np.linalg.norm(params['W_dec'], axis=1), 1, rtol=1e-5
+    )
+
+  class Stop(interrupt_lib.Interrupt):
+    """Stops the run when the closing phase has had a batch."""
+
+    closing = 0
+
+    def check(self):
+      if 'least squares' in ''.join(lines):
+        self.closing += 1
+      if self.closing > 2:
+        raise interrupt_lib.Interrupted
+
+  run, lines = tmp_path / 'run', []
+  run.mkdir()
+  with lease_lib.Lease(run) as lease, Stop() as stop:
+    loop.keep_config(config, run)
+    stopped = loop.train(config, run, lease, stop, lines.append)
+  assert not stopped.done and 'closing phase' in lines[-1]
+  _, again = in_process(config, run)
+  assert again.done
+  for a, b in zip(
+    jax.tree.leaves(whole.states), jax.tree.leaves(again.states), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_that_is_no_longer_finite_stops_and_keeps_a_checkpoint(tmp_path):
+  config = small(
+    tmp_path,
+    **{'train.steps': 400, 'train.learning_rate': 1e-3, 'checkpoint.every': 50},
+  )
+  config.collection.layers, config.collection.sites = (0,), ('resid_post',)
+  run = tmp_path / 'run'
+  config.train.decay = 0
+
+  # A learning rate that breaks the parameters at step 60.
+  ordinary = optimizer_lib.Optimizer.rate_factor
+
+  def rate_factor(self, step):
+    return ordinary(self, step) * jax.numpy.where(step < 60, 1, 1e38)
+
+  optimizer_lib.Optimizer.rate_factor = rate_factor
+  try:
+    with pytest.raises(loop.NotFiniteError, match='resid_post/0/batch_topk'):
+      in_process(config, run)
+  finally:
+    optimizer_lib.Optimizer.rate_factor = ordinary
+  step, found = states(config, run)
+  assert step == 50
+  assert all(np.isfinite(value).all() for value in found.values())

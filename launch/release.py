@@ -93,7 +93,7 @@ def write(given, out: pathlib.Path) -> None:
 def trained(workdir: pathlib.Path) -> list[release.Released]:
   """The SAEs of a run's newest checkpoint, with their metrics."""
   from gemma_scope import config as config_lib
-  from gemma_scope.training import loop  # JAX: only here
+  from gemma_scope.training import trained  # JAX: only here
 
   config = config_lib.read(workdir / 'config.json')
   saes = trained.load(config, workdir).saes(config)

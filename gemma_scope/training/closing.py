@@ -65,6 +65,7 @@ class Batches:
 
   def __call__(self) -> Iterator[Rows]:
     for step in range(self._first, self._last):
+      self._poll()
       yield self._normalise(self._feed.at(step, self._poll))
 
 

@@ -274,7 +274,7 @@ def test_the_closing_phase_is_done_again_where_it_was_stopped(tmp_path):
   with lease_lib.Lease(run) as lease, Stop() as stop:
     loop.keep_config(config, run)
     stopped = loop.train(config, run, lease, stop, lines.append)
-  assert not stopped.done and 'closing phase' in lines[-1]
+  assert not stopped.done and 'closing phase' in lines[-1], lines
   _, again = in_process(config, run)
   assert again.done
   for a, b in zip(

@@ -299,7 +299,7 @@ def test_anthropics_recipe_is_theirs_in_our_units():
   theirs = sparsity(z * root, 0.1, 20.0, 4.0, 3e-6)
   assert math.isclose(ours, theirs / n, rel_tol=1e-12)
   assert math.isclose(s.bandwidth * root, 2)
-  assert not stack.module.unit_decoder and stack.module.to_input
+  assert not stack.module.unit_decoder and stack.module.ste_to_input
   o, steps = stack.optimizer, config.train.steps
   assert float(o.rate_factor(0)) == float(o.rate_factor(steps * 4 // 5)) == 1
   assert abs(float(o.sparsity_factor(steps // 2)) - 0.5) < 1e-6

@@ -82,7 +82,8 @@ class Case:
     penalty = {'jumprelu': 'target_l0', 'gated': 'l1', 'relu': 'l1'}
     how = optimizer.Optimizer(
         b2=0.999, eps=1e-8, clip=0.0, warm_up=0, decay=0, sparsity_warm_up=0,
-        threshold_rate=1.0, steps=10**6, dead_after=10**9,
+        threshold_rate=1.0, steps=10**6, dead_after=10**9, theta_decay=0.999,
+        adaptive_rate=0.01,
         active_limit=self.room,
     )  # fmt: skip
     count = self.members

@@ -2,7 +2,8 @@
 
 Each is an `Autoencoder` with its own `activate`, and knows where a gradient can
 be (`bound` or `may_act`) and which released parameters act the same: all but
-TopK are released as a JumpReLU.
+TopK are released as a JumpReLU. `meets_l0` is the penalty by which it is
+trained to a target L0 (`training/objectives`).
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ class JumpReLU(autoencoder.Autoencoder):
     log_threshold: train log(theta), which keeps theta positive but moves it by
       a factor of e in 1 / learning rate steps at the least; False trains theta
       itself, which an update never leaves below 0.
-    to_input: the estimator's gradient reaches the encoder too.
+    ste_to_input: the estimator's gradient reaches the encoder too.
   """
+
+  meets_l0 = 'target_l0'
 
   bandwidth: float = 0.001
   initial_threshold: float = 0.001
   log_threshold: bool = True
-  to_input: bool = False
+  ste_to_input: bool = False
 
   def setup(self):
     super().setup()
@@ -62,8 +65,8 @@ class JumpReLU(autoencoder.Autoencoder):
   def activate(self, projected, k, candidates=None):
     z = projected + _at(candidates, self.b_enc)
     theta = _at(candidates, self.threshold())
-    f = functions.jumprelu(z, theta, self.bandwidth, self.to_input)
-    active = functions.step(z, theta, self.bandwidth, self.to_input)
+    f = functions.jumprelu(z, theta, self.bandwidth, self.ste_to_input)
+    active = functions.step(z, theta, self.bandwidth, self.ste_to_input)
     return autoencoder.Latents(z, f, active, f, theta, _ZERO)
 
   def bound(self):
@@ -105,6 +108,8 @@ class JumpReLU(autoencoder.Autoencoder):
 class ReLU(autoencoder.Autoencoder):
   """f = max(z, 0), made sparse by an L1 penalty (Bricken et al., 2023)."""
 
+  meets_l0 = 'adaptive_l1'
+
   def activate(self, projected, k, candidates=None):
     z = projected + _at(candidates, self.b_enc)
     f = jax.nn.relu(z)
@@ -119,6 +124,8 @@ class ReLU(autoencoder.Autoencoder):
 
 class TopK(autoencoder.Autoencoder):
   """The k largest latents of a row (arXiv 2406.04093)."""
+
+  meets_l0 = 'k'
 
   def activate(self, projected, k, candidates=None):
     z = projected + _at(candidates, self.b_enc)
@@ -141,6 +148,8 @@ class BatchTopK(autoencoder.Autoencoder):
   running mean of the smallest value kept, one threshold for all. So it is
   released, as a JumpReLU.
   """
+
+  meets_l0 = 'k'
 
   def activate(self, projected, k, candidates=None):
     z = projected + _at(candidates, self.b_enc)
@@ -174,6 +183,8 @@ class Gated(autoencoder.Autoencoder):
   JumpReLU with weights exp(r_mag) W_enc and threshold
   b_enc - exp(r_mag) b_gate, and so it is released.
   """
+
+  meets_l0 = 'adaptive_l1'
 
   def setup(self):
     super().setup()

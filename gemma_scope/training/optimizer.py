@@ -42,10 +42,10 @@ class Optimizer:
   threshold_rate: float
   steps: int
   dead_after: int
+  theta_decay: float
+  adaptive_rate: float
   initial_l0: float = 0.0
   l0_steps: int = 0
-  theta_decay: float = 0.999
-  adaptive_rate: float = 0.01
   resample_every: int = 0
   active_limit: int = 0
 

@@ -6,9 +6,11 @@ Everything here is a pure function of the config and of what lies on disk;
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +27,6 @@ from gemma_scope.sae import architectures
 from gemma_scope.text import prepare, token_store, tokenizers
 from gemma_scope.training import objectives, stack
 from gemma_scope.training import optimizer as optimizer_lib
-
-# How each architecture meets a target L0: a penalty of `objectives`.
-_MEETS_L0 = {
-  'jumprelu': 'target_l0',
-  'topk': 'k',
-  'batch_topk': 'k',
-  'gated': 'adaptive_l1',
-  'relu': 'adaptive_l1',
-}
 
 
 def special(
@@ -143,13 +136,8 @@ def make_stacks(
   """The collection's members, grouped by shape into stacks."""
   t = config.train
   optimizer = optimizer_lib.Optimizer(
-      b2=t.b2, eps=t.eps, clip=t.clip, warm_up=t.warm_up, decay=t.decay,
-      sparsity_warm_up=t.sparsity_warm_up, threshold_rate=t.threshold_rate,
-      steps=t.steps, dead_after=t.dead_after, initial_l0=t.initial_l0,
-      l0_steps=t.l0_steps, theta_decay=t.theta_decay,
-      adaptive_rate=t.adaptive_rate, resample_every=t.resample_every,
-      active_limit=t.active_limit,
-  )  # fmt: skip
+    **_fields_of(optimizer_lib.Optimizer, config.train)
+  )
   groups = specs.stacks(config, model)
   stacks = []
   for (_, _, d_in, d_out), group in groups.items():
@@ -172,29 +160,35 @@ def make_stacks(
   return tuple(stacks), tuple(map(tuple, groups.values()))
 
 
-def _index(at, wanted, layers: int):
-  found = [at.index(site) for site in wanted]
-  return found if layers else found[0]
+def _index(sites_of_stack, wanted, layers: int):
+  """Place of a site in the stack's list; with several layers one of each."""
+  index = [sites_of_stack.index(site) for site in wanted]
+  return index if layers else index[0]
+
+
+def _fields_of(cls: type, section: ConfigDict) -> dict[str, Any]:
+  """What the section has of the dataclass's fields."""
+  names = {field.name for field in dataclasses.fields(cls)}
+  return {name: value for name, value in section.items() if name in names}
 
 
 def make_module(
   config: ConfigDict, member: specs.SaeSpec, d_in: int, d_out: int
 ) -> sae.Autoencoder:
   """The member's architecture at its shape."""
-  s = config.sae
+  architecture = architectures.ARCHITECTURES[member.base]
   reconstructs_input = member.sites == member.targets
-  options = dict(
-      d_in=d_in, d_out=d_out, width=member.width, layers=member.layers,
-      pre_encoder_bias=s.pre_encoder_bias and reconstructs_input,
-      tied=reconstructs_input, skip=config.collection.skip,
-      unit_decoder=s.unit_decoder, matmul_dtype=s.matmul_dtype,
-  )  # fmt: skip
-  if member.base == 'jumprelu':
-    options |= dict(
-        bandwidth=s.bandwidth, initial_threshold=s.initial_threshold,
-        log_threshold=s.log_threshold, to_input=s.ste_to_input,
-    )  # fmt: skip
-  return architectures.ARCHITECTURES[member.base](**options)
+  options = _fields_of(architecture, config.sae)
+  options['pre_encoder_bias'] &= reconstructs_input
+  return architecture(
+    d_in=d_in,
+    d_out=d_out,
+    width=member.width,
+    layers=member.layers,
+    tied=reconstructs_input,
+    skip=config.collection.skip,
+    **options,
+  )
 
 
 def make_objective(
@@ -203,7 +197,7 @@ def make_objective(
   """The terms that a member's stack is trained by."""
   penalty = member.penalty
   if penalty == 'target_l0':
-    penalty = _MEETS_L0[member.base]
+    penalty = architectures.ARCHITECTURES[member.base].meets_l0
   return objectives.Objective(
     penalty=penalty,
     prefixes=specs.prefixes(config, member),

@@ -46,7 +46,8 @@ KEY = jax.random.key(3)
 SPECIAL = tokenizers.Special((0, 1, 2))
 OPTIMIZER = optimizer_lib.Optimizer(
     b2=0.9, eps=1e-8, clip=0.0, warm_up=0, decay=0, sparsity_warm_up=1,
-    threshold_rate=2.0, steps=100, dead_after=300,
+    threshold_rate=2.0, steps=100, dead_after=300, theta_decay=0.999,
+    adaptive_rate=0.01,
 )  # fmt: skip
 PENALTIES = {
   'relu': ('l1', 0.0),

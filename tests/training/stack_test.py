@@ -27,7 +27,7 @@ def optimizer(**changes):
           **dict(
               b2=0.999, eps=1e-8, clip=0.0, warm_up=5, decay=5,
               sparsity_warm_up=10, threshold_rate=3.0, steps=40,
-              dead_after=500,
+              dead_after=500, theta_decay=0.999, adaptive_rate=0.01,
           ),
           **changes,
       }

@@ -16,8 +16,8 @@ setting, L0* where the penalty has a target; the forms:
   adaptive_l1          l1, its coefficient moved until L0 = L0* (`stack`)
 
 The gradients of L0 and p reach the thresholds alone (all parameters where
-`ste_to_input` is set). Gemma Scope 2's printed prefactor is 2; 1/2 would give the
-linear penalty's slope at 2 L0*. Further terms, each off at 0:
+`ste_to_input` is set). Gemma Scope 2's printed prefactor is 2; 1/2 would give
+the linear penalty's slope at 2 L0*. Further terms, each off at 0:
 
   frequency   c sum_i max(p_i - limit, 0)     latents that fire too often
   pre_act     c mean_B sum_i max(theta_i - z_i, 0) n_i    Anthropic, Jan 2025

@@ -253,7 +253,8 @@ def test_the_closing_phase_is_done_again_where_it_was_stopped(tmp_path):
   config, whole = in_process(config, tmp_path / 'whole')
   norms = np.linalg.norm(whole.states[0].params['W_dec'], axis=-1)
   assert np.abs(norms - 1).max() > 0.01
-  for params, _ in whole.members(config):
+  for released in whole.saes(config):
+    params = released.load()
     np.testing.assert_allclose(
       np.linalg.norm(params['W_dec'], axis=1), 1, rtol=1e-5
     )

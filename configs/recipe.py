@@ -48,6 +48,7 @@ def gemma_scope_1(model: str) -> ConfigDict:
         'penalty': 'target_l0',  # the paper's is l0, its coefficients unknown
         'sparsity': (20.0, 40.0, 80.0, 160.0, 320.0),
         'seeds': (0,),
+        'nulls': (),
       },
       'sae': {
         'bandwidth': 0.001,

@@ -64,6 +64,9 @@ def get_config(argument: str | None = None) -> ConfigDict:
     32.0,
   )  # target L0, or the penalty's coefficient
   collection.seeds = (0,)
+  # Controls beside each: 'frozen_decoder', 'soft_frozen_decoder',
+  # 'frozen_encoder'
+  collection.nulls = ()
 
   config.sae = sae = ConfigDict()
   sae.bandwidth = 0.02  # the paper's 0.001 needs its 10^9 tokens

@@ -41,6 +41,7 @@ _PATHS = (
 
 # Fields that older versions did not have, with the values that they acted by.
 _ADDED = {
+  'collection': {'nulls': ()},
   'activations': {'centre': 'none', 'max_norm': 0.0},
   'objective': {'active_set': False},
   'train': {'meet_l0': False, 'refit_decoders': False, 'closing_batches': 64},

@@ -92,6 +92,11 @@ def _collection(config: ConfigDict) -> Iterator[str]:
       f'collection.skip is for transcoders and CLTs; found it on a {c.type}, '
       'which would copy its input.'
     )
+  if c.nulls and (config.train.resample_every or config.initialise.release):
+    yield (
+      'collection.nulls hold what training starts at: set '
+      'train.resample_every to 0 and initialise.release to nothing.'
+    )
   if c.type in sites.SEVERAL:
     if len(c.layers) < 2:
       yield f'A {c.type} reads several layers; found layers {tuple(c.layers)}.'
@@ -205,7 +210,7 @@ def _axes(config: ConfigDict) -> Iterator[str]:
 # (sections read, check)
 CHECKS = (
   (('collection', 'sae', 'objective', 'train'), _architectures),
-  (('collection', 'objective', 'train'), _collection),
+  (('collection', 'objective', 'train', 'initialise'), _collection),
   (('collection',), _names),
   (('train', 'activations', 'text', 'evaluation'), _training),
   (

@@ -38,7 +38,8 @@ class Field:
     type: of the value, or of the items of a list.
     low, high: bounds, included; `above`: a bound that is not, `below` likewise.
     choices: the words allowed; () for any.
-    items: whether the value is a list, without repeats and not empty.
+    items: whether the value is a list, without repeats.
+    empty: whether that list may be empty.
     many: a hint for `0`, such as 'never', where 0 has a meaning of its own.
   """
 
@@ -49,11 +50,14 @@ class Field:
   below: float = math.inf
   choices: tuple[str, ...] = ()
   items: bool = False
+  empty: bool = False
 
   def problems(self, name: str, value: Any) -> Iterator[str]:
     """A sentence for each thing that is wrong with the value of `name`."""
     if not self.items:
       yield from self._problems_of_one(name, value)
+      return
+    if isinstance(value, list | tuple) and not value and self.empty:
       return
     if not isinstance(value, list | tuple) or not value:
       yield f'{name} must be a list with at least one item; found {value!r}.'
@@ -169,6 +173,7 @@ FIELDS: Mapping[str, Field] = {
   'collection.architectures': _choice(
     *(p + a for p in ('', specs.MATRYOSHKA) for a in ARCHITECTURES), items=True
   ),
+  'collection.nulls': _choice(*specs.NULLS, items=True, empty=True),
   'collection.penalty': _choice(*PENALTIES),
   'collection.sparsity': _positive(items=True),
   'collection.seeds': _whole(high=2**32 - 1, items=True),

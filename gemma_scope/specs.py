@@ -11,6 +11,9 @@ from ml_collections import ConfigDict
 from gemma_scope import sites
 
 MATRYOSHKA = 'matryoshka_'  # before any architecture: nested prefixes
+# Controls that are trained with a part held at its random start (arXiv
+# 2602.14111): the decoder, the decoder within a cosine of it, or the encoder.
+NULLS = ('frozen_decoder', 'soft_frozen_decoder', 'frozen_encoder')
 # What a transcoder or CLT that reads one kind of site writes.
 TARGETS = {'mlp_in': 'mlp_out', 'mlp_in_ungained': 'mlp_out'}
 
@@ -29,9 +32,19 @@ class SaeSpec:
   seed: int
 
   @property
+  def null(self) -> str:
+    """One of `NULLS`, or '' for an SAE that is trained whole."""
+    return null_of(self.architecture)
+
+  @property
+  def trained_as(self) -> str:
+    """The architecture without what a null holds fixed."""
+    return self.architecture.removeprefix(f'{self.null}_' if self.null else '')
+
+  @property
   def base(self) -> str:
-    """The architecture without its Matryoshka prefix."""
-    return self.architecture.removeprefix(MATRYOSHKA)
+    """The architecture without any prefix."""
+    return self.trained_as.removeprefix(MATRYOSHKA)
 
   @property
   def layers(self) -> int:
@@ -52,23 +65,45 @@ class SaeSpec:
     )
 
 
+def null_of(architecture: str) -> str:
+  """Which of `NULLS` a card's architecture names, '' for none."""
+  named = [n for n in NULLS if str(architecture).startswith(f'{n}_')]
+  return named[0] if named else ''
+
+
 def members(config: ConfigDict) -> list[SaeSpec]:
   """Every SAE of the run: the product of the collection's lists.
+
+  Each is followed by its nulls, with the same seed and sparsity.
 
   A crosscoder or CLT reads all layers of the collection at once.
   """
   c = config.collection
   several = c.type in sites.SEVERAL
   groups = [tuple(sorted(c.layers))] if several else [(n,) for n in c.layers]
+  prefixes_of_names = ('', *(f'{null}_' for null in c.nulls))
   return [
-      SaeSpec(
-      c.type, *_places(c.type, group, kind), architecture, width, c.penalty,
-      value, seed,
+    SaeSpec(
+      c.type,
+      *_places(c.type, group, kind),
+      f'{prefix}{architecture}',
+      width,
+      c.penalty,
+      value,
+      seed,
     )
-      for width, group, kind, architecture, value, seed in itertools.product(
-          c.widths, groups, c.sites, c.architectures, c.sparsity, c.seeds
+    for width, group, kind, architecture, value, seed, prefix in (
+      itertools.product(
+        c.widths,
+        groups,
+        c.sites,
+        c.architectures,
+        c.sparsity,
+        c.seeds,
+        prefixes_of_names,
       )
-  ]  # fmt: skip
+    )
+  ]
 
 
 def _places(type_: str, layers: Sequence[int], kind: str):
@@ -82,7 +117,7 @@ def _places(type_: str, layers: Sequence[int], kind: str):
 
 def prefixes(config: ConfigDict, member: SaeSpec) -> tuple[int, ...]:
   """Ends of a member's Matryoshka prefixes; () where it has none."""
-  if member.base == member.architecture:
+  if member.base == member.trained_as:
     return ()
   latents = member.width // max(member.layers, 1)
   return tuple(round(share * latents) for share in config.sae.matryoshka)
@@ -102,6 +137,6 @@ def stacks(
   groups: dict[tuple[str, int, int, int], list[SaeSpec]] = {}
   for member in members(config):
     d_in, d_out = (at[0].width(model) for at in (member.sites, member.targets))
-    key = member.architecture, member.width, d_in, d_out
+    key = member.trained_as, member.width, d_in, d_out
     groups.setdefault(key, []).append(member)
   return groups

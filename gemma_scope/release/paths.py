@@ -13,7 +13,7 @@ MEMBER = re.compile(
   r'(?P<folder>(?P<kind>[a-z_]{1,40})'
   r'/layer_\d{1,4}(?:_to_\d{1,4}|(?:_\d{1,4}){0,61})/width_\d{1,9}[km]?)/'
   r'(?:average_l0_\d{1,9}|unmeasured_[a-z0-9_]{1,40}?(?:[.+-][a-z0-9]{1,9})*)'
-  r'(?P<affine>_affine)?(?:_[a-z][a-z0-9]{0,29}){0,4}'
+  r'(?P<affine>_affine)?(?:_[a-z][a-z0-9]{0,29}){0,7}'
   r'(?:_seed_\d{1,19})?(?:_\d{1,6})?',
   re.ASCII,
 )

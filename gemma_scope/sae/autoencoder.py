@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma_scope.sae import activation_functions as functions
-from gemma_scope.sae import sparse
+from gemma_scope.sae import decoders, sparse
 
 
 class Latents(NamedTuple):
@@ -49,47 +49,12 @@ class Latents(NamedTuple):
   least: jax.Array  # BatchTopK's smallest latent, a scalar; else 0
 
 
-def _norm_axes(w: jax.Array) -> tuple[int, ...]:
-  """Axes of a latent's decoder in W_dec [F, D] or [L, L, F, D]."""
-  return (-1,) if w.ndim == 2 else (-3, -1)
-
-
-def decoder_norm(W_dec: jax.Array) -> jax.Array:
-  """Norm of each latent's decoder, [F] or [L, F]."""
-  square = jnp.sum(jnp.square(W_dec), _norm_axes(W_dec))
-  # The gradient at a zero row is zero, not NaN.
-  positive = jnp.where(square > 0, square, 1)
-  return jnp.where(square > 0, jnp.sqrt(positive), 0)
-
-
-# Barriers: for a sum along a row XLA's CPU backend calls a library, and would
-# take what comes before and after it along, term by term through memory; the
-# whole update is then three times as slow.
-
-
-def unit_rows(W_dec: jax.Array) -> jax.Array:
-  """Decoders scaled to Euclidean norm 1 (a zero one stays zero)."""
-  W_dec = jax.lax.optimization_barrier(W_dec)
-  norm = jnp.sqrt(jnp.sum(jnp.square(W_dec), _norm_axes(W_dec), keepdims=True))
-  return W_dec / jax.lax.optimization_barrier(jnp.maximum(norm, 1e-12))
-
-
-def remove_parallel(gradient: jax.Array, W_dec: jax.Array) -> jax.Array:
-  """The part of W_dec's gradient orthogonal to each unit decoder.
-
-  Applied before Adam, so that the moments never see the direction that
-  renormalising takes back (arXiv 2408.05147 section 3.2).
-  """
-  along = jnp.sum(gradient * W_dec, _norm_axes(W_dec), keepdims=True)
-  return gradient - jax.lax.optimization_barrier(along) * W_dec
-
-
 def _he_uniform(key, shape, dtype=jnp.float32):
   """Unit decoders of random direction, none to an earlier layer."""
   W_dec = nn.initializers.he_uniform(in_axis=-2)(key, shape, dtype)
   if len(shape) == 4:
     W_dec *= jnp.triu(jnp.ones(shape[:2]))[:, :, None, None]
-  return unit_rows(W_dec)
+  return decoders.unit_rows(W_dec)
 
 
 def _he_uniform_encoder(key, shape, dtype=jnp.float32):
@@ -278,7 +243,7 @@ class Autoencoder(nn.Module):
     """The weight of a latent in sparsity terms: its decoder's norm."""
     if self.unit_decoder:
       return jnp.ones(self.latent_shape)
-    return decoder_norm(self.W_dec)
+    return decoders.decoder_norm(self.W_dec)
 
   def latents(self, x: jax.Array, k: jax.Array | float = 1.0) -> Latents:
     """Latents of x; `k` is how many TopK and BatchTopK keep a row."""
@@ -367,7 +332,7 @@ class Autoencoder(nn.Module):
     """The nearest parameters that the architecture allows, after an update."""
     if not self.unit_decoder:
       return params
-    return {**params, 'W_dec': unit_rows(params['W_dec'])}
+    return {**params, 'W_dec': decoders.unit_rows(params['W_dec'])}
 
   def with_threshold(self, params: dict[str, jax.Array], theta: jax.Array):
     """Parameters whose latents fire where x W_enc^T exceeds theta.

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma_scope import mesh as mesh_lib
-from gemma_scope import sites
+from gemma_scope import sites, specs
 from gemma_scope.training import stack
 
 _PRIOR = 10.0  # firings that a decoder's present value counts for
@@ -186,7 +186,11 @@ def refit_decoders(
     )  # fmt: skip
 
   params = dict(state.params)
+  null_S = one.setting.null
+  frozen = [1 + specs.NULLS.index(n) for n in specs.NULLS if 'decoder' in n]
   for i in range(len(one.seeds)):
+    if null_S is not None and int(null_S[i]) in frozen:
+      continue
     member = {name: value[i] for name, value in state.params.items()}
     setting = jax.tree.map(lambda a, i=i: a[i], one.setting)
     sums, rows_seen = empty(), 0

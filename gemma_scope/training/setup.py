@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import pathlib
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -150,6 +151,7 @@ def make_stacks(
       jnp.full((len(group),), t.learning_rate, jnp.float32),
       jnp.asarray([_index(reads, m.sites, m.layers) for m in group]),
       jnp.asarray([_index(writes, m.targets, m.layers) for m in group]),
+      _nulls(group),
     )
     module = make_module(config, group[0], d_in, d_out)
     objective = make_objective(config, group[0])
@@ -158,6 +160,13 @@ def make_stacks(
       stack.Stack(module, objective, reads, writes, setting, seeds, optimizer)
     )
   return tuple(stacks), tuple(map(tuple, groups.values()))
+
+
+def _nulls(group: Sequence[specs.SaeSpec]) -> jax.Array | None:
+  """`stack.Setting.null`; None where the stack has none."""
+  if not any(member.null for member in group):
+    return None
+  return jnp.asarray([('', *specs.NULLS).index(m.null) for m in group])
 
 
 def _index(sites_of_stack, wanted, layers: int):

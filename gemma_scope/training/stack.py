@@ -30,7 +30,7 @@ import optax
 from jax.sharding import Mesh
 
 from gemma_scope import mesh as mesh_lib
-from gemma_scope import sae, sites
+from gemma_scope import sae, sites, specs
 from gemma_scope.training import objectives, optimizer, resampling
 
 # Array -> mesh axes of its last dimensions, by the last part of its path;
@@ -47,6 +47,9 @@ SHARDING = {
   'silent_tokens': ('latent',),
   'fired_share': ('latent',),
 }
+
+
+_SOFT_COSINE = 0.8  # of soft_frozen_decoder (arXiv 2602.14111)
 
 
 # What a step reports of each member (and what `fidelity` adds).
@@ -75,6 +78,7 @@ class Setting(NamedTuple):
   learning_rate: jax.Array  # [S]
   reads: jax.Array  # [S] index into the stack's sites; [S, L] for L layers
   writes: jax.Array  # the same into its targets
+  null: jax.Array | None = None  # [S] 0, or 1 + the index in `specs.NULLS`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +106,9 @@ class Stack:
   def init(self, key: jax.Array) -> State:
     """Initial state; a member's depends on (key, its seed, its shape) alone."""
     module = self.module
-    lead = (1, module.layers) if module.layers else (1,)
-    x_BD = jax.ShapeDtypeStruct((*lead, module.d_in), jnp.float32)
 
     def init_member(seed):
-      params = module.lazy_init(jax.random.fold_in(key, seed), x_BD)['params']
+      params = self._initial(key, seed)
       return State(
         params,
         self.optimizer.transform().init(params),
@@ -118,6 +120,13 @@ class Stack:
       )
 
     return jax.vmap(init_member)(jnp.asarray(self.seeds, jnp.uint32))
+
+  def _initial(self, key: jax.Array, seed: jax.Array):
+    """A member's parameters before training."""
+    module = self.module
+    lead = (1, module.layers) if module.layers else (1,)
+    x_BD = jax.ShapeDtypeStruct((*lead, module.d_in), jnp.float32)
+    return module.lazy_init(jax.random.fold_in(key, seed), x_BD)['params']
 
   def shardings(self, mesh: Mesh):
     """The sharding of every leaf of a state, from the table above."""
@@ -215,7 +224,13 @@ class Stack:
         params, x_BD, y_BD, **data, fidelity=fidelity
       )
 
-    state, terms = self.update(state, gradient, setting, step)
+    state, terms = self.update(
+      state,
+      gradient,
+      setting,
+      step,
+      lambda: self._initial(key, seed)['W_dec'],
+    )
     if self.optimizer.resample_every:
       key_of_member = jax.random.fold_in(jax.random.fold_in(key, step), seed)
       state = self._resampled(
@@ -223,7 +238,28 @@ class Stack:
       )
     return state, self.report(state, terms)
 
-  def update(self, state, gradient_of, setting, step):
+  def _held(self, params, before, null, start):
+    """A null's parameters: what it does not train is as it was.
+
+    Args:
+      params, before: after this step's update and before it.
+      null: see `Setting`.
+      start: gives the initial decoder.
+    """
+    frozen_decoder, soft, frozen_encoder = (
+      null == 1 + specs.NULLS.index(name)
+      for name in ('frozen_decoder', 'soft_frozen_decoder', 'frozen_encoder')
+    )
+    hold = lambda name, held: jnp.where(held, before[name], params[name])  # noqa: E731
+    W_dec = jax.lax.cond(
+      soft,
+      lambda W_dec: sae.near(W_dec, start(), _SOFT_COSINE),
+      lambda W_dec: W_dec,
+      hold('W_dec', frozen_decoder),
+    )
+    return {**params, 'W_dec': W_dec, 'W_enc': hold('W_enc', frozen_encoder)}
+
+  def update(self, state, gradient_of, setting, step, start=None):
     """One member's state after a step down a gradient.
 
     Args:
@@ -232,6 +268,7 @@ class Stack:
         ((loss, Terms), gradient).
       setting: one member's.
       step: int32.
+      start: gives the decoder that training began with, for nulls.
 
     Returns:
       The next state, and the objective's terms.
@@ -263,6 +300,8 @@ class Stack:
         for name, p in state.params.items()
       }
       params = self.module.constrained(params)
+      if setting.null is not None:
+        params = self._held(params, state.params, setting.null, start)
     with jax.named_scope('counters'):
       rows = terms.rows
       silent_F = jnp.where(

@@ -147,6 +147,8 @@ def saes(
         card['quantisation'] = quantisation
       if ends := specs.prefixes(config, member):
         card['matryoshka'] = list(ends)
+      if member.null:
+        card['null'] = member.null
       if module.skip:
         card['affine'] = True
       if config.activations.max_norm:

@@ -62,14 +62,6 @@ def _he_uniform_encoder(key, shape, dtype=jnp.float32):
   return W_enc / jnp.linalg.norm(W_enc, axis=-1, keepdims=True)
 
 
-def _own_layer(W_dec):
-  """Encoders along what each latent writes to its own layer, norm 1."""
-  if W_dec.ndim == 4:
-    W_dec = jnp.moveaxis(jnp.diagonal(W_dec), -1, 0)
-    W_dec /= jnp.linalg.norm(W_dec, axis=-1, keepdims=True)
-  return W_dec
-
-
 def constant(value):
   """An initialiser in the form that Flax calls it."""
   return lambda key, shape, dtype=jnp.float32: jnp.full(shape, value, dtype)
@@ -155,7 +147,9 @@ class Autoencoder(nn.Module):
     )
     shape = (*lead, latents, self.d_in)
     if self.tied:
-      self.W_enc = self.param('W_enc', constant(_own_layer(self.W_dec)), shape)
+      self.W_enc = self.param(
+        'W_enc', constant(decoders.own_layer(self.W_dec)), shape
+      )
     else:
       self.W_enc = self.param('W_enc', _he_uniform_encoder, shape)
     zeros = nn.initializers.zeros

@@ -55,3 +55,11 @@ def near(W_dec: jax.Array, start: jax.Array, cosine: float) -> jax.Array:
   away = unit_rows(W_dec - along * start)
   turned = cosine * start + (1 - cosine**2) ** 0.5 * away
   return jnp.where(along < cosine, turned, W_dec)
+
+
+def own_layer(W_dec):
+  """What each latent writes to its own layer, norm 1: where encoders start."""
+  if W_dec.ndim == 4:
+    W_dec = jnp.moveaxis(jnp.diagonal(W_dec), -1, 0)
+    W_dec /= jnp.linalg.norm(W_dec, axis=-1, keepdims=True)
+  return W_dec

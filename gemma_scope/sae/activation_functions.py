@@ -28,9 +28,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-# Bits of a threshold that need only be a lower bound: 2^-8 below the exact one.
+# Bits found where a lower bound of the threshold will do, 2^-8 below it.
 _BITS = 16
-_SORTED = 512  # latents of a row up to which it is sorted to be ranked
+_SORTED = 512  # rows of up to so many latents are sorted
 
 
 def _window(z, theta, bandwidth):
@@ -80,8 +80,8 @@ def _on_rows(theta, shape):
 
 
 def _on_rows_backward(shape, _, g):
-  # A product with ones: XLA's CPU backend would feed a sum from memory, with
-  # each of the factors that g is made of.
+  # A product with ones is faster than a sum, for which XLA's CPU backend would
+  # write each factor of g to memory.
   return (
     jnp.einsum('b,b...->...', jnp.ones(shape[0]), g, precision='highest'),
   )
@@ -93,7 +93,7 @@ _on_rows.defvjp(
 
 
 def _rows(theta, shape):
-  """Latents' thresholds [F] -> [B, F]; candidates' [B, K] are rows already."""
+  """Thresholds [F] -> [B, F]; those of candidates are [B, K] already."""
   return theta if theta.shape == shape else _on_rows(theta, shape)
 
 
@@ -128,9 +128,8 @@ def kth_largest(
     f: values >= 0, whose order is that of their bits as integers.
     k: how many to keep, from 1 (data, not a shape); 0 where there are fewer.
     axes: to rank over; they stay, with size 1.
-    bits: how many of the result's to find, a pass each; below 31 the result is
-      smaller by a factor of at most 1 - 2^(8 - bits), and nothing it excludes
-      is among the k largest.
+    bits: how many bits of the result to find, one pass each. Below 31 the
+      result is a lower bound, at least 1 - 2^(8 - bits) of the exact one.
 
   Returns:
     t with count(f >= t) >= k and count(f > t) < k, exactly: a value of f.
@@ -170,9 +169,9 @@ def kth_of_row(z_BF: jax.Array, k: jax.Array, blocks: int = 0) -> jax.Array:
   Args:
     z_BF: pre-activations; axes after the first are ranked together.
     k: how many to keep, rounded to an integer; ties at the last place all stay.
-    blocks: if not 0, rank the largest of each of about so many blocks of
-      latents instead, at a fraction of the cost: the result is at most the
-      exact one, so that what reaches it holds the k largest and a few more.
+    blocks: if not 0, rank the maxima of about so many blocks of latents, at a
+      fraction of the cost. The result is a lower bound: the latents that reach
+      it are the k largest and a few more.
   """
   k = jnp.round(k)
   if blocks:
@@ -202,7 +201,7 @@ def kth_of_batch(z_BF: jax.Array, k: jax.Array, blocks: int = 0) -> jax.Array:
 
 
 def _maxima(z_BF, blocks):
-  """relu(z), or the largest of each block."""
+  """relu(z), or its maximum in each block of latents."""
   latents, size = z_BF.shape[-1], 1
   while size < 32 and blocks and latents % (2 * size) == 0:
     if latents // (2 * size) < blocks:

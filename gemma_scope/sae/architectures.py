@@ -1,9 +1,9 @@
-"""The architectures: how pre-activations become latents, and are trained to.
+"""The architectures: from pre-activations to latents.
 
-Each is an `Autoencoder` with its own `activate`, and knows where a gradient can
-be (`bound` or `may_act`) and which released parameters act the same: all but
-TopK are released as a JumpReLU. `meets_l0` is the penalty by which it is
-trained to a target L0 (`training/objectives`).
+Each is an `Autoencoder` that defines `activate`, where gradients can be nonzero
+(`bound` or `may_act`), and its released parameters: a JumpReLU for all but
+TopK. `meets_l0` is the penalty that trains it to a target L0
+(`training/objectives`).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from gemma_scope.sae import autoencoder
 
 
 class JumpReLU(autoencoder.Autoencoder):
-  """Gemma Scope's SAE: one learned threshold a latent.
+  """Gemma Scope's SAE: one learned threshold per latent.
 
   Attributes:
     bandwidth: eps, the full width of the kernel's window around theta.
     initial_threshold: theta before training.
-    log_threshold: train log(theta), which keeps theta positive but moves it by
-      a factor of e in 1 / learning rate steps at the least; False trains theta
-      itself, which an update never leaves below 0.
-    ste_to_input: the estimator's gradient reaches the encoder too.
+    log_threshold: train log(theta). It stays positive, but changing it by a
+      factor of e takes at least 1 / learning_rate steps. False trains theta
+      itself, clipped at 0 after each update.
+    ste_to_input: also send the straight-through gradient to the encoder.
   """
 
   meets_l0 = 'target_l0'
@@ -46,20 +46,20 @@ class JumpReLU(autoencoder.Autoencoder):
 
   @property
   def _raw(self) -> str:
-    """Name of the one parameter, float32, whichever way it is trained."""
+    """Name of the threshold's parameter, which is always float32."""
     return 'log_threshold' if self.log_threshold else 'threshold'
 
   def _theta(self, raw: jax.Array) -> jax.Array:
     if self.log_threshold:
       return jnp.exp(raw)
-    # Clipped without clipping the gradient, or a theta of 0 would stay there.
+    # Straight-through: clipping the gradient too would leave theta at 0.
     return raw + jax.lax.stop_gradient(jnp.maximum(-raw, 0))
 
   def _raw_of(self, theta: jax.Array) -> jax.Array:
     return jnp.log(theta) if self.log_threshold else theta
 
   def threshold(self) -> jax.Array:
-    """theta [F]."""
+    """Thresholds theta, [F]."""
     return self._theta(self.raw)
 
   def activate(self, projected, k, candidates=None):
@@ -78,7 +78,7 @@ class JumpReLU(autoencoder.Autoencoder):
 
   def trainable(self, released):
     theta = jnp.asarray(released['threshold'])
-    # A ReLU's threshold of 0 has no logarithm, and a tiny one hardly moves.
+    # The threshold 0 of a ReLU has no logarithm, and a tiny one hardly moves.
     theta = jnp.where(theta > 0, theta, self.initial_threshold)
     return {**super().trainable(released), self._raw: self._raw_of(theta)}
 
@@ -89,7 +89,7 @@ class JumpReLU(autoencoder.Autoencoder):
     return {**params, self._raw: jnp.maximum(params[self._raw], 0)}
 
   def with_threshold(self, params, theta):
-    # Where none is found the first rows decide: the one of training's start.
+    # 0: too few rows are positive to tell; use the initial threshold.
     theta = jnp.where(theta > 0, theta, self.initial_threshold)
     return {**params, self._raw: self._raw_of(theta)}
 
@@ -100,7 +100,7 @@ class JumpReLU(autoencoder.Autoencoder):
     return jnp.log(jnp.maximum(functions.kth_of_batch(ratio, k), _TINY))
 
   def with_threshold_at(self, params, theta, value):
-    """All of theta times exp(value)."""
+    """Multiplies all thresholds by exp(value)."""
     new = self._theta(params[self._raw]) * jnp.exp(value)
     return {**params, self._raw: self._raw_of(new)}, theta
 
@@ -144,9 +144,8 @@ class TopK(autoencoder.Autoencoder):
 class BatchTopK(autoencoder.Autoencoder):
   """The k B largest latents of a batch (arXiv 2412.06410).
 
-  At inference a row must not depend on its batch: a latent fires above the
-  running mean of the smallest value kept, one threshold for all. So it is
-  released, as a JumpReLU.
+  Released as a JumpReLU with one threshold, the running mean of the smallest
+  value kept: at inference a row must not depend on the rest of its batch.
   """
 
   meets_l0 = 'k'
@@ -174,14 +173,14 @@ class BatchTopK(autoencoder.Autoencoder):
 
 
 class Gated(autoencoder.Autoencoder):
-  """A gate says which latents fire, a magnitude how much (arXiv 2404.16014).
+  """The gate decides which latents are active (arXiv 2404.16014).
 
     gate = x' W_enc + b_gate        z = exp(r_mag) x' W_enc + b_enc
     f = relu(z) 1[gate > 0]         x' = x - b_dec in an SAE
 
-  The two share W_enc, so z = exp(r_mag) (gate - b_gate) + b_enc: this is a
-  JumpReLU with weights exp(r_mag) W_enc and threshold
-  b_enc - exp(r_mag) b_gate, and so it is released.
+  Gate and magnitude share W_enc, so z = exp(r_mag) (gate - b_gate) + b_enc.
+  This is a JumpReLU with weights exp(r_mag) W_enc and threshold
+  b_enc - exp(r_mag) b_gate, which is what is released.
   """
 
   meets_l0 = 'adaptive_l1'
@@ -226,7 +225,7 @@ class Gated(autoencoder.Autoencoder):
   def threshold_at(self, params, x, k):
     projected = self.bind({'params': params}).project(x)
     z = jnp.exp(params['r_mag']) * projected + params['b_enc']
-    # The gate may be negative, and what is ranked may not.
+    # exp: `kth_of_batch` ranks values >= 0, and the gate may be below.
     gate = jnp.where(z > 0, jnp.exp(projected + params['b_gate']), 0)
     return jnp.log(jnp.maximum(functions.kth_of_batch(gate, k), _TINY))
 
@@ -244,12 +243,12 @@ _TINY = 1e-6
 
 
 def _at(candidates, v):
-  """Latents' own values beside a batch's latents."""
+  """Per-latent values [F], looked up at the candidates where there are any."""
   return v if candidates is None else candidates.at(v)
 
 
 def _fires(f):
-  """1 where a latent fires; no gradient."""
+  """1 where a latent is active; no gradient."""
   return (f > 0).astype(f.dtype)
 
 

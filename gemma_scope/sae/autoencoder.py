@@ -39,18 +39,18 @@ from gemma_scope.sae import decoders, sparse
 
 
 class Latents(NamedTuple):
-  """What an encoder says of a batch; [B, F], or [B, L, F]."""
+  """Encoder output for a batch; arrays are [B, F] or [B, L, F]."""
 
   z_BF: jax.Array  # pre-activations
   f_BF: jax.Array  # latents
-  active_BF: jax.Array  # 1 where a latent fires, with its estimator's gradient
-  gate_BF: jax.Array  # what an L1 penalty falls on: f, or a Gated SAE's gate
-  theta: jax.Array  # thresholds that z was held against
-  least: jax.Array  # BatchTopK's smallest latent, a scalar; else 0
+  active_BF: jax.Array  # 1 where active, with the straight-through gradient
+  gate_BF: jax.Array  # input of the L1 penalty: f, or the gate of a Gated SAE
+  theta: jax.Array  # thresholds that z was compared with
+  least: jax.Array  # smallest value that BatchTopK kept, a scalar; else 0
 
 
 def _he_uniform(key, shape, dtype=jnp.float32):
-  """Unit decoders of random direction, none to an earlier layer."""
+  """Random unit decoders; a latent writes to no earlier layer."""
   W_dec = nn.initializers.he_uniform(in_axis=-2)(key, shape, dtype)
   if len(shape) == 4:
     W_dec *= jnp.triu(jnp.ones(shape[:2]))[:, :, None, None]
@@ -63,19 +63,19 @@ def _he_uniform_encoder(key, shape, dtype=jnp.float32):
 
 
 def constant(value):
-  """An initialiser in the form that Flax calls it."""
+  """A Flax initialiser that returns `value` in every entry."""
   return lambda key, shape, dtype=jnp.float32: jnp.full(shape, value, dtype)
 
 
 def _matmul(dtype: str, terms: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  """Factors in `dtype`, sums in float32."""
+  """A product with inputs in `dtype`, accumulated in float32."""
   a, b = a.astype(dtype), b.astype(dtype)
   return jnp.einsum(terms, a, b, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _project(dtype, x, bias, W_enc):
-  """(x - bias) W_enc^T, of data: x has no gradient."""
+  """(x - bias) W_enc^T. x is data and gets no gradient."""
   terms = 'bld,lfd->blf' if x.ndim == 3 else 'bd,fd->bf'
   return _matmul(dtype, terms, x - bias, W_enc)
 
@@ -87,8 +87,7 @@ def _project_forward(dtype, x, bias, W_enc):
 def _project_backward(dtype, saved, g):
   x, bias, W_enc = saved
   terms = 'blf,bld->lfd' if x.ndim == 3 else 'bf,bd->fd'
-  # The bias needs the sum over rows alone: a vector's product, not a sixth
-  # matmul of all rows whose result would then be summed.
+  # The bias needs the sum over rows only; autodiff would run a sixth matmul.
   of_bias = _of_bias(jnp.sum(g, 0), W_enc) if bias.ndim else bias
   return (
     jnp.zeros_like(x),
@@ -101,15 +100,16 @@ _project.defvjp(_project_forward, _project_backward)
 
 
 def _of_bias(g_F: jax.Array, W_enc: jax.Array) -> jax.Array:
-  """Gradient of the encoder's bias from the rows' sum of the latents'."""
+  """Gradient of the bias from the gradient of z, summed over rows."""
   return -jnp.einsum('...f,...fd->...d', g_F, W_enc)
 
 
 class Autoencoder(nn.Module):
-  """What all architectures share: an affine encoder and an affine decoder.
+  """The part all architectures share: an affine encoder and decoder.
 
-  A subclass (`architectures`) says how a batch becomes latents, and which
-  released parameters act the same (`released`, and back, `trainable`).
+  A subclass (`architectures`) defines `activate`, from pre-activations to
+  latents, and converts to released parameters (`released`) and back
+  (`trainable`).
 
   Attributes:
     d_in, d_out: widths of the input and of the reconstruction.
@@ -117,8 +117,8 @@ class Autoencoder(nn.Module):
     layers: 0 for one site, L for L layers.
     pre_encoder_bias: whether the encoder sees x - b_dec (SAEs do, transcoders
       do not; arXiv 2408.05147 section 3.2 and appendix B).
-    tied: W_enc starts as W_dec (not in transcoders).
-    skip: an affine path past the latents, W_skip, from zero.
+    tied: W_enc is initialised to W_dec (not in transcoders).
+    skip: adds an affine path from input to output, W_skip, initialised to 0.
     unit_decoder: decoders keep norm 1; else sparsity weighs each latent by it.
     matmul_dtype: dtype of the matmuls' inputs; they accumulate in float32.
   """
@@ -170,7 +170,7 @@ class Autoencoder(nn.Module):
   def encoder_gradient(
     self, g: jax.Array, x: jax.Array, candidates: sparse.Candidates
   ) -> dict[str, jax.Array]:
-    """Gradients of `project`'s parameters from that of its candidates."""
+    """Parameter gradients of `project`, given the candidates' gradient."""
     with jax.named_scope('encoder'):
       if not self.pre_encoder_bias:
         return {'W_enc': candidates.encoder_gradient(g, x)}
@@ -185,7 +185,7 @@ class Autoencoder(nn.Module):
     part: slice = slice(None),
     candidates: sparse.Candidates | None = None,
   ) -> jax.Array:
-    """What the latents `part` (of each layer) write: f W_dec, no bias."""
+    """f W_dec over the latents `part` of each layer, without bias."""
     with jax.named_scope('decoder'):
       if candidates is not None:
         if part != slice(None):
@@ -198,7 +198,7 @@ class Autoencoder(nn.Module):
       f = f[..., part]
       if not self.layers:
         return self._matmul('bf,fd->bd', f, self.W_dec[part])
-      # One matmul a target, over the layers that write to it.
+      # One matmul per target layer, over the layers that write to it.
       return jnp.stack(
         [
           self._matmul(
@@ -212,7 +212,7 @@ class Autoencoder(nn.Module):
   def read(
     self, y: jax.Array, candidates: sparse.Candidates | None = None
   ) -> jax.Array:
-    """Each latent's decoder times what it writes to, y W_dec^T."""
+    """y W_dec^T: the dot product of each row with each decoder."""
     with jax.named_scope('decoder'):
       if candidates is not None:
         return candidates.read(y, self.W_dec)
@@ -227,20 +227,20 @@ class Autoencoder(nn.Module):
       )
 
   def offset(self, x: jax.Array) -> jax.Array:
-    """What is written whatever the latents: b_dec (+ x W_skip)."""
+    """The output without latents: b_dec (+ x W_skip)."""
     if not self.skip:
       return self.b_dec
     terms = 'bld,lde->ble' if self.layers else 'bd,de->be'
     return self.b_dec + self._matmul(terms, x, self.W_skip)
 
   def norms(self) -> jax.Array:
-    """The weight of a latent in sparsity terms: its decoder's norm."""
+    """Decoder norms, the weights of latents in sparsity terms."""
     if self.unit_decoder:
       return jnp.ones(self.latent_shape)
     return decoders.decoder_norm(self.W_dec)
 
   def latents(self, x: jax.Array, k: jax.Array | float = 1.0) -> Latents:
-    """Latents of x; `k` is how many TopK and BatchTopK keep a row."""
+    """Latents of x; TopK and BatchTopK keep `k` of them per row."""
     return self.activate(self.project(x), k)
 
   def activate(
@@ -249,25 +249,25 @@ class Autoencoder(nn.Module):
     k: jax.Array,
     candidates: sparse.Candidates | None = None,
   ) -> Latents:
-    """Latents of x W_enc^T, all of them or the candidates alone."""
+    """Latents from x W_enc^T, for all latents or the candidates only."""
     raise NotImplementedError
 
   def bound(self) -> tuple[jax.Array, jax.Array] | None:
-    """A bias, and above what x W_enc^T + bias a gradient can be.
+    """(bias, lower bound): gradients vanish where x W_enc^T + bias is below.
 
-    Latents' own values; None where they depend on the batch.
+    One value per latent each; None where the bound depends on the batch.
     """
     return None
 
   def may_act(
     self, projected: jax.Array, k: jax.Array, blocks: int
   ) -> jax.Array:
-    """Where a latent can have a gradient, bool; perhaps in a few places more.
+    """Mask of the entries that may have a gradient; may include a few more.
 
     Args:
       projected: x W_enc^T, dense.
       k: how many TopK and BatchTopK keep.
-      blocks: `activation_functions.at_most_kth`'s.
+      blocks: see `activation_functions.kth_of_row`.
     """
     bias, least = self.bound()
     return projected + bias > least
@@ -275,7 +275,7 @@ class Autoencoder(nn.Module):
   def encode_candidates(
     self, x: jax.Array, count: int, mesh: Mesh | None
   ) -> tuple[sparse.Candidates, jax.Array] | None:
-    """Those that `bound` lets be, and x W_enc^T of them; None: no kernel."""
+    """Candidates above `bound` and their x W_enc^T; None without a kernel."""
     kernel = sparse.encoder(mesh, self.d_in, self.matmul_dtype)
     bound = self.bound()
     if kernel is None or bound is None:
@@ -291,12 +291,12 @@ class Autoencoder(nn.Module):
     return self.write(self.latents(x, k).f_BF) + self.offset(x)
 
   def released(self, params, theta, k) -> dict[str, jax.Array]:
-    """Parameters of the functions `encode` and `decode` below.
+    """Released parameters, for the functions `encode` and `decode` below.
 
     Args:
-      params: this module's, of one SAE.
+      params: of one SAE of this module.
       theta: running mean of BatchTopK's threshold.
-      k: what TopK keeps.
+      k: number of latents that TopK keeps.
     """
     shared = ('W_enc', 'b_enc', 'W_dec', 'b_dec', 'W_skip')
     found = {name: params[name] for name in shared if name in params}
@@ -307,7 +307,7 @@ class Autoencoder(nn.Module):
     return found
 
   def trainable(self, released: Mapping[str, jax.Array]):
-    """The inverse of `released`: parameters that act like released ones."""
+    """Trainable parameters with the same function: inverse of `released`."""
     names = ('W_enc', 'b_enc', 'W_dec', 'b_dec')
     found = {name: jnp.asarray(released[name]) for name in names}
     found['W_enc'] = jnp.swapaxes(found['W_enc'], -1, -2)
@@ -323,24 +323,24 @@ class Autoencoder(nn.Module):
     return found
 
   def constrained(self, params: dict[str, jax.Array]):
-    """The nearest parameters that the architecture allows, after an update."""
+    """Projects parameters onto the allowed set, after an update."""
     if not self.unit_decoder:
       return params
     return {**params, 'W_dec': decoders.unit_rows(params['W_dec'])}
 
   def with_threshold(self, params: dict[str, jax.Array], theta: jax.Array):
-    """Parameters whose latents fire where x W_enc^T exceeds theta.
+    """Sets the thresholds: latents are active where x W_enc^T > theta.
 
-    Unchanged where latents compete for places (TopK, BatchTopK).
+    Returns `params` unchanged for TopK and BatchTopK, which rank latents.
 
     Args:
-      params: this module's, with all biases of the encoder at 0.
+      params: of this module, with all encoder biases at 0.
       theta: [F] or [L, F], at least 0.
     """
     return params
 
   def with_b_dec(self, params: dict[str, jax.Array], b_dec: jax.Array):
-    """Parameters with another b_dec, and the latents that they had."""
+    """Changes b_dec and keeps the latents as they are."""
     if not self.pre_encoder_bias:
       return {**params, 'b_dec': b_dec}
     terms = 'ld,lfd->lf' if self.layers else 'd,fd->f'
@@ -348,20 +348,20 @@ class Autoencoder(nn.Module):
     return {**self._moved(params, moved), 'b_dec': b_dec}
 
   def _moved(self, params, by: jax.Array):
-    """Parameters for an x W_enc^T that is smaller by so much, [F]."""
+    """Compensates for an x W_enc^T that decreases by `by`, [F]."""
     return {**params, 'b_enc': params['b_enc'] + by}
 
   def threshold_at(
     self, params: dict[str, jax.Array], x: jax.Array, k: jax.Array
   ) -> jax.Array:
-    """A scalar for `with_threshold_at`: what gives a batch k latents a row.
+    """The threshold change at which this batch has an L0 of k, a scalar.
 
-    0 where there is nothing to change: TopK has k, ReLU no threshold.
+    See `with_threshold_at`. 0 for TopK and ReLU, which have no threshold.
     """
     return jnp.zeros(())
 
   def with_threshold_at(self, params, theta: jax.Array, value: jax.Array):
-    """Parameters and BatchTopK's running threshold, for the scalar's mean."""
+    """(params, running threshold) after the change of `threshold_at`."""
     return params, theta
 
   def flops(self, rows: int) -> int:
@@ -370,8 +370,8 @@ class Autoencoder(nn.Module):
     return int(2 * rows * self.width * (2 * self.d_in + 3 * pairs * self.d_out))
 
 
-# A trained SAE, ours or a published one, is a mapping of arrays in Gemma
-# Scope's names that acts on raw activations; these two functions are all of it.
+# A released SAE is a mapping of arrays, named as in Gemma Scope's files, that
+# acts on raw activations through the two functions below.
 
 
 def encode(params: Mapping[str, jax.Array], x_BD: jax.Array) -> jax.Array:

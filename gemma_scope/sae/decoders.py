@@ -22,9 +22,8 @@ def decoder_norm(W_dec: jax.Array) -> jax.Array:
   return jnp.where(square > 0, jnp.sqrt(positive), 0)
 
 
-# Barriers: for a sum along a row XLA's CPU backend calls a library, and would
-# take what comes before and after it along, term by term through memory; the
-# whole update is then three times as slow.
+# Barriers keep XLA's CPU backend from fusing the row sum, a library call, with
+# the code around it, which makes the whole update three times as slow.
 
 
 def unit_rows(W_dec: jax.Array) -> jax.Array:
@@ -45,11 +44,11 @@ def remove_parallel(gradient: jax.Array, W_dec: jax.Array) -> jax.Array:
 
 
 def near(W_dec: jax.Array, start: jax.Array, cosine: float) -> jax.Array:
-  """Unit decoders turned back to within a cosine of their start.
+  """Rotates unit decoders back to a least cosine with their start.
 
   Args:
     W_dec, start: decoders of norm 1.
-    cosine: the least that is allowed between the two.
+    cosine: the least one allowed.
   """
   along = jnp.sum(W_dec * start, _norm_axes(W_dec), keepdims=True)
   away = unit_rows(W_dec - along * start)
@@ -58,7 +57,7 @@ def near(W_dec: jax.Array, start: jax.Array, cosine: float) -> jax.Array:
 
 
 def own_layer(W_dec):
-  """What each latent writes to its own layer, norm 1: where encoders start."""
+  """Unit vectors that latents write to their own layer; initial W_enc."""
   if W_dec.ndim == 4:
     W_dec = jnp.moveaxis(jnp.diagonal(W_dec), -1, 0)
     W_dec /= jnp.linalg.norm(W_dec, axis=-1, keepdims=True)

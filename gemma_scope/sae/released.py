@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 def shardings(
   mesh: Mesh, params: Mapping[str, jax.Array | np.ndarray]
 ) -> dict[str, NamedSharding]:
-  """Where a member lies: its latents over that axis, if it divides them."""
+  """Shardings of an SAE: latents over the mesh axis that divides them."""
   width = params['b_enc'].shape[-1]
   split = 'latent' in mesh.shape and width % mesh.shape['latent'] == 0
   axes = {'W_enc': -1, 'b_enc': -1, 'threshold': -1}
@@ -30,7 +30,7 @@ def shardings(
 def put(
   params: Mapping[str, np.ndarray], mesh: Mesh | None
 ) -> dict[str, jax.Array]:
-  """A member on the devices, latents over the mesh's axis where they divide."""
+  """Puts an SAE on the devices, in the sharding above."""
   arrays = {key: np.asarray(a, np.float32) for key, a in params.items()}
   return jax.device_put(
     arrays, None if mesh is None else shardings(mesh, arrays)
@@ -38,7 +38,7 @@ def put(
 
 
 def stacked(parts: Sequence[jax.Array], several: bool) -> jax.Array:
-  """float32 [B, t, D] of one site, or [B, t, L, D]."""
+  """Activations as float32: [B, t, D] of one site, or [B, t, L, D]."""
   parts = [part.astype(jnp.float32) for part in parts]
   return jnp.stack(parts, -2) if several else parts[0]
 

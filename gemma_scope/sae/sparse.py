@@ -1,4 +1,4 @@
-"""The few latents of a row that matter, and what a step needs of them.
+"""Sums over the few latents per row that have a gradient.
 
 Only latents that fire, and those inside an estimator's window, have a gradient
 (arXiv 2407.14435). A step that keeps them alone, K a row, is exact; its decoder
@@ -78,28 +78,28 @@ def select(mask_BF: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
   return jnp.where(slot_K < found_B[:, None], i_BK, 0), found_B
 
 
-# The same with gradients, on a mesh, for L layers: latents' own values are
-# [L, F], candidates' [B, L, K], rows [B, L, D], and the decoder [L, L, F, D]
-# from layer l to layer m >= l.
+# The same sums with gradients, on a mesh, for L layers. Per-latent values are
+# [L, F], those of candidates [B, L, K], rows [B, L, D], and the decoder
+# [L, L, F, D], from layer l to layer m >= l.
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shards:
-  """Layers and latents of each, the mesh (or None), the matmuls' dtype."""
+  """Layers, latents per layer, mesh (or None) and dtype of the matmuls."""
 
   layers: int
   latents: int
   mesh: Mesh | None
   dtype: str
-  device: jax.Device  # one of them: all are alike
+  device: jax.Device  # any one of the devices
 
   @property
   def local(self) -> int:
-    """Latents of a layer in a shard."""
+    """Number of latents of a layer in one shard."""
     return self.latents // (self.mesh.shape['latent'] if self.mesh else 1)
 
   def run(self, function, inputs, outputs, *arguments):
-    """`function` on each shard; the specs are given as one of those below."""
+    """Runs `function` on each shard; the specs are the constants below."""
     if self.mesh is None:
       return function(*arguments)
     return jax.shard_map(
@@ -114,7 +114,7 @@ class _Shards:
     return jax.lax.psum(x, axis) if self.mesh else x
 
   def flat(self, i_BLK: jax.Array) -> jax.Array:
-    """Places among the shard's latents of all layers."""
+    """Indices into the shard's latents of all layers."""
     first_L = self.local * jnp.arange(self.layers, dtype=i_BLK.dtype)
     return i_BLK + first_L[:, None]
 
@@ -128,7 +128,7 @@ _DECODER = PartitionSpec(None, None, 'latent')
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _at(shards, v_LF, i_BLK):
-  """Latents' own values at the candidates."""
+  """Per-latent values, looked up at the candidates."""
 
   def local(v_LF, i_BLK):
     return v_LF.reshape(-1)[shards.flat(i_BLK)]
@@ -138,7 +138,7 @@ def _at(shards, v_LF, i_BLK):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total(shards, a_BLK, i_BLK):
-  """Sum over rows of the candidates' values: the transpose of `_at`."""
+  """Sums the candidates' values over rows: the transpose of `_at`."""
 
   def local(a_BLK, i_BLK):
     zero = jnp.zeros(shards.layers * shards.local)
@@ -159,7 +159,7 @@ _total.defvjp(
 
 
 def _to(m: int, a_BLK: jax.Array) -> jax.Array:
-  """Candidates of the layers that write to layer m, in one row."""
+  """Candidates of all layers that write to layer m, in one axis."""
   return a_BLK[:, : m + 1].reshape(a_BLK.shape[0], -1)
 
 
@@ -169,7 +169,7 @@ def _decoder_to(m: int, W_LLFD: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _write(shards, f_BLK, i_BLK, W_LLFD):
-  """f W_dec, [B, L, D]."""
+  """f W_dec over the candidates, [B, L, D]."""
   add = choice.on(shards.device, plain.gather_add)
 
   def local(f_BLK, i_BLK, W_LLFD):
@@ -186,7 +186,7 @@ def _write(shards, f_BLK, i_BLK, W_LLFD):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _read(shards, y_BLD, i_BLK, W_LLFD):
-  """The candidates of y W_dec^T: the transpose of `_write` in f."""
+  """y W_dec^T at the candidates: the transpose of `_write` in f."""
   dot = choice.on(shards.device, plain.gather_dot)
 
   def local(y_BLD, i_BLK, W_LLFD):
@@ -203,7 +203,7 @@ def _read(shards, y_BLD, i_BLK, W_LLFD):
 
 
 def _decoder_gradient(shards, f_BLK, i_BLK, y_BLD):
-  """Sum over rows of f times y, at the candidates: the shape of W_dec."""
+  """Sum over rows of f^T y at the candidates, in the shape of W_dec."""
   add = choice.on(shards.device, plain.scatter_add)
 
   def local(f_BLK, i_BLK, y_BLD):
@@ -245,7 +245,7 @@ _read.defvjp(
 
 
 def encoder(mesh: Mesh | None, width: int, dtype: str):
-  """The devices' kernel that encodes and keeps candidates; None: there is none.
+  """The fused encoder kernel of the devices, or None without one.
 
   Args:
     mesh: the devices, None for one.
@@ -260,10 +260,10 @@ def _device(mesh):
 
 
 class Candidates:
-  """The latents of a batch that can have a gradient, at most K a row.
+  """The latents of a batch that can have a gradient, at most K per row.
 
-  Latents' own values are [F] or [L, F] here, rows' [B, ...] before that, and
-  candidates' [B, K] or [B, L, K]: K of each layer in each shard of latents.
+  Per-latent values are [F] or [L, F], values of a batch [B, F] or [B, L, F],
+  and those of candidates [B, K] or [B, L, K]: K per layer and shard of latents.
 
   Args:
     shape: of latents, [F] or [L, F].
@@ -293,7 +293,7 @@ class Candidates:
     self._i, found, *self._more = self._shards.run(
       local, specs, (_CANDIDATES,) * (2 + more), *inputs
     )
-    # The most of any row, layer and shard; some are missing if it is above K.
+    # Over rows, layers and shards; above K, some candidates are missing.
     self.most = jnp.max(found)
     slots = jnp.arange(self._i.shape[-1]) % self.count
     self._there = slots < jnp.repeat(found, self.count, -1)
@@ -302,7 +302,7 @@ class Candidates:
   def of_mask(
     cls, mask: jax.Array, count: int, mesh: Mesh | None, dtype: str
   ) -> Candidates:
-    """Those of a mask, bool [B, F] or [B, L, F]."""
+    """Candidates from a mask, bool [B, F] or [B, L, F]."""
 
     def find(mask_BLF, count):
       latents = mask_BLF.shape[-1]
@@ -319,13 +319,13 @@ class Candidates:
     cls, kernel, x: jax.Array, W_enc: jax.Array, bias: jax.Array,
     least: jax.Array, count: int, mesh: Mesh | None, dtype: str,
   ) -> tuple[Candidates, jax.Array]:  # fmt: skip
-    """Those with x W_enc^T + bias > least, and x W_enc^T there.
+    """Candidates with x W_enc^T + bias > least, and their x W_enc^T.
 
     Args:
       kernel: `encoder`'s.
       x: rows [B, D] or [B, L, D].
       W_enc: [F, D] or [L, F, D].
-      bias, least: latents' own values.
+      bias, least: per-latent values.
       count, mesh, dtype: see above.
     """
 
@@ -351,14 +351,14 @@ class Candidates:
     return found, found._out(z_BLK)
 
   def _in(self, a: jax.Array) -> jax.Array:
-    """Candidates' or rows' values with the axis L."""
+    """Adds the axis L where there is none."""
     return a if len(self.shape) == 2 else a[:, None]
 
   def _out(self, a: jax.Array) -> jax.Array:
     return a if len(self.shape) == 2 else a[:, 0]
 
   def values(self, z: jax.Array) -> jax.Array:
-    """Rows' values [B, F] at the candidates, `plain.ABSENT` in empty slots."""
+    """z [B, F] at the candidates; `plain.ABSENT` in empty slots."""
 
     def local(z_BLF, i_BLK):
       return jnp.take_along_axis(z_BLF, i_BLK, -1)
@@ -369,16 +369,16 @@ class Candidates:
     return self._out(jnp.where(self._there, z_BLK, plain.ABSENT))
 
   def at(self, v: jax.Array) -> jax.Array:
-    """Latents' own values at the candidates."""
+    """Per-latent values, looked up at the candidates."""
     v_LF = v.reshape(self._shards.layers, -1)
     return self._out(_at(self._shards, v_LF, self._i))
 
   def total(self, a: jax.Array) -> jax.Array:
-    """Sum over rows of the candidates' values, of each latent."""
+    """Sums the candidates' values over rows, for each latent."""
     return _total(self._shards, self._in(a), self._i).reshape(self.shape)
 
   def together(self, a: jax.Array) -> jax.Array:
-    """The same values, each row's on one device: to be ranked there."""
+    """Gathers each row on one device, where it can be ranked."""
     if self._shards.mesh is None:
       return a
     return jax.lax.with_sharding_constraint(
@@ -396,7 +396,7 @@ class Candidates:
     return self._out(_read(self._shards, self._in(y), self._i, W_LLFD))
 
   def encoder_gradient(self, g: jax.Array, x: jax.Array) -> jax.Array:
-    """Gradient of W_enc [F, D] or [L, F, D] from that of x W_enc^T."""
+    """Gradient of W_enc [F, D] or [L, F, D], given that of x W_enc^T."""
 
     add = choice.on(self._shards.device, plain.scatter_add)
 

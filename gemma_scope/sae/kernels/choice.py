@@ -37,7 +37,7 @@ def on(device: jax.Device, function):
 
 
 def encoder(device: jax.Device, width: int, dtype: str):
-  """The device's fused encoder, as `tpu_encode.encode`; None: there is none.
+  """The fused encoder of the device (`tpu_encode.encode`), or None.
 
   It multiplies as XLA does at its default precision. Where another is asked
   for, its candidates would not be those of the dense step.

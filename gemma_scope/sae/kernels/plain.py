@@ -101,24 +101,24 @@ def scatter_add(
 
 
 def last(there_RK: jax.Array) -> jax.Array:
-  """How many slots there are up to the last true one, [R]."""
+  """Number of slots up to and including the last true one, [R]."""
   slot_K = 1 + jnp.arange(there_RK.shape[1], dtype=jnp.int32)
   return jnp.max(jnp.where(there_RK, slot_K, 0), 1)
 
 
 def differing(i_RK: jax.Array) -> jax.Array:
-  """How many slots there are up to the first of those alike at the end, [R]."""
+  """Number of slots before the run of equal values at the end, [R]."""
   return jnp.minimum(last(i_RK != i_RK[:, -1:]) + 1, i_RK.shape[1])
 
 
 def repeat_last(a_RK: jax.Array, used_R: jax.Array) -> jax.Array:
-  """What is found in the last used slot, in those after it too."""
+  """Copies the value of the last used slot to the slots after it."""
   last_R1 = jnp.take_along_axis(a_RK, used_R[:, None] - 1, 1)
   return jnp.where(jnp.arange(a_RK.shape[1]) < used_R[:, None], a_RK, last_R1)
 
 
 def sorted_pairs(c_RK: jax.Array, i_RK: jax.Array, count: int):
-  """The pairs (r, k) in the order of i, those with c = 0 last.
+  """Sorts the pairs (r, k) by i, those with c = 0 last.
 
   Returns:
     i (`count` where c = 0), c and r of each, [R K], and how many are not 0.
@@ -135,5 +135,5 @@ def sorted_pairs(c_RK: jax.Array, i_RK: jax.Array, count: int):
 
 
 def _round(x, dtype):
-  """The factors of a matmul in `dtype`, in float32."""
+  """Rounds the inputs of a matmul to `dtype`, as float32."""
   return x.astype(dtype).astype(jnp.float32)

@@ -106,7 +106,7 @@ def read(
   """
   card = read_card(folder, name, listed)
   if card is not None:
-    max_bytes = min(max_bytes, nbytes(card) + _ZIP_BYTES)
+    max_bytes = min(max_bytes, nbytes(card, affine=True) + _ZIP_BYTES)
   path = folder / 'params.npz'
   expected = (listed or {}).get('params.npz', {})
   if expected and path.is_file() and path.stat().st_size != expected['bytes']:
@@ -218,10 +218,18 @@ def _layers(card: dict) -> int:
   return len(place.sites) if place.several else 0
 
 
-def nbytes(card: dict) -> int:
-  """Size of the parameters in float32, of a card that was checked."""
+def nbytes(card: dict, affine: bool | None = None) -> int:
+  """Size of the parameters in float32, of a card that was checked.
+
+  Args:
+    card: the card.
+    affine: whether there is a W_skip; None: what the card says.
+  """
+  affine = card.get('affine', False) if affine is None else affine
   shapes = _shapes(card, _layers(card))
-  return 4 * sum(math.prod(shape) for shape in shapes.values())
+  return 4 * sum(
+    math.prod(shape) for k, shape in shapes.items() if affine or k != 'W_skip'
+  )
 
 
 def check_shapes(shapes: npz.Shapes, card: dict | None):

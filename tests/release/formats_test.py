@@ -88,12 +88,26 @@ def test_peers_live(tmp_path):
     folder = tmp_path / kind.replace(' ', '_')
     saelens.write(folder, params, card)
     np.savez(folder / 'x.npz', x=2 * rows(len(ours), 64, D))
-    ours.append((kind, folder, params))
-  run('--apply', *(folder for _, folder, _ in ours))
-  for kind, folder, params in ours:
+    ours.append((kind, folder, params, card))
+  run('--apply', *(folder for _, folder, *_ in ours))
+  for kind, folder, params, card in ours:
     found = difference(folder, params)
     print(f'wrote  {kind:36s} {found:.1e}')
     assert found < 1e-5
+    loaded = json.loads((folder / 'loaded.json').read_text())
+    metadata = loaded['metadata']
+    assert metadata['model_name'] == 'gemma-3-1b-pt'
+    if card['type'] == 'transcoder':
+      assert metadata['hook_name'] == 'blocks.3.ln2.hook_normalized'
+      assert metadata['hook_name_out'] == 'blocks.3.hook_mlp_out'
+      continue
+    assert metadata['hook_name'] == 'blocks.3.hook_resid_post'
+    evals = loaded['evals']  # its run_evals, to the end
+    l0 = evals['sparsity']['l0']
+    assert (
+      l0 == params['k'] if kind == 'topk' else 0 < l0 < params['b_enc'].size
+    )
+    assert evals['model_performance_preservation']['ce_loss_with_sae'] > 0
 
 
 # Ours, in every form.
@@ -135,6 +149,10 @@ def test_saelens_round_trip_is_exact(kind, tmp_path):
   found, of = published.load(str(tmp_path / 'out'))
   same(params, found)
   assert (of['sites'], of['targets']) == (card['sites'], card['targets'])
+  # SAELens takes a config without a version for an old one, and drops these.
+  metadata = json.loads((tmp_path / 'out/cfg.json').read_text())['metadata']
+  assert metadata['sae_lens_version'] == saelens.VERSION
+  assert metadata['model_name'] == 'gemma-3-1b-pt'
 
 
 def test_latents_of_several_layers_never_write_to_earlier_ones(tmp_path):

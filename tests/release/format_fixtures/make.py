@@ -85,6 +85,113 @@ def saelens(folder, generator):
     _expected(folder / f'saelens_{name}', x, sae.encode(x), sae(x))
 
 
+# cfg.json as SAELens wrote it before version 6, but for the sizes.
+OLD = {
+  'model_name': 'gemma-2-2b',
+  'hook_name': 'blocks.3.hook_resid_post',
+  'hook_layer': 3,
+  'hook_head_index': None,
+  'prepend_bos': True,
+  'dataset_path': 'monology/pile-uncopyrighted',
+  'context_size': 1024,
+  'd_in': D,
+  'd_sae': F,
+  'device': 'cpu',
+  'finetuning_scaling_factor': False,
+}
+LEGACY = {
+  'v2_standard': {  # a runner's config; nothing on b_dec
+    'model_name': 'gemma-2-2b',
+    'hook_point': 'blocks.3.hook_resid_post',
+    'hook_point_layer': 3,
+    'hook_point_head_index': None,
+    'd_in': D,
+    'd_sae': F,
+    'expansion_factor': 4,
+    'l1_coefficient': 0.001,
+    'lr': 0.0003,
+    'use_ghost_grads': True,
+    'normalize_activations': False,
+    'dtype': 'torch.float32',
+    'device': 'cpu',
+  },
+  'v3_standard': OLD
+  | {
+    'activation_fn_str': 'relu',
+    'apply_b_dec_to_input': False,
+    'normalize_activations': None,
+    'sae_lens_training_version': '3.0.0',
+    'dtype': 'float32',
+  },
+  'v3_topk': OLD
+  | {
+    'architecture': 'standard',
+    'activation_fn_str': 'topk',
+    'activation_fn_kwargs': {'k': K},
+    'apply_b_dec_to_input': True,
+    'normalize_activations': 'none',
+    'sae_lens_training_version': '3.14.0',
+    'dtype': 'float32',
+  },
+  'v5_topk': OLD
+  | {
+    'architecture': 'topk',
+    'activation_fn': 'topk',
+    'activation_fn_kwargs': {'k': K},
+    'sae_lens_training_version': '5.0.0',
+    'seqpos_slice': [None],
+    'neuronpedia_id': None,
+    'model_from_pretrained_kwargs': {},
+    'dataset_trust_remote_code': True,
+    'dtype': 'float32',
+  },
+  'v5_jumprelu': OLD
+  | {
+    'architecture': 'jumprelu',
+    'activation_fn_str': 'relu',
+    'activation_fn_kwargs': {},
+    'apply_b_dec_to_input': False,
+    'normalize_activations': 'none',
+    'dtype': 'float32',
+  },
+  'v4_gated': OLD
+  | {
+    'architecture': 'gated',
+    'activation_fn_str': 'relu',
+    'activation_fn_kwargs': {},
+    'apply_b_dec_to_input': True,
+    'normalize_activations': 'none',
+    'dtype': 'float32',
+  },
+}
+
+
+def saelens_of_old(folder, generator):
+  """Folders of past versions, as SAELens reads them today."""
+  from sae_lens import SAE
+  from safetensors.torch import save_file
+
+  for name, config in LEGACY.items():
+    at = folder / f'saelens_{name}'
+    at.mkdir(parents=True)
+    random = lambda *shape: torch.randn(shape, generator=generator)
+    p = {'W_enc': 0.5 * random(D, F), 'W_dec': 0.5 * random(F, D)}
+    p['b_dec'] = random(D)
+    if 'gated' in name:
+      p |= {key: 0.2 * random(F) for key in ('b_gate', 'b_mag', 'r_mag')}
+    else:
+      p['b_enc'] = 0.2 * random(F)
+    if 'jumprelu' in name:
+      p['threshold'] = random(F).abs()
+    if name.startswith('v2'):
+      p['scaling_factor'] = torch.ones(F)
+    save_file(p, at / 'sae_weights.safetensors')
+    (at / 'cfg.json').write_text(json.dumps(config))
+    x = 2 * random(ROWS, D)
+    sae = SAE.load_from_disk(at)
+    _expected(at, x, sae.encode(x), sae(x))
+
+
 def sparsify(folder, generator):
   os.environ['SPARSIFY_DISABLE_TRITON'] = '1'  # it needs a GPU
   from sparsify import SparseCoder, SparseCoderConfig
@@ -150,13 +257,54 @@ def dictionaries(folder, generator):
 
 
 def apply(folder):
-  """What SAELens makes of x with the SAE in a folder."""
+  """What SAELens makes of x with the SAE in a folder, and its evaluation."""
   from sae_lens import SAE
 
   with np.load(folder / 'x.npz') as file:
     x = torch.from_numpy(file['x'])
   sae = SAE.load_from_disk(folder)
   _expected(folder, x, sae.encode(x), sae(x))
+  found = {'metadata': sae.cfg.metadata.to_dict()}
+  if sae.cfg.metadata.hook_name_out is None:  # its evals replace one site
+    found['evals'] = _evals(sae)
+  (folder / 'loaded.json').write_text(json.dumps(found))
+
+
+def _evals(sae):
+  """SAELens' own evaluation of an SAE in a small random model."""
+  import types
+
+  from datasets import Dataset
+  from sae_lens import ActivationsStore, HookedSAETransformer
+  from sae_lens.evals import EvalConfig, run_evals
+  from sae_lens.training.activation_scaler import ActivationScaler
+  from transformer_lens import HookedTransformerConfig
+
+  model = HookedSAETransformer(
+    HookedTransformerConfig(
+      n_layers=4, d_model=D, n_ctx=16, d_head=4, n_heads=3, d_mlp=16,
+      d_vocab=50, act_fn='relu', device='cpu',
+    )
+  )  # fmt: skip
+  model.tokenizer = types.SimpleNamespace(
+    bos_token_id=1, eos_token_id=2, pad_token_id=0, sep_token_id=None,
+    cls_token_id=None, all_special_ids=[0, 1, 2], padding_side='right',
+    model_max_length=16, name_or_path='small',
+  )  # fmt: skip
+  tokens = torch.randint(3, 50, (200, 16)).tolist()
+  store = ActivationsStore.from_sae(
+    model, sae, dataset=Dataset.from_list([{'tokens': row} for row in tokens]),
+    streaming=False, store_batch_size_prompts=4, n_batches_in_buffer=4,
+    train_batch_size_tokens=16, device='cpu', context_size=16,
+  )  # fmt: skip
+  config = EvalConfig(
+    batch_size_prompts=4, n_eval_reconstruction_batches=3,
+    n_eval_sparsity_variance_batches=3, compute_ce_loss=True,
+    compute_sparsity_metrics=True,
+  )  # fmt: skip
+  return run_evals(
+    sae, store, model, eval_config=config, activation_scaler=ActivationScaler()
+  )[0]
 
 
 def _expected(folder, x, f, y):
@@ -175,7 +323,7 @@ def main(arguments):
     folder = pathlib.Path(arguments[0] if arguments else __file__)
     folder = folder if folder.is_dir() else folder.parent
     generator = torch.Generator().manual_seed(0)
-    for make in (saelens, sparsify, dictionaries):
+    for make in (saelens, sparsify, dictionaries, saelens_of_old):
       make(folder, generator)
 
 

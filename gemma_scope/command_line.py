@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import os
 import pathlib
 import re
@@ -35,6 +34,7 @@ from absl import flags as absl_flags
 from absl import logging
 
 from gemma_scope import config as config_lib
+from gemma_scope import files
 
 _WIDTH = 80
 
@@ -253,12 +253,13 @@ class Flags:
       for name, value in overrides:
         config_lib.override(given.config, name, value)
       if given.config is not None:
-        config_lib.expand_paths(given.config)
+        config_lib.resolve_paths(given.config)
     return given
 
   def _refuse(self, message: str) -> NoReturn:
     # absl writes 'Did you mean: a or b ?'
     sentence = re.sub(r'mean: (.*) \?', r'mean --\1?', message.strip())
+    sentence = sentence[0].upper() + sentence[1:]
     end = '' if sentence.endswith(('.', '?')) else '.'
     print(f'{sentence}{end} --help lists the flags.', file=sys.stderr)
     sys.exit(2)
@@ -353,33 +354,6 @@ def _take_overrides(arguments: list[str]):
   return rest, overrides
 
 
-# ---------------------------------------------------------- files and folders
-
-
-def near(path_: str | os.PathLike) -> str:
-  """' Did you mean ...?' for a path that does not exist; '' without a guess.
-
-  The first part of the path that does not exist is compared with what lies
-  beside it.
-  """
-  wanted = pathlib.Path(path_)
-  for i in range(1, len(wanted.parts) + 1):
-    part = pathlib.Path(*wanted.parts[:i])
-    if part.exists():
-      continue
-    try:
-      names = [entry.name for entry in part.parent.iterdir()]
-    except OSError:
-      return ''
-    guess = difflib.get_close_matches(part.name, names, 1, 0.6)
-    rest = wanted.parts[i:]
-    if not guess:
-      return ''
-    found = pathlib.Path(part.parent, guess[0], *rest)
-    return f' Did you mean {str(found)!r}?' if found.exists() else ''
-  return ''
-
-
 def existing(path_: str, flag: str) -> pathlib.Path:
   """The path, which must exist.
 
@@ -389,6 +363,6 @@ def existing(path_: str, flag: str) -> pathlib.Path:
   found = pathlib.Path(path_)
   if not found.exists():
     raise ValueError(
-      f'--{flag}: there is no file or folder {path_!r}.{near(path_)}'
+      f'--{flag}: there is no file or folder {path_!r}.{files.near(path_)}'
     )
   return found

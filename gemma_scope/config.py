@@ -23,7 +23,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from gemma_scope import config_checks, sites
+from gemma_scope import config_checks, files, sites
 from gemma_scope.config_fields import (
   FIELDS,
   flat,
@@ -220,11 +220,20 @@ def _layer_range(text: str) -> range:
   return range(int(first), int(last or first) + 1)
 
 
-def expand_paths(config: ConfigDict) -> None:
-  """Replaces '~' by the home folder in every field that holds a path."""
+def resolve_paths(config: ConfigDict) -> None:
+  """Replaces '~' by the home folder in every field that holds a path.
+
+  Raises:
+    ConfigError: a store that the config names does not exist.
+  """
   for name in _PATHS:
     section, _, field = name.partition('.')
-    config[section][field] = os.path.expanduser(config[section][field])
+    path = os.path.expanduser(config[section][field])
+    config[section][field] = path
+    if field == 'store' and path and not os.path.isdir(path):
+      raise ConfigError(
+        f'{name}: there is no folder {files.show(path)}.{files.near(path)}'
+      )
 
 
 # --------------------------------------------------------------------- checks

@@ -79,12 +79,14 @@ class Field:
     elif self.type in (int, float):
       holds = self.low <= value <= self.high and self.above < value < self.below
       if not holds:
-        yield f'{name} must be {self._range()}; found {_show(value)}.'
+        yield f'{name} must be {self._range(value)}; found {_show(value)}.'
 
-  def _range(self) -> str:
+  def _range(self, value: float) -> str:
     low = f'at least {self.low:g}' if self.low > -math.inf else ''
     low = f'above {self.above:g}' if self.above > -math.inf else low
-    high = f'at most {self.high:,}' if self.high < math.inf else ''
+    # The bound of every counter is named only to those who pass it.
+    shown = value > self.high or self.high < _MOST
+    high = f'at most {self.high:,}' if shown and self.high < math.inf else ''
     high = f'below {self.below:g}' if self.below < math.inf else high
     return ' and '.join(filter(None, (low, high))) or 'a finite number'
 

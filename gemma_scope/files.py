@@ -12,6 +12,7 @@ it refuses is `Refused`, an error of one sentence.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import itertools
 import json
@@ -37,6 +38,30 @@ def show(name: object) -> str:
   """A name for a message: quoted, control characters escaped, shortened."""
   text = repr(str(name))
   return text if len(text) < 200 else f'{text[:90]}...{text[-90:]}'
+
+
+def near(path: PathLike) -> str:
+  """' Did you mean ...?' for a path that does not exist; '' without a guess.
+
+  The first part of the path that does not exist is compared with the names
+  beside it.
+  """
+  parts = pathlib.Path(path).parts
+  for i in range(1, len(parts) + 1):
+    part = pathlib.Path(*parts[:i])
+    if part.exists():
+      continue
+    try:
+      names = sorted(entry.name for entry in part.parent.iterdir())
+    except OSError:
+      return ''
+    guess = difflib.get_close_matches(part.name, names, 1)
+    if not guess:
+      return ''
+    found = part.parent / guess[0]
+    whole = found.joinpath(*parts[i:])
+    return f' Did you mean {show(whole if whole.exists() else found)}?'
+  return ''
 
 
 @contextlib.contextmanager

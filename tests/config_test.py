@@ -107,14 +107,19 @@ def test_a_config_is_found_by_its_name_or_its_path(tmp_path):
       config_lib.load(str(tmp_path / 'own.py'))
 
 
-def test_paths_lose_their_tilde(monkeypatch):
-  monkeypatch.setenv('HOME', '/home/me')
+def test_paths_lose_their_tilde_and_stores_must_exist(monkeypatch, tmp_path):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'tokens').mkdir()
   config = tiny.get_config()
   for name in ('text.store', 'lm.checkpoint', 'initialise.release'):
-    config_lib.override(config, name, '~/x')
-  config_lib.expand_paths(config)
-  assert config.text.store == config.lm.checkpoint == '/home/me/x'
-  assert config.initialise.release == '/home/me/x'
+    config_lib.override(config, name, '~/tokens')
+  config_lib.resolve_paths(config)
+  assert config.text.store == config.lm.checkpoint == f'{tmp_path}/tokens'
+  assert config.initialise.release == f'{tmp_path}/tokens'
+  config_lib.override(config, 'text.store', '~/token')
+  with pytest.raises(config_lib.ConfigError) as error:
+    config_lib.resolve_paths(config)
+  assert f"Did you mean '{tmp_path}/tokens'?" in str(error.value)
 
 
 @pytest.mark.parametrize(

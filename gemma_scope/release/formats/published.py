@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import difflib
 import functools
 import os
 import pathlib
@@ -171,13 +170,10 @@ def _folder(path: pathlib.Path) -> pathlib.Path | None:
   except (OSError, ValueError) as error:  # too long, or a null character
     raise files.Refused(f'{files.show(path)} is no path ({error}).') from None
   above = next(a for a in path.parents if a.is_dir())
-  missing = path.relative_to(above).parts[0]
-  names = sorted(entry.name for entry in above.iterdir())
-  near = difflib.get_close_matches(missing, names, 1)
+  hint = files.near(path)
   is_local = path.is_absolute() or above != pathlib.Path('.')
-  if not is_local and not near and len(path.parts) > 1:
+  if not is_local and not hint and len(path.parts) > 1:
     return None
-  hint = f' Did you mean {files.show(above / near[0])}?' if near else ''
   raise files.Refused(f'There is no folder {files.show(path)}.{hint}')
 
 

@@ -49,6 +49,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
 
   config.collection = collection = ConfigDict()  # all combinations of:
   collection.layers = (1, 2)
+  # Also 'mlp_out/2': at that layer alone.
   collection.sites = ('attn_out', 'mlp_out', 'resid_post')
   collection.widths = (512, 1024)
   collection.type = 'sae'  # 'transcoder', 'crosscoder', 'clt'

@@ -82,7 +82,7 @@ def _collection(config: ConfigDict) -> Iterator[str]:
     )
   if c.type not in sites.ITSELF:
     for kind in c.sites:
-      if kind not in specs.TARGETS:
+      if kind.partition('/')[0] not in specs.TARGETS:
         yield (
           f'A {c.type} reads {" or ".join(specs.TARGETS)}; found {kind!r} in '
           'collection.sites.'
@@ -98,6 +98,11 @@ def _collection(config: ConfigDict) -> Iterator[str]:
       'train.resample_every to 0 and initialise.release to nothing.'
     )
   if c.type in sites.SEVERAL:
+    if layered := specs.own_layer(c.sites):
+      yield (
+        f'A {c.type} reads all of collection.layers; found {layered[0]!r} in '
+        'collection.sites.'
+      )
     if len(c.layers) < 2:
       yield f'A {c.type} reads several layers; found layers {tuple(c.layers)}.'
     for width in c.widths:
@@ -122,7 +127,8 @@ def _collection(config: ConfigDict) -> Iterator[str]:
 def _names(config: ConfigDict) -> Iterator[str]:
   """Metrics, cards and folders go by name: each SAE needs its own."""
   c = config.collection
-  if c.type not in sites.ITSELF and set(c.sites) - set(specs.TARGETS):
+  kinds = {item.partition('/')[0] for item in c.sites}
+  if c.type not in sites.ITSELF and kinds - set(specs.TARGETS):
     return  # said already
   names = collections.Counter(spec.name for spec in specs.members(config))
   shared = [name for name, count in names.items() if count > 1]
@@ -222,10 +228,15 @@ CHECKS = (
 
 
 def model(config: ConfigDict, dimensions: sites.Dimensions) -> Iterator[str]:
-  for layer in config.collection.layers:
+  c = config.collection
+  layered = [sites.parse(item) for item in specs.own_layer(c.sites)]
+  for field, layer in (
+    *(('layers', layer) for layer in c.layers),
+    *(('sites', site.layer) for site in layered),
+  ):
     if layer >= dimensions.num_layers:
       yield (
-        f'collection.layers has {layer}, and {config.lm.name} has layers 0 '
+        f'collection.{field} has {layer}, and {config.lm.name} has layers 0 '
         f'to {dimensions.num_layers - 1}.'
       )
 

@@ -40,6 +40,7 @@ class Field:
     choices: the words allowed; () for any.
     items: whether the value is a list, without repeats.
     empty: whether that list may be empty.
+    layered: whether '/LAYER' may follow a word, as in 'mlp_out/9'.
     many: a hint for `0`, such as 'never', where 0 has a meaning of its own.
   """
 
@@ -51,6 +52,7 @@ class Field:
   choices: tuple[str, ...] = ()
   items: bool = False
   empty: bool = False
+  layered: bool = False
 
   def problems(self, name: str, value: Any) -> Iterator[str]:
     """A sentence for each thing that is wrong with the value of `name`."""
@@ -71,7 +73,9 @@ class Field:
     if not _is(value, self.type):
       yield f'{name} must be {_NAMES[self.type]}; found {_show(value)}.'
     elif self.choices:
-      if value not in self.choices:
+      word, slash, layer = value.partition('/')
+      layered = self.layered and bool(slash) and layer.isdecimal()
+      if (word if layered else value) not in self.choices:
         yield (
           f'{name} must be {_either(self.choices)}; found {value!r}.'
           f'{suggestion(value, self.choices)}'
@@ -168,7 +172,7 @@ FIELDS: Mapping[str, Field] = {
   'activations.memory': _choice('auto', 'device', 'host'),
   'activations.ahead': _choice('auto', 'on', 'off'),
   'collection.layers': _whole(items=True),
-  'collection.sites': _choice(*sites.KINDS, items=True),
+  'collection.sites': _choice(*sites.KINDS, items=True, layered=True),
   'collection.widths': _whole(1, items=True),
   'collection.type': _choice(*sites.TYPES),
   'collection.skip': _SWITCH,

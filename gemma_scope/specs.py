@@ -76,11 +76,16 @@ def members(config: ConfigDict) -> list[SaeSpec]:
 
   Each is followed by its nulls, with the same seed and sparsity.
 
-  A crosscoder or CLT reads all layers of the collection at once.
+  A crosscoder or CLT reads all layers of the collection at once. A site such as
+  'mlp_out/9' is at that layer alone, 'mlp_out' at all layers of the collection.
   """
   c = config.collection
   several = c.type in sites.SEVERAL
   groups = [tuple(sorted(c.layers))] if several else [(n,) for n in c.layers]
+  layered = own_layer(c.sites)
+  kinds = [item for item in c.sites if item not in layered]
+  where = list(itertools.product(groups, kinds))
+  where += [((site.layer,), site.kind) for site in map(sites.parse, layered)]
   prefixes_of_names = ('', *(f'{null}_' for null in c.nulls))
   return [
     SaeSpec(
@@ -92,11 +97,10 @@ def members(config: ConfigDict) -> list[SaeSpec]:
       value,
       seed,
     )
-    for width, group, kind, architecture, value, seed, prefix in (
+    for width, (group, kind), architecture, value, seed, prefix in (
       itertools.product(
         c.widths,
-        groups,
-        c.sites,
+        where,
         c.architectures,
         c.sparsity,
         c.seeds,
@@ -104,6 +108,11 @@ def members(config: ConfigDict) -> list[SaeSpec]:
       )
     )
   ]
+
+
+def own_layer(items: Sequence[str]) -> list[str]:
+  """Those of collection.sites that name a layer, such as 'mlp_out/9'."""
+  return [item for item in items if '/' in item]
 
 
 def _places(type_: str, layers: Sequence[int], kind: str):

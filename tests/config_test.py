@@ -217,6 +217,29 @@ def test_all_that_is_wrong_is_named_at_once():
     config_lib.check(config)
 
 
+def test_a_site_may_name_its_own_layer():
+  config = tiny.get_config('layers=1,2;sites=resid_post,mlp_out/3;widths=64')
+  config.collection.sparsity = (8.0,)
+  assert [str(m.sites[0]) for m in specs.members(config)] == [
+    'resid_post/1',
+    'resid_post/2',
+    'mlp_out/3',
+  ]
+  config_lib.check(config)
+  config_lib.check(config, MODEL)
+  for wrong, words in (
+    (('mlp_out/26',), 'collection.sites has 26'),
+    (('mlp_out/x',), 'collection.sites must be'),
+    (('resid_post', 'resid_post/1'), 'are named resid_post/1/'),
+  ):
+    config.collection.sites = wrong
+    with pytest.raises(config_lib.ConfigError, match=words):
+      config_lib.check(config, MODEL)
+  config = tiny.get_config('type=crosscoder;sites=resid_post/1')
+  with pytest.raises(config_lib.ConfigError, match='all of collection.layers'):
+    config_lib.check(config)
+
+
 def test_a_config_has_every_field_and_no_other():
   assert set(config_fields.flat(tiny.get_config())) == set(config_fields.FIELDS)
   config = tiny.get_config()

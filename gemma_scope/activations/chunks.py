@@ -312,12 +312,14 @@ class Feed:
   Attributes:
     left_out: rows left out so far: 'special', 'not_finite' and 'outliers'; a
       resumed run sets it to what it was.
+    status: what `at` is doing, in words, where that takes long; '' otherwise.
   """
 
   def __init__(self, chunks: Chunks, steps: int):
     self.left_out = dict.fromkeys(('special', 'not_finite', 'outliers'), 0)
     self._chunks = chunks
     self._steps = steps
+    self.status = ''
     self._index, self._chunk = -1, None
     self._building: Iterator[Chunk | None] | None = None  # the next one
     self._jobs, self._next = 0, None  # left of it; what came of it
@@ -333,7 +335,7 @@ class Feed:
       if self._next is not None and index == self._index + 1:
         self._chunk, self._next = self._next, None
       else:
-        self._chunk = self._chunks.load(index, poll)
+        self._chunk = self._load(index, poll)
       self._index, self._building = index, None
       if offset == 0:  # not again when a resumed run reloads its chunk
         for reason in self.left_out:
@@ -348,6 +350,18 @@ class Feed:
     batches = self._chunks.layout.batches
     first = step // batches * batches
     return first, first + min(count, batches)
+
+  def _load(self, index: int, poll: harvest.Poll) -> Chunk:
+    """A chunk, made at once; `status` says how far it is."""
+    building = self._chunks.building(index, poll)
+    jobs = self._chunks.jobs
+    try:
+      for done in range(jobs):
+        self.status = f'reading activations, part {done + 1} of {jobs}'
+        made = next(building)
+    finally:
+      self.status = ''
+    return made
 
   def _build(self, chunk: int, steps: int, poll: harvest.Poll) -> None:
     """Does a share of the jobs for `chunk`, all of them within `steps`."""

@@ -37,6 +37,7 @@ from gemma_scope.activations import harvest
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import weights
 from gemma_scope.performance import topologies
+from gemma_scope.sae import fold
 from gemma_scope.training import loop, setup
 
 _COLLECTIVES = (
@@ -121,7 +122,7 @@ def check(
 def _harvest(config: ConfigDict, mesh):
   """Name, tokens, FLOPs and what lowers the forward pass."""
   at = specs.site_list(config)
-  layers = max(config.collection.layers) + 1
+  layers = 1 + max(site.layer for site in at)
   gemma, wanted = weights.shapes(
       config.lm.name, config.lm.checkpoint, config.lm.dtype, mesh, layers,
   )  # fmt: skip
@@ -163,12 +164,24 @@ def _step(config: ConfigDict, mesh):
   scalar = lambda dtype: jax.ShapeDtypeStruct(
     (), dtype, sharding=mesh_lib.sharding(mesh)
   )
+  centred = config.activations.centre != 'none'
+  normalisation = {
+    site: fold.Normalisation(
+      scalar(jnp.float32),
+      jax.ShapeDtypeStruct(
+        (site.width(model),), jnp.float32, sharding=mesh_lib.sharding(mesh)
+      )
+      if centred
+      else None,
+    )
+    for site in at
+  }
   step = loop.step_of(config, stacks, None, mesh)
   flops = sum(s.module.flops(rows) * len(s.seeds) for s in stacks)
   lower = lambda: step.lower(
     setup.abstract_states(stacks, mesh),
     batch,
-    {site: scalar(jnp.float32) for site in at},
+    normalisation,
     scalar(jnp.int32),
     (),
   )

@@ -1,8 +1,7 @@
 """Progress of a loop: a bar on a terminal, lines in a log; rates, time left.
 
-Progress     a loop that reports its steps
-track        a loop over items; shown only if it takes long
-matmul_peak  FLOP/s of a plain matmul here: the unit of "share of peak"
+Progress  a loop that reports its steps
+track     a loop over items; shown only if it takes long
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import math
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -52,18 +52,19 @@ class Progress:
   seconds, and for the last step:
 
     train 1,200/6,000 20% | 14.2 steps/s 29.1k tokens/s | 5 min 38 s left
-      | 41% of peak | loss 0.31 L0 48.2 FVU 0.22 dead 1.3%
+      | loss 0.31 L0 48.2 FVU 0.22 dead 1.3%
 
-  Rates are those of the last 30 seconds, so that a pause is forgotten.
+  Rates are those of the last 30 seconds, so that a pause is forgotten. While a
+  step takes longer than ten seconds (a program compiles, activations are made)
+  a thread shows that it goes on, and what it waits for.
 
   Args:
     total: steps of the whole loop.
     tokens_per_step: rows or tokens of one step; 0 shows no such rate.
     label: what the loop does.
     first_step: where a resumed loop begins.
-    ideal_s: seconds that a step would take at the devices' peak, for the share
-      of it that is reached; 0 shows none.
     stream: where to; stderr by default.
+    status: says in words what a step is waiting for; '' where it is not known.
   """
 
   def __init__(
@@ -73,18 +74,22 @@ class Progress:
     *,
     label: str = 'train',
     first_step: int = 0,
-    ideal_s: float = 0.0,
     stream: Any = None,
+    status: Callable[[], str] = lambda: '',
   ):
     self._total, self._label = total, label
-    self._tokens, self._ideal_s = tokens_per_step, ideal_s
+    self._tokens, self._status = tokens_per_step, status
     self._stream = sys.stderr if stream is None else stream
     self._began = time.monotonic()
     self._marks = collections.deque([(self._began, first_step)])
-    self._shown = -math.inf
+    self._shown, self._said = -math.inf, self._began
     self._bar = self._task = None
     if getattr(self._stream, 'isatty', lambda: False)():
       self._bar, self._task = self._open_bar(first_step)
+    self._closed = threading.Event()
+    threading.Thread(
+      target=_keep_alive, args=(weakref.ref(self), self._closed), daemon=True
+    ).start()
 
   def _open_bar(self, first_step: int):
     from rich import console, progress, text  # only where it shows
@@ -131,7 +136,7 @@ class Progress:
     every_s = _LINE_S if self._bar is None else _BAR_S
     if now - self._shown < every_s and step < self._total:
       return
-    self._shown = now
+    self._shown = self._said = now
     values = metrics() if callable(metrics) else metrics
     if self._bar is None:
       print(self.line(step, values), file=self._stream, flush=True)
@@ -147,10 +152,8 @@ class Progress:
       rate = self._rate()
       left = duration((self._total - step) / rate if rate else math.inf)
       left += ' left'
-    rates = self._rates()
     parts = [f'{self._label} {step:,}/{self._total:,} {share:.0%}']
-    parts += [*rates[:1], left, *rates[1:], *_words(metrics)]
-    return ' | '.join(parts)
+    return ' | '.join([*parts, *self._rates(), left, *_words(metrics)])
 
   def _rate(self) -> float:
     """Steps a second."""
@@ -164,12 +167,29 @@ class Progress:
     rates = f'{quantity(rate)} steps/s'
     if self._tokens:
       rates += f' {quantity(rate * self._tokens)} tokens/s'
-    if not self._ideal_s:
-      return [rates]
-    return [rates, f'{rate * self._ideal_s:.0%} of peak']
+    return [rates]
+
+  def _say_alive(self) -> None:
+    """Shows that the loop goes on, where nothing was shown for a while."""
+    now = time.monotonic()
+    if now - self._said < _LINE_S - 1:
+      return
+    self._said = now
+    then, step = self._marks[-1]
+    doing = f'{self._status() or "working"}, {duration(now - then)}'
+    if self._bar is not None:
+      self._bar.update(self._task, about=doing, refresh=True)
+      return
+    share = step / self._total if self._total else 1.0
+    print(
+      f'{self._label} {step:,}/{self._total:,} {share:.0%} | {doing}',
+      file=self._stream,
+      flush=True,
+    )
 
   def close(self) -> None:
     """Leaves the terminal as it was; what was shown last stays."""
+    self._closed.set()
     if self._bar is not None:
       self._bar.stop()
 
@@ -189,30 +209,13 @@ def _words(metrics: Mapping[str, Any] | None) -> list[str]:
   return [' '.join(words)] if words else []
 
 
-def matmul_peak() -> float:
-  """FLOP/s of a large float32 matmul on one device, measured here.
-
-  The best of a few runs of one square `a @ b` under jax's default matmul
-  precision, the one that training uses; below 0.5 s after one compilation.
-  "Share of peak" is model FLOPs / time / (this times the devices): how far a
-  step is from being one big matmul, not from a data sheet's number.
-  """
-  import jax
-  import jax.numpy as jnp
-
-  side = 1024 if jax.default_backend() == 'cpu' else 8192
-  a = jnp.ones((side, side), jnp.float32)
-  multiply = jax.jit(jnp.matmul)
-  multiply(a, a).block_until_ready()
-  best, began = math.inf, time.perf_counter()
-  for _ in range(8):
-    start = time.perf_counter()
-    multiply(a, a).block_until_ready()
-    stop = time.perf_counter()
-    best = min(best, stop - start)
-    if stop - began > 0.3:
-      break
-  return 2 * side**3 / best
+def _keep_alive(shown: weakref.ref[Progress], closed: threading.Event) -> None:
+  """Lets a Progress say that it is alive, until it is closed or gone."""
+  while not closed.wait(1.0):
+    if (progress := shown()) is None:
+      return
+    progress._say_alive()
+    del progress
 
 
 def track(

@@ -64,6 +64,7 @@ class Feed:
 
   def __init__(self, chunks: chunks_lib.Chunks, sequences: int, mesh: Mesh):
     self.left_out = {'special': 0, 'not_finite': 0}
+    self.status = ''
     self.source = chunks.source
     self._chunks = chunks
     self._count = sequences

@@ -137,6 +137,7 @@ class _Loop:
     self._lease = lease
     self._report = report
     self._writer = self._progress = None
+    self._doing = 'starting'  # what the progress line says while it waits
     self._closed = True  # no closing phase was left halfway
     self._skipped = ()  # steps in a row without a finite gradient, by stack
     # An argument of the step, which would hold it as constants otherwise.
@@ -190,15 +191,17 @@ class _Loop:
     if self.step == steps:
       return
     with self._reporting():
-      saved, pending = self.step, None
+      saved, pending, first = self.step, None, True
       try:
         while self.step < steps and not interrupt.at_step(self.step):
           batch = self._feed.at(self.step, interrupt.check)
           if not self.normalisation:
             self._begin_at_normalisation()
+          self._doing = 'compiling the training step' if first else ''
           self.states, values = self._take_step(
             self.states, batch, self._placed, self._put(np.int32(self.step))
           )
+          first = False
           self._skipped = [v['steps_skipped'] for v in values]
           # Metrics of step i are read after step i + 1 was dispatched.
           self._log(pending)
@@ -231,7 +234,7 @@ class _Loop:
     t = self._config.train
     if not (t.meet_l0 or t.refit_decoders):
       return
-    self._closed = False
+    self._closed, self._doing = False, 'closing phase'
     batches = closing.Batches(
       self._feed, self.step - 1, t.closing_batches, self._placed, poll
     )
@@ -305,12 +308,11 @@ class _Loop:
       wandb={'project': m.wandb_project} if m.wandb_project else None,
       resume_step=self.step,
     )
-    peak = progress.matmul_peak() * jax.device_count()
     self._progress = progress.Progress(
       t.steps,
       t.batch,
       first_step=self.step,
-      ideal_s=self._flops() / peak,
+      status=lambda: self._feed.status or self._doing,
     )
     try:
       yield
@@ -376,11 +378,6 @@ class _Loop:
         'dead': f'{means["dead"]:.1%}',
       },
     )
-
-  def _flops(self) -> int:
-    """Dense FLOPs of a step of all members."""
-    rows = self._config.train.batch
-    return sum(s.module.flops(rows) * len(s.seeds) for s in self._stacks)
 
 
 def step_of(config, stacks, gemma, mesh):

@@ -63,7 +63,7 @@ def layout(config: ConfigDict, share: float = 1.0) -> harvest.Layout:
 
 def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
   """Where rows come from, and the facts that a resumed run must agree on."""
-  c, a = config.collection, config.activations
+  a = config.activations
   at = specs.site_list(config)
   if a.store:
     return _open_store(config, at, report)
@@ -75,7 +75,9 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
     config.lm.checkpoint,
     dtype=config.lm.dtype,
     mesh=mesh,
-    num_layers=None if config.end_to_end.beta else max(c.layers) + 1,
+    num_layers=(
+      None if config.end_to_end.beta else 1 + max(site.layer for site in at)
+    ),
   )
   rows = prepare.shuffled(sequences, config.seed)
   source = harvest.ModelSource(

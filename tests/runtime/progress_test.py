@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
 
 import pytest
@@ -51,9 +52,7 @@ def test_quantity():
 
 def test_a_line_has_rates_and_time_left(clock):
   out = io.StringIO()
-  progress = progress_lib.Progress(
-    1000, 64, first_step=100, ideal_s=0.01, stream=out
-  )
+  progress = progress_lib.Progress(1000, 64, first_step=100, stream=out)
   clock.now += 60  # compilation
   progress.update(101, {'loss': 1.0})
   for step in range(102, 501):
@@ -64,7 +63,7 @@ def test_a_line_has_rates_and_time_left(clock):
   # 10 steps a second now: the minute of compilation has left the window.
   assert progress.line(500, {'loss': 0.25, 'dead': '1 %'}) == (
     'train 500/1,000 50% | 10.0 steps/s 640 tokens/s | 50 s left'
-    ' | 10% of peak | loss 0.25 dead 1 %'
+    ' | loss 0.25 dead 1 %'
   )
   assert 'loss 1 ' not in shown[-1] and 'dead 1 %' in shown[-1]
   clock.now += 0.1
@@ -110,5 +109,35 @@ def test_a_loop_is_shown_if_it_takes_long(after_s):
   assert ('passes 3/3 100%' in out.getvalue()) is (after_s == 0)
 
 
-def test_matmul_peak_is_a_rate():
-  assert 1e8 < progress_lib.matmul_peak() < 1e17
+def wait_for(holds, seconds=10.0):
+  for _ in range(int(seconds / 0.05)):
+    if holds():
+      return
+    time.sleep(0.05)
+  pytest.fail('nothing happened')
+
+
+def test_a_step_that_takes_long_is_not_silent(clock):
+  out = io.StringIO()
+  with progress_lib.Progress(
+    8, stream=out, status=lambda: 'compiling'
+  ) as progress:
+    clock.now += 12
+    wait_for(out.getvalue)
+    assert out.getvalue() == 'train 0/8 0% | compiling, 12 s\n'
+    progress.update(3)
+    clock.now += 12
+    wait_for(lambda: out.getvalue().count('\n') == 3)
+    assert out.getvalue().endswith('train 3/8 38% | compiling, 12 s\n')
+  clock.now += 60
+  time.sleep(1.2)
+  assert out.getvalue().count('\n') == 3  # closed: nothing more is said
+
+
+def test_a_progress_that_is_dropped_ends_its_thread():
+  before = set(threading.enumerate())
+  progress = progress_lib.Progress(8, stream=io.StringIO())
+  (thread,) = set(threading.enumerate()) - before
+  del progress
+  thread.join(10)
+  assert not thread.is_alive()

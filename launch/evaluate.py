@@ -32,6 +32,12 @@ FLAGS = command_line.Flags(
     'their paths on the Hugging Face hub.',
     required=True,
   ),
+  command_line.text(
+    'site',
+    '',
+    'Site of a params.npz that has no card: resid_post/12, or of a transcoder '
+    'mlp_in/12:mlp_out/12.',
+  ),
   command_line.path(
     'out',
     'JSON file to write, with all metrics and their intervals; its folder is '
@@ -59,7 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     from gemma_scope.release.formats import published
     from gemma_scope.runtime import interrupt as interrupt_lib
 
-    saes = published.open_all(','.join(given.release))
+    about = published.described(given.site, given.config.lm.name)
+    saes = published.open_all(','.join(given.release), about=about)
     try:
       with interrupt_lib.Interrupt() as interrupt:
         scores = pipeline.evaluate_saes(

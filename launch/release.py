@@ -26,7 +26,18 @@ OURS = 'gemma_scope'
 FLAGS = command_line.Flags(
   __doc__,
   command_line.path('workdir', 'Folder of a training run to write from.'),
-  command_line.path('release', 'A release that exists, to convert or push.'),
+  command_line.path(
+    'release',
+    'A release that exists, or an SAE in any published format, to convert or '
+    'push.',
+  ),
+  command_line.text(
+    'site',
+    '',
+    'Site of a params.npz that has no card: resid_post/12, or of a transcoder '
+    'mlp_in/12:mlp_out/12.',
+  ),
+  command_line.text('model', '', 'Language model of such a file: gemma2-2b.'),
   command_line.path(
     'out', 'Folder to write; with --workdir, by default <workdir>/release.'
   ),
@@ -57,8 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
     if given.list:
       show(given.list, given.revision)
       return
-    command_line.existing(getattr(given, sources[0]), sources[0])
     if given.workdir:
+      command_line.existing(given.workdir, 'workdir')
       command_line.existing(f'{given.workdir}/config.json', 'workdir')
     if given.layout != OURS and not given.out:
       raise ValueError(f'--layout={given.layout} needs --out, a new folder.')
@@ -80,7 +91,10 @@ def write(given, out: pathlib.Path) -> None:
   if given.workdir:
     saes = trained(pathlib.Path(given.workdir))
   else:
-    saes = release.load_all(given.release)
+    from gemma_scope.release.formats import published
+
+    about = published.described(given.site, given.model)
+    saes = published.open_all(given.release, about=about)
   options = {'license_name': given.license, 'overwrite': given.overwrite}
   if given.layout != OURS:
     export.write(out, saes, given.layout, **options)

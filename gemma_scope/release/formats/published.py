@@ -132,6 +132,24 @@ def open_all(
   return _uniquely_named(found)
 
 
+def described(site: str, model: str = '') -> dict[str, Any] | None:
+  """What a user says of a params.npz without a card, for `open_sae`.
+
+  Args:
+    site: 'resid_post/12', or of a transcoder 'mlp_in/12:mlp_out/12'; '' gives
+      None.
+    model: such as 'gemma2-2b'.
+
+  Raises:
+    ValueError: it is no site.
+  """
+  if not site:
+    return None
+  reads, _, writes = site.partition(':')
+  reads, writes = sites.parse(reads), sites.parse(writes or reads)
+  return {'sites': [str(reads)], 'targets': [str(writes)], 'model': model}
+
+
 def _uniquely_named(found: Sequence[tuple[str, Released]]) -> list[Released]:
   """The SAEs, given (root, SAE); equal names get what differs in the roots."""
   counts = collections.Counter(sae.name for _, sae in found)

@@ -64,6 +64,38 @@ def near(path: PathLike) -> str:
   return ''
 
 
+def shortened(source: str) -> str:
+  """A source of text without the folders of this machine, to be published.
+
+  'files:/home/me/texts/*.txt' -> 'files:*.txt (path sha256 1a2b3c4d)'. The
+  hash tells two paths apart and does not give them away; sources that name no
+  path stay as they are.
+  """
+  kind, colon, rest = source.partition(':')
+  path, suffix = rest, ''
+  if kind == 'hf':
+    path, suffix = rest.partition(':')[0], ''.join(rest.partition(':')[1:])
+    if not path.startswith(('./', '../', '/', '~')):
+      return source
+  elif kind not in ('files', 'arrayrecord'):
+    return source
+  short = shortened_path(path)
+  name, space, digest = short.partition(' (')
+  return f'{kind}{colon}{name}{suffix}{space}{digest}'
+
+
+def shortened_path(path: str) -> str:
+  """A path without its folders: '/home/me/a.txt' -> 'a.txt (path sha256 ...)'.
+
+  A bare name stays as it is.
+  """
+  name = pathlib.PurePath(path).name
+  if path == name:
+    return path
+  digest = hashlib.sha256(path.encode('utf-8', 'replace')).hexdigest()
+  return f'{name} (path sha256 {digest[:8]})'
+
+
 @contextlib.contextmanager
 def whole_file(path: PathLike) -> Iterator[BinaryIO]:
   """A binary file that appears under `path` when the block ends without error.

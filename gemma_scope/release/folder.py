@@ -111,8 +111,10 @@ def _ready(sae: Released) -> tuple[Params, dict, dict | None]:
   """Parameters, card and metrics as they are written, checked."""
   params = sae.load()
   card, metrics = manifest.plain(sae.card), manifest.plain(sae.metrics)
-  if 'W_skip' in params and isinstance(card, dict):
-    card['affine'] = True  # the table and the path say so
+  if isinstance(card, dict):
+    card = manifest.public(card)
+    if 'W_skip' in params:
+      card['affine'] = True  # the table and the path say so
   return sae_folder.fit(params, card), card, metrics
 
 
@@ -205,8 +207,7 @@ def load_all(root: str | os.PathLike[str]) -> list[Released]:
     for entry in manifest.read(root)['members']:
       manifest.refuse_links(root, entry['path'])
       folder, listed = root / entry['path'], entry['files']
-      card = manifest.read_json(folder / 'config.json', listed['config.json'])
-      sae_folder.check_card(card, folder / 'config.json', entry['path'])
+      card = sae_folder.read_card(folder, entry['path'], listed)
       metrics = None
       if 'metrics.json' in listed:
         path = folder / 'metrics.json'

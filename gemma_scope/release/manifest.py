@@ -49,6 +49,24 @@ _ANY_BYTES = 1 << 50
 _SHA256 = re.compile(r'[0-9a-f]{64}', re.ASCII)
 
 
+def public(card: dict) -> dict:
+  """The card without the folders of the machine that it was written on."""
+  card = dict(card)
+  text = card.get('text')
+  if isinstance(text, dict) and isinstance(text.get('source'), str):
+    card['text'] = text | {'source': files.shortened(text['source'])}
+  for key in ('name', 'initialised_from'):
+    if isinstance(card.get(key), str):
+      parts = card[key].split(',') if key != 'name' else [card[key]]
+      card[key] = ','.join(
+        files.shortened_path(part)
+        if part.startswith(('/', '~', '../'))
+        else part
+        for part in parts
+      )
+  return card
+
+
 def plain(value: Any) -> Any:
   """The same value in JSON's own types; numbers not finite become None."""
   if isinstance(value, Mapping):

@@ -84,7 +84,7 @@ def read_card(
     return None
   card = manifest.read_json(path, (listed or {}).get('config.json'))
   check_card(card, path, name)
-  return card
+  return manifest.public(card)
 
 
 def read(

@@ -9,8 +9,8 @@ from gemma_scope import sites
 
 _COLUMNS = (
   *('type', 'site', 'writes', 'layer', 'width', 'architecture', 'seed'),
-  *('target', 'L0', 'FVU', 'delta loss', 'dead %'),
-  *('control FVU', 'control delta'),
+  *('target', 'L0', 'delta loss', 'KL', 'FVU', 'dead %'),
+  *('control delta', 'control KL', 'control FVU'),
 )
 _SPARSITY = {'target_l0': 'L0', 'quadratic_l0': 'L0', 'l0': 'lambda'}
 TYPE_NAMES = {
@@ -80,8 +80,8 @@ def table(
     columns: room for plain text; intervals are shown where they fit.
 
   Returns:
-    The table, without a newline at its end. FVU is the fraction of variance
-    unexplained, delta loss is in nats per token.
+    The table, without a newline at its end. Delta loss and KL are in nats per
+    token, FVU is the fraction of variance unexplained.
   """
   rows = sorted(rows, key=order)
   wide = _cells(rows, intervals=True)
@@ -111,6 +111,8 @@ def _cells(rows: Sequence[Row], *, intervals: bool) -> list[list[str]]:
     'writes': any(line['writes'] != line['site'] for line in lines),
     'architecture': differs('architecture'),
     'seed': differs('seed'),
+    'KL': any(line['KL'] != '-' for line in lines),
+    'control KL': any(line['control KL'] != '-' for line in lines),
   }
   head = [key for key in _COLUMNS if said.get(key, True)]
   return [head, *([line[key] for key in head] for line in lines)]
@@ -130,11 +132,13 @@ def _line(card: dict, metrics: dict | None, intervals: bool) -> dict[str, str]:
     str(card.get('seed', '-')),
     sparsity(card),
     _figure(metrics.get('l0'), 1, intervals),
-    _figure(metrics.get('fvu'), 3, intervals),
     _figure(metrics.get('delta_loss'), 4, intervals),
+    _figure(metrics.get('kl'), 4, intervals),
+    _figure(metrics.get('fvu'), 3, intervals),
     '-' if dead is None else f'{100 * dead:.1f}',
-    _figure(twin.get('fvu'), 3, False),
     _figure(twin.get('delta_loss'), 4, False),
+    _figure(twin.get('kl'), 4, False),
+    _figure(twin.get('fvu'), 3, False),
   )
   return dict(zip(_COLUMNS, cells, strict=True))
 

@@ -19,8 +19,6 @@ parts: see prepare.)
 
 from __future__ import annotations
 
-import hashlib
-import pathlib
 from collections.abc import Callable, Iterator, Mapping
 
 from gemma_scope.text import (
@@ -104,28 +102,6 @@ def revision(source: str) -> dict[str, str] | None:
   kind, _, rest = source.partition(':')
   commit = hub_datasets.pinned(rest) if kind == 'hf' else None
   return {'commit': commit} if commit else None
-
-
-def shortened(source: str) -> str:
-  """A source without the folders of this machine, for what is published.
-
-  'files:/home/me/texts/*.txt' -> 'files:*.txt (path sha256 1a2b3c4d)'. The
-  hash tells two paths apart and does not give them away; sources that name no
-  path stay as they are.
-  """
-  kind, colon, rest = source.partition(':')
-  path, suffix = rest, ''
-  if kind == 'hf':
-    path, suffix = rest.partition(':')[0], ''.join(rest.partition(':')[1:])
-    if not path.startswith(('./', '../', '/', '~')):
-      return source
-  elif kind not in ('files', 'arrayrecord'):
-    return source
-  name = pathlib.PurePath(path).name
-  if path == name:
-    return source
-  digest = hashlib.sha256(path.encode('utf-8', 'replace')).hexdigest()
-  return f'{kind}{colon}{name}{suffix} (path sha256 {digest[:8]})'
 
 
 def _kept(

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from gemma_scope import release
 from gemma_scope.release import npz
-from gemma_scope.release.formats import published, saelens, tensors
+from gemma_scope.release.formats import export, published, saelens, tensors
 from tests.helpers import peer_formats, releases
 
 FIXTURES = pathlib.Path(__file__).parent / 'format_fixtures'
@@ -74,8 +74,8 @@ def test_a_misspelt_folder_gets_a_suggestion(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   for path, near in {
     'runs/tiny/relase': 'runs/tiny/release',
-    'runs/tini/release': 'runs/tiny',
-    'rnus/tiny/release': 'runs',
+    'runs/tini/release': 'runs/tiny/release',
+    'rnus/tiny/release': 'runs/tiny/release',
     f'{tmp_path}/runs/tiny/relase': f'{tmp_path}/runs/tiny/release',
   }.items():
     with pytest.raises(release.ReleaseError) as refusal:
@@ -117,6 +117,29 @@ def test_the_folder_of_one_sae_is_listed(tmp_path):
   path = 'gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71'
   folder, _ = peer_formats.gemma_scope_1_folder(tmp_path, path)
   assert published.listed(folder) == [published.Entry('.', '20', '16k', '71')]
+
+
+def test_nothing_published_has_folders_of_this_machine(tmp_path):
+  params, card = peer_formats.make_member('jumprelu')
+  card['text'] = {'source': 'files:/home/me/texts/*.txt', 'sha256': 'ab'}
+  card |= {'initialised_from': '/home/me/saes,google/x', 'name': '/home/me/sae'}
+  releases.save(tmp_path / 'out', [(params, card, {'l0': 5.0})])
+  (sae,) = release.load_all(tmp_path / 'out')
+  assert sae.card['text']['source'].startswith('files:*.txt (path sha256 ')
+  assert sae.card['initialised_from'].endswith(',google/x')
+  # A release of version 0.3 has the paths, and what is made of it has not.
+  config = tmp_path / 'out' / sae.path / 'config.json'
+  alone = tmp_path / 'alone'
+  alone.mkdir()
+  (alone / 'config.json').write_text(json.dumps(card))
+  (alone / 'params.npz').write_bytes(
+    (config.parent / 'params.npz').read_bytes()
+  )
+  source = published.open_sae(str(alone)).card['text']['source']
+  assert source == sae.card['text']['source']
+  export.write(tmp_path / 'gs2', [sae], 'gemma_scope_2')
+  for path in (*(tmp_path / 'out').rglob('*'), *(tmp_path / 'gs2').rglob('*')):
+    assert path.is_dir() or b'/home/me' not in path.read_bytes(), path
 
 
 # Fields of other tools' configs.

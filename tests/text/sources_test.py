@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from gemma_scope import files
 from gemma_scope.evaluation.saebench import probe_inputs
 from gemma_scope.text import (
   hub_datasets,
@@ -342,11 +343,11 @@ def test_a_hub_that_does_not_answer_is_a_sentence(monkeypatch):
   ],
 )
 def test_a_source_is_shortened_for_what_leaves_the_machine(source, shown):
-  short = sources.shortened(source)
+  short = files.shortened(source)
   assert short.startswith(shown)
   assert (short == source) == (shown == source)
   for folder in ('home', 'secret', 'private', '/x', '~'):
     assert folder not in short
-  assert sources.shortened(short) == short
+  assert files.shortened(short) == short
   other = source.replace('me', 'you').replace('secret', 'mine')
-  assert other == source or sources.shortened(other) != short
+  assert other == source or files.shortened(other) != short

@@ -83,7 +83,10 @@ def open_sae(
   try:
     folder = _folder(pathlib.Path(path))
     if folder is None:
-      folder, path = hub.fetch(path, revision, canonical)
+      try:
+        folder, path = hub.fetch(path, revision, canonical)
+      except files.Refused as error:
+        raise files.Refused(f'{error}{files.near(path)}') from None
     elif folder.name == 'canonical' and not folder.exists():
       within = [entry.path for entry in listed(str(folder.parent))]
       folder = folder.parent / canonical(within)
@@ -190,7 +193,9 @@ def _folder(path: pathlib.Path) -> pathlib.Path | None:
   above = next(a for a in path.parents if a.is_dir())
   hint = files.near(path)
   is_local = path.is_absolute() or above != pathlib.Path('.')
-  if not is_local and not hint and len(path.parts) > 1:
+  # OWNER/NAME of the hub may be like a folder here; the whole path is not.
+  is_whole = bool(hint) and hint.count('/') == path.as_posix().count('/')
+  if not is_local and not is_whole and len(path.parts) > 1:
     return None
   raise files.Refused(f'There is no folder {files.show(path)}.{hint}')
 
@@ -217,7 +222,7 @@ def _card(
         folder, path if one is not gemma_scope_1 else str(folder)
       )
       sae_folder.check_card(card, card['name'], None)
-      return card, read
+      return manifest.public(card), read
   return folder_lib.read_card(folder), lambda: folder_lib.load(folder)[0]
 
 

@@ -350,11 +350,8 @@ def test_gradient_is_the_slope_of_the_loss(case):
     own = {**params, **moved}
 
     def loss(params):
-      total, _ = objectives.loss(
-          one.module, one.objective, params, x, y, k, jnp.float32(0.1),
-          jnp.float32(1), dead,
-      )  # fmt: skip
-      return total
+      batch = objectives.Batch(x, y, k, jnp.float32(0.1), jnp.float32(1), dead)
+      return objectives.loss(one.module, one.objective, params, batch)[0]
 
     latents = one.module.bind({'params': own}).latents(x, k)
     sides = latents.active_BF, latents.z_BF > 0, latents.z_BF > latents.theta
@@ -396,11 +393,13 @@ def test_auxk_explains_the_error_by_dead_latents_alone(type_):
   params = member(state)
   x, y = rows_of(case)
   dead = jax.random.bernoulli(jax.random.key(3), 0.3, one.module.latent_shape)
-  args = x, y, jnp.float32(LOW), jnp.float32(0.1), jnp.float32(1), dead
+  batch = objectives.Batch(
+    x, y, jnp.float32(LOW), jnp.float32(0.1), jnp.float32(1), dead
+  )
 
   def loss(params, coefficient):
     objective = dataclasses.replace(one.objective, auxk=coefficient)
-    return objectives.loss(one.module, objective, params, *args)[0]
+    return objectives.loss(one.module, objective, params, batch)[0]
 
   found = jax.grad(lambda p: loss(p, 0.5) - loss(p, 0.0))(params)
   bound = one.module.bind({'params': params})

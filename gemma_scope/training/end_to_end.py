@@ -42,7 +42,7 @@ from gemma_scope.activations import outliers
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
 from gemma_scope.sae import fold
-from gemma_scope.training import stack
+from gemma_scope.training import objectives, stack
 
 Batch = Mapping[str, jax.Array]  # tokens int32 [n, T], keep bool [n, T]
 
@@ -224,18 +224,23 @@ def _step(one: stack.Stack, state, rows, kl, step, key, beta):
       alpha = jax.lax.stop_gradient(error / (jnp.maximum(found, 0) + 1e-8))
       return (error + alpha * beta * found) / (1 + beta), {'kl': found}
 
-    def member(args):
-      state, setting, seed = args
-      return one.step_member(
-          state, setting, seed, x_NBD[setting.reads], rows[target], step, key,
-          fidelity,
-      )  # fmt: skip
+    gradient_of = jax.value_and_grad(
+      functools.partial(
+        objectives.loss, one.module, one.objective, fidelity=fidelity
+      ),
+      has_aux=True,
+    )
 
-    return jax.lax.map(member, members)
+    def step_one(member):
+      x_and_y = x_NBD[member.setting.reads], rows[target]
+      return one.step_member(member, x_and_y, step, key, gradient_of)
+
+    return jax.lax.map(step_one, members)
 
   writes_S = np.asarray(one.setting.writes)
   groups = [np.flatnonzero(writes_S == i) for i in range(len(one.targets))]
-  members = state, one.setting, jnp.asarray(one.seeds, jnp.uint32)
+  seeds = jnp.asarray(one.seeds, jnp.uint32)
+  members = stack.Member(state, one.setting, seeds)
   results = [
     at_target(target, jax.tree.map(lambda a, m=group: a[m], members))
     for target, group in zip(one.targets, groups, strict=True)

@@ -45,6 +45,7 @@ batch fit, else the dense one, which defines it; both give the same result.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -112,19 +113,46 @@ class Terms(NamedTuple):
   more: dict[str, jax.Array]  # scalars that `fidelity` reports
 
 
+class Batch(NamedTuple):
+  """What a step gives to the loss of one member, beside its parameters."""
+
+  x_BD: jax.Array  # rows, E|x|^2 = 1, float32; [B, L, D] with several layers
+  y_BD: jax.Array  # to reconstruct: x itself, or a transcoder's target
+  value: jax.Array  # the member's sparsity setting
+  coefficient: jax.Array  # of adaptive_l1
+  warm_up: jax.Array  # factor in [0, 1] on the sparsity and frequency terms
+  dead_F: jax.Array  # bool, which latents count as dead
+
+
+class Encoded(NamedTuple):
+  """x W_enc^T, where it is known: of all latents, or of the candidates."""
+
+  projected: jax.Array
+  candidates: sparse.Candidates | None = None
+
+
+class Room(NamedTuple):
+  """When a step is sparse.
+
+  Attributes:
+    limit: most candidates per row (of each layer, in each shard of latents);
+      0 for dense steps.
+    mesh: the devices, None for one.
+    agree: whether the batches of all members that run side by side fit.
+  """
+
+  limit: int = 0
+  mesh: Mesh | None = None
+  agree: Callable[[jax.Array], jax.Array] = lambda fits: fits
+
+
 def loss(
   module: sae.Autoencoder,
   objective: Objective,
   params: dict[str, Any],
-  x_BD: jax.Array,
-  y_BD: jax.Array,
-  value: jax.Array,
-  coefficient: jax.Array,
-  warm_up: jax.Array,
-  dead_F: jax.Array,
+  batch: Batch,
+  encoded: Encoded | None = None,
   fidelity: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None,
-  projected: jax.Array | None = None,
-  candidates: sparse.Candidates | None = None,
 ) -> tuple[jax.Array, Terms]:
   """Loss and report of one SAE on a batch.
 
@@ -132,24 +160,18 @@ def loss(
     module: the architecture.
     objective: the terms.
     params: the module's parameters.
-    x_BD: rows with E|x|^2 = 1, float32; [B, L, D] with several layers.
-    y_BD: what to reconstruct: x itself, or a transcoder's target.
-    value: the member's sparsity setting.
-    coefficient: of adaptive_l1.
-    warm_up: factor in [0, 1] on the sparsity and frequency terms.
-    dead_F: bool, which latents count as dead.
-    fidelity: (reconstruction term, y_hat_BD) -> what takes the term's place,
-      and what to report of it; None for the term itself.
-    projected: x W_enc^T where it is known, else it is computed.
-    candidates: the latents that `projected` is of; None for all of them.
+    batch: see `Batch`.
+    encoded: x W_enc^T where it is known, else it is computed.
+    fidelity: (reconstruction term, y_hat_BD) -> the term that replaces it, and
+      metrics; None for the reconstruction term itself.
 
   Returns:
     The scalar to differentiate, and `Terms`.
   """
   bound = module.bind({'params': params})
-  if projected is None:
-    projected = bound.project(x_BD)
-  latents = bound.activate(projected, value, candidates)
+  x_BD, y_BD = batch.x_BD, batch.y_BD
+  projected, candidates = encoded or Encoded(bound.project(x_BD))
+  latents = bound.activate(projected, batch.value, candidates)
   # Latents' own values beside them, and back: [F] -> [B, F] -> [F].
   if candidates is None:
     at, over_rows = lambda v: v, lambda a: jnp.sum(a, 0)
@@ -175,10 +197,8 @@ def loss(
     rows = x_BD.shape[0]
     fired_F = over_rows(latents.active_BF)
     norms = 1.0 if module.unit_decoder else at(bound.norms())
-    penalty = _penalty(
-      objective, latents, fired_F / rows, norms, value, coefficient, rows
-    )
-    total = reconstruction + warm_up * penalty
+    penalty = _penalty(objective, latents, fired_F / rows, norms, batch)
+    total = reconstruction + batch.warm_up * penalty
     if latents.gate_BF is not latents.f_BF:
       total += _gate_error(
         module, params, latents.gate_BF, x_BD, y_BD, candidates
@@ -188,7 +208,7 @@ def loss(
       total += objective.pre_act * jnp.sum(short_BF) / rows
     if objective.auxk and candidates is None:  # else there is no dead latent
       total += objective.auxk * _auxk(
-        objective, bound, latents, left_BD, dead_F
+        objective, bound, latents, left_BD, batch.dead_F
       )
     variance = _mean_square(y_BD - jnp.mean(y_BD, 0))
   terms = Terms(
@@ -203,80 +223,59 @@ def value_and_grad(
   module: sae.Autoencoder,
   objective: Objective,
   params: dict[str, Any],
-  x_BD: jax.Array,
-  y_BD: jax.Array,
-  value: jax.Array,
-  coefficient: jax.Array,
-  warm_up: jax.Array,
-  dead_F: jax.Array,
-  active_limit: int,
-  mesh: Mesh | None = None,
-  agree: Callable[[jax.Array], jax.Array] = lambda fits: fits,
+  batch: Batch,
+  room: Room,
 ):
-  """`loss` and its gradient in `params`, by the sparse way where that is exact.
-
-  Args:
-    active_limit: how many candidates a row (of each layer, in each shard of
-      latents) the sparse way has room for; 0: always dense.
-    mesh: the devices, None for one.
-    agree: whether all fit of those that must take the same way.
+  """`loss` and its gradient in `params`; a sparse step where that is exact.
 
   Returns:
     ((loss, `Terms`), gradient).
   """
-  data = dict(
-      x_BD=x_BD, y_BD=y_BD, value=value, coefficient=coefficient,
-      warm_up=warm_up, dead_F=dead_F,
-  )  # fmt: skip
-
-  def whole(params):
-    return loss(module, objective, params, **data)
-
-  if not active_limit or objective.needs_all:
+  whole = functools.partial(loss, module, objective, batch=batch)
+  if not room.limit or objective.needs_all:
     return jax.value_and_grad(whole, has_aux=True)(params)
 
-  def of(params, projected, candidates):
-    return loss(
-        module, objective, params, **data, projected=projected,
-        candidates=candidates,
-    )  # fmt: skip
+  def of_encoded(params, projected, candidates):
+    return whole(params, encoded=Encoded(projected, candidates))
 
-  gradient = jax.value_and_grad(of, argnums=(0, 1), has_aux=True)
+  gradient = jax.value_and_grad(of_encoded, argnums=(0, 1), has_aux=True)
   bound = module.bind({'params': params})
-  found = bound.encode_candidates(x_BD, active_limit, mesh)
-  if found is None:
+  fused = bound.encode_candidates(batch.x_BD, room.limit, room.mesh)
+  if fused is None:
     # The encoder's product serves both ways.
     projected_BF, transpose = jax.vjp(
-      lambda params: module.apply({'params': params}, x_BD, method='project'),
+      lambda params: module.apply(
+        {'params': params}, batch.x_BD, method='project'
+      ),
       params,
     )
     candidates = sparse.Candidates.of_mask(
-      bound.may_act(projected_BF, value, 4 * active_limit),
-      active_limit,
-      mesh,
+      bound.may_act(projected_BF, batch.value, 4 * room.limit),
+      room.limit,
+      room.mesh,
       module.matmul_dtype,
     )
   else:
-    candidates, kept_BK = found
+    candidates, kept_BK = fused
   fits = candidates.most <= candidates.count
   if objective.auxk:
-    fits &= ~jnp.any(dead_F)
+    fits &= ~jnp.any(batch.dead_F)
 
   def sparse_way(params):
-    projected_BK = candidates.values(projected_BF) if found is None else kept_BK
+    projected_BK = candidates.values(projected_BF) if fused is None else kept_BK
     result, (own, outer_BK) = gradient(params, projected_BK, candidates)
     bound = module.bind({'params': params})
-    encoder = bound.encoder_gradient(outer_BK, x_BD, candidates)
+    encoder = bound.encoder_gradient(outer_BK, batch.x_BD, candidates)
     return result, {**own, **{n: own[n] + g for n, g in encoder.items()}}
 
   def dense_way(params):
-    if found is not None:
+    if fused is not None:
       return jax.value_and_grad(whole, has_aux=True)(params)
     result, (own, outer_BF) = gradient(params, projected_BF, None)
     (encoder,) = transpose(outer_BF)
     return result, jax.tree.map(jnp.add, own, encoder)
 
-  return jax.lax.cond(agree(fits), sparse_way, dense_way, params)
+  return jax.lax.cond(room.agree(fits), sparse_way, dense_way, params)
 
 
 def _mean_square(x_BD) -> jax.Array:
@@ -290,11 +289,10 @@ def _parts(objective: Objective, module: sae.Autoencoder):
   return list(zip((0, *ends), ends, strict=False))
 
 
-def _penalty(
-  objective, latents, p_F, norms, value, coefficient, rows
-) -> jax.Array:
+def _penalty(objective, latents, p_F, norms, batch) -> jax.Array:
   """Sparsity and frequency terms of one member."""
   l0, o = jnp.sum(p_F), objective
+  value, rows = batch.value, batch.x_BD.shape[0]
   match o.penalty:
     case 'l0':
       penalty = value * l0
@@ -308,7 +306,7 @@ def _penalty(
       bent_BF = jnp.tanh(o.tanh_scale * latents.f_BF * norms)
       penalty = value * jnp.sum(bent_BF) / rows
     case 'l1' | 'adaptive_l1':
-      weight = value if o.penalty == 'l1' else coefficient
+      weight = value if o.penalty == 'l1' else batch.coefficient
       penalty = weight * jnp.sum(latents.gate_BF * norms) / rows
     case 'k':
       penalty = jnp.float32(0)

@@ -27,31 +27,28 @@ import jax.numpy as jnp
 
 from gemma_scope import sae
 from gemma_scope.sae import activation_functions as functions
+from gemma_scope.training import objectives
 
 
 def resample(
   module: sae.Autoencoder,
   params: dict[str, jax.Array],
   moments: Any,
-  x_BD: jax.Array,
-  y_BD: jax.Array,
-  dead_F: jax.Array,
-  k: jax.Array,
+  batch: objectives.Batch,
   key: jax.Array,
 ) -> tuple[dict[str, jax.Array], Any]:
-  """Parameters and moments of one SAE with its dead latents begun anew.
+  """Parameters and moments of one SAE, its dead latents reinitialised.
 
   Args:
     module: the architecture.
     params: its parameters.
     moments: the optimiser's, any tree whose leaves are named as `params`.
-    x_BD, y_BD: the step's rows and targets, [B, D] or [B, L, D].
-    dead_F: bool, [F] or [L, F].
-    k: what TopK keeps.
+    batch: the step's rows, the value that TopK keeps, and which are dead.
     key: of the draw.
   """
+  x_BD, y_BD, dead_F = batch.x_BD, batch.y_BD, batch.dead_F
   bound = module.bind({'params': params})
-  f_BF = bound.latents(x_BD, k).f_BF
+  f_BF = bound.latents(x_BD, batch.value).f_BF
   error_BD = y_BD - bound.write(f_BF) - bound.offset(x_BD)
   error_B = jnp.sum(jnp.square(error_BD), tuple(range(1, error_BD.ndim)))
   rows_F = jax.random.categorical(key, 2 * jnp.log(error_B), shape=dead_F.shape)

@@ -81,6 +81,14 @@ class Setting(NamedTuple):
   null: jax.Array | None = None  # [S] 0, or 1 + the index in `specs.NULLS`
 
 
+class Member(NamedTuple):
+  """One member of a stack; no axis S."""
+
+  state: State
+  setting: Setting
+  seed: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Stack:
   """Members of one shape; `init` and `step` are pure.
@@ -167,141 +175,118 @@ class Stack:
     def of_place(state, setting, seeds):
       """The members of one place on 'sae', in turn."""
 
-      def member(i, carry):
+      def step_one(i, carry):
         state, metrics = carry
-        of_member, setting_of, seed = jax.tree.map(
+        member = jax.tree.map(
           lambda a: jax.lax.dynamic_index_in_dim(a, i, 0, False),
-          (state, setting, seeds),
+          Member(state, setting, seeds),
         )
-        found = self.step_member(
-            of_member, setting_of, seed, rows_at(x_NBD, setting_of.reads),
-            rows_at(y_MBD, setting_of.writes), step, key, mesh=mesh,
-            agree=agree,
-        )  # fmt: skip
+        rows = (
+          rows_at(x_NBD, member.setting.reads),
+          rows_at(y_MBD, member.setting.writes),
+        )
+        stepped = self.step_member(member, rows, step, key, gradient_of)
         return jax.tree.map(
           lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, i, 0),
           carry,
-          found,
+          stepped,
         )
 
       count = len(seeds)
       empty = {name: jnp.zeros(count) for name in METRICS}
-      return jax.lax.fori_loop(0, count, member, (state, empty))
+      return jax.lax.fori_loop(0, count, step_one, (state, empty))
 
     members = state, self.setting, jnp.asarray(self.seeds, jnp.uint32)
+    room = objectives.Room(self.optimizer.active_limit, mesh)
+    if places > 1:
+      # One branch for all that run side by side.
+      room = room._replace(
+        agree=lambda fits: jax.lax.pmin(fits.astype(jnp.int32), 'place') > 0
+      )
+    gradient_of = functools.partial(
+      objectives.value_and_grad, self.module, self.objective, room=room
+    )
     if places == 1:
-      agree = lambda fits: fits
       return of_place(*members)
-
-    def agree(fits):  # a branch of all that run side by side
-      return jax.lax.pmin(fits.astype(jnp.int32), 'place') > 0
-
     split = jax.tree.map(lambda a: a.reshape(places, -1, *a.shape[1:]), members)
-    found = jax.vmap(of_place, axis_name='place', spmd_axis_name='sae')(*split)
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), found)
+    stepped = jax.vmap(of_place, axis_name='place', spmd_axis_name='sae')
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stepped(*split))
 
-  def step_member(
-    self, state, setting, seed, x_BD, y_BD, step, key, fidelity=None, **how
-  ):
-    """One step of one member, whose state, setting and seed have no axis S.
+  def step_member(self, member: Member, rows, step, key, gradient_of):
+    """One step of one member.
 
     Args:
-      fidelity: see `objectives.loss`; such a step is dense.
-      how: `mesh` and `agree` of `objectives.value_and_grad`.
+      member: its state, setting and seed, without the axis S.
+      rows: x_BD and y_BD.
+      step, key: see `step`.
+      gradient_of: (params, `objectives.Batch`) -> ((loss, terms), gradient).
 
     Returns:
       Its next state and its metrics, scalars.
     """
-
-    def gradient(params, **data):
-      if fidelity is None:
-        return objectives.value_and_grad(
-            self.module, self.objective, params, x_BD, y_BD, **data,
-            active_limit=self.optimizer.active_limit, **how,
-        )  # fmt: skip
-      loss = functools.partial(objectives.loss, self.module, self.objective)
-      return jax.value_and_grad(loss, has_aux=True)(
-        params, x_BD, y_BD, **data, fidelity=fidelity
-      )
-
-    state, terms = self.update(
-      state,
-      gradient,
-      setting,
-      step,
-      lambda: self._initial(key, seed)['W_dec'],
-    )
-    if self.optimizer.resample_every:
-      key_of_member = jax.random.fold_in(jax.random.fold_in(key, step), seed)
-      state = self._resampled(
-        state, x_BD, y_BD, setting.value, step, key_of_member
-      )
-    return state, self.report(state, terms)
-
-  def _held(self, params, before, null, start):
-    """A null's parameters: what it does not train is as it was.
-
-    Args:
-      params, before: after this step's update and before it.
-      null: see `Setting`.
-      start: gives the initial decoder.
-    """
-    frozen_decoder, soft, frozen_encoder = (
-      null == 1 + specs.NULLS.index(name)
-      for name in ('frozen_decoder', 'soft_frozen_decoder', 'frozen_encoder')
-    )
-    hold = lambda name, held: jnp.where(held, before[name], params[name])  # noqa: E731
-    W_dec = jax.lax.cond(
-      soft,
-      lambda W_dec: sae.near(W_dec, start(), _SOFT_COSINE),
-      lambda W_dec: W_dec,
-      hold('W_dec', frozen_decoder),
-    )
-    return {**params, 'W_dec': W_dec, 'W_enc': hold('W_enc', frozen_encoder)}
-
-  def update(self, state, gradient_of, setting, step, start=None):
-    """One member's state after a step down a gradient.
-
-    Args:
-      state: one member's.
-      gradient_of: (params, value, coefficient, warm_up, dead_F) ->
-        ((loss, Terms), gradient).
-      setting: one member's.
-      step: int32.
-      start: gives the decoder that training began with, for nulls.
-
-    Returns:
-      The next state, and the objective's terms.
-    """
-    o = self.optimizer
-    value = setting.value
+    o, state, value = self.optimizer, member.state, member.setting.value
     if self.objective.penalty in objectives.TARGETS:
       value = o.l0_target(value, step)
-    (_, terms), gradient = gradient_of(
-      state.params,
+    batch = objectives.Batch(
+      *rows,
       value=value,
       coefficient=state.coefficient,
       warm_up=o.sparsity_factor(step),
       dead_F=state.silent_tokens > o.dead_after,
     )
+    (_, terms), gradient = gradient_of(state.params, batch)
+    # A gradient that is not finite changes nothing but the moments' decay.
+    finite = jnp.isfinite(optax.tree.norm(gradient))
+    params, moments = self._updated(member, gradient, finite, step, key)
+    state = self._counted(member, terms, value, finite, step)
+    state = state.replace(params=params, moments=moments)
+    if o.resample_every:
+      key = jax.random.fold_in(jax.random.fold_in(key, step), member.seed)
+      batch = batch._replace(value=member.setting.value)
+      state = self._resampled(state, batch, step, key)
+    return state, self.report(state, terms)
+
+  def _updated(self, member: Member, gradient, finite, step, key):
+    """Parameters and moments after a step down the gradient."""
+    o, state = self.optimizer, member.state
     with jax.named_scope('optimizer'):
-      # A gradient that is not finite changes nothing but the moments' decay.
-      finite = jnp.isfinite(optax.tree.norm(gradient))
       if self.module.unit_decoder:
         gradient['W_dec'] = sae.remove_parallel(
           gradient['W_dec'], state.params['W_dec']
         )
       gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0), gradient)
       direction, moments = o.transform().update(gradient, state.moments)
-      factor = o.rate_factor(step) * finite
-      rate = factor * setting.learning_rate
+      rate = o.rate_factor(step) * finite * member.setting.learning_rate
       params = {
         name: p - rate * self._rate_of(name) * direction[name]
         for name, p in state.params.items()
       }
       params = self.module.constrained(params)
-      if setting.null is not None:
-        params = self._held(params, state.params, setting.null, start)
+      if member.setting.null is not None:
+        params = self._held(member, params, key)
+    return params, moments
+
+  def _held(self, member: Member, params, key):
+    """A null's parameters: the part that it does not train is as it was."""
+    null, before = member.setting.null, member.state.params
+    frozen_decoder, soft, frozen_encoder = (
+      null == 1 + specs.NULLS.index(name)
+      for name in ('frozen_decoder', 'soft_frozen_decoder', 'frozen_encoder')
+    )
+    W_dec = jax.lax.cond(
+      soft,
+      lambda W_dec: sae.near(
+        W_dec, self._initial(key, member.seed)['W_dec'], _SOFT_COSINE
+      ),
+      lambda W_dec: W_dec,
+      jnp.where(frozen_decoder, before['W_dec'], params['W_dec']),
+    )
+    W_enc = jnp.where(frozen_encoder, before['W_enc'], params['W_enc'])
+    return {**params, 'W_dec': W_dec, 'W_enc': W_enc}
+
+  def _counted(self, member: Member, terms, value, finite, step) -> State:
+    """The state with its counters, thresholds and coefficient moved on."""
+    o, state = self.optimizer, member.state
     with jax.named_scope('counters'):
       rows = terms.rows
       silent_F = jnp.where(
@@ -318,12 +303,15 @@ class Stack:
       coefficient = state.coefficient
       if self.objective.penalty == 'adaptive_l1':
         excess = jnp.where(finite, jnp.clip(terms.l0 / value - 1, -1, 1), 0)
+        factor = o.rate_factor(step) * finite
         coefficient *= jnp.exp(o.adaptive_rate * factor * excess)
-    after = State(
-        params, moments, silent_F, share_F, theta, coefficient,
-        jnp.where(finite, 0, state.skipped + 1),
-    )  # fmt: skip
-    return after, terms
+    return state.replace(
+      silent_tokens=silent_F,
+      fired_share=share_F,
+      theta=theta,
+      coefficient=coefficient,
+      skipped=jnp.where(finite, 0, state.skipped + 1),
+    )
 
   def report(self, state: State, terms) -> dict[str, jax.Array]:
     """One member's metrics after a step."""
@@ -339,15 +327,18 @@ class Stack:
       **terms.more,
     }
 
-  def _resampled(self, state, x_BD, y_BD, k, step, key) -> State:
-    """The state with its dead latents begun anew, where that is due."""
+  def _resampled(self, state, batch, step, key) -> State:
+    """The state with its dead latents reinitialised, every so many steps."""
 
     def resample(state):
       dead_F = state.silent_tokens > self.optimizer.dead_after
       params, moments = resampling.resample(
-          self.module, state.params, state.moments, x_BD, y_BD, dead_F,
-          k, key,
-      )  # fmt: skip
+        self.module,
+        state.params,
+        state.moments,
+        batch._replace(dead_F=dead_F),
+        key,
+      )
       silent_F = jnp.where(dead_F, 0, state.silent_tokens)
       return state.replace(
         params=params, moments=moments, silent_tokens=silent_F

@@ -30,10 +30,8 @@ def loss(module, params, x_BD, penalty, value, **options):
   objective = objectives.Objective(penalty, **options)
   one = jnp.float32(1)
   dead_F = jnp.zeros(F, bool)
-  return objectives.loss(
-      module, objective, params, x_BD, x_BD, jnp.float32(value), one, one,
-      dead_F,
-  )  # fmt: skip
+  batch = objectives.Batch(x_BD, x_BD, jnp.float32(value), one, one, dead_F)
+  return objectives.loss(module, objective, params, batch)
 
 
 def test_jumprelu_is_zero_at_its_threshold():

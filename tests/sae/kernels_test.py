@@ -145,15 +145,13 @@ def test_a_step_whose_encoder_is_a_kernel(monkeypatch, arch, shape):
     params['log_threshold'] += jnp.log(100.0)
   else:
     params['b_gate'] -= 0.1
-  data = dict(
-    x_BD=x, y_BD=x, value=jnp.float32(20), coefficient=jnp.float32(1),
-    warm_up=jnp.float32(1), dead_F=jnp.zeros(256, bool),
-  )  # fmt: skip
+  one = jnp.float32(1)
+  batch = objectives.Batch(x, x, 20 * one, one, one, jnp.zeros(256, bool))
 
   def step(limit):
     found = jax.jit(
       lambda params: objectives.value_and_grad(
-        module, objective, params, **data, active_limit=limit, mesh=mesh
+        module, objective, params, batch, objectives.Room(limit, mesh)
       )
     )(params)
     return found[0][1].sparse, found

@@ -139,12 +139,12 @@ def test_update_is_adam_with_beta1_zero_on_the_projected_gradient():
 
   @jax.jit
   def slope(params, x_BD, warm_up):
+    batch = objectives.Batch(
+      x_BD, x_BD, jnp.float32(0.01), jnp.float32(0), warm_up, jnp.zeros(F, bool)
+    )
     return jax.grad(
-      lambda p: objectives.loss(
-          one.module, one.objective, p, x_BD, x_BD, jnp.float32(0.01),
-          jnp.float32(0), warm_up, jnp.zeros(F, bool),
-      )[0]
-    )(params)  # fmt: skip
+      lambda p: objectives.loss(one.module, one.objective, p, batch)[0]
+    )(params)
 
   adam = optax.multi_transform(
     {name: optax.adam(r, b1=0, b2=0.999) for name, r in rates.items()},
@@ -237,9 +237,9 @@ def test_resampled_latents_fire_as_often_as_the_others(base):
     params[name] = jnp.full(F, -1.5)
   dead_F = jnp.arange(F) < F // 4
   k, key = jnp.float32(4), jax.random.key(1)
-  after, _ = resampling.resample(
-      module, params, {}, x_BD, x_BD, dead_F, k, key,
-  )  # fmt: skip
+  one = jnp.float32(1)
+  batch = objectives.Batch(x_BD, x_BD, k, one, one, dead_F)
+  after, _ = resampling.resample(module, params, {}, batch, key)
   f_BF = module.apply({'params': after}, x_BD, k, method='latents').f_BF
   share_F = np.asarray((f_BF > 0).mean(0))
   living = share_F[~np.asarray(dead_F)].mean()

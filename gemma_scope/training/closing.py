@@ -1,40 +1,42 @@
-"""What follows the last step: thresholds at the target L0, decoders anew.
+"""The closing phase: thresholds at the target L0, decoders by least squares.
 
-Training leaves L0 a few per cent off its target (a penalty gives way to the
-error), and decoders that trail the latents that they are multiplied with. Both
-have exact answers for frozen encoders, from the rows of the last n steps:
+Training ends with an L0 a few per cent off its target, where the penalty and
+the error balance, and with decoders that lag behind the latents. With a frozen
+encoder both have a direct solution, from batches of the last chunk of rows:
 
-  thresholds  in each batch of B rows, the factor on theta (JumpReLU), the
-              threshold (BatchTopK) or the shift of b_gate (Gated) at which
-              k B latents fire; its mean over the batches
-  decoders    (G + ridge) dW = mean f (y - y_hat),  G = mean f f^T
-              around the means, b_dec from the means
+  thresholds  the factor on theta (JumpReLU), the threshold (BatchTopK) or the
+              shift of b_gate (Gated) at which a batch of B rows has k B active
+              latents, averaged over the batches
+  decoders    (G + ridge) dW = mean f (y - y_hat),  G = mean f f^T,
+              both centred; b_dec follows from the means
 
-The ridge holds each decoder where training left it, as if it had been right on
-`_PRIOR` more firings: what is rare hardly moves. Solved by conjugate gradients
-with the diagonal of G as preconditioner, one matmul with G [F, F] an iteration.
-Latents and L0 stay as they are: b_enc takes up what b_dec moves by, and the
-norms of the new decoders are folded where the SAE is released.
+The ridge pulls each decoder towards its trained value, with the weight of
+`_PRIOR` activations of that latent, so that rare latents hardly move. The
+solver is conjugate gradients, preconditioned with the diagonal of G: one matmul
+with G [F, F] per iteration. Latents and L0 do not change: b_enc compensates for
+the change of b_dec, and the decoder norms are folded at release.
 
-All of it is a function of the config and the last step: a run that is stopped
-here does it again.
+The result is a function of the config and the last step, so a run that is
+stopped in this phase repeats it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from gemma_scope import mesh as mesh_lib
 from gemma_scope import sites, specs
-from gemma_scope.training import stack
+from gemma_scope.training import objectives, stack
 
-_PRIOR = 10.0  # firings that a decoder's present value counts for
+_PRIOR = 10.0  # activations that the trained decoder counts for
 _ITERATIONS = 60  # at most
 _TOLERANCE = 1e-4  # of the residual, against the right-hand side
 
@@ -42,12 +44,12 @@ Rows = Mapping[sites.Site, jax.Array]
 
 
 class Batches:
-  """The first batches of the run's last chunk, normalised, from the start.
+  """Iterates over the first batches of the run's last chunk, normalised.
 
   Args:
     feed: `chunks.Feed`.
     step: the run's last, from 0.
-    count: how many, if the chunk has as many.
+    count: number of batches, at most.
     normalisation: of each site, on the devices.
     poll: called between batches; may raise.
   """
@@ -69,13 +71,36 @@ class Batches:
       yield self._normalise(self._feed.at(step, self._poll))
 
 
+def close(
+  train: ConfigDict,
+  stacks: Sequence[stack.Stack],
+  states: Sequence[stack.State],
+  batches: Callable[[], Iterable[Rows]],
+  mesh: Mesh,
+  report: Callable[[str], None],
+) -> tuple[stack.State, ...]:
+  """The states after the phases that the config's section `train` asks for."""
+  closed = []
+  for one, state in zip(stacks, states, strict=True):
+    if train.meet_l0 and one.objective.penalty in objectives.TARGETS:
+      report(
+        f'setting the thresholds of {len(one.seeds)} SAEs to the target L0'
+      )
+      state = meet_l0(one, state, batches(), mesh)
+    if train.refit_decoders:
+      report(f'fitting the decoders of {len(one.seeds)} SAEs by least squares')
+      state = refit_decoders(one, state, batches, mesh)
+    closed.append(state)
+  return tuple(closed)
+
+
 def meet_l0(
   one: stack.Stack,
   state: stack.State,
   batches: Iterable[Rows],
   mesh: Mesh | None = None,
 ) -> stack.State:
-  """The state with thresholds at which its members have their target L0.
+  """Sets the thresholds so that each member has its target L0.
 
   Args:
     one: the stack; its penalty has a target.
@@ -102,7 +127,7 @@ def meet_l0(
 
 
 class Sums(NamedTuple):
-  """Means over the rows so far: N latents of all layers, outputs [M]."""
+  """Sums over batches of their means: N latents, M outputs of all layers."""
 
   ff_NN: jax.Array
   fe_NM: jax.Array  # e = y - y_hat
@@ -118,73 +143,18 @@ def refit_decoders(
   batches: Callable[[], Iterable[Rows]],
   mesh: Mesh | None = None,
 ) -> stack.State:
-  """The state with decoders and b_dec that minimise the squared error.
+  """Sets decoders and b_dec to the least squares solution.
 
   Args:
     one: the stack.
     state: after the last step.
-    batches: gives normalised rows by site, from the start for each member.
-    mesh: G's rows lie on its 'latent' axis.
+    batches: iterates over normalised rows by site, once for each member.
+    mesh: the rows of G are sharded over its 'latent' axis.
   """
-  module = one.module
-  shape = module.latent_shape
-  N = int(jnp.prod(jnp.array(shape)))
-  M = module.d_out * max(module.layers, 1)
   by_latent = _by_latent(mesh)
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def add(sums, params, setting, rows):
-    x_BD = _at(rows, one.sites, setting.reads)
-    y_BD = _at(rows, one.targets, setting.writes)
-    bound = module.bind({'params': params})
-    f_BF = bound.latents(x_BD, setting.value).f_BF
-    e_BM = (y_BD - bound.write(f_BF) - bound.offset(x_BD)).reshape(-1, M)
-    f_BN = f_BF.reshape(-1, N)
-    batch = Sums(
-      by_latent(_mean_product(f_BN, f_BN)),
-      by_latent(_mean_product(f_BN, e_BM)),
-      jnp.mean(f_BN, 0),
-      jnp.mean(e_BM, 0),
-      jnp.sum(f_BN > 0, 0).astype(jnp.float32),
-      jnp.float32(1),
-    )
-    return jax.tree.map(jnp.add, sums, batch)
-
-  @jax.jit
-  def solved(params, sums, rows_seen):
-    n = sums.batches
-    f_N, e_M = sums.f_N / n, sums.e_M / n
-    fires = jnp.maximum(jnp.sum(sums.fires_N), 1) / rows_seen
-    ridge = _PRIOR / rows_seen * jnp.trace(sums.ff_NN) / n / fires
-    causal_NM = _causal(module).reshape(N, M)
-
-    def apply(v_NM):
-      """(G + ridge) v, around the means, on the entries that may write."""
-      g_NM = _matmul(sums.ff_NN, v_NM) / n - f_N[:, None] * (f_N @ v_NM)
-      return causal_NM * (g_NM + ridge * v_NM)
-
-    right_NM = causal_NM * (sums.fe_NM / n - f_N[:, None] * e_M)
-    diagonal_N = jnp.diagonal(sums.ff_NN) / n - f_N**2 + ridge
-    diagonal_N = jnp.maximum(diagonal_N, 1e-12)  # where nothing ever fired
-    change_NM = conjugate_gradients(apply, right_NM, diagonal_N[:, None])
-    lead = shape[:-1]
-    change = change_NM.reshape(*shape, *lead, module.d_out)
-    if lead:  # [L, F, M, D] -> [L, M, F, D]
-      change = jnp.swapaxes(change, 1, 2)
-    b_dec = params['b_dec'] + (e_M - f_N @ change_NM).reshape(
-      params['b_dec'].shape
-    )
-    W_dec = params['W_dec'] + change
-    return module.with_b_dec({**params, 'W_dec': W_dec}, b_dec)
-
-  @jax.jit
-  def empty():
-    zero_NN, zero_NM = jnp.zeros((N, N)), jnp.zeros((N, M))
-    return Sums(
-      by_latent(zero_NN), by_latent(zero_NM), jnp.zeros(N), jnp.zeros(M),
-      jnp.zeros(N), jnp.zeros(()),
-    )  # fmt: skip
-
+  add = jax.jit(functools.partial(_add, one, by_latent), donate_argnums=0)
+  solve = jax.jit(functools.partial(_solve, one.module))
+  empty = jax.jit(functools.partial(_empty, one.module, by_latent))
   params = dict(state.params)
   null_S = one.setting.null
   frozen = [1 + specs.NULLS.index(n) for n in specs.NULLS if 'decoder' in n]
@@ -197,25 +167,85 @@ def refit_decoders(
     for rows in batches():
       sums = add(sums, member, setting, rows)
       rows_seen += len(next(iter(rows.values())))
-    new = solved(member, sums, jnp.float32(rows_seen))
+    new = solve(member, sums, jnp.float32(rows_seen))
     params = {name: p.at[i].set(new[name]) for name, p in params.items()}
   return _placed(one, state.replace(params=params), mesh)
 
 
+def _sizes(module) -> tuple[int, int]:
+  """N, latents of all layers, and M, outputs of all layers."""
+  return math.prod(module.latent_shape), module.d_out * max(module.layers, 1)
+
+
+def _empty(module, by_latent) -> Sums:
+  N, M = _sizes(module)
+  return Sums(
+      by_latent(jnp.zeros((N, N))), by_latent(jnp.zeros((N, M))),
+      jnp.zeros(N), jnp.zeros(M), jnp.zeros(N), jnp.zeros(()),
+  )  # fmt: skip
+
+
+def _add(one, by_latent, sums, params, setting, rows) -> Sums:
+  """The sums with a batch added."""
+  N, M = _sizes(one.module)
+  x_BD = _at(rows, one.sites, setting.reads)
+  y_BD = _at(rows, one.targets, setting.writes)
+  bound = one.module.bind({'params': params})
+  f_BF = bound.latents(x_BD, setting.value).f_BF
+  e_BM = (y_BD - bound.write(f_BF) - bound.offset(x_BD)).reshape(-1, M)
+  f_BN = f_BF.reshape(-1, N)
+  batch = Sums(
+    by_latent(_mean_product(f_BN, f_BN)),
+    by_latent(_mean_product(f_BN, e_BM)),
+    jnp.mean(f_BN, 0),
+    jnp.mean(e_BM, 0),
+    jnp.sum(f_BN > 0, 0).astype(jnp.float32),
+    jnp.float32(1),
+  )
+  return jax.tree.map(jnp.add, sums, batch)
+
+
+def _solve(module, params, sums, rows_seen):
+  """One member's parameters with the decoders of least squares."""
+  N, M = _sizes(module)
+  n = sums.batches
+  f_N, e_M = sums.f_N / n, sums.e_M / n
+  fires = jnp.maximum(jnp.sum(sums.fires_N), 1) / rows_seen
+  ridge = _PRIOR / rows_seen * jnp.trace(sums.ff_NN) / n / fires
+  causal_NM = _causal(module).reshape(N, M)
+
+  def apply(v_NM):
+    """(G + ridge) v with G centred, on the entries that may be nonzero."""
+    g_NM = _matmul(sums.ff_NN, v_NM) / n - f_N[:, None] * (f_N @ v_NM)
+    return causal_NM * (g_NM + ridge * v_NM)
+
+  right_NM = causal_NM * (sums.fe_NM / n - f_N[:, None] * e_M)
+  diagonal_N = jnp.diagonal(sums.ff_NN) / n - f_N**2 + ridge
+  diagonal_N = jnp.maximum(diagonal_N, 1e-12)  # where no latent was active
+  change_NM = conjugate_gradients(apply, right_NM, diagonal_N[:, None])
+  *lead, latents = module.latent_shape
+  change = change_NM.reshape(*lead, latents, *lead, module.d_out)
+  if lead:  # [L, F, M, D] -> [L, M, F, D]
+    change = jnp.swapaxes(change, 1, 2)
+  moved = (e_M - f_N @ change_NM).reshape(params['b_dec'].shape)
+  W_dec = params['W_dec'] + change
+  return module.with_b_dec({**params, 'W_dec': W_dec}, params['b_dec'] + moved)
+
+
 def _placed(one: stack.Stack, state: stack.State, mesh: Mesh | None):
-  """The state in its sharding."""
+  """Restores the sharding of the state."""
   if mesh is None:
     return state
   return jax.jit(lambda state: state, out_shardings=one.shardings(mesh))(state)
 
 
 def conjugate_gradients(apply, right_NM, diagonal_N1) -> jax.Array:
-  """x with apply(x) = right, for each column by itself.
+  """Solves apply(x) = right, each column separately.
 
   Args:
     apply: a symmetric positive definite linear map of [N, M].
     right_NM: right-hand sides.
-    diagonal_N1: of the map, the preconditioner.
+    diagonal_N1: the diagonal of the map, used as preconditioner.
   """
   dot = lambda a, b: jnp.sum(a * b, 0)  # noqa: E731
   ratio = lambda a, b: jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)  # noqa: E731
@@ -257,7 +287,7 @@ def _mean_product(a_BN, b_BM):
 
 
 def _causal(module) -> jax.Array:
-  """1 where a latent may write, [L, F, L, D] or [F, D]."""
+  """1 where a latent writes, 0 to earlier layers; [L, F, L, D] or [F, D]."""
   *lead, latents = module.latent_shape
   shape = (*lead, latents, *lead, module.d_out)
   if not lead:
@@ -267,7 +297,7 @@ def _causal(module) -> jax.Array:
 
 
 def _by_latent(mesh: Mesh | None):
-  """Constrains an array's first axis to the mesh's latents."""
+  """A function that shards an array's first axis over latents."""
   if mesh is None:
     return lambda a: a
   place = mesh_lib.sharding(mesh, 'latent', None)

@@ -9,6 +9,7 @@ a function of the config and the step, and all else is in the checkpoint.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
@@ -22,17 +23,18 @@ from ml_collections import ConfigDict
 
 import gemma_scope
 from gemma_scope import config as config_lib
-from gemma_scope import files, specs
+from gemma_scope import files, sites, specs
 from gemma_scope import mesh as mesh_lib
 from gemma_scope.activations import chunks as chunks_lib
-from gemma_scope.runtime import changes, checkpoints, cluster, metrics, progress
+from gemma_scope.runtime import changes, checkpoints, cluster, metrics
 from gemma_scope.runtime import interrupt as interrupt_lib
 from gemma_scope.runtime import lease as lease_lib
+from gemma_scope.runtime import progress as progress_lib
+from gemma_scope.sae import fold
 from gemma_scope.training import (
   closing,
   end_to_end,
   initialise,
-  objectives,
   setup,
   stack,
   trained,
@@ -108,9 +110,10 @@ def train(
     workdir / 'checkpoints', keep=config.checkpoint.keep
   ) as saves:
     loop = _Loop(
-      config, workdir, mesh, feed, stacks, groups, saves, lease, report
-    )
-    loop.start(facts)
+        config, workdir, mesh, feed, stacks, groups, saves, lease, report,
+        facts,
+    )  # fmt: skip
+    loop.start()
     loop.run(interrupt)
   return trained.Result(
       loop.done, loop.step, loop.normalisation, stacks, loop.states, facts,
@@ -121,133 +124,141 @@ class NotFiniteError(RuntimeError):
   """A run went on without a finite gradient for too long."""
 
 
+@dataclasses.dataclass
 class _Loop:
-  """The training loop and what it holds between steps."""
+  """The training loop, and what it holds between steps.
 
-  def __init__(
-    self, config, workdir, mesh, feed, stacks, groups, saves, lease, report
-  ):
-    self._config = config
-    self._workdir = workdir
-    self._mesh = mesh
-    self._feed = feed
-    self._stacks = stacks
-    self._groups = groups
-    self._saves = saves
-    self._lease = lease
-    self._report = report
-    self._writer = self._progress = None
-    self._doing = 'starting'  # what the progress line says while it waits
-    self._closed = True  # no closing phase was left halfway
-    self._skipped = ()  # steps in a row without a finite gradient, by stack
-    # An argument of the step, which would hold it as constants otherwise.
-    beta = config.end_to_end.beta
-    gemma, lm_params = (
-      (feed.source.gemma, feed.source.params) if beta else (None, ())
-    )
-    step = step_of(config, stacks, gemma, mesh)
-    self._take_step = lambda *arguments: step(*arguments, lm_params)
+  Attributes:
+    closed: no closing phase was left halfway.
+    skipped: of each stack, steps in a row without a finite gradient.
+    placed: `normalisation` on the devices.
+    doing: what the progress line says while a step takes long.
+  """
+
+  config: ConfigDict
+  workdir: pathlib.Path
+  mesh: jax.sharding.Mesh
+  feed: chunks_lib.Feed | end_to_end.Feed
+  stacks: tuple[stack.Stack, ...]
+  groups: tuple[tuple[specs.SaeSpec, ...], ...]
+  saves: checkpoints.Checkpoints
+  lease: lease_lib.Lease
+  report: Callable[[str], None]
+  facts: dict[str, Any]
+  step: int = 0
+  states: tuple[stack.State, ...] = ()
+  normalisation: dict[sites.Site, fold.Normalisation] = dataclasses.field(
+    default_factory=dict
+  )
+  placed: dict[sites.Site, fold.Normalisation] = dataclasses.field(
+    default_factory=dict
+  )
+  closed: bool = True
+  skipped: list[jax.Array] = dataclasses.field(default_factory=list)
+  doing: str = 'starting'
+  writer: metrics.Writer | None = None
+  progress: progress_lib.Progress | None = None
+
+  @functools.cached_property
+  def take_step(self):
+    """(states, batch, normalisation, step) -> (states, metrics), jitted."""
+    # The language model is an argument: a closure would hold it as constants.
+    gemma, lm_params = None, ()
+    if self.config.end_to_end.beta:
+      gemma, lm_params = self.feed.source.gemma, self.feed.source.params
+    step = step_of(self.config, self.stacks, gemma, self.mesh)
+    return lambda *arguments: step(*arguments, lm_params)
 
   @property
   def done(self) -> bool:
     """Whether the last step is taken, and the closing phase over."""
-    return self.step == self._config.train.steps and self._closed
+    return self.step == self.config.train.steps and self.closed
 
-  def start(self, facts: dict[str, Any]) -> None:
+  def start(self) -> None:
     """Restores the newest good checkpoint, or initialises at step 0."""
-    self._facts = facts
-    restored = self._saves.restore(
-      setup.abstract_states(self._stacks, self._mesh)
-    )
+    restored = self.saves.restore(setup.abstract_states(self.stacks, self.mesh))
     if restored is None:
-      key = jax.random.key(self._config.seed)
-      self.step, self.normalisation = 0, {}
-      self.states = stack.init_all(self._stacks, key, self._mesh)
+      key = jax.random.key(self.config.seed)
+      self.states = stack.init_all(self.stacks, key, self.mesh)
     else:
       changes.refuse_changes(
-        restored.meta['facts'], facts, what='text or model'
+        restored.meta['facts'], self.facts, what='text or model'
       )
       self.step, self.states = restored.step, restored.state
       self._set_normalisation(trained.read_normalisation(restored.meta))
-      self._feed.norm_bounds = {
+      self.feed.norm_bounds = {
         site: n.norm_bound
         for site, n in self.normalisation.items()
         if n.norm_bound is not None
       }
-      self._feed.left_out |= restored.meta['left_out']
-      self._report(f'continuing at step {self.step}')
+      self.feed.left_out |= restored.meta['left_out']
+      self.report(f'continuing at step {self.step}')
       was = restored.meta.get('devices')
       if was and (
         found := changes.fingerprint_difference(was, self._devices())
       ):
-        self._report(
+        self.report(
           f'other devices than before ({"; ".join(found)}): sums are taken in '
           'another order, so the end is the same up to rounding, not bitwise'
         )
 
   def run(self, interrupt: interrupt_lib.Interrupt) -> None:
     """Steps until the last one, or until interrupted; saved either way."""
-    steps = self._config.train.steps
+    steps = self.config.train.steps
     if self.step == steps:
       return
     with self._reporting():
       saved, pending, first = self.step, None, True
       try:
         while self.step < steps and not interrupt.at_step(self.step):
-          batch = self._feed.at(self.step, interrupt.check)
+          batch = self.feed.at(self.step, interrupt.check)
           if not self.normalisation:
             self._begin_at_normalisation()
-          self._doing = 'compiling the training step' if first else ''
-          self.states, values = self._take_step(
-            self.states, batch, self._placed, self._put(np.int32(self.step))
+          self.doing = 'compiling the training step' if first else ''
+          self.states, values = self.take_step(
+            self.states, batch, self.placed, self._put(np.int32(self.step))
           )
           first = False
-          self._skipped = [v['steps_skipped'] for v in values]
+          self.skipped = [v['steps_skipped'] for v in values]
           # Metrics of step i are read after step i + 1 was dispatched.
           self._log(pending)
           self.step += 1
-          every = self._config.metrics.every
+          every = self.config.metrics.every
           logged = self.step % every == 0 or self.step == steps
           pending = (self.step, values) if logged else None
           if self.step % _PATIENCE == 0:
             self._check_finite()
           if self.step == steps:
             self._close(interrupt.check)
-          if self.step % self._config.checkpoint.every == 0:
+          if self.step % self.config.checkpoint.every == 0:
             saved = self._save()
       except interrupt_lib.Interrupted:  # while a chunk was made, or in closing
         pass
       self._log(pending)
-      if saved != self.step and self._closed:
+      if saved != self.step and self.closed:
         self._save()
-      self._saves.wait()
-    if not self._closed:
-      self._report(
+      self.saves.wait()
+    if not self.closed:
+      self.report(
         'stopped in the closing phase, which the next start does again'
       )
       return
     if self.step < steps:
-      self._report(f'stopped and saved at step {self.step} of {steps}')
+      self.report(f'stopped and saved at step {self.step} of {steps}')
 
   def _close(self, poll: Callable[[], None]) -> None:
     """The closing phase, where the config asks for one."""
-    t = self._config.train
+    t = self.config.train
     if not (t.meet_l0 or t.refit_decoders):
       return
-    self._closed, self._doing = False, 'closing phase'
+    self.closed, self.doing = False, 'closing phase'
     batches = closing.Batches(
-      self._feed, self.step - 1, t.closing_batches, self._placed, poll
+      self.feed, self.step - 1, t.closing_batches, self.placed, poll
     )
-    states = []
-    for one, state in zip(self._stacks, self.states, strict=True):
-      if t.meet_l0 and one.objective.penalty in objectives.TARGETS:
-        self._report(f'thresholds of {len(one.seeds)} SAEs meet their L0')
-        state = closing.meet_l0(one, state, batches(), self._mesh)
-      if t.refit_decoders:
-        self._report(f'decoders of {len(one.seeds)} SAEs by least squares')
-        state = closing.refit_decoders(one, state, batches, self._mesh)
-      states.append(state)
-    self.states, self._closed = tuple(states), True
+    self.states = closing.close(
+      t, self.stacks, self.states, batches, self.mesh, self.report
+    )
+    self.closed = True
 
   def _check_finite(self) -> bool:
     """Whether of every SAE one of the last two gradients was finite.
@@ -255,8 +266,8 @@ class _Loop:
     Raises:
       NotFiniteError: one has had none for `_PATIENCE` steps.
     """
-    skipped = [int(n) for n_S in jax.device_get(self._skipped) for n in n_S]
-    names = [member.name for group in self._groups for member in group]
+    skipped = [int(n) for n_S in jax.device_get(self.skipped) for n in n_S]
+    names = [member.name for group in self.groups for member in group]
     lost = [
       name for name, n in zip(names, skipped, strict=False) if n >= _PATIENCE
     ]
@@ -271,28 +282,28 @@ class _Loop:
 
   def _set_normalisation(self, normalisation) -> None:
     self.normalisation = normalisation
-    self._placed = {  # what the step needs of it, on the devices
+    self.placed = {  # what the step needs of it, on the devices
       site: jax.tree.map(
         lambda value: self._put(np.asarray(value, np.float32)),
-        n if self._config.end_to_end.beta else n._replace(norm_bound=None),
+        n if self.config.end_to_end.beta else n._replace(norm_bound=None),
       )
       for site, n in normalisation.items()
     }
 
   def _begin_at_normalisation(self) -> None:
     """Measures it; starts from a release where the config names one."""
-    a = self._config.activations
-    self._set_normalisation(self._feed.normalisation(a.centre, a.scale))
+    a = self.config.activations
+    self._set_normalisation(self.feed.normalisation(a.centre, a.scale))
     if a.max_norm:
-      count = self._feed.left_out.get('outliers', 0)
-      self._report(
+      count = self.feed.left_out.get('outliers', 0)
+      self.report(
         f'leaving out rows of norm above {a.max_norm:g} medians'
         + f': {count:,} in the first chunk' * bool(count)
       )
-    chosen = initialise.plan(self._config, self._groups)
+    chosen = initialise.plan(self.config, self.groups)
     if chosen is not None:
       self.states = initialise.start(
-        chosen, self._stacks, self._groups, self.states, self.normalisation
+        chosen, self.stacks, self.groups, self.states, self.normalisation
       )
 
   @contextlib.contextmanager
@@ -301,57 +312,57 @@ class _Loop:
     if jax.process_index():
       yield
       return
-    m, t = self._config.metrics, self._config.train
-    self._writer = metrics.Writer(
-      self._workdir,
+    m, t = self.config.metrics, self.config.train
+    self.writer = metrics.Writer(
+      self.workdir,
       tensorboard=m.tensorboard,
       wandb={'project': m.wandb_project} if m.wandb_project else None,
       resume_step=self.step,
     )
-    self._progress = progress.Progress(
+    self.progress = progress_lib.Progress(
       t.steps,
       t.batch,
       first_step=self.step,
-      status=lambda: self._feed.status or self._doing,
+      status=lambda: self._feed.status or self.doing,
     )
     try:
       yield
     finally:
-      self._writer.close()
-      self._progress.close()
+      self.writer.close()
+      self.progress.close()
 
   def _save(self) -> int:
     """Saves the states, but for those that may have no way back."""
     if not self._check_finite():
-      self._report(
+      self.report(
         f'no checkpoint at step {self.step}: the last gradients are not finite'
       )
       return self.step
-    self._lease.check()
+    self.lease.check()
     meta = {
       **trained.describe_normalisation(self.normalisation),
-      'facts': self._facts,
-      'left_out': dict(self._feed.left_out),
+      'facts': self.facts,
+      'left_out': dict(self.feed.left_out),
       'devices': self._devices(),
       'version': gemma_scope.__version__,
     }
-    self._saves.save(self.step, self.states, meta)
+    self.saves.save(self.step, self.states, meta)
     return self.step
 
   def _put(self, value: np.generic) -> jax.Array:
-    return mesh_lib.put(value, mesh_lib.sharding(self._mesh))
+    return mesh_lib.put(value, mesh_lib.sharding(self.mesh))
 
   def _devices(self) -> dict[str, Any]:
     """What the order of a sum depends on."""
     return {
       'kind': jax.devices()[0].device_kind,
       'processes': jax.process_count(),
-      'mesh': dict(self._mesh.shape),
+      'mesh': dict(self.mesh.shape),
     }
 
   def _log(self, pending) -> None:
     """Writes one line of metrics and refreshes the progress line."""
-    if pending is None or self._writer is None:
+    if pending is None or self.writer is None:
       return
     step, values = pending
     host = jax.device_get(values)
@@ -360,16 +371,16 @@ class _Loop:
       for name in host[0]
     }
     scalars = {f'mean/{name}': value for name, value in means.items()}
-    for group, stack_values in zip(self._groups, host, strict=True):
+    for group, stack_values in zip(self.groups, host, strict=True):
       for name, value_S in stack_values.items():
         for member, value in zip(group, value_S, strict=True):
           scalars[f'{member.name}/{name}'] = float(value)
-    scalars['rows_not_finite'] = self._feed.left_out['not_finite']
-    if self._config.activations.max_norm:
-      scalars['rows_outliers'] = self._feed.left_out['outliers']
-    scalars['tokens'] = step * self._config.train.batch
-    self._writer.write_scalars(step, scalars)
-    self._progress.update(
+    scalars['rows_not_finite'] = self.feed.left_out['not_finite']
+    if self.config.activations.max_norm:
+      scalars['rows_outliers'] = self.feed.left_out['outliers']
+    scalars['tokens'] = step * self.config.train.batch
+    self.writer.write_scalars(step, scalars)
+    self.progress.update(
       step,
       {
         'loss': means['loss'],

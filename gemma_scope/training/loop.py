@@ -97,6 +97,8 @@ def train(
   mesh = mesh_lib.make(config.mesh)
   config_lib.check(config, model, mesh.devices.shape)
   stacks, groups = setup.make_stacks(config, model)
+  if warning := setup.slow_thresholds(config):
+    report(warning)
   source, facts = setup.make_source(config, workdir, mesh, report)
   a = config.activations
   chunks = chunks_lib.Chunks(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import pathlib
 import types
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from gemma_scope.sae import architectures
 from gemma_scope.text import prepare, token_store, tokenizers
 from gemma_scope.training import objectives, stack
 from gemma_scope.training import optimizer as optimizer_lib
+
+_FOLDS = math.log(100)  # least change of log(theta) that a run should allow
 
 
 def special(
@@ -213,6 +216,32 @@ def make_objective(
     penalty=penalty,
     prefixes=specs.prefixes(config, member),
     **config.objective,
+  )
+
+
+def slow_thresholds(config: ConfigDict) -> str | None:
+  """A warning where log thresholds cannot move far within the run.
+
+  A step of Adam changes log(theta) by about the learning rate, so that with
+  the published 7e-5 a factor of 10 takes 33,000 steps.
+  """
+  s, t = config.sae, config.train
+  bases = {spec.base for spec in specs.members(config)}
+  if (
+    'jumprelu' not in bases or not s.log_threshold or config.initialise.release
+  ):
+    return None
+  steps = t.steps - t.decay / 2
+  folds = t.learning_rate * t.threshold_rate * steps
+  if folds >= _FOLDS:
+    return None
+  needed = _FOLDS / (t.learning_rate * steps)
+  return (
+    f'thresholds can change by a factor of at most {math.exp(folds):.3g} in '
+    f'{t.steps:,} steps: L0 may stay far from its target. Set '
+    f'train.threshold_rate to {math.ceil(needed)} or more, or '
+    'sae.log_threshold to False, and sae.initial_threshold near the values '
+    'expected.'
   )
 
 

@@ -67,3 +67,16 @@ def test_a_member_acts_on_raw_activations_as_its_module_on_scaled_ones():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert card['name'] == groups[0][i].name and card['steps'] == 3
     assert outliers.norm_bounds(card) == {site: 57.0}
+
+
+def test_thresholds_that_cannot_move_within_a_run_are_reported():
+  """The published constants, at the published length and at a short one."""
+  config = recipe.gemma_scope_1('gemma3-1b')
+  assert setup.slow_thresholds(config) is None
+  config.train.steps = 5000
+  warning = setup.slow_thresholds(config)
+  assert 'a factor of at most 1.42' in warning
+  assert 'train.threshold_rate to 14 or more' in warning
+  config.train.threshold_rate = 14.0
+  assert setup.slow_thresholds(config) is None
+  assert setup.slow_thresholds(tiny.get_config()) is None

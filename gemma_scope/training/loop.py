@@ -270,9 +270,8 @@ class _Loop:
     """
     skipped = [int(n) for n_S in jax.device_get(self.skipped) for n in n_S]
     names = [member.name for group in self.groups for member in group]
-    lost = [
-      name for name, n in zip(names, skipped, strict=False) if n >= _PATIENCE
-    ]
+    named = zip(names, skipped, strict=False)
+    lost = [name for name, n in named if n >= _PATIENCE]
     if lost:
       more = f' and {len(lost) - 1} more SAEs have' if lost[1:] else ' has'
       raise NotFiniteError(

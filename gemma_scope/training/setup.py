@@ -226,10 +226,8 @@ def slow_thresholds(config: ConfigDict) -> str | None:
   the published 7e-5 a factor of 10 takes 33,000 steps.
   """
   s, t = config.sae, config.train
-  bases = {spec.base for spec in specs.members(config)}
-  if (
-    'jumprelu' not in bases or not s.log_threshold or config.initialise.release
-  ):
+  trained = 'jumprelu' in {spec.base for spec in specs.members(config)}
+  if not (trained and s.log_threshold) or config.initialise.release:
     return None
   steps = t.steps - t.decay / 2
   folds = t.learning_rate * t.threshold_rate * steps

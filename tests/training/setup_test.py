@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from configs import tiny
+from configs import recipe, tiny
 from gemma_scope import mesh as mesh_lib
 from gemma_scope import sae, specs
 from gemma_scope.activations import outliers

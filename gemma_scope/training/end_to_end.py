@@ -1,15 +1,15 @@
-"""Fine-tuning end to end: an SAE judged by what the model says after y_hat.
+"""End-to-end fine-tuning: the loss includes the KL of the spliced model.
 
   L = (E + alpha beta KL) / (1 + beta) + sparsity + what else is asked for
   KL = mean over tokens of KL(p || p_hat), nats      alpha = E / (KL + 1e-8)
 
 E is the reconstruction term of `objectives` (mean over the prefixes of a
 Matryoshka SAE), p the model's distribution of the next token and p_hat the same
-with y_hat in the place of y at the member's target. A token that does not count
-(BOS, padding, a chat's user) keeps its y and has no part in the mean. alpha is
-held fixed in the gradient: it gives both terms one size, whose ratio beta then
-is, at any site of any model. Source: Gemma Scope 2's technical paper, which
-leaves beta and the learning rate open.
+with y replaced by y_hat at the member's target. Tokens that are left out (BOS,
+padding, a chat's user) keep their y and are not in the mean. alpha, constant in
+the gradient, scales both terms to the same size, so that beta is their ratio at
+any site of any model. Source: Gemma Scope 2's technical paper, which does not
+give beta or the learning rate.
 
   step s       sequences [s n, (s + 1) n) of the shuffled text, a function of
                (config, step)
@@ -48,17 +48,17 @@ Batch = Mapping[str, jax.Array]  # tokens int32 [n, T], keep bool [n, T]
 
 
 class Feed:
-  """The sequences of a step; `batches.Feed` with tokens for rows.
+  """The sequences of a step; like `chunks.Feed`, with tokens for rows.
 
   Args:
-    chunks: of a `ModelSource`; they give the normalisation.
-    sequences: n, of a step.
+    chunks: of a `ModelSource`, for the normalisation.
+    sequences: n, per step.
     mesh: sequences lie on its 'data' axis.
 
   Attributes:
-    source: of the chunks; it has the language model.
-    left_out: tokens left out so far, as 'special'; a resumed run sets it to
-      what it was. A batch that is not finite is a step that changes nothing.
+    source: of the chunks; holds the language model.
+    left_out: number of tokens left out so far, under 'special'; restored when
+      a run resumes. A batch that is not finite is a step that changes nothing.
       Outliers are left out on the devices and not counted.
   """
 
@@ -76,7 +76,7 @@ class Feed:
     """'tokens' int32 [n, T] and 'keep' bool [n, T] at `step`, on the devices.
 
     Raises:
-      ValueError: none of the tokens counts.
+      ValueError: all tokens are left out.
     """
     poll()
     tokens_BT = self.source.sequences(step * self._count, self._count)
@@ -85,8 +85,8 @@ class Feed:
     kept = int(keep_BT.sum())
     if not kept:
       raise ValueError(
-        f'None of the {keep_BT.size} tokens of step {step} counts; raise '
-        'end_to_end.sequences or prepare other text.'
+        f'All {keep_BT.size} tokens of step {step} are left out (BOS, padding '
+        'or the user of a chat); raise end_to_end.sequences or use other text.'
       )
     self.left_out['special'] += keep_BT[:, 1:].size - kept
     return {
@@ -96,7 +96,7 @@ class Feed:
 
   @property
   def norm_bounds(self) -> dict[sites.Site, float]:
-    """See `chunks.Chunks`; a resumed run sets it to what it was."""
+    """See `chunks.Chunks`; restored when a run resumes."""
     return self._chunks.norm_bounds
 
   @norm_bounds.setter
@@ -106,7 +106,7 @@ class Feed:
   def normalisation(
     self, centre: str = 'none', scale: str = 'rms'
   ) -> dict[sites.Site, fold.Normalisation]:
-    """Of each site, measured on the first chunk."""
+    """The normalisation of each site, measured on the first chunk."""
     chunk = self._chunks.load(0)
     return chunks_lib.measure(chunk, self.norm_bounds, centre, scale)
 
@@ -126,11 +126,11 @@ def step_all(
   """One step of every stack: `stack.step_all` with the loss above.
 
   Args:
-    stacks: of members that read one site and write one.
-    states: theirs; on a mesh without 'sae' axis, as members go one by one.
+    stacks: whose members read one site and write one.
+    states: of the stacks; the mesh's 'sae' axis must be 1.
     gemma, lm_params: the whole model; jit with `lm_params` as an argument.
     batch: see `Feed`.
-    normalisation: of each site; outliers do not count.
+    normalisation: of each site; outlier tokens are left out.
     step, key, beta: int32 from 0, of the run, and the weight of KL.
     mesh: None on a single device.
 
@@ -158,7 +158,7 @@ def step_all(
   }
 
   def kl(target: sites.Site, y_hat_RD: jax.Array) -> jax.Array:
-    """Mean KL, nats, with rows of normalised y_hat at their tokens."""
+    """Mean KL in nats, with normalised y_hat written back to its tokens."""
     y_hat_BTD = _on_data(normalisation[target].undo(y_hat_RD)[row_BT], mesh)
     spliced_BTD = _spliced(
         gemma, lm_params, tokens_BT, target, y_hat_BTD,
@@ -192,7 +192,7 @@ def divergence(
 
   Args:
     clean_BTD, spliced_BTD: the last residual stream.
-    keep_BT: the tokens that the mean is over.
+    keep_BT: the tokens to average over.
   """
 
   def of_slice(spliced_BtD, clean_BtD, keep_Bt):
@@ -214,13 +214,13 @@ def divergence(
 
 
 def _step(one: stack.Stack, state, rows, kl, step, key, beta):
-  """`Stack.step`, member by member, target by target."""
+  """`Stack.step` for each target and member in turn."""
   x_NBD = jnp.stack([rows[site] for site in one.sites])
 
   def at_target(target, members):
     def fidelity(error, y_hat_BD):
       found = kl(target, y_hat_BD)
-      # The KL of equal distributions may come out a rounding error below 0.
+      # Rounding can make the KL of equal distributions slightly negative.
       alpha = jax.lax.stop_gradient(error / (jnp.maximum(found, 0) + 1e-8))
       return (error + alpha * beta * found) / (1 + beta), {'kl': found}
 
@@ -252,9 +252,9 @@ def _step(one: stack.Stack, state, rows, kl, step, key, beta):
 def _spliced(
   gemma, params, tokens_BT, target, y_hat_BTD, before_BTD, y_BTD, keep_BT
 ) -> jax.Array:
-  """The last residual stream with y_hat at the tokens that count."""
+  """The last residual stream, with y_hat at the tokens to keep."""
 
-  # Scores, norms and gates are computed again on the way back.
+  # Scores, norms and gates are recomputed in the backward pass.
   @functools.partial(
     jax.checkpoint,
     policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -271,7 +271,7 @@ def _spliced(
 def _correspondence(keep_BT) -> tuple[jax.Array, jax.Array]:
   """Row -> token, [n (T - 1)], and token -> row, [n, T] (0 where none is).
 
-  First the tokens that count in their order, then from the start again.
+  Kept tokens in order, repeated from the start to fill the batch.
   """
   keep_R = keep_BT.reshape(-1)
   sequences, length = keep_BT.shape
@@ -283,7 +283,7 @@ def _correspondence(keep_BT) -> tuple[jax.Array, jax.Array]:
 
 
 def _on_data(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-  """Rows or sequences over the mesh's axis: a gather leaves them anywhere."""
+  """Shards rows or sequences over the axis 'data', after a gather."""
   if mesh is None:
     return x
   place = mesh_lib.sharding(mesh, 'data', *(None,) * (x.ndim - 1))

@@ -1,4 +1,4 @@
-"""Training that starts from SAEs of a release instead of random ones.
+"""Initialises training from released SAEs instead of random parameters.
 
 Each member starts from the release's SAE that is nearest to it: of its own
 layer or the one the config names, of its own width or else a wider one, whose
@@ -38,7 +38,7 @@ from gemma_scope.release.formats import published
 from gemma_scope.sae import fold
 from gemma_scope.training import stack
 
-_BLOCK = 1 << 12  # latents whose products with a layer's encoders are at once
+_BLOCK = 1 << 12  # latents per block of products with a layer's encoders
 
 Plan = list[list[tuple[release.Released, ...]]]
 
@@ -46,7 +46,7 @@ Plan = list[list[tuple[release.Released, ...]]]
 def plan(
   config: ConfigDict, groups: Sequence[Sequence[specs.SaeSpec]]
 ) -> Plan | None:
-  """The release's SAEs that each member starts from, by their cards alone.
+  """The released SAEs that each member starts from, chosen by their cards.
 
   Args:
     config: the run's; `initialise.release` names releases of ours, or SAEs
@@ -89,7 +89,7 @@ def _sources(config, offered, member) -> tuple[release.Released, ...]:
 
 
 def _distance(source: release.Released, member: specs.SaeSpec) -> tuple:
-  """Smaller is nearer: width, architecture, L0, seed; then the path."""
+  """Sort key, nearest first: width, architecture, L0, seed, path."""
   card, width = source.card, member.width // max(member.layers, 1)
   l0 = table.value((source.metrics or {}).get('l0'))
   l0 = (
@@ -112,12 +112,12 @@ def start(
   states: Sequence[stack.State],
   normalisation: Mapping[sites.Site, fold.Normalisation],
 ) -> tuple[stack.State, ...]:
-  """States whose parameters are those of the chosen SAEs.
+  """States with the parameters of the chosen SAEs.
 
   Args:
     chosen: what `plan` returned.
     stacks, groups: the collection.
-    states: at random, at step 0.
+    states: at random initialisation.
     normalisation: of each site, in this run.
   """
   begun = []
@@ -174,8 +174,8 @@ def _member(module, member, loaded, random, normalisation):
   (found,) = parts
   found = _first(found, module.width)
   if module.unit_decoder:
-    # Files of other tools may hold decoders of any norm; the first update
-    # would cut them to 1.
+    # Decoders in files of other tools may have any norm, and the first update
+    # would rescale them to 1.
     found = fold.fold_decoder_norm(found)
   found = module.trainable(found)
   return {
@@ -195,7 +195,7 @@ def _first(params, width: int):
 
 
 def _filled(name: str, value: jax.Array, random: jax.Array) -> np.ndarray:
-  """`value`, and the latents that it lacks as they are at random."""
+  """`value`, filled up with random latents to the member's width."""
   if value.shape == random.shape:
     return np.asarray(value)
   axis = 0  # latents' own arrays begin with F
@@ -208,7 +208,7 @@ def _filled(name: str, value: jax.Array, random: jax.Array) -> np.ndarray:
 def crosswise(
   parts: Sequence[Mapping[str, np.ndarray]], latents: int
 ) -> dict[str, np.ndarray]:
-  """Single-layer SAEs -> the released parameters of one over all layers.
+  """Combines single-layer SAEs into a crosscoder or CLT (released form).
 
   Args:
     parts: normalised parameters of each layer's, d_in and d_out equal.
@@ -234,7 +234,7 @@ def crosswise(
     (layers, latents, layers, parts[0]['b_dec'].size), np.float32
   )
   for layer, part in enumerate(parts):
-    # Those that an earlier layer's latent stands for come last.
+    # Latents that an earlier layer's latent already represents come last.
     order = np.argsort(masked[layer], kind='stable')[:latents]
     chosen.append(np.sort(order))
     rows_FD = part['W_dec'][chosen[layer]]
@@ -259,7 +259,7 @@ def crosswise(
 
 
 def _counterparts(rows_FD, W_enc) -> tuple[np.ndarray, np.ndarray]:
-  """For each row, the encoder that reads most of it, and max(cosine, 0)."""
+  """For each row, the index of the best matching encoder, and max(cos, 0)."""
   index, most = [], []
   for at in range(0, len(rows_FD), _BLOCK):
     product = rows_FD[at : at + _BLOCK] @ W_enc

@@ -1,9 +1,9 @@
-"""train(config, workdir): one pass of Gemma, a whole collection of SAEs.
+"""train(config, workdir): trains a collection of SAEs in one pass of the model.
 
-The run's folder holds config.json, metrics.jsonl, checkpoints/, tokens/ (unless
-the config names a store). The same call on the same folder continues, and ends
-bit for bit where an uninterrupted run would have ended: the batch of a step is
-a function of the config and the step, and all else is in the checkpoint.
+The run's folder holds config.json, metrics.jsonl, checkpoints/ and tokens/ (the
+latter unless the config names a store). The same call on the same folder
+continues the run, with bitwise the same result as without interruption: a batch
+is a function of the config and the step, and the rest is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from gemma_scope.training import (
 
 _PATIENCE = 100  # steps in a row without a finite gradient
 
-# What may differ when a run is continued: nothing that a parameter depends on.
+# Fields that may change when a run is continued: no parameter depends on them.
 _MAY_CHANGE = (
     'checkpoint', 'metrics', 'evaluation', 'activations.memory',
     'activations.ahead', 'mesh', 'lm.checkpoint', 'lm.tokenizer', 'text.store',
@@ -51,7 +51,7 @@ _MAY_CHANGE = (
 
 
 def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Refuses a config that cannot run here, or that is not this folder's."""
+  """Refuses a config that cannot run, or differs from the folder's own."""
   config_lib.check(config)
   path = workdir / 'config.json'
   if path.exists():
@@ -60,13 +60,13 @@ def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
   model, mesh = setup.dimensions(config), mesh_lib.make(config.mesh)
   config_lib.check(config, model, mesh.devices.shape)
   if not path.exists():
-    # The release that the run would start from exists and fits.
+    # Raises where the release to start from is missing or does not fit.
     initialise.plan(config, specs.stacks(config, model).values())
 
 
 def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Writes config.json of a new run, once `check_config` has passed it."""
-  with cluster.first_goes_ahead():  # the others are compared with its config
+  with cluster.first_goes_ahead():  # other processes compare theirs with it
     check_config(config, workdir)
     path = workdir / 'config.json'
     if not path.exists():
@@ -80,14 +80,14 @@ def train(
   interrupt: interrupt_lib.Interrupt,
   report: Callable[[str], None] = print,
 ) -> trained.Result:
-  """Trains the collection, from the last checkpoint if there is one.
+  """Trains the collection, continuing from the last checkpoint if any.
 
   Args:
     config: complete, see configs/tiny.py; not changed.
     workdir: the run's folder.
     lease: of the folder; checked before each save.
-    interrupt: polled in every phase; on request the run is saved and returns.
-    report: takes a line on each phase.
+    interrupt: polled in every phase; on request the run saves and returns.
+    report: called with one line per phase.
 
   Raises:
     ConfigError, ChangedError, CheckpointNotFound, ...: one sentence each.
@@ -123,16 +123,16 @@ def train(
 
 
 class NotFiniteError(RuntimeError):
-  """A run went on without a finite gradient for too long."""
+  """Too many steps in a row had no finite gradient."""
 
 
 @dataclasses.dataclass
 class _Loop:
-  """The training loop, and what it holds between steps.
+  """The training loop and its state between steps.
 
   Attributes:
-    closed: no closing phase was left halfway.
-    skipped: of each stack, steps in a row without a finite gradient.
+    closed: False while the closing phase is incomplete.
+    skipped: consecutive steps without a finite gradient, by stack.
     placed: `normalisation` on the devices.
     doing: what the progress line says while a step takes long.
   """
@@ -173,11 +173,11 @@ class _Loop:
 
   @property
   def done(self) -> bool:
-    """Whether the last step is taken, and the closing phase over."""
+    """Whether the last step and the closing phase are complete."""
     return self.step == self.config.train.steps and self.closed
 
   def start(self) -> None:
-    """Restores the newest good checkpoint, or initialises at step 0."""
+    """Restores the newest valid checkpoint, or initialises at step 0."""
     restored = self.saves.restore(setup.abstract_states(self.stacks, self.mesh))
     if restored is None:
       key = jax.random.key(self.config.seed)
@@ -205,7 +205,7 @@ class _Loop:
         )
 
   def run(self, interrupt: interrupt_lib.Interrupt) -> None:
-    """Steps until the last one, or until interrupted; saved either way."""
+    """Runs to the last step or until interrupted, and saves."""
     steps = self.config.train.steps
     if self.step == steps:
       return
@@ -241,15 +241,13 @@ class _Loop:
         self._save()
       self.saves.wait()
     if not self.closed:
-      self.report(
-        'stopped in the closing phase, which the next start does again'
-      )
+      self.report('stopped in the closing phase; the next start repeats it')
       return
     if self.step < steps:
       self.report(f'stopped and saved at step {self.step} of {steps}')
 
   def _close(self, poll: Callable[[], None]) -> None:
-    """The closing phase, where the config asks for one."""
+    """Runs the closing phase, if the config enables it."""
     t = self.config.train
     if not (t.meet_l0 or t.refit_decoders):
       return
@@ -263,7 +261,7 @@ class _Loop:
     self.closed = True
 
   def _check_finite(self) -> bool:
-    """Whether of every SAE one of the last two gradients was finite.
+    """Whether each SAE had a finite gradient in the last two steps.
 
     Raises:
       NotFiniteError: one has had none for `_PATIENCE` steps.
@@ -283,7 +281,7 @@ class _Loop:
 
   def _set_normalisation(self, normalisation) -> None:
     self.normalisation = normalisation
-    self.placed = {  # what the step needs of it, on the devices
+    self.placed = {  # on the devices, as the step needs it
       site: jax.tree.map(
         lambda value: self._put(np.asarray(value, np.float32)),
         n if self.config.end_to_end.beta else n._replace(norm_bound=None),
@@ -292,7 +290,7 @@ class _Loop:
     }
 
   def _begin_at_normalisation(self) -> None:
-    """Measures it; starts from a release where the config names one."""
+    """Measures it, and loads the release to start from, if there is one."""
     a = self.config.activations
     self._set_normalisation(self.feed.normalisation(a.centre, a.scale))
     if a.max_norm:
@@ -309,7 +307,7 @@ class _Loop:
 
   @contextlib.contextmanager
   def _reporting(self):
-    """The writer of metrics and the progress line, on the first process."""
+    """Opens the metrics writer and the progress line on the first process."""
     if jax.process_index():
       yield
       return
@@ -324,7 +322,7 @@ class _Loop:
       t.steps,
       t.batch,
       first_step=self.step,
-      status=lambda: self._feed.status or self.doing,
+      status=lambda: self.feed.status or self.doing,
     )
     try:
       yield
@@ -333,7 +331,7 @@ class _Loop:
       self.progress.close()
 
   def _save(self) -> int:
-    """Saves the states, but for those that may have no way back."""
+    """Saves the states, unless they may have diverged."""
     if not self._check_finite():
       self.report(
         f'no checkpoint at step {self.step}: the last gradients are not finite'
@@ -354,7 +352,7 @@ class _Loop:
     return mesh_lib.put(value, mesh_lib.sharding(self.mesh))
 
   def _devices(self) -> dict[str, Any]:
-    """What the order of a sum depends on."""
+    """Devices and mesh, which determine the order of sums."""
     return {
       'kind': jax.devices()[0].device_kind,
       'processes': jax.process_count(),

@@ -2,9 +2,9 @@
 
   L = mean_B |y - y_hat|^2 + warm_up * sparsity + what else is asked for
 
-with p_i the share of rows that latent i fires on, L0 = sum_i p_i, and n_i the
-norm of its decoder (1 where decoders are kept at 1). `value` is a member's
-setting, L0* where the penalty has a target; the forms:
+where p_i is the fraction of rows on which latent i is active, L0 = sum_i p_i,
+and n_i its decoder norm (1 with unit decoders). `value` is a member's setting,
+the target L0* where the penalty has one. The penalties:
 
   l0                   value L0                        GS 1, equation 4
   target_l0            strength (L0 / L0* - 1)^2       JumpReLU paper
@@ -12,34 +12,34 @@ setting, L0* where the penalty has a target; the forms:
   quadratic_frequency  value sum_i p_i (1 + p_i / p_0)      GDM, update 2
   tanh                 value mean_B sum_i tanh(c f_i n_i)   Anthropic, Jan 2025
   l1                   value mean_B sum_i f_i n_i           ReLU, Gated
-  k                    none: TopK and BatchTopK have `value` latents a row
-  adaptive_l1          l1, its coefficient moved until L0 = L0* (`stack`)
+  k                    none: TopK and BatchTopK keep `value` latents per row
+  adaptive_l1          l1, with a coefficient adapted until L0 = L0* (`stack`)
 
 The gradients of L0 and p reach the thresholds alone (all parameters where
 `ste_to_input` is set). Gemma Scope 2's printed prefactor is 2; 1/2 would give
 the linear penalty's slope at 2 L0*. Further terms, each off at 0:
 
-  frequency   c sum_i max(p_i - limit, 0)     latents that fire too often
+  frequency   c sum_i max(p_i - limit, 0)     latents that are active too often
   pre_act     c mean_B sum_i max(theta_i - z_i, 0) n_i    Anthropic, Jan 2025
   auxk        c |e - e_hat|^2 / Var[e], e = y - y_hat, e_hat from the `auxk`
               largest dead latents (arXiv 2406.04093, appendix A.2)
 
 Gemma Scope 2 has a penalty on latents of high frequency whose form is not
-published; `frequency` is ours: the L0 penalty, on what exceeds the limit alone.
+published; `frequency` is our own: the L0 penalty on the excess over the limit.
 
-With `active_set` the error is the mean of two, |y - f W_dec - b_dec|^2 and the
-same with the latents after one step down its gradient, on those that fire:
+With `active_set` the error is the mean of two: |y - f W_dec - b_dec|^2, and the
+same after one gradient step on the active latents:
   f1 = relu(f + a W_dec (y - y_hat))   where f > 0
   a  = |g|^2 / |g W_dec|^2             g = W_dec (y - y_hat) there
-so that decoders are learnt from latents that are nearer to the least squares
-ones. What is released is the plain SAE.
+so that decoders are trained on latents that are closer to the least squares
+solution. The released SAE is the plain one, without this step.
 
 A Matryoshka SAE (arXiv 2503.17547) takes the mean of the error over nested
-prefixes of its latents, the last of which is the whole. A Gated one has beside
-it the error of its gate decoded by frozen decoders, and L1 on the gate.
+prefixes of its latents, the last of which is all of them. A Gated SAE adds the
+error of its gate, decoded with frozen decoders, and an L1 penalty on the gate.
 
-`value_and_grad` takes the sparse way (`sparse`) where all candidates of the
-batch fit, else the dense one, which defines it; both give the same result.
+`value_and_grad` takes a sparse step (`sparse`) where all candidates of the batch
+fit, and otherwise the dense step, which defines it. Both give the same result.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ TARGETS = ('target_l0', 'quadratic_l0', 'k', 'adaptive_l1')
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """The terms of a loss, the same for all members of a stack.
+  """The terms of the loss; the same for all members of a stack.
 
   Attributes:
     penalty: the form of the sparsity term, see above.
@@ -74,8 +74,8 @@ class Objective:
     frequency, frequency_limit: coefficient and limit of the frequency term.
     pre_act: coefficient.
     auxk, auxk_latents: coefficient; how many dead latents, 0 for d_out / 2.
-    active_set: also train the reconstruction after one step on the latents
-      that fire.
+    active_set: also train the reconstruction after one step on the active
+      latents.
     prefixes: ends of the Matryoshka prefixes, of each layer's latents; the
       last is all of them.
   """
@@ -95,21 +95,23 @@ class Objective:
 
   @property
   def needs_all(self) -> bool:
-    """Whether latents that are far from firing have a gradient."""
+    """Whether latents far below their threshold have a gradient."""
     return bool(self.pre_act)
 
 
 class Terms(NamedTuple):
-  """What a step reports of one member; scalars but for `fired_F`."""
+  """Results of a step of one member; scalars except `fired_F`."""
 
   loss: jax.Array
   squared_error: jax.Array  # mean over rows of |y - y_hat|^2
   fvu: jax.Array  # of this batch, around the batch's mean vector
   l0: jax.Array
-  fired_F: jax.Array  # rows of this batch that each latent fired on
+  fired_F: (
+    jax.Array
+  )  # number of rows of this batch on which each latent was active
   rows: jax.Array  # int32, of this batch
   theta: jax.Array  # the smallest latent that BatchTopK kept
-  sparse: jax.Array  # 1 where the sparse way was taken
+  sparse: jax.Array  # 1 for a sparse step, else 0
   more: dict[str, jax.Array]  # scalars that `fidelity` reports
 
 
@@ -172,7 +174,7 @@ def loss(
   x_BD, y_BD = batch.x_BD, batch.y_BD
   projected, candidates = encoded or Encoded(bound.project(x_BD))
   latents = bound.activate(projected, batch.value, candidates)
-  # Latents' own values beside them, and back: [F] -> [B, F] -> [F].
+  # Per-latent values for each row, and sums over rows: [F] -> [B, F] -> [F].
   if candidates is None:
     at, over_rows = lambda v: v, lambda a: jnp.sum(a, 0)
   else:
@@ -242,7 +244,7 @@ def value_and_grad(
   bound = module.bind({'params': params})
   fused = bound.encode_candidates(batch.x_BD, room.limit, room.mesh)
   if fused is None:
-    # The encoder's product serves both ways.
+    # Both branches share the encoder's matmul.
     projected_BF, transpose = jax.vjp(
       lambda params: module.apply(
         {'params': params}, batch.x_BD, method='project'
@@ -284,7 +286,7 @@ def _mean_square(x_BD) -> jax.Array:
 
 
 def _parts(objective: Objective, module: sae.Autoencoder):
-  """Start and end of what each Matryoshka prefix adds to the one before."""
+  """Start and end of the latents that each Matryoshka prefix adds."""
   ends = objective.prefixes or (module.latent_shape[-1],)
   return list(zip((0, *ends), ends, strict=False))
 
@@ -319,12 +321,14 @@ def _penalty(objective, latents, p_F, norms, batch) -> jax.Array:
 
 
 def _active_set_step(bound, latents, error_BD, candidates) -> jax.Array:
-  """What one step of exact line search adds to the latents that fire."""
+  """Change of the active latents in one step with exact line search."""
   f_BF = latents.f_BF
   fires_BF = jax.lax.stop_gradient(latents.active_BF) > 0
   slope_BF = jnp.where(fires_BF, bound.read(error_BD, candidates), 0)
   along_BD = bound.write(slope_BF, candidates=candidates)
-  over = tuple(range(1, f_BF.ndim))  # layers too: D and F have as many axes
+  over = tuple(
+    range(1, f_BF.ndim)
+  )  # includes layers: D and F have the same number of axes
   length_B = jnp.sum(jnp.square(slope_BF), over, keepdims=True)
   length_B /= jnp.maximum(
     jnp.sum(jnp.square(along_BD), over, keepdims=True), _TINY
@@ -333,7 +337,7 @@ def _active_set_step(bound, latents, error_BD, candidates) -> jax.Array:
 
 
 def _gate_error(module, params, gate_BF, x_BD, y_BD, candidates) -> jax.Array:
-  """Error of a Gated SAE's gate through frozen decoders: it trains the gate."""
+  """Error of a Gated SAE's gate, decoded with a frozen decoder."""
   decoder = ('W_dec', 'b_dec', 'W_skip')
   frozen = {
     name: jax.lax.stop_gradient(p) if name in decoder else p
@@ -345,7 +349,7 @@ def _gate_error(module, params, gate_BF, x_BD, y_BD, candidates) -> jax.Array:
 
 
 def _auxk(objective, bound, latents, error_BD, dead_F) -> jax.Array:
-  """Share of the error's variance that the largest dead latents leave."""
+  """Fraction of the error's variance that the dead latents do not explain."""
   error_BD = jax.lax.stop_gradient(error_BD)
   wanted = objective.auxk_latents or bound.d_out // 2
   count = jnp.minimum(jnp.sum(dead_F), wanted)

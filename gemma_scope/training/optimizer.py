@@ -1,4 +1,4 @@
-"""How members are trained: Adam with beta1 = 0, and the schedules of a run.
+"""Adam with beta1 = 0, and the schedules of a run.
 
 Source: arXiv 2408.05147 section 3.2.
 """
@@ -14,23 +14,23 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """How members are trained; the same for a whole run.
+  """Hyperparameters of training; the same for all members of a run.
 
   Attributes:
     b2, eps: Adam's (b1 is 0).
-    clip: bound on the norm of a member's gradient; 0 for none.
+    clip: maximum norm of a member's gradient; 0 for no clipping.
     warm_up: steps of the cosine warm-up, from 0.1 to 1 of the learning rate.
-    decay: last steps over which the learning rate falls linearly to 0.
-    sparsity_warm_up: steps over which the coefficients rise linearly from 0.
+    decay: number of final steps with linear decay of the learning rate to 0.
+    sparsity_warm_up: steps of linear warm-up of the sparsity coefficients.
     threshold_rate: factor on the learning rate of thresholds.
     steps: length of the run.
-    dead_after: tokens without firing after which a latent counts as dead.
-    initial_l0, l0_steps: a target L0 starts at `initial_l0` and falls linearly
-      to the member's over `l0_steps` (0: it is the member's from the start).
-    theta_decay: of the running mean of BatchTopK's threshold.
-    adaptive_rate: how fast adaptive_l1's coefficient moves, a step.
+    dead_after: a latent is dead after so many tokens without activation.
+    sparsity_warm_up: steps of linear warm-up of the coefficients.
+      to the member's over `l0_steps`; 0 for a constant target.
+    theta_decay: decay of the running mean of BatchTopK's threshold.
+    adaptive_rate: rate of change of adaptive_l1's coefficient, per step.
     resample_every: steps between resamplings of dead latents; 0: never.
-    active_limit: see `objectives.value_and_grad`.
+    active_limit: see `objectives.Room`.
   """
 
   b2: float
@@ -61,14 +61,14 @@ class Optimizer:
     return jnp.clip(step / max(self.sparsity_warm_up, 1), 0, 1)
 
   def l0_target(self, value: jax.Array, step: jax.Array) -> jax.Array:
-    """The target L0 at `step` of a member whose own is `value`."""
+    """The target L0 at `step` of a member with target `value`."""
     if not self.l0_steps:
       return value
     left = jnp.clip(1 - step / self.l0_steps, 0, 1)
     return value + left * jnp.maximum(self.initial_l0 - value, 0)
 
   def transform(self) -> optax.GradientTransformation:
-    """Gradient -> direction, for one member."""
+    """The optax transformation of one member's gradient."""
     clip = (
       optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
     )

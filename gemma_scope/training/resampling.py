@@ -1,18 +1,18 @@
-"""Dead latents begun anew from the inputs that an SAE explains worst.
+"""Resampling: dead latents are reinitialised from badly reconstructed rows.
 
 Bricken et al. (2023), "Towards Monosemanticity", appendix on training: every N
-steps each dead latent gets
+steps, each dead latent gets
 
-  row      drawn from the batch with probability ~ its squared error, squared
+  row      drawn from the batch, with probability ~ (squared error)^2
   W_dec    the row's target (y - b_dec), norm 1
-  W_enc    the row's input (x - b_dec in an SAE), with 0.2 of the mean encoder
-           norm of the living
-  theta    the quantile of the batch at which the latent fires as often as the
-           mean living one: with the threshold of training's start, hundreds of
-           new latents would fire on half of all rows at once
-  others   as at the start of training; Adam's moments those of the mean living
-           latent: were they 0, with the bias correction long over, the first
-           steps would be 1 / sqrt(1 - b2) times too long
+  W_enc    the row's input (x - b_dec in an SAE), with norm 0.2 times the mean
+           encoder norm of living latents
+  theta    the quantile of the batch at which the latent is active as often as
+           the average living latent; with the initial threshold, hundreds of
+           new latents would be active on half of all rows
+  others   as at initialisation; Adam's moments are the means over living
+           latents, since zeros, with the bias correction long over, would make
+           the first steps 1 / sqrt(1 - b2) times too large
 
 Rows are drawn from the step's own batch, so that it stays a pure function of
 (state, batch, step).
@@ -71,7 +71,7 @@ def resample(
   anew = module.with_threshold(anew, theta_F)
 
   def of_latents(name, ndim):
-    """`dead_F` shaped like the parameter; None where it has no latents."""
+    """`dead_F` broadcast to the parameter; None if it has no latent axis."""
     if name == 'W_enc':
       return dead_F[..., None]
     if name == 'W_dec':
@@ -96,7 +96,7 @@ def resample(
 
 
 def _drawn(module, b_dec, x_BD, y_BD, rows_F):
-  """What each latent reads and writes of its row, without the biases.
+  """Input and output directions of each latent, from its row.
 
   Returns:
     [F, D] and [F, D_out]; with several layers [L, F, D] and [L, L, F, D_out].
@@ -113,9 +113,9 @@ def _drawn(module, b_dec, x_BD, y_BD, rows_F):
 
 
 def _exceeded_by(module, params, x_BD, rows: jax.Array) -> jax.Array:
-  """theta [F] that each latent's x W_enc^T exceeds on so many of the rows.
+  """Thresholds [F] that x W_enc^T exceeds on the given number of rows.
 
-  0 where fewer are positive.
+  0 where fewer rows are positive.
   """
   projected_BF = module.apply({'params': params}, x_BD, method='project')
   next_F = jnp.minimum(jnp.round(rows) + 1, len(x_BD))

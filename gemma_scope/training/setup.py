@@ -1,7 +1,7 @@
-"""A config -> the objects of its run: text, rows, stacks; and back to members.
+"""From a config to the objects of its run: text, rows and stacks.
 
 Everything here is a pure function of the config and of what lies on disk;
-`train` holds the loop that uses it.
+`loop` uses them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def special(
 
 
 def dimensions(config: ConfigDict) -> sites.Dimensions:
-  """The language model's; those of a synthetic store are in its manifest."""
+  """Dimensions of the language model, or those in a synthetic store."""
   if config.lm.name != synthetic.MODEL:
     return weights.read_config(config.lm.name, config.lm.checkpoint)
   if not config.activations.store:
@@ -55,7 +55,7 @@ def dimensions(config: ConfigDict) -> sites.Dimensions:
 
 
 def layout(config: ConfigDict, share: float = 1.0) -> harvest.Layout:
-  """The arithmetic of a run's chunks; `share` of its rows count."""
+  """Sizes of a run's chunks; `share` is the fraction of rows to keep."""
   a = config.activations
   return harvest.Layout.of(
       chunk_rows=a.chunk_rows, seq_len=config.text.seq_len,
@@ -65,7 +65,7 @@ def layout(config: ConfigDict, share: float = 1.0) -> harvest.Layout:
 
 
 def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
-  """Where rows come from, and the facts that a resumed run must agree on."""
+  """The source of rows, and the facts that must be the same on resuming."""
   a = config.activations
   at = specs.site_list(config)
   if a.store:
@@ -102,7 +102,7 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
 
 
 def _open_store(config, at, report):
-  """The config's activation store, if it is what the config describes."""
+  """Opens the activation store and compares it with the config."""
   store = config.activations.store
   source = store_lib.StoreSource(store, at, config.train.batch)
   found = {'lm.name': source.facts['model'], 'chunks': source.layout}
@@ -124,7 +124,7 @@ def _open_store(config, at, report):
 
 @jax.jit
 def _checksum(params: lm.Params) -> jax.Array:
-  """Tells one set of parameters from another: the sum of their bits, uint32.
+  """Checksum of parameters: the sum of their bits, uint32.
 
   Integers add up to the same in any order, hence on any mesh.
   """
@@ -139,7 +139,7 @@ def _checksum(params: lm.Params) -> jax.Array:
 def make_stacks(
   config: ConfigDict, model: sites.Dimensions
 ) -> tuple[tuple[stack.Stack, ...], tuple[tuple[specs.SaeSpec, ...], ...]]:
-  """The collection's members, grouped by shape into stacks."""
+  """The collection's SAEs, grouped by shape into stacks."""
   t = config.train
   optimizer = optimizer_lib.Optimizer(
     **_fields_of(optimizer_lib.Optimizer, config.train)
@@ -181,7 +181,7 @@ def _index(sites_of_stack, wanted, layers: int):
 
 
 def _fields_of(cls: type, section: ConfigDict) -> dict[str, Any]:
-  """What the section has of the dataclass's fields."""
+  """The fields of the dataclass that the config section has."""
   names = {field.name for field in dataclasses.fields(cls)}
   return {name: value for name, value in section.items() if name in names}
 
@@ -189,7 +189,7 @@ def _fields_of(cls: type, section: ConfigDict) -> dict[str, Any]:
 def make_module(
   config: ConfigDict, member: specs.SaeSpec, d_in: int, d_out: int
 ) -> sae.Autoencoder:
-  """The member's architecture at its shape."""
+  """The module of a member's architecture and shape."""
   architecture = architectures.ARCHITECTURES[member.base]
   reconstructs_input = member.sites == member.targets
   options = _fields_of(architecture, config.sae)
@@ -208,7 +208,7 @@ def make_module(
 def make_objective(
   config: ConfigDict, member: specs.SaeSpec
 ) -> objectives.Objective:
-  """The terms that a member's stack is trained by."""
+  """The objective of a member's stack."""
   penalty = member.penalty
   if penalty == 'target_l0':
     penalty = architectures.ARCHITECTURES[member.base].meets_l0
@@ -244,7 +244,7 @@ def slow_thresholds(config: ConfigDict) -> str | None:
 
 
 def abstract_states(stacks: tuple[stack.Stack, ...], mesh: Mesh):
-  """Shapes, dtypes and shardings of the states: what a checkpoint must hold."""
+  """Shapes, dtypes and shardings of the states, to restore a checkpoint."""
   return jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=place

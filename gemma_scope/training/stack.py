@@ -1,18 +1,18 @@
-"""Many SAEs of one shape, trained together by one program.
+"""Many SAEs of one shape, trained together in one program.
 
 A stack holds the members that share architecture and shape. Parameters, moments
-and counters carry a leading axis S; what differs between members (the sites
-they read and write, their sparsity, their learning rate) is data. A step takes
-the members in turn, one on each place of the mesh's axis 'sae', in place: only
-one member's activations are in memory, and each chooses its own way through
-`objectives.value_and_grad`. There is no maths of SAEs in this file.
+and counters have a leading axis S. What differs between members (the sites they
+read and write, sparsity, learning rate) is data. A step takes the members one
+after another, in parallel over the mesh's axis 'sae': only one member's
+activations are in memory at a time, and each takes a sparse or a dense step
+(`objectives.value_and_grad`).
 
 One step of one member, in this order, which matters:
   gradient of the loss
-  -> decoder gradient loses its part parallel to each row   (before Adam)
-  -> Adam with beta1 = 0: the second moment alone is kept
-  -> update -> decoder rows back to norm 1 (unless they are free)
-  -> counters -> dead latents are resampled, if asked for
+  -> remove the part of W_dec's gradient parallel to each row   (before Adam)
+  -> Adam with beta1 = 0, which keeps only the second moment
+  -> update -> renormalise decoder rows (unless they are free)
+  -> counters -> resample dead latents, if enabled
 Source: arXiv 2408.05147 section 3.2.
 """
 
@@ -33,9 +33,9 @@ from gemma_scope import mesh as mesh_lib
 from gemma_scope import sae, sites, specs
 from gemma_scope.training import objectives, optimizer, resampling
 
-# Array -> mesh axes of its last dimensions, by the last part of its path;
-# moments of the optimiser carry their parameter's name. The first dimension is
-# the members', those between (layers) are not split.
+# Array -> mesh axes of its last dimensions, by the last part of its path; the
+# optimiser's moments have the names of their parameters. The first dimension is
+# S, and those in between (layers) are not sharded.
 SHARDING = {
   'W_enc': ('latent', None),
   'W_dec': ('latent', None),
@@ -52,7 +52,7 @@ SHARDING = {
 _SOFT_COSINE = 0.8  # of soft_frozen_decoder (arXiv 2602.14111)
 
 
-# What a step reports of each member (and what `fidelity` adds).
+# Metrics of each member; end-to-end fine-tuning adds its own.
 METRICS = (
     'loss', 'squared_error', 'fvu', 'l0', 'dead', 'dense', 'sparse_steps',
     'steps_skipped',
@@ -60,24 +60,28 @@ METRICS = (
 
 
 class State(flax.struct.PyTreeNode):
-  """All that training changes; every leaf starts with the axis S."""
+  """The training state; every leaf has the leading axis S."""
 
   params: dict[str, jax.Array]
   moments: Any  # optax state
-  silent_tokens: jax.Array  # [S, F] int32: tokens since a latent last fired
-  fired_share: jax.Array  # [S, F] running mean of the share of rows it fires on
+  silent_tokens: (
+    jax.Array
+  )  # [S, F] int32: tokens since a latent was last active
+  fired_share: (
+    jax.Array
+  )  # [S, F] running mean of the fraction of rows it is active on
   theta: jax.Array  # [S] running mean of the batch's threshold (BatchTopK)
   coefficient: jax.Array  # [S] of adaptive_l1
   skipped: jax.Array  # [S] int32: steps in a row without a finite gradient
 
 
 class Setting(NamedTuple):
-  """What differs between members, each field an array with the axis S."""
+  """Settings that differ between members; arrays with the axis S."""
 
   value: jax.Array  # [S] sparsity, see `objectives`
   learning_rate: jax.Array  # [S]
   reads: jax.Array  # [S] index into the stack's sites; [S, L] for L layers
-  writes: jax.Array  # the same into its targets
+  writes: jax.Array  # index into the stack's targets
   null: jax.Array | None = None  # [S] 0, or 1 + the index in `specs.NULLS`
 
 
@@ -96,8 +100,8 @@ class Stack:
   Attributes:
     module: the architecture at this shape.
     objective: the terms of its loss.
-    sites: sites that some member reads, in the order of `step`'s x_NBD.
-    targets: sites that some member reconstructs, in the order of y_MBD.
+    sites: all sites that members read, in the order of `step`'s x_NBD.
+    targets: all sites that members reconstruct, in the order of y_MBD.
     setting: per-member data.
     seeds: per-member seed of the initial parameters.
     optimizer: how it is trained.
@@ -112,7 +116,7 @@ class Stack:
   optimizer: optimizer.Optimizer
 
   def init(self, key: jax.Array) -> State:
-    """Initial state; a member's depends on (key, its seed, its shape) alone."""
+    """Initial state; a member's depends only on key, seed and shape."""
     module = self.module
 
     def init_member(seed):
@@ -160,11 +164,11 @@ class Stack:
     """One step of all members.
 
     Args:
-      state: the members'.
+      state: of all members.
       x_NBD: rows of each of `self.sites`, scaled so that E|x|^2 = 1, float32.
       y_MBD: rows of each of `self.targets`, the same.
       step: int32, counted from 0.
-      key: of the run; what is random depends on it and on `step`.
+      key: of the run, folded with `step` for random numbers.
       mesh: the devices; None for one.
 
     Returns:
@@ -173,7 +177,7 @@ class Stack:
     places = mesh.shape['sae'] if mesh else 1
 
     def of_place(state, setting, seeds):
-      """The members of one place on 'sae', in turn."""
+      """Steps the members of one device of the axis 'sae', one by one."""
 
       def step_one(i, carry):
         state, metrics = carry
@@ -199,7 +203,7 @@ class Stack:
     members = state, self.setting, jnp.asarray(self.seeds, jnp.uint32)
     room = objectives.Room(self.optimizer.active_limit, mesh)
     if places > 1:
-      # One branch for all that run side by side.
+      # Members that run in parallel must take the same branch.
       room = room._replace(
         agree=lambda fits: jax.lax.pmin(fits.astype(jnp.int32), 'place') > 0
       )
@@ -235,7 +239,7 @@ class Stack:
       dead_F=state.silent_tokens > o.dead_after,
     )
     (_, terms), gradient = gradient_of(state.params, batch)
-    # A gradient that is not finite changes nothing but the moments' decay.
+    # A gradient that is not finite changes only the decay of the moments.
     finite = jnp.isfinite(optax.tree.norm(gradient))
     params, moments = self._updated(member, gradient, finite, step, key)
     state = self._counted(member, terms, value, finite, step)
@@ -267,7 +271,7 @@ class Stack:
     return params, moments
 
   def _held(self, member: Member, params, key):
-    """A null's parameters: the part that it does not train is as it was."""
+    """Restores the part of a null that is not trained."""
     null, before = member.setting.null, member.state.params
     frozen_decoder, soft, frozen_encoder = (
       null == 1 + specs.NULLS.index(name)
@@ -285,7 +289,7 @@ class Stack:
     return {**params, 'W_dec': W_dec, 'W_enc': W_enc}
 
   def _counted(self, member: Member, terms, value, finite, step) -> State:
-    """The state with its counters, thresholds and coefficient moved on."""
+    """Updates counters, running threshold and L1 coefficient."""
     o, state = self.optimizer, member.state
     with jax.named_scope('counters'):
       rows = terms.rows
@@ -328,7 +332,7 @@ class Stack:
     }
 
   def _resampled(self, state, batch, step, key) -> State:
-    """The state with its dead latents reinitialised, every so many steps."""
+    """Resamples dead latents every `resample_every` steps."""
 
     def resample(state):
       dead_F = state.silent_tokens > self.optimizer.dead_after

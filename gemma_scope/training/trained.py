@@ -1,4 +1,7 @@
-"""Parameters and cards of the SAEs of a run, from a checkpoint."""
+"""Results of a run: its state, and its SAEs as released parameters and cards.
+
+What stands in a checkpoint beside the state is written and read here.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,14 @@ from gemma_scope.training import setup, stack
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """Where a run stands: `done` at its last step, else stopped on request."""
+  """State of a run: `done` at its end, or stopped on request before it."""
 
   done: bool
   step: int
   normalisation: dict[sites.Site, fold.Normalisation]
   stacks: tuple[stack.Stack, ...]
   states: tuple[stack.State, ...]
-  facts: dict[str, Any]  # on the text and the model
+  facts: dict[str, Any]  # about text and model
 
   def saes(self, config: ConfigDict) -> list[release.Released]:
     """The trained SAEs, see `saes` below."""
@@ -45,7 +48,7 @@ class Result:
 
 
 def describe_normalisation(normalisation) -> dict[str, Any]:
-  """What a checkpoint keeps of it; what is not used is not mentioned."""
+  """Normalisation as JSON, for a checkpoint; unused parts are left out."""
   meta = {'scales': {}, 'centres': {}, 'norm_bounds': {}}
   for site, n in normalisation.items():
     meta['scales'][str(site)] = n.scale
@@ -72,7 +75,7 @@ def read_normalisation(
 
 
 def load(config: ConfigDict, workdir: str | pathlib.Path) -> Result:
-  """The newest checkpoint of a run, without its language model or text.
+  """Loads the newest checkpoint of a run, without language model and text.
 
   Raises:
     CheckpointError: there is none.

@@ -38,8 +38,8 @@ A Matryoshka SAE (arXiv 2503.17547) takes the mean of the error over nested
 prefixes of its latents, the last of which is all of them. A Gated SAE adds the
 error of its gate, decoded with frozen decoders, and an L1 penalty on the gate.
 
-`value_and_grad` takes a sparse step (`sparse`) where all candidates of the batch
-fit, and otherwise the dense step, which defines it. Both give the same result.
+`value_and_grad` takes a sparse step (`sparse`) where all candidates of a batch
+fit, and else the dense step, which defines it. Both give the same result.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ class Optimizer:
     threshold_rate: factor on the learning rate of thresholds.
     steps: length of the run.
     dead_after: a latent is dead after so many tokens without activation.
-    sparsity_warm_up: steps of linear warm-up of the coefficients.
-      to the member's over `l0_steps`; 0 for a constant target.
+    initial_l0, l0_steps: the target L0 starts at `initial_l0` and falls
+      linearly to the member's over `l0_steps`; 0 for a constant target.
     theta_decay: decay of the running mean of BatchTopK's threshold.
     adaptive_rate: rate of change of adaptive_l1's coefficient, per step.
     resample_every: steps between resamplings of dead latents; 0: never.

@@ -1,8 +1,17 @@
 """Every test runs on the CPU, as 8 devices, with no network."""
 
 import os
+import pathlib
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# Programs that took longer than this to compile are kept, for the other
+# processes of this run and for the next run. In the repository and not in a
+# folder that others may write to: what is in it is executed.
+os.environ.setdefault(
+  'JAX_COMPILATION_CACHE_DIR',
+  str(pathlib.Path(__file__).parents[1] / '.jax_cache'),
+)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 # Most of the suite's time is compilation: ask for less of it.
 os.environ['XLA_FLAGS'] = ' '.join(
   [

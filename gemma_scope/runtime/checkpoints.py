@@ -2,23 +2,23 @@
 
 One save, of any pytree of arrays:
 
-  leaves by name, 'params.W_enc'
-    -> free space checked
+  leaves by name, such as 'params.W_enc'
+    -> the free space is checked
     -> CRC32 of every leaf's bytes, in threads     (before the copy returns)
-    -> orbax copies device to host                  (`save` returns)
-    -> orbax writes <step>.orbax-checkpoint-tmp     (background)
+    -> Orbax copies from device to host             (`save` returns)
+    -> Orbax writes <step>.orbax-checkpoint-tmp     (in the background)
          state/  a flat dict {name: array}
          meta/   JSON: shapes, dtypes, CRCs, the caller's dict, its own CRC
     -> renamed to <step>                            (the commit)
-  then the oldest steps beyond `keep` are renamed to <step>.todelete and
+  Then the oldest steps beyond `keep` are renamed to <step>.todelete and
   deleted.
 
-Orbax alone restores a flipped bit silently (its zstd frames carry no
-checksum) and casts a wrong dtype silently; the checks here close both. Steps
-are always listed from the disk: a list in memory keeps a step whose
-background commit failed.
+Orbax alone restores a flipped bit without an error (its data have no checksum)
+and casts a wrong dtype without an error; the checks here refuse both. Steps are
+always listed from the disk, because a list in memory keeps a step whose commit
+failed in the background.
 
-A checkpoint is for us; what others read is a release.
+A checkpoint is read by this project only; a release is for others.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def _sentence(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quietly():
-  """Drops in silence the coroutines of a failed orbax restore.
+  """Keeps the coroutines of a failed Orbax restore from printing.
 
-  Each holds an error of a page, which Python prints when it is deleted.
+  Each holds an error of a page, which Python would print when it is deleted.
   """
   hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
   try:
@@ -290,12 +290,7 @@ class Checkpoints:
     )
     return Restored(step, state, meta)
 
-  def newest_meta(self) -> dict[str, Any] | None:
-    """The dict saved with the newest step, to be compared before a restore."""
-    found = self._newest(lambda step: self._body(step)['meta'], rename=False)
-    return found and found[1]
-
-  def _newest(self, load: Callable[[int], Any], rename: bool = True):
+  def _newest(self, load: Callable[[int], Any]):
     """(step, load(step)) of the newest step that is not damaged."""
     self.wait()
     damaged = []
@@ -308,7 +303,7 @@ class Checkpoints:
       # One process's damage is everyone's: all must take the same step.
       problem = next(filter(None, checksums.from_all(problem)), None)
       if problem is None:
-        for bad in damaged if rename else ():
+        for bad in damaged:
           self._set_aside(bad)
         return step, value
       value = None  # before the next step needs the memory

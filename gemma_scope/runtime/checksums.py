@@ -2,11 +2,11 @@
 
   tree -> {'params.W_enc': array, ...} -> {'params.W_enc': {region: [crc32]}}
 
-A region is the block of the whole array that one process holds, '0:4,8:16';
-its bytes in C order are cut in blocks, each with a CRC32, so that threads
-share the work on one large array (2 GB/s and core; zlib frees the GIL). An
+A region is the block of the whole array that one process holds, '0:4,8:16'.
+Its bytes in C order are cut into blocks, each with a CRC32, so that threads
+share the work on a large array (2 GB/s per core; zlib releases the GIL). An
 array that one process holds whole is one region, whatever its sharding, so
-that it can be checked under any other.
+that it can be checked under any other sharding.
 """
 
 from __future__ import annotations

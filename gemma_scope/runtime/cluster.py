@@ -188,7 +188,7 @@ def _join(arguments: dict[str, Any], limit_s: float) -> None:
       'that address.'
     )
 
-  # Of its own: jax would end the process with a stack of C++.
+  # A timer of our own: JAX's ends the process with a stack of C++.
   timer = threading.Timer(wait_s, give_up)
   timer.daemon = True
   timer.start()
@@ -252,8 +252,9 @@ class _Watch:
       for i in range(state.num_processes)
       if i != state.process_id
     }
-    # When the coordinator is gone jax aborts this process at once; these six
-    # seconds (the signal's number, as sleep reads it) are for `_judge`'s words.
+    # JAX aborts this process as soon as the coordinator is gone. The handler
+    # sleeps for six seconds (the signal's number is its argument), in which
+    # `_judge` names the coordinator.
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
     libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
@@ -261,7 +262,7 @@ class _Watch:
       threading.Thread(target=target, daemon=True).start()
 
   def stop(self) -> None:
-    """Before the cluster is left: a missing beat now means nothing."""
+    """Call before leaving: from now on a missing counter means nothing."""
     self._stopped.set()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       self._beat(state='done')
@@ -289,7 +290,7 @@ class _Watch:
     }  # fmt: skip
     with self._writing:
       if state == 'alive' and self._stopped.is_set():
-        return  # it would hide a last word
+        return  # it would overwrite why this process failed
       self._client.key_value_set(
         f'{_PREFIX}{self._index}', json.dumps(value), allow_overwrite=True
       )

@@ -17,22 +17,22 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-  """The one owner of SIGTERM and SIGINT; a flag that every phase polls.
+  """Turns SIGTERM and Ctrl-C into a flag that every phase polls.
 
     with Interrupt() as interrupt:
-      for batch in harvest: interrupt.check()     # or: if interrupt.requested
+      for batch in harvest: interrupt.check()
       for step in ...:
         if interrupt.at_step(step): save; break
 
-  One process: handlers in the main thread set the flag; a second Ctrl-C
-  raises KeyboardInterrupt at once. Python runs a handler between bytecodes,
-  so inside one long compilation the flag is set when that call returns.
+  In a lone process, handlers in the main thread set the flag; a second Ctrl-C
+  raises KeyboardInterrupt at once. Python runs a handler between two bytecodes:
+  during a long compilation the flag is set when that call returns.
 
-  In a cluster (joined before entering): of two handlers of SIGTERM the one
-  installed last wins silently, and jax's preemption service must be the one,
-  for it makes all processes stop at the same place. SIGTERM is then left to
-  jax, Ctrl-C is turned into SIGTERM, and the flag appears at the call on which
-  all agree: every process must make the same calls of `check` and `at_step`.
+  In a cluster (joined before this is entered), SIGTERM belongs to JAX's
+  preemption service, which lets all processes stop at the same step; of two
+  handlers the one installed last would win without a word. Ctrl-C is turned
+  into SIGTERM, and the flag appears at the call on which all processes agree:
+  each must make the same calls of `check` and `at_step`.
   """
 
   def __init__(self):

@@ -26,9 +26,9 @@ class LeaseError(RuntimeError):
 
 
 def _process_start(pid: int) -> str | None:
-  """When a process started, as its kernel spells it; None when it is dead.
+  """When a process started, as its kernel writes it; None when it is dead.
 
-  A pid alone is not a name: the kernel gives it out again. A zombie (killed,
+  A pid alone identifies no process, for the kernel reuses it. A zombie (killed,
   not yet reaped by its parent) counts as dead.
   """
   try:
@@ -51,7 +51,7 @@ def _process_start(pid: int) -> str | None:
 
 
 def _boot() -> str:
-  """Names this boot of this kernel; two machines may share a host name."""
+  """Identifies this boot of this machine; host names may be shared."""
   try:
     return pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
   except OSError:
@@ -59,18 +59,18 @@ def _boot() -> str:
 
 
 class Lease:
-  """Exclusive ownership of a folder while the `with` block lasts.
+  """Exclusive ownership of a folder while a `with` block lasts.
 
-  `run.lease` says who holds it; `run.lock` is held (flock) only for the
-  moments in which the lease is read and written, so that of two takers of one
-  stale lease the second sees the first's. A holder is dead when it is on this
-  boot of this host and its process is gone (or its pid belongs to a younger
-  process), or is elsewhere and its heartbeat is older than `stale_s`. Ages
-  are differences of two times stamped by the folder's own file system, so two
-  hosts' clocks need not agree. In a cluster the first process holds the lease
-  for all.
+  `run.lease` names the holder. `run.lock` is locked (flock) only while the
+  lease is read or written, so that of two processes that take over a stale
+  lease the second sees the first. A holder on this boot of this host is dead
+  when its process is gone, or its pid belongs to a younger process; a holder
+  elsewhere is dead when its heartbeat is older than `stale_s`. Ages compare two
+  times that the folder's own file system stamped: the clocks of two hosts need
+  not agree. In a cluster the first process holds the lease for all.
 
-  Raises LeaseError, one sentence, when another live run holds the folder.
+  Raises:
+    LeaseError: another live run holds the folder.
   """
 
   def __init__(self, folder, *, beat_s: float = 30.0, stale_s: float = 300.0):
@@ -141,7 +141,7 @@ class Lease:
 
   @contextlib.contextmanager
   def _mutex(self):
-    """Yields the file system's time while no other taker is in here."""
+    """Yields the file system's time, with no other process in the block."""
     handle = os.open(self._folder / 'run.lock', os.O_RDWR | os.O_CREAT, 0o666)
     try:
       try:

@@ -22,7 +22,8 @@ on this model (docs/gemma3_270m.md has the measurements):
                   the spread that is left
   max_norm        one row in a thousand is 6 to 13 medians long, above 4 none is
                   ordinary; together they carry half of the variance
-  BatchTopK       meets its L0 from the first step
+  BatchTopK       meets its L0 in every batch; L0 falls from 128 to its target
+                  over the first half, so that few latents die
   b2 = 0.99       the second moment forgets the first, large gradients
   closing         thresholds meet the target L0, then decoders are fitted by
                   least squares
@@ -77,6 +78,8 @@ def short() -> ConfigDict:
   train.b2 = 0.99
   train.dead_after = 50_000
   train.active_limit = 256
+  train.initial_l0 = 128.0  # many latents fire at first, and few die
+  train.l0_steps = 140
   train.meet_l0 = True
   train.refit_decoders = True
   config.checkpoint.every = 64

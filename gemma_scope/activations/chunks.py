@@ -1,21 +1,22 @@
 """Rows -> shuffled chunks -> batches; the next chunk is made while one is used.
 
-  harvest   the parts of a chunk (`activations`), in the order of the text
-  rows      those that do not count, are not finite or are outliers are left
-            out; the rest is permuted as a whole by (seed, c)
-  batches   step s -> chunk s // k, batch s % k of k = n (T - 1) // B
+  harvest   the parts of chunk c, in the order of the text
+  rows      special tokens, rows that are not finite and outliers are left out;
+            (seed, c) seeds one permutation of the rest, the same for all sites
+  batches   step s -> chunk s // k, batch s % k, with k = n (T - 1) // B
 
-So every batch is a pure function of (config, step): there is no iterator state
-to lose, and a resumed run recomputes its chunk. All shapes are fixed: where
-rows were left out, the permutation wraps around, and a few rows of the chunk
-appear twice (about one in a thousand: the EOS between documents).
+Every batch is therefore a pure function of (config, step): there is no iterator
+state to lose, and a resumed run recomputes its chunk. All shapes are fixed:
+where rows were left out the permutation wraps around, and as many rows appear
+twice (about one in a thousand, for the EOS between documents).
 
-A chunk keeps its rows as [k, B, D] per site, batches first, so that taking a
-batch moves nothing between devices that hold B. It stays on the devices, or,
-when it would not fit, in the memory of the hosts, each with its devices' part.
+A chunk holds its rows as [k, B, D] for each site. Batches come first, so that
+taking one moves nothing between devices that split B. A chunk stays on the
+devices, or, where it would not fit, in the memory of the hosts, each of which
+keeps the part of its own devices.
 
-Where there is memory for two, the next chunk is made while this one is trained
-on: its forward passes are dispatched between the steps, a few at a time. So the
+Where memory holds two chunks, the next one is made during training on this one:
+its forward passes are dispatched between the steps, a few at a time. The
 devices never wait for the host, a request to stop waits for one pass at most,
 and every process dispatches the same programs in the same order.
 """
@@ -40,23 +41,23 @@ from gemma_scope.sae import fold
 
 @dataclasses.dataclass(frozen=True)
 class OnHost:
-  """An array in host memory, of which each process has its devices' part."""
+  """An array in host memory; each process holds the part of its devices."""
 
   shape: tuple[int, ...]
   sharding: jax.sharding.NamedSharding
-  pieces: dict[tuple, np.ndarray]  # by its place in the array
+  pieces: dict[tuple, np.ndarray]  # by their place in the array
 
   @classmethod
   def of(cls, x: jax.Array) -> OnHost:
     pieces = {}
     for shard in x.addressable_shards:
-      at = _place_in(shard.index, x.shape)
-      if at not in pieces:  # copies on several devices are one here
-        pieces[at] = np.asarray(shard.data)
+      place = _place_in(shard.index, x.shape)
+      if place not in pieces:  # several devices may hold copies
+        pieces[place] = np.asarray(shard.data)
     return cls(x.shape, x.sharding, pieces)
 
   def up(self) -> jax.Array:
-    """On the devices again."""
+    """Copies it back to the devices."""
     return jax.make_array_from_callback(
       self.shape,
       self.sharding,
@@ -64,12 +65,12 @@ class OnHost:
     )
 
   def __getitem__(self, index: int) -> OnHost:
-    """One of those along the first axis, which is on every device whole."""
+    """An element of the first axis, which no device splits."""
     spec = self.sharding.spec[1:]
     return OnHost(
       self.shape[1:],
       mesh_lib.sharding(self.sharding.mesh, *spec),
-      {at[1:]: piece[index] for at, piece in self.pieces.items()},
+      {place[1:]: piece[index] for place, piece in self.pieces.items()},
     )
 
 
@@ -88,25 +89,25 @@ class Chunk:
 
 
 class Chunks:
-  """Chunks of one source, shuffled, in the memory they fit in.
+  """Shuffled chunks of one source, in the memory that they fit in.
 
   Args:
     source: `ModelSource` or `StoreSource`.
     seed: of the permutations.
-    mesh: rows of a batch lie on its 'data' axis.
-    memory: 'device', 'host', or 'auto': the devices when what is held at once
-      takes at most a quarter of their memory.
-    ahead: 'on', 'off', or 'auto': the next chunk is made while one is in use,
-      which holds two of them; 'auto' where devices other than the CPU have a
-      quarter of the memory for both.
+    mesh: its 'data' axis splits the rows of a batch.
+    memory: where chunks stay: 'device', 'host', or 'auto' for the devices if
+      the chunks held at once take at most a quarter of their memory.
+    ahead: whether to make the next chunk while one is in use, which holds two:
+      'on', 'off', or 'auto' for on if the devices are not CPUs and both chunks
+      take at most a quarter of the memory.
     max_norm: rows whose norm at some site is above so many medians of that
       site are left out; 0 keeps all.
 
   Attributes:
     norm_bounds: the largest norm that is kept, by site; measured on the first
       chunk that is made, unless it is set before (a resumed run does).
-    jobs: what `building` divides the making of a chunk into.
-    ahead: whether the next chunk is to be made while one is in use.
+    jobs: the number of jobs in which `building` makes a chunk.
+    ahead: whether the next chunk is made while one is in use.
   """
 
   def __init__(
@@ -158,7 +159,7 @@ class Chunks:
     return x_RD[index_R].reshape(self.layout.batches, self.layout.batch, -1)
 
   def _marks_of(self, part):
-    """Where rows are finite [R], and their norms by site [R] if asked for."""
+    """Which rows are finite [R]; with a rule also their norms [R], by site."""
     finite_R = jnp.all(
       jnp.stack(
         [jnp.all(jnp.isfinite(x), -1).reshape(-1) for x in part.values()]
@@ -180,10 +181,10 @@ class Chunks:
     return self._take(chunk.rows, index)
 
   def load(self, chunk: int, poll: harvest.Poll = harvest.never) -> Chunk:
-    """Chunk `chunk`, a pure function of (config, chunk).
+    """Makes a chunk, a pure function of the config and its number.
 
     Raises:
-      ValueError: it has no usable row.
+      ValueError: the chunk has no usable row.
     """
     *_, made = self.building(chunk, poll)
     return made
@@ -191,19 +192,19 @@ class Chunks:
   def building(
     self, chunk: int, poll: harvest.Poll = harvest.never
   ) -> Iterator[Chunk | None]:
-    """Makes a chunk in `jobs` jobs; None after each, the chunk after the last.
+    """Makes a chunk in `jobs` jobs: yields None after each, then the chunk.
 
     Raises:
-      ValueError: it has no usable row.
+      ValueError: the chunk has no usable row.
     """
     marks = []
     parts = self._marked(chunk, poll, marks)
     if not self._on_device:
       parts = harvest.one_late(parts, OnHost.of)
-    found = {site: [] for site in self.source.widths}
+    parts_of = {site: [] for site in self.source.widths}
     for part in parts:
       for site, x in part.items():
-        found[site].append(x)
+        parts_of[site].append(x)
       yield None
     counts_R = self.source.counts(chunk)
     finite_R, norms = self._read_marks(marks, counts_R.size)
@@ -222,21 +223,20 @@ class Chunks:
     )
     yield None
     rows = {}
-    for site in list(found):
-      yield_chunk = len(rows) + 1 == len(self.source.widths)
-      x = found.pop(site)  # freed one by one: a chunk may fill the memory
+    for site in list(parts_of):
+      x = parts_of.pop(site)  # freed one by one: a chunk may fill the memory
       if self._on_device:
         rows[site] = self._shuffle(x, index_R)
       else:
         rows[site] = OnHost.of(self._shuffle([p.up() for p in x], index_R))
       del x
-      if not yield_chunk:
+      if parts_of:
         yield None
     counted = (int(rows_R.sum()) for rows_R in left_out.values())
     yield Chunk(rows, *counted)
 
   def _marked(self, chunk, poll, marks) -> Iterator[harvest.Part]:
-    """The source's parts on the devices; adds their marks."""
+    """Puts the source's parts on the devices; appends to `marks`."""
     rows = mesh_lib.sharding(self._mesh, 'data', None)
     for part in self.source.passes(chunk, poll):
       part = {
@@ -247,14 +247,14 @@ class Chunks:
       yield part
 
   def _read_marks(self, marks, count: int):
-    """Where the rows of every site are finite [R], and norms by site [R]."""
+    """Which rows are finite at every site [R], and norms [R] by site."""
     finite_R = np.ones(count, bool)
     norms = {site: [] for site in self.source.widths}
     start = dict.fromkeys(self.source.widths, 0)
-    for at, (mark, norm) in marks:
+    for part_sites, (mark, norm) in marks:
       mark_r = np.asarray(mark)
-      finite_R[start[at[0]] :][: mark_r.size] &= mark_r
-      for site in at:
+      finite_R[start[part_sites[0]] :][: mark_r.size] &= mark_r
+      for site in part_sites:
         start[site] += mark_r.size
       for site, norm_r in norm.items():
         norms[site].append(np.asarray(norm_r))
@@ -263,7 +263,7 @@ class Chunks:
     return finite_R, {site: np.concatenate(n) for site, n in norms.items()}
 
   def _ordinary(self, norms, usable_R: np.ndarray) -> np.ndarray:
-    """Where no site's norm is above its bound, [R]; all without a rule."""
+    """Which rows are outliers at no site, [R]; measures the bounds first."""
     ordinary_R = np.ones(usable_R.size, bool)
     if norms and not self.norm_bounds and usable_R.any():
       self.norm_bounds = {
@@ -275,7 +275,7 @@ class Chunks:
     return ordinary_R
 
   def _order(self, chunk: int, usable_R, left_out) -> np.ndarray:
-    """The chunk's rows in their places among the source's, int32."""
+    """For each row of the chunk, its index among the source's rows, int32."""
     usable = np.flatnonzero(usable_R)
     if not usable.size:
       counted = ', '.join(
@@ -290,29 +290,29 @@ class Chunks:
 
 
 def _memory() -> tuple[float, float]:
-  """Bytes of a device and of a host, the same in every process.
+  """Bytes of memory of a device and of a host, the same in every process.
 
-  Infinity for a CPU's device, which is the host.
+  A CPU device has no memory of its own: infinity.
   """
   stats = jax.local_devices()[0].memory_stats() or {}
   host = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  found = np.asarray([stats.get('bytes_limit', np.inf), host])
-  if jax.process_count() > 1:  # all must go the same way
-    found = multihost_utils.process_allgather(found).min(0)
-  return tuple(map(float, found))
+  sizes = np.asarray([stats.get('bytes_limit', np.inf), host])
+  if jax.process_count() > 1:  # all processes must decide alike
+    sizes = multihost_utils.process_allgather(sizes).min(0)
+  return tuple(map(float, sizes))
 
 
 class Feed:
-  """The batch of a step, from the chunk that it belongs to.
+  """Gives the batch of each step.
 
   Args:
-    chunks: where they are made; `chunks.ahead` says when.
-    steps: of the run: no chunk is made past its end.
+    chunks: makes the chunks; `chunks.ahead` says when.
+    steps: of the run; no chunk is made past its end.
 
   Attributes:
     left_out: rows left out so far: 'special', 'not_finite' and 'outliers'; a
       resumed run sets it to what it was.
-    status: what `at` is doing, in words, where that takes long; '' otherwise.
+    status: what `at` is doing, in words, while it makes a chunk; else ''.
   """
 
   def __init__(self, chunks: Chunks, steps: int):
@@ -322,7 +322,7 @@ class Feed:
     self.status = ''
     self._index, self._chunk = -1, None
     self._building: Iterator[Chunk | None] | None = None  # the next one
-    self._jobs, self._next = 0, None  # left of it; what came of it
+    self._jobs, self._next = 0, None  # jobs left; the chunk when it is made
 
   def at(
     self, step: int, poll: harvest.Poll = harvest.never
@@ -337,7 +337,7 @@ class Feed:
       else:
         self._chunk = self._load(index, poll)
       self._index, self._building = index, None
-      if offset == 0:  # not again when a resumed run reloads its chunk
+      if offset == 0:  # a resumed run has counted the chunk that it reloads
         for reason in self.left_out:
           self.left_out[reason] += getattr(self._chunk, reason)
     batch = self._chunks.batch(self._chunk, offset)
@@ -352,7 +352,7 @@ class Feed:
     return first, first + min(count, batches)
 
   def _load(self, index: int, poll: harvest.Poll) -> Chunk:
-    """A chunk, made at once; `status` says how far it is."""
+    """Makes a chunk at once; `status` says how far it is."""
     building = self._chunks.building(index, poll)
     jobs = self._chunks.jobs
     try:
@@ -364,7 +364,7 @@ class Feed:
     return made
 
   def _build(self, chunk: int, steps: int, poll: harvest.Poll) -> None:
-    """Does a share of the jobs for `chunk`, all of them within `steps`."""
+    """Does some of the jobs for `chunk`, so that `steps` calls do them all."""
     if self._building is None:
       self._building = self._chunks.building(chunk, poll)
       self._jobs = self._chunks.jobs
@@ -384,7 +384,7 @@ class Feed:
   def normalisation(
     self, centre: str = 'none', scale: str = 'rms'
   ) -> dict[sites.Site, fold.Normalisation]:
-    """Of each site, measured on the present chunk; see `normalise`."""
+    """Measures each site on the present chunk; see `normalise`."""
     return measure(self._chunk, self.norm_bounds, centre, scale)
 
 
@@ -398,6 +398,7 @@ def measure(
   measured = {}
   for site, x_KBD in chunk.rows.items():
     x_KBD = x_KBD.up() if isinstance(x_KBD, OnHost) else x_KBD
-    found = normalise.measure(x_KBD, centre, scale)
-    measured[site] = found._replace(norm_bound=norm_bounds.get(site))
+    measured[site] = normalise.measure(x_KBD, centre, scale)._replace(
+      norm_bound=norm_bounds.get(site)
+    )
   return measured

@@ -1,13 +1,12 @@
 """Sequences -> rows of activations per site, in the order of the text.
 
   chunk c   the sequences [c n, (c + 1) n) of the shuffled text
-  passes    a forward pass over some of them reads all sites at once
-  counts    rows of BOS, EOS, padding and a chat's user do not
+  passes    each forward pass reads all sites of some of these sequences
+  counts    which rows count: not BOS, EOS, padding, or a chat's user turns
 
-`ModelSource` runs the language model; `activation_store.StoreSource` reads what
-was written from one. Both give the same rows, hence the same batches (`batches`
-makes them). What costs the host time, tokens and files, is read one chunk ahead
-in a thread (`Ahead`).
+`ModelSource` runs the language model; `store.StoreSource` reads rows from disk.
+Both give the same rows and therefore the same batches (`chunks`). Tokens and
+files cost the host time, so that a thread reads them one chunk ahead (`Ahead`).
 """
 
 from __future__ import annotations
@@ -31,15 +30,16 @@ from gemma_scope.language_model import gemma as lm
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The arithmetic of chunks, all static.
+  """The sizes of chunks and batches, fixed for a whole run.
 
   Attributes:
-    seq_len: tokens a sequence T, BOS included.
-    sequences: sequences a chunk n.
-    batch: rows a step B.
-    lm_batch: sequences a forward pass; divides `sequences`.
-    dtype: rows are kept in it, 'float32' or 'bfloat16'.
-    share: of the rows count, about; in chats only the model's replies do.
+    seq_len: T, tokens in a sequence, BOS included.
+    sequences: n, sequences in a chunk.
+    batch: B, rows in a training step.
+    lm_batch: sequences in a forward pass; divides `sequences`.
+    dtype: in which rows are kept, 'float32' or 'bfloat16'.
+    share: roughly which share of the rows counts; below 1 for chats, where
+      only the model's replies count.
   """
 
   seq_len: int
@@ -60,12 +60,12 @@ class Layout:
 
   @property
   def rows(self) -> int:
-    """Rows of a chunk before any is left out (BOS already is)."""
+    """Rows in a chunk without BOS, before any other is left out."""
     return self.sequences * (self.seq_len - 1)
 
   @property
   def batches(self) -> int:
-    """Batches, that is steps, a chunk."""
+    """Batches in a chunk; each is a training step."""
     return int(self.rows * self.share) // self.batch
 
 
@@ -74,16 +74,16 @@ Part = Mapping[sites.Site, Any]  # rows [..., D] of some sites
 
 
 def never() -> None:
-  """The poll of who does not ask to be interrupted."""
+  """A poll that never interrupts."""
 
 
 class Raw(Protocol):
-  """Where rows come from, in the order of the text.
+  """A source of rows, in the order of the text.
 
   Attributes:
-    layout: the arithmetic of chunks.
+    layout: the sizes of chunks and batches.
     widths: D of each site.
-    parts: how many a chunk comes in.
+    parts: the number of parts that `passes` yields for a chunk.
   """
 
   layout: Layout
@@ -91,33 +91,33 @@ class Raw(Protocol):
   parts: int
 
   def passes(self, chunk: int, poll: Poll = never) -> Iterator[Part]:
-    """The parts: of a site, one after the other, rows [R, D]."""
+    """The parts of a chunk; a site's parts together are its rows [R, D]."""
 
   def counts(self, chunk: int) -> np.ndarray:
-    """Where those rows count [R]."""
+    """Which of a chunk's rows count, bool [R]."""
 
 
 class Ahead:
-  """What `read(chunk, part)` gives, read one chunk ahead in a thread."""
+  """Calls `read(chunk, part)` one chunk ahead, in a thread."""
 
   def __init__(self, read: Callable[[int, int], Any], parts: int):
     self._read, self._parts = read, parts
-    self._found: dict[int, list[Future]] = {}
+    self._futures: dict[int, list[Future]] = {}  # by chunk
 
   def __call__(self, chunk: int, poll: Poll = never) -> Iterator[Any]:
     """Each part of `chunk`, with a poll before it."""
     self._start(chunk)
-    for future in self._found[chunk]:
+    for future in self._futures[chunk]:
       poll()
       yield future.result()
     self._start(chunk + 1)
     near = chunk, chunk + 1
-    self._found = {i: f for i, f in self._found.items() if i in near}
+    self._futures = {i: f for i, f in self._futures.items() if i in near}
 
   def _start(self, chunk: int) -> None:
-    if chunk in self._found:
+    if chunk in self._futures:
       return
-    self._found[chunk] = futures = [Future() for _ in range(self._parts)]
+    self._futures[chunk] = futures = [Future() for _ in range(self._parts)]
 
     def work():
       for part, future in enumerate(futures):
@@ -130,17 +130,16 @@ class Ahead:
 
 
 class ModelSource:
-  """Rows from a forward pass of the language model.
+  """Rows from forward passes of the language model.
 
   Args:
     gemma, params: the model.
     at: the sites to read, all in one pass.
-    sequences: `sequences(start, count)` -> int32 [count, T], any start; called
-      in a thread.
-    layout: the arithmetic.
-    mesh: sequences lie on its 'data' axis.
-    keep: tokens [N, T] -> bool [N, T], the rows that count: not those of
-      BOS, EOS, padding, nor of a chat's user.
+    sequences: `sequences(start, count)` -> int32 [count, T], for any start;
+      called in a thread.
+    layout: the sizes of chunks and batches.
+    mesh: its 'data' axis splits the sequences.
+    keep: tokens [N, T] -> bool [N, T]: which rows count.
   """
 
   def __init__(
@@ -170,7 +169,7 @@ class ModelSource:
       taps = gemma.forward(
         params, tokens_BT, taps=self.sites, logits=False
       ).taps
-      # BOS's row goes here, where it costs nothing.
+      # BOS's row is dropped here, where that costs nothing.
       return {
         site: taps[site][:, 1:].astype(layout.dtype) for site in self.sites
       }
@@ -178,7 +177,7 @@ class ModelSource:
     self.harvest = harvest  # (params, tokens [B, T]) -> {site: [B, T - 1, D]}
 
   def passes(self, chunk: int, poll: Poll = never) -> Iterator[Part]:
-    """See `Raw`: one forward pass each, a poll before it."""
+    """See `Raw`: each part is a forward pass, after a poll."""
     (tokens_NT,) = self._tokens(chunk)
     for tokens_BT in np.split(tokens_NT, self.parts):
       poll()
@@ -194,16 +193,16 @@ class ModelSource:
 def rows(
   source: Raw, chunk: int, poll: Poll = never
 ) -> tuple[dict[sites.Site, list[Any]], np.ndarray]:
-  """All parts of a chunk by site, and where they count."""
-  found = {site: [] for site in source.widths}
+  """All parts of a chunk by site, and which of its rows count."""
+  parts = {site: [] for site in source.widths}
   for part in source.passes(chunk, poll):
     for site, x in part.items():
-      found[site].append(x)
-  return found, source.counts(chunk)
+      parts[site].append(x)
+  return parts, source.counts(chunk)
 
 
 def one_late(parts: Iterator[Part], fetch: Callable[[Any], Any]):
-  """Each part fetched to the host, while the devices make the next."""
+  """Fetches each part to the host while the devices compute the next."""
   last = None
   for part in parts:
     for x in part.values():

@@ -62,19 +62,19 @@ def norm_bounds(card: Mapping[str, Any]) -> dict[sites.Site, float]:
 
 
 def is_outlier(rows: Mapping[sites.Site, Any], bounds: Bounds) -> Any:
-  """Where a row is an outlier at any of the sites.
+  """Which rows are outliers at any of the sites.
 
   Args:
     rows: raw activations [..., D] by site, NumPy or JAX, of equal leading axes.
-    bounds: see `norm_bounds`; sites that `rows` lacks are not looked at.
+    bounds: see `norm_bounds`; sites without rows are ignored.
 
   Returns:
     bool [...].
   """
-  found = None
+  outlier = None
   for site, x in rows.items():
     x = x.astype('float32')
     bound = bounds.get(site, math.inf)
     above = (x * x).sum(-1) > bound * bound
-    found = above if found is None else found | above
-  return found
+    outlier = above if outlier is None else outlier | above
+  return outlier

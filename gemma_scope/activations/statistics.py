@@ -1,4 +1,4 @@
-"""What the rows of a site are like: the table to look at before training.
+"""Statistics of a site's rows: a table to look at before training.
 
   mean       |E x|^2 / E |x|^2: how much of the second moment is one vector
   variance   E |x - E x|^2, which dimensions carry it, and their kurtosis
@@ -124,11 +124,11 @@ def measure(
     request: how much to read, and what an outlier is.
     tokens: of a chunk, to name what the outliers are.
     poll: called often; may raise to stop.
-    report: called after each part with how many are done, and of how many.
+    report: called after each part with the parts done and their total.
 
   Returns:
     By site: `all` and `ordinary` (see `Moments.describe`), `norm` (quantiles),
-    `outliers`, `special` and `not_finite` (rows that were not looked at).
+    `outliers`, `special` and `not_finite` (rows left out of all figures).
   """
   meters = {
     site: _Meter(width, request.max_norm, mesh)
@@ -217,22 +217,22 @@ class _Meter:
     every, ordinary = (
       moments.describe(shift_D) for moments in (self._all, self._ordinary)
     )
-    found = {
+    table = {
       'special': self._special,
       'not_finite': self._not_finite,
       'all': every,
       'ordinary': ordinary,
     }
     if norm_R.size:
-      found['norm'] = {
+      table['norm'] = {
         f'{q:g}': float(v)
         for q, v in zip(QUANTILES, np.quantile(norm_R, QUANTILES), strict=True)
       }
-      found['outliers'] = self._outliers(norm_R, token_R, position_R)
-      found['outliers']['variance_share'] = (
+      table['outliers'] = self._outliers(norm_R, token_R, position_R)
+      table['outliers']['variance_share'] = (
         1 - _total(ordinary) / _total(every) if _total(every) else 0.0
       )
-    return found
+    return table
 
   def _outliers(self, norm_R, token_R, position_R) -> dict[str, Any]:
     above_R = norm_R > self._bound
@@ -332,4 +332,4 @@ def to_text(name: str, table: dict[str, Any]) -> str:
   left = f'{table["special"]:,} special tokens'
   if table['not_finite']:
     left += f', {table["not_finite"]:,} rows with NaN or infinity'
-  return '\n'.join([*lines, f'  not looked at: {left}'])
+  return '\n'.join([*lines, f'  left out: {left}'])

@@ -1,4 +1,4 @@
-"""Activations on disk: written once, trained on many times (the paper's way).
+"""Activations on disk: written once, trained on many times, as in the paper.
 
   store/manifest.json            what the rows depend on, a checksum a file
   store/chunk_000000/
@@ -47,7 +47,7 @@ def write_store(
   Args:
     folder: the store.
     source: what to harvest.
-    chunks: how many chunks it shall hold in the end.
+    chunks: the number of chunks that the store holds in the end.
     facts: what the rows depend on (model, text, ...); a folder with other
       facts is refused.
     poll: called often; may raise to stop.
@@ -99,19 +99,19 @@ def write_store(
     report(chunk)
 
 
-def _difference(key: str, found, wanted) -> str:
-  """What two stores do not share, by its name."""
-  if isinstance(found, dict) and isinstance(wanted, dict):
-    for inner in (*found, *wanted):
-      if found.get(inner) != wanted.get(inner):
+def _difference(key: str, stored, wanted) -> str:
+  """A sentence on the first field in which two manifests differ."""
+  if isinstance(stored, dict) and isinstance(wanted, dict):
+    for inner in (*stored, *wanted):
+      if stored.get(inner) != wanted.get(inner):
         return _difference(
-          f'{key}.{inner}', found.get(inner), wanted.get(inner)
+          f'{key}.{inner}', stored.get(inner), wanted.get(inner)
         )
-  return f'its {key} is {found}, and this run wants {wanted}.'
+  return f'its {key} is {stored}, and this run needs {wanted}.'
 
 
 def _to_disk(x: np.ndarray) -> np.ndarray:
-  """.npy knows no bfloat16: its bits are kept as uint16."""
+  """Keeps the bits of bfloat16, which .npy does not know, as uint16."""
   return x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
 
 
@@ -134,7 +134,7 @@ def facts(folder: str | os.PathLike[str]) -> dict:
 
 
 def _opened(folder: pathlib.Path) -> dict:
-  """The manifest of a store, which is there."""
+  """The manifest of a store; raises where there is none."""
   manifest = _read_manifest(folder)
   if not manifest or manifest.get('format') != FORMAT:
     raise ValueError(
@@ -145,18 +145,18 @@ def _opened(folder: pathlib.Path) -> dict:
 
 
 class StoreSource:
-  """Rows of a store, memory-mapped; a chunk's checksums are checked on reading.
+  """Rows of a store, memory-mapped; checksums are verified on reading.
 
   Args:
-    folder: what `write_store` wrote.
+    folder: of the store.
     at: the sites to read, some or all of the store's.
-    batch: rows a step.
+    batch: rows in a training step.
 
   Attributes:
     facts: what the rows depend on, as given to `write_store`.
 
   Raises:
-    ValueError: no store there, a site is missing, or a chunk is damaged.
+    ValueError: there is no store, a site is missing, or a chunk is damaged.
   """
 
   def __init__(
@@ -179,7 +179,7 @@ class StoreSource:
 
   @property
   def chunks(self) -> int:
-    """Chunks on disk."""
+    """The number of chunks on disk."""
     return len(self._manifest['chunks'])
 
   @property
@@ -197,7 +197,7 @@ class StoreSource:
     }
 
   def passes(self, chunk: int, poll: Callable[[], None] = lambda: None):
-    """See `Raw`: a site each, read ahead; the store repeats after its end."""
+    """See `Raw`: each part is a site; the store repeats after its end."""
     arrays = self._files(chunk, poll)
     next(arrays)  # the counts
     for site, x_RD in zip(self.sites, arrays, strict=True):
@@ -210,7 +210,7 @@ class StoreSource:
     return np.asarray(next(self._files(chunk)))
 
   def _read(self, chunk: int, part: int) -> np.ndarray:
-    """One file of a chunk, whose bytes are those that were written."""
+    """Reads one file of a chunk and verifies its checksum."""
     name = f'chunk_{chunk % self.chunks:06d}'
     file = ('counts.npy', *map(_file, self.sites))[part]
     expected = self._manifest['chunks'][name][file]

@@ -15,7 +15,7 @@ costing little memory until the last:
   -> the caller's word on the shapes -> the SHA-256 where one is known
   -> the data, with the zip's CRC -> every value finite
 
-Nothing here can run code from the file: headers are matched, not evaluated,
+Nothing here can run code from the file: numpy parses a header as a literal,
 and arrays of objects have no way in.
 """
 
@@ -26,7 +26,6 @@ import hashlib
 import io
 import math
 import os
-import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import BinaryIO
@@ -40,11 +39,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 # The zip directory of seven entries is under 1 kB.
 _DIRECTORY_BYTES = 1 << 16
 _BLOCK_BYTES = 1 << 22
-_MAGIC = b'\x93NUMPY\x01\x00'
-_HEADER = re.compile(
-  rb"\{'descr': '([^']{1,20})', 'fortran_order': (True|False), "
-  rb"'shape': \(([0-9, ]{0,80})\),? ?\} *\n"
-)
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]):
@@ -73,8 +67,8 @@ def shapes(
   max_bytes: int,
 ) -> dict[str, tuple[int, ...]]:
   """Every array's shape, from the headers alone; arguments as of `read`."""
-  with _opened(path, required, optional, max_bytes) as (_, _, _, headers):
-    return {name: header[0] for name, header in headers.items()}
+  with _opened(path, required, optional, max_bytes) as (_, _, _, found):
+    return found
 
 
 def read(
@@ -104,25 +98,22 @@ def read(
     files.Refused: one sentence that starts with the file's name.
   """
   opened = _opened(path, required, optional, max_bytes)
-  with opened as (file, archive, entries, headers):
-    check({name: header[0] for name, header in headers.items()})
+  with opened as (file, archive, entries, found):
+    check(found)
     if sha256 is not None:
       file.seek(0)
-      found = hashlib.file_digest(file, 'sha256').hexdigest()
-      if found != sha256:
+      digest = hashlib.file_digest(file, 'sha256').hexdigest()
+      if digest != sha256:
         raise files.Refused(
           f'is damaged or was changed: its SHA-256 should be '
-          f'{sha256[:12]}... and is {found[:12]}...'
+          f'{sha256[:12]}... and is {digest[:12]}...'
         )
-    return {
-      name: _data(archive, entries[name], name, *header)
-      for name, header in headers.items()
-    }
+    return {name: _data(archive, entries[name], name) for name in found}
 
 
 @contextlib.contextmanager
 def _opened(path, required, optional, max_bytes):
-  """(file, archive, name -> entry, name -> header), errors as sentences."""
+  """(file, archive, name -> entry, name -> shape), errors as sentences."""
   known = {f'{name}.npy'.lower(): name for name in (*required, *optional)}
   try:
     with files.open_plain(path, max_bytes) as (file, size):
@@ -131,11 +122,11 @@ def _opened(path, required, optional, max_bytes):
       if missing:
         raise files.Refused(f'lacks {", ".join(missing)}')
       with zipfile.ZipFile(_Bounded(file)) as archive:
-        headers = {}
+        found = {}
         for name in (n for n in known.values() if n in entries):
           with archive.open(entries[name]) as stream:
-            headers[name] = _header(stream, name, entries[name], size)
-        yield file, archive, entries, headers
+            found[name] = _header(stream, name, entries[name], size)
+        yield file, archive, entries, found
   except files.Refused as error:
     raise files.Refused(f'{files.show(path)} {error}.') from None
   except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
@@ -234,56 +225,42 @@ class _Directory(_Bounded):
 
 def _header(
   stream: BinaryIO, name: str, entry: zipfile.ZipInfo, size: int
-) -> tuple[tuple[int, ...], bool, int]:
-  """Reads one .npy header -> (shape, Fortran order, header bytes)."""
-  start = stream.read(10)
-  if start[:8] != _MAGIC or len(start) != 10:
-    raise files.Refused(f'holds {name} with no numpy header of version 1.0')
-  length = int.from_bytes(start[8:], 'little')
-  match = _HEADER.fullmatch(stream.read(min(length, 4096)))
-  if not match:
-    raise files.Refused(f'holds {name} with a header that numpy does not write')
-  descr, fortran, dims = (group.decode('ascii') for group in match.groups())
-  if descr != '<f4':
-    raise files.Refused(f"holds {name} as {descr!r}; expected float32 ('<f4')")
-  numbers = [part.strip() for part in dims.split(',') if part.strip()]
-  if any(not number.isdigit() or len(number) > 15 for number in numbers):
+) -> tuple[int, ...]:
+  """Reads one .npy header: the shape, which fills its entry to the byte."""
+  try:
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+      raise files.Refused(f'holds {name} with no numpy header of version 1.0')
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+  except files.Refused:
+    raise
+  except ValueError:
     raise files.Refused(
-      f'holds {name} with the shape ({dims}), which is no shape'
+      f'holds {name} with a header that numpy does not write'
+    ) from None
+  if dtype.str != '<f4':
+    raise files.Refused(
+      f"holds {name} as {dtype.str!r}; expected float32 ('<f4')"
     )
-  shape = tuple(int(number) for number in numbers)
   if 0 in shape:
     raise files.Refused(f'holds {name} as {shape}, which is empty')
-  declared = 10 + length + 4 * math.prod(shape)
+  declared = stream.tell() + 4 * math.prod(shape)
   if declared != entry.file_size or declared > size:
     raise files.Refused(
       f'declares {name} as {shape}, {declared:,} bytes with its header, '
       f'and holds {entry.file_size:,}'
     )
-  return shape, fortran == 'True', 10 + length
+  return shape
 
 
 def _data(
-  archive: zipfile.ZipFile,
-  entry: zipfile.ZipInfo,
-  name: str,
-  shape: tuple[int, ...],
-  fortran: bool,
-  skip: int,
+  archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str
 ) -> np.ndarray:
   """Reads one array; the zip checks its CRC as the last byte passes."""
-  flat = np.empty(math.prod(shape), '<f4')
-  view = memoryview(flat).cast('B')
   with archive.open(entry) as stream:
-    stream.read(skip)
-    at = 0
-    while at < len(view):
-      count = stream.readinto(view[at : at + _BLOCK_BYTES // 4])
-      if not count:
-        raise files.Refused(f'ends inside {name}')
-      at += count
+    array = np.lib.format.read_array(stream, allow_pickle=False)
     stream.read(1)  # past the end: the CRC is compared here at the latest
   # min and max carry a NaN through and need no second array.
-  if flat.size and not (np.isfinite(flat.min()) and np.isfinite(flat.max())):
+  if not (np.isfinite(array.min()) and np.isfinite(array.max())):
     raise files.Refused(f'holds values in {name} that are not finite')
-  return flat.reshape(shape[::-1]).T.copy() if fortran else flat.reshape(shape)
+  return np.asarray(array, order='C')  # Fortran order is turned

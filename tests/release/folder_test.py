@@ -432,7 +432,7 @@ HOSTILE = {
     lambda p: _rewrite(
       p, lambda e: e.update({'b_dec.npy': _header('(' * 50 + ')' * 50)})
     ),
-    'numpy does not write',
+    'declares b_dec',
   ),
   'empty array': (
     lambda p: _savez(p, b_dec=np.zeros(0, np.float32)),

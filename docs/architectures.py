@@ -31,9 +31,13 @@ def known(run: pathlib.Path, seeds: int) -> None:
   for name, found in scores_of(run).items():
     architecture = name.partition('/width')[0].rpartition('/')[2]
     rows.setdefault(architecture, []).append(found)
-    for control in ('pca', 'control'):
-      rows.setdefault(f'~{control}', []).append(found[control])
-  titles = {'~pca': 'PCA (control)', '~control': 'random SAE (control)'}
+    for kind, control in found['controls'].items():
+      rows.setdefault(f'~{kind}', []).append(control)
+  titles = {
+    '~random': 'random SAE (control)',
+    '~least_squares': 'random encoder, least squares (control)',
+    '~pca': 'PCA (control)',
+  }
   print(
     '| | L0 | FVU | dead | mean max cosine | recovered | absorbed '
     '| missed alone |\n|---|---:|---:|---:|---:|---:|---:|---:|'

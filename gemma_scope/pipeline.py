@@ -29,7 +29,7 @@ from gemma_scope import config as config_lib
 from gemma_scope import files, release, specs
 from gemma_scope import mesh as mesh_lib
 from gemma_scope.activations import synthetic
-from gemma_scope.evaluation import evaluate, recovery
+from gemma_scope.evaluation import batches, evaluate, recovery
 from gemma_scope.language_model import weights
 from gemma_scope.release import frontier, table
 from gemma_scope.runtime import checksums, cluster
@@ -93,6 +93,8 @@ def run(
     return True
   rows = [(m.card, m.metrics) for m in release.load_all(workdir / 'release')]
   report(table.table(rows))
+  if table.note(rows):
+    report(table.note(rows))
   report(
     f'{len(rows)} SAEs, {rows[0][0]["tokens"]:,} tokens each, in '
     f'{progress_lib.duration(time.time() - started)}\n'
@@ -230,24 +232,34 @@ def _on_held_out_text(config, workdir, saes, interrupt, report):
     dtype=config.lm.dtype,
     mesh=mesh_lib.make(config.mesh),
   )
-  heldout = store.sequences(config.text.seq_len, 'eval')
-  count = min(config.evaluation.sequences, len(heldout))
-  order = prepare.shuffled(heldout, config.seed)
-  sequences_NT = np.asarray(prepare.batch(order, 0, count))
+  special = setup.special(tokenizer, store)
+  text = _held_out(config, store, tokenizer.eos_id, special.keep)
+  count = len(text.sequences_NT)
   progress = progress_lib.Progress(count, config.text.seq_len, label='evaluate')
-  try:
-    return evaluate.evaluate(
-      gemma,
-      params,
-      saes,
-      sequences_NT,
-      batch=config.evaluation.batch,
-      keep=setup.special(tokenizer, store).keep,
-      progress=(lambda done, _: progress.update(done, {}))
-      if cluster.first()
-      else None,
-      poll=interrupt.check,
-      seed=config.seed,
+  watch = batches.Watch(poll=interrupt.check)
+  if cluster.first():
+    watch = batches.Watch(
+      lambda done, _: progress.update(round(done, 1), {}), interrupt.check
     )
+  try:
+    return evaluate.evaluate(gemma, params, saes, text, config.seed, watch)
   finally:
     progress.close()
+
+
+def _held_out(config, store, eos_id: int, keep) -> batches.Text:
+  """Held-out sequences with their documents, and some to fit controls on."""
+
+  def rows(split, count):
+    sequences = store.sequences(config.text.seq_len, split)
+    order = prepare.shuffled(range(len(sequences)), config.seed)
+    index = [order[i] for i in range(min(count, len(sequences)))]
+    return sequences, index, np.stack([sequences[i] for i in index])
+
+  sequences, index, tokens_NT = rows('eval', config.evaluation.sequences)
+  # A conversation is a row of its own.
+  documents_NT = None if store.is_chat else sequences.documents(index, eos_id)
+  *_, fit_NT = rows('train', batches.fit_sequences(config.text.seq_len))
+  return batches.Text(
+    tokens_NT, keep, config.evaluation.batch, documents_NT, fit_NT
+  )

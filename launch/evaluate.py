@@ -5,9 +5,13 @@ r"""Evaluates SAEs on held-out text: L0, FVU, loss recovered, with controls.
   gemma-scope evaluate --config=gemma_scope_2b --config.lm.checkpoint=... \
       --release=google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_176 \
       --workdir=runs/2b --out=scores.json
+  gemma-scope evaluate --lm=gemma3-270m --workdir=runs/270m \
+      --release=google/gemma-scope-2-270m-pt/resid_post/... --out=scores.json
 
 The config names the language model, the text and the number of sequences
-(evaluation.sequences). All SAEs are evaluated in one pass over the text.
+(evaluation.sequences). With --lm in its place no config is needed: the text is
+English prose (Python for the embedded model). All SAEs are evaluated in one
+pass over the text.
 """
 
 from __future__ import annotations
@@ -19,7 +23,16 @@ from gemma_scope import command_line
 
 FLAGS = command_line.Flags(
   __doc__,
-  command_line.config(),
+  command_line.config(required=False),
+  command_line.text(
+    'lm',
+    None,
+    'The language model, such as gemma3-270m or tiny, in place of --config; '
+    "its weights are the ones that the model's name finds.",
+  ),
+  command_line.whole(
+    'sequences', 64, 'With --lm: how many sequences to evaluate on.', low=1
+  ),
   command_line.path(
     'workdir',
     'Folder that holds the tokenised text, in tokens/; it is made where it '
@@ -50,9 +63,12 @@ FLAGS = command_line.Flags(
 
 def main(arguments: list[str] | None = None) -> None:
   with FLAGS.parse(arguments) as given:
+    config = given.config if given.lm is None else _default(given)
+    if config is None or (given.lm and given.config):
+      raise ValueError('Give one of --config and --lm: the language model.')
     from gemma_scope import config as config_lib
 
-    config_lib.check(given.config)
+    config_lib.check(config)
     out = pathlib.Path(given.out)
     if out.exists():
       raise ValueError(f'{out} exists; choose another file for --out.')
@@ -69,12 +85,23 @@ def main(arguments: list[str] | None = None) -> None:
     saes = published.open_all(','.join(given.release), about=about)
     try:
       with interrupt_lib.Interrupt() as interrupt:
-        scores = pipeline.evaluate_saes(
-          given.config, workdir, saes, interrupt, out
-        )
+        scores = pipeline.evaluate_saes(config, workdir, saes, interrupt, out)
     except interrupt_lib.Interrupted:
       sys.exit('stopped; nothing was written')
-    print(table.table([(sae.card, scores[sae.name]) for sae in saes]))
+    rows = [(sae.card, scores[sae.name]) for sae in saes]
+    print(table.table(rows))
+    print(table.note(rows))
+
+
+def _default(given):
+  """The settings of an evaluation on text that every machine has."""
+  from gemma_scope import config as config_lib
+
+  config = config_lib.load('tiny')
+  if given.lm != config.lm.name:
+    config.lm.name, config.text.source = given.lm, 'prose'
+  config.evaluation.sequences = given.sequences
+  return config
 
 
 if __name__ == '__main__':

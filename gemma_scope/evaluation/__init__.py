@@ -1,11 +1,14 @@
-"""How good an SAE is, beside a control.
+"""How good an SAE is, beside controls that are hard to beat.
 
 Reading order; a module imports only from those above it:
 
-  estimates  sums -> estimates with intervals
-  controls   a random SAE of the same type, shape and sparsity
-  passes     compiled sums: losses, squared errors, firing counts
-  evaluate   L0, FVU, delta loss, frequencies, with intervals
-  recovery   an SAE against known features
-  saebench   sparse probing, SCR, TPP, absorption
+  estimates     values of tokens -> figures with intervals over documents
+  batches       held-out text, what counts in it, and whose it is
+  controls      untrained dictionaries of the same type and L0
+  passes        compiled steps: reconstructions, losses, KL
+  centres       means, outlier rules and largest dimensions of a text
+  replacements  what is put in the place of an activation, measured
+  evaluate      L0, delta loss, KL, FVU, beside three controls
+  recovery      an SAE against known features
+  saebench      sparse probing, SCR, TPP, absorption
 """

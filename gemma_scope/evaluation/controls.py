@@ -1,65 +1,72 @@
-"""The control beside every figure: an untrained member of the same type and L0.
+"""Controls: untrained dictionaries of the same type and L0 as an SAE.
 
-  z = (x - m) / s  W_enc,  columns of W_enc random with norm 1
-  f = z 1[z > theta],      y_hat = m' + g f W_dec
+  random          z = (x - m) / s  W_enc, columns of W_enc random with norm 1
+                  f = z 1[z > theta],  y_hat = m' + g f W_dec
+  least_squares   the same f; W_dec and b_dec by ridge regression of y on f
+  pca             z = +-(x - m) / s  v, v the principal components of x;
+                  y_hat = m' + f W_dec, the regression of y on each component
 
 m and m' are the means of what is read and what is written, s the root mean
-square of x - m, and theta one number for all latents, chosen so that the mean
-L0 is that of the member beside it. In what writes the sites that it reads, SAEs
-and crosscoders, W_dec = W_enc^T, in crosscoders towards every later layer too;
-in transcoders and CLTs W_dec is random as well, rows of norm 1. An affine skip
-is zero before training, hence here. An untrained member knows no scale either:
-g, one for each target, is the one that leaves least squared error, which can
-only help the control.
+square of x - m at each site. theta is one number for all latents, chosen so
+that the mean L0 is that of the SAE. For `pca` this keeps the largest absolute
+scores of all rows together, of which no other choice of as many components has
+less squared error; in particular neither the same number in each row nor the
+first components have.
 
-theta is found in two steps on a calibration sample: the quantile of some z, and
-then a count over the whole sample on a grid around it.
+In `random`, W_dec = W_enc^T where the sites read are written (SAEs and
+crosscoders, in these towards every later layer too), and rows of norm 1 of
+their own otherwise; g, one for each target, leaves the least squared error.
+The ridge of `least_squares` is the best of a few on a fifth of the rows that
+the others were fitted without. Principal components of several layers are
+those of each layer and write to its own target. An affine skip is zero.
 
-Inside this module there always is an axis L or M of layers, 1 where a member
-reads one site.
+Controls are fitted on rows in host memory, which should not be the rows that
+they are measured on: `least_squares` has as many parameters as an SAE's
+decoder. Within this module there is always an axis L or M of layers, 1 where an
+SAE reads one site.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma_scope import sites
+from gemma_scope import sae, sites
 from gemma_scope.language_model import splice
-from gemma_scope.sae import released
+from gemma_scope.sae import released as released_lib
 
-Means = Mapping[sites.Site, np.ndarray]
+KINDS = ('random', 'least_squares', 'pca')
 
-_QUANTILE = 2**20  # values that the first step sorts
-# Around the quantile; L0 falls with about the tenth power of theta.
-_GRID = np.geomspace(0.8, 1.25, 9).astype(np.float32)
+Rows = Mapping[sites.Site, np.ndarray]  # [R, D] of each site, raw
+Params = dict[str, jax.Array]
+
+_CHUNK = 2**24  # pre-activations on the host at once
+_ROUGH = 2**20  # of them that a first guess of theta sorts
+_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean square of a latent
+_MOST_EQUATIONS = 2**13  # solved at once; wider dictionaries use fewer rows
+_GAIN_ROWS = 2**11
+MOST_DECODER_BYTES = 2**30  # a larger least-squares decoder is not fitted
 
 
 class Setting(NamedTuple):
-  """What a control is made of, beside its key and the means."""
+  """What a random control is made of, beside its key and the means."""
 
   scale: tuple[float, ...]  # s of each site, in its units
   threshold: float
   gain: tuple[float, ...]  # g of each target, in its units
 
 
-class Batch(NamedTuple):
-  """Raw activations [B, T, D] by site, and where they count [B, T]."""
-
-  taps: Mapping[sites.Site, jax.Array]
-  keep_BT: jax.Array
-
-
-@functools.partial(jax.jit, static_argnames=('place', 'width'))
-def _random(key, place: sites.Wiring, width: int, x_D, y_D):
+@functools.partial(jax.jit, static_argnames=('wiring', 'width'))
+def _random(key, wiring: sites.Wiring, width: int, x_D, y_D):
   """W_enc [L, D, F] and W_dec [L, F, M, D], of norm 1 a latent and target."""
-  layers = len(place.sites)
+  layers = len(wiring.sites)
   shape = layers, width // layers
 
   def directions(key, shape, like_D):
@@ -67,7 +74,7 @@ def _random(key, place: sites.Wiring, width: int, x_D, y_D):
     return w / jnp.linalg.norm(w, axis=-1, keepdims=True)
 
   W_LFD = directions(key, shape, x_D)
-  if place.sites == place.targets:
+  if wiring.sites == wiring.targets:
     W_dec = jnp.broadcast_to(
       W_LFD[:, :, None], (*shape, layers, W_LFD.shape[-1])
     )
@@ -77,19 +84,19 @@ def _random(key, place: sites.Wiring, width: int, x_D, y_D):
   return jnp.swapaxes(W_LFD, 1, 2), W_dec * later_LM[:, None, :, None]
 
 
-@functools.partial(jax.jit, static_argnames=('place', 'width', 'mesh'))
+@functools.partial(jax.jit, static_argnames=('wiring', 'width', 'mesh'))
 def make(
   key: jax.Array,
-  place: sites.Wiring,
-  means: Means,
+  wiring: sites.Wiring,
+  means: Mapping[sites.Site, np.ndarray],
   width: int,
   setting: Setting,
   mesh: Mesh | None,
-) -> dict[str, jax.Array]:
-  """The control as released parameters, `width` latents on raw activations."""
-  x_LD = jnp.stack([means[site] for site in place.sites])
-  y_MD = jnp.stack([means[site] for site in place.targets])
-  W_enc, W_dec = _random(key, place, width, x_LD[0], y_MD[0])
+) -> Params:
+  """A random control as released parameters, on raw activations."""
+  x_LD = jnp.stack([means[site] for site in wiring.sites])
+  y_MD = jnp.stack([means[site] for site in wiring.targets])
+  W_enc, W_dec = _random(key, wiring, width, x_LD[0], y_MD[0])
   W_enc = W_enc / jnp.stack(setting.scale)[:, None, None]
   with jax.default_matmul_precision('highest'):
     b_enc = -jnp.einsum('ld,ldf->lf', x_LD, W_enc)
@@ -100,146 +107,312 @@ def make(
     'b_dec': y_MD,
     'threshold': jnp.full(b_enc.shape, setting.threshold, jnp.float32),
   }
-  if not place.several:
-    params = {key: array[0] for key, array in params.items()}
-    params['W_dec'] = params['W_dec'][:, 0]
+  params = _released(params, wiring)
   if mesh is None:
     return params
-  where = released.shardings(mesh, params)
+  where = released_lib.shardings(mesh, params)
   return jax.lax.with_sharding_constraint(params, where)
 
 
-def _z(params, x_BtLD):
-  """Pre-activations, of released parameters, always [B, t, L, F]."""
-  if params['W_enc'].ndim == 2:
-    z = x_BtLD[..., 0, :] @ params['W_enc'] + params['b_enc']
-    return z[..., None, :]
-  z = jnp.einsum('...ld,ldf->...lf', x_BtLD, params['W_enc'])
-  return z + params['b_enc']
+class Shape(NamedTuple):
+  """What the controls of an SAE have in common with it."""
+
+  wiring: sites.Wiring
+  width: int  # latents of the random ones, of all layers
+  seed: int = 0
+
+  @property
+  def key(self) -> jax.Array:
+    """Of the random directions: the same whatever else is evaluated."""
+    name = zlib.crc32(f'{self.wiring}/{self.width}'.encode())
+    return jax.random.fold_in(jax.random.key(self.seed), name)
 
 
-@functools.partial(jax.jit, static_argnames='mesh')
-def _squares(x: tuple[jax.Array, ...], means_LD, keep_BT, mesh: Mesh | None):
-  """Sum of |x - m|^2 at each site over the tokens that count; [L]."""
-  found = []
-  for x_BTD, mean_D in zip(x, means_LD, strict=True):
-    square_BT = jnp.sum((x_BTD.astype(jnp.float32) - mean_D) ** 2, -1)
-    found.append(jnp.sum(jnp.where(keep_BT, square_BT, 0)))
-  return splice.everywhere(jnp.stack(found), mesh)
-
-
-@functools.partial(jax.jit, static_argnames=('rows', 'mesh'))
-def _some_z(params, x, keep_BT, rows: int, mesh: Mesh | None):
-  """z of up to `rows` rows that count (others -inf), and how many rows."""
-  keep_R = keep_BT.reshape(-1)
-  # A fixed shuffle spreads them over the batch; those that count come first.
-  order = np.random.default_rng(0).permutation(len(keep_R))
-  order = jnp.asarray(order)[jnp.argsort(~keep_R[order], stable=True)][:rows]
-  x = [x_BTD.reshape(len(keep_R), -1)[order] for x_BTD in x]
-  with jax.default_matmul_precision('highest'):
-    z_RLF = _z(params, released.stacked(x, True))
-  z_RLF = jnp.where(keep_R[order][:, None, None], z_RLF, -jnp.inf)
-  return splice.everywhere((z_RLF, keep_R[order].sum()), mesh)
-
-
-@functools.partial(jax.jit, static_argnames='mesh')
-def _active(params, x, keep_BT, thresholds_K, mesh: Mesh | None):
-  """How many latents exceed each threshold, summed over tokens; [K]."""
-
-  def count(keep_Bt, *parts):
-    z = _z(params, released.stacked(parts, True))
-    z = jnp.where(released.beside(keep_Bt, z), z, -jnp.inf)
-
-    def above(threshold):
-      return jnp.sum((z > threshold).astype(jnp.float32))
-
-    return jax.lax.map(above, thresholds_K)
-
-  with jax.default_matmul_precision('highest'):
-    active_nK = splice.by_slices(count, mesh, keep_BT, *x)
-  return splice.everywhere(active_nK.sum(0), mesh)
-
-
-@functools.partial(jax.jit, static_argnames='mesh')
-def _fit(params, threshold, x, y, keep_BT, mesh: Mesh | None):
-  """Sums of <y - m', f W_dec> and |f W_dec|^2 at each target; [2, M]."""
-  d_out = params['b_dec'].shape[-1]
-  b_MD = params['b_dec'].reshape(-1, d_out)
-  W_dec = params['W_dec'].reshape(-1, len(b_MD), d_out)
-
-  def sums(keep_Bt, *parts):
-    z = _z(params, released.stacked(parts[: len(x)], True))
-    f_BtF = jnp.where(z > threshold, z, 0).reshape(*keep_Bt.shape, -1)
-    f_BtF = jnp.where(keep_Bt[..., None], f_BtF, 0)
-    found = []
-    for m, y_BtD in enumerate(parts[len(x) :] or parts):
-      w_BtD = f_BtF @ W_dec[:, m]
-      along = jnp.sum((y_BtD.astype(jnp.float32) - b_MD[m]) * w_BtD)
-      found.append(jnp.stack([along, jnp.sum(w_BtD**2)]))
-    return jnp.stack(found, 1)
-
-  with jax.default_matmul_precision('highest'):
-    sums_n2M = splice.by_slices(sums, mesh, keep_BT, *x, *(y or ()))
-  return splice.everywhere(sums_n2M.sum(0), mesh)
-
-
-def calibrate(
-  key: jax.Array,
-  place: sites.Wiring,
-  means: Means,
-  width: int,
-  active: Sequence[float],
-  sample: Sequence[Batch],
-  mesh: Mesh | None,
-) -> list[Setting]:
-  """The setting of a control for each entry of `active`.
+def fit(
+  shape: Shape,
+  l0: Sequence[float],
+  rows: Rows,
+  mesh: Mesh | None = None,
+  kinds: Sequence[str] = KINDS,
+) -> list[dict[str, Callable[[], Params]]]:
+  """Controls for each entry of `l0`, of each of `kinds`.
 
   Args:
-    key: of W_enc and W_dec; the same for all.
-    place: what it reads and writes.
-    means: m and m' of its sites and targets, float32.
-    width: latents, of all layers.
-    active: the L0 to meet, summed over the sample's tokens. Where it is more
-      than any positive threshold would do, the threshold is 0.
-    sample: activations at least at the sites and targets.
+    shape: what the controls read and write, and their width.
+    l0: mean number of latents to meet on these rows. Where it is more than a
+      threshold of 0 leaves, the threshold is 0.
+    rows: raw activations, at least at the sites and targets.
     mesh: where the language model lies.
-  """
-  means = {site: means[site] for site in {*place.sites, *place.targets}}
-  tokens = sum(int(batch.keep_BT.sum()) for batch in sample)
-  x = [(tuple(b.taps[s] for s in place.sites), b.keep_BT) for b in sample]
-  y = [None] * len(sample)
-  if place.sites != place.targets:
-    y = [tuple(b.taps[s] for s in place.targets) for b in sample]
-  at = [means[site] for site in place.sites]
-  squares = jax.device_get([_squares(b[0], at, b[1], mesh=mesh) for b in x])
-  square_L = np.maximum(np.asarray(squares, np.float64).sum(0), 1e-30)
-  one = (1.0,) * len(place.targets)
-  scale = tuple(map(float, np.sqrt(square_L / tokens)))
-  params = make(key, place, means, width, Setting(scale, 0.0, one), mesh)
+    kinds: some of `KINDS`, 'random' among them with 'least_squares'.
 
-  rows = max(1, _QUANTILE // width // len(sample))
-  some = [_some_z(params, *batch, rows=rows, mesh=mesh) for batch in x]
-  z = np.concatenate([np.asarray(z).reshape(-1) for z, _ in some])
-  z = np.sort(z)[::-1]
-  share = sum(int(n) for _, n in some) / tokens
-  settings = []
-  for target in active:
-    if target <= 0:
-      settings.append(Setting(scale, float('inf'), (0.0,) * len(one)))
-      continue
-    guess = z[min(int(target * share), np.isfinite(z).sum() - 1)]
-    grid_K = np.maximum(guess, 0) * _GRID
-    found = [_active(params, *batch, grid_K, mesh=mesh) for batch in x]
-    found_K = np.asarray(jax.device_get(found), np.float64).sum(0)
-    # Straight in logarithms; reversed, because np.interp wants a rising axis.
-    logs = [np.log(np.maximum(a[::-1], 1e-30)) for a in (found_K, grid_K)]
-    threshold = float(np.float32(np.exp(np.interp(np.log(target), *logs))))
-    fits = [
-      _fit(params, threshold, b[0], written, b[1], mesh=mesh)
-      for b, written in zip(x, y, strict=True)
-    ]
-    along_M, square_M = np.asarray(jax.device_get(fits), np.float64).sum(0)
-    with np.errstate(divide='ignore', invalid='ignore'):
-      gain_M = np.where(square_M > 0, along_M / square_M, 0.0)
-    settings.append(Setting(scale, threshold, tuple(map(float, gain_M))))
-  return settings
+  Returns:
+    For each l0: kind -> a function that puts the released parameters on the
+    devices. `least_squares` is left out where its decoder is too large.
+  """
+  wiring, width = shape.wiring, shape.width
+  ends = dict.fromkeys((*wiring.sites, *wiring.targets))
+  rows = {site: np.asarray(rows[site], np.float32) for site in ends}
+  means = {s: x.mean(0, dtype=np.float64) for s, x in rows.items()}
+  means = {site: mean.astype(np.float32) for site, mean in means.items()}
+  squares = [_square(rows[s] - means[s]) / len(rows[s]) for s in wiring.sites]
+  scale = tuple(float(np.sqrt(max(square, 1e-30))) for square in squares)
+  x = beside(rows, wiring.sites, wiring.several)
+  counts = [round(each * len(x)) for each in l0]
+  controls: list[dict[str, Callable]] = [{} for _ in counts]
+  if 'random' in kinds:
+    unscaled = Setting(scale, 0.0, (1.0,) * len(wiring.targets))
+    made = functools.partial(make, shape.key, wiring, means, width)
+    found = _largest(made(unscaled, mesh), x, max(counts), mesh)
+    for control, count in zip(controls, counts, strict=True):
+      theta, f_RF = found.first(count)
+      setting = unscaled._replace(threshold=theta)
+      gain = _gains(made(setting, mesh), x, rows, wiring, mesh)
+      control['random'] = functools.partial(
+        made, setting._replace(gain=gain), mesh
+      )
+      bytes_needed = decoder_bytes(wiring, width, rows)
+      if 'least_squares' in kinds and bytes_needed <= MOST_DECODER_BYTES:
+        decoder = _least_squares(f_RF, rows, wiring)
+        control['least_squares'] = functools.partial(
+          _with_decoder, control['random'], decoder, mesh
+        )
+  if 'pca' in kinds:
+    params = _pca(rows, wiring, means, scale)
+    put = functools.partial(released_lib.put, mesh=mesh)
+    found = _largest(put(_released(params, wiring)), x, max(counts), mesh)
+    for control, count in zip(controls, counts, strict=True):
+      theta, _ = found.first(count)
+      threshold = np.full_like(params['b_enc'], theta)
+      released = _released({**params, 'threshold': threshold}, wiring)
+      control['pca'] = functools.partial(put, released)
+  return controls
+
+
+@functools.partial(jax.jit, static_argnames='mesh')
+def _fires(params, x, mesh: Mesh | None):
+  with jax.default_matmul_precision('highest'):
+    f = sae.encode(params, x)
+  active_R = jnp.sum((f > 0).astype(jnp.float32).reshape(len(x), -1), 1)
+  return splice.everywhere(active_R, mesh)
+
+
+def mean_l0(params: Params, x: np.ndarray, mesh: Mesh | None = None) -> float:
+  """Mean number of latents of an SAE with f > 0 on rows in host memory."""
+  active = [fires for _, fires in _by_chunks(_fires, params, x, mesh)]
+  return float(np.concatenate(active).mean(dtype=np.float64))
+
+
+def _by_chunks(function, params, x: np.ndarray, mesh):
+  """(first row, function's rows) for chunks of rows of one size."""
+  chunk = max(1, min(len(x), _CHUNK // params['b_enc'].size))
+  for start in range(0, len(x), chunk):
+    part = x[start : start + chunk]
+    filled = np.resize(part, (chunk, *part.shape[1:]))
+    yield start, np.asarray(function(params, filled, mesh))[: len(part)]
+
+
+def decoder_bytes(wiring: sites.Wiring, width: int, rows: Rows) -> int:
+  """Of one least-squares decoder, float32."""
+  return 4 * width * sum(rows[site].shape[-1] for site in wiring.targets)
+
+
+def beside(rows: Rows, at: Sequence[sites.Site], several: bool) -> np.ndarray:
+  """Rows at `at` as parameters read them: [R, D], or `several`: [R, L, D]."""
+  parts = [np.asarray(rows[site], np.float32) for site in at]
+  if several:
+    return np.stack(parts, 1)
+  if len(parts) != 1:
+    raise ValueError(
+      f'Parameters of one layer read or write one site; found {len(parts)}.'
+    )
+  return parts[0]
+
+
+def _released(
+  params: Mapping[str, Any], wiring: sites.Wiring
+) -> dict[str, Any]:
+  """Without the axes of layers where the SAE reads one site."""
+  if wiring.several:
+    return dict(params)
+  params = {key: array[0] for key, array in params.items()}
+  params['W_dec'] = params['W_dec'][:, 0]
+  return params
+
+
+def _square(x: np.ndarray) -> float:
+  return float(np.sum(np.square(x), dtype=np.float64))
+
+
+# Thresholds.
+
+
+@functools.partial(jax.jit, static_argnames='mesh')
+def _z(params, x, mesh: Mesh | None):
+  """Pre-activations [R, F of all layers], whole on every process."""
+  with jax.default_matmul_precision('highest'):
+    if params['W_enc'].ndim == 2:
+      z = x @ params['W_enc'] + params['b_enc']
+    else:
+      z = jnp.einsum('rld,ldf->rlf', x, params['W_enc']) + params['b_enc']
+  return splice.everywhere(z.reshape(len(x), -1), mesh)
+
+
+class _Largest(NamedTuple):
+  """The largest pre-activations of all rows together, largest first."""
+
+  row: np.ndarray
+  latent: np.ndarray
+  value: np.ndarray
+  shape: tuple[int, int]  # [R, F] of all
+
+  def first(self, count: int):
+    """theta above which `count` lie, and these alone as a sparse [R, F]."""
+    from scipy import sparse  # slow to import
+
+    theta = 0.0 if count >= len(self.value) else float(self.value[count])
+    if count <= 0:
+      theta = float('inf')
+    there = slice(0, int(np.searchsorted(-self.value, -theta)))
+    at = self.row[there], self.latent[there]
+    return theta, sparse.csr_array((self.value[there], at), self.shape)
+
+
+def _largest(params, x: np.ndarray, count: int, mesh) -> _Largest:
+  """The `count` + 1 largest pre-activations, or all above 0."""
+  width = params['b_enc'].size
+  some = x[:: max(1, len(x) * width // _ROUGH)]
+  z = np.concatenate(
+    [z.reshape(-1) for _, z in _by_chunks(_z, params, some, mesh)]
+  )
+  share = min(1.3 * count / (len(x) * width) + 2 / z.size, 1.0)
+  bound = max(0.0, float(np.quantile(z, 1 - share)))
+  while True:
+    parts = []
+    for start, z in _by_chunks(_z, params, x, mesh):
+      row, latent = np.nonzero(z > bound)
+      parts.append((row + start, latent, z[row, latent]))
+    row, latent, value = map(np.concatenate, zip(*parts, strict=True))
+    if len(value) > count or not bound:
+      break
+    bound = bound / 2 if bound > 1e-3 else 0.0  # the guess was too high
+  order = np.argsort(-value, kind='stable')[: count + 1]
+  return _Largest(row[order], latent[order], value[order], (len(x), width))
+
+
+# Decoders.
+
+
+@functools.partial(jax.jit, static_argnames='mesh')
+def _written(params, x, mesh: Mesh | None):
+  """f W_dec [R, M, D], whole on every process."""
+  with jax.default_matmul_precision('highest'):
+    y_hat = sae.decode(params, sae.encode(params, x), x) - params['b_dec']
+  return splice.everywhere(y_hat.reshape(len(x), -1, y_hat.shape[-1]), mesh)
+
+
+def _gains(params, x, rows: Rows, wiring, mesh) -> tuple[float, ...]:
+  """g of each target, of least squared error on some of the rows."""
+  step = -(-len(x) // _GAIN_ROWS)
+  written_RMD = np.asarray(_written(params, x[::step], mesh), np.float64)
+  gains = []
+  for m, site in enumerate(wiring.targets):
+    y_RD = rows[site][::step] - rows[site].mean(0, dtype=np.float64)
+    square = _square(written_RMD[:, m])
+    gains.append(float(np.sum(y_RD * written_RMD[:, m]) / max(square, 1e-30)))
+  return tuple(gains)
+
+
+def _with_decoder(encoder: Callable[[], Params], decoder, mesh) -> Params:
+  params = encoder()
+  like = np.zeros(params['b_enc'].shape, np.float32)  # says how latents lie
+  placed = released_lib.put({'b_enc': like, **decoder}, mesh)
+  return {**params, 'W_dec': placed['W_dec'], 'b_dec': placed['b_dec']}
+
+
+def _least_squares(f_RF, rows: Rows, wiring) -> dict[str, np.ndarray]:
+  """W_dec and b_dec, as released, of the least ridged squared error."""
+  layers = len(wiring.targets)
+  width = f_RF.shape[1] // layers
+  W_dec, b_dec = [], []
+  for m, site in enumerate(wiring.targets):
+    # Latents of this layer and of those before it write here.
+    W_FD, b_D = _ridge(f_RF[:, : (m + 1) * width], rows[site])
+    missing = f_RF.shape[1] - len(W_FD)
+    W_dec.append(np.pad(W_FD, ((0, missing), (0, 0))))
+    b_dec.append(b_D)
+  made = np.stack(W_dec, 1).reshape(layers, width, layers, -1)
+  released = _released({'W_dec': made, 'b_dec': np.stack(b_dec)}, wiring)
+  return {key: np.float32(array) for key, array in released.items()}
+
+
+def _ridge(f_RF, y_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """W [F, D] and b [D] of y = f W + b, the ridge chosen on held-out rows."""
+  if min(f_RF.shape) > _MOST_EQUATIONS:
+    step = -(-len(y_RD) // _MOST_EQUATIONS)
+    f_RF, y_RD = f_RF[::step], y_RD[::step]
+  held_out = len(y_RD) - max(1, len(y_RD) // 5)
+  solve = _solver(f_RF[:held_out], y_RD[:held_out])
+
+  def error(ridge):
+    W_FD, b_D = solve(ridge)
+    return _square(f_RF[held_out:] @ W_FD + b_D - y_RD[held_out:])
+
+  return _solver(f_RF, y_RD)(min(_RIDGES, key=error))
+
+
+def _solver(f_RF, y_RD: np.ndarray):
+  """ridge -> (W, b): in the latents, or in the rows where they are fewer."""
+  from scipy import linalg  # slow to import
+
+  rows, width = f_RF.shape
+  f_RF = f_RF.astype(np.float64)
+  mean_F, mean_D = f_RF.mean(0), y_RD.mean(0, dtype=np.float64)
+  y_RD = y_RD - mean_D
+  square = max((f_RF.multiply(f_RF)).sum() / width, 1e-30)
+  few_rows = rows < width
+  if few_rows:
+    along_R = f_RF @ mean_F
+    gram = (f_RF @ f_RF.T).toarray() - along_R[:, None] - along_R
+    gram += mean_F @ mean_F
+    right = y_RD
+  else:
+    gram = (f_RF.T @ f_RF).toarray() - rows * np.outer(mean_F, mean_F)
+    right = f_RF.T @ y_RD
+
+  def solve(ridge):
+    ridged = gram + ridge * square * np.eye(len(gram))
+    W = linalg.solve(ridged, right, assume_a='pos', overwrite_a=True)
+    if few_rows:
+      W = f_RF.T @ W - np.outer(mean_F, W.sum(0))
+    return W, mean_D - mean_F @ W
+
+  return solve
+
+
+def _pca(rows: Rows, wiring, means, scale) -> dict[str, np.ndarray]:
+  """Two latents a component, one for each sign; [L, ...], threshold 0."""
+  layers, made = len(wiring.sites), []
+  for l, (reads, writes) in enumerate(
+    zip(wiring.sites, wiring.targets, strict=True)
+  ):
+    x_RD = (rows[reads] - means[reads]).astype(np.float64) / scale[l]
+    y_RD = (rows[writes] - means[writes]).astype(np.float64)
+    variance_C, v_DC = np.linalg.eigh(x_RD.T @ x_RD / len(x_RD))
+    w_CD = v_DC.T @ (x_RD.T @ y_RD) / len(x_RD)
+    w_CD /= np.maximum(variance_C, 1e-12 * variance_C.max())[:, None]
+    W_enc = np.concatenate([v_DC, -v_DC], 1) / scale[l]
+    W_dec = np.zeros((W_enc.shape[1], layers, y_RD.shape[1]))
+    W_dec[:, l] = np.concatenate([w_CD, -w_CD])
+    made.append(
+      {
+        'W_enc': W_enc,
+        'b_enc': -means[reads] @ W_enc,
+        'W_dec': W_dec,
+        'b_dec': means[writes],
+        'threshold': np.zeros(W_enc.shape[1]),
+      }
+    )
+  return {
+    key: np.stack([params[key] for params in made]).astype(np.float32)
+    for key in made[0]
+  }

@@ -1,21 +1,23 @@
-"""Sums of an evaluation -> figures with their intervals, plain for JSON.
+"""Values of single tokens -> figures with their intervals, plain for JSON.
 
-Sums are kept for each sequence n, the independent draws, and target m. Of a
-member that writes several layers, a figure is the mean over its targets:
+Documents are the independent draws of a text: tokens of one document are
+alike, whichever sequence they are in. Values are therefore summed for each
+document n (where a text is given without documents, for each sequence), and for
+each target m. Of an SAE that writes several layers a figure is the mean over
+its targets:
 
   FVU         1/M sum_m r_m,  r_m = E_m / V_m,  E_m = sum_n |y - y_hat|^2
   delta loss  1/M sum_m sum_n delta_nm / sum_n counts_n
 
-Both are ratios of sums over sequences, so that `ratio_interval` holds.
-For a mean r of ratios, a_n and b_n are chosen such that a_n - r b_n is what
-sequence n adds to the errors of all the r_m, to first order:
+Both are ratios of sums over documents, so that `ratio_interval` holds. For a
+mean r of ratios, a_n and b_n are chosen such that a_n - r b_n is what document
+n adds to the errors of all the r_m, to first order:
 
   b_n = sum_m V_nm / V_m        a_n = sum_m (E_nm + (r - r_m) V_nm) / V_m
 """
 
 from __future__ import annotations
 
-import collections
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,47 +26,68 @@ import numpy as np
 
 _LOG10_EDGES = np.arange(-7, 0.25, 0.25)  # of the frequency histogram
 _Z975 = 1.959964  # the 97.5 % point of the normal distribution
+ERRORS = ('fvu', 'fvu_inliers', 'fvu_rest', 'delta_loss', 'kl')
 _DENSE = 0.1  # a latent that fires on more than this share of tokens
 
 
-class Sums:
-  """Running sums in float64; `name_B` [B] of each batch are joined to [N]."""
+class Tally:
+  """Sums of values of tokens, by cluster [G, ...] and by position [T, ...].
 
-  def __init__(self):
-    self._parts = collections.defaultdict(list)
+  Args:
+    clusters: how many documents (or sequences) there are.
+    length: tokens of a sequence.
+  """
 
-  def add(self, found: Mapping[str, np.ndarray], rows: int) -> None:
-    """Adds a batch whose first `rows` sequences are real, the others filler."""
-    for name, value in found.items():
-      parts = self._parts[name]
-      value = np.asarray(value, np.float64)
-      if name.endswith('_B'):
-        parts.append(value[:rows])
-      elif parts:
-        parts[0] += value
-      else:
-        parts.append(value.copy())
+  def __init__(self, clusters: int, length: int):
+    self._clusters, self._length = clusters, length
+    self._by_cluster: dict[str, np.ndarray] = {}
+    self._by_position: dict[str, np.ndarray] = {}
 
-  @property
-  def names(self) -> list[str]:
-    return list(self._parts)
+  def add(
+    self, name: str, value: np.ndarray, where_BT: np.ndarray, cluster_BT
+  ) -> None:
+    """Adds values [B, T] or [B, T, M] of the tokens of `where_BT`."""
+    value = np.asarray(value, np.float64)
+    value = value.reshape(*where_BT.shape, -1)
+    value = np.where(where_BT[..., None], value, 0)
+    chosen_B = where_BT.any(1)
+    ids = np.asarray(cluster_BT)[chosen_B].reshape(-1)
+    by_cluster = np.stack(
+      [
+        np.bincount(ids, value[chosen_B, :, m].reshape(-1), self._clusters)
+        for m in range(value.shape[-1])
+      ],
+      -1,
+    )
+    for sums, new in (
+      (self._by_cluster, by_cluster),
+      (self._by_position, value.sum(0)),
+    ):
+      sums[name] = sums[name] + new if name in sums else new
+
+  def __contains__(self, name: str) -> bool:
+    return name in self._by_cluster
 
   def __getitem__(self, name: str) -> np.ndarray:
-    return np.concatenate(self._parts[name])
+    """Sums by cluster, [G, M]."""
+    return self._by_cluster[name]
 
-
-def joined(parts: Sequence[Sums]) -> dict[str, np.ndarray]:
-  """The sums of M targets, each [N] or [T], also as [N, 1], as [.., M]."""
-  return {
-    name: np.stack([part[name].reshape(-1) for part in parts], -1)
-    for name in parts[0].names
-  }
+  def by_position(self, name: str) -> np.ndarray:
+    """Sums by position, [T, M]."""
+    return self._by_position[name]
 
 
 def figure(a_n, b_n, tokens: float) -> dict[str, Any]:
-  """sum(a) / sum(b) with its interval; what is not finite is None (JSON)."""
-  found = ratio_interval(a_n, b_n)
-  value, low, high = (x if math.isfinite(x) else None for x in found)
+  """sum(a) / sum(b) with its interval; what is not finite is None (JSON).
+
+  Clusters without a token that counts are no draws: they are left out.
+  """
+  a_n, b_n = np.asarray(a_n, np.float64), np.asarray(b_n, np.float64)
+  drawn_n = (a_n != 0) | (b_n != 0)
+  if not drawn_n.any():
+    return {'value': None, 'low': None, 'high': None, 'tokens': int(tokens)}
+  limits = ratio_interval(a_n[drawn_n], b_n[drawn_n])
+  value, low, high = (x if math.isfinite(x) else None for x in limits)
   return {'value': value, 'low': low, 'high': high, 'tokens': int(tokens)}
 
 
@@ -77,93 +100,131 @@ def _mean_ratio(e_nM, v_nM, tokens: float) -> dict[str, Any]:
     return figure(a_nM.sum(1), (v_nM / whole_M).sum(1), tokens)
 
 
-def of_member(
-  own: Sums,
-  twin: Sums,
-  total: Sums,
-  variance: Mapping[str, np.ndarray],
-  zero: Mapping[str, np.ndarray],
-  mean: Mapping[str, np.ndarray],
-  targets: Sequence[str] | None,
-) -> dict[str, Any]:
-  """The metrics of one member; see `evaluate.evaluate`.
+def fidelity(own: Tally, targets: Sequence[str] = ()) -> dict[str, Any]:
+  """L0, delta loss, KL and FVU of one dictionary, an SAE or a control.
 
   Args:
-    own, twin: of the member and of its control: l0_B, fired_F, error_B [N, M],
-      error_T [T, M], delta_B [N, M], delta_T [T - 1, M].
-    total: tokens, counts and clean losses.
-    variance: variance_B, flat_B [N, M], variance_T [T, M] of its targets.
-    zero, mean: delta_B [N, M] of the ablations at its targets.
-    targets: names for `by_target`, or None where there is one target.
+    own: by token `tokens`, `l0` and, over targets, `error` and `variance`,
+      each also `_inlier` and `_rest`; by loss `counts`, `delta` and `kl`.
+    targets: names for `by_target`, where there are several.
   """
-  tokens_N, counts_N = total['tokens_B'], total['counts_B']
-  tokens, counts = tokens_N.sum(), counts_N.sum()
-  frequency_F = own['fired_F'].reshape(-1) / tokens
-  fired_F = frequency_F[frequency_F > 0]
-  binned, _ = np.histogram(np.log10(np.maximum(fired_F, 1e-7)), _LOG10_EDGES)
+  tokens = own['tokens'].sum()
+  counts = own['counts'].sum()
 
-  def losses(sums, which):
-    delta_N = sums['delta_B'][:, which].mean(1)
-    spread_NM = variance['variance_B'][:, which]
-    return {
-      'fvu': _mean_ratio(sums['error_B'][:, which], spread_NM, tokens),
-      'delta_loss': figure(delta_N, counts_N, counts),
-    }
-
-  def common(sums):
-    found = {'l0': figure(sums['l0_B'], tokens_N, tokens)}
-    found |= losses(sums, slice(None))
-    if targets:
-      found['by_target'] = [
-        {'target': target, **losses(sums, [m])}
-        for m, target in enumerate(targets)
-      ]
+  def of_targets(which) -> dict[str, Any]:
+    found = {}
+    for key, name in (('delta_loss', 'delta'), ('kl', 'kl')):
+      sums_n = own[name][:, which].mean(1)
+      found[key] = figure(sums_n, own['counts'][:, 0], counts)
+    for key, part, seen in (
+      ('fvu', '', tokens),
+      ('fvu_inliers', '_inlier', own['inliers'].sum()),
+      ('fvu_rest', '_rest', tokens),
+    ):
+      error, variance = own[f'error{part}'], own[f'variance{part}']
+      found[key] = _mean_ratio(error[:, which], variance[:, which], seen)
     return found
 
-  def recovered(ablation):
+  found = {'l0': figure(own['l0'][:, 0], own['tokens'][:, 0], tokens)}
+  found |= of_targets(slice(None))
+  if targets:
+    found['by_target'] = [
+      {'target': target, **of_targets([m])} for m, target in enumerate(targets)
+    ]
+  return found
+
+
+def of_sae(
+  own: Tally,
+  fired_F: np.ndarray,
+  ablations: Mapping[str, np.ndarray],
+  targets: Sequence[str] = (),
+) -> dict[str, Any]:
+  """All metrics of one SAE but its controls; see `evaluate.evaluate`.
+
+  Args:
+    own: as in `fidelity`, with `flat`, `l1`, `cosine`, `norm_ratio`, `clean`.
+    fired_F: on how many tokens each latent fired.
+    ablations: `zero`, `mean` and `zero_kl`: [G, M] sums at its targets.
+    targets: as in `fidelity`.
+  """
+  tokens_n, counts_n = own['tokens'][:, 0], own['counts'][:, 0]
+  tokens, counts = tokens_n.sum(), counts_n.sum()
+  frequency_F = np.asarray(fired_F, np.float64).reshape(-1) / tokens
+  fired = frequency_F[frequency_F > 0]
+  binned, _ = np.histogram(np.log10(np.maximum(fired, 1e-7)), _LOG10_EDGES)
+
+  def regained(ablated_nM, own_nM):
     # Of the mean loss over targets, not the mean of the shares: a target
     # where an ablation hardly costs anything has a share of no meaning.
-    lost_N = ablation['delta_B'].sum(1)
-    return figure(lost_N - own['delta_B'].sum(1), lost_N, counts)
+    lost_n = ablated_nM.sum(1)
+    return figure(lost_n - own_nM.sum(1), lost_n, counts)
 
-  return {
-    **common(own),
-    'fvu_elementwise': _mean_ratio(own['error_B'], variance['flat_B'], tokens),
-    'loss_recovered_zero': recovered(zero),
-    'loss_recovered_mean': recovered(mean),
-    'clean_loss': figure(total['clean_B'], counts_N, counts),
+  found = {
+    **fidelity(own, targets),
+    'fvu_elementwise': _mean_ratio(own['error'], own['flat'], tokens),
+    'loss_recovered_zero': regained(ablations['zero'], own['delta']),
+    'loss_recovered_mean': regained(ablations['mean'], own['delta']),
+    'kl_score': regained(ablations['zero_kl'], own['kl']),
+    'kl_zero': figure(ablations['zero_kl'].mean(1), counts_n, counts),
+    'clean_loss': figure(own['clean'][:, 0], counts_n, counts),
+    'l1': figure(own['l1'][:, 0], tokens_n, tokens),
+  }
+  for name in ('cosine', 'norm_ratio'):
+    found[name] = figure(own[name].mean(1), tokens_n, tokens)
+  return found | {
     'dead': float(np.mean(frequency_F == 0)),
     'dense': float(np.mean(frequency_F > _DENSE)),
     'tokens': int(tokens),
-    'sequences': len(tokens_N),
     'frequency_histogram': {
       'log10_edges': _LOG10_EDGES.tolist(),
       'counts': binned.tolist(),
-      'never': int((frequency_F == 0).sum()),
+      'never': int(np.sum(frequency_F == 0)),
     },
-    'by_position': _by_position(own, total, variance),
-    'control': common(twin),
+    'by_position': _by_position(own),
   }
 
 
-def _by_position(own, total, variance) -> dict[str, list[float]]:
+def strongest(
+  controls: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+  """The control that is hardest to beat, by each figure.
+
+  Returns:
+    `l0` (of the control of least FVU), each figure at its least over the
+    controls, and `kinds`: whose it is.
+  """
+  value = lambda figure: (
+    math.inf if figure['value'] is None else figure['value']
+  )
+  found, kinds = {}, {}
+  for key in ERRORS:
+    kinds[key] = min(controls, key=lambda kind: value(controls[kind][key]))
+    found[key] = controls[kinds[key]][key]
+  best = controls[kinds['fvu']]
+  found = {'l0': best['l0'], **found, 'kinds': kinds}
+  if 'by_target' in best:
+    found['by_target'] = best['by_target']
+  return found
+
+
+def _by_position(own: Tally) -> dict[str, list[float]]:
   """Curves over bins of position, three to a doubling; empty bins left out."""
-  tokens_T = total['tokens_T']
+  tokens_T = own.by_position('tokens')[:, 0]
+  counts_T = own.by_position('counts')[:, 0]
+  delta_T = own.by_position('delta').mean(1)
   length = len(tokens_T)
-  # The last position predicts nothing.
-  counts_T = np.append(total['counts_T'], 0)
-  delta_T = np.append(own['delta_T'].mean(1), 0)
   edges = 2 ** np.arange(0, np.log2(length), 1 / 3)
   edges = np.unique(edges.round().astype(int))
   curves = {'position': [], 'delta_loss': [], 'fvu': []}
   for start, stop in zip(edges, [*edges[1:], length], strict=True):
     here = slice(start, stop)
     tokens, counts = tokens_T[here].sum(), counts_T[here].sum()
-    spread_M = variance['variance_T'][here].sum(0)
+    spread_M = own.by_position('variance')[here].sum(0)
     if not (tokens and counts and spread_M.all()):
       continue
     where = (tokens_T[here] * np.arange(start, stop)).sum() / tokens
-    error_M = own['error_T'][here].sum(0)
+    error_M = own.by_position('error')[here].sum(0)
     curves['position'].append(float(where))
     curves['delta_loss'].append(float(delta_T[here].sum() / counts))
     curves['fvu'].append(float((error_M / spread_M).mean()))

@@ -1,29 +1,34 @@
-"""What trained members keep and what they lose: a whole collection in one pass.
+"""What SAEs keep and what they lose: a whole collection in one pass.
 
   L0          mean number of latents with f > 0, of all layers
-  FVU         sum |y - y_hat|^2 / sum |y - m|^2,  m the mean vector
   delta loss  loss with y_hat in the place of y - clean loss, nats a token
+  KL          of the next token's distribution, clean from spliced, nats
+  FVU         sum |y - y_hat|^2 / sum |y - m|^2,  m the mean vector
   recovered   (L_ablated - L_sae) / (L_ablated - L_clean); ablated: y is 0, or m
 
-y is the activation at a member's target, which in an SAE is the one it reads.
-Of a member with several targets, a figure is the mean over them (`figures`),
-each replaced alone, the others clean.
+y is the activation at an SAE's target, which is the one it reads unless it is
+a transcoder. Of an SAE with several targets a figure is the mean over them,
+each replaced alone, the others clean. Two more FVUs say what the first rests
+on: `fvu_inliers` leaves out rows of outlying norm (by the card's rule, or by
+one measured here) and takes the mean of the others; `fvu_rest` leaves out the
+few dimensions of largest variance.
 
 All over tokens that count: not BOS, EOS or padding (arXiv 2408.05147, section
 4), nor a chat's user turn. Where a token does not count y stays as it is: BOS
 is like no other, and to replace it costs more than all others together. A loss
 counts where both the token it is computed at and the one it predicts do.
 
-The text is read once for all members, after two cheap looks that form no
-logits: one at all of it for m, one at a sample of sequences for L0, to which
-the controls are set (`controls`). For each batch of sequences:
+Two passes without logits come first: one over all of the text, for means and
+variances, and one over the text that the controls are fitted on. Then, for each
+batch of sequences:
 
-  clean pass   -> x and y at every site, the residual stream before each target,
-                  the losses
-  each member  -> y_hat, L0, errors, and the losses with y_hat in the place of
-                  y, from its layer on; controls, 0 and m go the same way
+  clean pass   -> x and y at every site, the residual stream before each target
+  replacements -> y_hat of each SAE and control, and 0 and m at each target:
+                  L0, errors, the last residual stream from the target on
+  losses       -> of several such streams at once, beside the clean one
 
-Sums are kept for each sequence, the independent draws of the intervals.
+Each control goes through the model on every third batch only: it then costs as
+much as a single control would, and its interval says what that leaves.
 """
 
 from __future__ import annotations
@@ -31,157 +36,146 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from gemma_scope import files, release, sites
-from gemma_scope.evaluation import controls, estimates, passes
+from gemma_scope.evaluation import batches as batches_lib
+from gemma_scope.evaluation import centres, controls, estimates, passes
+from gemma_scope.evaluation.replacements import Replacement, ablation, measure
 from gemma_scope.language_model import gemma as lm
-from gemma_scope.language_model import splice
 from gemma_scope.release import sae_folder
 from gemma_scope.sae import released
 
-_SAMPLE_TOKENS, _SAMPLE_SEQUENCES = 2**13, 32  # at least, to set the controls
 _SAMPLE_BYTES = 2**31  # activations of the sample in memory at once
-_RESIDENT_BYTES = 2**32  # members that together are smaller stay on the devices
-
-Keep = Callable[[np.ndarray], np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Replacement:
-  """Something to put in the place of y: a member's y_hat, or an ablation."""
-
-  place: sites.Wiring
-  name: str
-  params: Callable[[], Mapping[str, jax.Array]] | None = None
-  value: Any = 0.0  # where there are no params
-  sums: estimates.Sums = dataclasses.field(default_factory=estimates.Sums)
-
-  def of(self, taps, keep_BT, mesh) -> tuple[Sequence[jax.Array], passes.Sums]:
-    """y_hat at each target, and the sums of its making."""
-    y = tuple(taps[site] for site in self.place.targets)
-    if self.params is None:
-      return [passes.ablate(y[0], keep_BT, self.value)], {}
-    x = tuple(taps[site] for site in self.place.sites)
-    y = None if self.place.sites == self.place.targets else y
-    return passes.reconstruct(self.params(), x, y, keep_BT, mesh)
-
-
-def _ablation(target: sites.Site, name: str, value: Any) -> _Replacement:
-  place = sites.Wiring('sae', (target,), (target,))
-  return _Replacement(place, name, value=value)
+_RESIDENT_BYTES = 2**32  # SAEs that together are smaller stay on the devices
+_DECODER_BYTES = 2**32  # least-squares decoders of all SAEs together
 
 
 def evaluate(
   gemma: lm.Gemma,
   params: lm.Params,
   members: Sequence[release.Released],
-  sequences: np.ndarray,
-  *,
-  batch: int,
-  keep: Keep,
-  progress: Callable[[int, int], None] | None = None,
-  poll: Callable[[], None] | None = None,
+  text: batches_lib.Text,
   seed: int = 0,
+  watch: batches_lib.Watch = batches_lib.Watch(),  # noqa: B008  frozen
 ) -> dict[str, dict[str, Any]]:
-  """Measures every member, and a control beside each.
+  """Measures every SAE, and three controls beside each.
 
   Args:
     gemma, params: the language model; sharded parameters are used as they lie.
-    members: the SAEs; of a card only `type`, `sites` and `targets` are read.
-    sequences: int32 [N, T], each starting with BOS.
-    batch: sequences a forward pass; need not divide N.
-    keep: which tokens count: int32 [N, T] -> bool [N, T], never BOS
-      (`tokenizers.Special.keep`).
-    progress: called as progress(sequences done, N) after each batch.
-    poll: called often; may raise to stop.
+    members: the SAEs; of a card only `type`, `sites`, `targets` and `outliers`
+      are read.
+    text: what to evaluate on.
     seed: of the controls.
+    watch: progress and interruption.
 
   Returns:
     name -> metrics, plain numbers for JSON. A figure is {'value', 'low',
-    'high', 'tokens'}, with a 95 % interval: l0, fvu, fvu_elementwise (squared
-    error / variance of all elements around one scalar mean, the tutorials'),
-    delta_loss, loss_recovered_zero, loss_recovered_mean, clean_loss. `dead` and
-    `dense` are the shares of latents that fired on none, and on over 10 %, of
-    `tokens` tokens. `control` has l0, fvu and delta_loss of the control. Where
-    several layers are written, `by_target` (of the control too) lists target,
-    fvu and delta_loss of each.
+    'high', 'tokens'}, with a 95 % interval over `clusters` documents or
+    sequences (`clustered_by`): l0, delta_loss, kl, fvu, fvu_inliers, fvu_rest,
+    fvu_elementwise (squared error / variance of all elements around one scalar
+    mean, the tutorials'), loss_recovered_zero, loss_recovered_mean, kl_score
+    (1 - KL / kl_zero, that of the zero ablation), clean_loss, l1, cosine,
+    norm_ratio.
+    `dead` and `dense` are the shares of latents that fired on none, and on over
+    10 %, of `tokens` tokens. `outliers` has the rule and how many rows it left
+    out, `largest_dimensions` the dimensions left out of fvu_rest with the share
+    of the variance that each carries. `controls` has l0, delta_loss, kl and the
+    FVUs of each control, `control` the strongest of each figure. Where several
+    layers are written, `by_target` lists the figures of each.
 
   Raises:
-    ValueError: a member does not fit the sites its card names, or the sequences
-      are not what they should be.
+    ValueError: an SAE does not fit the sites its card names, or the text is not
+      what it should be.
   """
-  poll = poll or (lambda: None)
-  mesh = _mesh_of(params)
-  found = _members(gemma.config, members, mesh)
-  text = _Text(sequences, batch, keep, mesh)
-  targets = tuple(sorted({t for one in found for t in one.place.targets}))
-  at = tuple(sorted({*targets, *(s for one in found for s in one.place.sites)}))
-  means = _means(gemma, params, at, text, mesh, poll)
-  twins = _controls(gemma, params, found, means, text, mesh, seed, poll)
+  model = centres.Model(gemma, params, _mesh_of(params), watch)
+  saes = _members(gemma.config, members, model.mesh)
+  batches = batches_lib.Batches(text, model.mesh)
+  wirings = {sae.name: sae.wiring for sae in saes}
+  cards = {sae.name: sae.card for sae in members}
+  references = centres.measure(model, wirings, cards, batches)
+  twins = _controls(model, saes, text, seed)
+  for sae in saes:
+    for each in (sae, *twins[sae].values()):
+      each.rule = references.rule_of[sae.name][0]
 
-  zeros = {site: _ablation(site, 'zero', 0.0) for site in targets}
-  averages = {site: _ablation(site, 'mean', means[site]) for site in targets}
-  queue = [*zeros.values(), *averages.values(), *found, *twins.values()]
-  total, variances = (
-    estimates.Sums(),
-    {site: estimates.Sums() for site in targets},
-  )
-  waiting, done = [], 0
-  for tokens_BT, keep_BT, rows in text.batches():
-    poll()
-    taps, losses_BT, counts_BT, *sums = passes.clean(
-      gemma, params, tokens_BT, keep_BT, at, targets, means, mesh
+  targets = sorted({t for sae in saes for t in sae.wiring.targets})
+  zeros = {t: ablation(t, 'zero', 0.0) for t in targets}
+  means = {t: ablation(t, 'm', references.centres[t].mean_D) for t in targets}
+  queue = [*zeros.values(), *means.values()]
+  for sae in saes:
+    queue += [sae, *twins[sae].values()]
+  measure(model, batches, references, queue)
+
+  found = {}
+  for sae in saes:
+    found[sae.name] = _metrics(sae, twins[sae], zeros, means) | {
+      'sequences': batches.size,
+      'clusters': batches.clusters,
+      'clustered_by': batches.clustered_by,
+      **references.describe(sae.name, sae.wiring.targets),
+    }
+    found[sae.name]['outliers']['tokens'] = int(
+      (sae.tally['tokens'] - sae.tally['inliers']).sum()
     )
-    sums = jax.device_get(sums)
-    total.add(sums[0], rows)
-    for site in targets:
-      variances[site].add(sums[1][site], rows)
-    for one in queue:
-      poll()
-      y_hats, sums = one.of(taps, keep_BT, mesh)
-      deltas = []
-      for target, y_hat_BTD in zip(one.place.targets, y_hats, strict=True):
-        before_BTD = taps[splice.before(target)]
-        delta = passes.delta(
-            gemma, params, tokens_BT, target, y_hat_BTD, before_BTD, losses_BT,
-            counts_BT, mesh,
-        )  # fmt: skip
-        deltas.append(delta)
-      # Fetched one late: the devices do not wait, and do not run far ahead.
-      _collect(waiting)
-      waiting = [(one, sums, deltas, rows)]
-    done += rows
-    if progress:
-      progress(done, text.size)
-  _collect(waiting)
+  _add_nulls(found, members)
+  return found
 
-  def at_targets(one, sums_of):
-    return estimates.joined([sums_of[site] for site in one.place.targets])
 
-  ablated = [{s: r.sums for s, r in rs.items()} for rs in (zeros, averages)]
+def _metrics(
+  sae: Replacement,
+  twins: Mapping[str, Replacement],
+  zeros: Mapping[sites.Site, Replacement],
+  means: Mapping[sites.Site, Replacement],
+) -> dict[str, Any]:
+  """Figures of an SAE and of its controls, from what was tallied."""
+  at = sae.wiring.targets
+  names = list(map(str, at)) if sae.wiring.several else []
+
+  def ablated(by_target, name):
+    return np.concatenate([by_target[t].tally[name] for t in at], 1)
+
+  ablations = {
+    'zero': ablated(zeros, 'delta'),
+    'mean': ablated(means, 'delta'),
+    'zero_kl': ablated(zeros, 'kl'),
+  }
+  beside = {
+    kind: estimates.fidelity(twin.tally, names) for kind, twin in twins.items()
+  }
   return {
-      one.name: estimates.of_member(
-          one.sums, twins[one].sums, total, at_targets(one, variances),
-          *(at_targets(one, sums_of) for sums_of in ablated),
-          list(map(str, one.place.targets)) if one.place.several else None,
-      )
-      for one in found
-  }  # fmt: skip
+    **estimates.of_sae(sae.tally, sae.fired_F, ablations, names),
+    'control': estimates.strongest(beside),
+    'controls': beside,
+  }
 
 
-def _collect(waiting: list[tuple]) -> None:
-  for one, sums, deltas, rows in waiting:
-    sums, deltas = jax.device_get((sums, deltas))
-    for name in deltas[0]:
-      sums[name] = np.stack([delta[name] for delta in deltas], -1)
-    one.sums.add(sums, rows)
+def _add_nulls(
+  found: dict[str, dict[str, Any]], members: Sequence[release.Released]
+) -> None:
+  """`nulls` of an SAE: figures of those trained beside it with parts frozen."""
+
+  def key_of(card):
+    null = card.get('null') or ''
+    kept = {k: card.get(k) for k in ('sites', 'targets', 'width', 'sparsity')}
+    trained = str(card.get('architecture')).removeprefix(f'{null}_')
+    return null, repr((kept, trained, card.get('seed')))
+
+  nulls: dict[str, dict] = collections.defaultdict(dict)
+  for sae in members:
+    null, key = key_of(sae.card)
+    if null:
+      metrics = found[sae.name]
+      nulls[key][null] = {k: metrics[k] for k in ('l0', *estimates.ERRORS)}
+  for sae in members:
+    null, key = key_of(sae.card)
+    if not null and key in nulls:
+      found[sae.name]['nulls'] = nulls[key]
 
 
 def _mesh_of(params: lm.Params) -> Mesh | None:
@@ -189,8 +183,8 @@ def _mesh_of(params: lm.Params) -> Mesh | None:
   return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
-def _members(config: lm.Config, given, mesh: Mesh | None) -> list[_Replacement]:
-  """The members, checked; their parameters on the devices when they fit."""
+def _members(config: lm.Config, given, mesh: Mesh | None) -> list[Replacement]:
+  """The SAEs, checked; their parameters on the devices when they fit."""
   if not given:
     raise ValueError('There is nothing to evaluate: no SAE was given.')
   for name, count in collections.Counter(sae.name for sae in given).items():
@@ -198,23 +192,23 @@ def _members(config: lm.Config, given, mesh: Mesh | None) -> list[_Replacement]:
       raise ValueError(f'{count} of the SAEs are named {name}.')
   loaded = [(sae.name, sae.load(), sae.card) for sae in given]
   size = sum(sum(a.nbytes for a in arrays.values()) for _, arrays, _ in loaded)
-  found = []
+  saes = []
   for name, arrays, card in loaded:
-    place = _fitting_place(config, name, arrays, card)
+    wiring = _fitting_wiring(config, name, arrays, card)
     for key, array in arrays.items():
       if not np.isfinite(np.asarray(array)).all():
         raise ValueError(f'{name} has NaN or infinity in {key}.')
     put = functools.partial(released.put, arrays, mesh)
     if size <= _RESIDENT_BYTES:
       put = functools.cache(put)
-    found.append(_Replacement(place, name, put))
-  return found
+    saes.append(Replacement(wiring, name, put))
+  return saes
 
 
-def _fitting_place(config: lm.Config, name: str, arrays, card) -> sites.Wiring:
+def _fitting_wiring(config: lm.Config, name: str, arrays, card) -> sites.Wiring:
   """What an SAE reads and writes, if its parameters fit this model there."""
-  place = sites.wiring_of(card)
-  for site in (*place.sites, *place.targets):
+  wiring = sites.wiring_of(card)
+  for site in (*wiring.sites, *wiring.targets):
     site.check(config)
   known = {*sae_folder.KEYS, *sae_folder.OPTIONAL_KEYS}
   if not set(sae_folder.KEYS) <= set(arrays) <= known:
@@ -224,8 +218,8 @@ def _fitting_place(config: lm.Config, name: str, arrays, card) -> sites.Wiring:
       f'{", ".join(sae_folder.OPTIONAL_KEYS)}.'
     )
   sizes = {
-    'd_in': place.sites[0].width(config),
-    'd_out': place.targets[0].width(config),
+    'd_in': wiring.sites[0].width(config),
+    'd_out': wiring.targets[0].width(config),
     'width': arrays['b_enc'].size,
   }
   shapes = {key: array.shape for key, array in arrays.items()}
@@ -235,143 +229,87 @@ def _fitting_place(config: lm.Config, name: str, arrays, card) -> sites.Wiring:
     )
   except files.Refused as error:
     raise ValueError(
-      f'{name} {error}, as in {config.name} at {place}: is it a member of '
+      f'{name} {error}, as in {config.name} at {wiring}: is it an SAE of '
       'another model or site?'
     ) from None
-  return place
+  return wiring
 
 
-class _Text:
-  """Sequences in batches of one size, on the devices, with what counts."""
+def _controls(
+  model: centres.Model,
+  saes: Sequence[Replacement],
+  text: batches_lib.Text,
+  seed: int,
+) -> dict[Replacement, dict[str, Replacement]]:
+  """SAE -> its controls by kind, of its mean L0 on the rows they are fitted on.
 
-  def __init__(self, sequences, batch: int, keep: Keep, mesh: Mesh | None):
-    self._tokens_NT = np.asarray(sequences, np.int32)
-    shape = self._tokens_NT.shape
-    if len(shape) != 2 or shape[0] < 1 or shape[1] < 3:
-      raise ValueError(
-        'Sequences to evaluate on are [N, T], at least one of at least three '
-        f'tokens; found {list(shape)}.'
-      )
-    self.size = shape[0]
-    self._keep_NT = np.asarray(keep(self._tokens_NT))
-    if self._keep_NT.shape != shape or self._keep_NT.dtype != bool:
-      raise ValueError(
-        f'`keep` gave {self._keep_NT.dtype} {list(self._keep_NT.shape)}; '
-        f'expected bool {list(shape)}.'
-      )
-    wrong = np.flatnonzero(self._keep_NT[:, 0])
-    if wrong.size:
-      raise ValueError(
-        f'Sequences start with BOS, which does not count; sequence {wrong[0]} '
-        f'starts with token {self._tokens_NT[wrong[0], 0]}, which does.'
-      )
-    if not (self._keep_NT[:, 1:] & self._keep_NT[:, :-1]).any():
-      raise ValueError('No token counts: all to evaluate on are special.')
-    self._batch, self._sharding = batch, None
-    if mesh is not None:
-      data = mesh.shape['data']
-      if batch % data:
-        raise ValueError(
-          f"A batch of {batch} sequences cannot be split over the mesh's "
-          f'data axis ({data}).'
-        )
-      self._sharding = NamedSharding(mesh, PartitionSpec('data', None))
-
-  def batches(self) -> Iterator[tuple[jax.Array, jax.Array, int]]:
-    """tokens_BT, keep_BT, and how many rows are real: the others are filler."""
-    return self._of(np.arange(self.size))
-
-  def sample(self) -> Iterator[tuple[jax.Array, jax.Array, int]]:
-    """The same for a sample spread evenly over the text."""
-    (index_n,) = np.nonzero(self._keep_NT.any(1))
-    length = self._tokens_NT.shape[1]
-    count = max(_SAMPLE_SEQUENCES, -(-_SAMPLE_TOKENS // length))
-    count = min(count, len(index_n))
-    chosen = np.linspace(0, len(index_n) - 1, count).round().astype(int)
-    return self._of(index_n[chosen])
-
-  def _of(self, index_n):
-    for start in range(0, len(index_n), self._batch):
-      index_B = index_n[start : start + self._batch]
-      real_B = np.arange(self._batch) < len(index_B)
-      filled_B = np.resize(index_B, self._batch)
-      keep_BT = self._keep_NT[filled_B] & real_B[:, None]
-      placed = self._tokens_NT[filled_B], keep_BT
-      yield *jax.device_put(placed, self._sharding), len(index_B)
-
-
-def _means(gemma, params, at, text, mesh, poll) -> dict[sites.Site, np.ndarray]:
-  """The mean vector of each site over all tokens that count, float32."""
-  sums, tokens = {site: 0.0 for site in at}, 0
-  for tokens_BT, keep_BT, _ in text.batches():
-    poll()
-    taps = splice.taps(gemma, params, tokens_BT, at)
-    found = {site: passes.masked_sum(taps[site], keep_BT, mesh) for site in at}
-    for site, (sum_D, _) in jax.device_get(found).items():
-      sums[site] = sums[site] + sum_D.astype(np.float64)
-    tokens += int(found[at[0]][1])
-  return {site: (sums[site] / tokens).astype(np.float32) for site in at}
-
-
-def _controls(gemma, params, members, means, text, mesh, seed, poll):
-  """Member -> its control, set to the member's L0 on the sample."""
-  twins, chosen = {}, list(text.sample())
-  size = sum(keep_BT.size for _, keep_BT, _ in chosen)
+  Least-squares decoders are left out once those of the SAEs before would take
+  too much memory.
+  """
+  fit = text
+  if text.fit_NT is not None:
+    fit = dataclasses.replace(
+      text, sequences_NT=text.fit_NT, documents_NT=None, fit_NT=None
+    )
+  chosen = list(batches_lib.Batches(fit, model.mesh).sample())
+  size = sum(batch.keep_BT.size for batch in chosen)
   groups = collections.defaultdict(list)
-  for one in members:
-    groups[one.place].append(one)
+  for sae in saes:
+    groups[sae.wiring].append(sae)
+  twins, room = {}, _DECODER_BYTES
   for at, together in _fitting(
-    sorted(groups, key=sites.wiring_order), gemma.config, 4 * size
+    sorted(groups, key=sites.wiring_order), model.gemma.config, 4 * size
   ):
-    sample = []
-    for tokens_BT, keep_BT, _ in chosen:
-      poll()
-      taps = splice.taps(gemma, params, tokens_BT, at)
-      sample.append(controls.Batch(taps, keep_BT))
-    for place in together:
+    rows = _rows(model, chosen, at)
+    for wiring in together:
+      x = controls.beside(rows, wiring.sites, wiring.several)
       by_width = collections.defaultdict(list)
-      for one in groups[place]:
-        by_width[one.params()['b_enc'].size].append(one)
+      for sae in groups[wiring]:
+        by_width[sae.params()['b_enc'].size].append(sae)
       for width, group in by_width.items():
-        active = []
-        for one in group:
-          poll()
-          found = [
-            passes.active(
-              one.params(),
-              tuple(batch.taps[site] for site in place.sites),
-              batch.keep_BT,
-              mesh,
+        model.watch.poll()
+        l0 = [controls.mean_l0(sae.params(), x, model.mesh) for sae in group]
+        room -= len(group) * controls.decoder_bytes(wiring, width, rows)
+        kinds = [k for k in controls.KINDS if k != 'least_squares' or room >= 0]
+        shape = controls.Shape(wiring, width, seed)
+        made = controls.fit(shape, l0, rows, model.mesh, kinds)
+        for sae, by_kind in zip(group, made, strict=True):
+          twins[sae] = {
+            kind: Replacement(
+              wiring,
+              f'{sae.name} {kind}',
+              params,
+              turn=controls.KINDS.index(kind),
             )
-            for batch in sample
-          ]
-          active.append(float(sum(map(float, found))))
-        # By the place alone: a control is the same whoever else is evaluated.
-        name = zlib.crc32(f'{place}/{width}'.encode())
-        key = jax.random.fold_in(jax.random.key(seed), name)
-        there = {s: means[s] for s in {*place.sites, *place.targets}}
-        settings = controls.calibrate(
-          key, place, there, width, active, sample, mesh
-        )
-        for one, setting in zip(group, settings, strict=True):
-          make = functools.partial(
-            controls.make, key, place, there, width, setting, mesh
-          )
-          twins[one] = _Replacement(place, f'{one.name} control', make)
+            for kind, params in by_kind.items()
+          }
   return twins
+
+
+def _rows(model: centres.Model, chosen, at) -> dict[sites.Site, np.ndarray]:
+  """Raw activations [R, D] of the tokens that count, on the host."""
+  parts = collections.defaultdict(list)
+  for batch in chosen:
+    taps = model.taps(batch.tokens_BT, at)
+    taps, keep = jax.device_get(
+      passes.fetched(({s: taps[s] for s in at}, batch.keep_BT), model.mesh)
+    )
+    for site, x_BTD in taps.items():
+      parts[site].append(x_BTD[keep > 0])
+  return {site: np.concatenate(x) for site, x in parts.items()}
 
 
 def _fitting(
   ordered: Sequence[sites.Wiring], config, bytes_a_value: int
 ) -> Iterator[tuple[tuple[sites.Site, ...], list[sites.Wiring]]]:
-  """Groups of places whose activations fit in `_SAMPLE_BYTES`; their sites."""
+  """Groups of wirings whose activations fit in `_SAMPLE_BYTES`; their sites."""
   at, group = set(), []
-  for place in ordered:
-    more = at | {*place.sites, *place.targets}
+  for wiring in ordered:
+    more = at | {*wiring.sites, *wiring.targets}
     size = bytes_a_value * sum(site.width(config) for site in more)
     if group and size > _SAMPLE_BYTES:
       yield tuple(sorted(at)), group
-      more, group = {*place.sites, *place.targets}, []
+      more, group = {*wiring.sites, *wiring.targets}, []
     at = more
-    group.append(place)
+    group.append(wiring)
   yield tuple(sorted(at)), group

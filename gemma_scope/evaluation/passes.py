@@ -1,87 +1,120 @@
-"""The compiled sums of an evaluation: losses, squared errors, firing counts."""
+"""The compiled steps of an evaluation; each returns one value a token.
+
+  clean        activations at every site, and what an FVU is a share of
+  reconstruct  y_hat, the latents that fire, squared errors
+  residual     the last residual stream with y_hat in the place of y
+  losses       next-token losses of several such streams, and
+               KL(clean || spliced) of the next token's distribution
+
+What the host adds up (`estimates.Tally`) are these values: a token belongs to
+one document, one position, and is an outlier or not.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from gemma_scope import sae, sites
+from gemma_scope.activations import outliers
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
 from gemma_scope.sae import released
 
-# Results that the host reads: `..._B` a sequence, `..._T` a position.
-Sums = dict[str, jax.Array]
+Values = dict[str, jax.Array]  # [B, T] each, or [B, T, M] over targets
+
+_LOGITS = 2**25  # of one stream at once, on a device
 
 
-def _by_row_and_position(name: str, x_BT: jax.Array) -> Sums:
-  return {f'{name}_B': jnp.sum(x_BT, 1), f'{name}_T': jnp.sum(x_BT, 0)}
+class Centres(NamedTuple):
+  """What errors are measured against, at one site.
 
+  Attributes:
+    mean_D: over all tokens that count.
+    inlier_RD: over those that are no outliers, by each rule.
+    weight_D: 1, or 0 for the dimensions of largest variance.
+  """
 
-def _losses(gemma, params, x_BTD, tokens_BT, mesh):
-  """`lm.token_losses` from the last residual stream: nats, [B, T - 1]."""
-
-  def of_slice(x_BtD, targets_Bt):
-    return optax.softmax_cross_entropy_with_integer_labels(
-      gemma.unembed(params, x_BtD), targets_Bt
-    )
-
-  with jax.named_scope('loss'):
-    targets_BT = jnp.roll(tokens_BT, -1, 1)  # the last has none
-    losses_nBt = splice.by_slices(of_slice, mesh, x_BTD, targets_BT)
-  return splice.join(losses_nBt)[:, :-1]
+  mean_D: jax.Array
+  inlier_RD: jax.Array
+  weight_D: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames='mesh')
-def masked_sum(x_BTD, keep_BT, mesh: Mesh | None):
-  """Sum of the x that count, float32 [D], and how many they are."""
-  x_BTD = jnp.where(keep_BT[..., None], x_BTD.astype(jnp.float32), 0)
-  return splice.everywhere((jnp.sum(x_BTD, (0, 1)), jnp.sum(keep_BT)), mesh)
-
-
-@functools.partial(jax.jit, static_argnames=('gemma', 'at', 'targets', 'mesh'))
-def clean(
-  gemma: lm.Gemma,
-  params: lm.Params,
-  tokens_BT: jax.Array,
+def moments(
+  taps: splice.Taps,
   keep_BT: jax.Array,
-  at: tuple[sites.Site, ...],
-  targets: tuple[sites.Site, ...],
-  means: Mapping[sites.Site, jax.Array],
+  rules: Sequence[outliers.Bounds],
   mesh: Mesh | None,
-) -> tuple[splice.Taps, jax.Array, jax.Array, Sums, dict[sites.Site, Sums]]:
-  """The unspliced pass.
+) -> dict[sites.Site, tuple[jax.Array, ...]]:
+  """Sums over a batch at each site, in float32.
 
   Returns:
-    taps at `at`, at `targets` and before their blocks; losses [B, T - 1] in
-    nats; where they count; sums of tokens and losses; per target, the squared
-    distance to its mean vector (`variance`) and to the mean of that vector
-    (`flat`).
+    site -> (sum of x, of x^2 and, by each rule, of the x that are no outliers)
+    over the tokens that count: [D], [D], [R, D]; and under None how many count,
+    in all and by each rule: [1 + R].
   """
-  wanted = {*at, *targets, *map(splice.before, targets), splice.last(gemma)}
-  taps = gemma.forward(params, tokens_BT, taps=wanted, logits=False).taps
-  losses_BT = _losses(gemma, params, taps[splice.last(gemma)], tokens_BT, mesh)
-  counts_BT = keep_BT[:, 1:] & keep_BT[:, :-1]
-  sums = {
-    **_by_row_and_position('tokens', keep_BT.astype(jnp.float32)),
-    **_by_row_and_position('counts', counts_BT.astype(jnp.float32)),
-    'clean_B': jnp.sum(jnp.where(counts_BT, losses_BT, 0), 1),
-  }
-  of_site = {}
-  for site in targets:
-    x_BTD, mean_D = taps[site].astype(jnp.float32), means[site]
-    variance_BT = jnp.sum((x_BTD - mean_D) ** 2, -1)
-    flat_BT = jnp.sum((x_BTD - jnp.mean(mean_D)) ** 2, -1)
-    of_site[site] = {
-      **_by_row_and_position('variance', jnp.where(keep_BT, variance_BT, 0)),
-      'flat_B': jnp.sum(jnp.where(keep_BT, flat_BT, 0), 1),
+  inlier = [keep_BT & ~outliers.is_outlier(taps, rule) for rule in rules]
+  kept = [where[..., None] for where in (keep_BT, *inlier)]
+
+  def sums(x_BTD):
+    x = x_BTD.astype(jnp.float32)
+    whole, *parts = (jnp.sum(jnp.where(w, x, 0), (0, 1)) for w in kept)
+    square = jnp.sum(jnp.where(kept[0], x * x, 0), (0, 1))
+    return whole, square, jnp.stack(parts)
+
+  found = {site: sums(x_BTD) for site, x_BTD in taps.items()}
+  counts = jnp.stack([jnp.sum(where) for where in kept])
+  return splice.everywhere((found, counts), mesh)
+
+
+@functools.partial(jax.jit, static_argnames='mesh')
+def norms(x_BTD: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """Euclidean norm of each row, [B, T]."""
+  norms_BT = jnp.linalg.norm(x_BTD.astype(jnp.float32), axis=-1)
+  return splice.everywhere(norms_BT, mesh)
+
+
+@functools.partial(jax.jit, static_argnames='mesh')
+def fetched(x, mesh: Mesh | None):
+  """Arrays whole on every process, float32."""
+  x = jax.tree.map(lambda a: a.astype(jnp.float32), x)
+  return splice.everywhere(x, mesh)
+
+
+@functools.partial(jax.jit, static_argnames='mesh')
+def spread(
+  taps: splice.Taps,
+  centres: Mapping[sites.Site, Centres],
+  rules: Sequence[outliers.Bounds],
+  mesh: Mesh | None,
+) -> tuple[jax.Array, dict[sites.Site, Values]]:
+  """What errors are a share of, at each site in `centres`.
+
+  Returns:
+    Where a token is an outlier by each rule, [R, B, T]; and squared distances
+    to the mean vector (`variance`), to the mean of that vector (`flat`), to the
+    mean vector without the dimensions of largest variance (`variance_rest`),
+    and to the mean of the inliers by each rule (`variance_inlier`, [B, T, R]).
+  """
+  outlier_RBT = jnp.stack([outliers.is_outlier(taps, rule) for rule in rules])
+  found = {}
+  for site, centre in centres.items():
+    x_BTD = taps[site].astype(jnp.float32)
+    square_BTD = (x_BTD - centre.mean_D) ** 2
+    inlier = [jnp.sum((x_BTD - m) ** 2, -1) for m in centre.inlier_RD]
+    found[site] = {
+      'variance': jnp.sum(square_BTD, -1),
+      'flat': jnp.sum((x_BTD - jnp.mean(centre.mean_D)) ** 2, -1),
+      'variance_rest': square_BTD @ centre.weight_D,
+      'variance_inlier': jnp.stack(inlier, -1),
     }
-  return taps, losses_BT, counts_BT, *splice.everywhere((sums, of_site), mesh)
+  return splice.everywhere((outlier_RBT, found), mesh)
 
 
 @functools.partial(jax.jit, static_argnames='mesh')
@@ -90,75 +123,63 @@ def reconstruct(
   x: tuple[jax.Array, ...],
   y: tuple[jax.Array, ...] | None,
   keep_BT: jax.Array,
+  weight_MD: jax.Array,
   mesh: Mesh | None,
-) -> tuple[tuple[jax.Array, ...], Sums]:
-  """y_hat of one member, clean where a token does not count, and its sums.
+) -> tuple[tuple[jax.Array, ...], Values, jax.Array]:
+  """y_hat of one SAE, y itself where a token does not count.
 
   Args:
     params: released parameters.
     x: the activation [B, T, D] at each site.
-    y: at each target; None where it writes what it reads.
+    y: at each target; None where the SAE writes what it reads.
     keep_BT: where a token counts.
+    weight_MD: 0 for the dimensions of largest variance at each target, else 1.
 
   Returns:
-    y_hat_BTD at each target in the dtype of y; `l0_B`, `error` (a column for
-    each target) and `fired_F` (tokens on which each latent fired, [F] or
-    [L, F]), over the tokens that count.
+    y_hat_BTD at each target in the dtype of y; `l0` and `l1` of each token,
+    and of each target `error`, `error_rest` (without those dimensions),
+    `cosine` and `norm_ratio`; and the tokens that count on which each latent
+    fired, [F] or [L, F].
   """
   several = params['W_enc'].ndim == 3
 
   def of_slice(keep_Bt, *parts):
     clean = parts[len(x) :] or parts
-    x32, y32 = (
-      released.stacked(parts[: len(x)], several),
-      released.stacked(clean, several),
-    )
+    x32 = released.stacked(parts[: len(x)], several)
+    y32 = released.stacked(clean, several)
     f_BtF = sae.encode(params, x32)
     y_hat = sae.decode(params, f_BtF, x32)
     # Summed as float32: XLA's CPU is many times slower at summing booleans.
-    active_BtF = ((f_BtF > 0) & released.beside(keep_Bt, f_BtF)).astype(
-      jnp.float32
+    active_BtF = (f_BtF > 0).astype(jnp.float32)
+    latents = tuple(range(2, f_BtF.ndim))
+    y_BtMD, made_BtMD = (a if several else a[:, :, None] for a in (y32, y_hat))
+    square_BtMD = (y_BtMD - made_BtMD) ** 2
+    norm_y, norm_made = (
+      jnp.maximum(jnp.linalg.norm(a, axis=-1), 1e-12)
+      for a in (y_BtMD, made_BtMD)
     )
-    error = jnp.sum((y32 - y_hat) ** 2, -1)
-    error_BtM = error if several else error[..., None]
-    y_hats = jnp.moveaxis(y_hat, -2, 0) if several else [y_hat]
-    return (
-      tuple(
-        jnp.where(keep_Bt[..., None], each.astype(one.dtype), one)
-        for each, one in zip(y_hats, clean, strict=True)
-      ),
-      jnp.where(keep_Bt[..., None], error_BtM, 0),
-      jnp.sum(active_BtF, tuple(range(1, active_BtF.ndim))),
-      jnp.sum(active_BtF, (0, 1)),
+    values = {
+      'l0': jnp.sum(active_BtF, latents),
+      'l1': jnp.sum(f_BtF, latents),
+      'error': jnp.sum(square_BtMD, -1),
+      'error_rest': jnp.sum(square_BtMD * weight_MD, -1),
+      'cosine': jnp.sum(y_BtMD * made_BtMD, -1) / (norm_y * norm_made),
+      'norm_ratio': norm_made / norm_y,
+    }
+    y_hats = tuple(
+      jnp.where(keep_Bt[..., None], each.astype(one.dtype), one)
+      for each, one in zip(jnp.moveaxis(made_BtMD, 2, 0), clean, strict=True)
     )
+    counted = jnp.where(released.beside(keep_Bt, active_BtF), active_BtF, 0)
+    return y_hats, values, jnp.sum(counted, (0, 1))
 
   # Which latents fire is decided in float32, whatever the accelerator prefers.
   with jax.named_scope('reconstruct'), jax.default_matmul_precision('highest'):
-    y_hats, error, l0_nB, fired_nF = splice.by_slices(
+    y_hats, values, fired_nF = splice.by_slices(
       of_slice, mesh, keep_BT, *x, *(y or ())
     )
-  sums = {
-    **_by_row_and_position('error', splice.join(error)),
-    'l0_B': l0_nB.sum(0),
-    'fired_F': fired_nF.sum(0),
-  }
-  return tuple(map(splice.join, y_hats)), splice.everywhere(sums, mesh)
-
-
-@functools.partial(jax.jit, static_argnames='mesh')
-def active(params, x: tuple[jax.Array, ...], keep_BT, mesh: Mesh | None):
-  """Latents that fire, summed over the tokens that count."""
-
-  def of_slice(keep_Bt, *parts):
-    f_BtF = sae.encode(
-      params, released.stacked(parts, params['W_enc'].ndim == 3)
-    )
-    active_BtF = (f_BtF > 0) & released.beside(keep_Bt, f_BtF)
-    return jnp.sum(active_BtF.astype(jnp.float32), (0, 1)).sum()
-
-  with jax.default_matmul_precision('highest'):
-    total = splice.by_slices(of_slice, mesh, keep_BT, *x).sum()
-  return splice.everywhere(total, mesh)
+  y_hats, values = jax.tree.map(splice.join, (y_hats, values))
+  return y_hats, *splice.everywhere((values, fired_nF.sum(0)), mesh)
 
 
 @jax.jit
@@ -167,30 +188,49 @@ def ablate(x_BTD: jax.Array, keep_BT: jax.Array, value_D) -> jax.Array:
   return jnp.where(keep_BT[..., None], value_D, x_BTD).astype(x_BTD.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=('gemma', 'target', 'mesh'))
-def delta(
+@functools.partial(jax.jit, static_argnames=('gemma', 'target'))
+def residual(gemma, params, tokens_BT, target, y_hat_BTD, before_BTD):
+  """`splice.residual`, compiled once for each target."""
+  return splice.residual(
+    gemma, params, tokens_BT, target, y_hat_BTD, before_BTD
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('gemma', 'mesh'))
+def losses(
   gemma: lm.Gemma,
   params: lm.Params,
   tokens_BT: jax.Array,
-  target: sites.Site,
-  y_hat_BTD: jax.Array,
-  before_BTD: jax.Array,
-  losses_BT: jax.Array,
-  counts_BT: jax.Array,
+  ends: tuple[jax.Array, ...],
   mesh: Mesh | None,
-) -> Sums:
-  """Spliced minus clean loss, with `y_hat` in the place of y at `target`.
+) -> tuple[jax.Array, jax.Array]:
+  """Losses of the next token, and KL from the first stream, in nats.
 
   Args:
-    before_BTD: the tap at `before(target)`.
-    losses_BT, counts_BT: of the clean pass, [B, T - 1].
+    ends: last residual streams [B, T, D], the clean one first.
 
   Returns:
-    `delta_B` and `delta_T`, sums of nats over the losses that count.
+    Loss [B, T, n] and KL(first || each) [B, T, n]. The last position has no
+    next token: its loss means nothing.
   """
-  spliced_BTD = splice.residual(
-    gemma, params, tokens_BT, target, y_hat_BTD, before_BTD
-  )
-  spliced_BT = _losses(gemma, params, spliced_BTD, tokens_BT, mesh)
-  delta_BT = jnp.where(counts_BT, spliced_BT - losses_BT, 0)
-  return splice.everywhere(_by_row_and_position('delta', delta_BT), mesh)
+
+  def of_slice(next_Bt, *ends_BtD):
+    clean_BtV = gemma.unembed(params, ends_BtD[0]).astype(jnp.float32)
+    log_p = jax.nn.log_softmax(clean_BtV)
+    p_BtV, found = jnp.exp(log_p), []
+    for k, end_BtD in enumerate(ends_BtD):
+      log_q = log_p
+      if k:
+        log_q = jax.nn.log_softmax(
+          gemma.unembed(params, end_BtD).astype(jnp.float32)
+        )
+      loss = -jnp.take_along_axis(log_q, next_Bt[..., None], -1)[..., 0]
+      found.append((loss, jnp.sum(p_BtV * (log_p - log_q), -1)))
+    losses, kl = zip(*found, strict=True)
+    return jnp.stack(losses, -1), jnp.stack(kl, -1)
+
+  with jax.named_scope('losses'):
+    next_BT = jnp.roll(tokens_BT, -1, 1)
+    rows = min(512, max(16, _LOGITS // gemma.config.vocab_size))
+    found = splice.by_slices(of_slice, mesh, next_BT, *ends, rows=rows)
+  return splice.everywhere(jax.tree.map(splice.join, found), mesh)

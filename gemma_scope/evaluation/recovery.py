@@ -31,14 +31,12 @@ latent fall silent. For a parent p and its child q:
 which both fire. `missed_alone` is how often no main latent fires where p fires
 alone: what the failure of a mere weak detector would be.
 
-The controls are released parameters, scored by the same function at the same
-L0: principal components and their negatives with the k largest kept, and
-random decoders with one threshold for all.
+The controls are those of `controls`, scored by the same function at the same
+L0.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -49,6 +47,7 @@ from scipy import optimize
 
 from gemma_scope import release, sae, sites
 from gemma_scope.activations import harvest, synthetic
+from gemma_scope.evaluation import controls
 
 FOUND = 0.9  # cosine from which a feature counts as recovered
 _MAIN = 0.7
@@ -58,17 +57,6 @@ _ROWS = 4096  # rows scored at once
 
 Params = Mapping[str, np.ndarray]
 Rows = Mapping[sites.Site, np.ndarray]
-
-
-def stacked(rows: Rows, at: Sequence[sites.Site], several: bool) -> np.ndarray:
-  """Rows at `at` as parameters read them: [R, D], or `several`: [R, L, D]."""
-  if several:
-    return np.stack([np.asarray(rows[site], np.float32) for site in at], 1)
-  if len(at) != 1:
-    raise ValueError(
-      f'Parameters of one layer read or write one site; found {len(at)}.'
-    )
-  return np.asarray(rows[at[0]], np.float32)
 
 
 def recovery(
@@ -97,8 +85,8 @@ def recovery(
     that says anything), 'pairs' (how many pairs absorption is the mean of).
   """
   several = np.ndim(params['W_enc']) == 3
-  x = stacked(rows, read, several)
-  y = stacked(rows, write, several)
+  x = controls.beside(rows, read, several)
+  y = controls.beside(rows, write, several)
   fires_RF, fvu = _forward(params, x, y)
   alive_F = fires_RF.any(0)
   d_GD, asked_G = _directions(truth, read, write)
@@ -199,123 +187,6 @@ def _absorption(
   }
 
 
-def pca_control(
-  rows: Rows,
-  read: Sequence[sites.Site],
-  write: Sequence[sites.Site],
-  l0: float,
-  *,
-  several: bool = False,
-  components: int | None = None,
-) -> dict[str, np.ndarray]:
-  """Principal components as released parameters with `k` = l0, rounded.
-
-  Two latents a component v: relu(+-(x - m) v). They decode along the regression
-  of the target on the component's score, which for an SAE is v itself; with
-  several layers each has its own components and writes to its own target.
-
-  Args:
-    rows: raw activations [R, D] of the sites.
-    read, write: sites and targets.
-    l0: how many latents a row keeps.
-    several: parameters with a leading axis of layers.
-    components: how many, the largest first; None: all D.
-  """
-  made = []
-  for reads, writes in zip(read, write, strict=True):
-    x_RD = np.asarray(rows[reads], np.float64)
-    y_RD = np.asarray(rows[writes], np.float64)
-    mean_D = x_RD.mean(0)
-    x_RD, b_dec = x_RD - mean_D, y_RD.mean(0)
-    variance, v_DC = np.linalg.eigh(x_RD.T @ x_RD / len(x_RD))
-    order = np.argsort(-variance)[:components]
-    variance, v_DC = variance[order], v_DC[:, order]
-    scores_RC = x_RD @ v_DC
-    w_CD = scores_RC.T @ (y_RD - b_dec) / len(x_RD)
-    w_CD /= np.maximum(variance, 1e-12)[:, None]
-    W_enc = np.concatenate([v_DC, -v_DC], 1)
-    made.append(
-      {
-        'W_enc': W_enc,
-        'b_enc': -mean_D @ W_enc,
-        'W_dec': np.concatenate([w_CD, -w_CD]),
-        'b_dec': b_dec,
-        'threshold': np.zeros(W_enc.shape[1]),
-      }
-    )
-  if several:
-    params = {key: np.stack([one[key] for one in made]) for key in made[0]}
-    params['W_dec'] = _own_targets(params['W_dec'])
-  else:
-    (params,) = made
-  params['k'] = np.array(max(1, round(l0)))
-  return {key: np.float32(value) for key, value in params.items()}
-
-
-def _own_targets(W_dec: np.ndarray) -> np.ndarray:
-  """[L, F, D] to each layer's own target -> [L, F, L, D]."""
-  layers = len(W_dec)
-  return W_dec[:, :, None] * np.eye(layers)[:, None, :, None]
-
-
-def random_control(
-  rows: Rows,
-  read: Sequence[sites.Site],
-  write: Sequence[sites.Site],
-  width: int,
-  l0: float,
-  *,
-  several: bool = False,
-  seed: int = 0,
-) -> dict[str, np.ndarray]:
-  """A random-init SAE of `width` latents in all as released parameters.
-
-  As `controls` makes it: random unit decoders, encoders the transpose of what
-  they write to their own layer (random themselves where the SAE does not write
-  what it reads), b_dec the mean, one threshold that meets `l0` on these rows,
-  one gain that leaves the least FVU. `rows`, `read`, `write` and `several` are
-  those of `pca_control`.
-  """
-  rng = np.random.default_rng(seed)
-  x, y = stacked(rows, read, several), stacked(rows, write, several)
-  layers, d_in, d_out = len(read), x.shape[-1], y.shape[-1]
-  shape = (layers, width // layers, layers, d_out)
-  causal = np.triu(np.ones((layers, layers)))[:, None, :, None]
-  W_dec = rng.standard_normal(shape) * causal
-  W_dec /= np.linalg.norm(W_dec, axis=(2, 3), keepdims=True)
-  if tuple(read) == tuple(write):
-    W_enc = np.stack([W_dec[l, :, l].T for l in range(layers)])
-  else:
-    W_enc = rng.standard_normal((layers, d_in, shape[1]))
-  W_enc /= np.linalg.norm(W_enc, axis=1, keepdims=True)
-  mean_LD = np.reshape(x.mean(0), (layers, d_in))
-  params = {
-    'W_enc': W_enc,
-    'b_enc': -np.einsum('ld,ldf->lf', mean_LD, W_enc),
-    'W_dec': W_dec,
-    'b_dec': np.reshape(y.mean(0), (layers, d_out)),
-  }
-  if not several:
-    params = {key: value[0] for key, value in params.items()}
-    params['W_dec'] = params['W_dec'][:, 0]
-  params = {key: np.float32(value) for key, value in params.items()}
-  terms = 'rld,ldf->rlf' if several else 'rd,df->rf'
-  z = np.einsum(terms, x, params['W_enc'], optimize=True) + params['b_enc']
-  keep = min(max(1, math.ceil(l0 * len(z))), z.size - 1)
-  # A threshold is passed, not met: the next lower value lets `keep` pass.
-  theta = max(0.0, float(np.partition(z.reshape(-1), -keep - 1)[-keep - 1]))
-  params['threshold'] = np.full_like(params['b_enc'], theta)
-  f = np.where(z > theta, z, 0)
-  write_terms = 'rlf,lfmd->rmd' if several else 'rf,fd->rd'
-  y_hat = np.einsum(write_terms, f, params['W_dec'], optimize=True)
-  # Targets weigh alike, as they do in the FVU.
-  y = (y - params['b_dec']).astype(np.float64)
-  total = np.sum(y**2, (0, -1), keepdims=True)
-  along, square = np.sum(y * y_hat / total), np.sum(y_hat**2 / total)
-  params['W_dec'] *= np.float32(along / square if square else 0)
-  return params
-
-
 HELD_OUT = 10**6  # a chunk that no store holds
 
 
@@ -325,7 +196,7 @@ def score(
   poll: Callable[[], None] = lambda: None,
   report: Callable[[int], None] = lambda done: None,
 ) -> dict[str, dict[str, Any]]:
-  """Metrics of SAEs trained on a synthetic store, with both controls.
+  """Metrics of SAEs trained on a synthetic store, with controls.
 
   Args:
     saes: what is scored.
@@ -334,9 +205,9 @@ def score(
     report: called with the number done.
 
   Returns:
-    name -> l0, fvu, dead, `recovery` (all of it), and the same of the random
-    SAE as `control` and of principal components as `pca`, both fitted on the
-    store's first rows and, like the SAE, scored on rows that it does not hold.
+    name -> l0, fvu, dead, `recovery` (all of it), and the same of each control
+    in `controls`, of the one of least FVU as `control`. Controls are fitted on
+    the store's first rows and, like the SAE, scored on rows that it lacks.
   """
   truth = synthetic.truth(store)
   layout = harvest.Layout.of(
@@ -353,8 +224,8 @@ def score(
   scores = {}
   for sae_given in saes:
     poll()
-    place = sae_given.wiring
-    at = place.sites, place.targets
+    wiring = sae_given.wiring
+    at = wiring.sites, wiring.targets
 
     def metrics(params, at=at):
       found = recovery(params, truth, rows, f_RG, *at)
@@ -362,16 +233,14 @@ def score(
       return {**figures, 'recovery': found}
 
     own = metrics(sae_given.load())
-    l0 = max(own['l0'], 1e-3)
-    control = random_control(
-      fitted_on, *at, sae_given.card['width'], l0, several=place.several
-    )
-    pca = pca_control(fitted_on, *at, l0, several=place.several)
+    shape = controls.Shape(wiring, sae_given.card['width'])
+    (made,) = controls.fit(shape, [own['l0']], fitted_on)
+    beside = {kind: metrics(make()) for kind, make in made.items()}
     scores[sae_given.name] = {
       **own,
       'tokens': layout.rows,
-      'control': metrics(control),
-      'pca': metrics(pca),
+      'control': min(beside.values(), key=lambda control: control['fvu']),
+      'controls': beside,
     }
     report(len(scores))
   return scores

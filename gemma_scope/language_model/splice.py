@@ -70,8 +70,10 @@ def everywhere(tree, mesh: Mesh | None):
   return jax.lax.with_sharding_constraint(tree, whole)
 
 
-def by_slices(function: Callable, mesh: Mesh | None, *arrays_BT) -> Any:
-  """`function(*arrays)` on slices of T with about `_ROWS` tokens a device.
+def by_slices(
+  function: Callable, mesh: Mesh | None, *arrays_BT, rows: int = 0
+) -> Any:
+  """`function(*arrays)` on slices of T of about `rows` (512) tokens a device.
 
   Latents and logits are many times wider than x: so they are never there for a
   whole batch, and on a CPU they stay in the cache, which halves the time.
@@ -79,15 +81,16 @@ def by_slices(function: Callable, mesh: Mesh | None, *arrays_BT) -> Any:
   Returns:
     Its results with a leading axis of slices; `join` makes [n, B, t, ...] one.
   """
-  rows, length = arrays_BT[0].shape[:2]
-  most = _ROWS * (mesh.shape.get('data', 1) if mesh is not None else 1)
+  batch, length = arrays_BT[0].shape[:2]
+  devices = mesh.shape.get('data', 1) if mesh is not None else 1
+  most = (rows or _ROWS) * devices
   count = next(
     n
     for n in range(1, length + 1)
-    if length % n == 0 and (n == length or rows * length <= most * n)
+    if length % n == 0 and (n == length or batch * length <= most * n)
   )
   parts = [
-    jnp.moveaxis(a.reshape(rows, count, -1, *a.shape[2:]), 1, 0)
+    jnp.moveaxis(a.reshape(batch, count, -1, *a.shape[2:]), 1, 0)
     for a in arrays_BT
   ]
   return jax.lax.map(lambda part: function(*part), parts)

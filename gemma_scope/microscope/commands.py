@@ -266,7 +266,7 @@ def score(session: Session, options: Options) -> None:
   """SAEBench's scores, on labels that Python's own source gives."""
   saes = [session.find(options.sae)] if options.sae else session.saes
   paths = suite.run(
-    *session.model, saes,
+    session.model, saes,
     session.tokenizer, session.out / 'suite', report=session.report,
   )  # fmt: skip
   session.report(suite.table(paths))

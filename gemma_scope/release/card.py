@@ -3,8 +3,8 @@
 A row is `(card, metrics)`: the card that a trained SAE carries and what
 `evaluate` measured, or None. The table is one function with two faces, plain
 text for a terminal and Markdown for the model card, so that the two can never
-disagree. Every figure stands beside that of the control: a randomly
-initialised member of the same shape and sparsity.
+disagree. Every figure stands beside those of untrained dictionaries of the
+same L0.
 """
 
 from __future__ import annotations
@@ -137,16 +137,18 @@ def _measured(rows: Sequence[table_lib.Row]) -> str:
   if not counts:
     return 'None of these has been evaluated.'
   tokens = ' to '.join(f'{n:,.0f}' for n in {counts[0]: 0, counts[-1]: 0})
-  return (
-    f'Measured on {tokens} tokens each. FVU: fraction of variance '
-    'unexplained, of what is reconstructed, against its mean. Delta loss: '
-    "nats per token added to the language model's loss when the "
-    'reconstruction takes its place, BOS kept clean. Dead: latents that never '
-    'fired. '
-    '±: 95 % interval, sequences as clusters. Control: a randomly '
-    'initialised member of the same shape and sparsity. With several layers, '
-    'FVU and delta loss are means over those written, each replaced alone.'
+  text = (
+    f'Measured on {tokens} tokens each. Delta loss: nats per token added to '
+    "the language model's loss when the reconstruction takes its place, BOS "
+    "kept clean. KL: of the next token's distribution, in nats. FVU: fraction "
+    'of variance unexplained, against the mean; FVU inliers: without rows of '
+    'outlying norm. Never fired: latents that are off on all of these tokens. '
+    'Controls: untrained dictionaries of the same L0, in this order: a random '
+    'encoder with the best gain, the same encoder with a least-squares '
+    'decoder, principal components with the largest scores. With several '
+    'layers, figures are means over those written, each replaced alone. '
   )
+  return text + (table_lib.note(rows) or '±: 95 % interval.')
 
 
 def _provenance(rows: Sequence[table_lib.Row]) -> list[str]:

@@ -6,7 +6,7 @@ are many layers). Both axes are logarithmic, as in Gemma Scope
 (arXiv 2408.05147, figure 5). A line is one width and architecture: dark to
 light as width grows, or a colour each where there are only architectures to
 tell apart; their marker and dashes differ too. The bars are 95 % intervals; the
-grey dashes are the control, random initialisations of the same shape and
+grey dashes are the strongest control, an untrained dictionary of the same
 sparsity. Lower and further left is better.
 
 matplotlib is imported when something is drawn, and only its file-writing
@@ -291,7 +291,7 @@ def _legend(picture, looks, has_control: bool):
         color=_GREY,
         linestyle=(0, (4, 2)),
         linewidth=0.9,
-        label='control: random initialisation',
+        label='strongest untrained control',
       )
     )
   longest = max(len(handle.get_label()) for handle in handles)

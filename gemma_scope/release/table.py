@@ -9,9 +9,12 @@ from gemma_scope import sites
 
 _COLUMNS = (
   *('type', 'site', 'writes', 'layer', 'width', 'architecture', 'seed'),
-  *('target', 'L0', 'delta loss', 'KL', 'FVU', 'dead %'),
-  *('control delta', 'control KL', 'control FVU'),
+  *('target', 'L0', 'delta loss', 'KL', 'FVU', 'FVU inliers'),
+  *('never fired %', 'control delta', 'control KL', 'control FVU'),
 )
+# The controls of an evaluation, in the order of the table's cells.
+CONTROLS = ('random', 'least_squares', 'pca')
+FEW_CLUSTERS = 20  # with fewer, an interval is rough
 _SPARSITY = {'target_l0': 'L0', 'quadratic_l0': 'L0', 'l0': 'lambda'}
 TYPE_NAMES = {
   'sae': 'sparse autoencoder',
@@ -33,19 +36,28 @@ def value(metric: object) -> float | None:
 
 
 def control(metrics: dict | None) -> dict:
-  """Figures of the randomly initialised twin; {} where there are none."""
+  """Figures of the strongest control; {} where there are none."""
   found = (metrics or {}).get('control')
   return found if isinstance(found, dict) else {}
 
 
+def _controls(metrics: dict, key: str, digits: int) -> str:
+  """A figure of each control, 'random, least squares, PCA'; or of the one."""
+  each = metrics.get('controls')
+  if not isinstance(each, dict):
+    return _figure(control(metrics).get(key), digits, False)
+  figures = [(each.get(kind) or {}).get(key) for kind in CONTROLS]
+  return ', '.join(_figure(figure, digits, False) for figure in figures)
+
+
 def order(row: Row) -> tuple:
-  """Sort key: place, width, architecture, L0, seed."""
+  """Sort key: wiring, width, architecture, L0, seed; nulls beside their SAE."""
   card, metrics = row
   l0 = value((metrics or {}).get('l0'))
   return (
     sites.wiring_order(sites.wiring_of(card)),
     card['width'],
-    architecture(card),
+    architecture(card).removeprefix(f'{card.get("null") or ""}_'),
     math.inf if l0 is None else l0,
     str(card.get('seed', '')),
     str(card.get('name', '')),
@@ -80,8 +92,11 @@ def table(
     columns: room for plain text; intervals are shown where they fit.
 
   Returns:
-    The table, without a newline at its end. Delta loss and KL are in nats per
-    token, FVU is the fraction of variance unexplained.
+    The table, without a newline at its end. Delta loss and KL are in nats a
+    token, FVU is the fraction of variance unexplained (inliers: without rows of
+    outlying norm), never fired the share of latents that are off on all
+    evaluated tokens. Of the controls there are three figures where all were
+    measured (random, least squares, PCA), and the least of their KL.
   """
   rows = sorted(rows, key=order)
   wide = _cells(rows, intervals=True)
@@ -99,6 +114,22 @@ def table(
   return text
 
 
+def note(rows: Sequence[Row]) -> str:
+  """What the intervals of a table rest on; '' where it is not known."""
+  found = {
+    (metrics['clusters'], str(metrics.get('clustered_by', 'sequences')))
+    for _, metrics in rows
+    if metrics and isinstance(metrics.get('clusters'), int)
+  }
+  sentences = []
+  for count, kind in sorted(found):
+    text = f'95 % intervals over {count} {kind} as independent draws'
+    if count < FEW_CLUSTERS:
+      text += f'; with fewer than {FEW_CLUSTERS} they are rough'
+    sentences.append(f'{text}.')
+  return ' '.join(sentences)
+
+
 def _cells(rows: Sequence[Row], *, intervals: bool) -> list[list[str]]:
   """Header and body of the table; a column that says nothing is left out."""
   lines = [_line(*row, intervals) for row in rows]
@@ -113,6 +144,7 @@ def _cells(rows: Sequence[Row], *, intervals: bool) -> list[list[str]]:
     'seed': differs('seed'),
     'KL': any(line['KL'] != '-' for line in lines),
     'control KL': any(line['control KL'] != '-' for line in lines),
+    'FVU inliers': any(line['FVU inliers'] != '-' for line in lines),
   }
   head = [key for key in _COLUMNS if said.get(key, True)]
   return [head, *([line[key] for key in head] for line in lines)]
@@ -121,7 +153,7 @@ def _cells(rows: Sequence[Row], *, intervals: bool) -> list[list[str]]:
 def _line(card: dict, metrics: dict | None, intervals: bool) -> dict[str, str]:
   """Every cell of a row, by its column."""
   place, metrics = sites.wiring_of(card), metrics or {}
-  twin, dead = control(metrics), value(metrics.get('dead'))
+  dead = value(metrics.get('dead'))
   cells = (
     place.type,
     place.kind,
@@ -135,10 +167,11 @@ def _line(card: dict, metrics: dict | None, intervals: bool) -> dict[str, str]:
     _figure(metrics.get('delta_loss'), 4, intervals),
     _figure(metrics.get('kl'), 4, intervals),
     _figure(metrics.get('fvu'), 3, intervals),
+    _figure(metrics.get('fvu_inliers'), 3, intervals),
     '-' if dead is None else f'{100 * dead:.1f}',
-    _figure(twin.get('delta_loss'), 4, False),
-    _figure(twin.get('kl'), 4, False),
-    _figure(twin.get('fvu'), 3, False),
+    _controls(metrics, 'delta_loss', 3),
+    _figure(control(metrics).get('kl'), 3, False),
+    _controls(metrics, 'fvu', 3),
   )
   return dict(zip(_COLUMNS, cells, strict=True))
 

@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 
 from gemma_scope import mesh, sites
-from gemma_scope.evaluation import controls, evaluate, passes
+from gemma_scope import sae as sae_lib
+from gemma_scope.evaluation import (
+  batches,
+  controls,
+  evaluate,
+  passes,
+)
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice, weights
+from gemma_scope.release import table
 from tests.helpers import releases
 
 CONFIG = lm.Config(
@@ -79,10 +86,12 @@ def identity_sae(site):
   return params, card(site, f'{site}/identity')
 
 
-def measure(model, saes, tokens_NT, **more):
-  return evaluate.evaluate(
-    *model, releases.saes(saes), tokens_NT, batch=BATCH, keep=keep, **more
-  )
+WATCH = batches.Watch()
+
+
+def measure(model, saes, tokens_NT, watch=WATCH, **more):
+  given = batches.Text(tokens_NT, keep, BATCH, **more)
+  return evaluate.evaluate(*model, releases.saes(saes), given, watch=watch)
 
 
 @pytest.fixture(scope='module')
@@ -204,8 +213,11 @@ def test_identity_loses_nothing(model, site):
   assert abs(metrics['delta_loss']['value']) < 1e-5
   assert metrics['fvu']['value'] < 1e-10
   assert metrics['l0']['value'] == pytest.approx(D, abs=0.01)
-  for key in ('loss_recovered_zero', 'loss_recovered_mean'):
+  for key in ('loss_recovered_zero', 'loss_recovered_mean', 'kl_score'):
     assert metrics[key]['value'] == pytest.approx(1, abs=1e-3)
+  for key in ('cosine', 'norm_ratio'):
+    assert metrics[key]['value'] == pytest.approx(1, abs=1e-5)
+  assert metrics['kl']['value'] == pytest.approx(0, abs=1e-6)
   assert metrics['dense'] == 1
 
 
@@ -241,36 +253,154 @@ def test_intervals_cover(model, saes):
     )
 
 
-def test_control_has_the_members_l0(model, saes, monkeypatch):
-  monkeypatch.setattr(evaluate, '_SAMPLE_TOKENS', 1)  # 32 sequences of 96
+def test_controls_have_the_members_l0(model, saes, monkeypatch):
+  monkeypatch.setattr(batches, '_SAMPLE_TOKENS', 1)  # 32 sequences of 96
   for metrics in measure(model, saes[2:], text(96)).values():
-    control = metrics['control']
-    ratio = control['l0']['value'] / metrics['l0']['value']
-    assert 0.95 < ratio < 1.05
-    assert 0 < control['fvu']['value'] < 1  # its gain is the best one
+    assert set(metrics['controls']) == set(controls.KINDS)
+    for kind, control in metrics['controls'].items():
+      ratio = control['l0']['value'] / metrics['l0']['value']
+      assert 0.93 < ratio < 1.07, kind
+      assert 0 < control['fvu']['value'] < 1, kind
+    fvu = {kind: c['fvu']['value'] for kind, c in metrics['controls'].items()}
+    assert metrics['control']['fvu']['value'] == min(fvu.values())
+    assert fvu[metrics['control']['kinds']['fvu']] == min(fvu.values())
 
 
-def test_control_gain_is_least_squares(model):
+def test_controls_are_spliced_on_a_third_of_many_batches(model, saes):
+  (metrics,) = measure(model, saes[3:], text(4 * BATCH * 2)).values()
+  tokens = [c['delta_loss']['tokens'] for c in metrics['controls'].values()]
+  assert sum(tokens) == metrics['delta_loss']['tokens']
+  for control in metrics['controls'].values():
+    assert control['fvu']['tokens'] == metrics['fvu']['tokens']
+    assert 0 < control['delta_loss']['tokens'] < sum(tokens)
+
+
+def test_copies_of_a_document_are_not_new_draws(model, saes):
+  """Each sequence four times: as one document, and as four sequences."""
+  tokens_NT = np.repeat(text(12), 4, 0)
+  name = saes[3][1]['name']
+  documents_NT = np.repeat(np.arange(12), 4)[:, None] + 0 * tokens_NT
+  once = measure(model, saes[3:], text(12))[name]
+  apart = measure(model, saes[3:], tokens_NT)[name]
+  whole = measure(model, saes[3:], tokens_NT, documents_NT=documents_NT)[name]
+  assert (whole['clusters'], whole['clustered_by']) == (12, 'documents')
+  assert (apart['clusters'], apart['clustered_by']) == (48, 'sequences')
+  assert 'over 12 documents' in table.note([({}, whole)])
+  assert 'rough' in table.note([({}, whole)])
+  assert 'rough' not in table.note([({}, apart)])
+  width = lambda metrics, key: metrics[key]['high'] - metrics[key]['low']
+  for key in ('fvu', 'l0', 'delta_loss', 'kl', 'clean_loss'):
+    assert whole[key]['value'] == pytest.approx(once[key]['value'], rel=1e-3)
+    assert width(whole, key) == pytest.approx(width(once, key), rel=2e-3)
+    assert width(apart, key) < 0.6 * width(whole, key)
+
+
+def test_a_document_that_spans_sequences_is_one_draw(model, saes):
+  tokens_NT = text(6)
+  documents_NT = np.zeros_like(tokens_NT)
+  documents_NT[:, 6:] = 1  # each sequence holds parts of both
+  (metrics,) = measure(
+    model, saes[3:], tokens_NT, documents_NT=documents_NT
+  ).values()
+  assert metrics['clusters'] == 2
+  assert metrics['l0']['low'] < metrics['l0']['value'] < metrics['l0']['high']
+
+
+def reconstructed(arrays, x):
+  return np.asarray(sae_lib.decode(arrays, sae_lib.encode(arrays, x), x))
+
+
+def test_kl_and_the_fvus_equal_plain_sums(model, saes, found):
   gemma, params = model
-  site = sites.parse('resid_post/0')
-  tokens_BT = text(BATCH)
-  keep_BT = jnp.asarray(keep(tokens_BT))
-  x_BTD = splice.taps(gemma, params, tokens_BT, (site,))[site]
-  key, place = jax.random.key(1), sites.Wiring('sae', (site,), (site,))
-  means = {site: np.asarray(x_BTD)[keep_BT].mean(0)}
-  target = 3.0 * float(keep_BT.sum())
-  sample = [controls.Batch({site: x_BTD}, keep_BT)]
-  (setting,) = controls.calibrate(key, place, means, 24, [target], sample, None)
+  tokens_NT, keep_NT = text(6), keep(text(6))
+  (arrays, card) = saes[3]
+  site = sites.parse(card['sites'][0])
+  out = gemma.forward(params, tokens_NT, taps=(site,))
+  x_NTD = np.asarray(out.taps[site])
+  made_NTD = np.asarray(
+    sae_lib.decode(arrays, sae_lib.encode(arrays, x_NTD), x_NTD)
+  )
+  spliced_NTD = jnp.asarray(np.where(keep_NT[..., None], made_NTD, x_NTD))
+  spliced = gemma.forward(
+    params, tokens_NT, edits={site: lambda _: spliced_NTD}
+  )
+  log_p, log_q = (
+    np.asarray(jax.nn.log_softmax(o.logits_BTV), np.float64)
+    for o in (out, spliced)
+  )
+  kl_NT = np.sum(np.exp(log_p) * (log_p - log_q), -1)
+  counts_NT = np.zeros_like(keep_NT)
+  counts_NT[:, :-1] = keep_NT[:, 1:] & keep_NT[:, :-1]
+  got = found[card['name']]
+  assert got['kl']['value'] == pytest.approx(kl_NT[counts_NT].mean(), rel=1e-3)
+  assert got['kl']['value'] > 1e-3 and 0 < got['kl_score']['value'] < 1
+  x_RD, made_RD = x_NTD[keep_NT], made_NTD[keep_NT]
+  square_RD, error_RD = (x_RD - x_RD.mean(0)) ** 2, (x_RD - made_RD) ** 2
+  variance_D = square_RD.sum(0)
+  largest = np.argsort(-variance_D)[:4]
+  described = got['largest_dimensions'][0]
+  assert described['dimensions'] == largest.tolist()
+  assert described['shares'][0] == pytest.approx(
+    variance_D[largest[0]] / variance_D.sum(), rel=1e-4
+  )
+  rest = np.delete(error_RD, largest, 1).sum() / np.delete(
+    square_RD, largest, 1).sum()  # fmt: skip
+  assert got['fvu_rest']['value'] == pytest.approx(rest, rel=1e-4)
 
-  def error(k):
-    scaled = setting._replace(gain=(k * setting.gain[0],))
-    control = controls.make(key, place, means, 24, scaled, None)
-    sums = passes.reconstruct(control, (x_BTD,), None, keep_BT, None)[1]
-    return float(sums['error_B'].sum()), float(sums['l0_B'].sum())
 
-  best, active = error(1.0)
-  assert active == pytest.approx(target, rel=0.05)
-  assert best < min(error(k)[0] for k in (0.9, 1.1))
+def test_rows_of_outlying_norm_are_left_out_of_one_fvu(model, saes):
+  gemma, params = model
+  (arrays, card) = saes[3]
+  site = sites.parse(card['sites'][0])
+  tokens_NT, keep_NT = text(6), keep(text(6))
+  x_NTD = np.asarray(gemma.forward(params, tokens_NT, taps=(site,)).taps[site])
+  x_RD = x_NTD[keep_NT]
+  bound = float(np.quantile(np.linalg.norm(x_RD, axis=1), 0.9))
+  ruled = {**card, 'outliers': {'max_norm': 1.0, 'norm_bounds': {
+    card['sites'][0]: bound}}}  # fmt: skip
+  (got,) = measure(model, [(arrays, ruled)], tokens_NT).values()
+  inlier_R = np.linalg.norm(x_RD, axis=1) <= bound
+  assert got['outliers']['rule'] == 'card'
+  assert got['outliers']['tokens'] == (~inlier_R).sum() > 0
+  x_RD = x_RD[inlier_R]
+  made_RD = np.asarray(
+    sae_lib.decode(arrays, sae_lib.encode(arrays, x_RD), x_RD)
+  )
+  want = ((x_RD - made_RD) ** 2).sum() / ((x_RD - x_RD.mean(0)) ** 2).sum()
+  assert got['fvu_inliers']['value'] == pytest.approx(want, rel=1e-4)
+  (without,) = measure(model, [(arrays, card)], tokens_NT).values()
+  assert without['outliers']['rule'] == '4 medians'
+  assert without['fvu'] == got['fvu']
+
+
+def test_trained_nulls_stand_beside_their_sae(model, saes):
+  (params, card), (other, _) = saes[2:4]
+  card = card | {'width': 24, 'architecture': 'jumprelu', 'seed': 0}
+  null = card | {
+    'name': 'null',
+    'architecture': 'frozen_decoder_jumprelu',
+    'null': 'frozen_decoder',
+  }
+  else_ = null | {'name': 'else', 'seed': 1}
+  given = [(params, card), (other, null), (other, else_)]
+  found = measure(model, given, text(6))
+  beside = found[card['name']]['nulls']
+  assert set(beside) == {'frozen_decoder'}
+  for key, figure in beside['frozen_decoder'].items():
+    assert figure == found['null'][key]
+  assert 'nulls' not in found['null'] and 'nulls' not in found['else']
+
+
+def test_settings_are_refused_before_training():
+  batches.check(0, 0, 0)
+  batches.check(8, 4, 128, data=2)
+  for wrong, match in (
+    ((8, 0, 128), 'batch of 0'),
+    ((8, 4, 2), 'three tokens'),
+    ((8, 15, 128, 2), 'cannot be split'),
+  ):
+    with pytest.raises(ValueError, match=match):
+      batches.check(*wrong)
 
 
 def test_layers_before_the_site_are_not_run_again():
@@ -278,14 +408,12 @@ def test_layers_before_the_site_are_not_run_again():
   params = gemma.init(jax.random.key(0))
   tokens_BT = jnp.asarray(text(BATCH))
   x_BTD = jnp.zeros((*tokens_BT.shape, D))
-  losses_BT = jnp.zeros((BATCH, tokens_BT.shape[1] - 1))
 
   def flops(kind, layer):
     site = sites.Site(layer, kind)
-    lowered = passes.delta.lower(
-        gemma, params, tokens_BT, site, x_BTD, x_BTD, losses_BT, losses_BT > 0,
-        None,
-    )  # fmt: skip
+    lowered = passes.residual.lower(
+      gemma, params, tokens_BT, site, x_BTD, x_BTD
+    )
     cost = lowered.compile().cost_analysis()
     return (cost[0] if isinstance(cost, list) else cost)['flops']
 
@@ -302,11 +430,16 @@ def test_slices_of_logits_and_latents_change_nothing(model, saes, monkeypatch):
   logits_BTV = gemma.unembed(params, x_BTD)  # as if the last layer's
   want, _ = lm.token_losses(logits_BTV, tokens_BT)
   keep_BT = tokens_BT > 2
-  at = (saes[0][0], (x_BTD,), None, keep_BT, None)
+  at = (saes[0][0], (x_BTD,), None, keep_BT, np.ones((1, D)), None)
   whole = passes.reconstruct.__wrapped__(*at)
   monkeypatch.setattr(splice, '_ROWS', 8)
-  got = passes._losses(gemma, params, x_BTD, tokens_BT, None)
-  np.testing.assert_allclose(got, want, atol=2e-5)
+  monkeypatch.setattr(passes, '_LOGITS', 8 * 48)
+  loss, kl = passes.losses.__wrapped__(
+    gemma, params, tokens_BT, (x_BTD, x_BTD), None
+  )
+  for k in range(2):
+    np.testing.assert_allclose(loss[:, :-1, k], want, atol=2e-5)
+  np.testing.assert_allclose(kl, 0, atol=1e-6)
   parts = passes.reconstruct.__wrapped__(*at)
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -345,8 +478,12 @@ def test_bfloat16_model(model):
 
 def test_progress_and_stopping(model, saes):
   seen = []
-  measure(model, saes[3:], text(6), progress=lambda *done: seen.append(done))
-  assert seen == [(4, 6), (6, 6)]
+  watch = batches.Watch(progress=lambda *done: seen.append(done))
+  measure(model, saes[3:], text(6), watch)
+  done = [part for part, _ in seen]
+  assert done == sorted(done) and done[-1] == 6
+  assert {total for _, total in seen} == {6}
+  assert np.diff([0, *done]).max() <= 1  # more often than once a batch
 
   class Stop(Exception):
     pass
@@ -358,7 +495,7 @@ def test_progress_and_stopping(model, saes):
       raise Stop
 
   with pytest.raises(Stop):
-    measure(model, saes[3:], text(6), poll=poll)
+    measure(model, saes[3:], text(6), batches.Watch(poll=poll))
 
 
 def test_what_does_not_fit_is_a_sentence(model, saes):

@@ -7,6 +7,5 @@ Reading order; a module imports only from those above it:
   probe_inputs   prompts or tokens -> the rows that a probe reads
   scr_tpp        spurious correlation removal; targeted perturbation
   absorption     latents silent where their concept is present
-  fidelity       KL, cosine, norms: what an SAE keeps
   suite          the scores of one SAE on offline labels
 """

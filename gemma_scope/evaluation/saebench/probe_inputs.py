@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import json
 import os
-import zlib
 from collections.abc import Callable, Mapping
 
 import jax
@@ -172,17 +171,12 @@ def control(
 ) -> sae_folder.Params:
   """A random member of this place and width, with the same L0 on these rows."""
   width = params['b_enc'].size
+  rows = {site: x[keep_NT] for site, x in x_by_site.items()}
   x_BD = read_at(x_by_site, place, keep_NT)
-  active = float(sum((f_BF > 0).sum() for f_BF in _chunks(params, x_BD)))
-  means = {site: x[keep_NT].mean(0) for site, x in x_by_site.items()}
-  name = zlib.crc32(f'{place}/{width}'.encode())
-  key = jax.random.fold_in(jax.random.key(seed), name)
-  sample = [controls.Batch(dict(x_by_site), keep_NT)]
-  (setting,) = controls.calibrate(
-    key, place, means, width, [active], sample, None
-  )
-  made = controls.make(key, place, means, width, setting, None)
-  return {key: np.asarray(array) for key, array in made.items()}
+  l0 = controls.mean_l0(dict(params), x_BD)
+  shape = controls.Shape(place, width, seed)
+  (made,) = controls.fit(shape, [l0], rows, kinds=('random',))
+  return {name: np.asarray(array) for name, array in made['random']().items()}
 
 
 def of_tokens(

@@ -1,16 +1,18 @@
-"""SAEBench's scores of SAEs, as far as labels that cost nothing go.
+"""SAEBench's scores, as far as labels that cost nothing go.
 
-  core             loss and KL recovered, explained variance, cosine, norms,
-                   L0, L1, dead and dense latents            (evaluate, here)
   sparse probing   token classes and places in the code      (probe)
+  core             L0, loss and KL recovered, explained variance, cosine, norms,
+                   dead and dense latents                    (evaluate)
   absorption       token classes; the first letters of words (absorption)
-  SCR, TPP         pairs of labels; all token classes        (removal)
+  SCR, TPP         pairs of labels; all token classes        (scr_tpp); both are
+                   disputed as measures of SAEs (arXiv 2605.18229)
 
-Each beside the same score of a random SAE with as many latents on, and probes
-beside those on raw activations. SAEBench probes labelled English texts with a
-large model; here labels are those of Python's own source (python_labels), for
-any model and any tokenizer. Probes are trained on modules that the language
-model and the SAEs saw too, and scored on modules that none of them saw.
+Each stands beside the same score of a random SAE with as many latents on, core
+beside the strongest of three controls, and probes beside those on raw
+activations. SAEBench probes labelled English texts with a large model; here
+labels are those of Python's own source (python_labels), for any model and any
+tokenizer. Probes are trained on modules that the language model and the SAEs
+saw too, and scored on modules that none of them saw.
 
 One JSON file an SAE, in SAEBench's outline (eval_config, eval_result_metrics):
 what is there already is not measured again, and a file of other settings is
@@ -33,11 +35,10 @@ from typing import Any
 import numpy as np
 
 import gemma_scope
-from gemma_scope import files, release, sites
-from gemma_scope.evaluation import evaluate
+from gemma_scope import files, release
+from gemma_scope.evaluation import batches, evaluate
 from gemma_scope.evaluation.saebench import (
   absorption,
-  fidelity,
   probe,
   probe_inputs,
   python_labels,
@@ -45,6 +46,7 @@ from gemma_scope.evaluation.saebench import (
 )
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.release import sae_folder
+from gemma_scope.runtime import progress as progress_lib
 from gemma_scope.text import sources, tokenizers
 
 # Target and spurious label: all four combinations are common in code.
@@ -79,6 +81,7 @@ class Code:
   labels: dict[str, np.ndarray]
   group_N: np.ndarray
   test_N: np.ndarray
+  tokenizer: tokenizers.Tokenizer
 
 
 def read_code(tokenizer: tokenizers.Tokenizer, settings: Settings) -> Code:
@@ -107,19 +110,19 @@ def read_code(tokenizer: tokenizers.Tokenizer, settings: Settings) -> Code:
     {k: both(v, test.labels[k]) for k, v in train.labels.items()},
     both(train.group_N, test.group_N + train.group_N.max() + 1),
     np.arange(len(train.group_N) + len(test.group_N)) >= len(train.group_N),
+    tokenizer,
   )
 
 
 def run(
-  gemma: lm.Gemma,
-  params: lm.Params,
+  model: tuple[lm.Gemma, lm.Params],
   saes: Sequence[release.Released],
   tokenizer: tokenizers.Tokenizer,
   out: str | os.PathLike[str],
   settings: Settings = Settings(),  # noqa: B008  frozen
   report: Callable[[str], None] = print,
 ) -> list[pathlib.Path]:
-  """Measures each SAE that `out` does not hold yet.
+  """Measures each SAE that `out` does not hold yet, with progress on stderr.
 
   Returns:
     The files, one an SAE, in order.
@@ -132,55 +135,68 @@ def run(
   out.mkdir(parents=True, exist_ok=True)
   code, done = None, []
   for sae in saes:
-    sae_params, card = sae.load(), sae.card | {'name': sae.name}
     path = out / f'{sae.name.replace("/", "_")}_eval_results.json'
     config = {
       **dataclasses.asdict(settings),
       'code': gemma_scope.__version__,
       'python': platform.python_version(),  # whose modules are the text
-      'model': card.get('model'),
+      'model': sae.card.get('model'),
       'tokenizer_sha256': tokenizer.sha256,
-      'sae_sha256': sae_folder.digest(sae_params),
+      'sae_sha256': sae_folder.digest(sae.load()),
     }
     if path.exists():
       if json.loads(path.read_text())['eval_config'] != config:
         raise ValueError(
-          f'{path} is of other settings or of another SAE of this name; name '
+          f'{path} has other settings or another SAE of this name; choose '
           'another folder.'
         )
-      report(f'{card["name"]}: measured already')
+      report(f'{sae.name}: measured already')
     else:
-      report(f'{card["name"]}: measuring')
+      report(f'{sae.name}: measuring')
       code = code or read_code(tokenizer, settings)
-      found = of_one(gemma, params, sae_params, card, code, tokenizer, settings)
-      result = {
-        'eval_type_id': 'gemma_scope_suite',
-        'eval_config': config,
-        'sae': {k: card[k] for k in ('name', 'type', 'sites', 'targets')},
-        'eval_result_metrics': found,
-      }
-      files.write_json(path, result, indent=1)
+      files.write_json(
+        path,
+        {
+          'eval_type_id': 'gemma_scope_suite',
+          'eval_config': config,
+          'sae': {
+            'name': sae.name,
+            **{k: sae.card[k] for k in ('type', 'sites', 'targets')},
+          },
+          'eval_result_metrics': of_one(model, sae, code, settings),
+        },
+        indent=1,
+      )
     done.append(path)
   return done
+
+
+DISPUTED = (
+  'TPP and SCR are disputed as measures of SAE quality (arXiv 2605.18229); '
+  'read sparse probing first.'
+)
 
 
 def table(paths: Sequence[str | os.PathLike[str]]) -> str:
   """Markdown, a row an SAE: score (the random SAE's score).
 
-  AUCs are means over all labels; `above random` counts the labels on which the
-  interval of 5 latents lies above that of the random SAE's 5.
+  Sparse probing comes first: AUCs are means over all labels, and `above random`
+  counts the labels on which the interval of 5 latents lies above that of the
+  random SAE's 5. Explained variance and KL score stand beside those of the
+  strongest control.
   """
   lines = [
-    '| SAE | L0 | explained variance | loss recovered | KL score '
-    '| AUC, 1 latent | AUC, 5 latents | AUC, 5 coordinates | AUC, all of x '
-    '| above random | absorbed | fully | TPP, 10 | SCR, 10 |',
+    '| SAE | AUC, 1 latent | AUC, 5 latents | AUC, 5 coordinates '
+    '| AUC, all of x | above random | L0 | loss recovered | KL score '
+    '| explained variance | absorption fraction | full absorption '
+    '| TPP, 10 (disputed) | SCR, 10 (disputed) |',
     '|---|' + '--:|' * 13,
   ]
   for path in paths:
     result = json.loads(pathlib.Path(path).read_text())
     found = result['eval_result_metrics']
     core, probes = found['core'], found['sparse_probing'].values()
-    twin = core['control']
+    control = core['control']
 
     def auc(on, k, probes=probes):
       return np.mean([probe.best(p, on, k)['auc']['value'] for p in probes])
@@ -192,16 +208,16 @@ def table(paths: Sequence[str | os.PathLike[str]]) -> str:
     )
     cells = [
       result['sae']['name'],
-      f'{core["l0"]["value"]:.1f}',
-      f'{core["explained_variance"]:.3f} ({1 - twin["fvu"]["value"]:.3f})',
-      f'{core["loss_recovered_zero"]["value"]:.3f}',
-      f'{_cell(core.get("kl_score"))} ({_cell(twin.get("kl_score"))})',
       *(
         f'{auc("latents", k):.3f} ({auc("random_sae", k):.3f})' for k in (1, 5)
       ),
       f'{auc("coordinates", 5):.3f}',
       f'{auc("activations", None):.3f}',
       f'{above} of {len(probes)}',
+      f'{core["l0"]["value"]:.1f}',
+      f'{core["loss_recovered_zero"]["value"]:.3f}',
+      f'{_cell(core["kl_score"])} ({_cell(_kl_score(control, core))})',
+      f'{core["explained_variance"]:.3f} ({1 - control["fvu"]["value"]:.3f})',
       *(
         f'{_cell(score(found.get("sae")))} '
         f'({_cell(score(found.get("random_sae")))})'
@@ -209,12 +225,17 @@ def table(paths: Sequence[str | os.PathLike[str]]) -> str:
       ),
     ]
     lines.append('| ' + ' | '.join(cells) + ' |')
-  return '\n'.join(lines) + '\n'
+  return '\n'.join([*lines, '', DISPUTED]) + '\n'
 
 
 def _cell(value) -> str:
   value = value['value'] if isinstance(value, dict) else value
   return '-' if value is None else f'{value:.3f}'
+
+
+def _kl_score(control, core) -> float | None:
+  zero = core['kl_zero']['value']
+  return 1 - control['kl']['value'] / zero if zero else None
 
 
 def _absorbed(found) -> float | None:
@@ -243,75 +264,118 @@ def _regained(found) -> float | None:
   return float(np.mean(told)) if told else None
 
 
+class _Steps:
+  """Progress over the parts of one SAE's suite."""
+
+  def __init__(self, name: str, total: int):
+    self._bar = progress_lib.Progress(total, label=f'suite {name}')
+    self._done = 0
+
+  def next(self, part: str) -> None:
+    """The part before is done, and `part` begins."""
+    self._bar.update(self._done, {'now': part})
+    self._done += 1
+
+  def close(self) -> None:
+    self._bar.close()
+
+
 def of_one(
-  gemma, params, sae_params, card, code: Code, tokenizer, settings: Settings
+  model: tuple[lm.Gemma, lm.Params],
+  sae: release.Released,
+  code: Code,
+  settings: Settings,
 ) -> dict[str, Any]:
   """All scores of one SAE, plain for JSON; see the module."""
-  place = sites.wiring_of(card)
-  x_by_site = probe_inputs.activations(
-    gemma, params, code.tokens_NT, place, settings.batch
-  )
-  twin = probe_inputs.control(
-    x_by_site, code.keep_NT, place, sae_params, settings.seed
-  )
-  group_NT = np.broadcast_to(code.group_N[:, None], code.tokens_NT.shape)
-  those = functools.partial(
-    probe_inputs.of_tokens, x_by_site, place, sae_params, twin
-  )
-  tokens = those(code.keep_NT, code.test_N, group_NT)
-  labels = {k: v[code.keep_NT] for k, v in code.labels.items()}
-  found = {
-    'core': _core(gemma, params, sae_params, card, twin, code, settings),
-    'sparse_probing': {
-      name: probe.run(tokens, y_B, seed=settings.seed)
-      for name, y_B in labels.items()
-    },
-  }
-  if place.several or place.sites != place.targets:
-    return found  # the others read an SAE's decoder in the space that it reads
-  classes = {name: labels[name] for name in python_labels.CLASSES}
-  letters, where_NT, word_NT = _letters(code, tokenizer)
-  words = those(
-    where_NT, np.zeros(len(code.test_N), bool), np.zeros_like(group_NT)
-  )
-  words = dataclasses.replace(
-    words,
-    group_B=word_NT[where_NT],
-    test_B=probe.split(word_NT[where_NT], seed=settings.seed),
-  )
-  letters = {
-    name: y_B
-    for name, y_B in letters.items()
-    if _different(words, y_B) >= _FEWEST_WORDS
-  }
-  for name, made in (('sae', sae_params), ('random_sae', twin)):
-    tokens_of, words_of = (
-      r if name == 'sae' else dataclasses.replace(r, f_BF=r.control_BF)
-      for r in (tokens, words)
+  # The other scores read an SAE's decoder in the space that it reads.
+  reads_decoder = not sae.wiring.several and sae.card['type'] == 'sae'
+  steps = _Steps(sae.name, 3 + len(code.labels) + 8 * reads_decoder)
+  try:
+    steps.next('activations')
+    params, wiring = sae.load(), sae.wiring
+    x_by_site = probe_inputs.activations(
+      *model, code.tokens_NT, wiring, settings.batch
     )
-    found[name] = {
-      'absorption': _absorption(tokens_of, made, classes),
-      'absorption_first_letter': _absorption(words_of, made, letters),
-      'tpp': scr_tpp.tpp(tokens_of, made, classes, seed=settings.seed),
-      'scr': {
-        f'{target}|{spurious}': scr_tpp.scr(
-          tokens_of, made, labels[target], labels[spurious], seed=settings.seed
+    steps.next('control')
+    twin = probe_inputs.control(
+      x_by_site, code.keep_NT, wiring, params, settings.seed
+    )
+    rows_at = functools.partial(
+      probe_inputs.of_tokens, x_by_site, wiring, params, twin
+    )
+    group_NT = np.broadcast_to(code.group_N[:, None], code.tokens_NT.shape)
+    tokens = rows_at(code.keep_NT, code.test_N, group_NT)
+    labels = {k: v[code.keep_NT] for k, v in code.labels.items()}
+    scores: dict[str, Any] = {'sparse_probing': {}}
+    for name, y_B in labels.items():
+      steps.next(f'probes of {name}')
+      scores['sparse_probing'][name] = probe.run(
+        tokens, y_B, seed=settings.seed
+      )
+    steps.next('core')
+    scores['core'] = _core(model, sae, code, settings)
+    if reads_decoder:
+      words = _words(code, rows_at, settings.seed)
+      for name, made in (('sae', params), ('random_sae', twin)):
+        scores[name] = _of_decoder(
+          made, name, (tokens, labels), words, steps, settings.seed
         )
-        for target, spurious in PAIRS
-      },
-    }
-  return found
+  finally:
+    steps.close()
+  return scores
 
 
-def _absorption(found: probe.Rows, params, labels) -> dict[str, Any]:
-  of_each = {
-    name: absorption.of_concept(found, params, y_B)
+def _of_decoder(made, name: str, tokens, words, steps: _Steps, seed: int):
+  """Absorption, TPP and SCR of an SAE, or of the random one beside it."""
+  (rows, labels), (word_rows, letters) = tokens, words
+  if name == 'random_sae':
+    rows, word_rows = (
+      dataclasses.replace(r, f_BF=r.control_BF) for r in (rows, word_rows)
+    )
+  classes = {label: labels[label] for label in python_labels.CLASSES}
+  scores = {}
+  steps.next(f'absorption of {name}')
+  scores['absorption'] = _absorption(rows, made, classes)
+  steps.next(f'absorption of first letters of {name}')
+  scores['absorption_first_letter'] = _absorption(word_rows, made, letters)
+  steps.next(f'TPP of {name}')
+  scores['tpp'] = scr_tpp.tpp(rows, made, classes, seed=seed)
+  steps.next(f'SCR of {name}')
+  scores['scr'] = {
+    f'{target}|{spurious}': scr_tpp.scr(
+      rows, made, labels[target], labels[spurious], seed=seed
+    )
+    for target, spurious in PAIRS
+  }
+  return scores
+
+
+def _absorption(rows: probe.Rows, params, labels) -> dict[str, Any]:
+  by_concept = {
+    name: absorption.of_concept(rows, params, y_B)
     for name, y_B in labels.items()
   }
-  return {**absorption.mean_of(of_each), 'by_concept': of_each}
+  return {**absorption.mean_of(by_concept), 'by_concept': by_concept}
 
 
-def _letters(code: Code, tokenizer):
+def _words(code: Code, rows_at, seed: int):
+  """Rows of words, held out by word, and first letters of enough of them."""
+  letters, where_NT, word_NT = _letters(code)
+  everywhere_N = np.zeros(len(code.test_N), bool)
+  rows = rows_at(where_NT, everywhere_N, np.zeros_like(word_NT))
+  rows = dataclasses.replace(
+    rows,
+    group_B=word_NT[where_NT],
+    test_B=probe.split(word_NT[where_NT], seed=seed),
+  )
+  return rows, {
+    name: y_B
+    for name, y_B in letters.items()
+    if _different(rows, y_B) >= _FEWEST_WORDS
+  }
+
+
+def _letters(code: Code):
   """First letters of words that begin with a space, and which word is where.
 
   Train and test are different words, so that a probe that knows each word by
@@ -319,7 +383,7 @@ def _letters(code: Code, tokenizer):
   """
   ids, word_NT = np.unique(code.tokens_NT, return_inverse=True)
   word_NT = word_NT.reshape(code.tokens_NT.shape)
-  found = [_WORD.fullmatch(piece) for piece in tokenizer.pieces(ids)]
+  found = [_WORD.fullmatch(piece) for piece in code.tokenizer.pieces(ids)]
   letter_V = np.array([m[1].lower() if m else '' for m in found])
   letter_NT = np.where(code.keep_NT, letter_V[word_NT], '')
   where_NT = letter_NT != ''
@@ -334,29 +398,23 @@ def _different(found: probe.Rows, y_B) -> int:
   return len(np.unique(found.group_B[y_B & found.test_B]))
 
 
-def _core(gemma, params, sae_params, card, twin, code, settings):
-  """`evaluate.evaluate`'s figures and the rest of SAEBench's, held out."""
-  tokens_NT = code.tokens_NT[code.test_N]
-  keep_NT = code.keep_NT[code.test_N]
-  count = min(settings.core_sequences, len(tokens_NT))
-  chosen = np.linspace(0, len(tokens_NT) - 1, count).round().astype(int)
-  tokens_NT, keep_NT = tokens_NT[chosen], keep_NT[chosen]
-  found = evaluate.evaluate(
-    gemma,
-    params,
-    [release.in_memory(sae_params, card)],
-    tokens_NT,
-    batch=settings.batch,
-    keep=lambda _: keep_NT,
-    seed=settings.seed,
-  )[card['name']]
-  found['explained_variance'] = 1 - found['fvu']['value']
-  place = sites.wiring_of(card)
-  if not place.several:
-    batches = [
-      (tokens_NT[i : i + settings.batch], keep_NT[i : i + settings.batch])
-      for i in range(0, count, settings.batch)
-    ]
-    found |= fidelity.of(gemma, params, sae_params, place, batches)
-    found['control'] |= fidelity.of(gemma, params, twin, place, batches)
-  return found
+def _core(model, sae: release.Released, code: Code, settings: Settings):
+  """The figures of `evaluate`, on held-out modules."""
+  count = min(settings.core_sequences, int(code.test_N.sum()))
+  held_out = np.flatnonzero(code.test_N)
+  chosen = np.linspace(0, len(held_out) - 1, count).round().astype(int)
+  chosen = held_out[chosen]
+  keep_by_row = {
+    row.tobytes(): keep
+    for row, keep in zip(code.tokens_NT, code.keep_NT, strict=True)
+  }
+  text = batches.Text(
+    code.tokens_NT[chosen],
+    lambda tokens_NT: np.stack([keep_by_row[t.tobytes()] for t in tokens_NT]),
+    settings.batch,
+    np.broadcast_to(code.group_N[chosen, None], code.tokens_NT[chosen].shape),
+    code.tokens_NT[~code.test_N],
+  )
+  scores = evaluate.evaluate(*model, [sae], text, settings.seed)[sae.name]
+  scores['explained_variance'] = 1 - scores['fvu']['value']
+  return scores

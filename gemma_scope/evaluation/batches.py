@@ -1,0 +1,173 @@
+"""Held-out text in batches of one size, with what counts and whose it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+_SAMPLE_TOKENS, _SAMPLE_SEQUENCES = 2**14, 32  # at least, to fit controls
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text:
+  """Held-out text to evaluate on.
+
+  Attributes:
+    sequences_NT: int32, each starting with BOS.
+    keep: which tokens count: int32 [N, T] -> bool [N, T], never BOS
+      (`tokenizers.Special.keep`).
+    batch: sequences a forward pass; need not divide N.
+    documents_NT: the number of each token's document: the clusters of the
+      intervals. None: each sequence is one.
+    fit_NT: other sequences, on which controls are fitted; None: the first ones
+      themselves, which flatters the controls.
+  """
+
+  sequences_NT: np.ndarray
+  keep: Callable[[np.ndarray], np.ndarray]
+  batch: int
+  documents_NT: np.ndarray | None = None
+  fit_NT: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+  """What a long evaluation tells.
+
+  Attributes:
+    progress: called often, as progress(sequences done, N); a fraction is done
+      between two batches.
+    poll: called often; may raise to stop.
+  """
+
+  progress: Callable[[float, int], None] = lambda done, total: None
+  poll: Callable[[], None] = lambda: None
+
+
+def check(sequences: int, batch: int, seq_len: int, data: int = 1) -> None:
+  """Refuses settings that an evaluation would refuse after training.
+
+  Args:
+    sequences, batch, seq_len: of the evaluation; without sequences there is
+      none.
+    data: devices along the mesh's data axis.
+
+  Raises:
+    ValueError: one sentence.
+  """
+  if not sequences:
+    return
+  if sequences < 0 or batch < 1 or seq_len < 3:
+    raise ValueError(
+      'An evaluation needs sequences of at least three tokens and a batch of '
+      f'at least one; found {sequences} sequences of {seq_len} tokens and a '
+      f'batch of {batch}.'
+    )
+  if batch % data:
+    raise ValueError(
+      f"A batch of {batch} sequences cannot be split over the mesh's data axis "
+      f'({data}).'
+    )
+
+
+class Batch(NamedTuple):
+  """One batch; rows that only fill it up do not count anywhere."""
+
+  tokens_BT: jax.Array
+  keep_BT: jax.Array
+  cluster_BT: np.ndarray  # on the host, 0 .. clusters - 1
+  rows: int  # that are real
+
+
+class Batches:
+  """The batches of a text, on the devices.
+
+  Attributes:
+    size, length: sequences, and tokens of each.
+    clusters, clustered_by: how many 'documents' or 'sequences'.
+  """
+
+  def __init__(self, text: Text, mesh: Mesh | None):
+    self._tokens_NT = _sequences(text.sequences_NT)
+    self.size, self.length = self._tokens_NT.shape
+    self._keep_NT = _kept(text, self._tokens_NT)
+    check(self.size, text.batch, self.length, _data(mesh))
+    self._batch, self._sharding = text.batch, None
+    if mesh is not None:
+      self._sharding = NamedSharding(mesh, PartitionSpec('data', None))
+    documents_NT = text.documents_NT
+    self.clustered_by = 'sequences' if documents_NT is None else 'documents'
+    if documents_NT is None:
+      documents_NT = np.arange(self.size)[:, None]
+    documents_NT = np.broadcast_to(documents_NT, self._tokens_NT.shape)
+    # Numbered from 0 over the tokens that count; others belong nowhere.
+    numbers = np.unique(documents_NT[self._keep_NT])
+    self.clusters = len(numbers)
+    cluster_NT = np.searchsorted(numbers, documents_NT)
+    self._cluster_NT = np.minimum(cluster_NT, self.clusters - 1)
+
+  def __len__(self) -> int:
+    return -(-self.size // self._batch)
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self._of(np.arange(self.size))
+
+  def sample(self) -> Iterator[Batch]:
+    """A sample spread evenly over the sequences of which some token counts."""
+    (index_n,) = np.nonzero(self._keep_NT.any(1))
+    count = min(fit_sequences(self.length), len(index_n))
+    chosen = np.linspace(0, len(index_n) - 1, count).round().astype(int)
+    return self._of(index_n[chosen])
+
+  def _of(self, index_n: np.ndarray) -> Iterator[Batch]:
+    for start in range(0, len(index_n), self._batch):
+      index_B = index_n[start : start + self._batch]
+      real_B = np.arange(self._batch) < len(index_B)
+      filled_B = np.resize(index_B, self._batch)
+      keep_BT = self._keep_NT[filled_B] & real_B[:, None]
+      placed = self._tokens_NT[filled_B], keep_BT
+      placed = jax.device_put(placed, self._sharding)
+      yield Batch(*placed, self._cluster_NT[filled_B], len(index_B))
+
+
+def fit_sequences(length: int) -> int:
+  """How many sequences of this length controls are fitted on."""
+  return max(_SAMPLE_SEQUENCES, -(-_SAMPLE_TOKENS // length))
+
+
+def _data(mesh: Mesh | None) -> int:
+  return 1 if mesh is None else mesh.shape.get('data', 1)
+
+
+def _sequences(sequences) -> np.ndarray:
+  tokens_NT = np.asarray(sequences, np.int32)
+  shape = tokens_NT.shape
+  if len(shape) != 2 or shape[0] < 1 or shape[1] < 3:
+    raise ValueError(
+      'Sequences to evaluate on are [N, T], at least one of at least three '
+      f'tokens; found {list(shape)}.'
+    )
+  return tokens_NT
+
+
+def _kept(text: Text, tokens_NT: np.ndarray) -> np.ndarray:
+  keep_NT = np.asarray(text.keep(tokens_NT))
+  if keep_NT.shape != tokens_NT.shape or keep_NT.dtype != bool:
+    raise ValueError(
+      f'`keep` gave {keep_NT.dtype} {list(keep_NT.shape)}; expected bool '
+      f'{list(tokens_NT.shape)}.'
+    )
+  wrong = np.flatnonzero(keep_NT[:, 0])
+  if wrong.size:
+    raise ValueError(
+      f'Sequences start with BOS, which does not count; sequence {wrong[0]} '
+      f'starts with token {tokens_NT[wrong[0], 0]}, which does.'
+    )
+  if not (keep_NT[:, 1:] & keep_NT[:, :-1]).any():
+    raise ValueError('No token counts: all to evaluate on are special.')
+  return keep_NT

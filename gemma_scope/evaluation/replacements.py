@@ -1,0 +1,199 @@
+"""What is put in the place of an activation, and the pass that measures it.
+
+A replacement is an SAE's reconstruction, a control's, or an ablation. For each
+batch of sequences all of them are made from the activations of one clean pass,
+and the losses of a few spliced streams are computed beside the clean one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gemma_scope import sites
+from gemma_scope.evaluation import batches as batches_lib
+from gemma_scope.evaluation import centres, estimates, passes
+from gemma_scope.language_model import splice
+
+_TOGETHER = 6  # streams whose losses are computed beside one clean one
+_FEW_BATCHES = 6  # with fewer, controls go through the model on each
+
+
+@dataclasses.dataclass(eq=False)
+class Replacement:
+  """Something to put in the place of y: an SAE's y_hat, or an ablation."""
+
+  wiring: sites.Wiring
+  name: str
+  params: Callable[[], Mapping[str, jax.Array]] | None = None
+  value: Any = 0.0  # where there are no params
+  rule: int = 0  # of outliers
+  turn: int | None = None  # of a control: which batches it is spliced on
+  tally: estimates.Tally | None = None
+  fired_F: Any = 0.0
+
+  def of(self, taps, keep_BT, references: centres.References, mesh):
+    """y_hat at each target, values of tokens, and how often latents fired."""
+    targets = self.wiring.targets
+    y = tuple(taps[site] for site in targets)
+    if self.params is None:
+      return [passes.ablate(y[0], keep_BT, self.value)], {}, 0.0
+    x = tuple(taps[site] for site in self.wiring.sites)
+    y = None if self.wiring.sites == targets else y
+    weight_MD = references.weights(targets)
+    return passes.reconstruct(self.params(), x, y, keep_BT, weight_MD, mesh)
+
+
+def ablation(target: sites.Site, name: str, value: Any) -> Replacement:
+  wiring = sites.Wiring('sae', (target,), (target,))
+  return Replacement(wiring, name, value=value)
+
+
+class _Streams:
+  """Last residual streams whose losses are computed together, a few at once."""
+
+  def __init__(self, model: centres.Model, tokens_BT, clean_BTD):
+    self._model, self._tokens_BT = model, tokens_BT
+    self._clean_BTD, self._waiting = clean_BTD, []
+    self.loss_BT, self.delta, self.kl = None, {}, {}
+
+  def add(self, key, end_BTD: jax.Array) -> None:
+    self._waiting.append((key, end_BTD))
+    if len(self._waiting) == _TOGETHER:
+      self.flush()
+
+  def flush(self) -> None:
+    """Fetches `loss_BT` (clean), and `delta` and `kl` [B, T] by key."""
+    if not self._waiting:
+      return
+    keys, ends = zip(*self._waiting, strict=True)
+    self._waiting = []
+    model = self._model
+    loss, kl = jax.device_get(
+      passes.losses(
+        model.gemma,
+        model.params,
+        self._tokens_BT,
+        (self._clean_BTD, *ends),
+        model.mesh,
+      )
+    )
+    self.loss_BT = loss[..., 0]
+    for k, key in enumerate(keys, 1):
+      self.delta[key] = loss[..., k] - loss[..., 0]
+      self.kl[key] = kl[..., k]
+
+
+def measure(
+  model: centres.Model,
+  batches: batches_lib.Batches,
+  references: centres.References,
+  queue: Sequence[Replacement],
+) -> None:
+  """Fills the tallies of all replacements, batch by batch."""
+  for each in queue:
+    each.tally = estimates.Tally(batches.clusters, batches.length)
+  at = {s for r in queue for s in (*r.wiring.sites, *r.wiring.targets)}
+  targets = {t for r in queue for t in r.wiring.targets}
+  last = splice.last(model.gemma)
+  wanted = {*at, *map(splice.before, targets), last}
+  all_turns = len(batches) < _FEW_BATCHES
+  done = 0
+  for number, batch in enumerate(batches):
+    taps = model.taps(batch.tokens_BT, wanted)
+    seen = {site: taps[site] for site in at}
+    there = {site: references.centres[site] for site in targets}
+    outlier_RBT, spread = jax.device_get(
+      passes.spread(seen, there, references.bounds, model.mesh)
+    )
+    keep_BT = np.asarray(passes.fetched(batch.keep_BT, model.mesh)) > 0
+    token = _Tokens(batch, keep_BT, outlier_RBT, spread)
+    streams = _Streams(model, batch.tokens_BT, taps[last])
+    turns, waiting = [], []
+    for i, each in enumerate(queue):
+      model.watch.poll()
+      y_hats, values, fired_F = each.of(
+        taps, batch.keep_BT, references, model.mesh
+      )
+      if all_turns or each.turn is None or each.turn == number % 3:
+        turns.append(each)
+        for target, y_hat_BTD in zip(each.wiring.targets, y_hats, strict=True):
+          end_BTD = passes.residual(
+            model.gemma,
+            model.params,
+            batch.tokens_BT,
+            target,
+            y_hat_BTD,
+            taps[splice.before(target)],
+          )
+          streams.add((each, target), end_BTD)
+      # Fetched one late: the devices do not wait, and do not run far ahead.
+      for late in waiting:
+        token.add_values(*late)
+      waiting = [(each, values, fired_F)]
+      share = (i + 1) / len(queue)
+      model.watch.progress(done + share * batch.rows, batches.size)
+    streams.flush()
+    for late in waiting:
+      token.add_values(*late)
+    for each in turns:
+      token.add_losses(each, streams)
+    done += batch.rows
+  model.watch.progress(batches.size, batches.size)
+
+
+class _Tokens:
+  """Which tokens of a batch count for what, and the sums they are added to."""
+
+  def __init__(self, batch, keep_BT, outlier_RBT, spread):
+    self._cluster_BT, self._keep_BT = batch.cluster_BT, keep_BT
+    self._inlier_RBT, self._spread = keep_BT & ~outlier_RBT, spread
+    self._counts_BT = np.zeros_like(keep_BT)
+    self._counts_BT[:, :-1] = keep_BT[:, 1:] & keep_BT[:, :-1]
+
+  def _add(self, tally, where_BT, **values):
+    for name, value in values.items():
+      tally.add(name, value, where_BT, self._cluster_BT)
+
+  def add_values(self, each: Replacement, values, fired_F) -> None:
+    """Squared errors and firing counts, beside what they are a share of."""
+    if not values:
+      return
+    values, fired_F = jax.device_get((values, fired_F))
+    each.fired_F = each.fired_F + np.asarray(fired_F, np.float64)
+    spread = [self._spread[target] for target in each.wiring.targets]
+    beside = lambda name: np.stack([s[name] for s in spread], -1)
+    inlier_BT = self._inlier_RBT[each.rule]
+    variance_inlier = beside('variance_inlier')[..., each.rule, :]
+    ones_BT = np.ones(inlier_BT.shape)
+    self._add(
+      each.tally,
+      self._keep_BT,
+      tokens=ones_BT,
+      variance=beside('variance'),
+      variance_rest=beside('variance_rest'),
+      flat=beside('flat'),
+      **values,
+    )
+    self._add(
+      each.tally,
+      inlier_BT,
+      inliers=ones_BT,
+      variance_inlier=variance_inlier,
+      error_inlier=values['error'],
+    )
+
+  def add_losses(self, each: Replacement, streams: _Streams) -> None:
+    keys = [(each, target) for target in each.wiring.targets]
+    self._add(
+      each.tally,
+      self._counts_BT,
+      counts=np.ones(self._counts_BT.shape),
+      clean=streams.loss_BT,
+      delta=np.stack([streams.delta[key] for key in keys], -1),
+      kl=np.stack([streams.kl[key] for key in keys], -1),
+    )

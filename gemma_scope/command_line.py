@@ -267,14 +267,14 @@ class Flags:
   def help(self) -> str:
     """Usage, what the command does, and every flag with its default."""
     required = [flag.usage for flag in self.declared if flag.required]
-    command = examples(f'gemma-scope {self.name}')
+    command = f'gemma-scope {self.name}'
     usage = f'Usage: {" ".join([command, *required])} [flags]'
     lines = [
       *textwrap.wrap(
         usage, _WIDTH, subsequent_indent=' ' * 4, break_on_hyphens=False
       ),
       '',
-      examples(self.doc),
+      self.doc,
       '',
       'Flags:',
     ]
@@ -288,7 +288,7 @@ class Flags:
           subsequent_indent=' ' * 6,
         )
       )
-    return '\n'.join(lines)
+    return examples('\n'.join(lines))
 
 
 def show(text_: str) -> None:

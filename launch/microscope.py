@@ -140,7 +140,7 @@ def usage() -> str:
     [
       'Usage: gemma-scope microscope COMMAND --workdir=PATH [flags]',
       '',
-      command_line.examples(__doc__.strip()),
+      __doc__.strip(),
       '',
       *lines,
       '',
@@ -152,7 +152,7 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> None:
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   if not arguments or arguments[0] in ('--help', '-h', 'help'):
-    command_line.show(usage())
+    command_line.show(command_line.examples(usage()))
     sys.exit(0 if arguments else 2)
   command = arguments[0]
   if command not in COMMANDS:

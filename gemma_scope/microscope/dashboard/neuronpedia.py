@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope import sites
+from gemma_scope import files, sites
 from gemma_scope.microscope.index.store import Index
 
 _BATCH = 1024
@@ -54,7 +54,7 @@ def write(
   """Writes one source.
 
   Args:
-    folder: made here; must not be there yet.
+    folder: made here; a folder that exists is replaced.
     index: what to write.
     pieces: token ids -> their text.
     model: Neuronpedia's name of the model, such as 'gemma-2-2b'.
@@ -66,56 +66,57 @@ def write(
     How many latents were written: those that fired.
 
   Raises:
-    ValueError: a name that cannot be, or a folder that is taken.
+    ValueError: a name that cannot be.
   """
   if not re.fullmatch(r'[a-z0-9][a-z0-9-]{0,63}', name):
     raise ValueError(
       f'A release is named by a-z, 0-9 and dashes; found {name!r}.'
     )
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True)
-  source = source_id(index, name)
-  source_set = source.partition('-')[2]
-  card, corpus = index.meta['card'], index.meta['corpus']
-  _lines(folder / 'release.jsonl.gz', [{'name': name, 'creatorName': creator}])
-  _lines(folder / 'model.jsonl.gz', [{'id': model}])
-  _lines(
-    folder / 'sourceset.jsonl.gz',
-    [{'modelId': model, 'name': source_set, 'releaseName': name,
-      'creatorName': creator, 'type': card['type']}],
-  )  # fmt: skip
-  _lines(
-    folder / 'source.jsonl.gz',
-    [{'id': source, 'modelId': model, 'setName': source_set,
-      'dataset': corpus.get('name', ''), 'num_prompts': index.meta['sequences'],
-      'num_tokens_in_prompt': int(index.sequences_NT.shape[1])}],
-  )  # fmt: skip
-  if labels:
-    (folder / 'explanations').mkdir()
+  # A second export takes the place of the first.
+  with files.whole_folder(folder, replace=True) as draft:
+    source = source_id(index, name)
+    source_set = source.partition('-')[2]
+    card, corpus = index.meta['card'], index.meta['corpus']
+    _lines(draft / 'release.jsonl.gz', [{'name': name, 'creatorName': creator}])
+    _lines(draft / 'model.jsonl.gz', [{'id': model}])
     _lines(
-      folder / 'explanations/batch-0.jsonl.gz',
-      (
-        {'modelId': model, 'layer': source, 'index': str(j),
-         'description': label['text'], 'explanationModelName': label['by'],
-         'typeName': 'gemma_scope'}
-        for j, label in sorted(labels.items())
-      ),
+      draft / 'sourceset.jsonl.gz',
+      [{'modelId': model, 'name': source_set, 'releaseName': name,
+        'creatorName': creator, 'type': card['type']}],
     )  # fmt: skip
-  fired = np.flatnonzero(index.fired_F)
-  for batch, start in enumerate(range(0, len(fired), _BATCH)):
-    part = fired[start : start + _BATCH]
-    common = {'modelId': model, 'layer': source}
-    (folder / 'features').mkdir(exist_ok=True)
-    (folder / 'activations').mkdir(exist_ok=True)
     _lines(
-      folder / f'features/batch-{batch}.jsonl.gz',
-      (common | _feature(index, j, pieces) for j in part),
-    )
-    _lines(
-      folder / f'activations/batch-{batch}.jsonl.gz',
-      (common | one for j in part for one in _examples(index, j, pieces)),
-    )
-  return len(fired)
+      draft / 'source.jsonl.gz',
+      [{'id': source, 'modelId': model, 'setName': source_set,
+        'dataset': corpus.get('name', ''),
+        'num_prompts': index.meta['sequences'],
+        'num_tokens_in_prompt': int(index.sequences_NT.shape[1])}],
+    )  # fmt: skip
+    if labels:
+      (draft / 'explanations').mkdir()
+      _lines(
+        draft / 'explanations/batch-0.jsonl.gz',
+        (
+          {'modelId': model, 'layer': source, 'index': str(j),
+           'description': label['text'], 'explanationModelName': label['by'],
+           'typeName': 'gemma_scope'}
+          for j, label in sorted(labels.items())
+        ),
+      )  # fmt: skip
+    fired = np.flatnonzero(index.fired_F)
+    for batch, start in enumerate(range(0, len(fired), _BATCH)):
+      part = fired[start : start + _BATCH]
+      common = {'modelId': model, 'layer': source}
+      (draft / 'features').mkdir(exist_ok=True)
+      (draft / 'activations').mkdir(exist_ok=True)
+      _lines(
+        draft / f'features/batch-{batch}.jsonl.gz',
+        (common | _feature(index, j, pieces) for j in part),
+      )
+      _lines(
+        draft / f'activations/batch-{batch}.jsonl.gz',
+        (common | one for j in part for one in _examples(index, j, pieces)),
+      )
+    return len(fired)
 
 
 def _feature(index: Index, j: int, pieces) -> dict[str, Any]:

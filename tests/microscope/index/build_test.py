@@ -396,10 +396,11 @@ def test_neuronpedia_gets_a_line_a_feature_and_an_example(built, tmp_path):
   for example in examples:
     assert len(example['tokens']) == len(example['values'])
     assert max(example['values']) == example['maxValue'] > 0
-  with pytest.raises(FileExistsError):
-    neuronpedia.write(
-      tmp_path / 'out', one, pieces, model='m', name='mine', creator='us'
-    )
+  neuronpedia.write(  # a second export replaces the first
+    tmp_path / 'out', one, pieces, model='m', name='mine', creator='us'
+  )
+  assert lines('features/batch-0.jsonl.gz')[0]['modelId'] == 'm'
+  assert not list(tmp_path.glob('.out*'))
   with pytest.raises(ValueError, match='is named by'):
     neuronpedia.write(
       tmp_path / 'x', one, pieces, model='m', name='../x', creator='us'

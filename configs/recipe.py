@@ -23,6 +23,7 @@ def gemma_scope_1(model: str) -> ConfigDict:
       },
       'text': {
         'source': '',  # a store by launch/prepare_text.py is expected
+        'column': '',
         'store': '',
         'seq_len': 1024,  # not published; the paper evaluates at 1024
       },

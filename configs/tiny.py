@@ -25,7 +25,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
   lm.dtype = 'float32'
 
   config.text = text = ConfigDict()
-  text.source = 'python'  # prose, files:..., tfds:... (text/sources.py)
+  text.source = 'python'  # prose, files:..., hf:... (text/sources.py)
+  text.column = ''  # of .jsonl, .parquet, data sets; '': text, or the only one
   text.store = ''  # a folder by launch/prepare_text.py; '' makes one
   text.seq_len = 128  # tokens a sequence, with BOS
 

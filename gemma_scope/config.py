@@ -45,6 +45,7 @@ _ADDED = {
   'activations': {'centre': 'none', 'max_norm': 0.0},
   'objective': {'active_set': False},
   'train': {'meet_l0': False, 'refit_decoders': False, 'closing_batches': 64},
+  'text': {'column': ''},
 }
 
 

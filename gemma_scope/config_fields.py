@@ -157,6 +157,7 @@ FIELDS: Mapping[str, Field] = {
   'lm.tokenizer': _TEXT,
   'lm.dtype': _choice(*DTYPES),
   'text.source': _TEXT,
+  'text.column': _TEXT,
   'text.store': _TEXT,
   'text.seq_len': _whole(2),
   'mesh.sae': _whole(-1),

@@ -269,7 +269,8 @@ MINUS_ONE = {
   'initialise.layer', 'mesh.data', 'mesh.sae', 'mesh.latent',
 }  # fmt: skip
 ANY_TEXT = {
-  'lm.name', 'lm.checkpoint', 'lm.tokenizer', 'text.source', 'text.store',
+  'lm.name', 'lm.checkpoint', 'lm.tokenizer', 'text.source', 'text.column',
+  'text.store',
   'activations.store', 'initialise.release', 'metrics.wandb_project',
 }  # fmt: skip
 UNBOUNDED = {

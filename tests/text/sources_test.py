@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from configs import tiny
 from gemma_scope import files
 from gemma_scope.evaluation.saebench import probe_inputs
 from gemma_scope.text import (
@@ -186,6 +187,18 @@ def test_the_column_is_part_of_a_store(tmp_path):
   assert made.fingerprint['column'] == 'body'
   with pytest.raises(ValueError, match="column is 'body' there and None here"):
     prepare.prepare(f'files:{path}', tokenizer, folder)
+
+
+def test_a_run_reads_the_column_that_its_config_names(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  rows = [{'text': f'text {i}', 'body': f'body {i}'} for i in range(200)]
+  path.write_text('\n'.join(map(json.dumps, rows)))
+  config = tiny.get_config()
+  config.text.source, config.text.column = f'files:{path}', 'body'
+  said = []
+  _, store = prepare.open_text(config, tmp_path / 'run', said.append)
+  assert store.fingerprint['column'] == 'body'
+  assert any('200 documents' in line for line in said)  # how far it is
 
 
 def tiny_tokenizer() -> tokenizers.Tokenizer:

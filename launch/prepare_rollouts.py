@@ -15,6 +15,7 @@ one that was stopped or killed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -83,6 +84,7 @@ def prepare(given: types.SimpleNamespace, poll):
   from gemma_scope.language_model import weights
   from gemma_scope.runtime import checksums
   from gemma_scope.runtime import progress as progress_lib
+  from gemma_scope.text import prepare as prepare_lib
   from gemma_scope.text import prompts as prompts_lib
   from gemma_scope.text import rollouts, tokenizers
 
@@ -90,6 +92,7 @@ def prepare(given: types.SimpleNamespace, poll):
   tokenizer = tokenizers.Tokenizer(
     given.tokenizer or weights.tokenizer(given.model, given.checkpoint)
   )
+  prepare_lib.check_tokenizer(tokenizer, given.model, given.checkpoint)
   mesh = None
   if jax.device_count() > 1:
     mesh = mesh_lib.make({'sae': 1, 'data': -1, 'latent': 1})
@@ -115,16 +118,20 @@ def prepare(given: types.SimpleNamespace, poll):
       return
     line.update(done)
 
+  facts = {
+    'model': given.model,
+    'dtype': given.dtype,
+    'parameters_sha256': sums.hexdigest(),
+  }
+  fields = [field.name for field in dataclasses.fields(rollouts.Settings)]
   store = rollouts.prepare_rollouts(
-      gemma, params, tokenizer, prompts, given.out, seq_len=given.seq_len,
-      max_new_tokens=given.max_new_tokens, temperature=given.temperature,
-      top_k=given.top_k, seed=given.seed, batch=given.batch,
-      heldout=given.heldout, progress=progress, poll=poll,
-      facts={
-          'model': given.model, 'dtype': given.dtype,
-          'parameters_sha256': sums.hexdigest(),
-      },
-  )  # fmt: skip
+    rollouts.Model(gemma, params, tokenizer, facts),
+    prompts,
+    given.out,
+    rollouts.Settings(**{name: getattr(given, name) for name in fields}),
+    progress,
+    poll,
+  )
   if line is not None:
     line.close()
   return store

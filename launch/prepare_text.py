@@ -36,8 +36,9 @@ FLAGS = command_line.Flags(
   ),
   command_line.text(
     'lm',
-    'tiny',
-    'The language model whose tokenizer is used, such as gemma3-270m.',
+    None,
+    'Language model that will read the store, such as gemma3-270m. Its '
+    "tokenizer is used; without it, the embedded model's.",
   ),
   command_line.path('checkpoint', "The language model's, as in lm.checkpoint."),
   command_line.path(
@@ -60,11 +61,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     exists = (pathlib.Path(given.out) / token_store.MANIFEST).exists()
     try:
+      name, checkpoint = given.lm or 'tiny', given.checkpoint or ''
+      tokenizer = tokenizers.Tokenizer(
+        given.tokenizer or weights.tokenizer(name, checkpoint)
+      )
+      if given.lm:
+        prepare.check_tokenizer(tokenizer, name, checkpoint)
       store = prepare.prepare(
         given.source,
-        tokenizers.Tokenizer(
-          given.tokenizer or weights.tokenizer(given.lm, given.checkpoint or '')
-        ),
+        tokenizer,
         given.out,
         column=given.column,
         progress=lambda state: print(state, file=sys.stderr, flush=True),

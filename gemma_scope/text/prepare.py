@@ -203,11 +203,12 @@ def _refuse_another(
 
 
 class _Ticks:
-  """Calls `progress` first, then every _BATCH_SECONDS."""
+  """Calls `progress` every _BATCH_SECONDS, and at the end."""
 
   def __init__(self, progress: Callable[[Progress], None]):
     self._progress = progress
     self._started = self._last = time.monotonic()
+    self._documents = 0  # when it was last called
     self.bytes = 0
 
   def maybe(self, documents: int, tokens: int | None) -> None:
@@ -215,7 +216,9 @@ class _Ticks:
       self.now(documents, tokens)
 
   def now(self, documents: int, tokens: int | None) -> None:
-    self._last = time.monotonic()
+    if documents == self._documents:
+      return
+    self._last, self._documents = time.monotonic(), documents
     seconds = self._last - self._started
     self._progress(Progress(documents, tokens, self.bytes, seconds))
 
@@ -331,12 +334,27 @@ def check_tokenizer(
 ) -> None:
   """ValueError where a tokenizer does not belong to a language model.
 
-  Compared are the sizes of the vocabularies (an embedding may have a few rows
-  more, for padding) and the ids of padding and BOS.
+  Compared are the sizes of the vocabularies and the ids of padding and BOS.
   """
-  from gemma_scope.language_model import generate, weights
+  from gemma_scope.language_model import weights
 
   rows = weights.read_config(name, checkpoint).vocab_size
+  bos = weights.special_ids(name, checkpoint).get('bos')
+  check_vocabulary(tokenizer, name, rows, bos)
+
+
+def check_vocabulary(
+  tokenizer: tokenizers.Tokenizer, name: str, rows: int, bos: int | None = None
+) -> None:
+  """`check_tokenizer`, for a model whose facts are known.
+
+  Args:
+    rows: of the model's embedding, which may have a few more than there are
+      pieces, for padding.
+    bos: the id that the model was trained with; None where it is not known.
+  """
+  from gemma_scope.language_model import generate
+
   pieces = tokenizer.vocab_size
   advice = (
     'set lm.tokenizer (--tokenizer) to the SentencePiece model that belongs to '
@@ -347,10 +365,11 @@ def check_tokenizer(
       f'{tokenizer.path} has {pieces:,} pieces and the vocabulary of {name} '
       f'has {rows:,}: {advice}'
     )
-  ids = {'pad': generate.PAD} | weights.special_ids(name, checkpoint)
-  for role, wanted in ids.items():
-    found = getattr(tokenizer, f'{role}_id')
-    if found != wanted:
+  for role, found, wanted in (
+    ('pad', tokenizer.pad_id, generate.PAD),
+    ('bos', tokenizer.bos_id, bos),
+  ):
+    if wanted is not None and found != wanted:
       raise ValueError(
         f'{tokenizer.path} has <{role}> at id {found}, {name} at {wanted}: '
         f'{advice}'

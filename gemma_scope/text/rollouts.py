@@ -7,8 +7,9 @@
   prepare_rollouts(...)       the model answers each -> a token store whose row
                               i is conversation i, padded (token_store.py)
 
-The turn markers are single ids that only this module places: a marker typed
-inside a text is encoded as the letters it is made of.
+The turn markers are single ids that only this module places: a marker that a
+user types is encoded as the letters it is made of
+(`Tokenizer.encode_literally`).
 
 Answers are sampled in parts of `batch` conversations, each a file of its own;
 answer i is a function of (model, prompt, seed, i), so that a killed
@@ -18,6 +19,7 @@ preparation goes on with the first part it lacks and ends with the same store.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -31,7 +33,7 @@ import numpy as np
 from gemma_scope import files
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import generate
-from gemma_scope.text import corpus, sequences, token_store, tokenizers
+from gemma_scope.text import corpus, prepare, sequences, token_store, tokenizers
 from gemma_scope.text import prompts as prompts_lib
 
 _PARTS = 'parts'  # folder of what is done, until the store is whole
@@ -73,54 +75,129 @@ def reply_opening(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
 # Rollouts.
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """An instruction-tuned language model.
+
+  Attributes:
+    gemma, params: of one device, or sharded.
+    tokenizer: the model's.
+    facts: what else identifies its answers (its name, a checksum of its
+      parameters): JSON, written to the manifest, the same on every call.
+  """
+
+  gemma: lm.Gemma
+  params: lm.Params
+  tokenizer: tokenizers.Tokenizer
+  facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How answers are sampled and stored.
+
+  Attributes:
+    seq_len: tokens of a row, BOS included; the store can be read at no other.
+    max_new_tokens: tokens of an answer, at most.
+    temperature, top_k, seed: see `generate.generate`.
+    batch: conversations sampled at once; a multiple of the devices.
+    heldout: share of the prompts that belong to 'eval', by their hash.
+  """
+
+  seq_len: int
+  max_new_tokens: int
+  temperature: float = 1.0
+  top_k: int = 0
+  seed: int = 0
+  batch: int = 32
+  heldout: float = 0.05
+
+  def check(self) -> None:
+    """ValueError where a value makes no sense."""
+    generate.check_settings(
+      self.max_new_tokens, self.temperature, self.top_k, self.seed
+    )
+    if self.batch < 1 or not 0 <= self.heldout < 1:
+      raise ValueError(
+        f'batch={self.batch}, heldout={self.heldout}: the batch must be '
+        'positive and the held-out share in 0 .. 1.'
+      )
+
+  def room(self, tokenizer: tokenizers.Tokenizer) -> int:
+    """Tokens that a row has for the prompt and the opening of the reply."""
+    newline = len(tokenizer.encode('\n'))
+    return self.seq_len - 1 - newline - self.max_new_tokens
+
+
 def prepare_rollouts(
-  gemma: lm.Gemma,
-  params: lm.Params,
-  tokenizer: tokenizers.Tokenizer,
+  model: Model,
   prompts: Sequence[str],
   folder: str | os.PathLike[str],
-  *,
-  seq_len: int,
-  max_new_tokens: int,
-  temperature: float = 1.0,
-  top_k: int = 0,
-  seed: int = 0,
-  batch: int = 32,
-  heldout: float = 0.05,
-  facts: Mapping[str, Any] | None = None,
+  settings: Settings,
   progress: Callable[[int, int], None] = lambda done, total: None,
   poll: Callable[[], None] = lambda: None,
 ) -> token_store.Tokens:
-  """Lets the model answer every prompt; a store of the conversations.
+  """The model answers every prompt; returns a store of the conversations.
 
   Row i of `.sequences(seq_len, split)` is BOS, the user's turn, the model's
-  turn, padding. Prompts that do not leave `max_new_tokens` of the row are left
-  out and counted. Called again it goes on where it was stopped, or opens what
-  is whole.
+  turn, padding. Prompts that leave less than `max_new_tokens` of a row are
+  left out and counted. A second call continues a preparation that was stopped,
+  or opens the finished store.
 
   Args:
-    gemma, params, tokenizer: the instruction-tuned model.
     prompts: one for each conversation.
     folder: of the store.
-    seq_len: tokens of a row, BOS included; the store has no other.
-    max_new_tokens, temperature, top_k, seed: of the answers.
-    batch: conversations sampled at once; with devices, their multiple.
-    heldout: share of the prompts for the split 'eval', by their hash.
-    facts: what else identifies the answers (the model's name, a checksum of
-      its parameters): JSON, written to the manifest, the same on every call.
-    progress: called with (parts done, parts in all), first with what was found.
+    progress: called with (parts done, all parts); the first call counts what
+      an earlier run had done.
     poll: called before each batch; may raise to stop.
 
   Raises:
-    ValueError: the folder holds something else (which field differs), or the
-      model, tokenizer and sizes do not fit.
+    ValueError: the folder holds another preparation (the message names the
+      field that differs), or model, tokenizer and sizes do not fit.
   """
-  folder = pathlib.Path(folder)
+  folder, tokenizer = pathlib.Path(folder), model.tokenizer
   prompts = [corpus.valid(prompt) for prompt in prompts]
-  generate.check_settings(max_new_tokens, temperature, top_k, seed)
-  _check_fit(gemma, tokenizer, batch, heldout)
-  room = seq_len - 1 - len(tokenizer.encode('\n')) - max_new_tokens
-  kept, openings = _openings(tokenizer, prompts, room, seq_len, max_new_tokens)
+  settings.check()
+  config = model.gemma.config
+  prepare.check_vocabulary(tokenizer, config.name, config.vocab_size)
+  kept, openings = _openings(tokenizer, prompts, settings)
+  inputs = _inputs(model, prompts, len(prompts) - len(kept), settings)
+  if (folder / token_store.MANIFEST).exists():
+    store = token_store.Tokens(folder)
+    _same(folder, store.manifest, inputs)
+    shutil.rmtree(folder / _PARTS, ignore_errors=True)
+    return store
+  splits = _splits([prompts[i] for i in kept], settings.heldout)
+  _begin(folder, inputs)
+  dtype = sequences.dtype_of(tokenizer.vocab_size)
+  shape = np.dtype((dtype, settings.seq_len - 1))
+  starts = range(0, len(kept), settings.batch)
+  sizes = [min(settings.batch, len(kept) - start) for start in starts]
+  lacking = [
+    part
+    for part, size in enumerate(sizes)
+    if _read_part(_part(folder, part), size * shape.itemsize) is None
+  ]
+  progress(len(sizes) - len(lacking), len(sizes))
+  for done, part in enumerate(lacking, len(sizes) - len(lacking) + 1):
+    members = slice(starts[part], starts[part] + sizes[part])
+    rows = _answer(model, openings[members], kept[members], settings, poll)
+    _write_part(_part(folder, part), rows.astype(dtype).tobytes())
+    progress(done, len(sizes))
+  counts = _assemble(folder, splits, sizes, shape, tokenizer)
+  token_store.write_manifest(folder, inputs | {'dtype': dtype} | counts)
+  shutil.rmtree(folder / _PARTS)
+  return token_store.Tokens(folder)
+
+
+def _inputs(
+  model: Model, prompts: Sequence[str], too_long: int, settings: Settings
+) -> dict[str, Any]:
+  """The manifest's part that two preparations of one store share, as JSON."""
+  tokenizer, sampled = model.tokenizer, dataclasses.asdict(settings)
+  seq_len = sampled.pop('seq_len')
+  sampled['temperature'] = float(settings.temperature)
+  sampled['heldout'] = float(settings.heldout)
   inputs = {
     'format': token_store.FORMAT,
     'source': 'rollouts',
@@ -136,90 +213,54 @@ def prepare_rollouts(
     'seq_len': seq_len,
     'reply': list(reply_opening(tokenizer)),
     'rollouts': {
-      **(facts or {}),
-      'max_new_tokens': max_new_tokens,
-      'temperature': float(temperature),
-      'top_k': top_k,
-      'seed': seed,
-      'batch': batch,
-      'heldout': float(heldout),
+      **model.facts,
+      **sampled,
       'prompts': len(prompts),
-      'too_long': len(prompts) - len(kept),
+      'too_long': too_long,
     },
   }
-  inputs = json.loads(json.dumps(inputs))
-  if (folder / token_store.MANIFEST).exists():
-    store = token_store.Tokens(folder)
-    _same(folder, store.manifest, inputs)
-    shutil.rmtree(folder / _PARTS, ignore_errors=True)
-    return store
-  splits = _splits([prompts[i] for i in kept], heldout)
-  _begin(folder, inputs)
-  total = -(-len(kept) // batch)
-  dtype = sequences.dtype_of(tokenizer.vocab_size)
-  shape = np.dtype((dtype, seq_len - 1))
-  sizes = [min(batch, len(kept) - part * batch) for part in range(total)]
-  lacking = [
-    part
-    for part in range(total)
-    if _read_part(_part(folder, part), sizes[part] * shape.itemsize) is None
-  ]
-  progress(total - len(lacking), total)
-  banned = range(tokenizer.vocab_size, gemma.config.vocab_size)
-  for done, part in enumerate(lacking, total - len(lacking) + 1):
-    members = slice(part * batch, part * batch + sizes[part])
-    replies = generate.generate(
-      gemma,
-      params,
-      [np.append(tokenizer.bos_id, ids) for ids in openings[members]],
-      max_new_tokens=max_new_tokens,
-      temperature=temperature,
-      top_k=top_k,
-      seed=seed,
-      streams=kept[members],
-      stop=(tokenizer.end_of_turn, tokenizer.eos_id),
-      forbid=(tokenizer.bos_id, *banned),
-      batch=batch,
-      prompt_len=room + 1,
-      poll=poll,
-    )
-    rows = _rows(tokenizer, openings[members], replies, seq_len)
-    _write_part(_part(folder, part), rows.astype(dtype).tobytes())
-    progress(done, total)
-  counts = _assemble(folder, splits, sizes, shape, tokenizer)
-  token_store.write_manifest(folder, inputs | {'dtype': dtype} | counts)
-  shutil.rmtree(folder / _PARTS)
-  return token_store.Tokens(folder)
+  return json.loads(json.dumps(inputs))
 
 
-def _check_fit(gemma, tokenizer, batch, heldout) -> None:
-  if tokenizer.pad_id != generate.PAD:
-    raise ValueError(
-      f'{tokenizer.path} has padding {tokenizer.pad_id}, and Gemma reads '
-      f'{generate.PAD} as padding; use the tokenizer that belongs to the model.'
-    )
-  if tokenizer.vocab_size > gemma.config.vocab_size:
-    raise ValueError(
-      f'{tokenizer.path} has {tokenizer.vocab_size} pieces and '
-      f'{gemma.config.name} knows {gemma.config.vocab_size}; use the '
-      'tokenizer that belongs to the model.'
-    )
-  if batch < 1 or not 0 <= heldout < 1:
-    raise ValueError(
-      f'batch={batch}, heldout={heldout}: the batch must be positive, the '
-      'share in 0 .. 1.'
-    )
+def _answer(
+  model: Model,
+  openings: Sequence[np.ndarray],
+  streams: Sequence[int],
+  settings: Settings,
+  poll: Callable[[], None],
+) -> np.ndarray:
+  """int32 [B, seq_len - 1]: the conversations of one part."""
+  tokenizer = model.tokenizer
+  absent = range(tokenizer.vocab_size, model.gemma.config.vocab_size)
+  replies = generate.generate(
+    model.gemma,
+    model.params,
+    [np.append(tokenizer.bos_id, ids) for ids in openings],
+    max_new_tokens=settings.max_new_tokens,
+    temperature=settings.temperature,
+    top_k=settings.top_k,
+    seed=settings.seed,
+    streams=streams,
+    stop=(tokenizer.end_of_turn, tokenizer.eos_id),
+    forbid=(tokenizer.bos_id, *absent),
+    batch=settings.batch,
+    prompt_len=settings.room(tokenizer) + 1,
+    poll=poll,
+  )
+  return _rows(tokenizer, openings, replies, settings.seq_len)
 
 
-def _openings(tokenizer, prompts, room, seq_len, max_new_tokens):
+def _openings(tokenizer, prompts: Sequence[str], settings: Settings):
   """Indices of the prompts that fit, and their ids up to the reply."""
+  room = settings.room(tokenizer)
   every = [encode(tokenizer, prompt) for prompt in prompts]
   kept = [i for i, ids in enumerate(every) if len(ids) <= room]
   if not kept:
     raise ValueError(
       f'None of the {len(prompts)} prompts leaves room for '
-      f'max_new_tokens={max_new_tokens} in seq_len={seq_len}: the shortest '
-      f'needs {min(map(len, every), default=0)} tokens and has {room}.'
+      f'max_new_tokens={settings.max_new_tokens} in '
+      f'seq_len={settings.seq_len}: the shortest needs '
+      f'{min(map(len, every), default=0)} tokens and has {room}.'
     )
   return kept, [every[i] for i in kept]
 
@@ -258,7 +299,7 @@ def _rows(tokenizer, openings, replies, seq_len: int) -> np.ndarray:
 
 
 def _begin(folder: pathlib.Path, inputs: dict[str, Any]) -> None:
-  """Makes the folder of parts, or finds there the same inputs."""
+  """Makes the folder of parts, or finds the same inputs in it."""
   path = folder / _PARTS / _INPUTS
   if path.exists():
     _same(folder, json.loads(path.read_text()), inputs)

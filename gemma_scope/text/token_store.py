@@ -83,10 +83,15 @@ class Tokens:
     by_parts = self.manifest.get('held_out')
     if not by_parts:
       return ''
+    documents, pieces = by_parts['documents'], by_parts['parts']
+    few = (
+      'a single document' if documents == 1 else f'only {documents} documents'
+    )
+    where = 'its end' if pieces == 1 else f'the end of each of {pieces} parts'
     return (
-      f'The source has {by_parts["documents"]} documents, too few to hold some '
-      f'out: the end of each of its {by_parts["parts"]} parts is held out '
-      f'instead ({self.manifest["tokens"]["eval"]:,} tokens, with gaps).'
+      f'The source has {few}, too few to hold some out: {where} is held out '
+      f'instead ({self.manifest["tokens"]["eval"]:,} tokens, with gaps '
+      'between them and the training text).'
     )
 
   @property

@@ -613,7 +613,8 @@ def test_few_documents_are_held_out_by_parts_with_gaps(
   assert len(sides) == 1
   store = prepare.prepare(source, tokenizer, tmp_path / 'store')
   store.verify()
-  assert f'has {count} documents, too few' in store.note
+  few = {1: 'a single document', 3: 'only 3 documents'}[count]
+  assert f'The source has {few}, too few' in store.note
   assert store.documents_read == count
   whole = np.concatenate([
     np.append(tokenizer.encode(text), tokenizer.eos_id) for text in numbers

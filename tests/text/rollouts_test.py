@@ -70,8 +70,14 @@ def answers(monkeypatch):
 
 
 def prepare(folder, prompts=PROMPTS, **more):
+  facts = more.pop('facts', {})
+  calls = {k: more.pop(k) for k in ('progress', 'poll') if k in more}
   return rollouts.prepare_rollouts(
-    *model(), tokenizer(), prompts, folder, **{**SETTINGS, **more}
+    rollouts.Model(*model(), tokenizer(), facts),
+    prompts,
+    folder,
+    rollouts.Settings(**{**SETTINGS, **more}),
+    **calls,
   )
 
 
@@ -378,9 +384,12 @@ def test_refusals(tmp_path, answers):
       name='small', vocab_size=99, d_model=8, num_layers=1, num_heads=1,
       num_kv_heads=1, head_dim=8, d_ff=8, window=8, pattern='L',
   ))  # fmt: skip
-  with pytest.raises(ValueError, match='small knows 99'):
+  with pytest.raises(ValueError, match='vocabulary of small has 99'):
     rollouts.prepare_rollouts(
-      small, {}, tokenizer(), PROMPTS, tmp_path / 's', **SETTINGS
+      rollouts.Model(small, {}, tokenizer()),
+      PROMPTS,
+      tmp_path / 's',
+      rollouts.Settings(**SETTINGS),
     )
   assert not (tmp_path / 's').exists()
 

@@ -1,4 +1,4 @@
-"""A text with a name, and the rule that holds some of them out."""
+"""Documents, and the rule that holds some of them out for evaluation."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Document:
   """A text with a name.
 
   Attributes:
-    name: without an absolute path.
-    text: of the document.
-    group: decides the split in place of the name, where it is given: documents
-      made from the same source belong together.
-    eval_one_in: the share of such documents that is held out is 1 in this.
+    name: identifies the document; never an absolute path.
+    text: its content.
+    group: decides the split in place of the name: documents that are made from
+      the same text share a group. '' is the name.
+    eval_one_in: one in so many documents is held out.
   """
 
   name: str

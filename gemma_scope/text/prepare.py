@@ -7,9 +7,9 @@
     -> shuffled(sequences, seed)[i] any i >= 0: a new order every epoch
     -> batch(rows, start, count)    int32 [count, T]
 
-Every row is a pure function of (store, T, seed, i): no iterator whose state
-could be lost. This module is the face of the three above it; it imports grain
-and sentencepiece only where a row is shuffled or a text encoded.
+Every row is a pure function of (store, T, seed, i): there is no iterator whose
+state could be lost. grain and sentencepiece are imported only where rows are
+shuffled and text is encoded.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ class Rows(Protocol):
 
 
 def shuffled(sequences: sequences_lib.Sequences, seed: int) -> Rows:
-  """`[i]` for any i >= 0: i // len is the epoch, each its own permutation.
+  """Rows in a random order, for any index i >= 0.
 
-  The order is grain's index shuffle: a pure function of (seed, len, i) that
-  holds no table of indices. Seeds are 0 .. 2**32 - 1.
+  Epoch i // len has a permutation of its own: grain's index shuffle, a pure
+  function of (seed, len, i) without a table of indices. Seeds are
+  0 .. 2**32 - 1.
   """
   import grain
 
@@ -67,7 +68,7 @@ def batch(rows: Rows, start: int, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """What a preparation has done so far; `tokens` is None while it compares."""
+  """How far a preparation is; `tokens` is None while it only compares."""
 
   documents: int
   tokens: int | None
@@ -188,7 +189,7 @@ _ADVICE = 'Choose another folder, or delete that one.'
 def _refuse_another(
   folder: pathlib.Path, field: str, there: Any, here: Any
 ) -> None:
-  """ValueError where two values differ; of dicts, it shows what differs."""
+  """ValueError where two values differ; of two dicts, names what differs."""
   if there == here:
     return
   if isinstance(there, dict) and isinstance(here, dict):
@@ -261,7 +262,7 @@ def _write(
 def _batches(
   found: Iterable[corpus.Document],
 ) -> Iterator[list[corpus.Document]]:
-  """Batches of _BATCH_CHARS, or what came within _BATCH_SECONDS."""
+  """Documents in batches of _BATCH_CHARS, sooner after _BATCH_SECONDS."""
   several, size, began = [], 0, time.monotonic()
   for document in found:
     several.append(document)
@@ -275,7 +276,7 @@ def _batches(
 
 
 def _hash_document(digest: Any, document: corpus.Document) -> int:
-  """Adds name and text, each after its length; returns the text's bytes."""
+  """Hashes name and text, each with its length; returns the text's bytes."""
   name, body = document.name.encode(), document.text.encode()
   digest.update(len(name).to_bytes(8, 'little') + name)
   digest.update(len(body).to_bytes(8, 'little') + body)
@@ -288,9 +289,9 @@ def _hash_document(digest: Any, document: corpus.Document) -> int:
 def open_text(
   config: ConfigDict, workdir: pathlib.Path, report: Callable[[str], None]
 ) -> tuple[tokenizers.Tokenizer, token_store.Tokens]:
-  """The tokenizer and the token store; makes the store where none is named.
+  """The tokenizer and the token store of a run; makes a store if none is named.
 
-  A run keeps the store it began with, whatever became of its source.
+  A run keeps the store that it began with, whatever happens to the source.
 
   Raises:
     ValueError: the tokenizer is not the model's, or the store was made with
@@ -332,7 +333,7 @@ def open_text(
 def check_tokenizer(
   tokenizer: tokenizers.Tokenizer, name: str, checkpoint: str
 ) -> None:
-  """ValueError where a tokenizer does not belong to a language model.
+  """Refuses a tokenizer that does not belong to a language model.
 
   Compared are the sizes of the vocabularies and the ids of padding and BOS.
   """

@@ -14,7 +14,7 @@ _USER = ('user', 'prompter', 'human')
 
 
 def read(path: str | os.PathLike[str]) -> list[str]:
-  """The prompts of a file; empty ones are left out.
+  """Reads the prompts of a file; empty ones are left out.
 
   .txt: one prompt a line. .jsonl: a JSON object a line, with one of
     prompt: a string, or a tree of messages (oasst1);
@@ -41,7 +41,7 @@ def read(path: str | os.PathLike[str]) -> list[str]:
   prompts = [corpus.valid(prompt).strip() for prompt in prompts]
   prompts = [prompt for prompt in prompts if prompt]
   if not prompts:
-    raise ValueError(f'{path} holds no prompt.')
+    raise ValueError(f'{path} holds no prompts.')
   return prompts
 
 
@@ -57,19 +57,19 @@ def _of_records(path: pathlib.Path) -> Iterator[str]:
 
 
 def _first_user_turn(record: Any) -> str:
-  """The prompt of one JSON record; '' for a message that begins no tree."""
+  """The prompt of a JSON record; '' for a message inside a conversation."""
   if not isinstance(record, dict):
     raise TypeError(f'it is a {type(record).__name__}')
   for key in ('messages', 'conversation', 'prompt', 'text'):
-    found = record.get(key)
-    if isinstance(found, str):
+    value = record.get(key)
+    if isinstance(value, str):
       begins = record.get('role', 'user') in _USER
       begins &= not record.get('parent_id')
-      return found if begins or key != 'text' else ''
-    if isinstance(found, dict):
-      return _string(found)
-    if isinstance(found, list):
-      for turn in found:
+      return value if begins or key != 'text' else ''
+    if isinstance(value, dict):
+      return _string(value)
+    if isinstance(value, list):
+      for turn in value:
         if isinstance(turn, dict) and (
           turn.get('role', turn.get('from')) in _USER
         ):

@@ -1,19 +1,19 @@
-"""Gemma's turns, and a token store of its own replies to prompts.
+"""Gemma's chat turns, and a token store of its own replies to prompts.
 
   <start_of_turn>user\\n{prompt}<end_of_turn>\\n
   <start_of_turn>model\\n{answer}<end_of_turn>\\n
 
-  encode(tokenizer, prompt)   ids up to the opened model's turn
-  prepare_rollouts(...)       the model answers each -> a token store whose row
-                              i is conversation i, padded (token_store.py)
+  encode(tokenizer, prompt)   ids up to the beginning of the model's turn
+  prepare_rollouts(...)       the model answers each prompt -> a token store
+                              whose row i is conversation i, padded
 
 The turn markers are single ids that only this module places: a marker that a
 user types is encoded as the letters it is made of
 (`Tokenizer.encode_literally`).
 
-Answers are sampled in parts of `batch` conversations, each a file of its own;
-answer i is a function of (model, prompt, seed, i), so that a killed
-preparation goes on with the first part it lacks and ends with the same store.
+Answers are sampled in parts of `batch` conversations, each written to a file of
+its own. Answer i is a function of (model, prompt, seed, i): a preparation that
+was killed continues with the first missing part and ends with the same store.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _INPUTS = 'inputs.json'
 
 
 def encode(tokenizer: tokenizers.Tokenizer, *texts: str) -> np.ndarray:
-  """int32 ids, without BOS, of turns: user, model, user, ...
+  """Turns of user, model, user, ... as int32 ids without BOS.
 
-  After a user's last turn the model's is opened, for it to be continued. White
+  A last turn by the user is followed by the opening of the model's turn. White
   space around a text is dropped, as in Gemma's own template.
   """
   start, end = tokenizer.start_of_turn, tokenizer.end_of_turn
@@ -288,7 +288,7 @@ def _hash_of(prompts: Sequence[str]) -> str:
 
 
 def _rows(tokenizer, openings, replies, seq_len: int) -> np.ndarray:
-  """int32 [B, seq_len - 1]: opening, reply, its newline, padding."""
+  """int32 [B, seq_len - 1]: opening, reply, newline and padding."""
   rows_BT = np.full((len(openings), seq_len - 1), generate.PAD, np.int32)
   for row_T, opening, reply in zip(rows_BT, openings, replies, strict=True):
     ended = reply[-1:] == tokenizer.end_of_turn
@@ -354,7 +354,7 @@ def _read_part(path: pathlib.Path, size: int) -> bytes | None:
 
 
 def _assemble(folder, splits, sizes, shape, tokenizer) -> dict[str, Any]:
-  """Parts -> the two token files; the manifest's part about them."""
+  """Joins the parts to the two token files; returns facts for the manifest."""
   hashes = {split: hashlib.sha256() for split in corpus.SPLITS}
   padding = (tokenizer.pad_id,)
   answers = tokenizers.Special(padding, reply_opening(tokenizer))
@@ -370,8 +370,8 @@ def _assemble(folder, splits, sizes, shape, tokenizer) -> dict[str, Any]:
       data = _read_part(_part(folder, part), size * shape.itemsize)
       if data is None:
         raise ValueError(
-          f'{_part(folder, part)} is damaged; prepare again, which makes it '
-          'anew.'
+          f'{_part(folder, part)} is damaged; run the same command again, '
+          'which samples this part anew.'
         )
       rows_BT = np.frombuffer(data, shape)
       answer_BT = answers.keep(rows_BT)

@@ -10,15 +10,15 @@ import numpy as np
 
 
 def dtype_of(vocab_size: int) -> str:
-  """The type of the tokens on disk."""
+  """The dtype of tokens on disk: uint16 where the vocabulary allows it."""
   return '<u2' if vocab_size <= 1 << 16 else '<i4'
 
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-  """Rows of one token file: `len` of them, `[i]` is int32 [T].
+  """Random access to the rows of a token file; `[i]` is int32 [T].
 
-  Pickles as its fields and maps the file anew, so workers can hold it.
+  Pickled as its fields: a worker process maps the file itself.
   """
 
   path: str
@@ -58,9 +58,9 @@ class Sequences:
     return row_T
 
   def documents(self, indices: np.ndarray, eos_id: int) -> np.ndarray:
-    """Number of the document of each token of some rows, int32 [N, T].
+    """The number of each token's document, int32 [N, T], for some rows.
 
-    A document is what ends with EOS in the stream; BOS has its row's first.
+    EOS ends a document; BOS counts to the document of the token after it.
     """
     width = self.seq_len - 1
     ends = np.flatnonzero(self._stream == eos_id)

@@ -4,13 +4,13 @@
                               or int32, nothing else in the file
   manifest.json               what was tokenised and by what, counts, hashes
 
-A stream is its documents' tokens, each document followed by EOS. Row i of
-length T is BOS and then stream[i (T-1) : (i+1) (T-1)]; what is left at the
-end is dropped. Files are mapped, so a store may be larger than the memory.
-The manifest names no file: names are fixed, and it holds its own hash.
+A stream is the tokens of its documents, each followed by EOS. Row i of length T
+is BOS and then stream[i (T-1) : (i+1) (T-1)]; a remainder at the end is
+dropped. Files are memory-mapped, so a store may be larger than the memory. The
+manifest names no file (their names are fixed) and holds its own hash.
 
-A chat store (chat.py) is one whose every row is one conversation, padded: its
-manifest has `chat`, the only `seq_len` it can be read at, and `reply`, the
+Every row of a chat store (`rollouts`) is one conversation, padded. Its manifest
+has `chat`, `seq_len`, the only row length it can be read at, and `reply`, the
 ids that open the model's turn (`tokenizers.Special`).
 """
 
@@ -35,7 +35,7 @@ _MANIFEST_BYTES = 1 << 16
 
 
 class Tokens:
-  """A token store, opened: manifest and sizes checked, no token read yet."""
+  """An open token store: its manifest and file sizes are checked."""
 
   def __init__(self, folder: str | os.PathLike[str]):
     self.folder = pathlib.Path(folder)
@@ -62,7 +62,7 @@ class Tokens:
 
   @property
   def fingerprint(self) -> dict[str, Any]:
-    """What makes two stores the same text: for checkpoints and cards."""
+    """The facts that identify the text, for checkpoints and cards."""
     keys = ('source', 'source_sha256', 'tokenizer_sha256', 'vocab_size')
     keys += ('limit_tokens', 'tokens', 'documents', 'sha256')
     if self.is_chat:
@@ -72,14 +72,14 @@ class Tokens:
 
   @property
   def documents_read(self) -> int:
-    """Of the source: what is held out by parts counts once."""
+    """The number of documents of the source that were read."""
     by_parts = self.manifest.get('held_out')
     counts = self.manifest['documents']
     return by_parts['documents'] if by_parts else sum(counts.values())
 
   @property
   def note(self) -> str:
-    """What a user should know of the held-out text; '' where it is whole."""
+    """How text was held out, where that is not by document; else ''."""
     by_parts = self.manifest.get('held_out')
     if not by_parts:
       return ''
@@ -104,9 +104,9 @@ class Tokens:
     return tuple(self.manifest['reply']) if self.is_chat else ()
 
   def verify(self) -> None:
-    """Reads every byte; ValueError names the file whose hash is wrong.
+    """Compares the hashes of the files; ValueError names a damaged one.
 
-    A process reads a file once: again only if its size or time has changed.
+    A file is read once in a process, and again if its size or time changes.
     """
     for split in corpus.SPLITS:
       state = self.path(split).stat()
@@ -119,7 +119,7 @@ class Tokens:
 
   @property
   def share(self) -> float:
-    """About which share of tokens counts: all of a text, a chat's replies."""
+    """The share of tokens that SAEs see, about: in chats, the replies."""
     if not self.is_chat:
       return 1.0
     tokens = sum(self.manifest['tokens'].values())
@@ -128,7 +128,11 @@ class Tokens:
   def sequences(
     self, seq_len: int, split: str = 'train'
   ) -> sequences_lib.Sequences:
-    """Rows of `seq_len` tokens, BOS included; ValueError if there is none."""
+    """Rows of `seq_len` tokens, BOS included.
+
+    Raises:
+      ValueError: there is not a single row, or a chat store has other rows.
+    """
     if self.is_chat and seq_len != self.manifest['seq_len']:
       raise ValueError(
         f'{self.folder} holds conversations in rows of '
@@ -146,7 +150,7 @@ class Tokens:
 
 @functools.lru_cache(maxsize=16)
 def _sha256(path: pathlib.Path, size: int, time_ns: int) -> str:
-  """Of a file; `size` and `time_ns` tell its states apart."""
+  """A file's hash, kept as long as `size` and `time_ns` stay the same."""
   return files.sha256(path)
 
 
@@ -154,7 +158,7 @@ def _sha256(path: pathlib.Path, size: int, time_ns: int) -> str:
 
 
 def write_manifest(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
-  """Writes manifest.json with its own hash: whole, or not at all."""
+  """Writes manifest.json, sealed with its own hash, in one step."""
   _check_manifest(manifest)
   sealed = manifest | {'manifest_sha256': files.json_sha256(manifest)}
   files.write_json(folder / MANIFEST, sealed, indent=2)
@@ -183,7 +187,7 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_manifest(manifest: Any) -> None:
-  """Everything this module relies on, so that later code need not ask."""
+  """Checks every field that this package relies on."""
   if not isinstance(manifest, dict) or manifest.get('format') != FORMAT:
     raise ValueError(f'its format is not {FORMAT}')
   vocab = _integer(manifest, 'vocab_size', 1, 1 << 31)

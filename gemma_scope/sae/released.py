@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+RESIDENT_BYTES = 2**32  # SAEs that together are smaller stay on the devices
 
 
 def shardings(
@@ -35,6 +38,21 @@ def put(
   return jax.device_put(
     arrays, None if mesh is None else shardings(mesh, arrays)
   )
+
+
+def on_demand(
+  saes: Sequence[Mapping[str, np.ndarray]],
+  mesh: Mesh | None,
+  budget: int = RESIDENT_BYTES,
+) -> list[Callable[[], dict[str, jax.Array]]]:
+  """What puts each SAE on the devices when it is called.
+
+  SAEs that together fit in `budget` bytes are put there once and stay; of more
+  than that, none stays, and one is there at a time.
+  """
+  size = sum(array.nbytes for sae in saes for array in sae.values())
+  calls = [functools.partial(put, sae, mesh) for sae in saes]
+  return [functools.cache(call) if size <= budget else call for call in calls]
 
 
 def stacked(parts: Sequence[jax.Array], several: bool) -> jax.Array:

@@ -11,7 +11,7 @@ import pytest
 
 from gemma_scope import config_fields, sae
 from gemma_scope.sae import activation_functions as functions
-from gemma_scope.sae import architectures
+from gemma_scope.sae import architectures, released
 from gemma_scope.training import objectives
 
 D, F, B = 8, 16, 64
@@ -343,3 +343,10 @@ def test_a_fractional_k_is_rounded_however_a_row_is_ranked():
     for width in (40, 600):  # sorted, and by bisection
       least = functions.kth_of_row(z[:, :width], jnp.float32(k))
       assert np.all(np.sum(z[:, :width] >= least, 1) == kept)
+
+
+def test_saes_that_do_not_fit_together_are_put_one_at_a_time():
+  saes = [{'b_enc': np.zeros(4, np.float32)} for _ in range(3)]
+  for budget, stay in ((48, True), (47, False)):
+    for call in released.on_demand(saes, None, budget):
+      assert (call()['b_enc'] is call()['b_enc']) is stay

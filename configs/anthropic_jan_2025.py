@@ -9,29 +9,29 @@
   set    SAEs  chip-hours     GB
   16k       3          15      3
 
-The rival to compare a ladder of Gemma Scope's with; not a published suite.
+For comparison with Gemma Scope's SAEs at several L0; not a published suite.
 Chip-hours and GB of state: configs/suites.py; the model's pass adds 58 h.
 
   L' = |x' - x_hat'|^2 + A sum_i tanh(4 f'_i n_i)
        + B sum_i max(theta'_i - z'_i, 0) n_i          n_i = |W_dec[i]|, free
 
-Theirs has x' of mean norm sqrt(n), n = 2304 here; ours x = x' / sqrt(n). With
-the same weights f, z, theta and the biases are sqrt(n) times smaller too, so
+Their x' has the mean norm sqrt(n), n = 2304 here; ours is x = x' / sqrt(n).
+With the same weights, f, z, theta and the biases are sqrt(n) times smaller, so
   L = L' / n = |x - x_hat|^2 + (A / n) sum_i tanh(4 sqrt(n) f_i n_i)
                + (B / sqrt(n)) sum_i max(theta_i - z_i, 0) n_i
   theta_0 = 0.1 / sqrt(n)    bandwidth = 2 / sqrt(n)    clip and eps: / n
 (a gradient in the weights is n times smaller, and Adam's step the same).
 
 Published: A = 10 to 20, rising over the whole run, B = 3e-6, the constants
-above, the estimator's gradient to all parameters, rate 2e-4 without warm-up,
-linear to 0 over the last 20 %, batch 32,768, gradient norm 1. Read in others'
-code and excerpts, not in the original alone.
+above, a straight-through gradient to all parameters, learning rate 2e-4 without
+warm-up and linear to 0 over the last 20 %, batch 32,768, gradients clipped at
+norm 1. Taken from excerpts and from others' code beside the original.
 Guesses: 8 B tokens, no b_dec in the encoder, Adam's eps, sites, widths.
-Not built: their Adam (beta1, beta2; beta1 is 0 here), their initial values
+Not implemented: their Adam (beta1, beta2; beta1 is 0 here), the initial values
 (W_dec uniform within 1 / sqrt(n), W_enc = n / F of it, b_enc set from data so
 that each latent fires on 10,000 / F of rows; here unit decoders, tied, and 0),
-the mean norm as the scale (here its root mean square). Biases move sqrt(n)
-times faster against the rest than theirs.
+the mean norm as the scale (here its root mean square). Relative to the
+other parameters, biases move sqrt(n) times faster than theirs.
 """
 
 import math

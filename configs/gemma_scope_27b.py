@@ -13,7 +13,7 @@ The one set of the paper: the residual stream of layers 10, 22 and 34 at 131k.
 Chip-hours and GB of state: configs/suites.py; the model's pass adds 600 h for
 8 B tokens, and its parameters in bfloat16 are 54 GB: 16 chips of 95 GB.
 
-Published: see configs/gemma_scope_2b.py, the recipe is the same; 8 B tokens.
+Published: the recipe of configs/gemma_scope_2b.py; 8 B tokens.
 Chosen here: target L0 instead of a coefficient, the published L0 of layer 22
 for all three. Layer 10 has 15,24,37,64,106,200, layer 34 21,38,72,155,333,785:
 `layers=10;sparsity=15,24,...`.

@@ -21,7 +21,7 @@ configs/suites.py; the model's pass adds 104 h for each 4 B tokens. The command
 above (18 SAEs of 131k) takes 8 chips of 95 GB; the paper's step at 131k took
 45 ms on 8 TPU v3.
 
-Published: see configs/gemma_scope_2b.py, the recipe is the same.
+Published: the recipe of configs/gemma_scope_2b.py.
 Chosen here: target L0 instead of a coefficient (the paper: 6e-4 gives about 50
 at layer 20; `penalty=l0;sparsity=6e-4`). Targets are the published L0 of layer
 20, at all layers and sites; of its eight at 16k and 131k six are kept, about as

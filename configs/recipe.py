@@ -1,6 +1,6 @@
-"""The papers' recipes, complete; a suite's file chooses what is trained.
+"""The papers' complete recipes; a suite's file chooses which SAEs to train.
 
-Fields are documented in configs/tiny.py. What is not the paper's says so.
+configs/tiny.py documents the fields. Comments mark what is not from the papers.
 """
 
 from __future__ import annotations

@@ -1,21 +1,22 @@
-"""What the suites' files share: their argument, their mesh, their cost.
+"""Shared by the suites' config files: the argument, the mesh, the cost.
 
-A suite is a union of sets, a set is all combinations of the collection's lists:
-the argument's `set=` chooses one, what follows changes its collection as in
-any config, `set=1m;layers=12;sparsity=60`. The length of the run is the set's.
+A suite is a union of sets; a set is all combinations of the collection's lists.
+`set=` in the argument chooses one, and further fields change its collection as
+in any config: `set=1m;layers=12;sparsity=60`. The set decides the run's length.
 
-Cost, by arithmetic and not measured, at 200 TFLOP/s a chip (assumed: about a
-TPU v5p or an H100): an SAE takes 6 (d_in + d_out) F FLOPs a row, one of n
-layers 6 (d_in + d_out (n + 1) / 2) F with F latents of all layers together, and
-12 bytes a parameter (value, gradient, second moment). `cost` adds that up.
-Beside it, for all members of a run together:
+Costs are arithmetic and not measured, at an assumed 200 TFLOP/s per chip (about
+a TPU v5p or an H100). An SAE takes 6 (d_in + d_out) F FLOPs per row; a
+crosscoder or CLT of n layers, with F latents of all layers together, takes
+6 (d_in + d_out (n + 1) / 2) F. The state takes 12 bytes per parameter (value,
+gradient, second moment). `cost` adds these up. Not included, for all SAEs of a
+run together:
 
   the language model's pass, 2 N FLOPs a token: for N billions of parameters
   and T billions of tokens 2.8 N T chip-hours, less for early layers;
-  where SAEs are tuned end to end, 4 N to 6 N more for each of them;
-  about 12 bytes a row and latent for what a chip holds of the batch;
-  2 d bytes a row and site of a chunk, or of all tokens where they are stored
-  first (launch/harvest.py), as the paper did, so that sets share one pass.
+  another 4 N to 6 N FLOPs a token for each SAE that is tuned end to end;
+  about 12 bytes per latent and row of the batch that a chip holds;
+  2 d bytes per site and row of a chunk, or of all tokens where rows are stored
+  first (launch/harvest.py), as in the paper, so that sets share one pass.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
   .venv/bin/python launch/train.py --config=configs/tiny.py --workdir=runs/tiny
 
 Model: `tiny`, 4 layers, d = 128, trained on Python's own library. Text: the
-library of the Python that runs this. Sites: the paper's three at layers 1 and
+standard library of the Python that runs this. Sites: the paper's three at layers 1 and
 2; two widths and three target L0 at each. Hardware: 2 CPU cores, about 6
 minutes, 2 GB. Expected: docs/demo/. This file also documents every field.
 """
@@ -19,7 +19,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   config.seed = 0
 
   config.lm = lm = ConfigDict()
-  lm.name = 'tiny'  # or gemma2-2b, gemma3-1b, ... (gemma_scope/lm.py)
+  lm.name = 'tiny'  # or gemma3-270m, gemma2-2b, ... (language_model/gemma.py)
   lm.checkpoint = ''  # folder of the checkpoint; '' is the embedded one
   lm.tokenizer = ''  # SentencePiece file; '' is the embedded one
   lm.dtype = 'float32'
@@ -28,9 +28,9 @@ def get_config(argument: str | None = None) -> ConfigDict:
   text.source = 'python'  # prose, files:..., hf:... (text/sources.py)
   text.column = ''  # of .jsonl, .parquet, data sets; '': text, or the only one
   text.store = ''  # a folder by launch/prepare_text.py; '' makes one
-  text.seq_len = 128  # tokens a sequence, with BOS
+  text.seq_len = 128  # tokens in a sequence, with BOS
 
-  config.mesh = mesh = ConfigDict()  # sizes multiply to the devices; -1: rest
+  config.mesh = mesh = ConfigDict()  # sizes of its axes; -1 is what is left
   mesh.sae = 1
   mesh.data = -1
   mesh.latent = 1
@@ -38,7 +38,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   config.activations = activations = ConfigDict()
   activations.store = ''  # a folder by launch/harvest.py; '' runs the model
   activations.chunk_rows = 2**16  # shuffled together; the paper has about 10^6
-  activations.lm_batch = 32  # sequences a forward pass
+  activations.lm_batch = 32  # sequences in a forward pass
   activations.dtype = 'float32'  # of rows in a chunk and in a store
   activations.centre = 'none'  # 'mean', 'geometric_median' are subtracted
   # C of a site; also 'centred_rms', and 'sqrt_d' in the paper's transcoders
@@ -57,30 +57,28 @@ def get_config(argument: str | None = None) -> ConfigDict:
   collection.skip = False  # an affine path past a transcoder's latents
   # 'topk', 'batch_topk', 'gated', 'relu'; each also after 'matryoshka_'
   collection.architectures = ('jumprelu',)
-  # 'l0', 'quadratic_l0', 'quadratic_frequency', 'tanh' for jumprelu; 'l1' for
-  # gated and relu; 'target_l0' for all
+  # jumprelu: 'l0', 'quadratic_l0', 'quadratic_frequency', 'tanh'; gated and
+  # relu: 'l1'; all: 'target_l0'
   collection.penalty = 'target_l0'
-  collection.sparsity = (
-    8.0,
-    16.0,
-    32.0,
-  )  # target L0, or the penalty's coefficient
+  # Target L0, or the penalty's coefficient.
+  collection.sparsity = (8.0, 16.0, 32.0)
   collection.seeds = (0,)
   # Controls beside each: 'frozen_decoder', 'soft_frozen_decoder',
   # 'frozen_encoder'
   collection.nulls = ()
 
   config.sae = sae = ConfigDict()
-  sae.bandwidth = 0.02  # the paper's 0.001 needs its 10^9 tokens
+  sae.bandwidth = 0.02  # the paper's 0.001 is for 10^9 tokens
   sae.initial_threshold = 0.05
   sae.log_threshold = True
   sae.ste_to_input = False  # the estimator's gradient reaches the encoder
   sae.pre_encoder_bias = True
   sae.unit_decoder = True  # False: decoders are free, sparsity weighs by norm
-  sae.matryoshka = (0.0625, 0.125, 0.25, 0.5, 1.0)  # prefixes, of the width
+  # Matryoshka prefixes, as shares of the width.
+  sae.matryoshka = (0.0625, 0.125, 0.25, 0.5, 1.0)
   sae.matmul_dtype = 'float32'
 
-  config.objective = objective = ConfigDict()  # see gemma_scope/objectives.py
+  config.objective = objective = ConfigDict()  # see training/objectives.py
   objective.strength = 1.0  # of the penalties that have a target
   objective.prefactor = 2.0  # of quadratic_l0
   objective.p0 = 0.01  # of quadratic_frequency
@@ -94,32 +92,33 @@ def get_config(argument: str | None = None) -> ConfigDict:
 
   config.initialise = initialise = ConfigDict()
   initialise.release = ''  # a release to start from; '' starts at random
-  initialise.layer = -1  # of the release's SAEs; -1: each its own
+  initialise.layer = -1  # of the release's SAEs; -1 is the SAE's own layer
 
   config.end_to_end = end_to_end = ConfigDict()  # fine-tuning by KL
-  end_to_end.beta = 0.0  # weight of KL against the error; 0: off
-  end_to_end.sequences = 2  # a step, batch = sequences * (seq_len - 1)
+  end_to_end.beta = 0.0  # weight of KL against the error; 0 turns it off
+  end_to_end.sequences = 2  # in a step: batch = sequences * (seq_len - 1)
 
   config.train = train = ConfigDict()
   train.steps = 800
-  train.batch = 256  # rows a step, of every site
+  train.batch = 256  # rows in a step, of every site
   train.learning_rate = 1.2e-2  # the paper: 7e-5 over 10^6 steps
   train.warm_up = 50  # steps of the cosine warm-up from 0.1
   train.decay = 300  # last steps, linear to 0
   train.sparsity_warm_up = 200
-  train.initial_l0 = 0.0  # where a target L0 starts ...
-  train.l0_steps = 0  # ... falling to its own over so many steps
+  train.initial_l0 = 0.0  # from which every target L0 falls to its value ...
+  train.l0_steps = 0  # ... over so many steps
   train.threshold_rate = 2.0  # factor on the thresholds' learning rate
   train.b2 = 0.999  # Adam; beta1 is 0
   train.eps = 1e-8
-  train.clip = 0.0  # bound on a member's gradient norm; 0: none
-  train.theta_decay = 0.99  # running mean of BatchTopK's threshold
-  train.adaptive_rate = 0.05  # of the L1 coefficient towards a target L0
-  train.dead_after = 100_000  # tokens without firing
+  train.clip = 0.0  # bound on an SAE's gradient norm; 0 is none
+  train.theta_decay = 0.99  # of the running mean of BatchTopK's threshold
+  train.adaptive_rate = 0.05  # of the L1 coefficient that meets a target L0
+  train.dead_after = 100_000  # tokens without firing make a latent dead
   train.resample_every = 0  # steps between resamplings of dead latents
-  train.active_limit = 0  # K of the sparse step (sparse.py), a row; 0: dense
-  train.meet_l0 = False  # after the last step, thresholds at the target L0
-  train.refit_decoders = False  # then decoders by least squares
+  # Active latents per row that a sparse step has room for; 0 is always dense.
+  train.active_limit = 0
+  train.meet_l0 = False  # after the last step, set thresholds to meet L0
+  train.refit_decoders = False  # then fit the decoders by least squares
   train.closing_batches = 64  # that both are measured on
 
   config.checkpoint = checkpoint = ConfigDict()
@@ -132,6 +131,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
   metrics.wandb_project = ''
 
   config.evaluation = evaluation = ConfigDict()
-  evaluation.sequences = 128  # held out (the paper: 2048); 0: none
+  evaluation.sequences = 128  # held out (the paper: 2048); 0 is none
   evaluation.batch = 16
   return config_lib.apply_argument(config, argument)

@@ -4,9 +4,10 @@
   .venv/bin/python launch/train.py --config=configs/tiny.py --workdir=runs/tiny
 
 Model: `tiny`, 4 layers, d = 128, trained on Python's own library. Text: the
-standard library of the Python that runs this. Sites: the paper's three at layers 1 and
-2; two widths and three target L0 at each. Hardware: 2 CPU cores, about 6
-minutes, 2 GB. Expected: docs/demo/. This file also documents every field.
+standard library of the Python that runs this. Sites: the paper's three at
+layers 1 and 2; two widths and three target L0 at each. Hardware: 2 CPU cores,
+about 6 minutes, 2 GB. Expected: docs/demo/. This file also documents every
+field. For a real model: configs/gemma3_270m.py.
 """
 
 from ml_collections import ConfigDict

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,38 +112,52 @@ class Feed:
     return chunks_lib.measure(chunk, self.norm_bounds, centre, scale)
 
 
+class Model(NamedTuple):
+  """The language model that the SAEs are tuned in, and how.
+
+  Attributes:
+    gemma, params: the whole model; `params` is an argument of the jitted step.
+    normalisation: of each site; outlier tokens are left out.
+    beta: weight of the KL.
+    mesh: None on a single device.
+  """
+
+  gemma: lm.Gemma
+  params: lm.Params
+  normalisation: Mapping[sites.Site, fold.Normalisation]
+  beta: float
+  mesh: Mesh | None = None
+
+
 def step_all(
+  model: Model,
   stacks: Sequence[stack.Stack],
   states: tuple[stack.State, ...],
-  gemma: lm.Gemma,
-  lm_params: lm.Params,
   batch: Batch,
-  normalisation: Mapping[sites.Site, fold.Normalisation],
   step: jax.Array,
   key: jax.Array,
-  beta: float,
-  mesh: Mesh | None = None,
 ) -> tuple[tuple[stack.State, ...], tuple[dict[str, jax.Array], ...]]:
   """One step of every stack: `stack.step_all` with the loss above.
 
   Args:
+    model: see `Model`.
     stacks: whose members read one site and write one.
     states: of the stacks; the mesh's 'sae' axis must be 1.
-    gemma, lm_params: the whole model; jit with `lm_params` as an argument.
     batch: see `Feed`.
-    normalisation: of each site; outlier tokens are left out.
-    step, key, beta: int32 from 0, of the run, and the weight of KL.
-    mesh: None on a single device.
+    step, key: int32 from 0, and the key of the run.
 
   Returns:
     The next states, and metrics as arrays [S]; 'kl' beside the ordinary ones.
   """
-  tokens_BT, keep_BT = batch['tokens'], batch['keep']
+  gemma, mesh = model.gemma, model.mesh
+  keep_BT, normalisation = batch['keep'], model.normalisation
   at = {s for one in stacks for s in (*one.sites, *one.targets)}
   targets = {target for one in stacks for target in one.targets}
   wanted = at | {splice.before(t) for t in targets} | {splice.last(gemma)}
   with jax.named_scope('clean'):
-    taps = gemma.forward(lm_params, tokens_BT, taps=wanted, logits=False).taps
+    taps = gemma.forward(
+      model.params, batch['tokens'], taps=wanted, logits=False
+    ).taps
   for site in at:
     keep_BT &= jnp.all(jnp.isfinite(taps[site]), -1)
     if (bound := normalisation[site].norm_bound) is not None:
@@ -157,19 +172,30 @@ def step_all(
     for site in at
   }
 
-  def kl(target: sites.Site, y_hat_RD: jax.Array) -> jax.Array:
-    """Mean KL in nats, with normalised y_hat written back to its tokens."""
-    y_hat_BTD = _on_data(normalisation[target].undo(y_hat_RD)[row_BT], mesh)
-    spliced_BTD = _spliced(
-        gemma, lm_params, tokens_BT, target, y_hat_BTD,
-        taps[splice.before(target)], taps[target], keep_BT,
-    )  # fmt: skip
-    return divergence(
-      gemma, lm_params, taps[splice.last(gemma)], spliced_BTD, keep_BT, mesh
-    )
+  def fidelity_at(target):
+    """The `fidelity` of `objectives.loss` for members that write `target`."""
+
+    def fidelity(error, y_hat_RD):
+      y_hat_BTD = _on_data(normalisation[target].undo(y_hat_RD)[row_BT], mesh)
+      kept = {'tokens': batch['tokens'], 'keep': keep_BT}
+      spliced_BTD = _spliced(model, kept, target, y_hat_BTD, taps)
+      kl = divergence(
+        gemma,
+        model.params,
+        taps[splice.last(gemma)],
+        spliced_BTD,
+        keep_BT,
+        mesh,
+      )
+      # Rounding can make the KL of equal distributions slightly negative.
+      alpha = jax.lax.stop_gradient(error / (jnp.maximum(kl, 0) + 1e-8))
+      total = error + alpha * model.beta * kl
+      return total / (1 + model.beta), {'kl': kl}
+
+    return fidelity
 
   results = [
-    _step(one, state, rows, kl, step, key, beta)
+    _step(one, state, rows, fidelity_at, step, key)
     for one, state in zip(stacks, states, strict=True)
   ]
   states, metrics = zip(*results, strict=True)
@@ -213,20 +239,17 @@ def divergence(
     return (jnp.sum(sum_n) + moved) / jnp.maximum(jnp.sum(keep_BT), 1)
 
 
-def _step(one: stack.Stack, state, rows, kl, step, key, beta):
+def _step(one: stack.Stack, state, rows, fidelity_at, step, key):
   """`Stack.step` for each target and member in turn."""
   x_NBD = jnp.stack([rows[site] for site in one.sites])
 
   def at_target(target, members):
-    def fidelity(error, y_hat_BD):
-      found = kl(target, y_hat_BD)
-      # Rounding can make the KL of equal distributions slightly negative.
-      alpha = jax.lax.stop_gradient(error / (jnp.maximum(found, 0) + 1e-8))
-      return (error + alpha * beta * found) / (1 + beta), {'kl': found}
-
     gradient_of = jax.value_and_grad(
       functools.partial(
-        objectives.loss, one.module, one.objective, fidelity=fidelity
+        objectives.loss,
+        one.module,
+        one.objective,
+        fidelity=fidelity_at(target),
       ),
       has_aux=True,
     )
@@ -249,9 +272,7 @@ def _step(one: stack.Stack, state, rows, kl, step, key, beta):
   return jax.tree.map(lambda *a: jnp.concatenate(a)[order_S], *results)
 
 
-def _spliced(
-  gemma, params, tokens_BT, target, y_hat_BTD, before_BTD, y_BTD, keep_BT
-) -> jax.Array:
+def _spliced(model, batch, target, y_hat_BTD, taps) -> jax.Array:
   """The last residual stream, with y_hat at the tokens to keep."""
 
   # Scores, norms and gates are recomputed in the backward pass.
@@ -261,11 +282,17 @@ def _spliced(
   )
   def run(y_hat_BTD):
     return splice.residual(
-      gemma, params, tokens_BT, target, y_hat_BTD, before_BTD
+      model.gemma,
+      model.params,
+      batch['tokens'],
+      target,
+      y_hat_BTD,
+      taps[splice.before(target)],
     )
 
+  y_BTD = taps[target]
   y_hat_BTD = y_hat_BTD.astype(y_BTD.dtype)
-  return run(jnp.where(keep_BT[..., None], y_hat_BTD, y_BTD))
+  return run(jnp.where(batch['keep'][..., None], y_hat_BTD, y_BTD))
 
 
 def _correspondence(keep_BT) -> tuple[jax.Array, jax.Array]:

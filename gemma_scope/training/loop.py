@@ -403,10 +403,8 @@ def step_of(config, stacks, gemma, mesh):
   )
   def take_step(states, batch, normalisation, step, lm_params):
     if beta:
-      return end_to_end.step_all(
-          stacks, states, gemma, lm_params, batch, normalisation, step,
-          key, beta, mesh,
-      )  # fmt: skip
+      model = end_to_end.Model(gemma, lm_params, normalisation, beta, mesh)
+      return end_to_end.step_all(model, stacks, states, batch, step, key)
     rows = {
       site: normalisation[site].apply(x_BD.astype(jnp.float32))
       for site, x_BD in batch.items()

@@ -91,9 +91,8 @@ def make(kind='sae', base='jumprelu', cls=stack.Stack, **changes):
 def step_of(stacks, gemma, mesh=None):
   @jax.jit
   def take(states, params, batch, step, beta):
-    return end_to_end.step_all(
-        stacks, states, gemma, params, batch, NORMAL, step, KEY, beta, mesh
-    )  # fmt: skip
+    model = end_to_end.Model(gemma, params, NORMAL, beta, mesh)
+    return end_to_end.step_all(model, stacks, states, batch, step, KEY)
 
   return take
 
@@ -424,10 +423,8 @@ def test_it_lowers_the_kl_at_the_same_l0():
 
   @jax.jit
   def tune(state, params, batch, step, beta):
-    return end_to_end.step_all(
-        (tuned,), (state,), gemma, params, batch, normalisation, step, KEY,
-        beta, mesh,
-    )  # fmt: skip
+    model = end_to_end.Model(gemma, params, normalisation, beta, mesh)
+    return end_to_end.step_all(model, (tuned,), (state,), batch, step, KEY)
 
   def ends_at(beta):
     state, found = start, []

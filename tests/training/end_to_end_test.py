@@ -168,11 +168,8 @@ def test_a_mesh_gives_one_devices_result():
 class Probe(stack.Stack):
   """A stack whose step leaves its gradient in the place of its parameters."""
 
-  def update(self, state, gradient_of, setting, step):
-    data = dict(value=setting.value, coefficient=state.coefficient)
-    data |= dict(warm_up=0.0, dead_F=state.silent_tokens > 0)
-    (_, terms), gradient = gradient_of(state.params, **data)
-    return state.replace(params=gradient), terms
+  def _updated(self, member, gradient, finite, step, key):
+    return gradient, member.state.moments
 
 
 @functools.cache

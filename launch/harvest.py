@@ -64,14 +64,23 @@ def main(arguments: list[str] | None = None) -> None:
     try:
       with lease.Lease(out), interrupt_lib.Interrupt() as interrupt:
         source, facts = setup.make_source(config, workdir, mesh, print)
-        progress = progress_lib.Progress(
-          given.chunks, source.layout.rows, label='harvest'
-        )
-        store.write_store(
-            out, source, given.chunks, facts, interrupt.check,
-            lambda chunk: progress.update(chunk + 1),
-        )  # fmt: skip
-        progress.close()
+        passes = 0
+
+        def poll():
+          nonlocal passes
+          interrupt.check()
+          passes += 1
+
+        with progress_lib.Progress(
+          given.chunks,
+          source.layout.rows,
+          label='harvest',
+          status=lambda: f'pass {passes:,}, {source.parts:,} in a chunk',
+        ) as progress:
+          store.write_store(
+              out, source, given.chunks, facts, poll,
+              lambda chunk: progress.update(chunk + 1),
+          )  # fmt: skip
     except interrupt_lib.Interrupted:
       print('stopped; the same command continues')
 

@@ -1,4 +1,4 @@
-"""Activations with a known answer: sums of sparse features.
+"""Activations whose true features are known: sums of sparse features.
 
   x = b + sum_i f_i d_i + noise               at every site, with one f
   p_i = min(cap, c rank_i^-zipf)              frequency; c such that sum p = L0
@@ -6,20 +6,20 @@
   u_i = sqrt(rho) g + sqrt(1 - rho) e_i       g shared by the feature's group
   f_i = exp(spread n), n standard normal      where it fires: median 1
 
-The copula makes features of one group fire together and leaves their
-frequencies as they are. A child fires only where its parent fires, there with
-probability `child_share` (its u is in no group); these pairs are where
-absorption can show. Directions are random unit vectors, so that the features
-outnumber the dimensions and interfere.
+The Gaussian copula makes the features of a group fire together and keeps their
+frequencies. A child fires only where its parent fires, with probability
+`child_share` (its u is in no group); absorption can show in these pairs.
+Directions are random unit vectors. Where features outnumber the dimensions,
+they interfere.
 
-Several sites share the coefficients, and a feature has its own direction at
-each. It is born at one layer (a child at its parent's):
+All sites share the coefficients, and each feature has its own direction at each
+site. A feature is born at one layer (a child at its parent's) and is present
 
-  mlp_in, mlp_in_ungained    it is read at its own layer only
-  all other kinds            it is written at its own layer and at all later
+  at mlp_in and mlp_in_ungained    of that layer only
+  at all other kinds               of that layer and of all later ones
 
-so that resid_post at several layers suits crosscoders, mlp_in and mlp_out of
-one layer a transcoder, and of several layers a cross-layer transcoder.
+Thus resid_post at several layers is data for crosscoders, mlp_in and mlp_out
+for transcoders (one layer) and cross-layer transcoders (several).
 
 Features 0 ... `parents` - 1 are the parents, the most frequent; the last
 `parents * children` are the children, child j of parent j % parents. Rows are a
@@ -55,27 +55,27 @@ _LATENTS, _NOISE, _DIRECTIONS, _BIRTHS = 1, 2, 3, 4
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What the data are, completely.
+  """All that the data depend on.
 
   Attributes:
-    features: G, how many.
+    features: G, the number of features.
     d_model: D, the width of every site.
     l0: the mean number of features that fire; children count.
     zipf: exponent of the frequencies by rank; 0 makes them equal.
     max_frequency: the cap on a frequency.
-    parents: how many features have children.
-    children: how many each of them has.
-    child_share: how often a child fires where its parent does.
-    groups: how many groups features without a parent are dealt to; 0: none.
+    parents: number of features that have children.
+    children: number of children of each.
+    child_share: probability that a child fires where its parent does.
+    groups: number of groups of features without a parent; 0 is none.
     correlation: rho of u within a group.
-    spread: of the logarithm of a coefficient.
+    spread: standard deviation of the logarithm of a coefficient.
     noise: variance of the isotropic noise, as a share of the features'.
     bias: norm of b, in standard deviations of the features' sum.
     sites: where activations are, such as ('mlp_in/0', 'mlp_out/0').
     seed: of directions, rows and all.
 
   Raises:
-    ValueError: no such data exist.
+    ValueError: the settings are impossible.
   """
 
   features: int = 256

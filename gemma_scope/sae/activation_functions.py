@@ -194,9 +194,11 @@ def kth_of_batch(z_BF: jax.Array, k: jax.Array, blocks: int = 0) -> jax.Array:
   """
   total = jnp.round(k * z_BF.shape[0])
   least = kth_largest(
-      _maxima(z_BF, blocks), total, tuple(range(z_BF.ndim)),
-      _BITS if blocks else 31,
-  )  # fmt: skip
+    _maxima(z_BF, blocks),
+    total,
+    tuple(range(z_BF.ndim)),
+    _BITS if blocks else 31,
+  )
   return least.reshape(())
 
 

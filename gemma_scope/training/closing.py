@@ -180,9 +180,13 @@ def _sizes(module) -> tuple[int, int]:
 def _empty(module, by_latent) -> Sums:
   N, M = _sizes(module)
   return Sums(
-      by_latent(jnp.zeros((N, N))), by_latent(jnp.zeros((N, M))),
-      jnp.zeros(N), jnp.zeros(M), jnp.zeros(N), jnp.zeros(()),
-  )  # fmt: skip
+    by_latent(jnp.zeros((N, N))),
+    by_latent(jnp.zeros((N, M))),
+    jnp.zeros(N),
+    jnp.zeros(M),
+    jnp.zeros(N),
+    jnp.zeros(()),
+  )
 
 
 def _add(one, by_latent, sums, params, setting, rows) -> Sums:
@@ -268,9 +272,12 @@ def conjugate_gradients(apply, right_NM, diagonal_N1) -> jax.Array:
 
   scaled_NM = right_NM / diagonal_N1
   start = (
-    jnp.int32(0), jnp.zeros_like(right_NM), right_NM, scaled_NM,
+    jnp.int32(0),
+    jnp.zeros_like(right_NM),
+    right_NM,
+    scaled_NM,
     dot(right_NM, scaled_NM),
-  )  # fmt: skip
+  )
   return jax.lax.while_loop(going, iterate, start)[1]
 
 

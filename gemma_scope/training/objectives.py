@@ -214,10 +214,16 @@ def loss(
       )
     variance = _mean_square(y_BD - jnp.mean(y_BD, 0))
   terms = Terms(
-      total, squared_error, squared_error / variance, jnp.sum(fired_F) / rows,
-      fired_F, jnp.int32(rows), jnp.float32(latents.least),
-      jnp.float32(candidates is not None), more,
-  )  # fmt: skip
+    total,
+    squared_error,
+    squared_error / variance,
+    jnp.sum(fired_F) / rows,
+    fired_F,
+    jnp.int32(rows),
+    jnp.float32(latents.least),
+    jnp.float32(candidates is not None),
+    more,
+  )
   return total, jax.lax.stop_gradient(terms)
 
 

@@ -58,10 +58,13 @@ def layout(config: ConfigDict, share: float = 1.0) -> harvest.Layout:
   """Sizes of a run's chunks; `share` is the fraction of rows to keep."""
   a = config.activations
   return harvest.Layout.of(
-      chunk_rows=a.chunk_rows, seq_len=config.text.seq_len,
-      batch=config.train.batch, lm_batch=a.lm_batch, dtype=a.dtype,
-      share=share,
-  )  # fmt: skip
+    chunk_rows=a.chunk_rows,
+    seq_len=config.text.seq_len,
+    batch=config.train.batch,
+    lm_batch=a.lm_batch,
+    dtype=a.dtype,
+    share=share,
+  )
 
 
 def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
@@ -84,10 +87,14 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
   )
   rows = prepare.shuffled(sequences, config.seed)
   source = harvest.ModelSource(
-      gemma, params, at, functools.partial(prepare.batch, rows),
-      layout(config, store.share), mesh,
-      special(tokenizer, store).keep,
-  )  # fmt: skip
+    gemma,
+    params,
+    at,
+    functools.partial(prepare.batch, rows),
+    layout(config, store.share),
+    mesh,
+    special(tokenizer, store).keep,
+  )
   facts = {
     'model': config.lm.name,
     'model_dtype': config.lm.dtype,

@@ -54,9 +54,15 @@ _SOFT_COSINE = 0.8  # of soft_frozen_decoder (arXiv 2602.14111)
 
 # Metrics of each member; end-to-end fine-tuning adds its own.
 METRICS = (
-    'loss', 'squared_error', 'fvu', 'l0', 'dead', 'dense', 'sparse_steps',
-    'steps_skipped',
-)  # fmt: skip
+  'loss',
+  'squared_error',
+  'fvu',
+  'l0',
+  'dead',
+  'dense',
+  'sparse_steps',
+  'steps_skipped',
+)
 
 
 class State(flax.struct.PyTreeNode):

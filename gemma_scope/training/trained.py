@@ -89,10 +89,13 @@ def load(config: ConfigDict, workdir: str | pathlib.Path) -> Result:
   if restored is None:
     raise checkpoints.CheckpointError(f'There is no checkpoint in {folder}.')
   return Result(
-      restored.step == config.train.steps, restored.step,
-      read_normalisation(restored.meta), stacks, restored.state,
-      restored.meta['facts'],
-  )  # fmt: skip
+    restored.step == config.train.steps,
+    restored.step,
+    read_normalisation(restored.meta),
+    stacks,
+    restored.state,
+    restored.meta['facts'],
+  )
 
 
 def saes(

@@ -52,9 +52,12 @@ def _call(kernel, grid, shape, interpret, *arguments):
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def gather_add(
-  c_RK: jax.Array, i_RK: jax.Array, W_ND: jax.Array, dtype='float32',
+  c_RK: jax.Array,
+  i_RK: jax.Array,
+  W_ND: jax.Array,
+  dtype='float32',
   interpret=False,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
   """`plain.gather_add`, [R, D]."""
   rows, width = len(i_RK), W_ND.shape[1]
   block = _block(width)
@@ -71,16 +74,25 @@ def gather_add(
 
   shape = rows, width
   return _call(
-    kernel, (rows, width // block), shape, interpret,
-    plain.last(c_RK != 0), c_RK, i_RK, W_ND,
-  )  # fmt: skip
+    kernel,
+    (rows, width // block),
+    shape,
+    interpret,
+    plain.last(c_RK != 0),
+    c_RK,
+    i_RK,
+    W_ND,
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def gather_dot(
-  v_RD: jax.Array, i_RK: jax.Array, W_ND: jax.Array, dtype='float32',
+  v_RD: jax.Array,
+  i_RK: jax.Array,
+  W_ND: jax.Array,
+  dtype='float32',
   interpret=False,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
   """`plain.gather_dot`, [R, K]."""
   (rows, slots), width = i_RK.shape, W_ND.shape[1]
   block = _block(width)
@@ -108,9 +120,13 @@ def gather_dot(
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def scatter_add(
-  c_RK: jax.Array, i_RK: jax.Array, v_RD: jax.Array, count: int,
-  dtype='float32', interpret=False,
-) -> jax.Array:  # fmt: skip
+  c_RK: jax.Array,
+  i_RK: jax.Array,
+  v_RD: jax.Array,
+  count: int,
+  dtype='float32',
+  interpret=False,
+) -> jax.Array:
   """`plain.scatter_add`, [N, D]: pairs sorted by latent, a program a latent."""
   width = v_RD.shape[1]
   block = _block(width)

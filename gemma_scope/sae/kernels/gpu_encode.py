@@ -28,9 +28,14 @@ _PROGRAMS = 1024  # about: some for each multiprocessor
 
 
 def encode(
-  x_BD: jax.Array, W_FD: jax.Array, bias_F: jax.Array, least_F: jax.Array,
-  count: int, dtype='float32', interpret=False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+  x_BD: jax.Array,
+  W_FD: jax.Array,
+  bias_F: jax.Array,
+  least_F: jax.Array,
+  count: int,
+  dtype='float32',
+  interpret=False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """`tpu_encode.encode`, with factors in `dtype`; D is a multiple of 128."""
   (rows, width), latents = x_BD.shape, len(W_FD)
   blocks, tiles = pl.cdiv(rows, _ROWS), pl.cdiv(latents, _LATENTS)
@@ -50,12 +55,14 @@ def encode(
         column_d = at * _DEPTH + jnp.arange(_DEPTH)
         x_bd = plgpu.load(
           x_ref.at[row_b[:, None], column_d[None]],
-          mask=(row_b < rows)[:, None], other=0,
-        )  # fmt: skip
+          mask=(row_b < rows)[:, None],
+          other=0,
+        )
         W_df = plgpu.load(
           W_ref.at[latent_f[None], column_d[:, None]],
-          mask=(latent_f < latents)[None], other=0,
-        )  # fmt: skip
+          mask=(latent_f < latents)[None],
+          other=0,
+        )
         return z_bf + jnp.dot(x_bd, W_df, preferred_element_type=jnp.float32)
 
       zero_bf = jnp.zeros((_ROWS, _LATENTS), jnp.float32)

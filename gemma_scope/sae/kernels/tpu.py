@@ -138,9 +138,13 @@ def _gather(used_R, i_RK, other, W_ND, out_shape, use, interpret):
     def start(unit):
       r, first = unit // parts, unit % parts * _SLOTS
       _fetch(
-        W_ref, lambda k: i_ref[r, first + k], buffer.at[unit % 2],
-        arrived.at[unit % 2], 0, used(unit),
-      )  # fmt: skip
+        W_ref,
+        lambda k: i_ref[r, first + k],
+        buffer.at[unit % 2],
+        arrived.at[unit % 2],
+        0,
+        used(unit),
+      )
 
     def each(unit, carry):
       @pl.when(unit + 1 < _ROWS * parts)
@@ -188,9 +192,12 @@ def _gather(used_R, i_RK, other, W_ND, out_shape, use, interpret):
 
 
 def gather_add(
-  c_RK: jax.Array, i_RK: jax.Array, W_ND: jax.Array, dtype='float32',
+  c_RK: jax.Array,
+  i_RK: jax.Array,
+  W_ND: jax.Array,
+  dtype='float32',
   interpret=False,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
   """`plain.gather_add`, [R, D]."""
   c_RK = _round(c_RK, dtype)
 
@@ -214,9 +221,12 @@ def gather_add(
 
 
 def gather_dot(
-  v_RD: jax.Array, i_RK: jax.Array, W_ND: jax.Array, dtype='float32',
+  v_RD: jax.Array,
+  i_RK: jax.Array,
+  W_ND: jax.Array,
+  dtype='float32',
   interpret=False,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
   """`plain.gather_dot`, [R, K]; equal slots at a row's end are found once."""
   slots = i_RK.shape[1]
   used_R = plain.differing(i_RK)
@@ -241,9 +251,13 @@ def gather_dot(
 
 
 def scatter_add(
-  c_RK: jax.Array, i_RK: jax.Array, v_RD: jax.Array, count: int,
-  dtype='float32', interpret=False,
-) -> jax.Array:  # fmt: skip
+  c_RK: jax.Array,
+  i_RK: jax.Array,
+  v_RD: jax.Array,
+  count: int,
+  dtype='float32',
+  interpret=False,
+) -> jax.Array:
   """`plain.scatter_add`, [N, D]."""
   n_P, c_P, r_P, used = plain.sorted_pairs(c_RK, i_RK, count)
   pad = -len(n_P) % _PAIRS
@@ -254,16 +268,30 @@ def scatter_add(
   block_T, group_T, first_T, last_T = _turns(n_P, used, blocks, groups)
 
   def kernel(
-    block_ref, group_ref, first_ref, last_ref, n_ref, c_ref, r_ref, next_ref,
-    v_ref, out_ref, buffer, arrived,
-  ):  # fmt: skip
+    block_ref,
+    group_ref,
+    first_ref,
+    last_ref,
+    n_ref,
+    c_ref,
+    r_ref,
+    next_ref,
+    v_ref,
+    out_ref,
+    buffer,
+    arrived,
+  ):
     turn = pl.program_id(0)
 
     def start(turn, of_pairs):
       _fetch(
-        v_ref, lambda p: of_pairs[0, 0, p], buffer.at[turn % 2],
-        arrived.at[turn % 2], first_ref[turn], last_ref[turn],
-      )  # fmt: skip
+        v_ref,
+        lambda p: of_pairs[0, 0, p],
+        buffer.at[turn % 2],
+        arrived.at[turn % 2],
+        first_ref[turn],
+        last_ref[turn],
+      )
 
     @pl.when(turn == 0)
     def _():
@@ -291,14 +319,17 @@ def scatter_add(
       own_Np = (n_ref[0] == block * _LATENTS + n_Np) & (p_Np >= first)
       c_Np = jnp.where(own_Np & (p_Np < last), c_ref[0], 0)
       out_ref[:] += jnp.dot(
-        c_Np.astype(dtype), here[:].astype(dtype),
+        c_Np.astype(dtype),
+        here[:].astype(dtype),
         preferred_element_type=jnp.float32,
-      )  # fmt: skip
+      )
 
   pairs = lambda t, block, group, *_: (group[t], 0, 0)
   after = lambda t, block, group, *_: (
-    group[jnp.minimum(t + 1, len(block_T) - 1)], 0, 0,
-  )  # fmt: skip
+    group[jnp.minimum(t + 1, len(block_T) - 1)],
+    0,
+    0,
+  )
   width = v_RD.shape[1]
   return pl.pallas_call(
     kernel,
@@ -323,9 +354,7 @@ def scatter_add(
     out_shape=jax.ShapeDtypeStruct((count, width), jnp.float32),
     compiler_params=_UNCHECKED,
     interpret=interpret,
-  )(
-    block_T, group_T, first_T, last_T, n_Gp, c_Gp, r_Gp, r_Gp, v_RD
-  )  # fmt: skip
+  )(block_T, group_T, first_T, last_T, n_Gp, c_Gp, r_Gp, r_Gp, v_RD)
 
 
 def _turns(n_P, used, blocks: int, groups: int):

@@ -50,9 +50,13 @@ def _blocks(width: int, count: int) -> tuple[int, int]:
 
 
 def encode(
-  x_BD: jax.Array, W_FD: jax.Array, bias_F: jax.Array, least_F: jax.Array,
-  count: int, interpret=False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+  x_BD: jax.Array,
+  W_FD: jax.Array,
+  bias_F: jax.Array,
+  least_F: jax.Array,
+  count: int,
+  interpret=False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The first `count` latents of each row with x W^T + bias > least.
 
   Args:
@@ -80,9 +84,11 @@ def encode(
 
     lane_bf = jax.lax.broadcasted_iota(jnp.int32, all_z.shape, 1)
     z_bf = jax.lax.dot_general(
-      x_ref[:], W_ref[:], (((1,), (1,)), ((), ())),
+      x_ref[:],
+      W_ref[:],
+      (((1,), (1,)), ((), ())),
       preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
     may = (z_bf + bias_ref[:] > least_ref[:]) & (lane_bf < latents - first)
     all_z[:] = jnp.where(may, z_bf, plain.ABSENT)
 

@@ -73,8 +73,8 @@ class JumpReLU(autoencoder.Autoencoder):
     return self.b_enc, self.threshold() - self.bandwidth / 2
 
   def released(self, params, theta, k):
-    found = super().released(params, theta, k)
-    return {**found, 'threshold': self._theta(params[self._raw])}
+    shared = super().released(params, theta, k)
+    return {**shared, 'threshold': self._theta(params[self._raw])}
 
   def trainable(self, released):
     theta = jnp.asarray(released['threshold'])
@@ -161,8 +161,8 @@ class BatchTopK(autoencoder.Autoencoder):
     return (z > 0) & (z >= functions.kth_of_batch(z, k, blocks))
 
   def released(self, params, theta, k):
-    found = super().released(params, theta, k)
-    return {**found, 'threshold': jnp.full(self.latent_shape, theta)}
+    shared = super().released(params, theta, k)
+    return {**shared, 'threshold': jnp.full(self.latent_shape, theta)}
 
   def threshold_at(self, params, x, k):
     z = self.bind({'params': params}).project(x) + params['b_enc']
@@ -202,12 +202,12 @@ class Gated(autoencoder.Autoencoder):
     return self.b_gate, _ZERO
 
   def released(self, params, theta, k):
-    found = super().released(params, theta, k)
+    shared = super().released(params, theta, k)
     gain = jnp.exp(params['r_mag'])
     threshold = params['b_enc'] - gain * params['b_gate']
     return {
-      **found,
-      'W_enc': found['W_enc'] * gain[..., None, :],
+      **shared,
+      'W_enc': shared['W_enc'] * gain[..., None, :],
       'threshold': jnp.maximum(threshold, 0),  # f = relu(z) anyway
     }
 
@@ -234,8 +234,8 @@ class Gated(autoencoder.Autoencoder):
 
   def trainable(self, released):
     b_gate = jnp.asarray(released['b_enc'] - released['threshold'])
-    found = super().trainable(released)
-    return {**found, 'b_gate': b_gate, 'r_mag': jnp.zeros_like(b_gate)}
+    shared = super().trainable(released)
+    return {**shared, 'b_gate': b_gate, 'r_mag': jnp.zeros_like(b_gate)}
 
 
 _ZERO = np.float32(0)

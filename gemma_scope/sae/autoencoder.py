@@ -299,28 +299,28 @@ class Autoencoder(nn.Module):
       k: number of latents that TopK keeps.
     """
     shared = ('W_enc', 'b_enc', 'W_dec', 'b_dec', 'W_skip')
-    found = {name: params[name] for name in shared if name in params}
-    found['W_enc'] = jnp.swapaxes(found['W_enc'], -1, -2)
-    found['threshold'] = jnp.zeros(self.latent_shape)
+    parts = {name: params[name] for name in shared if name in params}
+    parts['W_enc'] = jnp.swapaxes(parts['W_enc'], -1, -2)
+    parts['threshold'] = jnp.zeros(self.latent_shape)
     if self.layers:
-      found['W_dec'] = jnp.swapaxes(found['W_dec'], 1, 2)
-    return found
+      parts['W_dec'] = jnp.swapaxes(parts['W_dec'], 1, 2)
+    return parts
 
   def trainable(self, released: Mapping[str, jax.Array]):
     """Trainable parameters with the same function: inverse of `released`."""
     names = ('W_enc', 'b_enc', 'W_dec', 'b_dec')
-    found = {name: jnp.asarray(released[name]) for name in names}
-    found['W_enc'] = jnp.swapaxes(found['W_enc'], -1, -2)
+    parts = {name: jnp.asarray(released[name]) for name in names}
+    parts['W_enc'] = jnp.swapaxes(parts['W_enc'], -1, -2)
     if self.layers:
-      found['W_dec'] = jnp.swapaxes(found['W_dec'], 1, 2)
+      parts['W_dec'] = jnp.swapaxes(parts['W_dec'], 1, 2)
     if self.skip:
-      found['W_skip'] = jnp.asarray(
+      parts['W_skip'] = jnp.asarray(
         released.get('W_skip', jnp.zeros((self.d_in, self.d_out)))
       )
       lead = (self.layers,) * bool(self.layers)
       shape = (*lead, self.d_in, self.d_out)
-      found['W_skip'] = jnp.broadcast_to(found['W_skip'], shape)
-    return found
+      parts['W_skip'] = jnp.broadcast_to(parts['W_skip'], shape)
+    return parts
 
   def constrained(self, params: dict[str, jax.Array]):
     """Projects parameters onto the allowed set, after an update."""

@@ -21,13 +21,13 @@ def shardings(
   split = 'latent' in mesh.shape and width % mesh.shape['latent'] == 0
   axes = {'W_enc': -1, 'b_enc': -1, 'threshold': -1}
   axes['W_dec'] = 1 if params['W_dec'].ndim == 4 else 0
-  found = {}
+  placed = {}
   for key, array in params.items():
     spec = [None] * array.ndim
     if split and key in axes:
       spec[axes[key]] = 'latent'
-    found[key] = NamedSharding(mesh, PartitionSpec(*spec))
-  return found
+    placed[key] = NamedSharding(mesh, PartitionSpec(*spec))
+  return placed
 
 
 def put(

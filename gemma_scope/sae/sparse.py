@@ -290,13 +290,13 @@ class Candidates:
       i_BLK, found_BL, *kept = find(*inputs, self.count)
       return i_BLK, found_BL[..., None], *kept
 
-    self._i, found, *self._more = self._shards.run(
+    self._i, count_BLS, *self._more = self._shards.run(
       local, specs, (_CANDIDATES,) * (2 + more), *inputs
     )
     # Over rows, layers and shards; above K, some candidates are missing.
-    self.most = jnp.max(found)
+    self.most = jnp.max(count_BLS)
     slots = jnp.arange(self._i.shape[-1]) % self.count
-    self._there = slots < jnp.repeat(found, self.count, -1)
+    self._there = slots < jnp.repeat(count_BLS, self.count, -1)
 
   @classmethod
   def of_mask(
@@ -306,9 +306,9 @@ class Candidates:
 
     def find(mask_BLF, count):
       latents = mask_BLF.shape[-1]
-      i, found = select(mask_BLF.reshape(-1, latents), count)
+      i, counts = select(mask_BLF.reshape(-1, latents), count)
       lead = mask_BLF.shape[:-1]
-      return i.reshape(*lead, -1), found.reshape(lead)
+      return i.reshape(*lead, -1), counts.reshape(lead)
 
     shape = mask.shape[1:]
     mask_BLF = mask.reshape(len(mask), math.prod(shape[:-1]), -1)
@@ -330,12 +330,12 @@ class Candidates:
     """
 
     def find(x_BLD, W_LFD, bias_LF, least_LF, count):
-      found = [
+      by_layer = [
         kernel(x_BLD[:, l], W_LFD[l], bias_LF[l], least_LF[l], count)
         for l in range(len(W_LFD))
       ]
       i_BLK, z_BLK, found_BL = (
-        jnp.stack(a, 1) for a in zip(*found, strict=True)
+        jnp.stack(a, 1) for a in zip(*by_layer, strict=True)
       )
       return i_BLK, found_BL, z_BLK
 
@@ -343,12 +343,12 @@ class Candidates:
     layered = lambda v: v if len(shape) == 2 else v[None]
     own = (layered(jnp.broadcast_to(v, shape)) for v in (bias, least))
     x_BLD = x if len(shape) == 2 else x[:, None]
-    found = cls(
+    candidates = cls(
       shape, count, mesh, dtype, find, 1, (_ROWS, _ENCODER, _OWN, _OWN),
       x_BLD, layered(W_enc), *own,
     )  # fmt: skip
-    (z_BLK,) = found._more
-    return found, found._out(z_BLK)
+    (z_BLK,) = candidates._more
+    return candidates, candidates._out(z_BLK)
 
   def _in(self, a: jax.Array) -> jax.Array:
     """Adds the axis L where there is none."""

@@ -69,7 +69,7 @@ def plan(
 
 def _sources(config, offered, member) -> tuple[release.Released, ...]:
   kind = 'sae' if member.sites == member.targets else 'transcoder'
-  found = []
+  nearest = []
   for site in member.sites:
     layer = config.initialise.layer
     site = site if layer < 0 else sites.Site(layer, site.kind)
@@ -84,8 +84,8 @@ def _sources(config, offered, member) -> tuple[release.Released, ...]:
         f'{member.name} would start from a {kind} of {site}, and '
         f'{config.initialise.release!r} has none; it has {", ".join(has)}.'
       )
-    found.append(min(fitting, key=lambda source: _distance(source, member)))
-  return tuple(found)
+    nearest.append(min(fitting, key=lambda source: _distance(source, member)))
+  return tuple(nearest)
 
 
 def _distance(source: release.Released, member: specs.SaeSpec) -> tuple:
@@ -169,17 +169,17 @@ def _member(module, member, loaded, random, normalisation):
       )
     )
   if module.layers:
-    found = crosswise(parts, module.latent_shape[1])
-    return module.trainable(fold.fold_decoder_norm(found))
-  (found,) = parts
-  found = _first(found, module.width)
+    params = crosswise(parts, module.latent_shape[1])
+    return module.trainable(fold.fold_decoder_norm(params))
+  (params,) = parts
+  params = _first(params, module.width)
   if module.unit_decoder:
     # Decoders in files of other tools may have any norm, and the first update
     # would rescale them to 1.
-    found = fold.fold_decoder_norm(found)
-  found = module.trainable(found)
+    params = fold.fold_decoder_norm(params)
+  params = module.trainable(params)
   return {
-    name: _filled(name, value, random[name]) for name, value in found.items()
+    name: _filled(name, value, random[name]) for name, value in params.items()
   }
 
 
@@ -246,7 +246,7 @@ def crosswise(
         cosine_F[:, None] * parts[later]['W_dec'][counterpart_F]
       )
   picked = list(zip(parts, chosen, strict=True))
-  found = {
+  combined = {
     'W_enc': np.stack([p['W_enc'][:, i] for p, i in picked]),
     'b_enc': np.stack([p['b_enc'][i] for p, i in picked]),
     'W_dec': W_dec,
@@ -254,8 +254,8 @@ def crosswise(
     'threshold': np.stack([p['threshold'][i] for p, i in picked]),
   }
   if all('W_skip' in p for p in parts):
-    found['W_skip'] = np.stack([p['W_skip'] for p in parts])
-  return found
+    combined['W_skip'] = np.stack([p['W_skip'] for p in parts])
+  return combined
 
 
 def _counterparts(rows_FD, W_enc) -> tuple[np.ndarray, np.ndarray]:

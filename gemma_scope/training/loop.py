@@ -197,11 +197,11 @@ class _Loop:
       self.report(f'continuing at step {self.step}')
       was = restored.meta.get('devices')
       if was and (
-        found := changes.fingerprint_difference(was, self._devices())
+        differing := changes.fingerprint_difference(was, self._devices())
       ):
         self.report(
-          f'other devices than before ({"; ".join(found)}): sums are taken in '
-          'another order, so the end is the same up to rounding, not bitwise'
+          f'other devices than before ({"; ".join(differing)}): sums have '
+          'another order, so the result is the same up to rounding, not bitwise'
         )
 
   def run(self, interrupt: interrupt_lib.Interrupt) -> None:

@@ -112,13 +112,13 @@ def _open_store(config, at, report):
   """Opens the activation store and compares it with the config."""
   store = config.activations.store
   source = store_lib.StoreSource(store, at, config.train.batch)
-  found = {'lm.name': source.facts['model'], 'chunks': source.layout}
+  stored = {'lm.name': source.facts['model'], 'chunks': source.layout}
   chunks = layout(config, source.layout.share)
   wanted = {'lm.name': config.lm.name, 'chunks': chunks}
   for field, value in wanted.items():
-    if found[field] != value:
+    if stored[field] != value:
       raise config_lib.ConfigError(
-        f'The activation store {store!r} has {field} {found[field]}, and the '
+        f'The activation store {store!r} has {field} {stored[field]}, and the '
         f'config describes {value}; use the config that it was written with.'
       )
   steps = source.chunks * chunks.batches

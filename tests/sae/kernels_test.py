@@ -245,8 +245,8 @@ def test_gpu_kernels_are_lowered_to_triton():
 
 _COMPILE = """
 import jax, jax.numpy as jnp
-from gemma_scope import topologies
-from gemma_scope.kernels import tpu, tpu_encode
+from gemma_scope.performance import topologies
+from gemma_scope.sae.kernels import tpu, tpu_encode
 pod = topologies.pod('v5e:2x2')
 mesh = jax.sharding.Mesh(pod.devices[:1], ('x',))
 place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

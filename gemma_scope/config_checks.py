@@ -75,11 +75,6 @@ def _architectures(config: ConfigDict) -> Iterator[str]:
 
 def _collection(config: ConfigDict) -> Iterator[str]:
   c = config.collection
-  if config.objective.active_set and c.type not in sites.ITSELF:
-    yield (
-      'objective.active_set steps towards the input, which a '
-      f'{c.type} does not reconstruct: set it to False.'
-    )
   if c.type not in sites.ITSELF:
     for kind in c.sites:
       if kind.partition('/')[0] not in specs.TARGETS:
@@ -91,11 +86,6 @@ def _collection(config: ConfigDict) -> Iterator[str]:
     yield (
       f'collection.skip is for transcoders and CLTs; found it on a {c.type}, '
       'which would copy its input.'
-    )
-  if c.nulls and (config.train.resample_every or config.initialise.release):
-    yield (
-      'collection.nulls hold what training starts at: set '
-      'train.resample_every to 0 and initialise.release to nothing.'
     )
   if c.type in sites.SEVERAL:
     if layered := specs.own_layer(c.sites):
@@ -111,16 +101,31 @@ def _collection(config: ConfigDict) -> Iterator[str]:
           f'The width {width} of a {c.type} is that of all layers together and '
           f'must be divisible by their number ({len(c.layers)}).'
         )
-  if config.train.refit_decoders and max(c.widths) > _MOST_REFIT:
-    yield (
-      'train.refit_decoders holds a matrix of width x width, and the width '
-      f'{max(c.widths):,} is above {_MOST_REFIT:,}: set it to False.'
-    )
   targets = c.penalty in ('target_l0', 'quadratic_l0')
   if targets and max(c.sparsity) >= min(c.widths):
     yield (
       f'A target L0 of {max(c.sparsity):g} in collection.sparsity cannot be '
       f'met by {min(c.widths)} latents.'
+    )
+
+
+def _options(config: ConfigDict) -> Iterator[str]:
+  """Options of training that suit some collections only."""
+  c = config.collection
+  if config.objective.active_set and c.type not in sites.ITSELF:
+    yield (
+      'objective.active_set steps towards the input, which a '
+      f'{c.type} does not reconstruct: set it to False.'
+    )
+  if c.nulls and (config.train.resample_every or config.initialise.release):
+    yield (
+      'collection.nulls hold what training starts at: set '
+      'train.resample_every to 0 and initialise.release to nothing.'
+    )
+  if config.train.refit_decoders and max(c.widths) > _MOST_REFIT:
+    yield (
+      'train.refit_decoders holds a matrix of width x width, and the width '
+      f'{max(c.widths):,} is above {_MOST_REFIT:,}: set it to False.'
     )
 
 
@@ -216,7 +221,8 @@ def _axes(config: ConfigDict) -> Iterator[str]:
 # (sections read, check)
 CHECKS = (
   (('collection', 'sae', 'objective', 'train'), _architectures),
-  (('collection', 'objective', 'train', 'initialise'), _collection),
+  (('collection',), _collection),
+  (('collection', 'objective', 'train', 'initialise'), _options),
   (('collection',), _names),
   (('train', 'activations', 'text', 'evaluation'), _training),
   (

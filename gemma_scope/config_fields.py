@@ -41,7 +41,6 @@ class Field:
     items: whether the value is a list, without repeats.
     empty: whether that list may be empty.
     layered: whether '/LAYER' may follow a word, as in 'mlp_out/9'.
-    many: a hint for `0`, such as 'never', where 0 has a meaning of its own.
   """
 
   type: type

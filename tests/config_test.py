@@ -240,6 +240,17 @@ def test_a_site_may_name_its_own_layer():
     config_lib.check(config)
 
 
+@pytest.mark.parametrize('section', tiny.get_config().keys())
+def test_a_section_that_is_missing_is_a_sentence(section):
+  plain = tiny.get_config().to_dict()
+  del plain[section]
+  with pytest.raises(config_lib.ConfigError, match=f'has no {section}'):
+    config_lib.check(ConfigDict(plain))
+  plain[section] = None
+  with pytest.raises(config_lib.ConfigError, match=section):
+    config_lib.check(ConfigDict(plain))
+
+
 def test_a_config_has_every_field_and_no_other():
   assert set(config_fields.flat(tiny.get_config())) == set(config_fields.FIELDS)
   config = tiny.get_config()

@@ -51,7 +51,7 @@ def live(
   page.evaluate(f"location.hash = '#/live/{sae}/f/{feature}'")
   page.wait_for_selector('textarea')
   page.fill('textarea', text)
-  page.get_by_role('button', name='Read').click()
+  page.get_by_role('button', name='Read', exact=True).click()
   page.wait_for_timeout(3000)
   graph = page.get_by_role('button', name='Graph')
   if graph.count():

@@ -21,7 +21,15 @@ import pathlib
 import sys
 
 from gemma_scope import command_line
-from gemma_scope.command_line import choice, number, path, text, whole, words
+from gemma_scope.command_line import (
+  choice,
+  number,
+  path,
+  switch,
+  text,
+  whole,
+  words,
+)
 
 COMMON = (
   path('workdir', 'Folder of a training run, or a new one.', required=True),
@@ -37,6 +45,17 @@ OPTIONS = (
   text('sae', '', 'The SAE, by any part of its name that only it has.'),
   whole('sequences', 1024, 'Sequences of text to read.', low=2),
   whole('batch', 32, 'Sequences in a forward pass.', low=1),
+  choice(
+    'labels',
+    'rule',
+    ('rule', 'none'),
+    'Whether build labels all features that fire, by rule.',
+  ),
+  switch(
+    'outliers',
+    False,
+    "Count outlier tokens, which the SAEs' cards leave out, like all others.",
+  ),
   whole('port', 8642, 'Port of the server.', low=1, high=65535),
   text('text', '', 'The prompt.', required=True),
   text(
@@ -90,7 +109,7 @@ OPTIONS = (
 COMMANDS = {
   'build': (
     'Read text, index what every feature fires on, write the dashboards.',
-    ('sequences', 'batch'),
+    ('sequences', 'batch', 'labels', 'outliers'),
   ),
   'pages': ('Write the dashboards again, with the labels of now.', ()),
   'serve': (

@@ -40,6 +40,8 @@ class Options:
   sae: str = ''
   sequences: int = 1024
   batch: int = 32
+  labels: str = 'rule'
+  outliers: bool = False
   port: int = 8642
   text: str = ''
   logit: str = ''
@@ -61,7 +63,13 @@ class Options:
 def build(session: Session, options: Options) -> None:
   """Indexes all SAEs in one pass, writes the pages, prints their address."""
   with interrupt_lib.Interrupt() as interrupt:
-    first = session.build(options.sequences, options.batch, interrupt.check)
+    first = session.build(
+      options.sequences,
+      options.batch,
+      interrupt.check,
+      options.labels == 'rule',
+      options.outliers,
+    )
   session.report(f'microscope  {first.resolve().as_uri()}')
 
 
@@ -172,7 +180,7 @@ def _logit(session: Session, options: Options, ids) -> readout.Logit:
   if len(words) > 2:
     raise ValueError('--logit= is one token, or two with a comma.')
   found = [readout.one_token(session.tokenizer, word) for word in words]
-  return (found[0], found[1] if len(found) > 1 else None)
+  return readout.different(found[0], found[1] if len(found) > 1 else None)
 
 
 def _together(session: Session, sae: Released) -> list[Released]:

@@ -12,14 +12,17 @@ of the parameters whose digest it holds, and is refused for any others.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import datetime
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -42,6 +45,7 @@ from gemma_scope.text import prepare, tokenizers
 from gemma_scope.training import setup
 
 _MEMBERS = 'members.json'
+_KEPT = 4  # indexes in memory
 
 
 class Firing(NamedTuple):
@@ -75,6 +79,9 @@ class Session:
     self.workdir = pathlib.Path(workdir)
     self.out = out or self.workdir / 'microscope'
     self._given, self._config, self.report = given, config, report
+    self._indexes: collections.OrderedDict[str, tuple[Any, Index]] = (
+      collections.OrderedDict()
+    )
 
   @functools.cached_property
   def config(self) -> ConfigDict:
@@ -172,8 +179,19 @@ class Session:
     return found[0]
 
   def index(self, sae: release.Released) -> Index:
-    """Its index; ValueError where it was not built."""
-    return store_lib.read(self.out / 'indexes' / sae.name)
+    """Its index; ValueError where it was not built.
+
+    The last ones read are kept, so that a command reads and hashes each once.
+    """
+    folder = self.out / 'indexes' / sae.name
+    written = (folder / 'index.json').stat() if folder.exists() else None
+    stamp = written and (written.st_ino, written.st_mtime_ns)
+    if sae.name not in self._indexes or self._indexes[sae.name][0] != stamp:
+      self._indexes[sae.name] = stamp, store_lib.read(folder)
+    self._indexes.move_to_end(sae.name)
+    while len(self._indexes) > _KEPT:
+      self._indexes.popitem(last=False)
+    return self._indexes[sae.name][1]
 
   def load(self, sae: release.Released) -> tuple[member_lib.Params, Index]:
     """Its parameters and their index; ValueError where it is of others."""
@@ -227,46 +245,77 @@ class Session:
     ]
 
   def build(
-    self, sequences: int, batch: int, poll: Callable[[], None]
+    self,
+    sequences: int,
+    batch: int,
+    poll: Callable[[], None],
+    label: bool = True,
+    outliers: bool = False,
   ) -> pathlib.Path:
-    """Indexes all SAEs in one pass, writes the pages -> the first one's path.
+    """Indexes all SAEs in one pass, labels them and writes the pages.
 
-    Stopped by `poll`, it goes on from what is on disk when called again; what
-    is built of this text and of these SAEs is left as it is.
+    Stopped by `poll`, it continues from what is on disk when called again. What
+    is already built of this text and these SAEs is left as it is.
+
+    Args:
+      sequences: of the text.
+      batch: sequences in a forward pass.
+      poll: called before each batch; may raise to stop.
+      label: whether the living features get labels by rule.
+      outliers: whether outlier tokens count like all others.
+
+    Returns:
+      The path of the first page.
     """
     text = self.text(sequences)
     rows = [(one.load(), one.card) for one in self.saes]
-    state = build_lib.State(self.out / 'partial.npz', text, rows)
+    state = build_lib.State(
+      self.out / 'partial.npz', text, rows, outliers=outliers
+    )
     first, built = self.out / 'pages' / 'index.html', self._built
     about = {'saes': self._paths, 'key': state.key}
-    if first.exists() and built == about:
-      self.report(f'{self.out} is built')
+    if first.exists() and built and about.items() <= built.items():
+      self.report(f'{self.out} is already built')
       return first
-    progress = progress_lib.Progress(
-      2 * len(text.sequences_NT), self.config.text.seq_len, label='index'
-    )  # fmt: skip
     self.out.mkdir(parents=True, exist_ok=True)
-    found = build_lib.build(
-      *self.model, rows, text,
-      build_lib.How(
-        batch, self.mesh, lambda done, _: progress.update(done, {}), poll, state
-      ),
-    )  # fmt: skip
-    loaded = []
-    for sae, (params, _), one in zip(self.saes, rows, found, strict=True):
-      store_lib.write(self.out / 'indexes' / sae.name, one)
-      loaded.append((params, one))
-    progress.close()
+    with progress_lib.Progress(
+      2 * len(text.sequences_NT), self.config.text.seq_len, label='index'
+    ) as progress:
+      how = build_lib.How(
+        batch,
+        self.mesh,
+        lambda done, _: progress.update(done, {}),
+        poll,
+        state,
+        outliers,
+      )
+      made = build_lib.build(*self.model, rows, text, how)
+      for sae, one in zip(self.saes, made, strict=True):
+        store_lib.write(self.out / 'indexes' / sae.name, one)
+    if label:
+      self._label_by_rule(poll)
     (self.out / _MEMBERS).unlink(missing_ok=True)  # the pages are not yet these
-    first = self._write_pages(loaded)
+    about['date'] = datetime.date.today().isoformat()
+    first = self._write_pages(about['date'])
     files.write_json(self.out / _MEMBERS, about)
     (self.out / 'partial.npz').unlink(missing_ok=True)
     return first
 
+  def _label_by_rule(self, poll: Callable[[], None]) -> None:
+    """Labels the living features of every SAE that has no labels yet."""
+    for sae in progress_lib.track(self.saes, 'labels by rule'):
+      poll()
+      if self._label_rows(sae):
+        continue
+      index = self.index(sae)
+      alive = [int(j) for j in np.flatnonzero(index.fired_F)]
+      rows = labels_lib.explain(index, alive, self.tokenizer.pieces)
+      self.keep_labels(sae, rows)
+
   def pages(self) -> pathlib.Path:
-    """Writes the pages again, with the labels there are -> the first's path."""
+    """Writes the pages again with the present labels; the path of the first."""
     self.check_built()
-    return self._write_pages(map(self.load, self.saes))
+    return self._write_pages((self._built or {}).get('date', ''))
 
   def check_built(self) -> None:
     """ValueError unless the pages are there, and of these SAEs."""
@@ -279,19 +328,25 @@ class Session:
         'of others; leave it out, run build, or name another --out.'
       )
 
-  def _write_pages(
-    self, loaded: Iterable[tuple[member_lib.Params, Index]]
-  ) -> pathlib.Path:
-    """From the parameters and the index of each of `saes`."""
-    self.report(f'writing the pages of {len(self.saes)} SAEs')
-    entries = [
-      pages.Entry(
-        one.name, found, one.metrics, logit_lens.decoders(params),
-        self.labels(one),
-      )
-      for one, (params, found) in zip(self.saes, loaded, strict=True)
-    ]  # fmt: skip
-    pages.write(self.out / 'pages', entries, self.tokenizer.pieces)
+  def _write_pages(self, date: str) -> pathlib.Path:
+    def entries():
+      for sae in progress_lib.track(self.saes, 'pages'):
+        params, index = self.load(sae)
+        yield pages.Entry(
+          sae.name,
+          index,
+          sae.metrics,
+          logit_lens.decoders(params),
+          self.labels(sae),
+        )
+
+    pages.write(
+      self.out / 'pages',
+      entries(),
+      self.tokenizer.pieces,
+      f'Sparse autoencoders of {self.config.lm.name}',
+      date,
+    )
     return self.out / 'pages' / 'index.html'
 
   def _label_rows(self, sae: release.Released) -> dict[int, dict[str, Any]]:
@@ -342,5 +397,5 @@ class Session:
 
 
 def spoken(pieces: Sequence[str]) -> str:
-  """Pieces as a reader writes them."""
-  return ' less '.join(repr(piece.replace('▁', ' ')) for piece in pieces)
+  """The tokens of a logit, or of a difference, for a reader."""
+  return ' - '.join(repr(piece.replace('▁', ' ')) for piece in pieces)

@@ -11,6 +11,8 @@ import shutil
 
 import pytest
 
+ROOT = pathlib.Path(__file__).parents[2]
+
 
 def data(folder: pathlib.Path, name: str):
   text = (folder / 'data' / f'{name}.js').read_text()
@@ -48,3 +50,19 @@ def chromium(address):
     page.wait_for_selector('main h1')
     yield page
     browser.close()
+
+
+def audit(page) -> list[str]:
+  """What axe-core finds wrong by WCAG 2.1 A and AA: rule, and where."""
+  path = ROOT / 'node_modules/axe-core/axe.min.js'
+  if not path.exists():
+    pytest.skip('axe-core is not installed: run npm ci')
+  page.evaluate(path.read_text())
+  found = page.evaluate(
+    "axe.run({preload: false, runOnly: ['wcag2a', 'wcag2aa', 'wcag21aa']})"
+  )
+  return [
+    f'{one["id"]}: {node["html"][:120]}'
+    for one in found['violations']
+    for node in one['nodes'][:3]
+  ]

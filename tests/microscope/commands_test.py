@@ -74,7 +74,9 @@ def test_build_stops_and_goes_on(workdir, said, tmp_path):
   assert said[-1].startswith('microscope  file:///')
   assert (out / 'pages' / 'index.html').exists()
   run('build', workdir, said, out=out)
-  assert said[-2].endswith('is built') and said[-1].startswith('microscope')
+  assert said[-2].endswith('is already built') and said[-1].startswith(
+    'microscope'
+  )
 
 
 def test_what_is_built_is_what_is_shown(workdir, said, tmp_path):
@@ -92,7 +94,7 @@ def test_what_is_built_is_what_is_shown(workdir, said, tmp_path):
   text = kept.read_text()
   kept.unlink()
   run('build', workdir, said, given=str(one), out=tmp_path / 'm')
-  assert not said[-2].endswith('is built') and kept.read_text() == text
+  assert not said[-2].endswith('is already built') and kept.read_text() == text
   # The same place, other parameters.
   moved = tmp_path / 'run'
   shutil.copytree(workdir, moved)
@@ -148,7 +150,7 @@ def test_a_text_is_read_as_named_features(workdir, said):
 
 def test_why(workdir, said):
   run('why', workdir, said, sae=SAE, text=TEXT, logit='self,def')
-  assert "'self' less 'def'" in said[0]
+  assert "'self' - 'def'" in said[0]
   assert 'gradient against exact' in said[1]
   kept = json.loads((workdir / 'microscope' / 'why.json').read_text())
   assert kept['text'] == TEXT and kept['verdict']

@@ -30,7 +30,7 @@ from gemma_scope.runtime import progress
 from gemma_scope.sae import released
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-_ROUND = 16  # lengths are rounded up to it: few programs
+_SHORTEST = 32  # lengths are powers of two from here on: few programs
 _MOST_ROWS = 64  # of one pass
 
 
@@ -107,9 +107,14 @@ def _power(count: int) -> int:
   return 1 << max(count - 1, 0).bit_length()
 
 
+def padded_length(count: int) -> int:
+  """The length to which a text of `count` tokens is filled up."""
+  return max(_SHORTEST, _power(count))
+
+
 def padded(tokens: Sequence[Sequence[int]]) -> np.ndarray:
-  """Texts as int32 [P, T], filled up to a round length with padding."""
-  length = -(-max(map(len, tokens)) // _ROUND) * _ROUND
+  """Texts as int32 [P, T], filled up to a power of two with padding."""
+  length = padded_length(max(map(len, tokens)))
   found = np.zeros((len(tokens), length), np.int32)
   for i, row in enumerate(tokens):
     found[i, : len(row)] = row
@@ -350,6 +355,7 @@ def steer(
     subject.lm_params,
     [prompt, prompt],
     max_new_tokens=max_new_tokens,
+    prompt_len=padded_length(len(prompt)),
     temperature=temperature,
     seed=seed,
     streams=[0, 0],

@@ -30,6 +30,16 @@ def one_token(tokenizer: tokenizers.Tokenizer, text: str) -> int:
   return ids[0]
 
 
+def different(first: int, second: int | None) -> Logit:
+  """A token, or two for a difference; ValueError where they are the same."""
+  if first == second:
+    raise ValueError(
+      'The two tokens are the same, so that their logits do not differ; give '
+      'two different ones, or one.'
+    )
+  return first, second
+
+
 def likeliest(gemma: lm.Gemma, lm_params: lm.Params, ids: Sequence[int]):
   """The two likeliest tokens after a text, as a logit difference."""
   found = effects.predict(gemma, lm_params, ids, 2)

@@ -1,18 +1,25 @@
-"""The live view's questions about a text, answered from their plain JSON.
+"""Questions of the live view, as plain JSON, and their answers.
 
-  read    its tokens, each one's latents, what is missed, what comes next
-  change  latents changed: loss, KL, logits at each position, with controls
-  dose    a dose-response curve      steer  a continuation, and the default one
-  why     what a logit is due to     graph  the same over several layers
+  read      the tokens of a text, their latents, the error, the next tokens
+  change    effect of changed latents at each position, with controls
+  dose      a dose-response curve
+  steer     a continuation with changes, beside the default one
+  why       attribution of a logit to latents
+  graph     attribution through several layers
+  warm      compiles the programs of an SAE in the background
+  complete  pieces of the vocabulary that begin with a text
 
-SAEs are loaded when they are first asked about; the last few are kept. What a
-question lacks, or has too much of, is said in a ValueError.
+SAEs are loaded at the first question about them and the last few are kept. A
+question that lacks something, or has too much, raises a ValueError.
 """
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
+import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +37,7 @@ from gemma_scope.microscope.circuits import attribution_graph as graph_lib
 from gemma_scope.microscope.circuits.intervene import Change, Subject
 from gemma_scope.microscope.index.store import Index
 from gemma_scope.release import sae_folder
+from gemma_scope.runtime import progress
 from gemma_scope.text import tokenizers
 
 MOST_TOKENS = 4096  # of a text
@@ -37,6 +45,8 @@ _MOST_CHANGES = 32
 _SHOWN = 64  # latents a token
 _NEXT = 5  # likeliest tokens, at each
 _KEPT = 4  # SAEs on the devices
+_COMPLETED, _LONGEST_PIECE = 12, 64
+WARM_LENGTHS = (64, 32, 128)  # of texts, compiled at the start
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,10 +83,15 @@ class Questions:
       collections.OrderedDict()
     )
     self._special = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
+    self.lock = threading.Lock()  # held while a question is answered
+    self.warm_lengths = WARM_LENGTHS
+    self._warming: dict[int, dict[str, Any]] = {}
     self.answers = {
       'read': self.read, 'change': self.change, 'dose': self.dose,
       'steer': self.steer, 'why': self.why, 'graph': self.graph,
     }  # fmt: skip
+    # Answered at once, also while another question is.
+    self.instant = {'warm': self.warm, 'complete': self.complete}
 
   # What a question holds.
 
@@ -96,6 +111,8 @@ class Questions:
     return self._subjects[i]
 
   def _tokens(self, asked: Mapping) -> list[int]:
+    if 'ids' in asked:  # of `warm`; a question from outside has none
+      return asked['ids']
     text = asked.get('text')
     if not isinstance(text, str):
       raise ValueError('A question has a "text".')
@@ -122,7 +139,7 @@ class Questions:
     first, second = (None if one is None else self._token(one) for one in given)
     if first is None:
       raise ValueError('The first token of "logit" is missing.')
-    return first, second
+    return readout.different(first, second)
 
   def _token(self, given) -> int:
     size = self._gemma.config.vocab_size
@@ -136,6 +153,67 @@ class Questions:
 
   def _pieces(self, logit: readout.Logit) -> list[str]:
     return readout.logit_pieces(self._tokenizer, logit)
+
+  # Answered at once.
+
+  def warm(self, asked: Mapping) -> dict[str, Any]:
+    """Compiles an SAE's programs in the background; how far that is.
+
+    Returns:
+      `done` and `total` steps, and `what` is being compiled.
+    """
+    i = _integer(asked, 'member', 0, len(self._shown) - 1)
+    if i not in self._warming:
+      self._warming[i] = {'done': 0, 'total': 1, 'what': 'the SAE'}
+      threading.Thread(target=self._warm, args=(i,), daemon=True).start()
+    return dict(self._warming[i])
+
+  def _warm(self, i: int) -> None:
+    """Asks every question once about a text of each length."""
+    state, index = self._warming[i], self._shown[i].index
+    feature = int(np.argmax(index.max_F))
+    kind = 'add' if index.max_F[feature] else 'ablate'
+    change = {'feature': feature, 'kind': kind, 'strength': 1.0}
+    asked = {
+      'member': i, 'logit': [0, 1], 'changes': [change], 'change': change
+    }  # fmt: skip
+    steps = [
+      (name, length)
+      for length in self.warm_lengths
+      for name in ('read', 'change', 'steer', 'dose', 'why')
+    ]
+    state['total'] = len(steps)
+    for name, length in progress.track(steps, 'warming up'):
+      state['what'] = f'{name} of up to {length} tokens'
+      try:
+        with self.lock:
+          self.answers[name](asked | {'ids': self._sample(length)})
+      except ValueError:
+        pass  # the question itself says what cannot be asked
+      state['done'] += 1
+    state['done'] = state['total']
+
+  def _sample(self, length: int) -> list[int]:
+    """The ids of a text that is filled up to `length`."""
+    ids = self._shown[0].index.sequences_NT[0]
+    ids = np.resize(ids[1:], length - 2)
+    return [self._tokenizer.bos_id, *map(int, ids)]
+
+  def complete(self, asked: Mapping) -> dict[str, Any]:
+    """Pieces of the vocabulary that begin with a text, the shortest first."""
+    text = asked.get('text')
+    if not isinstance(text, str) or not text or len(text) > _LONGEST_PIECE:
+      return {'pieces': []}
+    start = text.replace(' ', '\u2581')
+    first = bisect.bisect_left(self._vocabulary, start)
+    last = bisect.bisect_right(self._vocabulary, start + '\U0010ffff')
+    pieces = sorted(self._vocabulary[first:last], key=lambda p: (len(p), p))
+    return {'pieces': pieces[:_COMPLETED]}
+
+  @functools.cached_property
+  def _vocabulary(self) -> list[str]:
+    size = min(self._gemma.config.vocab_size, self._tokenizer.vocab_size)
+    return sorted(self._tokenizer.pieces(range(size)))
 
   # Answers.
 
@@ -171,7 +249,10 @@ class Questions:
     }
 
   def change(self, asked: Mapping) -> dict[str, Any]:
-    """What changes do at each position, beside as long vectors of others."""
+    """Effect of changes at each position, beside controls of equal norm.
+
+    `control` has the largest absolute effect of the controls at each position.
+    """
     subject, ids = self._subject(asked), self._tokens(asked)
     logit, changes = self._logit(asked, ids), self._changes(asked)
     given = intervene.rows(subject, [changes])
@@ -188,8 +269,8 @@ class Questions:
       'delta_loss': [None, *map(_short, loss_BT[0])],
       'delta_logit': list(map(_short, logit_BT[0])),
       'control': {
-        'kl': list(map(_short, found.kl_BT[1:, :length].mean(0))),
-        'delta_loss': [None, *map(_short, loss_BT[1:].mean(0))],
+        'kl': list(map(_short, found.kl_BT[1:, :length].max(0))),
+        'delta_loss': [None, *map(_short, np.abs(loss_BT[1:]).max(0))],
         'delta_logit': list(map(_short, np.abs(logit_BT[1:]).max(0))),
       },
       'mean': said[0],

@@ -1,16 +1,20 @@
-"""Indexes -> a folder of static pages that opens from a disk, with no server.
+"""Indexes -> a folder of static pages that open from a disk without a server.
 
-  index.html assets/          one page, its style, three scripts
-  data/collection.js          what the SAEs are and how they were measured
+  index.html assets/          one page, its style and scripts
+  data/collection.js          the SAEs, how they were measured, where to begin
   data/vocabulary.js          the pieces of the tokens that occur
-  data/m3/list.js             what is searched of SAE 3: few numbers a feature
+  data/t5.js                  sequences 5 * 64 .. of the text
+  data/m3/list.js             what the search reads of SAE 3
   data/m3/c7.js               features 7 * 64 .. : examples, histogram, logits
   data/m3/to5.js              its features' nearest decoders in SAE 5
+  data/m3/outliers.js         tokens that its outlier rule left out
 
 Each data file calls scope(key, text) with gzipped JSON in base64: a page from a
-disk may load scripts and fetch nothing. An example's values are float16 shares
-of the feature's largest, in base64. Text reaches the page as text alone; a
-content security policy forbids all else. Equal indexes give equal bytes.
+disk may load scripts and cannot fetch. An example is a sequence and a position;
+its activations are float16 shares of the feature's largest, in base64. Text
+reaches the page as text alone, and a content security policy forbids all else.
+Equal indexes give equal bytes. SAEs are written one after the other: at most
+one index is in memory, and the decoders of those that are compared.
 """
 
 from __future__ import annotations
@@ -23,21 +27,24 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from gemma_scope import files, sites
 from gemma_scope.evaluation import estimates
+from gemma_scope.microscope.dashboard.terms import TERMS
 from gemma_scope.microscope.index.store import Index
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
-FILES = ('index.html', 'scope.css', 'tokens.js', 'scope.js', 'live.js')
-CHUNK = 64  # features a file
+CHUNK = 64  # features a file, and sequences a file
+DENSE = 0.1
 _TOP, _SILENT, _OPEN = 16, 4, 2  # examples shown; tenths that are unfolded
 _PAIRS = 8  # SAEs that one is compared with
 _MATCHES = 3
+_OUTLIERS = 200  # shown in context
+_BEGIN = 3  # features to start with
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +56,7 @@ class Entry:
     index: what it fires on.
     metrics: as a release has them, or None.
     decoder_FD: for comparisons, or None.
-    labels: feature -> {'text', 'by', 'score', 'control'}.
+    labels: feature -> {'text', 'by', 'score', 'control', 'low'}.
   """
 
   path: str
@@ -63,139 +70,230 @@ class Entry:
 
 def write(
   folder: str | os.PathLike[str],
-  entries: Sequence[Entry],
+  entries: Iterable[Entry],
   pieces: Callable[[Iterable[int]], list[str]],
   title: str = 'Sparse autoencoders',
+  date: str = '',
 ) -> None:
-  """Writes the pages, whole or not at all; older pages there are replaced.
+  """Writes the pages, completely or not at all; replaces older pages.
 
   Args:
     folder: of the pages.
-    entries: at least one; all of one text.
+    entries: at least one, all of the same text; read one at a time.
     pieces: token ids -> their text.
     title: of the first page.
+    date: when the indexes were built, as a reader writes it.
 
   Raises:
-    ValueError: the folder is there and holds something else.
+    ValueError: the folder exists and holds something else.
   """
   target = pathlib.Path(folder)
   if target.exists() and not (target / 'data' / 'collection.js').exists():
-    raise ValueError(f'{target} is there and holds no pages; name another.')
+    raise ValueError(f'{target} exists and is not a folder of pages.')
   with files.whole_folder(target, replace=True) as draft:
-    _write(draft, entries, pieces, title)
+    _Writer(draft, pieces).write(entries, {'title': title, 'date': date})
 
 
-def _write(
-  folder: pathlib.Path,
-  entries: Sequence[Entry],
-  pieces: Callable[[Iterable[int]], list[str]],
-  title: str,
-) -> None:
-  (folder / 'assets').mkdir()
-  for name in FILES:
-    place = folder if name == 'index.html' else folder / 'assets'
-    shutil.copyfile(ASSETS / name, place / name)
-  near = _comparable(entries)
-  used: set[int] = set()
-  described = []
-  for i, entry in enumerate(entries):
-    data = folder / 'data' / f'm{i}'
-    data.mkdir(parents=True)
-    _put(data / 'list.js', f'm{i}/list', _listed(entry, used))
-    latents = len(entry.index.max_F)
+class _Writer:
+  """Writes SAEs one after the other, and then what they have in common."""
+
+  def __init__(self, folder: pathlib.Path, pieces):
+    self._folder, self._pieces = folder, pieces
+    self._described: list[dict[str, Any]] = []
+    self._decoders: list[tuple[list[str], np.ndarray | None]] = []
+    self._begin: list[tuple[float, dict[str, Any]]] = []
+    self._used: set[int] = set()
+
+  def write(self, entries: Iterable[Entry], about: Mapping[str, Any]) -> None:
+    (self._folder / 'assets').mkdir()
+    (self._folder / 'data').mkdir()
+    for path in sorted(ASSETS.iterdir()):
+      page = path.suffix == '.html'
+      place = self._folder if page else self._folder / 'assets'
+      shutil.copyfile(path, place / path.name)
+    first = None
+    for entry in entries:
+      first = first or entry.index
+      self._add(entry)
+    if first is None:
+      raise ValueError('There are no SAEs to show.')
+    sequences_NT = first.sequences_NT
+    for start in range(0, len(sequences_NT), CHUNK):
+      rows = sequences_NT[start : start + CHUNK].tolist()
+      self._put(f't{start // CHUNK}', rows)
+    self._used.update(np.unique(sequences_NT).tolist())
+    ids = sorted(self._used)
+    vocabulary = dict(zip(map(str, ids), self._pieces(ids), strict=True))
+    self._put('vocabulary', vocabulary)
+    best = sorted(self._begin, key=lambda pair: -pair[0])[:_BEGIN]
+    keys = ('model', 'corpus', 'sequences', 'code')
+    collection = {
+      **about,
+      'members': self._described,
+      'chunk': CHUNK,
+      'edges': _short(first.edges_H),
+      'start': [start for _, start in best],
+      'terms': TERMS,
+      **{key: first.meta[key] for key in keys},
+    }
+    self._put('collection', collection)
+
+  def _put(self, key: str, value: Any) -> None:
+    text = json.dumps(value, separators=(',', ':'), allow_nan=False)
+    packed = gzip.compress(text.encode(), 3, mtime=0)
+    path = self._folder / 'data' / f'{key}.js'
+    path.write_text(f"scope('{key}','{base64.b64encode(packed).decode()}')\n")
+
+  def _add(self, entry: Entry) -> None:
+    i, index = len(self._described), entry.index
+    (self._folder / 'data' / f'm{i}').mkdir()
+    self._put(f'm{i}/list', self._listed(entry))
+    latents = len(index.max_F)
+    features = _Features(entry)
     for k in range(math.ceil(latents / CHUNK)):
       part = range(k * CHUNK, min((k + 1) * CHUNK, latents))
-      found = [_feature(entry, j, used) for j in part]
-      _put(data / f'c{k}.js', f'm{i}/c{k}', found)
-    for other in near[i]:
-      found = _matched(entry, entries[other])
-      _put(data / f'to{other}.js', f'm{i}/to{other}', found)
-    described.append(_described(entry, i, near[i]))
-  meta = entries[0].index.meta
-  collection = {
-    'title': title,
-    'members': described,
-    'chunk': CHUNK,
-    'edges': _short(entries[0].index.edges_H),
-    **{key: meta[key] for key in ('model', 'corpus', 'tokens', 'sequences')},
-    'code': meta['code'],
+      self._put(f'm{i}/c{k}', [features(j) for j in part])
+    if index.positive_FL is not None:
+      self._used.update(np.unique(index.positive_FL).tolist())
+      self._used.update(np.unique(index.negative_FL).tolist())
+    if len(index.outlier_norm_O):
+      self._put(f'm{i}/outliers', _outliers(index))
+    self._described.append(_described(entry, i))
+    self._compare(i, entry)
+    self._begin += _beginnings(entry, i)
+
+  def _listed(self, entry: Entry) -> dict[str, Any]:
+    """What the search reads of each feature."""
+    index, labels = entry.index, entry.labels
+    latents = range(len(index.max_F))
+    logits = index.positive_FL
+    of_label = lambda j, key: labels[j].get(key) if j in labels else None
+    return {
+      'density': _short(index.density_F),
+      'max': _short(index.max_F),
+      'word': words_of_all(index),
+      'logit': [[]] * len(latents)
+      if logits is None
+      else logits[:, :5].tolist(),
+      'label': [str(of_label(j, 'text') or '') for j in latents],
+      'score': [of_label(j, 'score') for j in latents],
+    }
+
+  def _compare(self, i: int, entry: Entry) -> None:
+    """Matches its decoders with those of earlier SAEs of the same targets."""
+    targets = entry.index.meta['card']['targets']
+    unit_FD = entry.decoder_FD
+    if unit_FD is not None:
+      norm_F1 = np.linalg.norm(unit_FD, axis=1, keepdims=True)
+      unit_FD = unit_FD / np.maximum(norm_F1, 1e-30)
+      for j, (others, other_FD) in enumerate(self._decoders):
+        near = [self._described[n]['near'] for n in (i, j)]
+        if others != targets or max(map(len, near)) >= _PAIRS:
+          continue
+        product_FG = unit_FD @ other_FD.T
+        self._put(f'm{i}/to{j}', _matched(product_FG))
+        self._put(f'm{j}/to{i}', _matched(product_FG.T))
+        near[0].append(j)
+        near[1].append(i)
+    self._decoders.append((targets if unit_FD is not None else [], unit_FD))
+
+
+def _matched(product_FG: np.ndarray) -> dict[str, Any]:
+  """The nearest decoders of each of F features among G others."""
+  count = min(_MATCHES, product_FG.shape[1])
+  best_FM = np.argpartition(-product_FG, count - 1, 1)[:, :count]
+  cosine_FM = np.take_along_axis(product_FG, best_FM, 1)
+  order_FM = np.lexsort((best_FM, -cosine_FM))
+  cosine_FM = np.take_along_axis(cosine_FM, order_FM, 1)
+  return {
+    'match': np.take_along_axis(best_FM, order_FM, 1).tolist(),
+    'cosine': np.round(cosine_FM.astype(float), 4).tolist(),
   }
-  _put(folder / 'data' / 'collection.js', 'collection', collection)
-  ids = sorted(used)
-  vocabulary = dict(zip(map(str, ids), pieces(ids), strict=True))
-  _put(folder / 'data' / 'vocabulary.js', 'vocabulary', vocabulary)
-
-
-def _put(path: pathlib.Path, key: str, value: Any) -> None:
-  text = json.dumps(value, separators=(',', ':'), allow_nan=False)
-  packed = base64.b64encode(gzip.compress(text.encode(), 4, mtime=0)).decode()
-  path.write_text(f"scope('{key}','{packed}')\n")
-
-
-def _halves(values: np.ndarray) -> str:
-  """Numbers as float16 in base64: two bytes each, and no time to write them."""
-  return base64.b64encode(values.astype('<f2').tobytes()).decode()
 
 
 def _short(values) -> list[float | None]:
   """Four digits of each; None where there is no number."""
-  return [
-    float(f'{v:.4g}') if math.isfinite(v) else None
-    for v in np.asarray(values, float).ravel().tolist()
-  ]
+  return [_one(value) for value in np.asarray(values, float).ravel().tolist()]
 
 
 def _one(value) -> float | None:
   return float(f'{value:.4g}') if math.isfinite(value) else None
 
 
-def _described(entry: Entry, i: int, near: Sequence[int]) -> dict[str, Any]:
+def _described(entry: Entry, i: int) -> dict[str, Any]:
   index, card = entry.index, entry.index.meta['card']
-  place, density_F = sites.wiring_of(card), entry.index.density_F
+  wiring, density_F = sites.wiring_of(card), entry.index.density_F
   metrics = entry.metrics or {}
-  keys = ('l0', 'fvu', 'delta_loss')
-  number = lambda m: {'value': m['value']} if isinstance(m, Mapping) else None
   control = metrics.get('control') or {}
+  figures = lambda of: {
+    key: _figure(of.get(key)) for key in ('l0', 'fvu', 'delta_loss')
+  }
   return {
     'id': i,
     'name': entry.path,
-    'place': str(place),
-    'kind': place.folder,
-    'layer': place.sites[0].layer,
+    'place': str(wiring),
+    'kind': wiring.folder,
+    'layer': wiring.sites[0].layer,
     'width': len(index.max_F),
     'widthName': sites.width_name(card['width']),
     'architecture': str(card.get('architecture', '')),
     'meanL0': _one(density_F.sum()),
+    'tokens': index.meta['tokens'],
     'dead': int((index.fired_F == 0).sum()),
-    'dense': int((density_F > 0.1).sum()),
-    'near': list(near),
-    'metrics': {k: number(metrics.get(k)) for k in keys}
-    | {'control': {k: number(control.get(k)) for k in keys}},
+    'dense': int((density_F > DENSE).sum()),
+    'labelled': len(entry.labels),
+    'outliers': len(index.outlier_norm_O),
+    'near': [],
+    'metrics': figures(metrics) | {'control': figures(control)},
   }
 
 
-def _listed(entry: Entry, used: set[int]) -> dict[str, Any]:
-  """What the search knows of each feature."""
-  index = entry.index
-  latents = range(len(index.max_F))
-  fires_on = [words(index, j) for j in latents]
-  logits = index.positive_FL
-  logits = [[]] * len(latents) if logits is None else logits[:, :5].tolist()
-  for ids in (*fires_on, *logits):
-    used.update(ids)
+def _figure(given: Any) -> dict[str, float | None] | None:
+  if not isinstance(given, Mapping) or given.get('value') is None:
+    return None
+  return {key: given.get(key) for key in ('value', 'low', 'high')}
+
+
+def _beginnings(entry: Entry, i: int) -> list[tuple[float, dict[str, Any]]]:
+  """The feature whose label beats another's most: (score, where and why)."""
+  density_F, best = entry.index.density_F, []
+  for j, label in entry.labels.items():
+    score, control = label.get('score'), label.get('control')
+    if None in (score, control) or label.get('low') or density_F[j] > DENSE:
+      continue
+    best.append((score - control, int(entry.index.fired_F[j]), -j))
+  chosen = []
+  for gain, _, negative in sorted(best, reverse=True)[:_BEGIN]:
+    label = entry.labels[-negative]
+    why = (
+      f'Its label is right on {label["score"]:.0%} of held-out examples, '
+      f"another feature's label on {label['control']:.0%}."
+    )
+    # One of each SAE comes before a second one of any.
+    rank = gain - len(chosen)
+    where = {'member': i, 'feature': -negative, 'text': label['text']}
+    chosen.append((rank, where | {'why': why}))
+  return chosen
+
+
+def _outliers(index: Index) -> dict[str, Any]:
+  """Outlier tokens by kind, and the largest ones in their place."""
+  order = np.argsort(-index.outlier_norm_O, kind='stable')[:_OUTLIERS]
+  sequence_O, position_O = index.outlier_sequence_O, index.outlier_position_O
+  ids, count = np.unique(
+    index.sequences_NT[sequence_O, position_O], return_counts=True
+  )
+  most = np.lexsort((ids, -count))[:_OUTLIERS]
   return {
-    'density': _short(index.density_F),
-    'max': _short(index.max_F),
-    'word': fires_on,
-    'logit': logits,
-    'label': [
-      str(entry.labels[j]['text']) if j in entry.labels else '' for j in latents
-    ],
+    'bounds': index.meta['outliers']['norm_bounds'],
+    'tokens': np.stack([ids, count], 1)[most].tolist(),
+    'shown': np.stack([sequence_O, position_O], 1)[order].tolist(),
+    'norm': _short(index.outlier_norm_O[order]),
   }
 
 
 def words(index: Index, j: int) -> list[int]:
-  """The tokens at its largest values, the most frequent first; at most five."""
+  """The tokens at its largest activations, most frequent first; at most 5."""
   there = index.top_sequence_FE[j] >= 0
   ids = index.sequences_NT[
     index.top_sequence_FE[j][there], index.top_position_FE[j][there]
@@ -204,112 +302,116 @@ def words(index: Index, j: int) -> list[int]:
   return found[np.lexsort((found, -count))][:5].tolist()
 
 
-def _feature(entry: Entry, j: int, used: set[int]) -> dict[str, Any]:
-  index = entry.index
-  fired, tokens = int(index.fired_F[j]), max(index.meta['tokens'], 1)
-  _, low, high = estimates.wilson_interval(fired, tokens)
-
-  def example(sequence, position, window, start):
-    """A window of a sequence; `position` None where it is silent."""
-    row = index.sequences_NT[sequence]
-    first, last = max(start, 0), min(start + len(window), len(row))
-    ids = row[first:last].tolist()
-    used.update(ids)
-    peak = None if position is None else position - first
-    values = _halves(window[first - start : last - start])
-    return {'ids': ids, 'values': values, 'peak': peak}
-
-  def examples(sequences, positions, windows):
-    half = windows.shape[-1] // 2
-    return [
-      example(s, p, window, p - half)
-      for s, p, window in zip(
-        sequences.tolist(), positions.tolist(), windows, strict=True
-      )
-      if s >= 0
-    ]
-
-  silence_W = np.zeros(index.window_top_FEW.shape[-1], np.float16)
-  pairs = lambda ids, values: [
-    [int(k), v] for k, v in zip(ids, _short(values), strict=True) if k >= 0
+def words_of_all(index: Index) -> list[list[int]]:
+  """`words` of every feature."""
+  j, e = np.nonzero(index.top_sequence_FE >= 0)
+  ids = index.sequences_NT[
+    index.top_sequence_FE[j, e], index.top_position_FE[j, e]
   ]
-  record = {
-    'fired': fired,
-    'density': _one(fired / tokens),
-    'low': _one(low),
-    'high': _one(high),
-    'max': _one(index.max_F[j]),
-    'mean': _one(index.mean_F[j]),
-    'threshold': _one(index.threshold_F[j]),
-    'encoder': _one(index.encoder_norm_F[j]),
-    'decoder': _one(index.decoder_norm_F[j]),
-    'cosine': _one(index.cosine_F[j]),
-    'histogram': index.histogram_FH[j].tolist(),
-    'top': examples(
-      index.top_sequence_FE[j][:_TOP],
-      index.top_position_FE[j][:_TOP],
-      index.window_top_FEW[j][:_TOP],
-    ),
-    'near': pairs(index.neighbour_FC[j], index.neighbour_value_FC[j]),
-    'with': pairs(index.cofiring_FC[j], index.cofiring_value_FC[j]),
-    'silent': [
-      example(s, None, silence_W, 0)
-      for s in index.silent_FM[j][:_SILENT].tolist()
-      if s >= 0
-    ],
-    'tenths': [],
-    'label': entry.labels.get(j),
-  }
-  tenths = index.sample_FQR.shape[1]
-  for q in reversed(range(tenths)):
-    found = examples(
-      index.sample_sequence_FQR[j, q],
-      index.sample_position_FQR[j, q],
-      index.window_sample_FQRW[j, q],
-    )
-    if found:
-      most = float(index.max_F[j])
-      ends = {
-        'from': _one(most * q / tenths),
-        'to': _one(most * (q + 1) / tenths),
-      }
-      shut = len(record['tenths']) >= _OPEN
-      record['tenths'].append({**ends, 'open': not shut, 'examples': found})
-  if index.positive_FL is not None:
-    for name in ('positive', 'negative'):
-      ids = getattr(index, f'{name}_FL')[j]
-      used.update(ids.tolist())
-      record[name] = pairs(ids, getattr(index, f'{name}_value_FL')[j])
-  return record
-
-
-def _comparable(entries: Sequence[Entry]) -> list[list[int]]:
-  """For each, others that write to the same place; at most `_PAIRS`, mutual."""
-  found: list[list[int]] = [[] for _ in entries]
-  for i, one in enumerate(entries):
-    for j in range(i + 1, len(entries)):
-      other = entries[j]
-      if one.decoder_FD is None or other.decoder_FD is None:
-        continue
-      same = (
-        one.index.meta['card']['targets'] == other.index.meta['card']['targets']
-      )
-      if same and max(len(found[i]), len(found[j])) < _PAIRS:
-        found[i].append(j)
-        found[j].append(i)
+  pairs, count = np.unique(np.stack([j, ids], 1), axis=0, return_counts=True)
+  order = np.lexsort((pairs[:, 1], -count, pairs[:, 0]))
+  j, ids = pairs[order].T
+  place = np.arange(len(j)) - np.searchsorted(j, j)
+  found: list[list[int]] = [[] for _ in index.max_F]
+  for latent, token in zip(j[place < 5], ids[place < 5], strict=True):
+    found[latent].append(int(token))
   return found
 
 
-def _matched(one: Entry, other: Entry) -> dict[str, Any]:
-  """Nearest decoders of one SAE's features among another's."""
-  unit = lambda W: (
-    W / np.maximum(np.linalg.norm(W, axis=1, keepdims=True), 1e-30)
-  )
-  a_FD, b_FD = unit(one.decoder_FD), unit(other.decoder_FD)
-  match, cosine = [], []
-  for start in range(0, len(a_FD), 1024):
-    product = a_FD[start : start + 1024] @ b_FD.T
-    best = np.argsort(-product, 1, kind='stable')[:, :_MATCHES]
-    match += best.tolist()
-    cosine += [_short(row) for row in np.take_along_axis(product, best, 1)]
-  return {'match': match, 'cosine': cosine}
+class _Features:
+  """The record of each feature of an SAE."""
+
+  def __init__(self, entry: Entry):
+    self._entry, index = entry, entry.index
+    self._tokens = max(index.meta['tokens'], 1)
+    plain = ('max_F', 'mean_F', 'encoder_norm_F', 'decoder_norm_F')
+    self._plain = {
+      name: _short(getattr(index, name))
+      for name in (*plain, 'threshold_F', 'cosine_F')
+    }
+    self._related = {
+      key: _pairs(*arrays)
+      for key, arrays in {
+        'near': (index.neighbour_FC, index.neighbour_value_FC),
+        'with': (index.cofiring_FC, index.cofiring_value_FC),
+        'positive': (index.positive_FL, index.positive_value_FL),
+        'negative': (index.negative_FL, index.negative_value_FL),
+      }.items()
+      if arrays[0] is not None
+    }
+
+  def __call__(self, j: int) -> dict[str, Any]:
+    index, fired = self._entry.index, int(self._entry.index.fired_F[j])
+    _, low, high = estimates.wilson_interval(fired, self._tokens)
+    plain = self._plain
+    silent = index.silent_FM[j]
+    return {
+      'fired': fired,
+      'density': _one(fired / self._tokens),
+      'low': _one(low),
+      'high': _one(high),
+      'max': plain['max_F'][j],
+      'mean': plain['mean_F'][j],
+      'threshold': plain['threshold_F'][j],
+      'encoder': plain['encoder_norm_F'][j],
+      'decoder': plain['decoder_norm_F'][j],
+      'cosine': plain['cosine_F'][j],
+      'outliers': int(index.outlier_fired_F[j]),
+      'histogram': index.histogram_FH[j].tolist(),
+      'label': self._entry.labels.get(j),
+      'silent': silent[silent >= 0][:_SILENT].tolist(),
+      **{key: rows[j] for key, rows in self._related.items()},
+      **self._examples(j),
+    }
+
+  def _examples(self, j: int) -> dict[str, Any]:
+    """The top examples, then those of each tenth from the last one down.
+
+    `at` has sequences and positions in turn, `values` the windows around them.
+    """
+    index = self._entry.index
+    there = index.top_sequence_FE[j, :_TOP] >= 0
+    sampled_QR = index.sample_sequence_FQR[j, ::-1] >= 0
+    at = np.concatenate(
+      [
+        np.stack(
+          [
+            index.top_sequence_FE[j, :_TOP][there],
+            index.top_position_FE[j, :_TOP][there],
+          ],
+          1,
+        ),
+        np.stack(
+          [
+            index.sample_sequence_FQR[j, ::-1][sampled_QR],
+            index.sample_position_FQR[j, ::-1][sampled_QR],
+          ],
+          1,
+        ),
+      ]
+    )
+    shares = np.concatenate(
+      [
+        index.window_top_FEW[j, :_TOP][there],
+        index.window_sample_FQRW[j, ::-1][sampled_QR],
+      ]
+    )
+    counts = sampled_QR.sum(1).tolist()
+    return {
+      'at': at.ravel().tolist(),
+      'values': base64.b64encode(shares.astype('<f2').tobytes()).decode(),
+      'top': int(there.sum()),
+      'tenths': counts,  # of the last tenth first
+    }
+
+
+def _pairs(ids_FC: np.ndarray, values_FC: np.ndarray) -> list[list[list]]:
+  """[id, value] of each feature's related ones, without the empty places."""
+  with np.errstate(divide='ignore', invalid='ignore'):
+    scale = 10.0 ** (3 - np.floor(np.log10(np.abs(values_FC.astype(float)))))
+    short_FC = np.round(values_FC * scale) / scale
+  short_FC = np.where(np.isfinite(short_FC), short_FC, 0.0)
+  return [
+    [[i, v] for i, v in zip(ids, values, strict=True) if i >= 0]
+    for ids, values in zip(ids_FC.tolist(), short_FC.tolist(), strict=True)
+  ]

@@ -1,13 +1,13 @@
 """The live view: the pages, and questions to the model behind them.
 
   GET  /...        the folder of pages (`pages`), nothing outside of it
-  POST /api/NAME   JSON in, JSON out: `questions`
+  POST /api/NAME   JSON in, JSON out (`api`)
 
-It listens on this machine alone. An address with a random token, printed once,
-sets a cookie that no other site's request carries; a request without it, with
-another Host (a name made to point here) or from another origin is refused. All
-questions are functions of what they hold: nothing is written. One is answered
-at a time.
+The server listens on this machine only. It prints an address with a random
+token once; opening it sets a cookie that requests from other sites do not
+carry. A request without the cookie, with another Host header (a name made to
+point here) or from another origin is refused. Answers depend on the question
+alone and nothing is written. One question is answered at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import hmac
 import json
 import os
 import secrets
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,15 +39,15 @@ def app(questions: Questions, pages: str | os.PathLike[str], token: str):
   from starlette.routing import Mount, Route
   from starlette.staticfiles import StaticFiles
 
-  one_at_a_time = threading.Lock()
-
   def answer(name: str, asked: Mapping) -> dict[str, Any]:
-    with one_at_a_time:
+    if name in questions.instant:
+      return questions.instant[name](asked)
+    with questions.lock:
       return questions.answers[name](asked)
 
   async def api(request):
     name, body = request.path_params['name'], b''
-    if name not in questions.answers:
+    if name not in questions.answers and name not in questions.instant:
       return JSONResponse({'error': 'There is no such question.'}, 404)
     async for part in request.stream():
       body += part
@@ -58,6 +57,7 @@ def app(questions: Questions, pages: str | os.PathLike[str], token: str):
       asked = json.loads(body)
       if not isinstance(asked, dict):
         raise ValueError('A question is a JSON object.')
+      asked.pop('ids', None)  # of `warm` alone
       return JSONResponse(await run_in_threadpool(answer, name, asked))
     except (ValueError, RecursionError) as error:
       return JSONResponse({'error': str(error)[:500]}, 400)
@@ -148,7 +148,11 @@ def serve(
 
   token = secrets.token_urlsafe(24)
   report(f'live  http://127.0.0.1:{port}/?token={token}')
-  report('Only this machine can open it. Ctrl-C ends it.')
+  report(
+    'Only this machine can open it. Programs are compiled in the background '
+    '(warming up). Ctrl-C ends the server.'
+  )
+  questions.warm({'member': 0})
   uvicorn.run(
     app(questions, pages, token), host='127.0.0.1', port=port,
     log_level='warning', access_log=False, server_header=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from gemma_scope.language_model import weights
 from gemma_scope.microscope.dashboard import pages
 from gemma_scope.microscope.index import build
 from tests.helpers import random_saes
-from tests.helpers.browser import chromium, data
+from tests.helpers.browser import audit, chromium, data
 
 HOSTILE = [
   '<script>window.hit=1</script>', '</script><img src=x onerror=hit()>',
@@ -42,6 +43,7 @@ def entries():
   members = [random_saes.member(s, 'resid_post/1', 80) for s in (0, 1)]
   found = build.build(*model, members, text, build.How(12))
   label = {'text': HOSTILE[0], 'by': 'rule', 'score': 0.9, 'control': 0.5}
+  label['low'] = False
   figure = lambda v: {'value': v, 'low': v, 'high': v}
   metrics = {
     'l0': figure(9.0),
@@ -62,6 +64,14 @@ def folder(entries, tmp_path_factory):
   return out
 
 
+def examples(record):
+  """(sequence, position, activations around it) of each example."""
+  at = np.reshape(record['at'], (-1, 2)).tolist()
+  shares = np.frombuffer(base64.b64decode(record['values']), '<f2')
+  windows = shares.reshape(len(at), -1).astype(float) * record['max']
+  return [(n, t, window) for (n, t), window in zip(at, windows, strict=True)]
+
+
 def test_a_features_record_is_its_index(folder, entries):
   one = entries[0].index
   j = int(np.argmax(one.fired_F))
@@ -69,20 +79,40 @@ def test_a_features_record_is_its_index(folder, entries):
   assert record['fired'] == one.fired_F[j]
   assert record['low'] < record['density'] < record['high']
   assert record['histogram'] == one.histogram_FH[j].tolist()
-  example = record['top'][0]
-  values = (
-    np.frombuffer(base64.b64decode(example['values']), '<f2') * one.max_F[j]
-  )
-  assert len(values) == len(example['ids'])
-  assert values[example['peak']] == pytest.approx(
-    float(one.top_FE[j, 0]), rel=1e-2
-  )
-  n, t = one.top_sequence_FE[j, 0], one.top_position_FE[j, 0]
-  assert example['ids'][example['peak']] == one.sequences_NT[n, t]
+  shown = examples(record)
+  assert len(shown) == record['top'] + sum(record['tenths'])
+  for e, (n, t, values) in enumerate(shown[: record['top']]):
+    assert (n, t) == (one.top_sequence_FE[j, e], one.top_position_FE[j, e])
+    assert values[len(values) // 2] == pytest.approx(one.top_FE[j, e], rel=1e-2)
+  first = record['top']
+  for q, count in zip(reversed(range(10)), record['tenths'], strict=True):
+    for _, _, values in shown[first : first + count]:
+      share = values[len(values) // 2] / record['max']
+      assert q / 10 - 1e-2 <= share <= (q + 1) / 10 + 1e-2
+    first += count
   listed = data(folder, 'm0/list')
   assert len(listed['density']) == 80 and listed['label'][3] == HOSTILE[0]
-  used = {i for e in record['top'] for i in e['ids']}
-  assert used <= set(map(int, data(folder, 'vocabulary')))
+  assert listed['word'][j] == pages.words(one, j)
+  text = data(folder, 't0')
+  assert text == one.sequences_NT.tolist()
+  assert {i for row in text for i in row} <= set(
+    map(int, data(folder, 'vocabulary'))
+  )
+
+
+def test_features_to_begin_with_have_the_best_labels(entries, tmp_path):
+  density_F = entries[0].index.density_F
+  rare_F = (density_F > 0) & (density_F <= pages.DENSE)
+  alive = np.flatnonzero(rare_F)[:4].tolist()
+  label = {'text': 'x', 'by': 'rule', 'low': False, 'control': 0.5}
+  scores = dict(zip(alive, (0.6, 0.9, 0.8, 0.7), strict=True))
+  labels = {j: label | {'score': score} for j, score in scores.items()}
+  labels[alive[1]] |= {'low': True}  # not shown to be better than chance
+  one = dataclasses.replace(entries[0], labels=labels)
+  pages.write(tmp_path / 'out', iter([one]), pieces)
+  start = data(tmp_path / 'out', 'collection')['start']
+  assert [s['feature'] for s in start] == [alive[2], alive[3], alive[0]]
+  assert 'right on 80%' in start[0]['why'] and start[0]['member'] == 0
 
 
 def test_matches_are_the_nearest_decoders(folder, entries):
@@ -110,7 +140,7 @@ def test_equal_indexes_give_equal_bytes(folder, entries, tmp_path):
 def test_a_folder_that_holds_other_things_is_left_alone(entries, tmp_path):
   (tmp_path / 'mine').mkdir()
   (tmp_path / 'mine' / 'notes').write_text('keep')
-  with pytest.raises(ValueError, match='holds no pages'):
+  with pytest.raises(ValueError, match='not a folder of pages'):
     pages.write(tmp_path / 'mine', entries, pieces)
   assert (tmp_path / 'mine' / 'notes').read_text() == 'keep'
 
@@ -141,7 +171,7 @@ def test_searching_opening_hovering_and_keys(page, entries, folder):
     for w in pages.words(entries[0].index, fired)
     if pieces([w])[0] not in HOSTILE
   )
-  page.check('input[type=checkbox]')
+  page.get_by_label('with dead and dense').check()
   page.fill('input[type=search]', pieces([word])[0].replace('\u2581', ' '))
   links = page.locator('tbody a').all_text_contents()
   assert f'#{fired}' in links and len(links) < 80
@@ -153,11 +183,9 @@ def test_searching_opening_hovering_and_keys(page, entries, folder):
   peak.hover()
   assert page.locator('.tip').is_visible()
   record = data(folder, f'm0/c{fired // pages.CHUNK}')[fired % pages.CHUNK]
-  most = np.frombuffer(base64.b64decode(record['top'][0]['values']), '<f2')
+  _, _, values = examples(record)[0]
   said = float(page.text_content('.tip').rpartition('  ')[2])
-  assert said == pytest.approx(
-    float(most[record['top'][0]['peak']] * record['max']), rel=5e-3
-  )
+  assert said == pytest.approx(values[len(values) // 2], rel=5e-3)
   assert json.loads(page.text_content('.tip').rpartition('  ')[0]) is not None
   page.keyboard.press('j')
   page.wait_for_timeout(100)
@@ -167,6 +195,94 @@ def test_searching_opening_hovering_and_keys(page, entries, folder):
   assert page.url.endswith('#/s/0')
   page.keyboard.press('/')
   assert page.evaluate('document.activeElement.type') == 'search'
+
+
+def test_the_is_one_question_with_and_without_its_space(page, entries):
+  """Matches are marked; an exact piece is asked for by its own box."""
+  go(page, '#/s/0')
+  page.get_by_label('with dead and dense').check()
+  fired = int(np.argmax(entries[0].index.top_FE[:, 0]))
+  word = next(
+    w
+    for w in pages.words(entries[0].index, fired)
+    if pieces([w])[0] not in HOSTILE
+  )
+  bare = pieces([word])[0].replace('\u2581', '')
+
+  def found(query, exact=False):
+    page.fill('input[type=search]', query)
+    page.get_by_label('exact piece').set_checked(exact)
+    return page.locator('tbody td:first-child a').all_text_contents()
+
+  assert f'#{fired}' in found(bare) and found(bare) == found(' ' + bare)
+  assert bare in page.locator('mark').all_text_contents()
+  assert found(' ' + bare, exact=True) and not found(bare, exact=True)
+  page.get_by_label('exact piece').uncheck()
+
+
+def test_lists_sort_keep_their_place_and_the_theme_is_kept(page, entries):
+  go(page, '#/s/0')
+  page.fill('input[type=search]', '')
+  page.get_by_label('with dead and dense').check()
+  page.get_by_role('button', name='feature').click()
+  numbers = [
+    int(t[1:])
+    for t in page.locator('tbody td:first-child a').all_text_contents()
+  ]
+  assert numbers == sorted(numbers) and len(numbers) == 80
+  page.evaluate('scrollTo(0, 700)')
+  page.locator('tbody td:first-child a').nth(40).click()
+  page.wait_for_selector('.tokens, .warn')
+  page.go_back()
+  page.wait_for_selector('tbody td:first-child a')
+  page.wait_for_function('scrollY > 600')
+  before = page.evaluate('document.documentElement.dataset.theme')
+  page.keyboard.press('t')
+  page.reload()
+  page.wait_for_selector('main h1')
+  assert page.evaluate('document.documentElement.dataset.theme') != before
+  page.keyboard.press('t')
+
+
+def test_pieces_keep_their_case_and_bytes_are_decoded(page):
+  go(page, '#/s/0/f/3')
+  shown = page.evaluate(
+    "decoded(['<0xE2>', '<0x82>', '<0xAC>', 'The', '<0xE2>', '<0x41>'])"
+  )
+  assert shown == ['\u20ac', '', '', 'The', '<0xE2>', '<0x41>']
+  transforms = page.evaluate(
+    "[...document.querySelectorAll('*')]"
+    '.map((e) => getComputedStyle(e).textTransform)'
+  )
+  assert set(transforms) == {'none'}
+  assert 'null' not in page.text_content('main').split()
+
+
+def test_dead_features_say_so(page, entries):
+  dead = int(np.argmin(entries[0].index.fired_F))
+  if entries[0].index.fired_F[dead]:
+    pytest.skip('every feature of this SAE fires')
+  go(page, f'#/s/0/f/{dead}')
+  page.wait_for_selector('.warn:has-text("dead")')
+  titles = page.locator('main h2').all_text_contents()
+  assert not any('Largest activations' in title for title in titles)
+
+
+def test_help_explains_the_terms(page):
+  go(page, '#/')
+  page.keyboard.press('?')
+  assert 'Jaccard' in page.text_content('dialog')
+  page.keyboard.press('Escape')
+  assert not page.evaluate("document.querySelector('dialog').open")
+
+
+@pytest.mark.parametrize('theme', ['light', 'dark'])
+def test_accessibility(page, theme):
+  for route in ('#/', '#/s/0', '#/s/0/f/3', '#/c/0/1'):
+    go(page, route)
+    page.evaluate(f"paint('{theme}')")
+    page.wait_for_timeout(200)
+    assert not audit(page), route
 
 
 def test_comparing_two(page):

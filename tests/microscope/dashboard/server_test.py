@@ -13,7 +13,7 @@ import pytest
 
 from gemma_scope import sites
 from gemma_scope.language_model import weights
-from gemma_scope.microscope.circuits import readout
+from gemma_scope.microscope.circuits import effects, readout
 from gemma_scope.microscope.dashboard import api, pages
 from gemma_scope.microscope.dashboard import server as server_lib
 from gemma_scope.microscope.index import build
@@ -56,7 +56,9 @@ def asked():
     pages.Entry(s.path, s.index, None, p['W_dec'])
     for s, (p, _) in zip(shown, members, strict=True)
   ]
-  return api.Questions(*model, tokenizer, shown), entries, tokenizer
+  questions = api.Questions(*model, tokenizer, shown)
+  questions.warm_lengths = ()
+  return questions, entries, tokenizer
 
 
 @pytest.fixture(scope='module')
@@ -235,6 +237,50 @@ def test_steering_is_of_a_seed(server):
   assert one['steered']['kl'] > 0
 
 
+def test_warming_up_compiles_what_is_asked_later(asked, server):
+  questions = asked[0]
+  questions.warm_lengths = (64,)
+  try:
+    while True:
+      status, state = answer(server, 'warm', member=1)
+      assert status == 200
+      if state['done'] == state['total'] > 1:
+        break
+      time.sleep(0.2)
+  finally:
+    questions.warm_lengths = ()
+  programs = effects._effects._cache_size()
+  text = 'import os\n' * 12
+  change = {'feature': 3, 'kind': 'ablate', 'strength': 1}
+  assert 32 < len(asked[2].encode(text)) < 64
+  for name in ('read', 'change', 'why'):
+    status, _ = answer(
+      server, name, member=1, text=text, changes=[change], change=change
+    )
+    assert status == 200
+  assert effects._effects._cache_size() == programs
+
+
+def test_pieces_are_completed(server, asked):
+  _, found = answer(server, 'complete', text=' ret')
+  assert '\u2581return' in found['pieces'] and len(found['pieces']) <= 12
+  assert all(p.startswith('\u2581ret') for p in found['pieces'])
+  assert answer(server, 'complete', text='')[1] == {'pieces': []}
+
+
+def test_equal_tokens_are_refused(server):
+  for name in ('why', 'change'):
+    status, found = answer(
+      server, name, member=0, text=TEXT, logit=['self', 'self'], changes=[]
+    )
+    assert status == 400 and 'the same' in found['error']
+
+
+def test_ids_from_outside_are_not_taken(server):
+  status, found = answer(server, 'read', member=0, ids=[10**9])
+  assert status == 400 and 'has a "text"' in found['error']
+
+
 def test_causes(server):
   status, found = answer(server, 'why', member=0, text=TEXT)
   assert status == 200 and found['verdict'] and len(found['logit']) == 2
@@ -266,7 +312,7 @@ def test_a_reader_steers_and_asks_why(page):
   page.evaluate("location.hash = '#/live/0'")
   page.wait_for_selector('textarea')
   page.fill('textarea', TEXT)
-  page.get_by_role('button', name='Read').click()
+  page.get_by_role('button', name='Read', exact=True).click()
   page.wait_for_selector('#text .token:nth-child(12)')
   assert '<script>' in page.text_content('#text')
   assert page.locator('#text script').count() == 0
@@ -296,6 +342,31 @@ def test_a_reader_steers_and_asks_why(page):
   assert not wrong, wrong  # Chromium says so of an answer that refuses
 
 
+def test_a_click_pins_a_token(page):
+  """Another token that is pointed at does not take its place."""
+  page.evaluate("location.hash = '#/live/0'")
+  page.wait_for_selector('#text .token:nth-child(9)')
+  page.locator('#text .token').nth(8).click()
+  pinned = page.text_content('#token h2')
+  assert 'pinned' in pinned
+  page.locator('#text .token').nth(4).hover()
+  assert page.text_content('#token h2') == pinned
+  page.locator('#token tr').first.hover()  # it can be reached
+  assert page.text_content('#token h2') == pinned
+  page.locator('#text .token').nth(8).click()
+  page.locator('#text .token').nth(4).hover()
+  assert 'pinned' not in page.text_content('#token h2')
+  assert not browser.audit(page)
+
+
+def test_a_server_that_has_ended_is_named(page):
+  page.route('**/api/*', lambda route: route.abort())
+  page.get_by_role('button', name='Read', exact=True).click()
+  page.wait_for_selector('.warn:has-text("The server has ended")')
+  page.unroute('**/api/*')
+  page.said.clear()
+
+
 def test_a_bad_address_spoils_nothing(page):
   for route in ('#/live/0/f/99999', '#/live/0/f/x'):
     page.evaluate(f"location.hash = '{route}'")
@@ -308,9 +379,9 @@ def test_the_last_question_is_the_one_shown(page):
   page.evaluate("location.hash = '#/live/0'")
   page.wait_for_selector('#text .token:nth-child(3)')
   page.fill('textarea', 'import os ' * 200)
-  page.get_by_role('button', name='Read').click()
+  page.get_by_role('button', name='Read', exact=True).click()
   page.fill('textarea', 'self')
-  page.get_by_role('button', name='Read').click()
+  page.get_by_role('button', name='Read', exact=True).click()
   page.wait_for_selector('#text:has-text("self")')
   page.wait_for_timeout(1500)
   assert 'import' not in page.text_content('#text')

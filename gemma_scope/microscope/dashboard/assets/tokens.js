@@ -1,68 +1,119 @@
 'use strict';
-// Elements are made here alone. Text goes in as text: nothing is ever parsed.
-function h(tag, attributes, ...children) {
-  const svg = ['svg', 'g', 'path', 'rect', 'circle', 'line', 'text', 'title'];
-  const node = svg.includes(tag) && (attributes || {}).svg !== false
-    ? document.createElementNS('http://www.w3.org/2000/svg', tag)
-    : document.createElement(tag);
-  for (const [key, value] of Object.entries(attributes || {})) {
-    if (key === 'svg' || value === undefined || value === null) continue;
-    if (key.startsWith('on')) node.addEventListener(key.slice(2), value);
-    else if (key === 'style') Object.assign(node.style, value);
-    else node.setAttribute(key, value);
-  }
-  for (const child of children.flat(Infinity)) {
-    if (child === null || child === undefined || child === false) continue;
-    node.append(child.nodeType ? child : document.createTextNode(child));
-  }
-  return node;
+// Tokens for reading: spaces, line breaks and bytes made visible.
+
+const BYTE = /^<0x([0-9A-F]{2})>$/;
+const HIDDEN =
+  /[\u0000-\u0008\u000b-\u001f\u007f\u2028\u2029\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]/g;
+
+function codePoint(character) {
+  const code = character.codePointAt(0).toString(16).toUpperCase();
+  return '\u27e8U+' + code.padStart(4, '0') + '\u27e9';
 }
 
-// A piece as a reader wants it: spaces, line breaks and bytes made visible.
+// A piece of the vocabulary as text; case is never changed.
 function shown(piece) {
-  const byte = /^<0x([0-9A-F]{2})>$/.exec(piece);
+  const byte = BYTE.exec(piece);
   if (byte && byte[1] === '0A') return '\u21b5';
-  return piece.replace(/\u2581/g, ' ').replace(/\n/g, '\u21b5')
+  return piece
+    .replace(/\u2581/g, ' ')
+    .replace(/\n/g, '\u21b5')
     .replace(/\t/g, '\u21e5')
-    .replace(/[\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]/g,
-      (c) => '\u27e8U+' + c.codePointAt(0).toString(16).toUpperCase() + '\u27e9');
+    .replace(HIDDEN, codePoint);
 }
 
-// A piece of spaces alone, where nothing stands around it.
+// A piece alone: its leading spaces are marked.
 function named(piece) {
-  const text = shown(piece), blank = /^ +$/.test(text);
-  return blank ? '\u2423' + (text.length > 1 ? '\u00d7' + text.length : '') : text;
+  const text = shown(piece);
+  const spaces = /^ +/.exec(text);
+  if (!spaces) return text;
+  const count = spaces[0].length;
+  const mark = '\u2423' + (count > 1 ? '\u00d7' + count : '');
+  return mark + text.slice(count);
 }
 
-function number(value, digits = 3) {
-  if (value === null || value === undefined || Number.isNaN(value)) return '\u2013';
-  if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(1);
-  return Math.abs(value) >= 1000 ? Math.round(value).toLocaleString('en')
-    : Number(value.toPrecision(digits)).toString();
+// Pieces as text, where runs of bytes that are valid UTF-8 are decoded: the
+// character stands at the first byte and the others are empty.
+function decoded(pieces) {
+  const texts = pieces.map(shown);
+  const decoder = new TextDecoder('utf-8', { fatal: true });
+  for (let first = 0; first < pieces.length;) {
+    let end = first;
+    while (end < pieces.length && BYTE.test(pieces[end])) end += 1;
+    if (end > first) decodeRun(pieces, texts, first, end, decoder);
+    first = Math.max(end, first + 1);
+  }
+  return texts;
 }
 
-const tip = h('div', { class: 'tip', hidden: '', role: 'status' });
-function hint(node, text) {
-  node.addEventListener('pointerenter', () => {
-    tip.textContent = text;
-    tip.hidden = false;
-    const box = node.getBoundingClientRect();
-    tip.style.left = Math.min(box.left, innerWidth - tip.offsetWidth - 8) + 'px';
-    tip.style.top = Math.max(box.top - tip.offsetHeight - 4, 4) + 'px';
-  });
-  node.addEventListener('pointerleave', () => { tip.hidden = true; });
-  return node;
+function decodeRun(pieces, texts, first, end, decoder) {
+  const bytes = pieces
+    .slice(first, end)
+    .map((p) => parseInt(BYTE.exec(p)[1], 16));
+  for (let i = 0; i < bytes.length;) {
+    const size = bytes[i] >= 240 ? 4 : bytes[i] >= 224 ? 3 : 2;
+    const part = bytes.slice(i, i + size);
+    const text = bytes[i] < 194 || part.length < size ? '' : tryDecode(part);
+    if (text) {
+      texts[first + i] = shown(text);
+      for (let k = 1; k < size; k += 1) texts[first + i + k] = '';
+    }
+    i += text ? size : 1;
+  }
+
+  function tryDecode(part) {
+    try {
+      return decoder.decode(Uint8Array.from(part));
+    } catch {
+      return '';
+    }
+  }
 }
 
-// Tokens with a latent's values as shading, each value on hover.
+function heat(strength, hue = 'heat') {
+  if (!(strength > 0)) return {};
+  const alpha = (0.1 + 0.4 * Math.min(strength, 1)).toFixed(2);
+  return { backgroundColor: `rgba(var(--${hue}), ${alpha})` };
+}
+
+function said(piece, text) {
+  const own = JSON.stringify(shown(piece));
+  return BYTE.test(piece) && text !== shown(piece) ? `${own} (byte)` : own;
+}
+
+// Tokens with a value each, shaded as a share of `most`; values on hover.
 function tokens(pieces, values, most, peak) {
+  const texts = decoded(pieces);
   return pieces.map((piece, i) => {
-    const strength = most > 0 ? Math.min(values[i] / most, 1) : 0;
-    const node = h('span', {
-      class: 'token' + (i === peak ? ' peak' : ''),
-      style: strength > 0
-        ? { backgroundColor: `rgba(var(--heat), ${(0.1 + 0.6 * strength).toFixed(2)})` } : {},
-    }, shown(piece));
-    return hint(node, JSON.stringify(shown(piece)) + '  ' + number(values[i]));
+    const node = h(
+      'span',
+      {
+        class: 'token' + (i === peak ? ' peak' : ''),
+        style: most > 0 ? heat(values[i] / most) : {},
+      },
+      texts[i],
+    );
+    if (BYTE.test(piece)) node.classList.add('byte');
+    return hint(node, said(piece, texts[i]) + '  ' + number(values[i]));
   });
+}
+
+// `text` with every occurrence of `query` marked, whatever its case.
+function marked(text, query) {
+  const low = text.toLowerCase();
+  if (!query || low.length !== text.length) return text;
+  const parts = [];
+  let start = 0;
+  for (;;) {
+    const at = low.indexOf(query, start);
+    if (at < 0) break;
+    const end = at + query.length;
+    parts.push(text.slice(start, at), h('mark', {}, text.slice(at, end)));
+    start = end;
+  }
+  return [...parts, text.slice(start)];
+}
+
+function chipOf(piece, title, query = '') {
+  const node = h('span', { class: 'chip' }, marked(named(piece), query));
+  return title ? hint(node, title) : node;
 }

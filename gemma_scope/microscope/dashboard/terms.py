@@ -1,0 +1,71 @@
+"""The terms of the pages' help, each in a sentence or two.
+
+docs/concepts.md has them with their formulas and sources.
+"""
+
+TERMS = (
+  (
+    'SAE',
+    'A sparse autoencoder: it writes an activation of the language model as a '
+    'sum of a few features out of many.',
+  ),
+  (
+    'site',
+    'Where an activation is read: resid_post is the residual stream after a '
+    'block, attn_out and mlp_out what its two halves compute.',
+  ),
+  (
+    'feature',
+    'One of the directions of an SAE, also called latent. Its activation on a '
+    'token is 0, or says how strongly it fires there.',
+  ),
+  ('L0', 'The number of features that fire on a token, on average.'),
+  ('density', 'The share of tokens on which a feature fires.'),
+  (
+    'FVU',
+    'Fraction of variance unexplained: the squared error of the '
+    "reconstruction over the activation's variance.",
+  ),
+  (
+    'delta loss',
+    "How much the language model's loss grows, in nats a token, when the "
+    "SAE's reconstruction takes the activation's place.",
+  ),
+  (
+    'control',
+    'The same measurement where nothing was learned: a random SAE of the same '
+    'shape and sparsity, shuffled decoders, or vectors of the same norm.',
+  ),
+  ('dead', 'A feature that never fired on this text.'),
+  ('dense', 'A feature that fires on more than 10 % of tokens.'),
+  (
+    'raises, lowers',
+    "The tokens whose logits a feature's decoder moves most, read directly "
+    'through the unembedding (logit lens).',
+  ),
+  (
+    'label',
+    'What a feature seems to stand for, by a rule or a language model, from '
+    'half of its examples. The score is its balanced accuracy on the others.',
+  ),
+  (
+    'Jaccard',
+    'Of two features: the tokens on which both fire over those on which '
+    'either does.',
+  ),
+  (
+    'ablate, add, set to, project out',
+    "Changes inside the model: a feature's activation becomes 0, is raised, "
+    'is fixed, or its direction is removed.',
+  ),
+  (
+    'KL',
+    "How far the model's prediction moves, in nats: Kullback-Leibler "
+    'divergence from the unchanged model.',
+  ),
+  (
+    'outlier tokens',
+    'Tokens whose activation is many times longer than any other. Nearly every '
+    'feature fires on them, so they are left out and listed apart.',
+  ),
+)

@@ -85,7 +85,7 @@ def spread(store, seq_len: int, count: int, keep, eos_id: int) -> Text:
   at = np.unique(np.linspace(0, len(rows) - 1, count).astype(int))
   sequences_NT = np.stack([rows[i] for i in at])
   about = {
-    'name': store.manifest['source'],
+    'name': files.shortened(store.manifest['source']),
     'sha256': store.manifest['sha256']['train'],
     'split': 'train',
   }

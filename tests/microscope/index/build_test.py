@@ -16,7 +16,7 @@ from gemma_scope import mesh as mesh_lib
 from gemma_scope.language_model import weights
 from gemma_scope.microscope.dashboard import neuronpedia
 from gemma_scope.microscope.index import build, logit_lens, statistics, store
-from gemma_scope.text import sequences
+from gemma_scope.text import prepare, sequences, tokenizers
 from tests.helpers.random_saes import D, F, N, T, member
 
 FIELDS = [name for name in store._FIELDS]
@@ -412,3 +412,18 @@ def test_memory_is_what_is_kept():
   arrays = one.arrays()
   kept = sum(a.nbytes for name, a in arrays.items() if 'pairs' not in name)
   assert statistics.memory(64) == pytest.approx(kept, rel=0.02)
+
+
+def test_the_corpus_of_an_index_names_no_folder_of_this_machine(tmp_path):
+  folder = tmp_path / 'home-of-me'
+  folder.mkdir()
+  for i in range(300):
+    (folder / f'{i}.txt').write_text(f'text number {i}')
+  tokenizer = tokenizers.Tokenizer(str(weights.TINY / 'tokenizer.model'))
+  token_store = prepare.prepare(
+    f'files:{folder}/*.txt', tokenizer, tmp_path / 'store'
+  )
+  keep = lambda tokens_NT: tokens_NT > 3
+  text = build.spread(token_store, 9, 5, keep, tokenizer.eos_id)
+  assert text.about['name'].startswith('files:*.txt (')
+  assert 'home-of-me' not in str(text.about)

@@ -30,10 +30,10 @@ on this model (docs/gemma3_270m.md has the measurements):
                   several minutes)
 
 Cost by arithmetic, not measured, as in configs/suites.py, for a chip of 200
-TFLOP/s (assumed: about an H100 or a TPU v5p). short: 450 steps of 512 rows
-are 1.2e14 FLOPs in dense steps, a second of such a chip and 10 minutes of two
-CPU cores of 200 GFLOP/s together. full: 1e20 FLOPs for 4e9 rows, and the model's own pass 2 * 1e8
-parameters * 4e9 tokens = 8e17, another hour.
+TFLOP/s (assumed: about an H100 or a TPU v5p). short: 450 steps of 512 rows are
+1.2e14 FLOPs in dense steps, a second of such a chip and 10 minutes of two CPU
+cores of 100 GFLOP/s each. full: 1e20 FLOPs for 4e9 rows, and the model's own
+pass 2 * 1e8 parameters * 4e9 tokens = 8e17, another hour.
 """
 
 from ml_collections import ConfigDict

@@ -2,6 +2,8 @@
 
 Reading order; a module imports only from those above it:
 
+  arguments     what callers pass to a forward pass, checked
+  attention     causal attention in blocks of queries
   hooks         taps and edits of one forward pass
   gemma         the model: forward(tokens, taps, edits), loss, KV cache
   hugging_face  shape from a Hugging Face config.json

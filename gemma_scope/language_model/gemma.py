@@ -37,7 +37,7 @@ import optax
 from flax import traverse_util
 
 from gemma_scope import sites
-from gemma_scope.language_model import hooks
+from gemma_scope.language_model import arguments, hooks
 
 Params = dict[str, Any]
 Edit = hooks.Edit
@@ -110,7 +110,7 @@ SIZES = {
 
 class Output(NamedTuple):
   logits_BTV: jax.Array | None
-  taps: dict[sites.Site, jax.Array]  # each [B, T, D of the site]
+  taps: dict[sites.Site | str, jax.Array]  # each [B, T, D of the site]
 
 
 @contextlib.contextmanager
@@ -253,8 +253,8 @@ class Gemma:
     params: Params,
     tokens_BT: jax.Array,
     *,
-    taps: Collection[sites.Site] = (),
-    edits: Mapping[sites.Site, Edit] | None = None,
+    taps: Collection[sites.Site | str] = (),
+    edits: Mapping[sites.Site | str, Edit] | None = None,
     logits: bool = True,
     positions_BT: jax.Array | None = None,
     mask_BTT: jax.Array | None = None,
@@ -264,8 +264,10 @@ class Gemma:
 
     Args:
       params: the tree of `param_shapes`; its dtype is the compute dtype.
-      tokens_BT: int32; 0 is padding and is never attended to.
-      taps: sites to return, each as [B, T, D] in the compute dtype.
+      tokens_BT: integers, as an array or nested lists; 0 is padding and is
+        never attended to.
+      taps: sites to return, each as [B, T, D] in the compute dtype; a `Site`
+        or its text, such as 'resid_post/2'.
       edits: site -> function from [B, T, D] to the same shape; a tap of an
         edited site returns the edited value.
       logits: False stops after the last tapped layer and forms no logits.
@@ -274,21 +276,30 @@ class Gemma:
       frozen: no gradient through norms' denominators and attention's weights.
 
     Returns:
-      `Output`; logits are float32.
+      `Output`; logits are float32, taps have the keys that were given.
 
     Raises:
-      ValueError: a tap or an edit at a site that this model does not have.
+      ValueError, TypeError: a site that this model does not have, tokens,
+        parameters or an edited value of another shape.
     """
-    visits = hooks.Hooks(self.config, taps, edits or {}, frozen)
-    depth = self.config.num_layers
+    c, causal, wanted = self.config, mask_BTT is None, arguments.taps(taps)
+    edits = arguments.edits(edits)
+    visits = hooks.Hooks(c, wanted.values(), edits, frozen, causal)
+    depth = c.num_layers
     if not logits:
       depth = 1 + max((site.layer for site in visits.taps), default=-1)
+    tokens_BT = arguments.tokens(tokens_BT, c.vocab_size)
+    arguments.params(params, self.param_shapes, depth, logits)
+    arguments.shape('positions_BT', positions_BT, tokens_BT.shape)
+    both = (*tokens_BT.shape, tokens_BT.shape[1])
+    arguments.shape('mask_BTT', mask_BTT, both)
     with nn.intercept_methods(visits.intercept):
       logits_BTV = self._model.apply(
           {'params': params}, tokens_BT, positions_BT, mask_BTT, depth, logits,
           self._pin, method=_walk,
       )  # fmt: skip
-    return Output(logits_BTV, visits.values)
+    values = {given: visits.values[site] for given, site in wanted.items()}
+    return Output(logits_BTV, values)
 
   def empty_cache(self, batch: int, length: int) -> Cache:
     """Room for the keys and values of `length` tokens in each of B rows.
@@ -313,7 +324,7 @@ class Gemma:
     *,
     positions_BT: jax.Array,
     mask_BTC: jax.Array,
-    edits: Mapping[sites.Site, Edit] | None = None,
+    edits: Mapping[sites.Site | str, Edit] | None = None,
   ) -> tuple[jax.Array, Cache]:
     """The next T tokens of every row, written to the cache's next T slots.
 
@@ -327,7 +338,7 @@ class Gemma:
     Returns:
       Logits [B, V] of the last token, float32, and the new cache.
     """
-    visits = hooks.Hooks(self.config, (), edits or {})
+    visits = hooks.Hooks(self.config, (), arguments.edits(edits))
     with nn.intercept_methods(visits.intercept):
       return self._model.apply(
           {'params': params}, cache, tokens_BT, positions_BT, mask_BTC,
@@ -336,6 +347,7 @@ class Gemma:
 
   def unembed(self, params: Params, x_BTD: jax.Array) -> jax.Array:
     """Final norm, tied unembedding and soft-cap: x_BTD -> float32 logits."""
+    arguments.shape('x_BTD', x_BTD, (*x_BTD.shape[:-1], self.config.d_model))
     visits = hooks.Hooks(self.config, (), {})
     with nn.intercept_methods(visits.intercept):
       return self._model.apply({'params': params}, x_BTD, method=_unembed)

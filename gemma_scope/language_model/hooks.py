@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_scope import sites
+from gemma_scope.language_model import attention
 
 Edit = Callable[[jax.Array], jax.Array]
 
@@ -38,6 +39,12 @@ _SCORE_INPUTS = ('q_einsum', 'kv_einsum', 'qkv_einsum')
 class Hooks:
   """Taps and edits of one trace; made for one forward pass and then dropped.
 
+  Args:
+    config: of the model.
+    taps, edits: sites to record, and functions that replace a value.
+    frozen: no gradient through norms' denominators and attention's weights.
+    causal: no token attends to a later one, so that those scores are left out.
+
   Raises:
     ValueError: a site that this model does not have, or may only be read.
   """
@@ -48,8 +55,9 @@ class Hooks:
     taps: Collection[sites.Site],
     edits: Mapping[sites.Site, Edit],
     frozen: bool = False,
+    causal: bool = False,
   ):
-    self.frozen = frozen
+    self.frozen, self.causal = frozen, causal
     self.taps = frozenset(taps)
     self.edits = dict(edits)
     self.values: dict[sites.Site, jax.Array] = {}
@@ -67,10 +75,12 @@ class Hooks:
     x_BTD = x.reshape(*x.shape[:2], -1)
     if site in self.edits:
       edited = self.edits[site](x_BTD)
-      if edited.shape != x_BTD.shape:
+      if jnp.shape(edited) != x_BTD.shape:
         raise ValueError(
-          f'The edit at {site} returned {edited.shape} for {x_BTD.shape}.'
+          f'The edit at {site} must return the shape {list(x_BTD.shape)} that '
+          f'it was given; it returned {_described(edited)}.'
         )
+      edited = jnp.asarray(edited)
       x_BTD = edited.astype(x.dtype)
     if site in self.taps:
       self.values[site] = x_BTD
@@ -96,6 +106,10 @@ class Hooks:
       if module.weight_name == 'linear':
         args = (args[0], self._visit(layer, 'mlp_hidden', args[1]))
       return call(*args, **kwargs)
+    if path == ('attn',) and args[2] is None:  # x, positions, cache, mask
+      return None, attention.attention(
+        module, args[0], args[1], args[3], self.causal
+      )
     before, after = _SITES_OF.get(path, (None, None))
     if _is_norm(module):
       x = self._visit(layer, before, args[0])
@@ -128,6 +142,10 @@ class Hooks:
     x = visit_ungained(x)
     gain = 1 + module.get_variable('params', 'scale').astype(jnp.float32)
     return (x * gain).astype(dtype)
+
+
+def _described(value) -> str:
+  return 'None' if value is None else str(list(jnp.shape(value)))
 
 
 def _is_norm(module) -> bool:

@@ -260,7 +260,8 @@ def test_refusals():
   with pytest.raises(ValueError, match='can be read but not edited'):
     forward(edits={sites.Site(0, 'resid_mid'): lambda x: x})
   with pytest.raises(
-    ValueError, match=r'returned \(2, 8, 3\) for \(2, 8, 16\)'
+    ValueError,
+    match=r'shape \[2, 8, 16\] that it was given; it returned \[2, 8, 3\]',
   ):
     forward(edits={sites.Site(0, 'mlp_out'): lambda x: x[..., :3]})
   with pytest.raises(ValueError, match='no site kind'):

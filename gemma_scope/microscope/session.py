@@ -267,6 +267,12 @@ class Session:
     Returns:
       The path of the first page.
     """
+    devices = self.mesh.shape['data']
+    if batch % devices:
+      raise ValueError(
+        f'--batch={batch} sequences cannot be split evenly over the {devices} '
+        "devices of the mesh's data axis."
+      )
     text = self.text(sequences)
     rows = [(one.load(), one.card) for one in self.saes]
     state = build_lib.State(

@@ -245,6 +245,7 @@ def test_what_is_missing_is_said(workdir, said, tmp_path):
     ('explain', {'sae': SAE, 'endpoint': 'http://127.0.0.1:1'}, '--labeller='),
     ('explain', {'sae': SAE, 'labeller': 'x'}, 'goes with --endpoint='),
     ('boil', {}, "There is no 'boil'"),
+    ('build', {'batch': 31}, 'over the 8 devices'),
   ]
   for name, options, expected in cases:
     with pytest.raises(ValueError, match=expected):

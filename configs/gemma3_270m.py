@@ -79,11 +79,11 @@ def short() -> ConfigDict:
   train.dead_after = 50_000
   train.active_limit = 256  # a denser row makes a step dense, and slow
   train.initial_l0 = 128.0  # many latents fire at first, and few die
-  train.l0_steps = 240
+  train.l0_steps = 300
   train.meet_l0 = True
   config.checkpoint.every = 64
   config.metrics.every = 4
-  config.evaluation.sequences = 32
+  config.evaluation.sequences = 16
   config.evaluation.batch = 8
   return config
 

@@ -23,7 +23,7 @@ on this model (docs/gemma3_270m.md has the measurements):
   max_norm        one row in a thousand is 5 to 13 medians long, above 4 none is
                   ordinary; together they carry half of the variance
   BatchTopK       meets its L0 in every batch; L0 falls from 128 to its target
-                  over the first half, so that few latents die
+                  over two thirds of the run, so that fewer latents die
   b2 = 0.99       the second moment forgets the first, large gradients
   meet_l0         thresholds are set to meet the target L0 at the end
                   (train.refit_decoders=True lowers FVU by another 4 %, in

@@ -1,10 +1,8 @@
-"""What a collection says of itself: the one table and the model card.
+"""The model card of a release.
 
-A row is `(card, metrics)`: the card that a trained SAE carries and what
-`evaluate` measured, or None. The table is one function with two faces, plain
-text for a terminal and Markdown for the model card, so that the two can never
-disagree. Every figure stands beside those of untrained dictionaries of the
-same L0.
+A row is `(card, metrics)`: an SAE's config.json and what `evaluate` measured,
+or None. The table of the model card is that of the terminal (`table`); next to
+every metric are those of untrained dictionaries of the same L0.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Parameters and card <-> a folder that others can use.
+"""Writes and reads releases: folders of SAEs that other tools can use.
 
 The layout, keys, shapes and dtype are those of Gemma Scope 1
 (arXiv 2408.05147), one folder for each kind of site above it; transcoders,
-crosscoders and CLTs in folders of their own (`manifest`, `member`):
+crosscoders and CLTs in folders of their own (`paths`, `manifest`):
 
   release/
     README.md  frontier.png  manifest.json      sizes, SHA-256 of every file
@@ -12,15 +12,15 @@ crosscoders and CLTs in folders of their own (`manifest`, `member`):
       config.json   the card    metrics.json   what was measured
     transcoder/layer_12/width_16k/average_l0_71_affine/ ...
 
-What is released works on raw activations: `fold` moved the scales of training
-into the parameters. Three lines read one, with no JAX and no training code:
+Released SAEs act on raw activations: `fold` moves the normalisation of training
+into the parameters. Three lines read one, without JAX or training code:
 
   from gemma_scope import release
   params, card = release.load('release/resid_post/layer_12/.../average_l0_82')
   f = sae.encode(params, x)      # y_hat = sae.decode(params, f, x)
 
-Nothing read is trusted before it is checked: names, sizes, hashes, headers,
-shapes, then values. What fails is a `ReleaseError` of one sentence.
+Names, sizes, hashes, headers, shapes and values are checked, in this order,
+before they are used. What fails a check raises `ReleaseError`, one sentence.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SUMMARY = 'name type sites targets architecture width seed'.split()
 
 
 class ReleaseError(ValueError):
-  """A release that cannot be read or written; the text is one sentence."""
+  """A release cannot be read or written; the message is one sentence."""
 
 
 def save(
@@ -57,7 +57,7 @@ def save(
   license_name: str = 'apache-2.0',
   overwrite: bool = False,
 ) -> bool:
-  """Writes a release, whole or not at all.
+  """Writes a release, completely or not at all.
 
   Equal SAEs give equal files, byte for byte.
 
@@ -76,7 +76,8 @@ def save(
     this release, intact.
 
   Raises:
-    ReleaseError: unfit members, a folder that is taken, no room on the disk.
+    ReleaseError: an SAE that does not fit its card, a folder that holds
+      something else, a full disk.
   """
   target = pathlib.Path(os.path.realpath(folder))
   if not saes:
@@ -137,7 +138,7 @@ def load(
     and `sae.decode` for all types.
 
   Raises:
-    ReleaseError: anything that is not a whole, unchanged member.
+    ReleaseError: the folder is no complete, unchanged SAE.
   """
   try:
     return sae_folder.read(*_located(path), max_bytes)
@@ -168,15 +169,14 @@ def _located(path) -> tuple[pathlib.Path, str | None, dict | None]:
   folder = pathlib.Path(os.path.abspath(path))
   if folder.suffix == '.npz':
     if folder.name != 'params.npz':
-      raise files.Refused(
-        f'{files.show(folder)} should be called params.npz, in its folder.'
-      )
+      raise files.Refused(f'{files.show(folder)} must be called params.npz.')
     folder = folder.parent
   inside = paths_lib.locate(folder)
   if not inside:
     if folder.is_symlink():
       raise files.Refused(
-        f'{files.show(folder)} is a symbolic link; give the folder itself.'
+        f'{files.show(folder)} is a symbolic link; give the path of the folder '
+        'itself.'
       )
     return folder, None, None
   root, name = inside
@@ -193,7 +193,7 @@ def _located(path) -> tuple[pathlib.Path, str | None, dict | None]:
 
 
 def load_all(root: str | os.PathLike[str]) -> list[Released]:
-  """Lists a release: cards and metrics, checked; parameters not yet read.
+  """Opens all SAEs of a release: reads cards and metrics, no parameters.
 
   Returns:
     SAEs by site, width and L0; `sae.load()` reads the parameters of one.
@@ -214,7 +214,7 @@ def load_all(root: str | os.PathLike[str]) -> list[Released]:
         metrics = manifest.read_json(path, listed[path.name])
         if not isinstance(metrics, dict):
           raise files.Refused(
-            f'{files.show(folder)} has metrics of no known form.'
+            f'{files.show(folder)} has a metrics.json that is no JSON object.'
           )
       read = functools.partial(_params, folder)
       saes.append(Released(card, read, metrics, entry['path'], folder))
@@ -287,28 +287,33 @@ def _build(root: pathlib.Path, ready, paths, title, license_name):
 def _may_replace(
   target: pathlib.Path, partial: pathlib.Path, overwrite: bool
 ) -> bool:
-  """False: target already is this release. Raises where it must stay."""
+  """Whether to replace the target; False if it is this release already.
+
+  Raises:
+    ReleaseError: the target holds something that must not be replaced.
+  """
   where = files.show(target)
   if not os.path.lexists(target):
     return True
   if not target.is_dir():
-    raise ReleaseError(f'{where} is a file; a release is a folder.')
+    raise ReleaseError(f'{where} is a file; a release needs a folder.')
   if not any(target.iterdir()):
     return True
   try:
     old = manifest.read(target)
   except files.Refused as error:
     raise ReleaseError(
-      f'{where} is not empty and not a release that can be read ({error}) '
-      'It is left as it is; choose another folder or remove it.'
+      f'{where} is not empty, and holds no release that can be read ({error}) '
+      'It was not changed; choose another folder or delete this one.'
     ) from None
   known = {target / name for name in (manifest.NAME, *manifest.listed(old))}
   for path, _, names in os.walk(target):
     for name in names:
       if pathlib.Path(path, name) not in known:
         raise ReleaseError(
-          f'{files.show(pathlib.Path(path, name))} is no part of the release '
-          'it lies in and would be lost; move it, or choose another folder.'
+          f'{files.show(pathlib.Path(path, name))} does not belong to the '
+          'release in this folder and would be lost; move it, or choose '
+          'another folder.'
         )
   if old == manifest.read(partial):
     try:
@@ -316,11 +321,13 @@ def _may_replace(
       return False
     except ReleaseError as error:
       if not overwrite:
-        raise ReleaseError(f'{error} Ask to overwrite, to mend it.') from None
+        raise ReleaseError(
+          f'{error} Pass --overwrite to write it again.'
+        ) from None
   elif not overwrite:
     raise ReleaseError(
-      f'{where} holds a different release; ask to overwrite it, or choose '
-      'another folder.'
+      f'{where} holds a different release; pass --overwrite to replace it, or '
+      'choose another folder.'
     )
   return True
 
@@ -331,6 +338,7 @@ def _check_room(folder: pathlib.Path, ready):
   free = shutil.disk_usage(folder).free
   if free < needed:
     raise ReleaseError(
-      f'The release needs {needed:,} bytes and {files.show(folder)} has '
-      f'{free:,} free; make room or choose another disk.'
+      f'The release needs {needed:,} bytes, and the disk of '
+      f'{files.show(folder)} has {free:,} free; free some space or choose '
+      'another disk.'
     )

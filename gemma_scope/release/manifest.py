@@ -1,4 +1,4 @@
-"""A release's manifest: every file's size and SHA-256, and the checks.
+"""The manifest of a release: size and SHA-256 of every file, and the checks.
 
 manifest.json is
 
@@ -9,17 +9,17 @@ manifest.json is
    "files": {"README.md": {"bytes": n, "sha256": hex}, ...},
    "digest": SHA-256 of all the above as canonical JSON}
 
-so one flipped bit anywhere, in the manifest too, is found. A member's path is
+so that a flipped bit is found anywhere, in the manifest too. An SAE's path is
 
   kind of site/layer_12/width_16k/average_l0_82           an SAE
   transcoder/layer_12/width_16k/average_l0_82_affine      with an affine skip
   crosscoder/layer_7_13_17_22/width_65k/average_l0_50
   clt/layer_0_to_25/width_262k/average_l0_50              many layers in a row
 
-followed by _ARCHITECTURE in a release of several. Names are matched
-against what a release can hold, never cleaned: '..', absolute paths, control
-characters and links have no way in. JSON is capped in size before it is
-parsed. All failures are `files.Refused`, one sentence each.
+followed by _ARCHITECTURE in a release of several architectures. A name must
+match the pattern of names in a release, which has no '..', absolute path or
+control character; links are refused. The size of JSON is limited before it is
+parsed. A failed check raises `files.Refused`, one sentence.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def public(card: dict) -> dict:
 
 
 def plain(value: Any) -> Any:
-  """The same value in JSON's own types; numbers not finite become None."""
+  """The value in JSON's types; numbers that are not finite become None."""
   if isinstance(value, Mapping):
     return {str(key): plain(item) for key, item in value.items()}
   if isinstance(value, list | tuple | np.ndarray):
@@ -80,18 +80,18 @@ def plain(value: Any) -> Any:
   if value is None or isinstance(value, bool | int | float | str):
     return value
   raise files.Refused(
-    'A card and metrics hold numbers, words, lists and dicts only; found '
+    'Cards and metrics may hold numbers, strings, lists and dicts; found '
     f'{files.show(type(value).__name__)}.'
   )
 
 
 def write_json(path: str | os.PathLike[str], value: Any):
-  """Writes JSON as `read_json` reads it: sorted, no larger than its cap."""
+  """Writes JSON with sorted keys, no larger than `read_json` accepts."""
   text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + '\n'
   if len(text) > _JSON_BYTES:
     raise files.Refused(
-      f'{files.show(path)} would have {len(text):,} bytes, and {_JSON_BYTES:,} '
-      'are the most that is read back; write a smaller release.'
+      f'{files.show(path)} would have {len(text):,} bytes, more than the '
+      f'{_JSON_BYTES:,} that are read back; put fewer SAEs into a release.'
     )
   files.write_text(path, text)
 
@@ -102,12 +102,12 @@ def describe(path: str | os.PathLike[str]) -> dict:
 
 
 def seal(manifest: dict) -> dict:
-  """The manifest with its own digest."""
+  """Adds the manifest's own digest."""
   return manifest | {'digest': _digest(manifest)}
 
 
 def listed(manifest: dict) -> dict[str, dict]:
-  """Every file of the release but the manifest, by its path below the root."""
+  """All files of the release but the manifest: path below the root -> entry."""
   entries = dict(manifest['files'])
   for member in manifest['members']:
     for name, expected in member['files'].items():
@@ -116,7 +116,7 @@ def listed(manifest: dict) -> dict[str, dict]:
 
 
 def read(root: pathlib.Path) -> dict:
-  """Reads and checks manifest.json; every name in it is then safe to join."""
+  """Reads and checks manifest.json; its names are then safe to join."""
   path = root / NAME
   found = read_json(path)
   where = files.show(path)
@@ -131,18 +131,18 @@ def read(root: pathlib.Path) -> dict:
     )
   members, at_root = found.get('members'), found.get('files')
   if not isinstance(members, list) or not isinstance(at_root, dict):
-    raise files.Refused(f'{where} lacks its lists of members and files.')
-  # Names before the digest: who writes a hostile name can write a digest.
+    raise files.Refused(f'{where} lacks its lists of SAEs and files.')
+  # Names before the digest: an attacker can write a valid digest.
   seen = set()
   for member in members:
     name = member.get('path') if isinstance(member, dict) else None
     if not isinstance(name, str) or not paths_lib.MEMBER.fullmatch(name):
       raise files.Refused(
-        f'{where} names a member {files.show(name)}; expected '
+        f'{where} names an SAE {files.show(name)}; expected '
         'kind/layer_L/width_W/average_l0_N.'
       )
     if name in seen:
-      raise files.Refused(f'{where} names the member {name} twice.')
+      raise files.Refused(f'{where} names the SAE {name} twice.')
     seen.add(name)
     _check_names(where, member.get('files'), MEMBER_FILES, 2)
   _check_names(where, at_root, ROOT_FILES, 0)
@@ -159,7 +159,7 @@ def read(root: pathlib.Path) -> dict:
 
 
 def read_json(path: pathlib.Path, expected: dict | None = None) -> Any:
-  """Reads a small JSON file; `expected`: {'bytes', 'sha256'} where known."""
+  """Reads a small JSON file; `expected` is its {'bytes', 'sha256'} if known."""
   try:
     with files.open_plain(path, _JSON_BYTES) as (file, _):
       data = file.readall()
@@ -177,7 +177,7 @@ def read_json(path: pathlib.Path, expected: dict | None = None) -> Any:
 
 
 def check_file(path: pathlib.Path, expected: dict) -> int:
-  """Compares a file with its entry, hashing it; returns its bytes."""
+  """Checks a file's size and hash; returns its size."""
   try:
     with files.open_plain(path, _ANY_BYTES) as (file, size):
       if size != expected['bytes']:
@@ -191,21 +191,21 @@ def check_file(path: pathlib.Path, expected: dict) -> int:
 
 
 def refuse_links(root: pathlib.Path, name: str):
-  """Raises where a folder on the way from `root` to `name` is a link."""
+  """Raises `files.Refused` if a folder between `root` and `name` is a link."""
   path = root
   for part in name.split('/'):
     path = path / part
     if path.is_symlink():
       raise files.Refused(
-        f'{files.show(path)} is a symbolic link; a release holds plain files '
-        'and folders only.'
+        f'{files.show(path)} is a symbolic link; a release may hold only files '
+        'and folders.'
       )
 
 
 def _check_names(where, entries, allowed, needed: int):
-  """`entries` is {allowed name: {'bytes', 'sha256'}}, the first ones needed."""
+  """Checks {name: {'bytes', 'sha256'}}; the first `needed` names must exist."""
   if not isinstance(entries, dict):
-    raise files.Refused(f'{where} has a member with no list of files.')
+    raise files.Refused(f'{where} has an SAE without a list of files.')
   for name, entry in entries.items():
     if name not in allowed:
       raise files.Refused(
@@ -221,13 +221,13 @@ def _check_names(where, entries, allowed, needed: int):
       raise files.Refused(f'{where} gives no size and SHA-256 for {name}.')
   missing = [name for name in allowed[:needed] if name not in entries]
   if missing:
-    raise files.Refused(f'{where} has a member without {", ".join(missing)}.')
+    raise files.Refused(f'{where} has an SAE without {", ".join(missing)}.')
 
 
 def _compare(path: pathlib.Path, found: dict, expected: dict):
   if found['bytes'] != expected['bytes']:
     raise files.Refused(
-      f'{files.show(path)} has {found["bytes"]:,} bytes and its manifest says '
+      f'{files.show(path)} has {found["bytes"]:,} bytes, and its manifest says '
       f'{expected["bytes"]:,}; fetch or write it again.'
     )
   if found['sha256'] != expected['sha256']:

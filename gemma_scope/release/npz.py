@@ -1,18 +1,17 @@
-"""float32 arrays <-> one .npz file: written the same every time, read warily.
+"""Writes and reads float32 arrays in an .npz file, deterministic and checked.
 
 An npz is a zip of .npy files. `write` fixes everything that could differ
 between two writings of the same arrays (order, time stamps, attributes), so
 equal arrays give equal bytes and equal hashes.
 
-`read` trusts nothing that it has not checked, in this order, each step
-costing little memory until the last:
+`read` checks in this order; no step but the last needs much memory:
 
-  a plain file, not a link or a pipe, under the size cap
+  a plain file, not a link or a pipe, below the size limit
   -> a zip directory of at most `len(required) + len(optional)` entries
   -> only the known names, each once, stored and not compressed
   -> each header: little-endian float32, and the shape it declares fills its
      entry to the byte (so a declared size can never pass the file's own)
-  -> the caller's word on the shapes -> the SHA-256 where one is known
+  -> the caller's check of the shapes -> the SHA-256 if one is known
   -> the data, with the zip's CRC -> every value finite
 
 Nothing here can run code from the file: numpy parses a header as a literal,
@@ -42,7 +41,7 @@ _BLOCK_BYTES = 1 << 22
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]):
-  """Writes float32 arrays, stored, in the order given; whole or not at all."""
+  """Writes float32 arrays, uncompressed, in the order given."""
   with files.whole_file(path) as file:
     with zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as archive:
       for name, array in arrays.items():
@@ -80,7 +79,7 @@ def read(
   max_bytes: int,
   sha256: str | None = None,
 ) -> dict[str, np.ndarray]:
-  """Reads an npz of float32 arrays, refusing all else before loading it.
+  """Reads an npz of float32 arrays; all else is refused before it is loaded.
 
   Args:
     path: the file.
@@ -142,7 +141,7 @@ def _opened(path, required, optional, max_bytes):
 
 
 class _Bounded(io.RawIOBase):
-  """A file that refuses one large read: zipfile takes a directory at a gulp."""
+  """Refuses a large read: zipfile reads a whole directory at once."""
 
   def __init__(self, file: BinaryIO):
     super().__init__()
@@ -166,14 +165,14 @@ class _Bounded(io.RawIOBase):
       size = self._file.seek(0, os.SEEK_END) - here
       self._file.seek(here)
     if size > _BLOCK_BYTES:
-      raise files.Refused(f'asks for {size:,} bytes of directory at once')
+      raise files.Refused(f'has a zip directory of {size:,} bytes')
     return self._file.read(size)
 
 
 def _entries(
   file: BinaryIO, size: int, known: Mapping[str, str]
 ) -> dict[str, zipfile.ZipInfo]:
-  """Array name -> its entry, from a directory that holds known names only."""
+  """Reads the zip directory: array name -> entry; other names are refused."""
   file.seek(0)
   if file.read(4) != b'PK\x03\x04':
     raise files.Refused('is not an npz file (it does not begin as a zip does)')
@@ -185,7 +184,8 @@ def _entries(
     name = known.get(info.filename.lower())
     if name is None:
       raise files.Refused(
-        f'holds {files.show(info.filename)}, which no SAE has; expected '
+        f'holds {files.show(info.filename)}, which is no parameter of an SAE; '
+        f'expected '
         f'{", ".join(known.values())} only'
       )
     if name in entries:
@@ -197,21 +197,21 @@ def _entries(
       or info.compress_size != info.file_size
     ):
       raise files.Refused(
-        f'holds {name} compressed ({info.compress_size:,} bytes that claim '
-        f'to be {info.file_size:,}); write it with np.savez, which stores'
+        f'holds {name} compressed ({info.compress_size:,} bytes for '
+        f'{info.file_size:,}); write it with np.savez, which does not compress'
       )
     entries[name] = info
   spare = size - sum(info.file_size for info in infos)
   if not 0 <= spare <= _DIRECTORY_BYTES:
     raise files.Refused(
-      f'has {size:,} bytes, {spare:,} more than its arrays; expected the '
-      'arrays and nothing else'
+      f'has {size:,} bytes, {spare:,} more than its arrays; expected '
+      'only the arrays'
     )
   return entries
 
 
 class _Directory(_Bounded):
-  """The same file while zipfile reads the directory: 64 kB in all."""
+  """Limits what zipfile may read of the directory in total."""
 
   _left = 4 * _DIRECTORY_BYTES
 
@@ -219,7 +219,7 @@ class _Directory(_Bounded):
     data = super().read(size)
     self._left -= len(data)
     if self._left < 0:
-      raise files.Refused('has a zip directory far larger than an SAE needs')
+      raise files.Refused('has a zip directory much larger than an SAE needs')
     return data
 
 

@@ -29,7 +29,7 @@ def folder(
 
 
 def paths(rows: Sequence[table.Row]) -> list[str]:
-  """A folder for each member; equal names get the seed, or else a number."""
+  """A folder for each SAE; equal names get the seed, else a number."""
   found = []
   several = len({card.get('architecture') for card, _ in rows}) > 1
   for card, metrics in rows:
@@ -59,7 +59,7 @@ def paths(rows: Sequence[table.Row]) -> list[str]:
 
 
 def locate(folder: pathlib.Path) -> tuple[pathlib.Path, str] | None:
-  """(release, member's path in it) where the folder's name has that form."""
+  """(release, path in it) if the folder's path has the form of an SAE's."""
   if len(folder.parts) < 5:
     return None
   name = '/'.join(folder.parts[-4:])

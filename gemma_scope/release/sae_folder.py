@@ -1,13 +1,13 @@
-"""One member's folder: params.npz and its card, checked against each other.
+"""The folder of one SAE: params.npz and its card, held to each other.
 
-The keys are Gemma Scope 1's, all float32, with a leading axis of L layers and F
-latents in each for crosscoders and cross-layer transcoders:
+The keys are those of Gemma Scope 1, all float32. Crosscoders and cross-layer
+transcoders have a leading axis of L layers, and F latents in each:
 
   W_enc  [d_in, F]   b_enc [F]        W_enc  [L, d_in, F]      b_enc [L, F]
   W_dec  [F, d_out]  b_dec [d_out]    W_dec  [L, F, L, d_out]  b_dec [L, d_out]
   threshold [F]                       threshold [L, F]
-  W_skip [d_in, d_out], or [L, d_in, d_out]   where there is an affine skip
-  k []                                how many latents a TopK keeps a token
+  W_skip [d_in, d_out], or [L, d_in, d_out]   if there is an affine skip
+  k []                                latents that a TopK keeps on each token
 
 A latent writes to no layer before its own, so W_dec[l, :, m] is zero for m < l.
 The card (config.json) says type, sites, targets, d_in, d_out and width; it
@@ -36,7 +36,7 @@ _ZIP_BYTES = 1 << 14  # directory and headers of a params.npz, with room
 
 
 def digest(params: Mapping[str, np.ndarray]) -> str:
-  """SHA-256 of the parameters: the same numbers, whatever file they are in."""
+  """SHA-256 of the parameters' values, independent of the file format."""
   found = hashlib.sha256()
   for name in sorted(params):
     array = np.ascontiguousarray(params[name], np.float32)
@@ -46,9 +46,9 @@ def digest(params: Mapping[str, np.ndarray]) -> str:
 
 
 def fit(params: Mapping[str, np.ndarray], card: object) -> Params:
-  """Returns the parameters, in the file's order, if `read` would take them."""
+  """Checks parameters as `read` does; returns them in the file's order."""
   place = check_card(card, 'the card', None)
-  what = f'The member {files.show(card.get("name", place))}'
+  what = f'The SAE {files.show(card.get("name", place))}'
   names = [key for key in (*KEYS, *OPTIONAL_KEYS) if key in params]
   if set(params) - set(names) or set(KEYS) - set(params):
     raise files.Refused(
@@ -102,7 +102,7 @@ def read(
     max_bytes: the largest params.npz to accept, whatever the card says.
 
   Raises:
-    files.Refused: anything that is not a whole, unchanged member.
+    files.Refused: the folder is no complete, unchanged SAE.
   """
   card = read_card(folder, name, listed)
   if card is not None:
@@ -132,7 +132,7 @@ def read(
 
 
 def sizes_of(shapes: npz.Shapes) -> dict:
-  """What a card says of sizes, from the shapes of parameters."""
+  """The sizes of a card, from the shapes of parameters."""
   check_shapes(shapes, None)
   sizes = {
     'd_in': shapes['W_enc'][-2],
@@ -145,7 +145,7 @@ def sizes_of(shapes: npz.Shapes) -> dict:
 def check_card(
   card: object, path: str | os.PathLike[str], name: str | None
 ) -> sites.Wiring:
-  """Sizes are whole numbers; place and width agree with the folder's name.
+  """Checks sizes, sites, and that they agree with the folder's name.
 
   Args:
     card: what was read.
@@ -166,22 +166,23 @@ def check_card(
     place = sites.wiring_of(card)
   except ValueError as error:
     raise files.Refused(
-      f'{where} does not say what it reads and writes: {str(error)[:300]}'
+      f'{where} does not name the sites of an SAE: {str(error)[:300]}'
     ) from None
   layers = len(place.sites)
   if card['width'] % layers:
     raise files.Refused(
-      f'{where} has width = {card["width"]}, which {layers} layers cannot '
-      'share evenly.'
+      f'{where} has width = {card["width"]}, which is no '
+      f'multiple of its {layers} layers.'
     )
   if place.sites == place.targets and card['d_in'] != card['d_out']:
     raise files.Refused(
       f'{where} has d_in = {card["d_in"]} and d_out = {card["d_out"]}, and '
-      f'a member of type {place.type} writes what it reads.'
+      f'a {place.type} writes what it reads.'
     )
   if type(card.get('affine', False)) is not bool:
     raise files.Refused(
-      f'{where} has an affine that is neither true nor false.'
+      f'{where} has affine = {files.show(card["affine"])}; expected true or '
+      'false.'
     )
   if name is not None:
     found = paths.MEMBER.fullmatch(name)
@@ -199,7 +200,7 @@ def check_card(
 
 
 def _shapes(card: dict, layers: int) -> npz.Shapes:
-  """Shapes for a card's sizes; `layers` is 0 where there is no such axis."""
+  """Shapes for the card's sizes; `layers` is 0 if there is no layer axis."""
   d_in, d_out = card['d_in'], card['d_out']
   lead, width = (layers,) * bool(layers), card['width'] // (layers or 1)
   return {
@@ -233,7 +234,7 @@ def nbytes(card: dict, affine: bool | None = None) -> int:
 
 
 def check_shapes(shapes: npz.Shapes, card: dict | None):
-  """Shapes are those of the card, or else agree among themselves."""
+  """Checks shapes against the card, or without a card against each other."""
   if card is None:
     W_enc, b_dec = shapes['W_enc'], shapes['b_dec']
     if len(W_enc) not in (2, 3) or len(b_dec) != len(W_enc) - 1:
@@ -263,7 +264,7 @@ def check_shapes(shapes: npz.Shapes, card: dict | None):
 
 
 def _check_values(params: Mapping[str, np.ndarray], card: dict):
-  """What the shapes do not say: thresholds, zeros of W_dec, k."""
+  """Checks thresholds, zeros of W_dec, and k."""
   if params['threshold'].min() < 0:
     raise files.Refused('holds thresholds below 0')
   W_dec = params['W_dec']

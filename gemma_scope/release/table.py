@@ -25,7 +25,7 @@ TYPE_NAMES = {
 
 
 def value(metric: object) -> float | None:
-  """Measured figure ({'value', 'low', 'high', ...} or number) -> float."""
+  """A metric, {'value', 'low', 'high', ...} or a number, as a float."""
   number = metric.get('value') if isinstance(metric, dict) else metric
   if isinstance(number, bool) or not isinstance(number, int | float):
     return None
@@ -71,7 +71,7 @@ def architecture(card: dict) -> str:
 
 
 def sparsity(card: dict) -> str:
-  """What the member was asked for: 'L0 50', 'lambda 0.0006' or 'l1 4'."""
+  """The sparsity setting: 'L0 50', 'lambda 0.0006' or 'l1 4'."""
   setting = card.get('sparsity')
   if not isinstance(setting, dict) or not setting:
     return '-'
@@ -84,7 +84,7 @@ def sparsity(card: dict) -> str:
 def table(
   rows: Sequence[Row], *, markdown: bool = False, columns: int = 100
 ) -> str:
-  """One line per member, by place, width and L0, the control beside.
+  """One line for each SAE, by site, width and L0, next to its control.
 
   Args:
     rows: (card, metrics) pairs; metrics None shows dashes.
@@ -131,7 +131,7 @@ def note(rows: Sequence[Row]) -> str:
 
 
 def _cells(rows: Sequence[Row], *, intervals: bool) -> list[list[str]]:
-  """Header and body of the table; a column that says nothing is left out."""
+  """Header and body of the table, without columns that say nothing."""
   lines = [_line(*row, intervals) for row in rows]
 
   def differs(key):
@@ -184,7 +184,7 @@ def _figure(metric: object, digits: int, intervals: bool) -> str:
   if intervals and isinstance(metric, dict):
     low, high = value(metric.get('low')), value(metric.get('high'))
     if low is not None and high is not None:
-      # The wider side, so that ± never says less than was found.
+      # The wider side, so that ± never understates the interval.
       shown += f' ±{max(high - number, number - low):.{digits}f}'
   return shown
 

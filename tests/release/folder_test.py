@@ -265,7 +265,7 @@ def test_a_damaged_release_is_mended_when_asked(tmp_path):
       lambda p, c: c.update(sites=['../../etc']),
       'which is no site|written kind',
     ),
-    (lambda p, c: c.update(text=object()), 'numbers, words'),
+    (lambda p, c: c.update(text=object()), 'numbers, strings'),
   ],
 )
 def test_unfit_members_are_not_released(tmp_path, change, words):
@@ -409,7 +409,7 @@ HOSTILE = {
   ),
   'newline and nul': (
     lambda p: _rewrite(p, lambda e: e.update({'a\nb\x1b.npy': b'x'})),
-    'which no SAE has',
+    'which is no parameter',
   ),
   'both cases': (lambda p: _savez(p, w_enc=_params()['W_enc']), 'twice'),
   '4 TiB header': (_tebibytes, 'declares W_enc'),
@@ -575,7 +575,7 @@ def test_hostile_names_in_a_manifest_are_refused(folder, name):
   _edit(root, lambda found: found['members'][0].update(path=name))
   for read in (release.load_all, release.verify):
     start = time.perf_counter()
-    with pytest.raises(release.ReleaseError, match='names a member') as caught:
+    with pytest.raises(release.ReleaseError, match='names an SAE') as caught:
       read(root)
     assert time.perf_counter() - start < 1
     text = str(caught.value)
@@ -592,11 +592,11 @@ def test_hostile_names_in_a_manifest_are_refused(folder, name):
       'lists the file',
     ),
     (lambda m: m['members'][0]['files'].pop('params.npz'), 'without params'),
-    (lambda m: m['members'][0].pop('files'), 'no list of files'),
+    (lambda m: m['members'][0].pop('files'), 'without a list of files'),
     (lambda m: m['files']['README.md'].update(sha256='0'), 'no size and SHA'),
     (lambda m: m['files']['README.md'].update(bytes='1'), 'no size and SHA'),
     (lambda m: m['members'].append(m['members'][0]), 'twice'),
-    (lambda m: m['members'].append([]), 'names a member'),
+    (lambda m: m['members'].append([]), 'names an SAE'),
     (lambda m: m.update(version=1), 'version'),
     (lambda m: m.update(format='other'), 'not the manifest'),
     (lambda m: m.update(members={}), 'lacks its lists'),
@@ -694,7 +694,7 @@ def test_missing_things_are_named(tmp_path):
     release.load(tmp_path / 'nowhere')
   with pytest.raises(release.ReleaseError, match=r'manifest\.json.*not exist'):
     release.load_all(tmp_path)
-  with pytest.raises(release.ReleaseError, match='should be called'):
+  with pytest.raises(release.ReleaseError, match='must be called'):
     release.load(tmp_path / 'weights.npz')
   with pytest.raises(release.ReleaseError, match='cannot be opened'):
     release.load('a\0b')

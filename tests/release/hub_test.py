@@ -337,7 +337,7 @@ def test_the_command_lists_and_converts(tmp_path):
   assert done.returncode == 0, done.stderr
   assert 'blocks.3.hook_resid_post/width_32/average_l0_10' in done.stdout
   done = run(f'--release={out}', '--push=me/saes')
-  assert done.returncode == 0 and 'would send' in done.stdout
+  assert done.returncode == 0 and 'would upload' in done.stdout
   done = run('--list=google/gemma-scope-2b-pt-res')
   assert done.returncode == 1
   assert len(done.stderr.strip().splitlines()) == 1

@@ -171,7 +171,7 @@ def writes_back(params, card):
       lambda p, c: p.update({k: v[:2] for k, v in p.items()}),
       'L = 3 and F = 12',
     ),
-    (CROSSCODER, lambda p, c: c.update(width=37), 'cannot share evenly'),
+    (CROSSCODER, lambda p, c: c.update(width=37), 'no multiple of its 3 layers'),
     (CROSSCODER, lambda p, c: c.update(type='sae'), 'reads one site'),
     (CROSSCODER, lambda p, c: c.update(type='wide'), 'There is no type'),
     (CROSSCODER, lambda p, c: c.pop('type'), 'There is no type'),
@@ -192,7 +192,7 @@ def writes_back(params, card):
       'in each layer; found mlp_in/2 and mlp_out/3',
     ),
     (TRANSCODER, lambda p, c: c.update(affine=True), 'has no W_skip'),
-    (TRANSCODER, lambda p, c: c.update(affine=1), 'neither true nor false'),
+    (TRANSCODER, lambda p, c: c.update(affine=1), 'expected true or false'),
     (
       TRANSCODER,
       lambda p, c: p.update(W_skip=np.zeros((OUT, D), np.float32)),

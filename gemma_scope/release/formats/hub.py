@@ -1,9 +1,9 @@
-"""Files of a Hugging Face repository: listed, chosen, fetched, kept, sent.
+"""Files of a Hugging Face repository: listed, fetched, uploaded.
 
-Names are looked up in the repository's own list, never built, and only plain
-ones are fetched. What was fetched stays in huggingface_hub's cache (HF_HOME);
-a cut-off download goes on where it stopped. HF_TOKEN is read by huggingface_hub
-alone and never shown. All files of an SAE are of one commit.
+Only names in the repository's own list are fetched, and only plain ones.
+Downloads stay in huggingface_hub's cache (HF_HOME) and resume where they were
+cut off. HF_TOKEN is read by huggingface_hub alone and never shown. All files of
+an SAE are of one commit.
 """
 
 from __future__ import annotations
@@ -104,13 +104,13 @@ def push(
 ) -> None:
   """Uploads a folder's files, a commit for each folder in it, its card last.
 
-  What the repository has already is not sent again: the same call continues
-  one that was cut off. The token is huggingface_hub's own business.
+  Files that the repository has already are not uploaded again, so that the
+  same call continues one that was cut off.
 
   Args:
     folder: a release, or what `export.write` wrote.
     repository: `owner/name`; made, private, where it is not there.
-    really: else only says what would be sent.
+    really: if False, only reports what would be uploaded.
     report: takes a line of text.
 
   Raises:
@@ -120,12 +120,14 @@ def push(
   if inside:
     raise files.Refused(f'{files.show(repository)} is not owner/name.')
   if not folder.is_dir():
-    raise files.Refused(f'{files.show(folder)} is no folder.')
+    raise files.Refused(f'There is no folder {files.show(folder)}.')
   names = []
   for path in sorted(folder.rglob('*')):
     name = path.relative_to(folder).as_posix()
     if path.is_symlink() or not _is_plain(name):
-      raise files.Refused(f'{files.show(path)} is a link or has an odd name.')
+      raise files.Refused(
+        f'{files.show(path)} is a link or has a name that the hub refuses.'
+      )
     if path.is_file():
       names.append(name)
   parts = sorted({name.rpartition('/')[0] for name in names}, reverse=True)
@@ -135,7 +137,7 @@ def push(
   for part in parts:  # '' comes last
     of_part = [n for n in names if n.rpartition('/')[0] == part]
     size = sum((folder / name).stat().st_size for name in of_part)
-    done = 'sent' if really else 'would send'
+    done = 'uploaded' if really else 'would upload'
     if really:
       _retried(
         repository,
@@ -154,8 +156,8 @@ def _parts(path: str) -> tuple[str, str]:
   names = path.rstrip('/').split('/')
   if len(names) < 2 or not all(map(_PLAIN.fullmatch, names)):
     raise files.Refused(
-      f'{files.show(path)} is no folder here, and no repository on the hub: '
-      'those are owner/name, and then a path in it.'
+      f'There is no folder {files.show(path)}, and a path on the hub looks '
+      'like OWNER/NAME/FOLDER.'
     )
   return '/'.join(names[:2]), '/'.join(names[2:])
 
@@ -185,7 +187,7 @@ def _client():
 
 
 def _retried(repository: str, function, *arguments, **named):
-  """What may fail on the way is tried three times; then one sentence."""
+  """Tries a call three times; then raises `files.Refused` with advice."""
   for left in reversed(range(_TRIES)):
     try:
       return function(*arguments, **named)

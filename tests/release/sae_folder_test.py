@@ -171,7 +171,11 @@ def writes_back(params, card):
       lambda p, c: p.update({k: v[:2] for k, v in p.items()}),
       'L = 3 and F = 12',
     ),
-    (CROSSCODER, lambda p, c: c.update(width=37), 'no multiple of its 3 layers'),
+    (
+      CROSSCODER,
+      lambda p, c: c.update(width=37),
+      'no multiple of its 3 layers',
+    ),
     (CROSSCODER, lambda p, c: c.update(type='sae'), 'reads one site'),
     (CROSSCODER, lambda p, c: c.update(type='wide'), 'There is no type'),
     (CROSSCODER, lambda p, c: c.pop('type'), 'There is no type'),

@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -52,7 +51,6 @@ from gemma_scope.release import sae_folder
 from gemma_scope.sae import released
 
 _SAMPLE_BYTES = 2**31  # activations of the sample in memory at once
-_RESIDENT_BYTES = 2**32  # SAEs that together are smaller stay on the devices
 _DECODER_BYTES = 2**32  # least-squares decoders of all SAEs together
 
 
@@ -191,17 +189,14 @@ def _members(config: lm.Config, given, mesh: Mesh | None) -> list[Replacement]:
     if count > 1:
       raise ValueError(f'{count} of the SAEs are named {name}.')
   loaded = [(sae.name, sae.load(), sae.card) for sae in given]
-  size = sum(sum(a.nbytes for a in arrays.values()) for _, arrays, _ in loaded)
+  loads = released.on_demand([arrays for _, arrays, _ in loaded], mesh)
   saes = []
-  for name, arrays, card in loaded:
+  for (name, arrays, card), load in zip(loaded, loads, strict=True):
     wiring = _fitting_wiring(config, name, arrays, card)
     for key, array in arrays.items():
       if not np.isfinite(np.asarray(array)).all():
         raise ValueError(f'{name} has NaN or infinity in {key}.')
-    put = functools.partial(released.put, arrays, mesh)
-    if size <= _RESIDENT_BYTES:
-      put = functools.cache(put)
-    saes.append(Replacement(wiring, name, put))
+    saes.append(Replacement(wiring, name, load))
   return saes
 
 

@@ -294,8 +294,12 @@ class _Reader:
         for site in (*wiring.sites, *bounds)
       )
     )
+    arrays = [params for params, _ in members]
     self._encoders = [
-      encode.Encoder(released.put(params, how.mesh)) for params, _ in members
+      encode.Encoder(load, params['b_enc'].size)
+      for load, params in zip(
+        released.on_demand(arrays, how.mesh), arrays, strict=True
+      )
     ]
 
   def __call__(self, at: np.ndarray) -> Iterator[tuple[Firings, Outliers]]:

@@ -7,6 +7,7 @@ Encoder        the latents that fire on each of the others
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -29,19 +30,24 @@ def outlier_norms(rows, bounds, keep_BT):
 
 
 class Encoder:
-  """Encodes a batch with one SAE: K activations a token, more when needed."""
+  """Encodes a batch with one SAE: K activations a token, more when needed.
 
-  def __init__(self, params):
-    self._params, self._room = params, 64
-    self._width = params['b_enc'].size
+  Args:
+    load: returns the SAE's parameters, on the devices.
+    width: how many latents it has.
+  """
+
+  def __init__(self, load: Callable[[], Mapping[str, jax.Array]], width: int):
+    self._load, self._width, self._room = load, width, 64
 
   def __call__(
     self, x, keep_BT, norm_BT, sequences_B
   ) -> tuple[Firings, Outliers]:
+    params = self._load()
     while True:
       room = min(self._room, self._width)
       i_RK, f_RK, count_R, fired_F = map(
-        np.asarray, _encode(self._params, x, keep_BT, norm_BT > 0, room)
+        np.asarray, _encode(params, x, keep_BT, norm_BT > 0, room)
       )
       if count_R.max() <= room:
         break

@@ -104,6 +104,7 @@ OPTIONS = (
   text('model_id', '', "Neuronpedia's name of the language model."),
   text('title', 'gemma-scope', 'Name of the set of SAEs.'),
   text('creator', '', 'Who made the SAEs.'),
+  switch('json', False, 'Print JSON in place of a table.'),
 )
 # command -> what it does, and the flags that it reads.
 COMMANDS = {
@@ -130,7 +131,7 @@ COMMANDS = {
   ),
   'explain': (
     'Label features, and score the labels.',
-    ('sae', 'features', 'endpoint', 'labeller', 'most_questions'),
+    ('sae', 'features', 'endpoint', 'labeller', 'most_questions', 'json'),
   ),
   'suite': ('Run the SAEBench metrics.', ('sae',)),
   'export': (

@@ -31,6 +31,7 @@ from gemma_scope.microscope.dashboard import api, neuronpedia, server
 from gemma_scope.microscope.session import Session, spoken
 from gemma_scope.release import Released
 from gemma_scope.runtime import interrupt as interrupt_lib
+from gemma_scope.runtime import progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Options:
   model_id: str = ''
   title: str = 'gemma-scope'
   creator: str = ''
+  json: bool = False
 
 
 def build(session: Session, options: Options) -> None:
@@ -244,7 +246,10 @@ def label(session: Session, options: Options) -> None:
     raise ValueError('--labeller= goes with --endpoint=, or is "local".')
   found = labels.explain(one, features, session.tokenizer.pieces, model)
   path = session.keep_labels(sae, found)
-  session.report(json.dumps(labels.summary(found)))
+  if options.json:
+    session.report(json.dumps(labels.summary(found)))
+  else:
+    session.report(labels.table(found))
   session.report(f'written  {path}')
   pages(session, options)
 
@@ -282,14 +287,24 @@ def score(session: Session, options: Options) -> None:
 
 def export(session: Session, options: Options) -> None:
   """Writes Neuronpedia's bulk files from the indexes."""
+  naming = neuronpedia.Naming(
+    options.model_id or session.config.lm.name, options.title, options.creator
+  )
+  ids = {
+    sae.name: neuronpedia.source_id(session.index(sae), naming.release)
+    for sae in progress.track(session.saes, 'indexes')
+  }
+  neuronpedia.check_ids(ids)
   for sae in session.saes:
-    folder = session.out / 'neuronpedia' / sae.name
+    folder = session.out / 'neuronpedia' / ids[sae.name]
     count = neuronpedia.write(
-      folder, session.index(sae), session.tokenizer.pieces,
-      model=options.model_id or session.config.lm.name, name=options.title,
-      creator=options.creator, labels=session.labels(sae),
-    )  # fmt: skip
-    session.report(f'{folder}: {count:,} latents')
+      folder,
+      session.index(sae),
+      session.tokenizer.pieces,
+      naming,
+      session.labels(sae),
+    )
+    session.report(f'{folder}: {count:,} features')
 
 
 COMMANDS = {

@@ -31,6 +31,7 @@ from gemma_scope.microscope.autointerp import examples, llm
 from gemma_scope.microscope.index import store as index_lib
 
 _AT_ONCE = 5  # windows of one question
+DASH = '-'
 _SHOWN = 12  # windows that a model makes a label from
 
 
@@ -262,6 +263,36 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
   found['labelled'] = sum(r['label'] is not None for r in rows)
   found['low_score'] = sum(r.get('low_score', False) for r in rows)
   return found
+
+
+def table(rows: Sequence[dict[str, Any]], most: int = 40) -> str:
+  """Labels with their scores as lines of text, the best first, and the means.
+
+  A label is marked '?' where it is not shown to beat chance and another
+  feature's label.
+  """
+  value = lambda row, name: (row.get(name) or {}).get('value')
+  share = lambda v: f'{DASH:>6}' if v is None else f'{v:>6.0%}'
+  labelled = [row for row in rows if row['label'] is not None]
+  order = sorted(labelled, key=lambda row: -(value(row, 'detection') or 0))
+  lines = [f'{"feature":>8} {"score":>6} {"fuzz":>6} {"other":>6}   label']
+  for row in order[:most]:
+    scores = (
+      share(value(row, name)) for name in ('detection', 'fuzzing', 'shuffled')
+    )
+    mark = '?' if row.get('low_score') else ' '
+    text = ' '.join(row['label'].split())
+    lines.append(f'{row["feature"]:>8} {" ".join(scores)} {mark} {text[:70]}')
+  if len(order) > most:
+    lines.append(f'... and {len(order) - most:,} more')
+  total = summary(rows)
+  lines.append(
+    f'{total["labelled"]:,} of {total["features"]:,} features labelled; mean '
+    f"score {share(total['detection']).strip()}, with another feature's label "
+    f'{share(total["shuffled"]).strip()}; {total["low_score"]:,} not shown to '
+    'be better than chance or another label (?).'
+  )
+  return '\n'.join(lines)
 
 
 def write(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> None:

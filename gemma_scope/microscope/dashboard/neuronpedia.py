@@ -12,6 +12,7 @@ tokens and values. Source: Neuronpedia's database schema and its export format.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -24,6 +25,7 @@ import numpy as np
 
 from gemma_scope import files, sites
 from gemma_scope.microscope.index.store import Index
+from gemma_scope.runtime import progress
 
 _BATCH = 1024
 _KINDS = {
@@ -32,91 +34,141 @@ _KINDS = {
 }  # fmt: skip
 
 
-def source_id(index: Index, name: str) -> str:
-  """'12-gemmascope-res-16k' for layer 12, the set's name and 16k latents."""
+@dataclasses.dataclass(frozen=True)
+class Naming:
+  """How an export is named.
+
+  Attributes:
+    model: Neuronpedia's name of the model, such as 'gemma-2-2b'.
+    release: name of the set of SAEs: a-z, 0-9 and dashes.
+    creator: who made the SAEs.
+  """
+
+  model: str
+  release: str
+  creator: str = ''
+
+  def __post_init__(self):
+    if not re.fullmatch(r'[a-z0-9][a-z0-9-]{0,63}', self.release):
+      raise ValueError(
+        'The name of a release (--title) may have a-z, 0-9 and dashes; found '
+        f'{self.release!r}.'
+      )
+
+
+def source_id(index: Index, release: str) -> str:
+  """The id of an SAE: '12-gemmascope-res-16k-jumprelu-l0-33' at layer 12.
+
+  L0 is that on the index's text.
+  """
   card = index.meta['card']
-  place = sites.wiring_of(card)
-  kind = _KINDS.get(place.kind, place.kind)
+  wiring = sites.wiring_of(card)
+  kind = _KINDS.get(wiring.kind, wiring.kind).replace('_', '-')
   width = sites.width_name(card['width'])
-  return f'{place.sites[0].layer}-{name}-{kind}-{width}'
+  architecture = str(card.get('architecture', 'sae')).replace('_', '-')
+  l0 = round(float(index.density_F.sum()))
+  return (
+    f'{wiring.sites[0].layer}-{release}-{kind}-{width}-{architecture}-l0-{l0}'
+  )
+
+
+def check_ids(ids: Mapping[str, str]) -> None:
+  """ValueError where two SAEs (name -> id) would have the same id."""
+  owners: dict[str, str] = {}
+  for name, source in ids.items():
+    if source in owners:
+      raise ValueError(
+        f'{owners[source]} and {name} would both be {source!r} on Neuronpedia; '
+        'export them apart, with --release and another --title.'
+      )
+    owners[source] = name
 
 
 def write(
   folder: str | os.PathLike[str],
   index: Index,
   pieces: Callable[[Sequence[int]], list[str]],
-  *,
-  model: str,
-  name: str,
-  creator: str,
+  naming: Naming,
   labels: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> int:
-  """Writes one source.
+  """Writes one source, completely or not at all; replaces an older export.
 
   Args:
-    folder: made here; a folder that exists is replaced.
-    index: what to write.
+    folder: to write.
+    index: of the SAE.
     pieces: token ids -> their text.
-    model: Neuronpedia's name of the model, such as 'gemma-2-2b'.
-    name: of the release, letters, digits and dashes.
-    creator: who made the SAE.
+    naming: model, release and creator.
     labels: latent -> {'text', 'by'}.
 
   Returns:
     How many latents were written: those that fired.
-
-  Raises:
-    ValueError: a name that cannot be.
   """
-  if not re.fullmatch(r'[a-z0-9][a-z0-9-]{0,63}', name):
-    raise ValueError(
-      f'A release is named by a-z, 0-9 and dashes; found {name!r}.'
-    )
-  # A second export takes the place of the first.
   with files.whole_folder(folder, replace=True) as draft:
-    source = source_id(index, name)
-    source_set = source.partition('-')[2]
-    card, corpus = index.meta['card'], index.meta['corpus']
-    _lines(draft / 'release.jsonl.gz', [{'name': name, 'creatorName': creator}])
-    _lines(draft / 'model.jsonl.gz', [{'id': model}])
+    return _write(draft, index, pieces, naming, labels or {})
+
+
+def _write(folder: pathlib.Path, index, pieces, naming: Naming, labels) -> int:
+  source = source_id(index, naming.release)
+  common = {'modelId': naming.model, 'layer': source}
+  _write_about(folder, index, naming, source)
+  if labels:
+    (folder / 'explanations').mkdir()
     _lines(
-      draft / 'sourceset.jsonl.gz',
-      [{'modelId': model, 'name': source_set, 'releaseName': name,
-        'creatorName': creator, 'type': card['type']}],
-    )  # fmt: skip
+      folder / 'explanations/batch-0.jsonl.gz',
+      (
+        common
+        | {
+          'index': str(j),
+          'description': label['text'],
+          'explanationModelName': label['by'],
+          'typeName': 'gemma_scope',
+        }
+        for j, label in sorted(labels.items())
+      ),
+    )
+  fired = np.flatnonzero(index.fired_F)
+  for name in ('features', 'activations'):
+    (folder / name).mkdir()
+  starts = range(0, len(fired), _BATCH)
+  for batch, start in enumerate(progress.track(starts, f'export {source}')):
+    part = fired[start : start + _BATCH]
     _lines(
-      draft / 'source.jsonl.gz',
-      [{'id': source, 'modelId': model, 'setName': source_set,
-        'dataset': corpus.get('name', ''),
-        'num_prompts': index.meta['sequences'],
-        'num_tokens_in_prompt': int(index.sequences_NT.shape[1])}],
-    )  # fmt: skip
-    if labels:
-      (draft / 'explanations').mkdir()
-      _lines(
-        draft / 'explanations/batch-0.jsonl.gz',
-        (
-          {'modelId': model, 'layer': source, 'index': str(j),
-           'description': label['text'], 'explanationModelName': label['by'],
-           'typeName': 'gemma_scope'}
-          for j, label in sorted(labels.items())
-        ),
-      )  # fmt: skip
-    fired = np.flatnonzero(index.fired_F)
-    for batch, start in enumerate(range(0, len(fired), _BATCH)):
-      part = fired[start : start + _BATCH]
-      common = {'modelId': model, 'layer': source}
-      (draft / 'features').mkdir(exist_ok=True)
-      (draft / 'activations').mkdir(exist_ok=True)
-      _lines(
-        draft / f'features/batch-{batch}.jsonl.gz',
-        (common | _feature(index, j, pieces) for j in part),
-      )
-      _lines(
-        draft / f'activations/batch-{batch}.jsonl.gz',
-        (common | one for j in part for one in _examples(index, j, pieces)),
-      )
-    return len(fired)
+      folder / f'features/batch-{batch}.jsonl.gz',
+      (common | _feature(index, j, pieces) for j in part),
+    )
+    _lines(
+      folder / f'activations/batch-{batch}.jsonl.gz',
+      (common | one for j in part for one in _examples(index, j, pieces)),
+    )
+  return len(fired)
+
+
+def _write_about(folder, index: Index, naming: Naming, source: str) -> None:
+  """The release, the model, the set and the source."""
+  card, corpus = index.meta['card'], index.meta['corpus']
+  source_set = source.partition('-')[2]
+  by = {'creatorName': naming.creator}
+  rows = {
+    'release': {'name': naming.release, **by},
+    'model': {'id': naming.model},
+    'sourceset': {
+      'modelId': naming.model,
+      'name': source_set,
+      'releaseName': naming.release,
+      **by,
+      'type': card['type'],
+    },
+    'source': {
+      'id': source,
+      'modelId': naming.model,
+      'setName': source_set,
+      'dataset': corpus.get('name', ''),
+      'num_prompts': index.meta['sequences'],
+      'num_tokens_in_prompt': int(index.sequences_NT.shape[1]),
+    },
+  }
+  for name, row in rows.items():
+    _lines(folder / f'{name}.jsonl.gz', [row])
 
 
 def _feature(index: Index, j: int, pieces) -> dict[str, Any]:

@@ -232,7 +232,7 @@ def test_activations_beyond_float16_are_kept(model, text, tmp_path):
   assert not found.histogram_FH[:, -1].any()
   count = neuronpedia.write(
     tmp_path / 'out', found, lambda ids: [f't{i}' for i in ids],
-    model='m', name='mine', creator='us',
+    neuronpedia.Naming('m', 'mine'),
   )  # fmt: skip
   assert count
   with gzip.open(tmp_path / 'out/activations/batch-0.jsonl.gz', 'rt') as file:
@@ -376,9 +376,8 @@ def test_documents_are_those_of_the_stream(tmp_path):
 def test_neuronpedia_gets_a_line_a_feature_and_an_example(built, tmp_path):
   pieces = lambda ids: [f't{i}' for i in ids]
   one = built[0]
-  count = neuronpedia.write(
-    tmp_path / 'out', one, pieces, model='gemma-2-2b', name='mine', creator='us'
-  )
+  naming = neuronpedia.Naming('gemma-2-2b', 'mine', 'us')
+  count = neuronpedia.write(tmp_path / 'out', one, pieces, naming)
 
   def lines(name):
     with gzip.open(tmp_path / 'out' / name, 'rt') as file:
@@ -388,7 +387,9 @@ def test_neuronpedia_gets_a_line_a_feature_and_an_example(built, tmp_path):
   assert count == len(features) == (one.fired_F > 0).sum()
   first = features[0]
   j = int(first['index'])
-  assert first['layer'] == '1-mine-res-40' and first['modelId'] == 'gemma-2-2b'
+  l0 = round(one.density_F.sum())
+  assert first['layer'] == f'1-mine-res-40-jumprelu-l0-{l0}'
+  assert first['modelId'] == 'gemma-2-2b'
   assert first['pos_str'] == pieces(one.positive_FL[j])
   assert sum(first['freq_hist_data_bar_heights']) == one.fired_F[j]
   examples = lines('activations/batch-0.jsonl.gz')
@@ -396,15 +397,17 @@ def test_neuronpedia_gets_a_line_a_feature_and_an_example(built, tmp_path):
   for example in examples:
     assert len(example['tokens']) == len(example['values'])
     assert max(example['values']) == example['maxValue'] > 0
-  neuronpedia.write(  # a second export replaces the first
-    tmp_path / 'out', one, pieces, model='m', name='mine', creator='us'
-  )
-  assert lines('features/batch-0.jsonl.gz')[0]['modelId'] == 'm'
-  assert not list(tmp_path.glob('.out*'))
-  with pytest.raises(ValueError, match='is named by'):
-    neuronpedia.write(
-      tmp_path / 'x', one, pieces, model='m', name='../x', creator='us'
-    )
+  # A second export replaces the first.
+  assert neuronpedia.write(tmp_path / 'out', one, pieces, naming) == count
+  with pytest.raises(ValueError, match='may have a-z'):
+    neuronpedia.Naming('m', '../x')
+
+
+def test_two_saes_of_one_neuronpedia_id_are_refused():
+  ids = {'a/1': '1-x-res-1k-jumprelu-l0-9', 'a/2': '1-x-res-1k-jumprelu-l0-8'}
+  neuronpedia.check_ids(ids)
+  with pytest.raises(ValueError, match='a/1 and a/3 would both be'):
+    neuronpedia.check_ids(ids | {'a/3': ids['a/1']})
 
 
 def test_memory_is_what_is_kept():

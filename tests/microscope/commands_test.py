@@ -207,7 +207,7 @@ def test_export(workdir, said):
   run('explain', workdir, said, sae=SAE, features='5')
   said.clear()
   run('export', workdir, said, title='mine')
-  assert len(said) == 2 and 'latents' in said[0]
+  assert len(said) == 2 and 'features' in said[0]
   folder = workdir / 'microscope' / 'neuronpedia'
   assert len(list(folder.rglob('source.jsonl.gz'))) == 2
   (labelled,) = folder.rglob('explanations/*.jsonl.gz')  # of one SAE alone

@@ -41,7 +41,9 @@ def workdir(tmp_path_factory):
     card = releases.card('resid_post/1', seed=seed) | card
     members.append((params, card, None))
   releases.save(folder / 'release', members)
-  session.Session(folder, report=lambda _: None).build(40, 8, lambda: None)
+  session.Session(folder, report=lambda _: None).build(
+    40, 8, lambda: None, label=False
+  )
   return folder
 
 

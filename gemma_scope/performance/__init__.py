@@ -1,4 +1,4 @@
-"""How fast it runs, and whether it fits.
+"""Benchmarks, and memory and time on TPU pods from compilation alone.
 
 Reading order; a module imports only from those above it:
 

@@ -1,4 +1,4 @@
-"""How fast a step, a harvest and a whole collection are, beside a plain matmul.
+"""Speed of a step, a harvest and a whole run, relative to a plain matmul.
 
 Machines differ and are shared, so that a rate alone says little. Each
 measurement is interleaved with the matmul of its own shapes, in one process,
@@ -75,7 +75,7 @@ class Case:
     return min(self.limit or usual, self.width)
 
   def stack(self) -> stack.Stack:
-    """Members that read one site, and stay as they are (learning rate 0)."""
+    """SAEs that read one site; a learning rate of 0 keeps them unchanged."""
     module = architectures.ARCHITECTURES[self.arch](
       d_in=self.d, d_out=self.d, width=self.width, matmul_dtype=self.dtype
     )
@@ -158,7 +158,7 @@ def steps(cases: Sequence[Case], mesh, repeats: int) -> list[dict[str, Any]]:
 
 
 class _Step:
-  """A compiled step and the state that it goes on from."""
+  """A compiled step, and the state that the next call starts from."""
 
   def __init__(self, compiled, state, x_NBD):
     self._step, self._state, self._x, self._at = compiled, state, x_NBD, 0
@@ -174,7 +174,7 @@ class _Step:
 
 
 def compiled(case: Case, mesh, x_NBD=None):
-  """A step to be called, and what its compiler says of it.
+  """A compiled step, and the compiler's estimates of its cost.
 
   Args:
     case: what to compile.
@@ -203,7 +203,7 @@ def compiled(case: Case, mesh, x_NBD=None):
 
 
 def _peak(compiled) -> int | None:
-  """Bytes that a program holds at most, on each device, by its compiler."""
+  """Peak bytes of a program on each device, as the compiler reports them."""
   m = compiled.memory_analysis()
   if m is None:
     return None
@@ -216,7 +216,7 @@ def _peak(compiled) -> int | None:
 def plain_matmul(
   batch: int, d: int, width: int, dtype: str
 ) -> Callable[[], None]:
-  """The encoder's matmul alone, on one device, to be called."""
+  """A function that runs the encoder's matmul alone, on one device."""
   a = jax.random.normal(_KEY, (batch, d)).astype(dtype)
   b = jax.random.normal(_KEY, (d, width)).astype(dtype)
   multiply = jax.jit(
@@ -228,7 +228,7 @@ def plain_matmul(
 def interleaved(
   runs: Mapping[Any, Callable[[], None]], repeats: int, least_s: float = 0.2
 ) -> dict[Any, list[float]]:
-  """Seconds a call of each, over rounds that take them in turn.
+  """Seconds a call of each function, timed in interleaved rounds.
 
   Each is called twice before, and in a round as often as `least_s` needs.
   """
@@ -267,7 +267,7 @@ def _where(mesh) -> dict[str, Any]:
 
 
 def harvest(name: str, seq_len: int, lm_batch: int, mesh, repeats: int):
-  """Rate of the language model's pass that reads every block's output.
+  """Tokens/s of a forward pass that reads the output of every block.
 
   Its parameters are random: the rate does not depend on them.
   """
@@ -302,7 +302,7 @@ def harvest(name: str, seq_len: int, lm_batch: int, mesh, repeats: int):
 def collection(
   case: Case, name: str, seq_len: int, lm_batch: int, mesh, repeats: int
 ):
-  """N members behind one pass of the model, beside N runs of one member each.
+  """N SAEs trained on one shared forward pass, compared with N separate runs.
 
   Both go end to end: a pass over `lm_batch` sequences, then steps on its rows.
   """

@@ -1,4 +1,4 @@
-"""A run's programs compiled for a pod that is not here, and what they need.
+"""Compiles a run's programs for a remote pod and reports what they need.
 
   config, topology -> mesh of the pod's devices (`topologies`)
     harvest   the forward pass with all taps, of `activations.ModelSource`
@@ -120,7 +120,7 @@ def check(
 
 
 def _harvest(config: ConfigDict, mesh):
-  """Name, tokens, FLOPs and what lowers the forward pass."""
+  """Name, tokens and FLOPs of the forward pass, and a function to lower it."""
   at = specs.site_list(config)
   layers = 1 + max(site.layer for site in at)
   gemma, wanted = weights.shapes(
@@ -141,14 +141,14 @@ def _harvest(config: ConfigDict, mesh):
 
 
 def forward_flops(model: lm.Config, layers: int) -> float:
-  """FLOPs a token of the matmuls of some layers, without the scores."""
+  """FLOPs a token of some layers' matmuls, without attention scores."""
   d, heads = model.d_model, model.head_dim
   attention = heads * (2 * model.num_heads + 2 * model.num_kv_heads)
   return 2.0 * layers * d * (attention + 3 * model.d_ff)
 
 
 def _step(config: ConfigDict, mesh):
-  """Name, rows, FLOPs and what lowers the training step."""
+  """Name, rows and FLOPs of the training step, and a function to lower it."""
   model = setup.dimensions(config)
   stacks, _ = setup.make_stacks(config, model)
   at = specs.site_list(config)
@@ -222,7 +222,7 @@ def _compiled(name, tokens, flops, lower, pod, mesh) -> Program:
 
 
 def estimate_holds(estimate: float, least: float) -> bool:
-  """Whether the compiler's time can be: finite, and no faster than the chip."""
+  """Whether an estimated time is possible: finite, no faster than the chip."""
   return math.isfinite(estimate) and estimate > 0.9 * least
 
 
@@ -233,7 +233,7 @@ _CALL = re.compile(
 
 
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
-  """Kind -> how many an HLO text has, and the bytes of their results."""
+  """Collectives in an HLO text: kind -> count and bytes of their results."""
   found: dict[str, dict[str, int]] = {}
   for result, kind, start in _CALL.findall(hlo):
     sizes = []
@@ -273,7 +273,7 @@ def _sizes(config, pod) -> tuple[int, ...]:
 
 
 def advice(program: Program, config: ConfigDict, mesh) -> str:
-  """What to change so that a program fits."""
+  """Advice on settings to change so that a program fits in memory."""
   if program.program == 'harvest':
     return (
       'halve activations.lm_batch, or raise mesh.latent, which splits the '
@@ -291,7 +291,7 @@ def advice(program: Program, config: ConfigDict, mesh) -> str:
 
 
 def lines(record: dict[str, Any]) -> Iterator[str]:
-  """A record as a person reads it."""
+  """A record as text for the terminal."""
   gib = lambda n: '-' if n is None else f'{n / 2**30:.2f} GiB'
   ms = lambda s: 'none' if s is None else f'{1e3 * s:.2f} ms'
   yield (

@@ -1,4 +1,4 @@
-"""TPU pods that are not here: their chips, and devices to compile for.
+"""TPU pods to compile for without having them: chips and devices.
 
 libtpu's compiler runs on any x86 machine: `pod('v5p:2x2x4')` has descriptions
 of a pod's devices, good for shardings and compilation alone. What a chip can do
@@ -113,7 +113,7 @@ def pod(topology: str) -> Pod:
 
 
 def targeted(mesh: jax.sharding.Mesh):
-  """While programs are lowered for a mesh: kernels ask what chip it has."""
+  """A context in which kernels are chosen for the chips of a mesh."""
   use = getattr(jax.sharding, 'use_abstract_mesh', None)
   return use(mesh.abstract_mesh) if use else contextlib.nullcontext()
 

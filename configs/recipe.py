@@ -99,7 +99,7 @@ def gemma_scope_1(model: str) -> ConfigDict:
       },
       'checkpoint': {'every': 5_000, 'keep': 3},
       'metrics': {'every': 100, 'tensorboard': True, 'wandb_project': ''},
-      'evaluation': {'sequences': 2048, 'batch': 16},
+      'evaluation': {'sequences': 2048, 'batch': 16, 'loss_every': 1},
     }
   )
 

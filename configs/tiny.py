@@ -134,4 +134,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   config.evaluation = evaluation = ConfigDict()
   evaluation.sequences = 128  # held out (the paper: 2048); 0 is none
   evaluation.batch = 16
+  # Losses and KL at every n-th token: where the vocabulary is wide, forming
+  # logits is what an evaluation costs.
+  evaluation.loss_every = 1
   return config_lib.apply_argument(config, argument)

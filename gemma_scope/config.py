@@ -46,6 +46,7 @@ _ADDED = {
   'objective': {'active_set': False},
   'train': {'meet_l0': False, 'refit_decoders': False, 'closing_batches': 64},
   'text': {'column': ''},
+  'evaluation': {'loss_every': 1},
 }
 
 

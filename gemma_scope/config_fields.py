@@ -232,6 +232,7 @@ FIELDS: Mapping[str, Field] = {
   'metrics.wandb_project': _TEXT,
   'evaluation.sequences': _whole(),
   'evaluation.batch': _whole(1),
+  'evaluation.loss_every': _whole(1),
 }
 
 

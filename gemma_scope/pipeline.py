@@ -260,6 +260,7 @@ def _held_out(config, store, eos_id: int, keep) -> batches.Text:
   # A conversation is a row of its own.
   documents_NT = None if store.is_chat else sequences.documents(index, eos_id)
   *_, fit_NT = rows('train', batches.fit_sequences(config.text.seq_len))
+  settings = config.evaluation
   return batches.Text(
-    tokens_NT, keep, config.evaluation.batch, documents_NT, fit_NT
+    tokens_NT, keep, settings.batch, documents_NT, fit_NT, settings.loss_every
   )

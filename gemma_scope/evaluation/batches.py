@@ -26,6 +26,9 @@ class Text:
       intervals. None: each sequence is one.
     fit_NT: other sequences, on which controls are fitted; None: the first ones
       themselves, which flatters the controls.
+    loss_every: losses and KL are measured at every n-th position, with another
+      offset in each batch: logits of a wide vocabulary cost more than a small
+      model's layers.
   """
 
   sequences_NT: np.ndarray
@@ -33,6 +36,7 @@ class Text:
   batch: int
   documents_NT: np.ndarray | None = None
   fit_NT: np.ndarray | None = None
+  loss_every: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Batches:
     self._keep_NT = _kept(text, self._tokens_NT)
     check(self.size, text.batch, self.length, _data(mesh))
     self._batch, self._sharding = text.batch, None
+    self._loss_every = text.loss_every
     if mesh is not None:
       self._sharding = NamedSharding(mesh, PartitionSpec('data', None))
     documents_NT = text.documents_NT
@@ -116,6 +121,12 @@ class Batches:
 
   def __iter__(self) -> Iterator[Batch]:
     return self._of(np.arange(self.size))
+
+  def loss_positions(self, number: int) -> np.ndarray:
+    """Where losses are computed in a batch: as many in each batch."""
+    every = min(self._loss_every, self.length - 1)
+    count = (self.length - 1) // every
+    return number % every + every * np.arange(count)
 
   def sample(self) -> Iterator[Batch]:
     """A sample spread evenly over the sequences of which some token counts."""

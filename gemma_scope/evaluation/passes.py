@@ -202,16 +202,18 @@ def losses(
   params: lm.Params,
   tokens_BT: jax.Array,
   ends: tuple[jax.Array, ...],
+  positions_t: jax.Array,
   mesh: Mesh | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Losses of the next token, and KL from the first stream, in nats.
 
   Args:
     ends: last residual streams [B, T, D], the clean one first.
+    positions_t: where losses are computed; not the last, which has no next
+      token.
 
   Returns:
-    Loss [B, T, n] and KL(first || each) [B, T, n]. The last position has no
-    next token: its loss means nothing.
+    Loss [B, t, n] and KL(first || each) [B, t, n] at these positions.
   """
 
   def of_slice(next_Bt, *ends_BtD):
@@ -230,7 +232,8 @@ def losses(
     return jnp.stack(losses, -1), jnp.stack(kl, -1)
 
   with jax.named_scope('losses'):
-    next_BT = jnp.roll(tokens_BT, -1, 1)
+    next_Bt = tokens_BT[:, positions_t + 1]
+    ends = [end_BTD[:, positions_t] for end_BTD in ends]
     rows = min(512, max(16, _LOGITS // gemma.config.vocab_size))
-    found = splice.by_slices(of_slice, mesh, next_BT, *ends, rows=rows)
+    found = splice.by_slices(of_slice, mesh, next_Bt, *ends, rows=rows)
   return splice.everywhere(jax.tree.map(splice.join, found), mesh)

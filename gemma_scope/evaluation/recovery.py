@@ -1,4 +1,4 @@
-"""How much of known features an SAE finds, beside PCA and a random SAE.
+"""How much of known features an SAE recovers, beside controls.
 
 Features have directions d_i (over all the target sites of the SAE, one after
 the other), latents have decoders w_j (the same); c_ij is their cosine.
@@ -8,9 +8,9 @@ the other), latents have decoders w_j (the same); c_ij is their cosine.
                 one-to-one assignment of latents to features can reach
   absorption    below
 
-Only latents that fire on the rows given are asked: a dead one has found
-nothing. Only features are asked that the SAE could find: read at one of its
-sites and written at one of its targets.
+Only latents that fire on the rows given count: a dead one has found nothing.
+Only features count that the SAE could find: those read at one of its sites and
+written at one of its targets.
 
 Absorption, in the spirit of SAEBench (arXiv 2503.09532): where a child fires,
 its parent does too, and a latent for "child and parent" lets the parent's own
@@ -108,7 +108,7 @@ def recovery(
     'recovered': float((best_G[asked_G] > FOUND).mean()),
     'recovered_distinct': float(distinct / asked_G.sum()),
     'features': int(asked_G.sum()),
-    **_absorption(fires_RF, c_GF, d_GD, w_FD, f_true_RG > 0, asked_G, truth),
+    **_absorption(fires_RF, f_true_RG > 0, (c_GF, d_GD, w_FD), asked_G, truth),
   }
 
 
@@ -152,9 +152,10 @@ def _directions(truth, read, write) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _absorption(
-  fires_RF, c_GF, d_GD, w_FD, truly_RG, asked_G, truth
+  fires_RF, truly_RG, directions, asked_G, truth
 ) -> dict[str, Any]:
-  """See the module."""
+  """See the module; `directions`: cosines, features, decoders."""
+  c_GF, d_GD, w_FD = directions
   pairs = [
     (p, q) for q, p in enumerate(truth.parent_G) if p >= 0 and asked_G[q]
   ]

@@ -20,7 +20,7 @@ from gemma_scope.evaluation import centres, estimates, passes
 from gemma_scope.language_model import splice
 
 _TOGETHER = 6  # streams whose losses are computed beside one clean one
-_FEW_BATCHES = 6  # with fewer, controls go through the model on each
+_FEW_BATCHES = 3  # with fewer, controls go through the model on each
 
 
 @dataclasses.dataclass(eq=False)
@@ -56,10 +56,11 @@ def ablation(target: sites.Site, name: str, value: Any) -> Replacement:
 class _Streams:
   """Last residual streams whose losses are computed together, a few at once."""
 
-  def __init__(self, model: centres.Model, tokens_BT, clean_BTD):
+  def __init__(self, model: centres.Model, tokens_BT, clean_BTD, positions_t):
     self._model, self._tokens_BT = model, tokens_BT
-    self._clean_BTD, self._waiting = clean_BTD, []
-    self.loss_BT, self.delta, self.kl = None, {}, {}
+    self._clean_BTD, self._positions_t = clean_BTD, positions_t
+    self._waiting: list[tuple] = []
+    self.loss_Bt, self.delta, self.kl = None, {}, {}
 
   def add(self, key, end_BTD: jax.Array) -> None:
     self._waiting.append((key, end_BTD))
@@ -67,7 +68,7 @@ class _Streams:
       self.flush()
 
   def flush(self) -> None:
-    """Fetches `loss_BT` (clean), and `delta` and `kl` [B, T] by key."""
+    """Fetches `loss_Bt` (clean), and `delta` and `kl` [B, t] by key."""
     if not self._waiting:
       return
     keys, ends = zip(*self._waiting, strict=True)
@@ -79,10 +80,11 @@ class _Streams:
         model.params,
         self._tokens_BT,
         (self._clean_BTD, *ends),
+        self._positions_t,
         model.mesh,
       )
     )
-    self.loss_BT = loss[..., 0]
+    self.loss_Bt = loss[..., 0]
     for k, key in enumerate(keys, 1):
       self.delta[key] = loss[..., k] - loss[..., 0]
       self.kl[key] = kl[..., k]
@@ -111,8 +113,9 @@ def measure(
       passes.spread(seen, there, references.bounds, model.mesh)
     )
     keep_BT = np.asarray(passes.fetched(batch.keep_BT, model.mesh)) > 0
+    positions_t = batches.loss_positions(number)
     token = _Tokens(batch, keep_BT, outlier_RBT, spread)
-    streams = _Streams(model, batch.tokens_BT, taps[last])
+    streams = _Streams(model, batch.tokens_BT, taps[last], positions_t)
     turns, waiting = [], []
     for i, each in enumerate(queue):
       model.watch.poll()
@@ -141,7 +144,7 @@ def measure(
     for late in waiting:
       token.add_values(*late)
     for each in turns:
-      token.add_losses(each, streams)
+      token.add_losses(each, streams, positions_t)
     done += batch.rows
   model.watch.progress(batches.size, batches.size)
 
@@ -152,8 +155,8 @@ class _Tokens:
   def __init__(self, batch, keep_BT, outlier_RBT, spread):
     self._cluster_BT, self._keep_BT = batch.cluster_BT, keep_BT
     self._inlier_RBT, self._spread = keep_BT & ~outlier_RBT, spread
-    self._counts_BT = np.zeros_like(keep_BT)
-    self._counts_BT[:, :-1] = keep_BT[:, 1:] & keep_BT[:, :-1]
+    self._both_BT = np.zeros_like(keep_BT)  # the token and its next count
+    self._both_BT[:, :-1] = keep_BT[:, 1:] & keep_BT[:, :-1]
 
   def _add(self, tally, where_BT, **values):
     for name, value in values.items():
@@ -187,13 +190,24 @@ class _Tokens:
       error_inlier=values['error'],
     )
 
-  def add_losses(self, each: Replacement, streams: _Streams) -> None:
-    keys = [(each, target) for target in each.wiring.targets]
+  def add_losses(
+    self, each: Replacement, streams: _Streams, positions_t: np.ndarray
+  ) -> None:
+    """Losses at the positions where they were computed."""
+    where_BT = np.zeros_like(self._both_BT)
+    where_BT[:, positions_t] = self._both_BT[:, positions_t]
+
+    def placed(*columns):
+      whole = np.zeros((*where_BT.shape, len(columns)))
+      whole[:, positions_t] = np.stack(columns, -1)
+      return whole
+
+    targets = each.wiring.targets
     self._add(
       each.tally,
-      self._counts_BT,
-      counts=np.ones(self._counts_BT.shape),
-      clean=streams.loss_BT,
-      delta=np.stack([streams.delta[key] for key in keys], -1),
-      kl=np.stack([streams.kl[key] for key in keys], -1),
+      where_BT,
+      counts=np.ones(where_BT.shape),
+      clean=placed(streams.loss_Bt),
+      delta=placed(*(streams.delta[each, target] for target in targets)),
+      kl=placed(*(streams.kl[each, target] for target in targets)),
     )

@@ -207,7 +207,7 @@ def find_concept(session: Session, options: Options) -> None:
   sae = session.find(options.sae)
   prompts = probe_inputs.read_prompts(options.prompts)
   found_rows = probe_inputs.of_prompts(
-    *session.model, sae.load(), sae.card, prompts,
+    session.model, sae, prompts,
     session.tokenizer, options.pooling, options.batch,
   )  # fmt: skip
   found = probe.run(found_rows, prompts.label_N)

@@ -391,6 +391,23 @@ def test_trained_nulls_stand_beside_their_sae(model, saes):
   assert 'nulls' not in found['null'] and 'nulls' not in found['else']
 
 
+def test_losses_at_every_third_token_are_those_of_all(model, saes, found):
+  name = saes[3][1]['name']
+  (part,) = measure(model, saes[3:], text(24), loss_every=3).values()
+  whole = measure(model, saes[3:], text(24))[name]
+  assert part['fvu'] == whole['fvu'] and part['l0'] == whole['l0']
+  share = part['kl']['tokens'] / whole['kl']['tokens']
+  assert 0.25 < share < 0.4
+  for key in ('delta_loss', 'kl', 'clean_loss'):
+    low, high = part[key]['low'], part[key]['high']
+    assert low < whole[key]['value'] < high, key
+  # With a position in each batch: all of them together are all positions.
+  given = batches.Text(text(24), keep, BATCH, loss_every=3)
+  given = batches.Batches(given, None)
+  seen = {int(t) for n in range(3) for t in given.loss_positions(n)}
+  assert seen >= set(range(9)) and max(seen) <= 10
+
+
 def test_settings_are_refused_before_training():
   batches.check(0, 0, 0)
   batches.check(8, 4, 128, data=2)
@@ -434,11 +451,12 @@ def test_slices_of_logits_and_latents_change_nothing(model, saes, monkeypatch):
   whole = passes.reconstruct.__wrapped__(*at)
   monkeypatch.setattr(splice, '_ROWS', 8)
   monkeypatch.setattr(passes, '_LOGITS', 8 * 48)
+  ends, positions = (x_BTD, x_BTD), np.arange(tokens_BT.shape[1] - 1)
   loss, kl = passes.losses.__wrapped__(
-    gemma, params, tokens_BT, (x_BTD, x_BTD), None
+    gemma, params, tokens_BT, ends, positions, None
   )
   for k in range(2):
-    np.testing.assert_allclose(loss[:, :-1, k], want, atol=2e-5)
+    np.testing.assert_allclose(loss[..., k], want, atol=2e-5)
   np.testing.assert_allclose(kl, 0, atol=1e-6)
   parts = passes.reconstruct.__wrapped__(*at)
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):

@@ -132,7 +132,7 @@ def of_concept(
 
 def _main(f_BF: np.ndarray, y_B: np.ndarray) -> np.ndarray:
   """The concept's own latents: those that fire more where it is present."""
-  difference_F = f_BF[y_B].mean(0) - f_BF[~y_B].mean(0)
+  difference_F = probe.class_difference(f_BF, y_B)
   order = np.argsort(-difference_F, kind='stable')[:MOST_MAIN]
   order = order[: max(1, np.sum(difference_F[order] > 0))]
   best = 0.0

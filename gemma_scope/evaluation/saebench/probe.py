@@ -1,4 +1,4 @@
-"""Is a concept there, and do a few latents hold it? Probes, with controls.
+"""Linear probes of a concept, on a few latents and on the raw activation.
 
   labelled rows x [B, D] -> latents f [B, F]; train and test by group
   k-sparse   the k latents whose class means differ most on train, and a
@@ -8,7 +8,7 @@
              whole groups where a group's rows share a label)
   dense      a logistic regression on all of x; the difference of class means
 
-A score is of test rows alone, with a 95 % interval. Rows of one group (prompts
+Scores are of test rows only, with a 95 % interval. Rows of one group (prompts
 that share a template, tokens of one document) are not independent: a group is
 in train or in test, never in both, and the interval is over groups,
 
@@ -16,10 +16,10 @@ in train or in test, never in both, and the interval is over groups,
 
 h_b what row b adds to the score: for a mean over a class of n rows of values v,
 (v_b - v) / n. AUC is such a mean over both classes, v_b the share of the other
-class on the right side of row b (Obuchowski, Biometrics 53, 1997). It is not
-the interval over other draws of the training set.
+class on the right side of row b (Obuchowski, Biometrics 53, 1997). The interval
+does not cover other draws of the training set.
 
-Classes weigh the same in a fit, however many rows each has.
+Both classes have the same weight in a fit, however many rows each has.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import numpy as np
 
 KS = (1, 2, 5, 10, 20)
 _SHUFFLES = 10
+_NEWTON_WIDTH = 256  # of a wider fit the curvature is not formed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,10 +116,42 @@ def logistic(x_BD: np.ndarray, y_B: np.ndarray, penalty: float = 1.0) -> Probe:
     slope_B = -weight_B * sign_B * special.expit(-margin_B)
     return value, np.append(slope_B @ x_BD + penalty * w_D, slope_B.sum())
 
-  start = np.zeros(x_BD.shape[1] + 1)
-  found = optimize.minimize(loss, start, jac=True, method='L-BFGS-B').x
+  if x_BD.shape[1] <= _NEWTON_WIDTH:
+    found = _newton(loss, x_BD, sign_B, weight_B, penalty)
+  else:
+    start = np.zeros(x_BD.shape[1] + 1)
+    found = optimize.minimize(loss, start, jac=True, method='L-BFGS-B').x
   w_D = found[:-1] / scale_D
   return Probe(w_D, float(found[-1] - mean_D @ w_D))
+
+
+def _newton(loss, x_BD, sign_B, weight_B, penalty: float) -> np.ndarray:
+  """Newton's method with halved steps: few passes where columns are few."""
+  from scipy import linalg, special  # slow to import
+
+  x_BC = np.concatenate([x_BD, np.ones((len(x_BD), 1))], 1)
+  ridge_C = np.append(np.full(x_BD.shape[1], penalty), 1e-9 * len(x_BD))
+  found = np.zeros(x_BC.shape[1])
+  value, slope_C = loss(found)
+  for _ in range(100):
+    wrong_B = special.expit(-sign_B * (x_BC @ found))
+    curve_B = weight_B * wrong_B * (1 - wrong_B)
+    hessian_CC = (x_BC.T * curve_B) @ x_BC + np.diag(ridge_C)
+    step_C = linalg.solve(hessian_CC, slope_C, assume_a='pos')
+    gain = slope_C @ step_C
+    if gain <= 1e-10 * max(value, 1.0):
+      break
+    size = 1.0
+    while size > 1e-6:
+      new_value, new_slope_C = loss(found - size * step_C)
+      if new_value <= value - 1e-4 * size * gain:
+        break
+      size /= 2
+    else:
+      break
+    found = found - size * step_C
+    value, slope_C = new_value, new_slope_C
+  return found
 
 
 def difference_of_means(x_BD: np.ndarray, y_B: np.ndarray) -> Probe:
@@ -130,8 +163,14 @@ def difference_of_means(x_BD: np.ndarray, y_B: np.ndarray) -> Probe:
 
 def ranked(f_BF: np.ndarray, y_B: np.ndarray) -> np.ndarray:
   """Latents by the absolute difference of their class means, largest first."""
-  difference_F = f_BF[y_B].mean(0) - f_BF[~y_B].mean(0)
-  return np.argsort(-np.abs(difference_F), kind='stable')
+  return np.argsort(-np.abs(class_difference(f_BF, y_B)), kind='stable')
+
+
+def class_difference(f_BF: np.ndarray, y_B: np.ndarray) -> np.ndarray:
+  """Mean of each column where the label is, less the mean elsewhere."""
+  # As a product: rows of one class are not copied.
+  weight_B = np.where(y_B, 1 / y_B.sum(), -1 / (~y_B).sum())
+  return weight_B.astype(f_BF.dtype) @ f_BF
 
 
 def _figure(value: float, part_B: np.ndarray, group_B: np.ndarray):
@@ -242,15 +281,15 @@ def run(
     if k <= component_BC.shape[1]:
       add('pca', k, component_BC[:, :k])
   shuffled = []
+  f_train_BF = rows.f_BF[train_B]
   for _ in range(_SHUFFLES):
     y_train_B = _shuffled(y_B[train_B], rows.group_B[train_B], rng)
-    order = ranked(rows.f_BF[train_B], y_train_B)
+    order = ranked(f_train_BF, y_train_B)
     for k in ks:
       if k <= len(order):
-        features_Bk = rows.f_BF[:, order[:k]]
-        fitted = logistic(features_Bk[train_B], y_train_B)
-        found = scores(fitted(features_Bk[test_B]), y_B[test_B], group_B)
-        shuffled.append((k, found))
+        fitted = logistic(f_train_BF[:, order[:k]], y_train_B)
+        score_B = fitted(rows.f_BF[:, order[:k]][test_B])
+        shuffled.append((k, scores(score_B, y_B[test_B], group_B)))
   probes += _over_shuffles(shuffled)
   return {
     'train': int(train_B.sum()),
@@ -293,9 +332,9 @@ def _over_shuffles(found) -> list[dict[str, Any]]:
 
 def _components(x_BD, train_B, count: int) -> np.ndarray:
   """All rows along the train rows' first principal components."""
-  mean_D = x_BD[train_B].mean(0)
-  _, _, W_CD = np.linalg.svd(x_BD[train_B] - mean_D, full_matrices=False)
-  return (x_BD - mean_D) @ W_CD[:count].T
+  centred_BD = x_BD[train_B] - x_BD[train_B].mean(0)
+  _, v_DC = np.linalg.eigh(centred_BD.T.astype(np.float64) @ centred_BD)
+  return (x_BD - x_BD[train_B].mean(0)) @ v_DC[:, ::-1][:, :count]
 
 
 def best(found: Mapping[str, Any], on: str, k: int | None = None):

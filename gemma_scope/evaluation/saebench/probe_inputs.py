@@ -15,11 +15,12 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from gemma_scope import sae, sites
+from gemma_scope import release, sae, sites
 from gemma_scope.evaluation import controls
 from gemma_scope.evaluation.saebench import probe
 from gemma_scope.language_model import gemma as lm
@@ -91,11 +92,11 @@ def activations(
   gemma: lm.Gemma,
   params: lm.Params,
   tokens_NT: np.ndarray,
-  place: sites.Wiring,
+  wiring: sites.Wiring,
   batch: int = 16,
 ) -> dict:
-  """x [N, T, D], float32 in host memory, at the sites that a member names."""
-  at = tuple(sorted({*place.sites, *place.targets}))
+  """x [N, T, D], float32 in host memory, at the sites that an SAE names."""
+  at = tuple(sorted({*wiring.sites, *wiring.targets}))
   parts = []
   for start in range(0, len(tokens_NT), batch):
     part = tokens_NT[start : start + batch]
@@ -155,56 +156,60 @@ def pooled_latents(
   return np.stack(rows)
 
 
-def read_at(x_by_site: Mapping, place: sites.Wiring, where) -> np.ndarray:
-  """The rows `where` ([N, T] bool or an index) that a member reads."""
-  if not place.several:
-    return x_by_site[place.sites[0]][where]
-  return np.stack([x_by_site[site][where] for site in place.sites], -2)
+def read_at(x_by_site: Mapping, wiring: sites.Wiring, where) -> np.ndarray:
+  """The rows `where` ([N, T] bool or an index) that an SAE reads."""
+  if not wiring.several:
+    return x_by_site[wiring.sites[0]][where]
+  return np.stack([x_by_site[site][where] for site in wiring.sites], -2)
 
 
 def control(
   x_by_site: Mapping,
   keep_NT: np.ndarray,
-  place: sites.Wiring,
+  wiring: sites.Wiring,
   params: sae_folder.Params,
   seed: int = 0,
 ) -> sae_folder.Params:
-  """A random member of this place and width, with the same L0 on these rows."""
+  """A random SAE of this wiring and width, with the same L0 on these rows."""
   width = params['b_enc'].size
   rows = {site: x[keep_NT] for site, x in x_by_site.items()}
-  x_BD = read_at(x_by_site, place, keep_NT)
+  x_BD = read_at(x_by_site, wiring, keep_NT)
   l0 = controls.mean_l0(dict(params), x_BD)
-  shape = controls.Shape(place, width, seed)
+  shape = controls.Shape(wiring, width, seed)
   (made,) = controls.fit(shape, [l0], rows, kinds=('random',))
   return {name: np.asarray(array) for name, array in made['random']().items()}
 
 
+class Pair(NamedTuple):
+  """An SAE and the random one beside it."""
+
+  wiring: sites.Wiring
+  params: sae_folder.Params
+  control: sae_folder.Params
+
+
 def of_tokens(
   x_by_site: Mapping,
-  place: sites.Wiring,
-  params: sae_folder.Params,
-  control_params: sae_folder.Params,
+  pair: Pair,
   where_NT: np.ndarray,
   test_N: np.ndarray,
   group_NT: np.ndarray,
 ) -> probe.Rows:
   """A row for each token of `where_NT`, in the order of the text."""
-  x_BD = read_at(x_by_site, place, where_NT)
+  x_BD = read_at(x_by_site, pair.wiring, where_NT)
   test_NT = np.broadcast_to(test_N[:, None], where_NT.shape)
   return probe.Rows(
     x_BD.reshape(len(x_BD), -1),
-    latents(params, x_BD),
-    latents(control_params, x_BD),
+    latents(pair.params, x_BD),
+    latents(pair.control, x_BD),
     test_NT[where_NT],
     group_NT[where_NT],
   )
 
 
 def of_prompts(
-  gemma: lm.Gemma,
-  lm_params: lm.Params,
-  params: sae_folder.Params,
-  card: Mapping,
+  model: tuple[lm.Gemma, lm.Params],
+  sae_given: release.Released,
   prompts: Prompts,
   tokenizer: tokenizers.Tokenizer,
   pooling: str = 'last',
@@ -232,10 +237,10 @@ def of_prompts(
   for i, row in enumerate(ids):
     tokens_NT[i, : 1 + len(row)] = [tokenizer.bos_id, *row]
     keep_NT[i, 1 : 1 + len(row)] = True
-  place = sites.wiring_of(card)
-  x_by_site = activations(gemma, lm_params, tokens_NT, place, batch)
-  twin = control(x_by_site, keep_NT, place, params)
-  x_BD = read_at(x_by_site, place, keep_NT)
+  params, wiring = sae_given.load(), sae_given.wiring
+  x_by_site = activations(*model, tokens_NT, wiring, batch)
+  twin = control(x_by_site, keep_NT, wiring, params)
+  x_BD = read_at(x_by_site, wiring, keep_NT)
   of_row = np.repeat(np.arange(len(ids)), keep_NT.sum(1))
   x_pooled = [POOLINGS[pooling](x_BD[of_row == i]) for i in range(len(ids))]
   return probe.Rows(

@@ -1,4 +1,4 @@
-"""What each token of Python source is, for free: `tokenize` and `ast` say it.
+"""Labels of the tokens of Python source, from `tokenize` and `ast`.
 
   code -> a class for every character (tokenize), and what it lies in (ast)
   tokenizer's pieces -> the characters they stand for

@@ -1,4 +1,4 @@
-"""What a probe leans on, taken out: spurious latents removed, and the scores.
+"""SCR and TPP: what ablating a few latents does to linear probes.
 
   a [F] = (E[f | y] - E[f | not y]) * (W_dec w)   what latents add to a probe w
   x' = x - sum_{i in top N} f_i W_dec[i]          the rest and the error stay
@@ -17,7 +17,10 @@ i should lose accuracy and the others should not:
 
 Source: SAEBench (Karvonen et al., 2025), after SHIFT (Marks et al., 2024);
 there on labelled texts with one probe for each pair, here on any rows.
-N latents drawn from those that fire are the control beside each.
+The control beside each is N latents drawn from those that fire.
+
+Both scores are disputed as measures of SAE quality (arXiv 2605.18229): read
+sparse probing first.
 """
 
 from __future__ import annotations

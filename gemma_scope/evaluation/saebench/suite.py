@@ -300,9 +300,8 @@ def of_one(
     twin = probe_inputs.control(
       x_by_site, code.keep_NT, wiring, params, settings.seed
     )
-    rows_at = functools.partial(
-      probe_inputs.of_tokens, x_by_site, wiring, params, twin
-    )
+    pair = probe_inputs.Pair(wiring, params, twin)
+    rows_at = functools.partial(probe_inputs.of_tokens, x_by_site, pair)
     group_NT = np.broadcast_to(code.group_N[:, None], code.tokens_NT.shape)
     tokens = rows_at(code.keep_NT, code.test_N, group_NT)
     labels = {k: v[code.keep_NT] for k, v in code.labels.items()}

@@ -18,6 +18,7 @@ from gemma_scope.evaluation.saebench import (
 )
 from gemma_scope.language_model import weights
 from gemma_scope.text import sources, tokenizers
+from tests.helpers import releases
 
 CODE = '''@d
 class A(B):
@@ -375,7 +376,7 @@ def test_prompts_of_a_file(tmp_path):
 
 
 def test_prompts_with_a_def_are_told_apart(tokenizer, tmp_path):
-  gemma, lm_params = weights.load('tiny')
+  model = weights.load('tiny')
   rng = np.random.default_rng(7)
   texts = [f'{w} x{i}' for i in range(40) for w in ('def', 'import')]
   prompts = probe_inputs.Prompts(
@@ -386,17 +387,14 @@ def test_prompts_with_a_def_are_told_apart(tokenizer, tmp_path):
   params['W_enc'] = rng.normal(size=(128, 32)).astype(np.float32) / 30
   card = {'type': 'sae', 'sites': ['resid_post/1'],
           'targets': ['resid_post/1'], 'name': 'a'}  # fmt: skip
+  (one,) = releases.saes([(params, card)])
   for pooling in probe_inputs.POOLINGS:
-    given = probe_inputs.of_prompts(
-      gemma, lm_params, params, card, prompts, tokenizer, pooling
-    )
+    given = probe_inputs.of_prompts(model, one, prompts, tokenizer, pooling)
     assert given.x_BD.shape == (80, 128) and given.f_BF.shape == (80, 32)
     found = probe.run(given, prompts.label_N, ks=(1,))
     assert probe.best(found, 'activations')['auc']['value'] > 0.95, pooling
   with pytest.raises(ValueError, match='one of last, mean, max'):
-    probe_inputs.of_prompts(
-      gemma, lm_params, params, card, prompts, tokenizer, 'sum'
-    )
+    probe_inputs.of_prompts(model, one, prompts, tokenizer, 'sum')
 
 
 def test_pooled_latents_are_those_of_all_tokens_and_few_at_a_time(monkeypatch):

@@ -1,6 +1,6 @@
 """dictionary_learning: config.json beside ae.pt, which is a pickle.
 
-A pickle can run any code, and none is read here. Its tensors alone can:
+A pickle can run any code, so none is read. Convert its tensors once:
 
   import torch, safetensors.torch
   tensors = torch.load('ae.pt', weights_only=True)

@@ -1,4 +1,4 @@
-"""Gemma Scope 1: params.npz, and all else in its path.
+"""Gemma Scope 1: params.npz, whose path says all else.
 
   google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71/params.npz
   ...-2b-pt-mlp, ...-2b-pt-att, ...-2b-pt-transcoders, ...-9b-it-res, ...
@@ -45,7 +45,7 @@ def is_there(folder: pathlib.Path) -> bool:
 
 
 def card_of(path: str) -> dict[str, Any]:
-  """What the path of an SAE says: model, type, site, L0.
+  """The card that the path of an SAE gives: model, type, site, L0.
 
   Args:
     path: with slashes; the repository's name stands anywhere in it.

@@ -7,7 +7,7 @@
   affine_skip_connection [d_in, d_out], which adds x @ it, not transposed
 
 File i of several has the latents of the i-th layer: w_dec is [F, L, d_out], of
-which what an earlier layer would get means nothing and is set to zero.
+which the part for earlier layers means nothing and is set to zero.
 config.json names the hook points; a crosscoder's and a CLT's stand for several
 layers in one name (`model.layers.{7,13,17,22}.output`). Source: the files and
 the tutorial of Gemma Scope 2.
@@ -43,7 +43,7 @@ def is_there(folder: pathlib.Path) -> bool:
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """One file, or one a layer in their order."""
+  """The file of parameters, or one for each layer, in order."""
   if (folder / 'params.safetensors').is_file():
     return [folder / 'params.safetensors']
   found = [
@@ -157,12 +157,12 @@ def write(
   card: Mapping[str, Any],
   l0: float | None,
 ) -> None:
-  """Writes one member into a folder that is not there yet.
+  """Writes one SAE, transcoder, crosscoder or CLT into a new folder.
 
   Args:
     folder: made here, with those above it.
     params, card: in this project's form.
-    l0: measured, or asked for.
+    l0: measured, or that of the training target.
 
   Raises:
     files.Refused: the format has no such thing: a TopK, or a site without a

@@ -1,4 +1,4 @@
-"""Where an activation is read, in others' words <-> `Site`.
+"""Hook names of other tools <-> `Site`.
 
   transformers      model.layers.12.output, ...12.self_attn.o_proj.input
   TransformerLens   blocks.12.hook_resid_post, blocks.12.attn.hook_z
@@ -38,7 +38,7 @@ _TRANSFORMER_LENS = {
 
 
 def parse(name: str) -> sites.Site:
-  """A hook point's name -> the site.
+  """Returns the site of a hook name.
 
   Raises:
     files.Refused: it is none that is known.

@@ -73,8 +73,8 @@ def open_sae(
 
   Args:
     path, revision: as of `load`.
-    about: what a params.npz without a card is: 'sites' and 'targets', such as
-      ['resid_post/12'], and 'model'.
+    about: describes a params.npz without a card: 'sites' and 'targets', such
+      as ['resid_post/12'], and 'model'.
 
   Raises:
     release.ReleaseError: as of `load`.
@@ -136,7 +136,7 @@ def open_all(
 
 
 def described(site: str, model: str = '') -> dict[str, Any] | None:
-  """What a user says of a params.npz without a card, for `open_sae`.
+  """Describes a params.npz without a card, for `open_sae`.
 
   Args:
     site: 'resid_post/12', or of a transcoder 'mlp_in/12:mlp_out/12'; '' gives
@@ -154,7 +154,7 @@ def described(site: str, model: str = '') -> dict[str, Any] | None:
 
 
 def _uniquely_named(found: Sequence[tuple[str, Released]]) -> list[Released]:
-  """The SAEs, given (root, SAE); equal names get what differs in the roots."""
+  """The SAEs of (root, SAE); equal names get what differs in their roots."""
   counts = collections.Counter(sae.name for _, sae in found)
   above = os.path.commonpath([root for root, _ in found]) if found else ''
   saes = [
@@ -174,7 +174,7 @@ def _uniquely_named(found: Sequence[tuple[str, Released]]) -> list[Released]:
 
 
 def _folder(path: pathlib.Path) -> pathlib.Path | None:
-  """The folder that a path means; None where the path is not on this disk.
+  """The folder that a path names; None if it is a path on the hub.
 
   Raises:
     files.Refused: a file that is no part of an SAE, or a misspelt folder.
@@ -227,7 +227,7 @@ def _card(
 
 
 def _own(folder: pathlib.Path, path: str, about) -> tuple[dict[str, Any], Read]:
-  """A params.npz of one's own, with what the user says of it."""
+  """A params.npz without a card, described by the user."""
   file = folder / 'params.npz'
   keys = {
     'required': sae_folder.KEYS,
@@ -250,7 +250,7 @@ def _own(folder: pathlib.Path, path: str, about) -> tuple[dict[str, Any], Read]:
 
 
 def _checked(card: Mapping[str, Any], read: Read) -> sae_folder.Params:
-  """The parameters as `release.load` gives them, held to the card."""
+  """Reads the parameters and checks them against the card."""
   try:
     params = {key: np.asarray(a, np.float32) for key, a in read().items()}
     return sae_folder.fit(params, card)
@@ -260,7 +260,7 @@ def _checked(card: Mapping[str, Any], read: Read) -> sae_folder.Params:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One SAE of a list: its path, and what the path says."""
+  """One line of a list: an SAE's path, and what the path says."""
 
   path: str
   layer: str
@@ -313,7 +313,7 @@ def _entry(root: str, path: str) -> Entry:
 
 
 def table(entries: Sequence[Entry]) -> str:
-  """A line each: layer, width, L0 and path."""
+  """One line for each SAE: layer, width, L0 and path."""
   rows = [('layer', 'width', 'L0', 'path')]
   rows += [
     (e.layer, e.width, e.l0, e.path) for e in sorted(entries, key=_order)
@@ -339,7 +339,7 @@ def _order(entry: Entry):
 
 
 def canonical(paths: Sequence[str]) -> str:
-  """Of `.../average_l0_N`, the one with N nearest to 100; the first of two.
+  """The path `.../average_l0_N` with N nearest to 100, the smaller of two.
 
   Raises:
     files.Refused: none has an L0 in its name.
@@ -347,6 +347,6 @@ def canonical(paths: Sequence[str]) -> str:
   found = [(int(match[1]), p) for p in paths if (match := _L0.search(p))]
   if not found:
     raise files.Refused(
-      'There is no canonical SAE where none has an average_l0 in its name.'
+      'There is no canonical SAE: no path has an average_l0 in its name.'
     )
   return min(found, key=lambda one: (abs(one[0] - _CANONICAL), one))[1]

@@ -1,6 +1,6 @@
-"""safetensors files of an SAE: read warily, written the same every time.
+"""safetensors files of an SAE, checked as they are read; configs in JSON.
 
-a plain file under the size cap -> a header of at most 1 MB -> safetensors'
+a plain file below the size limit -> a header of at most 1 MB -> safetensors'
 own checks (offsets, overlaps, whole file) -> known names, floating types ->
 the data in float32, every value finite
 """
@@ -53,7 +53,7 @@ def read(
   Args:
     path: the file.
     required: names that must be there.
-    optional: names that may be; any other is refused.
+    optional: names that may be there; any other is refused.
     whole: names that may hold whole numbers.
     max_bytes: the largest file to accept.
 
@@ -71,7 +71,7 @@ def read(
 
 @contextlib.contextmanager
 def _opened(path, required, optional, whole, max_bytes):
-  """(the open file, name -> shape), what is wrong as a sentence."""
+  """Yields (the open file, name -> shape); errors become one sentence."""
   try:
     with files.open_plain(path, max_bytes) as (file, size):
       length = int.from_bytes(file.read(8), 'little')
@@ -121,15 +121,15 @@ def write(
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-  """Writes a JSON object as text that people read."""
+  """Writes a JSON object, indented."""
   files.write_json(path, value, indent=2)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """A small JSON object.
+  """Reads a small JSON object.
 
   Raises:
-    files.Refused: it is none.
+    files.Refused: the file is no JSON object.
   """
   try:
     with files.open_plain(path, _JSON_BYTES) as (file, _):
@@ -146,7 +146,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def in_file(path: str | os.PathLike[str], error: Exception) -> files.Refused:
-  """The same refusal as a whole sentence, which begins with the file."""
+  """The refusal as a whole sentence that begins with the file's name."""
   text = str(error)
   already = text.startswith(("'", '"'))
   return files.Refused(text if already else f'{files.show(path)} {text}.')

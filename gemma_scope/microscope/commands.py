@@ -1,4 +1,4 @@
-"""What launch/microscope.py can be told, one function each.
+"""The subcommands of launch/microscope.py, one function each.
 
   build    index and pages            serve    pages with a live view
   why      a logit traced to latents  steer    text with latents changed
@@ -6,7 +6,7 @@
   suite    SAEBench's scores          export   Neuronpedia's files
   pages    written again
 
-Each takes a session and the flags; what goes wrong is a ValueError's sentence.
+Each takes a session and the flags. Errors are ValueErrors of one sentence.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def steer(session: Session, options: Options) -> None:
   curve = effects.dose_response(
     subject, ids, changes[0], strengths=strengths, logit=logit
   )
-  session.report(f'{spoken(pieces)} at the end; control: as long vectors')
+  session.report(f'{spoken(pieces)} at the end; controls have the same norm')
   session.report(effects.curve_table(curve))
 
 

@@ -1,4 +1,4 @@
-"""What a latent stands for, in words, and whether the words are right.
+"""Labels of latents, by rule or by a language model, and their scores.
 
   examples   a latent's windows: half to make the label, half to score it
   label      by a language model (`ask`), or by a rule, no model needed

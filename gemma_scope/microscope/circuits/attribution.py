@@ -174,12 +174,10 @@ def verdict(count: int, passing: int, shuffled: np.ndarray) -> str:
     return 'No latent fires on this text.'
   if len(shuffled) < round(1 / LEVEL) - 1:
     return f'Not tested: {len(shuffled)} shuffles are too few to tell.'
-  bar = (
-    f'with decoders shuffled the same search finds up to {shuffled.max():.3f}'
-  )
+  bar = f'the largest effect with shuffled decoders is {shuffled.max():.3f}'
   if not passing:
     return f'No feature passes: {bar}.'
-  return f'{passing} of {count} latents pass: {bar}.'
+  return f'{passing} of {count} latents pass the permutation test: {bar}.'
 
 
 def agreement(features: Sequence[dict], way: str) -> dict[str, float | None]:

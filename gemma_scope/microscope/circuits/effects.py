@@ -1,12 +1,12 @@
-"""What changed latents do to what the model says, and what that costs.
+"""Effect of changed latents on the model: KL, losses, logits, steered text.
 
 Of a pass with changes, q, beside the same text without, p, at each position
 
   kl_BT = KL(p || q)      loss_BT = -log q(next token)
   logit_BT = q's logit of token a, less that of b
 
-Beside each strength of a dose-response curve stand as long vectors along other
-latents' decoders, and beside a steered text the default one of the same seed.
+Each strength of a dose-response curve has controls: vectors of the same norm
+along the decoders of other latents, and beside a steered text the default one of the same seed.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def dose_response(
   controls: int = 8,
   seed: int = 0,
 ) -> list[dict[str, Any]]:
-  """Effects at each strength, beside those of as long vectors of other latents.
+  """Effects at each strength, next to controls of equal norm.
 
   Args:
     subject, tokens_T, logit: as in `effects`.
@@ -276,7 +276,7 @@ def _read(params, x, y, top: int):
 
 
 class Prediction(NamedTuple):
-  """What the model says after each token of a text; host memory."""
+  """Next-token predictions after each token of a text; host memory."""
 
   token_TK: np.ndarray  # the likeliest, falling
   probability_TK: np.ndarray

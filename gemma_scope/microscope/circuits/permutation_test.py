@@ -1,4 +1,4 @@
-"""What a search for causes finds where there are none: decoders shuffled.
+"""Permutation test: the same search for causes with shuffled decoders.
 
   pi      a permutation of a layer's latents that fire on the index's text
   shuffle latent i keeps its values and its length, and writes along W_dec[pi i]

@@ -6,7 +6,8 @@ Of a pass with changes, q, beside the same text without, p, at each position
   logit_BT = q's logit of token a, less that of b
 
 Each strength of a dose-response curve has controls: vectors of the same norm
-along the decoders of other latents, and beside a steered text the default one of the same seed.
+along the decoders of other latents. A steered text stands beside the default
+one of the same seed.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Hooks:
     x_BTD = x.reshape(*x.shape[:2], -1)
     if site in self.edits:
       edited = self.edits[site](x_BTD)
-      if jnp.shape(edited) != x_BTD.shape:
+      if edited is None or jnp.shape(edited) != x_BTD.shape:
         raise ValueError(
           f'The edit at {site} must return the shape {list(x_BTD.shape)} that '
           f'it was given; it returned {_described(edited)}.'

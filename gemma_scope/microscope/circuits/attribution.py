@@ -215,7 +215,7 @@ def search(
     `by_token` [F, T]; `fires` [F]; and the figures of `attribute`.
   """
   tokens_1T, length = effects.padded([tokens_T]), len(tokens_T)
-  keep_T = ~np.isin(tokens_1T[0], subject.special)
+  keep_T = intervene.counted(subject, tokens_1T)[0][0]
   f_TF, path, error = _parts(
     subject.gemma, subject.lm_params, subject.params, subject.place, tokens_1T,
     keep_T,
@@ -268,7 +268,7 @@ def search(
 
 @functools.partial(jax.jit, static_argnames=('gemma', 'place'))
 def _parts(gemma, lm_params, params, place, tokens_1T, keep_T):
-  """f [T, F]; at each target y - offset and the error, 0 at special tokens."""
+  """f [T, F]; at each target y - offset and the error; 0 where not kept."""
   at = tuple(sorted({*place.sites, *place.targets}))
   taps = gemma.forward(lm_params, tokens_1T, taps=at, logits=False).taps
   x, y = (

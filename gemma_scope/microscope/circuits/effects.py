@@ -244,6 +244,7 @@ class Reading(NamedTuple):
   l0_T: np.ndarray
   unexplained_T: np.ndarray  # |y - y_hat|^2 / |y|^2
   counts_T: np.ndarray  # False at tokens that no SAE was trained on
+  outlier_T: np.ndarray  # those of them that its outlier rule leaves out
 
 
 def read(subject: Subject, tokens_T: Sequence[int], top: int = 10) -> Reading:
@@ -258,8 +259,8 @@ def read(subject: Subject, tokens_T: Sequence[int], top: int = 10) -> Reading:
     tuple(taps[s] for s in place.targets),
     min(top, subject.width),
   )
-  counts_T = ~np.isin(tokens_PT[0, :length], subject.special)
-  return Reading(*(np.asarray(a)[:length] for a in found), counts_T)
+  marks = (mark_PT[0] for mark_PT in intervene.counted(subject, tokens_PT))
+  return Reading(*(np.asarray(a)[:length] for a in (*found, *marks)))
 
 
 @functools.partial(jax.jit, static_argnames='top')

@@ -34,8 +34,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gemma_scope import sae, sites
+from gemma_scope.activations import outliers
 from gemma_scope.language_model import gemma as lm
-from gemma_scope.language_model import hooks
+from gemma_scope.language_model import hooks, splice
 from gemma_scope.sae import released
 
 KINDS = ('none', 'add', 'clamp', 'ablate', 'project_out')
@@ -83,6 +84,8 @@ class Subject:
     place: what it reads and writes.
     max_F: each latent's largest value, layer-major; 0 where it never fired.
     special: tokens that are left alone.
+    norm_bounds: the card's outlier rule (`activations.outliers`); a reading and
+      an attribution leave outlier tokens out, a change does reach them.
   """
 
   gemma: lm.Gemma
@@ -91,6 +94,7 @@ class Subject:
   place: sites.Wiring
   max_F: np.ndarray
   special: tuple[int, ...] = (0, 1, 2)
+  norm_bounds: outliers.Bounds = dataclasses.field(default_factory=dict)
 
   @property
   def width(self) -> int:
@@ -138,7 +142,27 @@ def subject(
   return Subject(
     gemma, lm_params, released.put(params, mesh), place,
     np.asarray(max_F, np.float32), tuple(sorted(map(int, special))),
+    outliers.norm_bounds(card),
   )  # fmt: skip
+
+
+def counted(
+  subject: Subject, tokens_PT: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """The tokens that the SAE is for, and the outliers among the others.
+
+  Returns:
+    bool [P, T] both: neither special nor an outlier; an outlier.
+  """
+  usual_PT = ~np.isin(tokens_PT, subject.special)
+  bounds = subject.norm_bounds
+  if not bounds:
+    return usual_PT, np.zeros_like(usual_PT)
+  taps = splice.taps(
+    subject.gemma, subject.lm_params, tokens_PT, tuple(sorted(bounds))
+  )
+  outlier_PT = usual_PT & np.asarray(outliers.is_outlier(taps, bounds))
+  return usual_PT & ~outlier_PT, outlier_PT
 
 
 def rows(subject: Subject, changes: Sequence[Sequence[Change]]) -> Rows:

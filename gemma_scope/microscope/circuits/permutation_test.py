@@ -14,6 +14,7 @@ permutation test of a maximum (Westfall and Young 1993, section 2).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,6 +36,12 @@ class Query:
   subject: Subject
   tokens_T: tuple[int, ...]
   logit: tuple[int, int | None]
+
+  @functools.cached_property
+  def counts_1T(self) -> np.ndarray:
+    """The tokens at which latents are changed, padding included."""
+    tokens_1T = effects.padded([self.tokens_T])
+    return intervene.counted(self.subject, tokens_1T)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +65,11 @@ def exact(
   query: Query, rows: Rows, where_BT: np.ndarray | None = None
 ) -> np.ndarray:
   """How much the logit falls with each row of changes, [B]."""
+  counts_1T = query.counts_1T
+  if where_BT is None:
+    where_BT = counts_1T
+  else:
+    where_BT = where_BT & counts_1T[:, : where_BT.shape[1]]
   found = effects.effects(
     query.subject,
     effects.padded([query.tokens_T]),

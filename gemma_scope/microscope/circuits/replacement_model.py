@@ -30,7 +30,7 @@ import numpy as np
 from gemma_scope import sae, sites
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
-from gemma_scope.microscope.circuits import budget, effects
+from gemma_scope.microscope.circuits import budget, effects, intervene
 from gemma_scope.microscope.circuits.intervene import Subject
 from gemma_scope.sae import released
 
@@ -86,7 +86,9 @@ class Replacement:
     self._at_once = budget.rows(
       budget.gradient, self._gemma, self._tokens_1T.shape[1], _TARGETS
     )
-    self._keep_T = ~np.isin(self._tokens_1T[0], subjects[0].special)
+    self._keep_NT = [
+      intervene.counted(one, self._tokens_1T)[0][0] for one in subjects
+    ]
     depth = self._gemma.config.num_layers
     self._last = splice.last(self._gemma)
     self._reads = sorted({s for one in subjects for s in one.place.sites})
@@ -120,14 +122,12 @@ class Replacement:
     b_dec = np.asarray(params['b_dec'])
     by_layer = lambda a: np.moveaxis(a, -2, 0) if place.several else a[None]
     error, b_dec = by_layer(error), b_dec.reshape(len(place.targets), 1, -1)
-    kept_T1 = self._keep_T[:, None]
+    kept_T1 = self._keep_NT[n][:, None]
     for m, target in enumerate(place.targets):
       own = target.layer
       self._error_MTD[own] = np.where(kept_T1, error[m], self._error_MTD[own])
       self._bias_MTD[own] = kept_T1 * b_dec[m]
-    f_TLF = (
-      f.reshape(len(f), len(place.sites), -1) * self._keep_T[:, None, None]
-    )
+    f_TLF = f.reshape(len(f), len(place.sites), -1) * kept_T1[:, None]
     t, l, i = np.nonzero(f_TLF)
     layer = np.array([site.layer for site in place.sites])[l]
     return np.stack(
@@ -175,14 +175,15 @@ class Replacement:
       yield from rows[: len(part)]
 
   @functools.cached_property
-  def _skips(self) -> dict[str, jax.Array | np.ndarray]:
+  def _skips(self) -> dict[str, tuple[jax.Array, np.ndarray]]:
     """W_skip of each site that has one, and the tokens that it acts on."""
-    found = {'keep': self._keep_T}
-    for one in self._subjects:
+    found = {}
+    for one, keep_T in zip(self._subjects, self._keep_NT, strict=True):
       W_skip = one.params.get('W_skip')
       if W_skip is not None:
         parts = W_skip if one.place.several else [W_skip]
-        found |= dict(zip(map(str, one.place.sites), parts, strict=True))
+        for site, part in zip(one.place.sites, parts, strict=True):
+          found[str(site)] = part, keep_T
     return found
 
   def _written(self, n: int, g_nMTD) -> np.ndarray:
@@ -251,10 +252,11 @@ def _slopes(
       y_BTD = still(y_BTD) + added_M1TD[m]
       if key is None:
         return y_BTD
-      through = (read[key] - still(read[key])) @ skips[key]
-      return y_BTD + skips['keep'][:, None] * through
+      W_skip, keep_T = skips[key]
+      through = (read[key] - still(read[key])) @ W_skip
+      return y_BTD + keep_T[:, None] * through
 
-    by_layer = {sites.parse(key).layer: key for key in skips if key != 'keep'}
+    by_layer = {sites.parse(key).layer: key for key in skips}
     for key in by_layer.values():
       edits[sites.parse(key)] = functools.partial(reader, key)
     for m in range(gemma.config.num_layers):

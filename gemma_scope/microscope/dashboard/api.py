@@ -231,6 +231,7 @@ class Questions:
       'ids': ids,
       'pieces': self._tokenizer.pieces(ids),
       'counts': counts_T.tolist(),
+      'outliers': found.outlier_T.tolist(),
       'latents': [
         row if counts else []
         for row, counts in zip(latents, counts_T, strict=True)

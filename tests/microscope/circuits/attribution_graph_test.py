@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -177,6 +178,28 @@ def test_pruning_keeps_paths_alone():
     attribution_graph.Settings(nodes=1.0, edges=1.0),
   )
   assert kept == [3] and edges == [(3, attribution_graph.LOGIT, -1.0)]
+
+
+def test_an_outlier_has_no_features_of_the_sae_whose_rule_it_breaks():
+  first, second = transcoders(tiny(), True, (0, 3), 128)
+  (site,) = first.place.sites
+  taps = splice.taps(*tiny(), np.array([TOKENS_T]), (site,))
+  norm_T = np.linalg.norm(np.asarray(taps[site][0]), axis=-1)
+  t = 1 + int(norm_T[1:].argmax())
+  bound = float(np.sort(norm_T[1:])[-2:].mean())
+  ruled = dataclasses.replace(first, norm_bounds={site: bound})
+
+  def features(subjects, member):
+    s = Replacement(subjects, TOKENS_T).sources
+    mine = (s.kind == 0) & (s.member == member)
+    return s.feature[mine], s.position[mine]
+
+  plain, found = features([first], 0), features([ruled, second], 0)
+  assert (plain[1] == t).any()
+  np.testing.assert_array_equal(found, np.array(plain)[:, plain[1] != t])
+  np.testing.assert_array_equal(
+    features([ruled, second], 1), features([second], 0)
+  )
 
 
 @pytest.mark.parametrize('name', ['skip', 'clt'])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -176,6 +178,36 @@ def test_a_shuffle_keeps_lengths_and_layers(model):
   assert (one > 0).all() and (two > 0).all() and not np.allclose(one, two)
   assert permutation_test.p_value(0.0, one) == 1.0
   assert permutation_test.p_value(-2 * one.max(), one) == 0.2
+
+
+def test_an_outlier_is_left_out_as_a_special_token_is(model, subjects):
+  """Of a reading, of both predictions, of ablations and of shuffles."""
+  params, card = circuits.MEMBERS['sae']
+  taps, f_TF = circuits.values(model, 'sae')
+  (site,) = subjects['sae'].place.sites
+  norm_T = np.linalg.norm(np.asarray(taps[site][0]), axis=-1)
+  t, bound = 1 + int(norm_T[1:].argmax()), np.sort(norm_T[1:])[-2:].mean()
+  assert TOKENS_T.count(TOKENS_T[t]) == 1 and f_TF[t].any()
+
+  def ruled(bound):
+    rule = {'max_norm': 1.0, 'norm_bounds': {str(site): float(bound)}}
+    return iv.subject(
+      *model, params, card | {'outliers': rule}, subjects['sae'].max_F
+    )
+
+  def attributed(subject):
+    settings = attribution.Search(top=3, others=3, shuffles=3)
+    return attribution.attribute(subject, TOKENS_T, LOGIT, settings=settings)
+
+  reading = effects.read(ruled(bound), TOKENS_T)
+  assert np.flatnonzero(reading.outlier_T).tolist() == [t]
+  assert np.flatnonzero(~reading.counts_T).tolist() == [0, t]
+  assert not effects.read(subjects['sae'], TOKENS_T).outlier_T.any()
+  special = dataclasses.replace(subjects['sae'], special=(0, 1, 2, TOKENS_T[t]))
+  assert attributed(ruled(bound)) == attributed(special)
+  plain = attributed(subjects['sae'])
+  assert attributed(ruled(bound)) != plain
+  assert attributed(ruled(norm_T.max() + 1)) == plain
 
 
 def test_a_logit_in_the_middle_is_of_what_was_read(subjects):

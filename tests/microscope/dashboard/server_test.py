@@ -188,6 +188,7 @@ def test_a_reading(server, asked):
   assert status == 200 and found['ids'][0] == tokenizer.bos_id
   assert found['pieces'] == tokenizer.pieces(found['ids'])
   assert found['latents'][0] == [] and not found['counts'][0]
+  assert found['outliers'] == [False] * len(found['ids'])
   row = next(row for row in found['latents'] if row)
   assert row == sorted(row, key=lambda pair: -pair[1])
   assert len(found['next']) == len(found['ids']) == len(found['loss'])

@@ -141,7 +141,10 @@ function tokenPanel(found, t, latents, row, state) {
     ? `${found.l0[t]} features fire; ${percent(found.unexplained[t], 2)} of the ` +
       `activation is not explained` +
       (missing(loss) ? '.' : `; loss ${number(loss)} nats.`)
-    : 'No SAE was trained on this token: its features are not shown.';
+    : found.outliers[t]
+      ? 'An outlier: its norm is above the bound of the SAE, which was not ' +
+        'trained on such tokens. Its features are not shown.'
+      : 'No SAE was trained on this token: its features are not shown.';
   const next = found.next[t].map(([p, q]) => [chipOf(p), ` ${percent(q, 2)} `]);
   return [
     h(

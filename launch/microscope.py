@@ -5,10 +5,10 @@ r"""Finds, reads, steers and checks the features of SAEs.
   gemma-scope microscope why --workdir=runs/tiny --text='if x is not' \
       --sae=resid_post/layer_2/width_1k/average_l0_33
 
-build comes first: it reads the run's text with its language model and writes
-dashboards, which open without a server. The SAEs are those of the run in
---workdir; --release names others, in any published format, in a folder or on
-the Hugging Face hub. For these, --config names the language model and the text:
+Run build first: it runs the language model on the run's text and writes
+dashboards, which open without a server. By default it uses the SAEs of the run
+in --workdir. --release names other SAEs, in any published format, in a folder
+or on the Hugging Face hub; --config then names their model and text:
 
   gemma-scope microscope build --workdir=runs/2b --config=gemma_scope_2b \
       --config.lm.checkpoint=... --release=google/gemma-scope-2b-pt-res/layer_20
@@ -32,47 +32,47 @@ from gemma_scope.command_line import (
 )
 
 COMMON = (
-  path('workdir', 'Folder of a training run, or a new one.', required=True),
+  path('workdir', 'Folder of a training run, or a new folder.', required=True),
   command_line.config(required=False),
   command_line.paths(
     'release',
-    'The SAEs, separated by commas: releases or single SAEs; by default the '
-    "run's own.",
+    'Releases or single SAEs, separated by commas; by default the SAEs of the '
+    'run.',
   ),
   path('out', 'Folder of the index; by default <workdir>/microscope.'),
 )
 OPTIONS = (
-  text('sae', '', 'The SAE, by any part of its name that only it has.'),
-  whole('sequences', 1024, 'Sequences of text to read.', low=2),
-  whole('batch', 32, 'Sequences in a forward pass.', low=1),
+  text('sae', '', 'The SAE: its name, or a part that no other name has.'),
+  whole('sequences', 1024, 'Number of text sequences to index.', low=2),
+  whole('batch', 32, 'Sequences per forward pass.', low=1),
   choice(
     'labels',
     'rule',
     ('rule', 'none'),
-    'Whether build labels all features that fire, by rule.',
+    'Label every feature that fires by a rule (rule), or none (none).',
   ),
   switch(
     'outliers',
     False,
-    "Count outlier tokens, which the SAEs' cards leave out, like all others.",
+    'Include outlier tokens, which the metrics of the SAEs leave out.',
   ),
-  whole('port', 8642, 'Port of the server.', low=1, high=65535),
+  whole('port', 8642, 'Port that the server listens on.', low=1, high=65535),
   text('text', '', 'The prompt.', required=True),
   text(
     'logit',
     '',
-    'The token whose logit is explained, or two separated by a comma for '
-    'their difference; by default the two likeliest next tokens.',
+    'The token whose logit is explained, or two tokens separated by a comma '
+    'for their logit difference; by default the two likeliest next tokens.',
   ),
   words(
     'change',
     (),
-    'The edits, as LATENT:KIND:STRENGTH: 17:add:0.5, 17:clamp:2, 17:ablate.',
+    'The edits, as LATENT:KIND:STRENGTH: 17:add:0.5,18:clamp:2,19:ablate.',
     required=True,
   ),
-  whole('tokens', 48, 'Tokens to generate.', low=1),
-  number('temperature', 0.5, 'Of sampling; 0 is greedy.', low=0.0),
-  whole('seed', 0, 'Seed of the sampling.', low=0),
+  whole('tokens', 48, 'Number of tokens to generate.', low=1),
+  number('temperature', 0.5, 'Sampling temperature; 0 is greedy.', low=0.0),
+  whole('seed', 0, 'Random seed for sampling.', low=0),
   path(
     'prompts',
     'JSONL file of prompts, each with "text" and "label" (true or false).',
@@ -83,66 +83,64 @@ OPTIONS = (
     'pooling',
     'last',
     ('last', 'mean', 'max'),
-    'How the latents of a prompt are summarised over its tokens.',
+    "How a latent's values are pooled over the tokens of a prompt.",
   ),
   text(
     'features',
     '200',
-    'The features to label: all, a number (of the most frequent), or their '
-    'numbers, such as 3,17.',
+    'Which features to label: all, the N most frequent (such as 200), or '
+    'their indices (such as 3,17; a single one with a comma, 3,).',
   ),
-  text('endpoint', '', 'Address of an OpenAI-compatible server that labels.'),
+  text('endpoint', '', 'URL of an OpenAI-compatible server that labels.'),
   text(
     'labeller',
     '',
-    "The endpoint's model; or local, the run's own language model. Without "
-    'it, rules label.',
+    "Model that labels: its name at --endpoint, or local for the run's own "
+    'language model; by default features are labelled by rules.',
   ),
-  whole(
-    'most_questions', 10_000, 'Most questions sent to the labeller.', low=1
-  ),
-  text('model_id', '', "Neuronpedia's name of the language model."),
+  whole('most_questions', 10_000, 'Maximum number of questions to ask.', low=1),
+  text('model_id', '', "Neuronpedia's name for the language model."),
   text('title', 'gemma-scope', 'Name of the set of SAEs.'),
   text('creator', '', 'Who made the SAEs.'),
-  switch('json', False, 'Print JSON in place of a table.'),
+  switch('json', False, 'Print JSON instead of a table.'),
 )
 # command -> what it does, and the flags that it reads.
 COMMANDS = {
   'build': (
-    'Read text, index what every feature fires on, write the dashboards.',
+    'Index what every feature fires on and write the dashboards.',
     ('sequences', 'batch', 'labels', 'outliers'),
   ),
-  'pages': ('Write the dashboards again, with the labels of now.', ()),
+  'pages': ('Rewrite the dashboards with the current labels.', ()),
   'serve': (
-    'Serve the dashboards on this machine, with a live view of your own text.',
+    'Serve the dashboards locally, with a live view of your own text.',
     ('port',),
   ),
   'why': (
-    'Trace a logit to the features it depends on.',
+    'Attribute a logit to features.',
     ('text', 'sae', 'logit'),
   ),
   'steer': (
-    'Generate text with features changed, beside the unchanged model.',
+    'Generate text with and without edits to features.',
     ('text', 'change', 'sae', 'logit', 'tokens', 'temperature', 'seed'),
   ),
   'probe': (
-    'Find the features of a concept from labelled prompts.',
+    'Find the features that detect a concept, from labelled prompts.',
     ('prompts', 'sae', 'pooling', 'batch'),
   ),
   'explain': (
-    'Label features, and score the labels.',
+    'Label features and score the labels.',
     ('sae', 'features', 'endpoint', 'labeller', 'most_questions', 'json'),
   ),
   'suite': ('Run the SAEBench metrics.', ('sae',)),
   'export': (
-    "Write Neuronpedia's files.",
+    'Write files for Neuronpedia.',
     ('model_id', 'title', 'creator'),
   ),
 }
 
 
 def flags(command: str) -> command_line.Flags:
-  """The flags of one command, those of all commands last."""
+  """The flags of one command, followed by the flags of all commands."""
   does, reads = COMMANDS[command]
   by_name = {flag.name: flag for flag in OPTIONS}
   return command_line.Flags(
@@ -154,7 +152,7 @@ def flags(command: str) -> command_line.Flags:
 
 
 def usage() -> str:
-  """The docstring and a line for each command."""
+  """The docstring, then one line for each command."""
   lines = [f'  {name:10} {does}' for name, (does, _) in COMMANDS.items()]
   return '\n'.join(
     [
@@ -164,7 +162,7 @@ def usage() -> str:
       '',
       *lines,
       '',
-      'COMMAND --help explains a command and its flags.',
+      'Run COMMAND --help for the flags of a command.',
     ]
   )
 
@@ -179,8 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
     near = difflib.get_close_matches(command, COMMANDS, 1)
     hint = f' Did you mean {near[0]!r}?' if near else ''
     print(
-      f'The first word must be a command ({", ".join(COMMANDS)}); found '
-      f'{command!r}.{hint}',
+      f'Unknown command {command!r}; the commands are '
+      f'{", ".join(COMMANDS)}.{hint}',
       file=sys.stderr,
     )
     sys.exit(2)
@@ -199,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
       commands.run(command, opened, options)
     except interrupt_lib.Interrupted:
-      sys.exit('stopped and saved; the same command continues')
+      sys.exit('stopped and saved; run the same command again to continue')
 
 
 if __name__ == '__main__':

@@ -1,12 +1,17 @@
 """The subcommands of launch/microscope.py, one function each.
 
-  build    index and pages            serve    pages with a live view
-  why      a logit traced to latents  steer    text with latents changed
-  probe    a concept's latents        explain  labels, and their scores
-  suite    SAEBench's scores          export   Neuronpedia's files
-  pages    written again
+  build    writes the indexes and dashboards
+  pages    rewrites the dashboards with the current labels
+  serve    serves the dashboards with a live view
+  why      attributes a logit to latents
+  steer    generates text with latents changed
+  probe    finds the latents that detect a concept
+  explain  labels latents and scores the labels
+  suite    runs the SAEBench metrics
+  export   writes files for Neuronpedia
 
-Each takes a session and the flags. Errors are ValueErrors of one sentence.
+Each function takes a session and the flags, and raises a ValueError with one
+sentence if an input is wrong.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from gemma_scope.runtime import progress
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """The flags of launch/microscope.py that one command or another reads."""
+  """The flags of launch/microscope.py; each command reads some of them."""
 
   sae: str = ''
   sequences: int = 1024
@@ -63,7 +68,7 @@ class Options:
 
 
 def build(session: Session, options: Options) -> None:
-  """Indexes all SAEs in one pass, writes the pages, prints their address."""
+  """Indexes all SAEs in one pass, writes the pages and prints their URL."""
   with interrupt_lib.Interrupt() as interrupt:
     first = session.build(
       options.sequences,
@@ -76,13 +81,13 @@ def build(session: Session, options: Options) -> None:
 
 
 def pages(session: Session, options: Options) -> None:
-  """Writes the pages again, with the labels that are there."""
+  """Rewrites the pages with the current labels."""
   del options
   session.report(f'microscope  {session.pages().resolve().as_uri()}')
 
 
 def serve(session: Session, options: Options) -> None:
-  """Serves the pages, with a live view, to this machine."""
+  """Serves the pages, with a live view, on this machine."""
   session.check_built()
   shown = [
     api.Shown(
@@ -97,12 +102,12 @@ def serve(session: Session, options: Options) -> None:
 
 def _ids(session: Session, options: Options) -> list[int]:
   if not options.text:
-    raise ValueError('Say --text=, what the model has read.')
+    raise ValueError('--text is required: the prompt to explain.')
   return readout.with_bos(session.tokenizer, options.text)
 
 
 def why(session: Session, options: Options) -> None:
-  """Traces a logit to latents; over transcoders and CLTs, a graph as well."""
+  """Attributes a logit to latents; transcoders and CLTs also get a graph."""
   ids = _ids(session, options)
   sae, tokenizer = session.find(options.sae), session.tokenizer
   subject = session.subject(sae)
@@ -127,12 +132,16 @@ def why(session: Session, options: Options) -> None:
 
 
 def steer(session: Session, options: Options) -> None:
-  """A text goes on by default and with changes; one change's dose-response."""
+  """Generates text with and without changes.
+
+  With a single change, also reports its effect at several strengths.
+  """
   ids = _ids(session, options)
   if not options.change:
     raise ValueError(
-      'Say --change=LATENT:KIND:STRENGTH, such as 17:add:0.5 or 17:ablate; '
-      f'several with commas. Kinds: {", ".join(intervene.KINDS[1:])}.'
+      '--change is required: edits as LATENT:KIND:STRENGTH, such as 17:add:0.5 '
+      'or 17:ablate, separated by commas. '
+      f'The kinds are {", ".join(intervene.KINDS[1:])}.'
     )
   changes = [_change(text) for text in options.change]
   subject = session.subject(session.find(options.sae))
@@ -142,9 +151,10 @@ def steer(session: Session, options: Options) -> None:
     stop=[session.tokenizer.eos_id], forbid=[session.tokenizer.bos_id],
   )  # fmt: skip
   for name, one in found.items():
-    kl = f', KL {one["kl"]:.3f} nats a token' if one.get('kl') else ''
+    kl = f', KL {one["kl"]:.3f} nats per token' if one.get('kl') else ''
     session.report(
-      f'{name}: perplexity to the unchanged model {one["perplexity"]:.2f}{kl}'
+      f'{name}: perplexity under the unchanged model '
+      f'{one["perplexity"]:.2f}{kl}'
     )
     session.report(options.text + session.tokenizer.decode(one['ids']))
   if len(changes) > 1:
@@ -157,7 +167,10 @@ def steer(session: Session, options: Options) -> None:
   curve = effects.dose_response(
     subject, ids, changes[0], strengths=strengths, logit=logit
   )
-  session.report(f'{spoken(pieces)} at the end; controls have the same norm')
+  session.report(
+    f'Effect on the logit {spoken(pieces)} after the last token, next to '
+    'controls of equal norm'
+  )
   session.report(effects.curve_table(curve))
 
 
@@ -170,23 +183,25 @@ def _change(text: str) -> intervene.Change:
     )
   except ValueError:
     raise ValueError(
-      f'--change: {text!r} is not LATENT:KIND:STRENGTH, such as 17:add:0.5.'
+      f'--change={text!r} must be LATENT:KIND:STRENGTH, such as 17:add:0.5.'
     ) from None
 
 
 def _logit(session: Session, options: Options, ids) -> readout.Logit:
-  """--logit=a,b as tokens; without it the two likeliest ones."""
+  """The tokens of --logit=a,b; by default the two likeliest next tokens."""
   if not options.logit:
     return readout.likeliest(*session.model, ids)
   words = options.logit.split(',')  # spaces belong to the tokens
   if len(words) > 2:
-    raise ValueError('--logit= is one token, or two with a comma.')
+    raise ValueError(
+      '--logit must be one token, or two tokens separated by a comma.'
+    )
   found = [readout.one_token(session.tokenizer, word) for word in words]
   return readout.different(found[0], found[1] if len(found) > 1 else None)
 
 
 def _together(session: Session, sae: Released) -> list[Released]:
-  """A transcoder with its fellows of other layers; a CLT alone."""
+  """The SAEs of one graph: a CLT, or one transcoder for each layer."""
   every = [(one.card, session.index(one)) for one in session.saes]
   first = session.saes.index(sae)
   return [session.saes[i] for i in readout.together(every, first)]
@@ -199,10 +214,11 @@ def _keep(session: Session, name: str, found: dict) -> None:
 
 
 def find_concept(session: Session, options: Options) -> None:
-  """Probes a concept from labelled prompts, with controls."""
+  """Probes for a concept in labelled prompts, with controls."""
   if not options.prompts:
     raise ValueError(
-      'Say --prompts=FILE, JSONL with "text" and "label" (true or false).'
+      '--prompts is required: a JSONL file with "text" and "label" (true or '
+      'false) on each line.'
     )
   sae = session.find(options.sae)
   prompts = probe_inputs.read_prompts(options.prompts)
@@ -222,7 +238,7 @@ def find_concept(session: Session, options: Options) -> None:
 
 
 def label(session: Session, options: Options) -> None:
-  """Labels latents by an endpoint's model, or by rules; the pages have them."""
+  """Labels latents by a language model or by rules and rewrites the pages."""
   session.check_built()
   sae = session.find(options.sae)
   one = session.index(sae)
@@ -230,7 +246,9 @@ def label(session: Session, options: Options) -> None:
   model = None
   if options.endpoint:
     if not options.labeller:
-      raise ValueError("Say --labeller=, the endpoint's name of its model.")
+      raise ValueError(
+        "--labeller is required with --endpoint: the endpoint's model name."
+      )
     model = llm.Kept(
       llm.Endpoint(options.labeller, options.endpoint),
       session.out / 'answers.jsonl', options.most_questions,
@@ -243,7 +261,7 @@ def label(session: Session, options: Options) -> None:
       session.out / 'answers.jsonl', options.most_questions,
     )  # fmt: skip
   elif options.labeller:
-    raise ValueError('--labeller= goes with --endpoint=, or is "local".')
+    raise ValueError('--labeller must be "local" unless --endpoint is given.')
   found = labels.explain(one, features, session.tokenizer.pieces, model)
   path = session.keep_labels(sae, found)
   if options.json:
@@ -255,7 +273,7 @@ def label(session: Session, options: Options) -> None:
 
 
 def _features(given: str, one) -> list[int]:
-  """'all', '200' (the most frequent ones), or '3,17,' (those)."""
+  """Indices from 'all', '200' (the 200 most frequent) or '3,17' or '3,'."""
   alive = np.flatnonzero(one.fired_F)
   order = alive[np.argsort(-one.fired_F[alive], kind='stable')]
   if given == 'all':
@@ -263,20 +281,23 @@ def _features(given: str, one) -> list[int]:
   parts = [part for part in given.split(',') if part.strip()]
   if not parts or not all(part.strip().isdigit() for part in parts):
     raise ValueError(
-      f'--features= is all, a number (the most frequent ones), or numbers of '
-      f'latents with commas, such as 3,17; found {given!r}.'
+      '--features must be all, a number N (the N most frequent), or indices '
+      f'separated by commas, such as 3,17; found {given!r}.'
     )
   numbers = list(map(int, parts))
   if len(numbers) == 1 and not given.endswith(','):
     return sorted(map(int, order[: numbers[0]]))
   wrong = [i for i in numbers if i >= len(one.max_F)]
   if wrong:
-    raise ValueError(f'There is no latent {wrong[0]}.')
+    raise ValueError(
+      f'--features: there is no latent {wrong[0]}; the SAE has '
+      f'{len(one.max_F):,}.'
+    )
   return numbers
 
 
 def score(session: Session, options: Options) -> None:
-  """SAEBench's scores, on labels that Python's own source gives."""
+  """Runs the SAEBench metrics, with labels derived from Python source code."""
   saes = [session.find(options.sae)] if options.sae else session.saes
   paths = suite.run(
     session.model, saes,
@@ -286,7 +307,7 @@ def score(session: Session, options: Options) -> None:
 
 
 def export(session: Session, options: Options) -> None:
-  """Writes Neuronpedia's bulk files from the indexes."""
+  """Writes Neuronpedia's bulk-import files from the indexes."""
   naming = neuronpedia.Naming(
     options.model_id or session.config.lm.name, options.title, options.creator
   )
@@ -321,12 +342,14 @@ COMMANDS = {
 
 
 def run(name: str, session: Session, options: Options) -> None:
-  """One command.
+  """Runs one command.
 
   Raises:
-    ValueError: one sentence on what is missing or wrong.
-    interrupt.Interrupted: build was stopped, and has saved.
+    ValueError: an input is missing or wrong.
+    interrupt.Interrupted: build was stopped and saved its progress.
   """
   if name not in COMMANDS:
-    raise ValueError(f'There is no {name!r}; say {", ".join(COMMANDS)}.')
+    raise ValueError(
+      f'Unknown command {name!r}; the commands are {", ".join(COMMANDS)}.'
+    )
   COMMANDS[name](session, options)

@@ -1,13 +1,14 @@
-"""A run's folder, opened: model, text and SAEs, and the microscope's files.
+"""Access to a run's model, text and SAEs, and to the microscope's files.
 
-  <out>/members.json         which SAEs it is built of, in the pages' order
-  <out>/indexes/<name>/      an index an SAE (`index`)
-  <out>/labels/<name>.jsonl  what `explain` said of it
-  <out>/pages/               the pages
+  <out>/members.json         the SAEs that were indexed, in page order
+  <out>/indexes/<name>/      one index for each SAE (`index`)
+  <out>/labels/<name>.jsonl  labels and scores from `explain`
+  <out>/pages/               the dashboards
 
 The config is the run's own, or one that names the model and text of published
-SAEs. Everything is opened when it is first asked for. An index, and a label, is
-of the parameters whose digest it holds, and is refused for any others.
+SAEs. Everything is opened on first use. Indexes and labels store the digest of
+the SAE's parameters: an index of other parameters raises an error, and labels
+of other parameters are ignored.
 """
 
 from __future__ import annotations
@@ -49,23 +50,24 @@ _KEPT = 4  # indexes in memory
 
 
 class Firing(NamedTuple):
-  """A latent that fires on a token: its value, and what it stands for."""
+  """A latent that fires on a token, with its value and label."""
 
   feature: int
   value: float
-  label: str  # its label, or the tokens that it fires on most
+  label: str  # or, without a label, the tokens that it fires on most
 
 
 class Session:
   """A run's folder, and the folder of its microscope.
 
   Args:
-    workdir: of the run; holds config.json and release/ unless others are given.
-    out: of the microscope; by default <workdir>/microscope.
-    config: None: the run's.
-    given: releases, or SAEs anywhere, joined by commas; '': those that the
-      microscope is built of, else the run's.
-    report: takes a line of text.
+    workdir: the run's folder. It contains config.json and release/, unless
+      `config` and `given` replace them.
+    out: the microscope's folder; by default <workdir>/microscope.
+    config: by default the run's config.
+    given: releases or single SAEs, separated by commas. If empty: the SAEs that
+      were indexed, or, before the first build, the SAEs of the run.
+    report: called with each line of output.
   """
 
   def __init__(
@@ -85,20 +87,20 @@ class Session:
 
   @functools.cached_property
   def config(self) -> ConfigDict:
-    """ValueError where there is none."""
+    """The given config or the run's; ValueError if there is none."""
     if self._config is not None:
       return self._config
     path = self.workdir / 'config.json'
     if not path.exists():
       raise ValueError(
-        f'{self.workdir} has no config.json; name the folder of a run, or say '
-        '--config=, which names the model and the text.'
+        f'{self.workdir} has no config.json. Give the folder of a run, or use '
+        '--config to name the model and the text.'
       )
     return config_lib.read(path)
 
   @functools.cached_property
   def mesh(self) -> Mesh:
-    """The devices, as the config lays them out."""
+    """The device mesh of the config."""
     return mesh_lib.make(self.config.mesh)
 
   @functools.cached_property
@@ -109,7 +111,7 @@ class Session:
 
   @functools.cached_property
   def tokenizer(self) -> tokenizers.Tokenizer:
-    """The model's."""
+    """The language model's tokenizer."""
     c = self.config.lm
     return tokenizers.Tokenizer(
       c.tokenizer or weights.tokenizer(c.name, c.checkpoint)
@@ -126,13 +128,16 @@ class Session:
 
   @property
   def _built(self) -> dict[str, Any] | None:
-    """members.json; None where nothing is built."""
+    """The contents of members.json; None before the first build."""
     path = self.out / _MEMBERS
     return json.loads(path.read_text()) if path.exists() else None
 
   @functools.cached_property
   def _paths(self) -> list[str]:
-    """Of the SAEs; those on disk from `workdir`, wherever that is moved."""
+    """Paths of the SAEs; local ones are relative to `workdir`.
+
+    So they stay valid when the folder is moved.
+    """
     built = self._built
     if not self._given and built:
       return built['saes']
@@ -144,7 +149,7 @@ class Session:
 
   @functools.cached_property
   def saes(self) -> list[release.Released]:
-    """Those given, or that it is built of; in the order of the pages."""
+    """The SAEs of `given`, or else those that were indexed, in page order."""
     found = []
     for path in self._paths:
       here = self.workdir / path
@@ -163,25 +168,26 @@ class Session:
       for name, path, one in found
     ]
     if len({one.name for one in saes}) < len(saes):
-      raise ValueError('The same SAE is given twice.')
+      raise ValueError('--release names the same SAE twice.')
     return saes
 
   def find(self, name: str) -> release.Released:
-    """The SAE of this name, or the only one whose name has it in it."""
+    """The SAE with this name, or the only one whose name contains it."""
     found = [one for one in self.saes if name in one.name]
     found = [one for one in found if one.name == name] or found
     if len(found) != 1:
       shown = [one.name for one in found or self.saes]
       raise ValueError(
-        f'--sae={name!r} names {len(found)} SAEs and should name one; there '
-        f'are {", ".join(shown[:8])}{", ..." if len(shown) > 8 else ""}.'
+        f'--sae={name!r} must match one SAE but matches {len(found)}; choose '
+        f'from {", ".join(shown[:8])}{", ..." if len(shown) > 8 else ""}.'
       )
     return found[0]
 
   def index(self, sae: release.Released) -> Index:
-    """Its index; ValueError where it was not built.
+    """The SAE's index; ValueError if it has not been built.
 
-    The last ones read are kept, so that a command reads and hashes each once.
+    Recently read indexes stay in memory, so that a command reads and hashes
+    each of them once.
     """
     folder = self.out / 'indexes' / sae.name
     written = (folder / 'index.json').stat() if folder.exists() else None
@@ -194,17 +200,17 @@ class Session:
     return self._indexes[sae.name][1]
 
   def load(self, sae: release.Released) -> tuple[member_lib.Params, Index]:
-    """Its parameters and their index; ValueError where it is of others."""
+    """The SAE's parameters and index; ValueError if they do not match."""
     params, found = sae.load(), self.index(sae)
     if found.meta['sae_sha256'] != member_lib.digest(params):
       raise ValueError(
-        f'The index of {sae.name} is of other parameters than '
-        f'{sae.folder} holds now; run build again.'
+        f'The parameters in {sae.folder} have changed since {sae.name} was '
+        'indexed; run build again.'
       )
     return params, found
 
   def subject(self, sae: release.Released) -> intervene.Subject:
-    """It in its model, in units of its index's largest values."""
+    """The SAE in its model; strengths are in units of the index's maxima."""
     params, found = self.load(sae)
     t = self.tokenizer
     special = t.pad_id, t.bos_id, t.eos_id
@@ -219,9 +225,9 @@ class Session:
     """The tokens of a text, BOS first, each with the latents that fire on it.
 
     Args:
-      sae: one of `saes`, as `find` returns it; its index must be built.
-      text: what Gemma reads.
-      most: latents of a token at most, the largest value first.
+      sae: an element of `saes`, such as `find` returns; must be indexed.
+      text: the prompt.
+      most: maximum number of latents per token, the largest values first.
     """
     ids = readout.with_bos(self.tokenizer, text)
     found = effects.read(self.subject(sae), ids, most)
@@ -254,15 +260,15 @@ class Session:
   ) -> pathlib.Path:
     """Indexes all SAEs in one pass, labels them and writes the pages.
 
-    Stopped by `poll`, it continues from what is on disk when called again. What
-    is already built of this text and these SAEs is left as it is.
+    If `poll` stops it, the next call continues from the files on disk. If these
+    SAEs are already indexed on this text, nothing is done.
 
     Args:
-      sequences: of the text.
-      batch: sequences in a forward pass.
+      sequences: number of text sequences to index.
+      batch: sequences per forward pass.
       poll: called before each batch; may raise to stop.
-      label: whether the living features get labels by rule.
-      outliers: whether outlier tokens count like all others.
+      label: whether to label, by rule, the features that fire.
+      outliers: whether to include outlier tokens.
 
     Returns:
       The path of the first page.
@@ -300,7 +306,7 @@ class Session:
         store_lib.write(self.out / 'indexes' / sae.name, one)
     if label:
       self._label_by_rule(poll)
-    (self.out / _MEMBERS).unlink(missing_ok=True)  # the pages are not yet these
+    (self.out / _MEMBERS).unlink(missing_ok=True)  # until the pages are written
     about['date'] = datetime.date.today().isoformat()
     first = self._write_pages(about['date'])
     files.write_json(self.out / _MEMBERS, about)
@@ -308,7 +314,7 @@ class Session:
     return first
 
   def _label_by_rule(self, poll: Callable[[], None]) -> None:
-    """Labels the living features of every SAE that has no labels yet."""
+    """Labels the features that fire, of every SAE that has no labels yet."""
     for sae in progress_lib.track(self.saes, 'labels by rule'):
       poll()
       if self._label_rows(sae):
@@ -319,19 +325,19 @@ class Session:
       self.keep_labels(sae, rows)
 
   def pages(self) -> pathlib.Path:
-    """Writes the pages again with the present labels; the path of the first."""
+    """Rewrites the pages with the current labels; returns the first page."""
     self.check_built()
     return self._write_pages((self._built or {}).get('date', ''))
 
   def check_built(self) -> None:
-    """ValueError unless the pages are there, and of these SAEs."""
+    """Raises ValueError unless the pages exist and show these SAEs."""
     built = self._built
     if built is None or not (self.out / 'pages' / 'index.html').exists():
-      raise ValueError(f'{self.out} is not built; run build first.')
+      raise ValueError(f'{self.out} has no dashboards; run build first.')
     if built['saes'] != self._paths:
       raise ValueError(
-        f'{self.out} is built of {", ".join(built["saes"])} and --release is '
-        'of others; leave it out, run build, or name another --out.'
+        f'{self.out} was built for {", ".join(built["saes"])}, and --release '
+        'names other SAEs. Omit --release, run build, or choose another --out.'
       )
 
   def _write_pages(self, date: str) -> pathlib.Path:
@@ -366,7 +372,7 @@ class Session:
   def keep_labels(
     self, sae: release.Released, rows: Sequence[dict[str, Any]]
   ) -> pathlib.Path:
-    """Adds `explain`'s rows to those that are there -> the file."""
+    """Adds or replaces rows from `explain`; returns the path of the file."""
     path = self.out / 'labels' / f'{sae.name}.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = {'sae_sha256': self.index(sae).meta['sae_sha256']}
@@ -375,7 +381,7 @@ class Session:
     return path
 
   def labels(self, sae: release.Released) -> dict[int, dict[str, Any]]:
-    """feature -> its label and scores, as the pages show them."""
+    """Maps each labelled feature to its label and scores, for the pages."""
     value = lambda score: None if score is None else score['value']
     return {
       feature: {
@@ -390,7 +396,7 @@ class Session:
     }
 
   def named(self, sae: release.Released) -> Callable[[int], str]:
-    """feature -> its label, or the words that it fires on, for a report."""
+    """A function that names a feature: its label, or its top tokens."""
     labels, one = self.labels(sae), self.index(sae)
 
     def name(feature: int) -> str:
@@ -403,5 +409,5 @@ class Session:
 
 
 def spoken(pieces: Sequence[str]) -> str:
-  """The tokens of a logit, or of a difference, for a reader."""
+  """A logit or logit difference as text, such as "' yes' - ' no'"."""
   return ' - '.join(repr(piece.replace('▁', ' ')) for piece in pieces)

@@ -87,7 +87,7 @@ def test_what_is_built_is_what_is_shown(workdir, said, tmp_path):
   one = next((workdir / 'release').rglob('width_40/*'))
   run('build', workdir, said, given=str(one), out=tmp_path / 'm')
   for command in ('serve', 'pages', 'explain'):
-    with pytest.raises(ValueError, match='is built of'):
+    with pytest.raises(ValueError, match='was built for'):
       run(command, workdir, said, given=both, out=tmp_path / 'm', sae=SAE)
   opened = run('pages', workdir, said, out=tmp_path / 'm')
   assert len(opened.saes) == 1  # those that it is built of, without --release
@@ -104,7 +104,7 @@ def test_what_is_built_is_what_is_shown(workdir, said, tmp_path):
   card = releases.card('resid_post/1', seed=0) | card
   shutil.rmtree(moved / 'release')
   releases.save(moved / 'release', [(params, card, None)])
-  with pytest.raises(ValueError, match='of other parameters'):
+  with pytest.raises(ValueError, match='have changed since'):
     run('why', moved, said, sae=SAE, text=TEXT)
   run('build', moved, said)
   assert run('pages', moved, said).find(SAE)
@@ -117,7 +117,7 @@ def test_two_releases_of_the_same_names(workdir, said, tmp_path):
   names = [one.name for one in opened.saes]
   assert len(set(names)) == 4
   assert len(list((tmp_path / 'm' / 'indexes').rglob('index.json'))) == 4
-  with pytest.raises(ValueError, match='given twice'):
+  with pytest.raises(ValueError, match='the same SAE twice'):
     run('build', workdir, said, given=f'{workdir}/release,{workdir}/release')
 
 
@@ -234,19 +234,27 @@ def test_serve_serves_the_built_pages(workdir, said, monkeypatch):
 
 def test_what_is_missing_is_said(workdir, said, tmp_path):
   cases = [
-    ('why', {'sae': SAE}, 'Say --text='),
-    ('why', {'sae': 'width', 'text': 'a'}, 'names 2 SAEs'),
-    ('why', {'sae': 'nothing', 'text': 'a'}, 'names 0 SAEs'),
+    ('why', {'sae': SAE}, '--text is required'),
+    ('why', {'sae': 'width', 'text': 'a'}, 'but matches 2'),
+    ('why', {'sae': 'nothing', 'text': 'a'}, 'but matches 0'),
     ('why', {'sae': SAE, 'text': 'a', 'logit': 'two tokens'}, 'not one'),
-    ('steer', {'sae': SAE, 'text': 'a'}, 'Say --change='),
-    ('steer', {'sae': SAE, 'text': 'a', 'change': ('x:add',)}, 'is not LATENT'),
+    ('steer', {'sae': SAE, 'text': 'a'}, '--change is required'),
+    (
+      'steer',
+      {'sae': SAE, 'text': 'a', 'change': ('x:add',)},
+      'must be LATENT',
+    ),
     ('steer', {'sae': SAE, 'text': 'a', 'change': ('3:x',)}, 'no change'),
-    ('probe', {'sae': SAE}, 'Say --prompts='),
-    ('explain', {'sae': SAE, 'features': 'x'}, '--features= is all'),
-    ('explain', {'sae': SAE, 'features': '99,'}, 'There is no latent 99'),
-    ('explain', {'sae': SAE, 'endpoint': 'http://127.0.0.1:1'}, '--labeller='),
-    ('explain', {'sae': SAE, 'labeller': 'x'}, 'goes with --endpoint='),
-    ('boil', {}, "There is no 'boil'"),
+    ('probe', {'sae': SAE}, '--prompts is required'),
+    ('explain', {'sae': SAE, 'features': 'x'}, '--features must be all'),
+    ('explain', {'sae': SAE, 'features': '99,'}, 'there is no latent 99'),
+    (
+      'explain',
+      {'sae': SAE, 'endpoint': 'http://127.0.0.1:1'},
+      '--labeller is',
+    ),
+    ('explain', {'sae': SAE, 'labeller': 'x'}, 'unless --endpoint'),
+    ('boil', {}, "Unknown command 'boil'"),
     ('build', {'batch': 31}, 'over the 8 devices'),
   ]
   for name, options, expected in cases:

@@ -2,7 +2,7 @@
 
 Reading order; a module imports only from those above it:
 
-  llm       a language model that answers: endpoint, local, cache
-  examples  windows where a latent fires; rules
+  llm       language models that answer questions: endpoint, local, cache
+  examples  windows where a latent fires or is silent; rules
   labels    labels for latents, and their scores
 """

@@ -1,13 +1,12 @@
-"""Windows in which a latent fires, windows in which it does not, and a rule.
+"""Example windows in which a latent fires or is silent, and rules.
 
-  index -> a latent's windows of tokens with its values: the top ones, those of
-           each tenth of its range, and silent ones; in two halves, by sequence:
-           one to make a label from, the other to score it
-  rule     "the token (or the one, or two, before it) is one of ...": the sets
-           are taken from the first half
+  index -> windows of tokens with the latent's values: the top activations, a
+           sample from each tenth of its range, and silent windows. Sequences
+           are split into two halves: one to make a label, one to score it
+  rule     "the token (or the token one or two before it) is one of ...": the
+           tokens are chosen on the first half
 
-A rule is a predicate, so that it can be held against any text exactly, without
-a model.
+A rule is a predicate: it can be checked exactly on any text, without a model.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ import numpy as np
 
 from gemma_scope.microscope.index import store as index_lib
 
-_SETS = (1, 2, 4, 8)  # pieces that a rule may name
+_SETS = (1, 2, 4, 8)  # numbers of tokens that a rule may name
 _OFFSETS = (0, -1, -2)
-_GAIN = 0.02  # what a longer or farther rule must bring
+_GAIN = 0.02  # minimum gain of a rule with more tokens or a larger offset
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """A window of text: ids [W], the latent's values there [W]."""
+  """A window of text: token ids [W] and the latent's values [W]."""
 
   ids: tuple[int, ...]
   values: tuple[float, ...]
@@ -49,13 +48,13 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """Fires at token t where ids[t + offset] is one of `ids`."""
+  """Predicts that a latent fires at t if token t + offset is in `ids`."""
 
   offset: int
   ids: tuple[int, ...]
 
   def at(self, example: Example) -> np.ndarray:
-    """bool [W]: where it says that the latent fires."""
+    """bool [W]: the tokens where the rule predicts that the latent fires."""
     hit = np.isin(example.ids, self.ids)
     return np.roll(hit, -self.offset) & (np.arange(len(hit)) >= -self.offset)
 
@@ -67,9 +66,9 @@ class Rule:
 
 
 def of(index: index_lib.Index, feature: int, width: int = 32) -> Examples:
-  """A latent's windows of at most `width` tokens, deterministic halves.
+  """A latent's windows of at most `width` tokens, split into two halves.
 
-  The halves are of sequences: no sequence has windows in both.
+  The split is deterministic and by sequence: no sequence is in both halves.
   """
   firing, silent = [], []
   kept = [
@@ -101,7 +100,7 @@ def of(index: index_lib.Index, feature: int, width: int = 32) -> Examples:
       firing.append(
         (int(sequence), _window(index, *place, start, values_W, width))
       )
-  # All of a silent sequence is silent: as many windows as it has room for.
+  # A latent is silent in all of a silent sequence: take every window of it.
   length = index.sequences_NT.shape[1]
   silence = np.zeros(length, np.float32)
   middles = range(min(width, length) // 2, max(length - width // 2, 1), width)
@@ -125,7 +124,7 @@ def of(index: index_lib.Index, feature: int, width: int = 32) -> Examples:
 
 
 def _window(index, sequence, middle, start, values_W, width):
-  """`width` tokens around `middle` that lie in the sequence and count."""
+  """Up to `width` tokens around `middle`, without tokens that are left out."""
   at = np.arange(max(middle - width // 2, 0), middle + width // 2)
   at = at[(at < index.sequences_NT.shape[1]) & (at >= start)]
   at = at[at - start < len(values_W)]
@@ -137,11 +136,11 @@ def _window(index, sequence, middle, start, values_W, width):
 
 
 def rule(found: Examples) -> Rule | None:
-  """The rule that does best on the examples for labels; None without any.
+  """The rule that fits the first half best; None if the latent never fires.
 
-  Candidates: at each offset, the 1, 2, 4 or 8 ids most common where it fires.
-  Scored token by token (mean of the shares right where it fires and where it
-  does not); a longer or farther one must be better by 0.02.
+  Candidates: for each offset, the 1, 2, 4 or 8 most frequent tokens there when
+  the latent fires. The score is the balanced accuracy over tokens. A rule with
+  more tokens or a larger offset must be better by 0.02.
   """
   if not found.firing:
     return None
@@ -149,7 +148,7 @@ def rule(found: Examples) -> Rule | None:
   fires = np.concatenate([e.fires for e in every])
   best, best_score = None, -1.0
   for offset in _OFFSETS:
-    # What stands there, of each token; -1 outside of the window.
+    # The token at this offset from each token; -1 outside the window.
     there = np.concatenate(
       [(*[-1] * -offset, *e.ids[: len(e.ids) + offset]) for e in every]
     )

@@ -1,18 +1,19 @@
 """Labels of latents, by rule or by a language model, and their scores.
 
   examples   a latent's windows: half to make the label, half to score it
-  label      by a language model (`ask`), or by a rule, no model needed
-  detection  shown a window, does the label say that the latent fires there?
-  fuzzing    shown a window with marked tokens, are these where it fires?
-  score      balanced accuracy over held-out windows, with a 95 % interval,
-             beside another latent's label on the same windows (shuffled)
+  label      written by a language model (`llm`), or a rule (no model needed)
+  detection  given a window, does the label predict that the latent fires in it?
+  fuzzing    given a window with marked tokens, does the latent fire on these?
+  score      balanced accuracy on held-out windows with a 95 % interval
+  shuffled   detection with another latent's label on the same windows
 
-A rule can be held against a window exactly; a label says whether it is one.
+Rules are checked exactly, without a model. Each row says whether its label is a
+rule.
 
-The interval is Newcombe's for half a sum of two proportions, from Wilson's of
-each (Statistics in Medicine 17, 1998). Detection and fuzzing are those of
-delphi (Paulo et al., arXiv 2410.13928). A label whose interval reaches down to
-0.5, or to the shuffled label's score, is marked `low_score`.
+The interval is Newcombe's for the mean of two proportions, built from the
+Wilson interval of each (Statistics in Medicine 17, 1998). Detection and fuzzing
+are defined as in delphi (Paulo et al., arXiv 2410.13928). A label whose
+interval includes 0.5 or the shuffled score is marked `low_score`.
 """
 
 from __future__ import annotations
@@ -30,19 +31,24 @@ from gemma_scope.evaluation import estimates
 from gemma_scope.microscope.autointerp import examples, llm
 from gemma_scope.microscope.index import store as index_lib
 
-_AT_ONCE = 5  # windows of one question
+_AT_ONCE = 5  # windows per question
 DASH = '-'
-_SHOWN = 12  # windows that a model makes a label from
+_SHOWN = 12  # windows shown to the model that writes a label
 
 
 # Scores.
 
 
 def balanced_accuracy(yes: Sequence[bool], no: Sequence[bool]):
-  """Balanced accuracy of answers to windows that are so, and that are not.
+  """Balanced accuracy of yes/no answers.
+
+  Args:
+    yes: answers to the windows where yes is right.
+    no: answers to the windows where no is right.
 
   Returns:
-    {'value', 'low', 'high', 'firing', 'silent'}, or None without both kinds.
+    {'value', 'low', 'high', 'firing', 'silent'}, the last two being the numbers
+    of windows; None if either kind has no windows.
   """
   if not len(yes) or not len(no):
     return None
@@ -61,7 +67,7 @@ def balanced_accuracy(yes: Sequence[bool], no: Sequence[bool]):
 
 
 def detection_by_rule(label: examples.Rule, found: examples.Examples):
-  """Does the rule hold anywhere in a held-out window?"""
+  """Detection score of a rule: does it predict a token in each window?"""
   return balanced_accuracy(
     [bool(label.at(e).any()) for e in found.heldout_firing],
     [bool(label.at(e).any()) for e in found.heldout_silent],
@@ -71,7 +77,7 @@ def detection_by_rule(label: examples.Rule, found: examples.Examples):
 def fuzzing_by_rule(
   label: examples.Rule, found: examples.Examples, seed: int = 0
 ):
-  """Does the rule hold at most of the marked tokens of a window?"""
+  """Fuzzing score of a rule: does it predict half of the marked tokens?"""
   right, wrong = _marked(found.heldout_firing, seed)
 
   def says(example, marks):
@@ -83,7 +89,7 @@ def fuzzing_by_rule(
 
 
 def _marked(firing: Sequence[examples.Example], seed: int):
-  """Windows with the tokens where it fires, and with as many others."""
+  """Windows marked where the latent fires, and at as many other tokens."""
   rng, right, wrong = np.random.default_rng(seed), [], []
   for example in firing:
     on = np.flatnonzero(example.fires)
@@ -108,7 +114,7 @@ def _shown(example: examples.Example, pieces, marks: Iterable[int] = ()) -> str:
 def question(
   found: examples.Examples, pieces, promoted: Sequence[str] = ()
 ) -> str:
-  """What a model is asked, to label a latent."""
+  """The prompt that asks a language model for a label."""
   shown = [
     f'{i}. {_shown(e, pieces, np.flatnonzero(e.fires))!r}'
     for i, e in enumerate(found.firing[:_SHOWN], 1)
@@ -127,7 +133,7 @@ def question(
 def ask_which(
   model: llm.Model, label: str, texts: Sequence[str], marked: bool
 ) -> list[bool] | None:
-  """A model's yes or no to each text; None where no such list is answered."""
+  """A model's yes or no for each text; None if the answer has no such list."""
   if marked:
     task = (
       'In each text some tokens stand between << and >>. Say for each text '
@@ -154,7 +160,7 @@ def ask_which(
 def _score_by_model(
   model, label, found: examples.Examples, pieces, marked, seed
 ):
-  """Detection or fuzzing; windows of both kinds are mixed in each question."""
+  """Detection or fuzzing score; each question mixes windows of both kinds."""
   if marked:
     right, wrong = _marked(found.heldout_firing, seed)
   else:
@@ -187,20 +193,20 @@ def explain(
   model: llm.Model | None = None,
   seed: int = 0,
 ) -> list[dict[str, Any]]:
-  """Labels of latents, each with its scores and a shuffled label's.
+  """Labels latents and scores each label, next to another latent's label.
 
   Args:
-    index: of one SAE.
-    features: latents, counted as in the index.
-    pieces: ids -> the vocabulary's spellings (`Tokenizer.pieces`).
-    model: who labels and scores; None: rules.
-    seed: of the windows' order and of the marks.
+    index: the index of one SAE.
+    features: the latents to label, numbered as in the index.
+    pieces: maps token ids to strings (`Tokenizer.pieces`).
+    model: the language model that labels and scores; None to use rules.
+    seed: for the order of the windows and the choice of marked tokens.
 
   Returns:
     For each latent {'feature', 'label', 'by', 'kind' ('rule' or 'model'),
     'question', 'promoted', 'detection', 'fuzzing', 'shuffled', 'low_score'},
-    plain for JSON; label is None, with a 'why', where it hardly fires. A rule
-    has its 'offset' and 'ids' too.
+    ready for JSON. If a latent fires on too few sequences, label is None and
+    'why' gives the reason. A rule also has 'offset' and 'ids'.
   """
   labelled = []
   for feature in features:
@@ -210,7 +216,7 @@ def explain(
       ids = index.positive_FL[feature]
       row['promoted'] = [p.replace('▁', ' ') for p in pieces(ids[ids >= 0])]
     if not found.firing or not found.heldout_firing:
-      row['why'] = 'It fires on too few sequences to label and to score.'
+      row['why'] = 'The feature fires on too few sequences to be scored.'
       labelled.append((row, None, found))
       continue
     if model is None:
@@ -229,8 +235,7 @@ def explain(
   known = [i for i, (_, label, _) in enumerate(labelled) if label is not None]
   for n, i in enumerate(known):
     row, label, found = labelled[i]
-    # Another latent's label on the same windows; the next one, so that none
-    # keeps its own.
+    # The control is the next latent's label, so that none keeps its own.
     other = labelled[known[(n + 1) % len(known)]][1]
     if model is None:
       row['detection'] = detection_by_rule(label, found)
@@ -248,14 +253,14 @@ def explain(
 
 
 def _low(score, shuffled) -> bool:
-  """Whether a label is not shown to be better than chance or than another."""
+  """Whether a label fails to beat chance or the shuffled label."""
   if score is None or score['low'] <= 0.5:
     return True
   return shuffled is not None and score['low'] <= shuffled['value']
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """Mean scores over the labelled latents, and of how many; for JSON."""
+  """Mean scores over the labelled latents, and counts; for JSON."""
   found = {'features': len(rows)}
   for name in ('detection', 'fuzzing', 'shuffled'):
     values = [r[name]['value'] for r in rows if r.get(name)]
@@ -266,9 +271,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]], most: int = 40) -> str:
-  """Labels with their scores as lines of text, the best first, and the means.
+  """Labels and scores as a text table, the best first, with the means.
 
-  A label is marked '?' where it is not shown to beat chance and another
+  A '?' marks a label that does not clearly beat both chance and another
   feature's label.
   """
   value = lambda row, name: (row.get(name) or {}).get('value')
@@ -289,12 +294,12 @@ def table(rows: Sequence[dict[str, Any]], most: int = 40) -> str:
   lines.append(
     f'{total["labelled"]:,} of {total["features"]:,} features labelled; mean '
     f"score {share(total['detection']).strip()}, with another feature's label "
-    f'{share(total["shuffled"]).strip()}; {total["low_score"]:,} not shown to '
-    'be better than chance or another label (?).'
+    f'{share(total["shuffled"]).strip()}; {total["low_score"]:,} labels (?) do '
+    "not clearly beat chance and another feature's label."
   )
   return '\n'.join(lines)
 
 
 def write(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> None:
-  """Labels, scores and questions as JSONL, a latent a line; whole or not."""
+  """Writes the rows as JSONL, one latent per line, never a partial file."""
   files.write_text(path, ''.join(json.dumps(row) + '\n' for row in rows))

@@ -1,13 +1,13 @@
 """A language model that answers questions: one function, text in, text out.
 
-  Endpoint    any server that speaks OpenAI's chat completions
-  LocalGemma  a Gemma through `generate`, in its own chat format
-  Kept        either, with its answers on disk and a bound on the questions
+  Endpoint    any server with OpenAI's chat completions API
+  LocalGemma  an instruction-tuned Gemma on this machine, in its chat format
+  Kept        wraps either: caches answers on disk and limits the questions
 
-A key is read from the environment when a question is sent, and goes into one
-header of that request: never into a file, a log, a repr or an error. A redirect
-is an error, for it would carry the key to another host, and a key is not sent
-unencrypted except to this machine.
+The API key is read from the environment when a question is sent and appears
+only in a header of that request: never in a file, a log, a repr or an error. A
+redirect is an error, because it could send the key to another host, and the key
+is never sent unencrypted except to this machine.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import generate
 from gemma_scope.text import rollouts, tokenizers
 
-_LONGEST = 1 << 20  # bytes of an answer
+_LONGEST = 1 << 20  # maximum size of an answer in bytes
 _BUSY = (408, 409, 429, 500, 502, 503, 504)
 _LONGEST_WAIT = 60.0
 
 
 class Model(Protocol):
-  """Answers a question; `name` says who did."""
+  """Answers a question; `name` identifies the model."""
 
   name: str
 
@@ -42,7 +42,7 @@ class Model(Protocol):
 
 
 class AskError(RuntimeError):
-  """No answer: the message says why and what to do."""
+  """The model gave no answer; the message says why and what to do."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -55,14 +55,15 @@ class Endpoint:
   """A server with OpenAI's `POST {base_url}/chat/completions`.
 
   Attributes:
-    name: the model, as the server calls it.
-    base_url: such as http://127.0.0.1:8000/v1.
-    key_variable: the environment variable that holds the key; it need not be
-      set where the server wants none.
-    max_tokens: of an answer.
-    timeout_s: of one try.
-    tries: of one question; waits double from `wait_s`, or are the server's
-      Retry-After, a minute at most.
+    name: the server's name for the model.
+    base_url: for example http://127.0.0.1:8000/v1.
+    key_variable: the environment variable with the API key; may be unset if the
+      server needs no key.
+    max_tokens: maximum length of an answer.
+    timeout_s: timeout of one attempt.
+    tries: maximum number of attempts per question.
+    wait_s: wait before the second attempt; it doubles after each, unless the
+      server's Retry-After header sets it (a minute at most).
   """
 
   name: str
@@ -77,14 +78,14 @@ class Endpoint:
     url = urllib.parse.urlsplit(self.base_url)
     if url.scheme not in ('http', 'https') or not url.hostname:
       raise ValueError(
-        f'{self.base_url!r} is no address of a server; expected something like '
+        f'{self.base_url!r} is not a server URL; expected something like '
         'https://host/v1.'
       )
     clear = url.scheme == 'http' and not self._local
     if clear and os.environ.get(self.key_variable):
       raise ValueError(
         f'{self.base_url} is not encrypted and {self.key_variable} is set: the '
-        'key would go over the network in the clear. Use https, or unset it.'
+        'key would be sent unencrypted. Use https, or unset the variable.'
       )
 
   @property
@@ -93,7 +94,7 @@ class Endpoint:
     return host in ('127.0.0.1', 'localhost', '::1')
 
   def __call__(self, question: str) -> str:
-    """The answer; AskError after the last try, or at once where none helps."""
+    """The answer; AskError after the last attempt or a permanent failure."""
     wait_s, why = self.wait_s, ''
     for attempt in range(self.tries):
       if attempt:
@@ -111,7 +112,7 @@ class Endpoint:
       except (OSError, http.client.HTTPException) as error:
         why = type(error).__name__
       except ValueError:
-        why = 'an answer that is not a chat completion'
+        why = 'the reply is not a chat completion'
     raise AskError(
       f'{self.base_url} gave no answer ({why}); check the address, the model '
       f'name {self.name!r} and the key in {self.key_variable}.'
@@ -134,7 +135,7 @@ class Endpoint:
       headers,
     )
     handlers = [_NoRedirect]
-    if self._local:  # a proxy of the environment is not this machine
+    if self._local:  # never through a proxy
       handlers.append(urllib.request.ProxyHandler({}))
     opener = urllib.request.build_opener(*handlers)
     with opener.open(request, timeout=self.timeout_s) as reply:
@@ -150,7 +151,7 @@ class Endpoint:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LocalGemma:
-  """An instruction-tuned Gemma on this machine; the likeliest answer."""
+  """An instruction-tuned Gemma on this machine, decoded greedily."""
 
   name: str
   gemma: lm.Gemma
@@ -175,16 +176,16 @@ class LocalGemma:
 
 
 class Kept:
-  """A model whose answers are kept: a question is paid for once.
+  """A model with a cache on disk: the same question is sent only once.
 
-  The file is JSONL, appended to after each answer, so that a killed run goes on
-  where it was; a line that a kill cut short is dropped. It holds questions and
-  answers, no key.
+  The cache is a JSONL file of questions and answers, without the API key. Each
+  answer is appended as it arrives, so that an interrupted run continues where
+  it stopped; an incomplete last line is dropped.
 
   Args:
-    model: whom to ask.
-    path: of the file; made if need be.
-    most: questions that may be sent; AskError at the next one.
+    model: the model to ask.
+    path: the cache file; created if missing.
+    most: maximum number of questions to send; the next one raises AskError.
   """
 
   def __init__(
@@ -209,8 +210,8 @@ class Kept:
       return self._answers[key]
     if self.asked >= self._most:
       raise AskError(
-        f'{self._most} questions were sent, which is the bound; raise it to go '
-        'on: the answers so far are kept.'
+        f'The limit of {self._most} questions is reached; raise it to '
+        'continue. The answers so far are kept.'
       )
     self.asked += 1
     answer = self._model(question)

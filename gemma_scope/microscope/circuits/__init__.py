@@ -1,13 +1,13 @@
-"""Latents changed inside the model, and effects traced back to latents.
+"""Interventions on latents, and attribution of logits to latents.
 
 Reading order; a module imports only from those above it:
 
-  budget             rows of a pass that fit into memory
-  intervene          latents changed inside the forward pass
-  effects            what a change does: KL, losses, logits, steered text
-  readout            what the model predicts at a position
-  permutation_test   what the same search finds with shuffled decoders
-  attribution        a logit attributed to latents, beside exact effects
-  replacement_model  the linear model of one text over transcoders
+  budget             number of rows per pass that fit into memory
+  intervene          edits of latents inside the forward pass
+  effects            effects of edits: KL, losses, logits, steered text
+  readout            the tokens and logits to explain
+  permutation_test   control: the same search with shuffled decoders
+  attribution        attributes a logit to latents, next to exact effects
+  replacement_model  linear model of one text, with transcoders for MLPs
   attribution_graph  the paths that lead to a logit
 """

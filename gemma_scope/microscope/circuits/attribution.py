@@ -1,26 +1,26 @@
-"""Why did it say that: a logit, or a difference of two, traced to latents.
+"""Attribution of a logit, or of a logit difference, to latents.
 
   m = logit a - logit b, after one token of a text
   y_TD = sum_i f_Ti W_dec[i] + offset + error_TD        at each target
 
   gradient    a_Ti = f_Ti W_dec[i] . dm/dy_T
   integrated  the same with dm/dy averaged along y - (1 - s)(y - offset), s in
-              (0, 1): latents and error add up to m less what it is without them
+              (0, 1): latents and error add up to m - (m without both)
               (Sundararajan et al., arXiv 1703.01365; as in Marks et al., arXiv
               2403.19647, who also keep the error as a node)
-  exact       m less what it is with the latent set to 0 at all tokens
+  exact       m - (m with the latent set to 0 at all tokens)
 
-The gradient is that of the whole model after the SAE: layers that follow, and
-other targets among them, respond. Exact effects of the latents that are said to
-matter, and of some that are not, stand beside what was predicted, with rank
-correlation and slope. Of a crosscoder of the residual stream a latent is what
-it writes to its own layer, and the error is left out (`intervene`).
+The gradient runs through the whole model after the SAE, including later layers
+that the SAE also writes to. The latents with the largest predictions, and some
+others, are then ablated; rank correlation and slope compare the predictions
+with the exact effects. For a crosscoder of the residual stream, only a latent's
+decoder of its own layer counts, and the error is left out (`intervene`).
 
-The latents shown are the largest of many, so their control is the largest of as
-many (`null`): decoders are shuffled among the latents, each as long as before,
-the same search is made, and what it finds is measured exactly. A latent passes
-if in at most 5 % of shuffles something has as much effect: where latents mean
-nothing, one text in twenty shows any that passes.
+The latents shown are the largest of many, so the control is a search of the
+same size (`permutation_test`): decoders are shuffled among the latents at equal
+norm, the search is repeated and the latents it finds are ablated. A latent
+passes if at most 5 % of the shuffles contain an effect as large. If latents
+meant nothing, one text in twenty would still show a latent that passes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from gemma_scope.microscope.circuits.intervene import Change, Rows, Subject
 from gemma_scope.runtime import progress
 from gemma_scope.sae import released
 
-_AT_ONCE = 8  # at most so many passes with a gradient
+_AT_ONCE = 8  # maximum number of rows in a pass with a gradient
 LEVEL = 0.05
 _WAYS = ('gradient', 'integrated')
 _FACTS = (
@@ -57,14 +57,14 @@ _FACTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-  """How many latents are measured, and against how many shuffles.
+  """How many latents to ablate and how many shuffles to test against.
 
   Attributes:
-    top: latents to measure, for each of the two predictions.
-    others: latents drawn from the rest of those that fire, for the correlation.
-    shuffles: of the decoders; with fewer than 19 no latent can pass.
-    steps: of the integral.
-    seed: of the shuffles and of the latents drawn.
+    top: latents to ablate for each of the two predictions.
+    others: random other latents that fire, ablated for the correlation.
+    shuffles: shuffles of the decoders; with fewer than 19 no latent can pass.
+    steps: integration steps.
+    seed: random seed of the shuffles and of the other latents.
   """
 
   top: int = 10
@@ -81,29 +81,30 @@ def attribute(
   position: int | None = None,
   settings: Search | None = None,
 ) -> dict[str, Any]:
-  """Attributes a logit, or the difference of two, to latents; plain for JSON.
+  """Attributes a logit, or a logit difference, to latents.
 
   Args:
     subject: the SAE in its model.
     tokens_T: ids, BOS first.
-    logit: tokens (a, b); b None: the logit of a alone.
+    logit: tokens (a, b) of the logit difference; if b is None, logit a alone.
     position: the token after which the logit is read; by default the last.
     settings: how many latents and shuffles.
 
   Returns:
-    `value` (m); `without` (m without latents and error), `latents`, `error`,
-    `other` (integrated: parts of value - without, `other` being what the
-    integral misses); `exact_error` and `exact_latents`, measured with each of
-    them removed at once; `features`, the measured ones, the largest exact
-    effects first: `feature`, `gradient`, `integrated`, `exact`, `by_token` (of
-    the gradient), `control` (the largest effect of its own value along other
-    decoders), `p`, `passes`, `chosen` (False for the others); `agreement`, for
-    each prediction `spearman` and `slope`; `shuffled`, the largest effect of
-    each shuffle; `passing` and `verdict`.
+    A dictionary for JSON: `value` (m) and `without` (m without latents and
+    error); `latents`, `error` and `other`, the integrated parts of value -
+    without (`other` is the integration error); `exact_latents` and
+    `exact_error`, the effects of removing all latents or the error; `features`,
+    the latents that were ablated, the largest exact effects first, with
+    `feature`, `gradient`, `integrated`, `exact`, `by_token` (gradient at each
+    token), `control` (the largest effect of the same values along other
+    decoders), `p`, `passes` and `chosen` (False for random others);
+    `agreement`, with `spearman` and `slope` of each prediction; `shuffled`, the
+    largest effect of each shuffle; `passing` and `verdict`.
 
   Raises:
-    ValueError: a token that is not of the vocabulary, a position outside; no
-      other latent to shuffle with.
+    ValueError: a token is not in the vocabulary, the position is outside the
+      text, or there is no other latent to shuffle with.
   """
   position = len(tokens_T) - 1 if position is None else position
   check(subject, tokens_T, logit, position)
@@ -150,40 +151,46 @@ def attribute(
 
 
 def _largest(found, top: int) -> list[int]:
-  """Latents that fire, the `top` of each prediction."""
+  """The `top` latents of each prediction, if they fire."""
   order = [np.argsort(-np.abs(found[k]), kind='stable')[:top] for k in _WAYS]
   both = dict.fromkeys(np.concatenate(order).tolist())
   return [i for i in both if found['fires'][i]]
 
 
 def check(subject, tokens_T, logit, position) -> None:
-  """ValueError for a token or a position that is not there."""
+  """Raises ValueError if a token or the position does not exist."""
   size = subject.gemma.config.vocab_size
   for token in [*tokens_T, *(t for t in logit if t is not None)]:
     if not 0 <= token < size:
-      raise ValueError(f'There is no token {token}; the model has {size:,}.')
+      raise ValueError(
+        f'There is no token {token}; the vocabulary has {size:,} tokens.'
+      )
   if not 0 <= position < len(tokens_T):
     raise ValueError(
-      f'There is no position {position} in a text of {len(tokens_T)} tokens.'
+      f'Position {position} is outside the text of {len(tokens_T)} tokens.'
     )
 
 
 def verdict(count: int, passing: int, shuffled: np.ndarray) -> str:
-  """One sentence on how many of the latents measured pass."""
+  """One sentence: how many of the ablated latents pass the test."""
   if not count:
     return 'No latent fires on this text.'
   if len(shuffled) < round(1 / LEVEL) - 1:
-    return f'Not tested: {len(shuffled)} shuffles are too few to tell.'
-  bar = f'the largest effect with shuffled decoders is {shuffled.max():.3f}'
+    return f'Not tested: {len(shuffled)} shuffles are too few to pass.'
+  control = f'(largest control effect {shuffled.max():.3f})'
   if not passing:
-    return f'No feature passes: {bar}.'
-  return f'{passing} of {count} latents pass the permutation test: {bar}.'
+    return f'No latent exceeds the shuffled-decoder control {control}.'
+  verb = 'exceeds' if passing == 1 else 'exceed'
+  return (
+    f'{passing} of {count} latents {verb} the shuffled-decoder control '
+    f'{control}.'
+  )
 
 
 def agreement(features: Sequence[dict], way: str) -> dict[str, float | None]:
-  """Rank correlation of a prediction with the exact effects, and the slope.
+  """Rank correlation and slope of the exact effects against a prediction.
 
-  slope is that of exact on predicted through zero: 1 where they agree.
+  The slope is of a regression through zero; it is 1 if both agree.
   """
   from scipy import stats
 
@@ -208,11 +215,12 @@ def search(
   logit: tuple[int, int | None],
   steps: int,
 ) -> dict[str, Any]:
-  """Both predictions of all latents, of a logit after the last token.
+  """Both predictions for all latents, for a logit after the last token.
 
   Returns:
-    `f` [T, F]; `slope`, for each way dm/df [T, F]; the ways themselves [F];
-    `by_token` [F, T]; `fires` [F]; and the figures of `attribute`.
+    `f` [T, F]; `slope`, dm/df [T, F] for each prediction; `gradient` and
+    `integrated` [F]; `by_token` [F, T]; `fires` [F]; and the totals that
+    `attribute` returns.
   """
   tokens_1T, length = effects.padded([tokens_T]), len(tokens_T)
   keep_T = intervene.counted(subject, tokens_1T)[0][0]
@@ -221,7 +229,7 @@ def search(
     keep_T,
   )  # fmt: skip
   f_TF = np.asarray(f_TF)[:length]
-  # Along the path; then y, the offset, and y without error or without latents.
+  # The path; then y, the offset, y without the error, y without latents.
   s_S = (np.arange(steps) + 0.5) / steps
   shifts = [
     np.stack([*(-(1 - s_S)[:, None, None] * p), 0 * p, -p, -e, e - p])
@@ -268,7 +276,7 @@ def search(
 
 @functools.partial(jax.jit, static_argnames=('gemma', 'place'))
 def _parts(gemma, lm_params, params, place, tokens_1T, keep_T):
-  """f [T, F]; at each target y - offset and the error; 0 where not kept."""
+  """f [T, F]; y - offset and the error at each target, 0 where not kept."""
   at = tuple(sorted({*place.sites, *place.targets}))
   taps = gemma.forward(lm_params, tokens_1T, taps=at, logits=False).taps
   x, y = (
@@ -319,7 +327,7 @@ def _slopes(
 
 @functools.partial(jax.jit, static_argnames='once')
 def _contracted(W_dec, error, slope, once: bool):
-  """What a unit of each latent writes, and the error, times the slopes."""
+  """dm/df of each latent (decoder . slope), and the effect of the error."""
   with jax.default_matmul_precision('highest'):
     if W_dec.ndim == 2:
       slope_TF = slope[0] @ W_dec.T
@@ -341,10 +349,10 @@ def _contracted(W_dec, error, slope, once: bool):
 
 
 def _exact(query: permutation_test.Query, features, chosen: int, settings):
-  """Exact effects of ablations [N], and of the controls of the first [C, N].
+  """Exact effects of ablations [N] and of the controls [C, chosen].
 
   Args:
-    chosen: how many of the features get controls, from the first on.
+    chosen: the first `chosen` features get controls.
   """
   controls = settings.shuffles
   if not features:
@@ -369,18 +377,18 @@ def report(
   """`attribute`'s result as lines of text.
 
   Args:
-    named: feature -> its label, or ''.
+    named: returns a feature's label, or ''.
   """
   whole = found['value'] - found['without']
-  # Of parts that cancel, shares say nothing.
+  # Percentages mean nothing if the parts cancel.
   clear = abs(whole) > (abs(found['latents']) + abs(found['error'])) / 10
   share = lambda v: f'{v:.3f} ({v / whole:.0%})' if clear else f'{v:.3f}'
   lines = [
-    f'value {found["value"]:.3f}, without latents and error '
+    f'value {found["value"]:.3f}; without latents and SAE error '
     f'{found["without"]:.3f}',
-    f'integrated: latents {share(found["latents"])}, error '
-    f'{share(found["error"])}, missed {share(found["other"])}',
-    f'removed at once: latents {found["exact_latents"]:.3f}, error '
+    f'integrated gradients: latents {share(found["latents"])}, SAE error '
+    f'{share(found["error"])}, integration error {share(found["other"])}',
+    f'ablated: all latents {found["exact_latents"]:.3f}, SAE error '
     f'{found["exact_error"]:.3f}',
     f'{"feature":>8} {"gradient":>9} {"integrated":>10} {"exact":>8} '
     f'{"control":>8} {"p":>5}',

@@ -1,16 +1,17 @@
-"""Attribution graphs over transcoders or a CLT: what a logit was made of.
+"""Attribution graphs: the paths through transcoders or a CLT to a logit.
 
-  rows of A (`replacement`) for the logit, then for features, the most
-  influential first, whose own sources are found so
+  A          what each source adds to a target (`replacement_model`); found for
+             the logit first, then for features, the most influential first
+  influence  of a node: the logit has influence 1, and each target divides its
+             influence among its sources in proportion to |A|
 
-  influence of a node: what reaches it from the logit when each target shares
-  itself out over its sources by |A|. Nodes are pruned to 0.8 of all influence,
-  edges to 0.98 (Ameisen et al., Circuit Tracing, 2025).
+Nodes are pruned to 0.8 of all influence, edges to 0.98 (Ameisen et al., Circuit
+Tracing, 2025).
 
-Each feature that stays is ablated, at its token, in the whole model with its
-own MLPs and attention: what was predicted along all paths of the graph, and
-what was measured. The control is that of `attribute`, by token: as many latents
-at a token, those that the gradient says matter most when decoders are shuffled.
+Each remaining feature is ablated at its token in the original model, and the
+exact effect is compared with the prediction along all paths of the graph. The
+control is that of `attribution`, by token: as many latents at single tokens,
+selected by gradient after the decoders are shuffled.
 """
 
 from __future__ import annotations
@@ -38,26 +39,27 @@ from gemma_scope.microscope.circuits.replacement_model import (
 )
 from gemma_scope.runtime import progress
 
-_AT_ONCE = 32  # features whose sources are found before influence is new
-LOGIT = -1  # as the target of an edge
+_AT_ONCE = 32  # features expanded before influence is updated
+LOGIT = -1  # the logit, as the target of an edge
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
-  """Nodes that stayed, and the edges among them and to the logit.
+  """The nodes left after pruning, and the edges between them and the logit.
 
   Attributes:
-    sources: every node that writes.
-    nodes: indexes of those that stayed.
+    sources: all sources, before pruning.
+    nodes: indices of the sources left after pruning.
     edges: (source, target, A); a target is a node or `LOGIT`.
-    influence: of every source.
-    value: of the logit; with a soft-cap, times its slope there, so that A are
-      first-order changes of the logit itself. Its A add up to it.
-    ends: shares of the influence that end in embeddings, in errors, in biases,
-      and in features whose own sources were not looked for.
-    features: those measured, each with `node`, `predicted`, `exact`, `p` and
-      `passes`.
-    agreement: of predicted with exact (`attribute.agreement`).
+    influence: the influence of every source.
+    value: the logit, which is the sum of its A. With a soft-cap, it is the
+      uncapped logit times the slope of the cap, so that each A is a
+      first-order change of the capped logit.
+    ends: fractions of the influence that end in embeddings, errors, biases and
+      features that were not expanded (their sources were not traced).
+    features: the ablated features, each with `node`, `predicted`, `exact`, `p`
+      and `passes`.
+    agreement: of predicted and exact effects (`attribution.agreement`).
     shuffled: the largest effect of each shuffle.
   """
 
@@ -77,11 +79,11 @@ class Settings:
   """How far a graph is traced.
 
   Attributes:
-    most: features whose own sources are found.
-    nodes, edges: shares of the influence to keep.
-    measured: features to ablate, the most influential ones.
-    shuffles: of the decoders; with fewer than 19 no feature can pass.
-    seed: of the shuffles.
+    most: maximum number of features to expand, that is, to trace further.
+    nodes, edges: fractions of the influence to keep.
+    measured: maximum number of features to ablate, the most influential first.
+    shuffles: shuffles of the decoders; with fewer than 19 no feature can pass.
+    seed: random seed of the shuffles.
   """
 
   most: int = 256
@@ -99,18 +101,18 @@ def trace(
   position: int | None = None,
   settings: Settings | None = None,
 ) -> Graph:
-  """The graph behind a logit, or the difference of two.
+  """Traces the attribution graph of a logit or a logit difference.
 
   Args:
-    subjects: transcoders, at most one a layer, or one CLT; of one model.
+    subjects: transcoders, at most one per layer, or one CLT; all of one model.
     tokens_T: ids, BOS first.
-    logit: tokens (a, b); b None: a's alone.
+    logit: tokens (a, b) of the logit difference; if b is None, logit a alone.
     position: the token after which the logit is read; by default the last.
     settings: how far to trace.
 
   Raises:
-    ValueError: they are not transcoders, two write to the same layer, or the
-      text is too long.
+    ValueError: the SAEs are not transcoders or CLTs, two write to the same
+      layer, or the text is too long.
   """
   settings = settings or Settings()
   position = len(tokens_T) - 1 if position is None else position
@@ -123,9 +125,7 @@ def trace(
   (of_logit_n,) = model.rows([target])
   features = int((sources.kind == 0).sum())
   rows: dict[int, np.ndarray] = {}
-  for start in progress.track(
-    range(0, settings.most, _AT_ONCE), 'graph: steps back'
-  ):
+  for start in progress.track(range(0, settings.most, _AT_ONCE), 'graph'):
     influence_n = influence(of_logit_n, rows)
     order = np.argsort(-influence_n[:features], kind='stable')
     chosen = [int(i) for i in order if i not in rows and influence_n[i] > 0]
@@ -157,7 +157,7 @@ def trace(
 
 
 def _readout(subject: Subject, last_TD, logit, position: int):
-  """The logit as a target, a vector of the last residual stream; its value."""
+  """The logit as a target (a vector in the last residual stream), its value."""
   gain_D = 1 + np.asarray(subject.lm_params['final_norm']['scale'], np.float32)
   x_D = last_TD[position]
   gain_D = gain_D / np.sqrt(np.mean(np.square(x_D)) + 1e-6)
@@ -174,7 +174,7 @@ def _readout(subject: Subject, last_TD, logit, position: int):
 
 
 def _ends(sources, influence_n, rows) -> dict[str, float]:
-  """Where influence ends: what is not shared out any further."""
+  """Fractions of the influence that end in each kind of node."""
   unexpanded = [
     i for i in np.flatnonzero(sources.kind == 0) if int(i) not in rows
   ]
@@ -190,7 +190,7 @@ def _ends(sources, influence_n, rows) -> dict[str, float]:
 def influence(
   of_logit_n: np.ndarray, rows: dict[int, np.ndarray]
 ) -> np.ndarray:
-  """What reaches each source from the logit, through features with rows."""
+  """Influence of each source, along all paths through expanded features."""
   share = lambda row: np.abs(row) / max(np.abs(row).sum(), 1e-30)
   nodes = np.fromiter(rows, int, len(rows))
   reach_n = share(of_logit_n)
@@ -198,7 +198,7 @@ def influence(
   if not len(nodes):
     return total_n
   share_En = np.stack([share(rows[i]) for i in nodes])
-  while True:  # a layer at a time: as often as paths are long
+  while True:  # once for each step of the longest path
     reach_n = reach_n[nodes] @ share_En
     if reach_n.sum() < 1e-9:
       return total_n
@@ -208,12 +208,13 @@ def influence(
 def along_all_paths(
   sources: Sources, of_logit_n: np.ndarray, rows: dict[int, np.ndarray]
 ) -> np.ndarray:
-  """What the logit loses in the linear model if a source wrote nothing.
+  """How much the logit falls in the linear model if a source is ablated.
 
-  A feature that loses a share of its z loses that share of what it adds.
+  A feature that loses a fraction of its pre-activation loses the same fraction
+  of what it writes.
   """
   total_n = of_logit_n.astype(np.float64)
-  # A feature reads what earlier layers wrote: the last ones first.
+  # Features read only from earlier layers: go from the last to the first.
   for i in sorted(rows, key=lambda i: -sources.layer[i]):
     total_n += total_n[i] / sources.value[i] * rows[i]
   return total_n
@@ -226,9 +227,9 @@ def prune(
   influence_n: np.ndarray,
   settings: Settings,
 ) -> tuple[list[int], list[tuple[int, int, float]]]:
-  """The nodes and edges that hold so much of the influence.
+  """The nodes and edges that carry the given fractions of the influence.
 
-  A feature that leads nowhere, or into which nothing leads, goes too.
+  Features without incoming or without outgoing edges are removed as well.
   """
   kept = set(_most(influence_n, settings.nodes))
   at = sorted(i for i in kept if i in rows)
@@ -257,7 +258,7 @@ def prune(
 
 
 def _most(score_n: np.ndarray, share: float) -> np.ndarray:
-  """The largest ones that add up to a share of all."""
+  """Indices of the largest scores that add up to `share` of the total."""
   order = np.argsort(-score_n, kind='stable')
   reached = np.cumsum(score_n[order])
   if not len(order) or not reached[-1]:
@@ -272,7 +273,7 @@ def _measured(
   nodes: Sequence[int],
   predicted_n: np.ndarray,
 ) -> list[dict[str, Any]]:
-  """Each feature ablated at its token."""
+  """Ablates each feature at its token: predicted and exact effects."""
   lines = []
   for n, query in enumerate(queries):
     mine = [i for i in nodes if sources.member[i] == n]
@@ -307,11 +308,11 @@ def _shuffled(queries, sources, nodes, settings: Settings) -> np.ndarray:
   return most_C
 
 
-# For people and for other programs.
+# Reports and JSON.
 
 
 def plain(graph: Graph) -> dict[str, Any]:
-  """The graph for JSON: nodes by name, edges by index among them."""
+  """The graph for JSON; edges refer to nodes by index in the list."""
   s, lines = graph.sources, {line['node']: line for line in graph.features}
   index = {i: n for n, i in enumerate(graph.nodes)} | {LOGIT: len(graph.nodes)}
   nodes = [
@@ -338,7 +339,7 @@ def plain(graph: Graph) -> dict[str, Any]:
 
 
 def write(path: str | os.PathLike[str], graph: Graph) -> None:
-  """`plain` as a JSON file, whole or not at all."""
+  """Writes `plain` as a JSON file; the file is never partial."""
   files.write_json(path, plain(graph), indent=1)
 
 
@@ -347,16 +348,16 @@ def report(
   pieces: Sequence[str],
   named: Callable[[int, int], str] = lambda member, feature: '',
 ) -> str:
-  """The features that stayed, as lines of text, the most influential first.
+  """The ablated features as a text table, the most influential first.
 
   Args:
-    pieces: of the text's tokens.
-    named: (subject, feature) -> its label, or ''.
+    pieces: the text's tokens as strings.
+    named: returns the label of a (subject, feature), or ''.
   """
   s = graph.sources
   lines = [
     f'logit {graph.value:.3f}; {len(graph.nodes)} nodes, {len(graph.edges)} '
-    'edges; the influence ends in '
+    'edges; shares of influence by origin: '
     + ', '.join(f'{k} {v:.0%}' for k, v in graph.ends.items()),
     f'{"layer":>5} {"token":>12} {"feature":>8} {"influence":>9} '
     f'{"predicted":>9} {"exact":>8} {"p":>5}',
@@ -381,7 +382,7 @@ def report(
 
 
 def verdict(graph: Graph) -> str:
-  """One sentence on how many of its features pass."""
+  """One sentence: how many of the ablated features pass the test."""
   passing = sum(line['passes'] for line in graph.features)
   return attribution.verdict(
     len(graph.features), passing, np.array(graph.shuffled)

@@ -1,12 +1,12 @@
 """How many rows of a text fit into one pass of the model.
 
-  forward    bytes of a row: activations of one layer, and its attention scores
-             [heads, T, T] a few times
-  gradient   the same for every layer, since the backward pass reads them again
+  forward    bytes per row: the activations of one layer and a few arrays of
+             its attention scores [heads, T, T]
+  gradient   the same for every layer, because the backward pass needs them all
 
-A pass gets as many rows as fit into `BUDGET` bytes, a power of two, so that few
-programs are compiled. A text of which not even one row fits is refused with the
-longest length that does.
+A pass gets as many rows as fit into `BUDGET` bytes, rounded down to a power of
+two so that few programs are compiled. If not even one row fits, the error names
+the longest text that does.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def forward(gemma: lm.Gemma, length: int, latents: int = 0) -> int:
   """Bytes of one row of `length` tokens in a pass without gradient.
 
   Args:
-    latents: those that an edit encodes at each token; 0 where it reads only the
-      latents that it changes.
+    latents: number of latents that an edit encodes at each token; 0 if it
+      encodes only the latents that it changes.
   """
   c = gemma.config
   per_token = _STREAMS * c.d_model + 3 * c.d_ff + 2 * latents
@@ -44,15 +44,15 @@ def rows(
   most: int,
   latents: int = 0,
 ) -> int:
-  """Rows of one pass, a power of two of at most `most`.
+  """Rows per pass: a power of two, at most `most`.
 
   Args:
     row_bytes: `forward` or `gradient`.
-    length: tokens of a row.
-    most: more are never needed.
+    length: tokens per row.
+    most: upper limit.
 
   Raises:
-    ValueError: not even one row fits.
+    ValueError: not even one row fits into `BUDGET`.
   """
   count = min(BUDGET // row_bytes(gemma, length, latents), most)
   if count < 1:
@@ -69,7 +69,7 @@ def longest(
   gemma: lm.Gemma,
   latents: int = 0,
 ) -> int:
-  """The longest text of which one row fits into `BUDGET`."""
+  """The longest text, in tokens, for which one row fits into `BUDGET`."""
   low, high = 0, 1 << 20
   while high - low > 1:
     middle = (low + high) // 2

@@ -1,13 +1,13 @@
 """Effect of changed latents on the model: KL, losses, logits, steered text.
 
-Of a pass with changes, q, beside the same text without, p, at each position
+With q the model's prediction with changes and p without, at each position
 
   kl_BT = KL(p || q)      loss_BT = -log q(next token)
-  logit_BT = q's logit of token a, less that of b
+  logit_BT = logit of token a - logit of token b, both with changes
 
-Each strength of a dose-response curve has controls: vectors of the same norm
-along the decoders of other latents. A steered text stands beside the default
-one of the same seed.
+Each strength of a dose-response curve has controls: vectors of equal norm along
+the decoders of other latents. Steered text is generated next to text without
+changes from the same seed.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from gemma_scope.runtime import progress
 from gemma_scope.sae import released
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-_SHORTEST = 32  # lengths are powers of two from here on: few programs
-_MOST_ROWS = 64  # of one pass
+_SHORTEST = 32  # padded lengths are powers of two from here on
+_MOST_ROWS = 64  # per pass
 
 
 class Effects(NamedTuple):
-  """Passes with changes, each beside its text without; float32, host memory.
+  """Results with changes, and without ("clean"); float32, host memory.
 
-  Losses have T - 1 positions, entry t that of token t + 1.
+  Losses have T - 1 positions; entry t is the loss of token t + 1.
   """
 
   kl_BT: np.ndarray
@@ -46,7 +46,7 @@ class Effects(NamedTuple):
   clean_loss_BT: np.ndarray
   logit_BT: np.ndarray
   clean_logit_BT: np.ndarray
-  counts_BT: np.ndarray  # where a token may be changed: all but special ones
+  counts_BT: np.ndarray  # tokens that may be changed: all but special
 
 
 def effects(
@@ -58,14 +58,14 @@ def effects(
   logit: tuple[int, int | None] = (0, None),
   where_BT: np.ndarray | None = None,
 ) -> Effects:
-  """Runs every row of changes and the texts without changes.
+  """Runs the model with each row of changes and without changes.
 
   Args:
     subject: the SAE in its model.
-    tokens_PT: int32, BOS first, 0 after a text's end.
-    given: changes of B rows.
-    prompt_B: the text of each row; by default all have the first.
-    logit: (a, b), tokens whose logits' difference is measured; b None: 0.
+    tokens_PT: texts, int32, BOS first, padded with 0.
+    given: the changes of B rows.
+    prompt_B: the index of each row's text; by default the first text.
+    logit: tokens (a, b) of the logit difference; if b is None, logit a alone.
     where_BT: tokens that the changes apply to; by default all but special ones.
 
   Raises:
@@ -109,12 +109,12 @@ def _power(count: int) -> int:
 
 
 def padded_length(count: int) -> int:
-  """The length to which a text of `count` tokens is filled up."""
+  """The padded length of a text of `count` tokens."""
   return max(_SHORTEST, _power(count))
 
 
 def padded(tokens: Sequence[Sequence[int]]) -> np.ndarray:
-  """Texts as int32 [P, T], filled up to a power of two with padding."""
+  """Texts as int32 [P, T], padded to a power of two."""
   length = padded_length(max(map(len, tokens)))
   found = np.zeros((len(tokens), length), np.int32)
   for i, row in enumerate(tokens):
@@ -154,10 +154,11 @@ def _effects(
 
 
 def summary(found: Effects) -> list[dict]:
-  """Of each row: mean KL, mean change of loss, change of logit; for JSON.
+  """For each row: mean KL, mean change in loss, change in logit; for JSON.
 
-  Means are over the tokens that may be changed, and over the losses between
-  two of them; the logit is that after the last such token.
+  The mean KL is over the tokens that may be changed, the mean loss over those
+  whose previous token may be changed too. The logit is read after the last
+  token that may be changed.
   """
   lines = []
   for b, counts_T in enumerate(found.counts_BT):
@@ -187,20 +188,21 @@ def dose_response(
 
   Args:
     subject, tokens_T, logit: as in `effects`.
-    change: its strength is not read.
+    change: the change; its strength is ignored.
     strengths: in units of the latent's largest value.
-    controls: other latents, at each strength.
-    seed: of their choice.
+    controls: number of control latents; the same at every strength.
+    seed: for the choice of control latents.
 
   Returns:
-    For each strength `kl`, `delta_loss`, `delta_logit`, and `control`: of each
-    of these (mean, least, most). KL and Δloss are means over the text.
+    For each strength `kl`, `delta_loss`, `delta_logit`, and `control`: for each
+    of these (mean, min, max) over the controls. KL and delta loss are means
+    over the text.
   """
   series = [[dataclasses.replace(change, strength=s)] for s in strengths]
   both = intervene.with_controls(
     subject, intervene.rows(subject, series), controls, seed
   )
-  # One other latent keeps its place through all strengths.
+  # Each control uses the same latent at every strength.
   for i in range(controls):
     part = slice((i + 1) * len(series), (i + 2) * len(series))
     both.writer_BK[part] = both.writer_BK[part.start]
@@ -219,8 +221,11 @@ def dose_response(
 
 
 def curve_table(curve: Sequence[dict[str, Any]]) -> str:
-  """A dose-response as lines of text; controls: mean (least to most)."""
-  lines = [f'{"strength":>8}  KL, delta loss, delta logit, and their controls']
+  """A dose-response curve as a text table; controls: mean (min to max)."""
+  lines = [
+    f'{"strength":>8}  KL, delta loss, delta logit; each with '
+    '[control mean (min to max)]'
+  ]
   for point in curve:
     cells = []
     for key, value in point.items():
@@ -233,14 +238,14 @@ def curve_table(curve: Sequence[dict[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
-# What a text's latents are.
+# Latents and predictions for a text.
 
 
 class Reading(NamedTuple):
   """The strongest latents of each token of a text; host memory."""
 
   feature_TK: np.ndarray
-  value_TK: np.ndarray  # falling; 0 is none
+  value_TK: np.ndarray  # descending; 0 where fewer fire
   l0_T: np.ndarray
   unexplained_T: np.ndarray  # |y - y_hat|^2 / |y|^2
   counts_T: np.ndarray  # False at tokens that no SAE was trained on
@@ -248,7 +253,7 @@ class Reading(NamedTuple):
 
 
 def read(subject: Subject, tokens_T: Sequence[int], top: int = 10) -> Reading:
-  """The `top` latents of each token, and what the SAE misses there."""
+  """The `top` latents of each token, and the fraction unexplained."""
   tokens_PT, length = padded([tokens_T]), len(tokens_T)
   place = subject.place
   at = tuple(sorted({*place.sites, *place.targets}))
@@ -280,9 +285,9 @@ def _read(params, x, y, top: int):
 class Prediction(NamedTuple):
   """Next-token predictions after each token of a text; host memory."""
 
-  token_TK: np.ndarray  # the likeliest, falling
+  token_TK: np.ndarray  # likeliest first
   probability_TK: np.ndarray
-  loss_T: np.ndarray  # of token t + 1, nats; T - 1 of them
+  loss_T: np.ndarray  # loss of token t + 1 in nats; T - 1 entries
 
 
 def predict(
@@ -312,12 +317,12 @@ def _predict(gemma, lm_params, tokens_1T, top: int):
   return tuple(map(splice.join, parts))
 
 
-# What the model says with a change.
+# Steered text.
 
 
 @dataclasses.dataclass(frozen=True)
 class _At:
-  """tokens_BT -> edits, for `generate`: special tokens are left alone."""
+  """Edits for `generate`: all tokens but special ones are changed."""
 
   place: sites.Wiring
   special: tuple[int, ...]
@@ -339,17 +344,17 @@ def steer(
   stop: Sequence[int] = (1,),
   forbid: Sequence[int] = (2,),
 ) -> dict[str, Any]:
-  """The model's continuation by default and with changes, from the same seed.
+  """Continues a prompt with and without changes, from the same seed.
 
   Args:
-    prompt: token ids, BOS first; it is read with the changes too.
-    changes: of one row.
+    prompt: token ids, BOS first; the changes also apply to the prompt.
+    changes: changes of different latents, applied together.
     stop, forbid: as in `generate.generate`.
 
   Returns:
-    `default` and `steered`, each with `ids` (the continuation) and
-    `perplexity`, under the model without changes; of the steered one also `kl`,
-    the mean of KL(without || with the changes) over its tokens, in nats.
+    `default` and `steered`, each with `ids` (the continuation) and its
+    `perplexity` under the model without changes. `steered` also has `kl`: the
+    mean of KL(without || with changes) over its tokens, in nats.
   """
   given = intervene.rows(subject, [[], list(changes)])
   found = generate.generate(

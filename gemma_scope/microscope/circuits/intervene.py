@@ -2,24 +2,26 @@
 
   add      f'_i = f_i + s m_i     clamp  f'_i = s m_i     ablate  f'_i = 0
            y' = y + sum_i (f'_i - f_i) W_dec[i]
-  project_out  y' = y less its part in the span of the W_dec[i]
+  project_out  y' = y - (projection of y onto the span of the W_dec[i])
 
-y is what the model has at the SAE's target and m_i the latent's largest value
-on the index's text, so that a strength s means the same for every latent. What
-the SAE does not reconstruct stays: an edit that changes nothing returns its
-input. Tokens that no SAE was trained on (BOS, padding) are left alone.
+y is the model's activation at the SAE's target and m_i the latent's largest
+value on the indexed text, so that a strength s has the same scale for every
+latent. The reconstruction error is kept: an edit that changes no latent returns
+its input. Tokens that no SAE was trained on (BOS, padding) are not edited.
 
-A latent's own value never depends on its own change, for it is read before it
-is written; in an SAE over several layers those of later layers see the change.
+A latent is encoded before its change is written, so its value never depends on
+its own change. In an SAE over several layers, the latents of later layers are
+encoded from the changed activations.
 
-What a crosscoder of the residual stream says at a later layer holds what it
-wrote before: a change is written at the latent's own layer, and the model
-carries it on. All others write at every layer that the latent writes to.
+A crosscoder's reconstruction of the residual stream at a later layer includes
+what its latents wrote at earlier layers. Its changes are therefore written only
+at the latent's own layer, and the model carries them on. The changes of all
+other SAEs are written at every layer that the latent writes to.
 
-A row of a batch has its own changes: a dose-response curve, or an ablation of
-each of many latents, is one pass. The control of a change adds as long a vector
-at the same tokens, along another latent's decoder; of project_out it projects
-out another latent's decoder.
+Each row of a batch has its own changes, so that a dose-response curve, or the
+ablation of each of many latents, takes one pass. The control of a change adds a
+vector of equal norm at the same tokens, along another latent's decoder; for
+project_out, it projects out another latent's decoder.
 """
 
 from __future__ import annotations
@@ -46,12 +48,12 @@ _STRONGEST = 1e4
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """What becomes of a latent.
+  """A change of one latent.
 
   Attributes:
     feature: the latent, counted over all layers, layer-major.
     kind: one of `KINDS`.
-    strength: of add and clamp, in units of the latent's largest value.
+    strength: for add and clamp, in units of the latent's largest value.
   """
 
   feature: int
@@ -60,17 +62,17 @@ class Change:
 
 
 class Rows(NamedTuple):
-  """The changes of each row of a batch, as arrays; K a row, at most."""
+  """The changes of each row of a batch as arrays; at most K per row."""
 
   feature_BK: np.ndarray
   kind_BK: np.ndarray
-  value_BK: np.ndarray  # of add and clamp, in the latent's units
-  writer_BK: np.ndarray  # whose decoder is written: a control's is another's
-  gain_BK: np.ndarray  # that makes it as long
+  value_BK: np.ndarray  # for add and clamp, in units of the activation
+  writer_BK: np.ndarray  # the latent whose decoder is written (controls)
+  gain_BK: np.ndarray  # scales that decoder to equal norm
 
   @property
   def projects(self) -> bool:
-    """Whether one of them is project_out."""
+    """Whether any change is project_out."""
     return bool((np.asarray(self.kind_BK) == _PROJECT).any())
 
 
@@ -80,12 +82,12 @@ class Subject:
 
   Attributes:
     gemma, lm_params: the model.
-    params: the SAE's, on the devices.
-    place: what it reads and writes.
-    max_F: each latent's largest value, layer-major; 0 where it never fired.
-    special: tokens that are left alone.
-    norm_bounds: the card's outlier rule (`activations.outliers`); a reading and
-      an attribution leave outlier tokens out, a change does reach them.
+    params: the SAE's parameters, on the devices.
+    place: the sites that the SAE reads and writes.
+    max_F: each latent's largest value, layer-major; 0 if it never fired.
+    special: ids of tokens that are not edited.
+    norm_bounds: the card's outlier rule (`activations.outliers`). Readings and
+      attributions leave outlier tokens out; changes still apply to them.
   """
 
   gemma: lm.Gemma
@@ -98,17 +100,17 @@ class Subject:
 
   @property
   def width(self) -> int:
-    """Latents, of all layers together."""
+    """Number of latents, summed over layers."""
     return self.params['b_enc'].size
 
   @property
   def carried(self) -> bool:
-    """Whether what is written at a layer is there again at later ones."""
+    """Whether later layers reconstruct what a latent wrote earlier."""
     return carried(self.place)
 
 
 def carried(place: sites.Wiring) -> bool:
-  """Of a crosscoder of the residual stream."""
+  """Whether the SAE is a crosscoder of the residual stream."""
   return place.type == 'crosscoder' and place.kind.startswith('resid')
 
 
@@ -121,22 +123,22 @@ def subject(
   special: Collection[int] = (0, 1, 2),
   mesh: Mesh | None = None,
 ) -> Subject:
-  """A `Subject` from a member in released form and its index's `max_F`.
+  """A `Subject` from a released SAE and the `max_F` of its index.
 
   Raises:
-    ValueError: TopK over several layers at once, whose latents cannot be told
-      before all layers are read; `max_F` of another SAE.
+    ValueError: the SAE is a TopK SAE over several layers, whose active latents
+      are unknown until all layers are read; or `max_F` is of another SAE.
   """
   place = sites.wiring_of(card)
   if place.several and 'k' in params:
     raise ValueError(
-      'TopK over several layers picks its latents from all of them at once, '
-      'when the first ones have already been written: it cannot be changed '
-      'inside a pass. Release it with a threshold (BatchTopK).'
+      'A TopK SAE over several layers cannot be edited inside a forward pass: '
+      'its active latents depend on all layers, but the edit of an early layer '
+      'comes before later layers are read. Use a threshold (BatchTopK).'
     )
   if len(max_F) != params['b_enc'].size:
     raise ValueError(
-      f'max_F is of {len(max_F):,} latents and the SAE has '
+      f'max_F has {len(max_F):,} latents, but the SAE has '
       f'{params["b_enc"].size:,}.'
     )
   return Subject(
@@ -149,10 +151,10 @@ def subject(
 def counted(
   subject: Subject, tokens_PT: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The tokens that the SAE is for, and the outliers among the others.
+  """The tokens that the SAE applies to, and the outlier tokens.
 
   Returns:
-    bool [P, T] both: neither special nor an outlier; an outlier.
+    Two bool [P, T]: neither special nor an outlier; an outlier.
   """
   usual_PT = ~np.isin(tokens_PT, subject.special)
   bounds = subject.norm_bounds
@@ -166,11 +168,12 @@ def counted(
 
 
 def rows(subject: Subject, changes: Sequence[Sequence[Change]]) -> Rows:
-  """The changes of each row as arrays, filled up to the same number.
+  """The changes of each row as arrays, padded to the same number per row.
 
   Raises:
-    ValueError: an unknown kind or latent, one that is named twice in a row, a
-      strength that is no number, a strength of a latent that never fired.
+    ValueError: the kind or latent is unknown, a row names a latent twice, the
+      strength is out of range, or a strength is given for a latent that never
+      fired.
   """
   most = max([1, *map(len, changes)])
   shape = len(changes), most
@@ -180,7 +183,7 @@ def rows(subject: Subject, changes: Sequence[Sequence[Change]]) -> Rows:
     named = [change.feature for change in row]
     if len(set(named)) < len(named):
       twice = next(i for i in named if named.count(i) > 1)
-      raise ValueError(f'Latent {twice} is changed twice; say it once.')
+      raise ValueError(f'Latent {twice} is changed twice; give one change.')
     for k, change in enumerate(row):
       _check(subject, change)
       feature_BK[b, k] = change.feature
@@ -194,7 +197,7 @@ def rows(subject: Subject, changes: Sequence[Sequence[Change]]) -> Rows:
 def _check(subject: Subject, change: Change) -> None:
   if change.kind not in KINDS:
     raise ValueError(
-      f'There is no change {str(change.kind)[:40]!r}; they are '
+      f'There is no change {str(change.kind)[:40]!r}; the kinds are '
       f'{", ".join(KINDS)}.'
     )
   if not 0 <= change.feature < subject.width:
@@ -203,23 +206,24 @@ def _check(subject: Subject, change: Change) -> None:
     )
   if not abs(change.strength) <= _STRONGEST:
     raise ValueError(
-      f'A strength lies within {_STRONGEST:g} times the largest value; found '
+      f'The strength must be between -{_STRONGEST:g} and {_STRONGEST:g}; found '
       f'{change.strength}.'
     )
   if change.kind in ('add', 'clamp') and not subject.max_F[change.feature]:
     raise ValueError(
-      f'Latent {change.feature} never fired on the text of the index, so that '
-      'a strength has no unit; ablate it or project it out.'
+      f'Latent {change.feature} never fired on the indexed text, so a strength '
+      'has no unit; ablate it or project it out.'
     )
 
 
 def control(subject: Subject, given: Rows, seed: int = 0) -> Rows:
-  """The same vectors' lengths along the decoders of other latents that fired.
+  """Control changes: equal norms, along the decoders of other latents.
 
-  Drawn from the same layer, none of those of the row, none twice in a row.
+  The other latents are drawn from those of the same layer that fired, without
+  replacement within a row, and never from the latents that the row changes.
 
   Raises:
-    ValueError: a layer has no other latent that fired and writes.
+    ValueError: a layer has no other latent that fired and has a decoder.
   """
   rng = np.random.default_rng(seed)
   layer_F, norm_F = decoders(subject)
@@ -236,8 +240,8 @@ def control(subject: Subject, given: Rows, seed: int = 0) -> Rows:
       pool = pools[layer_F[feature]]
       if len(pool) <= np.isin(mine, pool).sum():
         raise ValueError(
-          'A control needs another latent of this layer that fired; there is '
-          'none.'
+          'A control needs another latent that fired in the same layer; there '
+          'is none.'
         )
       while True:
         drawn = int(rng.choice(pool))
@@ -253,23 +257,23 @@ def control(subject: Subject, given: Rows, seed: int = 0) -> Rows:
 def with_controls(
   subject: Subject, given: Rows, count: int, seed: int = 0
 ) -> Rows:
-  """The rows, and behind them `count` controls of all of them."""
+  """The rows, followed by `count` sets of controls for them."""
   every = [given]
   every += [control(subject, given, seed + c) for c in range(count)]
   return stacked(every)
 
 
 def stacked(parts: Sequence[Rows]) -> Rows:
-  """Rows one after the other."""
+  """The parts, concatenated."""
   return Rows(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def decoders(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
-  """Each latent's layer, and the length of what it writes, [F] both."""
+  """Each latent's layer and the norm of its decoder, both [F]."""
   per = subject.width // len(subject.place.sites)
   layer_F = np.arange(subject.width) // per
   W_dec = subject.params['W_dec']
-  if subject.carried:  # what it writes to its own layer
+  if subject.carried:  # the decoder of the latent's own layer
     W_dec = jnp.stack([W_dec[l, :, l] for l in range(len(W_dec))])
     square_F = jnp.sum(jnp.square(W_dec), -1)
   else:
@@ -279,7 +283,7 @@ def decoders(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gains(norm_F, feature, writer) -> np.ndarray:
-  """What makes another latent's decoder as long as a latent's own."""
+  """Factors that scale the decoders of `writer` to the norms of `feature`."""
   found = norm_F[feature] / np.where(norm_F[writer] > 0, norm_F[writer], 1)
   return found.astype(np.float32)
 
@@ -291,14 +295,14 @@ def edits(
   where_BT: jax.Array,
   projects: bool = True,
 ) -> dict[sites.Site, hooks.Edit]:
-  """Edits of one pass, to be made inside its trace.
+  """The edits of one forward pass; call this while the pass is traced.
 
   Args:
-    place, params: of a `Subject`.
-    rows: the changes, as many rows as the pass has.
-    where_BT: bool, the tokens that they apply to.
-    projects: False where none is project_out (`Rows.projects`), which takes an
-      inverse and long to compile.
+    place, params: as in `Subject`.
+    rows: the changes, one row for each row of the pass.
+    where_BT: bool, the tokens that the changes apply to.
+    projects: False if no change is project_out (`Rows.projects`): its matrix
+      inverse is slow to compile.
   """
   per = params['b_enc'].size // len(place.sites)
   layer_BK, own_BK = (
@@ -306,7 +310,7 @@ def edits(
   )
   writer_BK = jnp.mod(rows.writer_BK, per)
   kind_B1K = rows.kind_BK[:, None]
-  step = {}  # layer -> [B, T, K], what each latent gains
+  step = {}  # layer -> change of each latent's value [B, T, K]
 
   def read(layer, x_BTD):
     x_BTD = x_BTD.astype(jnp.float32)
@@ -361,9 +365,9 @@ def edits(
 
 
 def _projected(W_BKD, y_BTD):
-  """y's part in the span of some decoders, as their multiples [B, T, K].
+  """The projection of y onto the span of decoders, as coefficients [B, T, K].
 
-  Of decoders that are equal, or zero, the span has fewer dimensions.
+  Decoders may be equal or zero: a pseudoinverse handles the lower rank.
   """
   gram_BKK = jnp.einsum('bkd,bjd->bkj', W_BKD, W_BKD)
   inverse_BKK = jnp.linalg.pinv(gram_BKK, hermitian=True)
@@ -371,8 +375,8 @@ def _projected(W_BKD, y_BTD):
 
 
 def _values(params, layer: int, own_BK, x_BTD):
-  """The latents `own_BK` of a layer, of each row's own tokens: [B, T, K]."""
-  if 'k' in params:  # which are kept depends on all
+  """Values of each row's latents `own_BK` in one layer: [B, T, K]."""
+  if 'k' in params:  # the active latents depend on all of them
     f_BTF = sae.encode(params, x_BTD)
     return jnp.take_along_axis(f_BTF, own_BK[:, None], -1)
   one = {

@@ -1,14 +1,15 @@
-"""Permutation test: the same search for causes with shuffled decoders.
+"""Permutation test: the attribution search repeated with shuffled decoders.
 
-  pi      a permutation of a layer's latents that fire on the index's text
-  shuffle latent i keeps its values and its length, and writes along W_dec[pi i]
-          a_Ti = f_Ti |W_dec[i]| / |W_dec[pi i]| W_dec[pi i] . dm/dy_T
+  pi       a permutation of the latents of a layer that fire on the indexed text
+  shuffle  latent i keeps its values and its norm but writes along W_dec[pi i]:
+           a_Ti = f_Ti |W_dec[i]| / |W_dec[pi i]| W_dec[pi i] . dm/dy_T
 
-The same search, the largest of |a|, and the exact effect of each latent found;
-of each shuffle the largest effect is kept. If which latent writes where meant
-nothing, the true arrangement would be one draw among these: in at most p of
-such cases is its largest effect among the share p of the largest. Source: the
-permutation test of a maximum (Westfall and Young 1993, section 2).
+In each shuffle, the search selects the latents with the largest |a| and
+measures their exact effects; the largest effect is kept. Under the null
+hypothesis that decoders are exchangeable among latents, the true assignment is
+one more shuffle: with probability at most p, its largest effect is among the
+top fraction p. Source: max-statistic permutation test (Westfall and Young 1993,
+section 2).
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from gemma_scope.microscope.circuits.intervene import Rows, Subject
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Query:
-  """What is attributed.
+  """The logit to attribute, and the text and SAE.
 
   Attributes:
     subject: the SAE in its model.
     tokens_T: ids, BOS first; the logit is read after the last.
-    logit: tokens (a, b), whose logits' difference it is; b None: a alone.
+    logit: tokens (a, b) of the logit difference; if b is None, logit a alone.
   """
 
   subject: Subject
@@ -46,13 +47,13 @@ class Query:
 
 @dataclasses.dataclass(frozen=True)
 class Shuffles:
-  """The control.
+  """Settings of the permutation test.
 
   Attributes:
-    top: latents measured in each shuffle, for each prediction.
-    count: shuffles.
-    seed: of the shuffles.
-    by_token: latents are searched, and ablated, one token at a time.
+    top: latents to measure in each shuffle, for each prediction.
+    count: number of shuffles.
+    seed: random seed of the shuffles.
+    by_token: whether to search for, and ablate, latents at single tokens.
   """
 
   top: int
@@ -87,13 +88,13 @@ def largest(
   slopes: Sequence[np.ndarray],
   control: Shuffles,
 ) -> np.ndarray:
-  """The largest exact effect in each shuffle, absolute [count].
+  """The largest absolute exact effect in each shuffle, [count].
 
   Args:
-    query: what is attributed.
-    f_TF: the text's latents.
-    slopes: dm/df [T, F] of each prediction.
-    control: how many shuffles, and of what.
+    query: the logit to attribute.
+    f_TF: latent values on the text.
+    slopes: dm/df [T, F] for each prediction.
+    control: settings of the test.
   """
   subject, shuffles = query.subject, control.count
   layer_F, norm_F = intervene.decoders(subject)
@@ -143,5 +144,8 @@ def largest(
 
 
 def p_value(effect: float, most_C: np.ndarray) -> float:
-  """Share of shuffles, this arrangement among them, that have as much."""
+  """Permutation p-value: fraction of shuffles with an effect as large.
+
+  The true assignment counts as one of the shuffles.
+  """
   return float((1 + np.sum(most_C >= abs(effect))) / (1 + len(most_C)))

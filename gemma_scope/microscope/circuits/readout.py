@@ -1,4 +1,4 @@
-"""What the model predicts at a position: tokens, logits, and their names."""
+"""Tokens and logits to explain, parsed from text or predicted by the model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from gemma_scope.microscope.circuits import effects
 from gemma_scope.microscope.index.store import Index
 from gemma_scope.text import tokenizers
 
-Logit = tuple[int, int | None]  # tokens (a, b); b None: a's alone
+Logit = tuple[int, int | None]  # (a, b): logit a - logit b; b None: logit a
 
 
 def with_bos(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-  """The ids of a text, BOS before them."""
+  """The token ids of a text, with BOS in front."""
   return [tokenizer.bos_id, *map(int, tokenizer.encode(text))]
 
 
 def one_token(tokenizer: tokenizers.Tokenizer, text: str) -> int:
-  """The token that a text is; ValueError if it is several."""
+  """The id of a text that is one token; ValueError if it is not one."""
   ids = list(map(int, tokenizer.encode(text)))
   if len(ids) != 1:
     pieces = tokenizer.pieces(ids)
@@ -31,11 +31,11 @@ def one_token(tokenizer: tokenizers.Tokenizer, text: str) -> int:
 
 
 def different(first: int, second: int | None) -> Logit:
-  """A token, or two for a difference; ValueError where they are the same."""
+  """A logit or a logit difference; ValueError if both tokens are the same."""
   if first == second:
     raise ValueError(
-      'The two tokens are the same, so that their logits do not differ; give '
-      'two different ones, or one.'
+      'The two tokens are the same, so their logit difference is 0; give two '
+      'different tokens, or one.'
     )
   return first, second
 
@@ -54,9 +54,9 @@ def logit_pieces(tokenizer: tokenizers.Tokenizer, logit: Logit) -> list[str]:
 def together(
   saes: Sequence[tuple[Mapping[str, Any], Index]], first: int
 ) -> list[int]:
-  """What a graph is over: a CLT alone, or a transcoder and its fellows.
+  """Indices of the SAEs of one graph: a CLT, or one transcoder per layer.
 
-  Of each other layer the transcoder that is most like it in width and L0.
+  At each other layer, the transcoder closest in width and L0 to `first`.
   """
   place = sites.wiring_of(saes[first][0])
   if place.type != 'transcoder':

@@ -1,20 +1,19 @@
 """A text's local replacement model: what each source adds to each target.
 
-With a text's norms and attention weights held as they are, and the MLPs'
-outputs given, the residual stream is linear in the embeddings and in what the
-MLPs write. A feature's pre-activation is then a sum over sources,
+If the norms' scales and the attention weights are frozen at their values on a
+text, the residual stream is linear in the embeddings and the MLP outputs. A
+feature's pre-activation is then a sum over sources,
 
   z = b_enc + sum_j A_j,   A_j = (what j writes) . dz/d(where j writes)
 
   feature    f W_dec[i] at its token and the layers that it writes to
-  error      y - y_hat at a layer and token; where no SAE reads, all of y
-  embedding  of a token
+  error      y - y_hat at a layer and token; all of y at layers without an SAE
+  embedding  the embedding of a token
   bias       all b_dec together
 
-and so is a logit's readout of the last residual stream, without soft-cap. A
-transcoder's affine skip is part of the linear path. At tokens that no SAE was
-trained on (BOS) there are no features. Source: Ameisen et al., Circuit Tracing
-(2025), for transcoders and CLTs.
+and so is a logit before the soft-cap. A transcoder's affine skip is part of the
+linear path. Tokens that no SAE was trained on (BOS) have no features. Source:
+Ameisen et al., Circuit Tracing (2025), for transcoders and CLTs.
 """
 
 from __future__ import annotations
@@ -36,22 +35,22 @@ from gemma_scope.sae import released
 
 KINDS = ('feature', 'error', 'embedding', 'bias')
 _FIRST = sites.Site(0, 'resid_pre')
-_TARGETS = 8  # at most so many targets in one pass
-_CHUNK = 2048  # features whose decoders are there at once
+_TARGETS = 8  # maximum number of targets in one pass
+_CHUNK = 2048  # features whose decoders are gathered at once
 
 # Where a target reads: a site, a token, and its vector dz/dx there [D].
 Target = tuple[sites.Site, int, np.ndarray]
 
 
 class Sources(NamedTuple):
-  """All that writes, features first; -1 where there is no such thing.
+  """All sources of a text, features first; -1 where a field does not apply.
 
   Attributes:
     kind: index into `KINDS`.
-    member: the subject.
-    feature: as counted in its SAE.
-    layer, position: where it is.
-    value: a feature's activation; 1 of the others.
+    member: index of the subject.
+    feature: index of the feature in its SAE.
+    layer, position: layer and token position of the source.
+    value: a feature's activation; 1 for other kinds.
   """
 
   kind: np.ndarray
@@ -66,16 +65,16 @@ class Replacement:
   """Sources of a text, and what they add to any target.
 
   Args:
-    subjects: transcoders, at most one a layer, or a CLT; of one model.
+    subjects: transcoders, at most one per layer, or one CLT; all of one model.
     tokens_T: ids, BOS first.
 
   Attributes:
-    sources: of the text.
+    sources: the sources of the text.
     last_TD: the residual stream that is unembedded.
 
   Raises:
-    ValueError: they are not transcoders, two write to the same layer, or the
-      text is too long.
+    ValueError: the SAEs are not transcoders or CLTs, two write to the same
+      layer, or the text is too long.
   """
 
   def __init__(self, subjects: Sequence[Subject], tokens_T: Sequence[int]):
@@ -112,7 +111,7 @@ class Replacement:
     self._length = length
 
   def _split(self, n: int, taps) -> np.ndarray:
-    """A subject's active features; what it explains is no error any more."""
+    """A subject's active features; reduces the error to y - y_hat."""
     place, params = self._subjects[n].place, self._subjects[n].params
     x, y = (
       released.stacked([taps[s] for s in where], place.several)[0]
@@ -135,7 +134,7 @@ class Replacement:
     )
 
   def target(self, node: int) -> Target:
-    """What a feature of `sources` reads: its encoder, at its token."""
+    """The target of a feature in `sources`: its encoder, at its token."""
     s = self.sources
     one = self._subjects[s.member[node]]
     l, i = divmod(int(s.feature[node]), one.width // len(one.place.sites))
@@ -144,7 +143,7 @@ class Replacement:
     return one.place.sites[l], int(s.position[node]), np.asarray(W_enc[:, i])
 
   def rows(self, targets: Sequence[Target]) -> Iterator[np.ndarray]:
-    """For each target A of every source, float32 [n]."""
+    """For each target, A of every source, float32 [n]."""
     outputs = (*self._reads, self._last)
     count = self._at_once
     for start in range(0, len(targets), count):
@@ -176,7 +175,7 @@ class Replacement:
 
   @functools.cached_property
   def _skips(self) -> dict[str, tuple[jax.Array, np.ndarray]]:
-    """W_skip of each site that has one, and the tokens that it acts on."""
+    """W_skip of each site that has one, and the tokens it applies to."""
     found = {}
     for one, keep_T in zip(self._subjects, self._keep_NT, strict=True):
       W_skip = one.params.get('W_skip')
@@ -206,22 +205,22 @@ class Replacement:
 
 
 def check(subjects: Sequence[Subject]) -> None:
-  """ValueError unless a graph can be over these."""
+  """Raises ValueError unless a graph can be built from these SAEs."""
   written = []
   for one in subjects:
     reads, writes = one.place.kind, one.place.targets[0].kind
     if not reads.startswith('mlp_in') or writes != 'mlp_out':
       raise ValueError(
-        "A graph is over transcoders and CLTs, which read an MLP's input and "
-        f'write its output; found {one.place}.'
+        'An attribution graph needs transcoders or CLTs, which read MLP inputs '
+        f'and write MLP outputs; found {one.place}.'
       )
     written += [site.layer for site in one.place.targets]
   if not written:
-    raise ValueError('A graph needs at least one transcoder.')
+    raise ValueError('An attribution graph needs at least one transcoder.')
   if len(set(written)) < len(written):
     twice = next(layer for layer in written if written.count(layer) > 1)
     raise ValueError(
-      f'Two of the transcoders write to layer {twice}; give one a layer.'
+      f'Two transcoders write to layer {twice}; give one per layer.'
     )
 
 
@@ -237,7 +236,7 @@ def _slopes(
   gemma: lm.Gemma, outputs: tuple[sites.Site, ...], lm_params, tokens_1T,
   skips: dict[str, Any], output_n, position_n, vector_nD,
 ):  # fmt: skip
-  """Targets' derivatives at the embeddings [n, T, D] and MLPs [n, M, T, D]."""
+  """Derivatives with respect to embeddings [n, T, D] and MLPs [n, M, T, D]."""
   still = jax.lax.stop_gradient
 
   def stream(embedding_1TD, added_M1TD):

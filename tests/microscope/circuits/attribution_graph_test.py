@@ -249,7 +249,7 @@ def test_only_transcoders_one_a_layer():
   with pytest.raises(ValueError, match='transcoders write to layer 1'):
     check(one * 2)
   params, card = random_saes.member(0, 'resid_post/1')
-  with pytest.raises(ValueError, match='over transcoders and CLTs'):
+  with pytest.raises(ValueError, match='needs transcoders or CLTs'):
     check([iv.subject(*tiny(), params, card, np.ones(random_saes.F))])
 
 

@@ -240,7 +240,7 @@ def test_agreement():
 def test_what_is_not_there_is_said(subjects):
   with pytest.raises(ValueError, match='There is no token 4096'):
     attribution.attribute(subjects['sae'], TOKENS_T, (4096, None))
-  with pytest.raises(ValueError, match='There is no position 16'):
+  with pytest.raises(ValueError, match='Position 16 is outside'):
     attribution.attribute(subjects['sae'], TOKENS_T, (1, None), position=16)
 
 

@@ -196,7 +196,7 @@ def test_a_control_is_as_long_and_another_latents(subjects, name):
 def test_no_control_without_another_latent(model):
   params, card = MEMBERS['sae']
   subject = iv.subject(*model, params, card, np.arange(F) == 3)
-  with pytest.raises(ValueError, match='another latent of this layer'):
+  with pytest.raises(ValueError, match='another latent that fired in the same'):
     iv.control(subject, iv.rows(subject, [[iv.Change(3)]]))
 
 
@@ -302,7 +302,7 @@ def test_a_mesh_changes_nothing(model):
   [
     (iv.Change(F), 'There is no latent 40'),
     (iv.Change(0, 'boost'), "There is no change 'boost'"),
-    (iv.Change(0, 'add', float('nan')), 'A strength lies within'),
+    (iv.Change(0, 'add', float('nan')), 'The strength must be between'),
     (iv.Change(1, 'clamp', 1.0), 'never fired'),
   ],
 )
@@ -316,5 +316,5 @@ def test_what_cannot_be_done_is_said(model, change, said):
 
 def test_topk_over_layers_is_refused(model):
   params, card = MEMBERS['crosscoder']
-  with pytest.raises(ValueError, match='TopK over several layers'):
+  with pytest.raises(ValueError, match='TopK SAE over several layers'):
     iv.subject(*model, params | {'k': np.float32(3)}, card, np.ones(48))

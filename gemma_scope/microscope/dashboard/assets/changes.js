@@ -128,10 +128,10 @@ async function steer(view) {
       title,
       h('div', { class: 'tokens' }, one.text),
       note(
-        `perplexity to the unchanged model ${number(one.perplexity)}${cost}`,
+        `perplexity under the unchanged model ${number(one.perplexity)}${cost}`,
       ),
     );
-  const kl = `, KL ${number(found.steered.kl)} nats a token`;
+  const kl = `, KL ${number(found.steered.kl)} nats per token`;
   return h(
     'div',
     { class: 'grid' },

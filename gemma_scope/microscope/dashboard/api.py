@@ -46,6 +46,8 @@ _SHOWN = 64  # latents a token
 _NEXT = 5  # likeliest tokens, at each
 _KEPT = 4  # SAEs on the devices
 _COMPLETED, _LONGEST_PIECE = 12, 64
+# JAX compiles and keeps programs for one question of a process at a time.
+_ONE_AT_A_TIME = threading.Lock()
 WARM_LENGTHS = (64, 32, 128)  # of texts, compiled at the start
 
 
@@ -83,9 +85,11 @@ class Questions:
       collections.OrderedDict()
     )
     self._special = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
-    self.lock = threading.Lock()  # held while a question is answered
+    self.lock = _ONE_AT_A_TIME  # held while a question is answered
     self.warm_lengths = WARM_LENGTHS
     self._warming: dict[int, dict[str, Any]] = {}
+    self._warmers: list[threading.Thread] = []
+    self._closed = threading.Event()
     self.answers = {
       'read': self.read, 'change': self.change, 'dose': self.dose,
       'steer': self.steer, 'why': self.why, 'graph': self.graph,
@@ -165,8 +169,16 @@ class Questions:
     i = _integer(asked, 'member', 0, len(self._shown) - 1)
     if i not in self._warming:
       self._warming[i] = {'done': 0, 'total': 1, 'what': 'the SAE'}
-      threading.Thread(target=self._warm, args=(i,), daemon=True).start()
+      warmer = threading.Thread(target=self._warm, args=(i,), daemon=True)
+      self._warmers.append(warmer)
+      warmer.start()
     return dict(self._warming[i])
+
+  def close(self) -> None:
+    """Ends what runs in the background, after the step that it is at."""
+    self._closed.set()
+    for warmer in self._warmers:
+      warmer.join()
 
   def _warm(self, i: int) -> None:
     """Asks every question once about a text of each length."""
@@ -184,6 +196,8 @@ class Questions:
     ]
     state['total'] = len(steps)
     for name, length in progress.track(steps, 'warming up'):
+      if self._closed.is_set():
+        break
       state['what'] = f'{name} of up to {length} tokens'
       try:
         with self.lock:

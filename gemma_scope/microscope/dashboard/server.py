@@ -153,7 +153,10 @@ def serve(
     '(warming up). Ctrl-C ends the server.'
   )
   questions.warm({'member': 0})
-  uvicorn.run(
-    app(questions, pages, token), host='127.0.0.1', port=port,
-    log_level='warning', access_log=False, server_header=False,
-  )  # fmt: skip
+  try:
+    uvicorn.run(
+      app(questions, pages, token), host='127.0.0.1', port=port,
+      log_level='warning', access_log=False, server_header=False,
+    )  # fmt: skip
+  finally:
+    questions.close()

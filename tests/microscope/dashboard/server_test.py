@@ -58,7 +58,8 @@ def asked():
   ]
   questions = api.Questions(*model, tokenizer, shown)
   questions.warm_lengths = ()
-  return questions, entries, tokenizer
+  yield questions, entries, tokenizer
+  questions.close()
 
 
 @pytest.fixture(scope='module')

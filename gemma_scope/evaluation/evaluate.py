@@ -15,8 +15,10 @@ few dimensions of largest variance.
 
 All over tokens that count: not BOS, EOS or padding (arXiv 2408.05147, section
 4), nor a chat's user turn. Where a token does not count y stays as it is: BOS
-is like no other, and to replace it costs more than all others together. A loss
-counts where both the token it is computed at and the one it predicts do.
+is like no other, and to replace it costs more than all others together. So do
+outliers by the rule of an SAE's own card, for it and its controls: it was not
+trained on them. A loss counts where both the token it is computed at and the
+one it predicts do.
 
 Two passes without logits come first: one over all of the text, for means and
 variances, and one over the text that the controls are fitted on. Then, for each
@@ -100,11 +102,20 @@ def evaluate(
   twins = _controls(model, saes, text, seed)
   for sae in saes:
     for each in (sae, *twins[sae].values()):
-      each.rule = references.rule_of[sae.name][0]
+      each.rule, each.spares = references.rule_of[sae.name]
 
   targets = sorted({t for sae in saes for t in sae.wiring.targets})
   zeros = {t: ablation(t, 'zero', 0.0) for t in targets}
   means = {t: ablation(t, 'm', references.centres[t].mean_D) for t in targets}
+  for target in targets:  # as the SAEs there, if these agree
+    rules = {
+      references.rule_of[sae.name]
+      for sae in saes
+      if target in sae.wiring.targets
+    }
+    if len(rules) == 1:
+      for each in (zeros[target], means[target]):
+        each.rule, each.spares = next(iter(rules))
   queue = [*zeros.values(), *means.values()]
   for sae in saes:
     queue += [sae, *twins[sae].values()]

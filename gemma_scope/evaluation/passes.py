@@ -183,6 +183,15 @@ def reconstruct(
 
 
 @jax.jit
+def spare(y_hat_BTD, y_BTD, outlier_RBT, rule):
+  """y_hat, but y where a token is an outlier by the rule of this number."""
+  outlier_BT = jnp.take(outlier_RBT, rule, axis=0)
+  return jnp.where(
+    outlier_BT[..., None], y_BTD.astype(y_hat_BTD.dtype), y_hat_BTD
+  )
+
+
+@jax.jit
 def ablate(x_BTD: jax.Array, keep_BT: jax.Array, value_D) -> jax.Array:
   """`value` in the place of x where a token counts."""
   return jnp.where(keep_BT[..., None], value_D, x_BTD).astype(x_BTD.dtype)

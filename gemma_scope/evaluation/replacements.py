@@ -32,6 +32,7 @@ class Replacement:
   params: Callable[[], Mapping[str, jax.Array]] | None = None
   value: Any = 0.0  # where there are no params
   rule: int = 0  # of outliers
+  spares: bool = False  # outliers stay as they are, as BOS does
   turn: int | None = None  # of a control: which batches it is spliced on
   tally: estimates.Tally | None = None
   fired_F: Any = 0.0
@@ -109,9 +110,8 @@ def measure(
     taps = model.taps(batch.tokens_BT, wanted)
     seen = {site: taps[site] for site in at}
     there = {site: references.centres[site] for site in targets}
-    outlier_RBT, spread = jax.device_get(
-      passes.spread(seen, there, references.bounds, model.mesh)
-    )
+    found = passes.spread(seen, there, references.bounds, model.mesh)
+    outlier_RBT, spread = jax.device_get(found)
     keep_BT = np.asarray(passes.fetched(batch.keep_BT, model.mesh)) > 0
     positions_t = batches.loss_positions(number)
     token = _Tokens(batch, keep_BT, outlier_RBT, spread)
@@ -125,6 +125,10 @@ def measure(
       if all_turns or each.turn is None or each.turn == number % 3:
         turns.append(each)
         for target, y_hat_BTD in zip(each.wiring.targets, y_hats, strict=True):
+          if each.spares:
+            y_hat_BTD = passes.spare(
+              y_hat_BTD, taps[target], found[0], each.rule
+            )
           end_BTD = passes.residual(
             model.gemma,
             model.params,

@@ -373,6 +373,27 @@ def test_rows_of_outlying_norm_are_left_out_of_one_fvu(model, saes):
   assert without['fvu'] == got['fvu']
 
 
+def test_outliers_by_the_rule_of_the_card_stay_as_they_are(model, saes):
+  """As BOS does: an SAE and its controls are spliced in at other tokens."""
+  (arrays, card) = saes[3]
+  rule = lambda bound: {
+    **card,
+    'outliers': {'max_norm': 1.0, 'norm_bounds': {card['sites'][0]: bound}},
+  }
+  tokens_NT = text(6)
+  found = [
+    next(iter(measure(model, [(arrays, each)], tokens_NT).values()))
+    for each in (card, rule(1e9), rule(1e-9))
+  ]
+  plain, none_left, all_left = found
+  assert none_left['delta_loss'] == plain['delta_loss']
+  assert plain['delta_loss']['value'] > 1e-3
+  for figures in (all_left, *all_left['controls'].values()):
+    assert abs(figures['delta_loss']['value']) < 1e-5
+    assert abs(figures['kl']['value']) < 1e-5
+  assert all_left['fvu'] == plain['fvu']
+
+
 def test_trained_nulls_stand_beside_their_sae(model, saes):
   (params, card), (other, _) = saes[2:4]
   card = card | {'width': 24, 'architecture': 'jumprelu', 'seed': 0}

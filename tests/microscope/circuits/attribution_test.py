@@ -249,16 +249,17 @@ def test_a_small_budget_changes_no_number(subjects, monkeypatch):
   subject = subjects['sae']
   settings = attribution.Search(top=2, others=2, shuffles=1)
   wide = attribution.attribute(subject, TOKENS_T, LOGIT, settings=settings)
-  row = budget.gradient(subject.gemma, len(TOKENS_T))
+  length = effects.padded_length(len(TOKENS_T))
+  row = budget.gradient(subject.gemma, length)
   monkeypatch.setattr(budget, 'BUDGET', 2 * row - 1)
-  assert budget.rows(budget.gradient, subject.gemma, len(TOKENS_T), 8) == 1
+  assert budget.rows(budget.gradient, subject.gemma, length, 8) == 1
   thin = attribution.attribute(subject, TOKENS_T, LOGIT, settings=settings)
   for one, other in zip(wide['features'], thin['features'], strict=True):
     for key in ('gradient', 'integrated', 'exact'):
       assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-4)
   monkeypatch.setattr(budget, 'BUDGET', row - 1)
   most = budget.longest(budget.gradient, subject.gemma)
-  assert 0 < most < len(TOKENS_T)
+  assert 0 < most < length
   with pytest.raises(ValueError, match=f'traced over at most {most} within'):
     attribution.attribute(subject, TOKENS_T, LOGIT, settings=settings)
 

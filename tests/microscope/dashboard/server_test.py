@@ -290,7 +290,7 @@ def test_causes(server):
   assert status == 200 and found['members'] == [2, 3]
   assert found['nodes'][-1]['kind'] == 'logit'
   status, found = answer(server, 'graph', member=0, text=TEXT)
-  assert status == 400 and 'transcoders and CLTs' in found['error']
+  assert status == 400 and 'transcoders or CLTs' in found['error']
 
 
 def test_a_transcoders_fellows_are_those_most_like_it(asked):

@@ -63,7 +63,7 @@ def run_of_270m(tmp_path, monkeypatch):
   config.activations.chunk_rows, config.activations.lm_batch = 4096, 16
   config.train.steps, config.train.batch = 40, 256
   config.train.warm_up, config.train.decay = 4, 8
-  config.train.closing_batches = 4
+  config.train.closing_batches, config.train.l0_steps = 4, 10
   config.evaluation.sequences, config.evaluation.batch = 8, 8
   monkeypatch.chdir(tmp_path)
   folder = pathlib.Path('runs/gemma3-270m')

@@ -41,7 +41,10 @@ _WIDTH = 80
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-  """One flag. `kind` is what its value is, see the functions below."""
+  """One flag. `kind` is what its value is, see the functions below.
+
+  `address`: whether a path may be an address, such as gs://bucket/folder.
+  """
 
   kind: str
   name: str
@@ -51,6 +54,7 @@ class Flag:
   choices: tuple[str, ...] = ()
   low: float | None = None
   high: float | None = None
+  address: bool = False
 
   @property
   def usage(self) -> str:
@@ -88,12 +92,20 @@ class Flag:
     """The parsed value as the command gets it: paths without '~'."""
     match self.kind, value:
       case 'path', str():
-        return os.path.expanduser(value)
+        return self._path(value)
       case 'paths', list():
-        return [os.path.expanduser(part) for part in value if part]
+        return [self._path(part) for part in value if part]
       case 'number', float() if value != value:
         raise absl_flags.Error(f'--{self.name} must be a number; found nan')
     return value
+
+  def _path(self, value: str) -> str:
+    if not self.address:
+      try:
+        files.refuse_address(value, f'--{self.name}')
+      except ValueError as error:
+        raise absl_flags.Error(str(error)) from None
+    return os.path.expanduser(value)
 
 
 def text(name: str, default: str | None, help_: str, **options) -> Flag:
@@ -129,7 +141,10 @@ def words(name: str, default: Sequence[str], help_: str, **options) -> Flag:
 
 
 def path(name: str, help_: str, default: str | None = None, **options) -> Flag:
-  """A file or folder, or an address that stands for one; '~' is expanded."""
+  """A file or folder; '~' is expanded, and an address refused.
+
+  `address=True` allows one (gs://...) for what can read it.
+  """
   return Flag('path', name, default, help_, **options)
 
 

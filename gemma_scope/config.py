@@ -37,7 +37,8 @@ _PATHS = (
   'lm.checkpoint', 'lm.tokenizer', 'text.store', 'activations.store',
   'initialise.release',
 )  # fmt: skip
-
+# Those that may hold an address: a checkpoint of Orbax in a bucket.
+_ADDRESSES = ('lm.checkpoint',)
 
 # Fields that older versions did not have, with the values that they acted by.
 _ADDED = {
@@ -226,11 +227,17 @@ def resolve_paths(config: ConfigDict) -> None:
   """Replaces '~' by the home folder in every field that holds a path.
 
   Raises:
-    ConfigError: a store that the config names does not exist.
+    ConfigError: a store that the config names does not exist, or a path is an
+      address (gs://...) where none can be read.
   """
   for name in _PATHS:
     section, _, field = name.partition('.')
     path = os.path.expanduser(config[section][field])
+    if name not in _ADDRESSES and files.scheme(path):
+      raise ConfigError(
+        f'{name} must be a path on this machine; found the address '
+        f'{files.show(path)}.'
+      )
     config[section][field] = path
     if field == 'store' and path and not os.path.isdir(path):
       raise ConfigError(

@@ -7,6 +7,10 @@ process left behind is removed by the next writer of the same target.
 
 `open_plain` opens a file of unknown origin: a plain file under a size cap. What
 it refuses is `Refused`, an error of one sentence.
+
+An address ('gs://bucket/run') is no path: `pathlib` would make a local folder
+named 'gs:' of it. `refuse_address` stands wherever a path comes in, and every
+writer refuses what is left of one.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -32,6 +37,36 @@ _in_flight: set[str] = set()  # names of this process's drafts
 
 class Refused(ValueError):
   """A file that is not what it should be; the text is one sentence."""
+
+
+_ADDRESS = re.compile(r'([A-Za-z][A-Za-z0-9+.-]*):/')
+
+
+def scheme(path: PathLike) -> str:
+  """'gs' of 'gs://bucket/run'; '' for a path of this machine.
+
+  'gs:/bucket/run' has it as well: that is what `pathlib` leaves of an address.
+  """
+  match = _ADDRESS.match(os.fspath(path))
+  return match[1] if match else ''
+
+
+def refuse_address(path: PathLike, name: str, hint: str = '') -> None:
+  """Refuses an address where a path of this machine is expected.
+
+  Args:
+    path: what was given.
+    name: of the flag, field or argument, for the message.
+    hint: what to do instead, after a colon.
+
+  Raises:
+    ValueError: it is an address.
+  """
+  if scheme(path):
+    raise ValueError(
+      f'{name} must be a path on this machine; found the address '
+      f'{show(path)}{hint and f": {hint}"}.'
+    )
 
 
 def show(name: object) -> str:
@@ -102,6 +137,7 @@ def whole_file(path: PathLike) -> Iterator[BinaryIO]:
 
   The folder must exist. A file of that name is replaced.
   """
+  refuse_address(path, 'A file to write')
   path = pathlib.Path(path)
   with _draft(path) as draft:
     with open(draft, 'xb') as file:
@@ -126,6 +162,7 @@ def whole_folder(
   Yields:
     An empty folder to write into.
   """
+  refuse_address(path, 'A folder to write')
   path = pathlib.Path(os.path.realpath(path))
   path.parent.mkdir(parents=True, exist_ok=True)
   aside = path.with_name(f'.{path.name}.replaced')

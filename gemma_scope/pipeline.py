@@ -52,6 +52,7 @@ def run(
     workdir: the run's folder, made if need be; one run at a time.
     report: takes a line of text.
   """
+  files.refuse_address(workdir, 'workdir')
   workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   if not cluster.first():

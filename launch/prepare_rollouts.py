@@ -34,7 +34,10 @@ FLAGS = command_line.Flags(
   path('out', 'Folder of the token store to write.', required=True),
   text('model', 'tiny', 'Language model, such as gemma2-9b or gemma3-1b.'),
   path(
-    'checkpoint', 'Checkpoint of its instruction-tuned version.', default=''
+    'checkpoint',
+    'Checkpoint of its instruction-tuned version.',
+    default='',
+    address=True,
   ),
   path(
     'tokenizer', "SentencePiece model; by default the checkpoint's.", default=''

@@ -40,7 +40,9 @@ FLAGS = command_line.Flags(
     'Language model that will read the store, such as gemma3-270m. Its '
     "tokenizer is used; without it, the embedded model's.",
   ),
-  command_line.path('checkpoint', "The language model's, as in lm.checkpoint."),
+  command_line.path(
+    'checkpoint', "The language model's, as in lm.checkpoint.", address=True
+  ),
   command_line.path(
     'tokenizer', "SentencePiece model; without it, the language model's own."
   ),

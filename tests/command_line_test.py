@@ -179,3 +179,17 @@ def test_a_script_says_how_it_is_called_from_a_checkout():
   )
   assert done.returncode == 2
   assert 'Usage: python launch/prepare_text.py --source=TEXT' in done.stdout
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_no_path_is_an_address(name, capsys, tmp_path, monkeypatch):
+  """No flag makes a folder named 'gs:' of gs://bucket/run."""
+  monkeypatch.chdir(tmp_path)
+  for flag in COMMANDS[name].declared:
+    if flag.kind not in ('path', 'paths') or flag.address:
+      continue
+    given = [w for w in complete(name) if not w.startswith(f'--{flag.name}=')]
+    for address in ('gs://bucket/run', 's3://bucket/run', 'memory://run'):
+      said = fails(capsys, *given, f'--{flag.name}={address}')
+      assert f'--{flag.name}' in said and address in said
+  assert list(tmp_path.iterdir()) == []

@@ -123,6 +123,27 @@ def test_paths_lose_their_tilde_and_stores_must_exist(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
+  'name',
+  ('lm.tokenizer', 'text.store', 'activations.store', 'initialise.release'),
+)
+def test_a_field_that_holds_a_path_refuses_an_address(name):
+  config = tiny.get_config()
+  config_lib.override(config, name, 'gs://bucket/store')
+  with pytest.raises(
+    config_lib.ConfigError, match='gs://bucket/store'
+  ) as error:
+    config_lib.resolve_paths(config)
+  assert name in str(error.value)
+
+
+def test_a_checkpoint_may_be_in_a_bucket():
+  config = tiny.get_config()
+  config.lm.checkpoint = 'gs://bucket/gemma'
+  config_lib.resolve_paths(config)
+  assert config.lm.checkpoint == 'gs://bucket/gemma'
+
+
+@pytest.mark.parametrize(
   'change, words',
   [
     ({'collection.sites': ('resid_pots',)}, "Did you mean 'resid_post'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -128,3 +129,26 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path):
   with pytest.raises(files.Refused, match='symbolic link'):
     with files.open_plain(snapshot / 'bad', 5):
       pass
+
+
+ADDRESSES = ('gs://bucket/run', 's3://bucket/run', 'memory://run', 'file:///a')
+
+
+@pytest.mark.parametrize('address', ADDRESSES)
+def test_an_address_is_never_a_local_folder(address, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  writers = (
+    lambda path: files.write_text(path, 'text'),
+    lambda path: files.write_text(pathlib.Path(path), 'text'),
+    lambda path: files.whole_folder(path).__enter__(),
+    lambda path: files.whole_folder(pathlib.Path(path)).__enter__(),
+  )
+  for write in writers:
+    with pytest.raises(ValueError, match='found the address'):
+      write(address)
+  assert names(tmp_path) == []
+
+
+def test_a_path_of_this_machine_is_no_address(tmp_path):
+  for path in (tmp_path, 'runs/tiny', './a:b', 'C', 'a b:', '~/run', 'a/b:/c'):
+    assert files.scheme(path) == ''

@@ -56,6 +56,7 @@ def write_store(
   Raises:
     ValueError: the folder holds another store.
   """
+  files.refuse_address(folder, 'The folder of an activation store')
   folder.mkdir(parents=True, exist_ok=True)
   layout = source.layout
   header = {
@@ -162,6 +163,7 @@ class StoreSource:
   def __init__(
     self, folder: pathlib.Path, at: Sequence[sites.Site], batch: int
   ):
+    files.refuse_address(folder, 'The folder of an activation store')
     self._folder = pathlib.Path(folder)
     self._manifest = _opened(self._folder)
     self.facts = self._manifest['facts']

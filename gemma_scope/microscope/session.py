@@ -78,6 +78,7 @@ class Session:
     given: str = '',
     report: Callable[[str], None] = print,
   ):
+    files.refuse_address(workdir, 'workdir')
     self.workdir = pathlib.Path(workdir)
     self.out = out or self.workdir / 'microscope'
     self._given, self._config, self.report = given, config, report

@@ -79,7 +79,7 @@ def save(
     ReleaseError: an SAE that does not fit its card, a folder that holds
       something else, a full disk.
   """
-  target = pathlib.Path(os.path.realpath(folder))
+  target = _here(folder)
   if not saes:
     raise ReleaseError('A release needs at least one SAE; none was given.')
   try:
@@ -166,7 +166,7 @@ def read_card(path: str | os.PathLike[str]) -> dict:
 
 def _located(path) -> tuple[pathlib.Path, str | None, dict | None]:
   """(folder, its path in its release, its files by the manifest there)."""
-  folder = pathlib.Path(os.path.abspath(path))
+  folder = _here(path)
   if folder.suffix == '.npz':
     if folder.name != 'params.npz':
       raise files.Refused(f'{files.show(folder)} must be called params.npz.')
@@ -201,7 +201,7 @@ def load_all(root: str | os.PathLike[str]) -> list[Released]:
   Raises:
     ReleaseError: no manifest, a damaged one, or files that differ from it.
   """
-  root = pathlib.Path(os.path.abspath(root))
+  root = _here(root)
   try:
     saes = []
     for entry in manifest.read(root)['members']:
@@ -223,6 +223,15 @@ def load_all(root: str | os.PathLike[str]) -> list[Released]:
   return sorted(saes, key=lambda m: table_lib.order((m.card, m.metrics)))
 
 
+def _here(path: str | os.PathLike[str]) -> pathlib.Path:
+  """The absolute path of a folder of this machine."""
+  try:
+    files.refuse_address(path, 'The folder of a release')
+  except ValueError as error:
+    raise ReleaseError(str(error)) from None
+  return pathlib.Path(os.path.abspath(path))
+
+
 def _params(folder: pathlib.Path) -> Params:
   return load(folder)[0]
 
@@ -236,7 +245,7 @@ def verify(root: str | os.PathLike[str]) -> int:
   Raises:
     ReleaseError: the first file that is missing, changed or not plain.
   """
-  root = pathlib.Path(os.path.abspath(root))
+  root = _here(root)
   total = 0
   try:
     for name, expected in manifest.listed(manifest.read(root)).items():

@@ -112,6 +112,7 @@ def prepare(
     ValueError: the source has no text; the folder holds another preparation
       (the message names the field that differs).
   """
+  files.refuse_address(folder, 'The folder of a token store')
   folder = pathlib.Path(folder)
   if limit_tokens is not None and limit_tokens < 1:
     raise ValueError(f'limit_tokens is {limit_tokens}; it must be positive.')

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from gemma_scope import files
 from gemma_scope.text import corpus, json_lines, standard_library
 
 DEFAULT_COLUMN = 'text'
@@ -29,6 +30,7 @@ def matches(pattern: str, kind: str) -> list[tuple[str, pathlib.Path]]:
   Raises:
     ValueError: there is none; `kind` is what the pattern follows.
   """
+  files.refuse_address(pattern, f'The pattern of {kind}:')
   pattern = os.path.expanduser(pattern)
   paths = [pathlib.Path(p) for p in glob.glob(pattern, recursive=True)]
   paths = [p for p in paths if p.is_file()]

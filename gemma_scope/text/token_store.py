@@ -38,6 +38,7 @@ class Tokens:
   """An open token store: its manifest and file sizes are checked."""
 
   def __init__(self, folder: str | os.PathLike[str]):
+    files.refuse_address(folder, 'The folder of a token store')
     self.folder = pathlib.Path(folder)
     self.manifest = _read_manifest(self.folder / MANIFEST)
     size = np.dtype(self.manifest['dtype']).itemsize

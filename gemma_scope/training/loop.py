@@ -92,6 +92,7 @@ def train(
   Raises:
     ConfigError, ChangedError, CheckpointNotFound, ...: one sentence each.
   """
+  files.refuse_address(workdir, 'workdir')
   workdir = pathlib.Path(workdir)
   model = setup.dimensions(config)
   mesh = mesh_lib.make(config.mesh)

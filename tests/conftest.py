@@ -1,5 +1,6 @@
 """Every test runs on the CPU, as 8 devices, with no network."""
 
+import collections
 import os
 import pathlib
 
@@ -28,3 +29,15 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 # numpy's and scipy's own threads, in two processes on two cores, wait for each
 # other: a fit of a probe took six times as long.
 os.environ['OPENBLAS_NUM_THREADS'] = '1'
+
+
+def pytest_terminal_summary(terminalreporter):
+  """Tests that were skipped, by reason: what this run says nothing about."""
+  reasons = collections.Counter(
+    report.longrepr[2].removeprefix('Skipped: ')
+    for report in terminalreporter.stats.get('skipped', ())
+  )
+  if reasons:
+    terminalreporter.section('NOT TESTED', red=True, bold=True)
+    for reason, count in sorted(reasons.items()):
+      terminalreporter.line(f'{count} skipped: {reason}', yellow=True)

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 import os
 import pathlib
 import re
-import runpy
 import signal
 import socket
-import sys
 import time
 
 import jax
@@ -26,7 +23,8 @@ from gemma_scope import mesh as mesh_lib
 from gemma_scope.runtime import cluster
 from gemma_scope.runtime import interrupt as interrupt_lib
 from gemma_scope.runtime import lease as lease_lib
-from gemma_scope.training import loop  # noqa: F401 (the forked use it)
+from gemma_scope.training import loop
+from tests.helpers import processes
 from tests.helpers import runs as run_helpers
 
 STEPS = 24
@@ -52,34 +50,23 @@ def small(folder: pathlib.Path):
 
 
 class Cluster:
-  """So many processes of one cluster, on a free port of this machine.
-
-  Forked from a server that has imported what they need, once.
-  """
+  """So many processes of one cluster, on a free port of this machine."""
 
   def __init__(self, folder: pathlib.Path, count: int, run, *arguments):
     with socket.socket() as free:
       free.bind(('localhost', 0))
       port = free.getsockname()[1]
-    environment = {
-      'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('count=8', 'count=1'),
+    environment = processes.one_device() | {
       'COORDINATOR_ADDRESS': f'localhost:{port}',
       'NUM_PROCESSES': str(count),
       'GEMMA_SCOPE_PEER_SECONDS': str(LIMIT_S),
       'GEMMA_SCOPE_JOIN_SECONDS': '60',
     }
-    fork = multiprocessing.get_context('forkserver')
-    fork.set_forkserver_preload([__name__])
     self.logs = [folder / f'{port}.{i}.log' for i in range(count)]
     self.processes = [
-      fork.Process(
-        target=in_process,
-        args=(environment | {'PROCESS_ID': str(i)}, log, run, *arguments),
-      )
+      processes.fork(log, environment | {'PROCESS_ID': str(i)}, run, *arguments)
       for i, log in enumerate(self.logs)
     ]
-    for process in self.processes:
-      process.start()
 
   def __enter__(self) -> Cluster:
     return self
@@ -113,22 +100,6 @@ class Cluster:
     return f'Process {index} (host {socket.gethostname()}, pid {pid})'
 
 
-def in_process(environment, log, run, *arguments):
-  os.environ.update(environment)
-  file = os.open(log, os.O_WRONLY | os.O_CREAT)
-  os.dup2(file, 1)
-  os.dup2(file, 2)
-  sys.stdout = sys.stderr = open(file, 'w', buffering=1)
-  run(*arguments)
-
-
-def command(flags: list[str]) -> None:
-  """The real one."""
-  sys.argv = [str(run_helpers.ROOT / 'launch' / 'train.py'), *flags]
-  os.chdir(run_helpers.ROOT)
-  runpy.run_path(sys.argv[0], run_name='__main__')
-
-
 def alone(config, workdir: pathlib.Path, lines: list[str]):
   """The same in this process, on two of its devices."""
   workdir.mkdir(exist_ok=True)
@@ -150,8 +121,8 @@ def alone(config, workdir: pathlib.Path, lines: list[str]):
 def test_a_signal_to_one_stops_all_and_a_silent_one_is_named(tmp_path, caplog):
   """Two processes, then four, then one: the losses are those of one."""
   config, run = small(tmp_path), tmp_path / 'run'
-  flags = run_helpers.flags_of(config, run)[2:]
-  with Cluster(tmp_path, 2, command, flags) as two:
+  flags = ['launch/train.py', *run_helpers.flags_of(config, run)[2:]]
+  with Cluster(tmp_path, 2, processes.script, *flags) as two:
     two.wait_for(lambda: run_helpers.last_step(run) >= 2)
     two.send(signal.SIGTERM, 1)
     assert two.codes(range(2)) == [0, 0], two.outputs()
@@ -160,7 +131,7 @@ def test_a_signal_to_one_stops_all_and_a_silent_one_is_named(tmp_path, caplog):
   assert step == run_helpers.last_step(run)
   assert 'step' not in silence  # one reports for all
 
-  with Cluster(tmp_path, 4, command, flags) as four:
+  with Cluster(tmp_path, 4, processes.script, *flags) as four:
     saved = [run / 'checkpoints' / str(s) for s in range(step + 1, STEPS)]
     four.wait_for(lambda: any(map(os.path.isdir, saved)))
     four.send(signal.SIGSTOP, 2)

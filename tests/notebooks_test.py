@@ -61,8 +61,8 @@ def test_two_lines_change_the_model(written):
 
 
 def test_it_runs(written, tmp_path):
-  nbclient = pytest.importorskip('nbclient', reason='nbclient is missing')
-  pytest.importorskip('ipykernel', reason='ipykernel is missing')
+  nbclient = pytest.importorskip('nbclient', reason='nbclient is not installed')
+  pytest.importorskip('ipykernel', reason='ipykernel is not installed')
   book = copy.deepcopy(written)
   setup = code(book)[1]
   assert "'runs/tutorial'" in setup.source

@@ -55,7 +55,7 @@ def run_of_270m(tmp_path, monkeypatch):
   try:
     packages.path('gemma3-270m')
   except packages.PackageNotFound as error:
-    pytest.skip(f'NOT TESTED: the README on Gemma 3 270M. {error}')
+    pytest.skip(f'the README on Gemma 3 270M: {error}')
   (tmp_path / 'text.txt').write_text('\n\n'.join([README] * 8))
   config = gemma3_270m.get_config('layers=9;widths=256;sparsity=8')
   config.collection.sites = ('resid_post',)

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-import gemma_scope
 from gemma_scope import sites
 from gemma_scope.activations import harvest, synthetic
 from gemma_scope.activations import store as store_lib
+from tests.helpers import commands
 
 ROWS = 20_000
-LAUNCH = (
-  pathlib.Path(gemma_scope.__file__).parents[1] / 'launch' / 'synthetic.py'
-)
 SMALL = synthetic.Settings(
   features=48, d_model=16, l0=4.0, parents=4, children=2, groups=5,
   max_frequency=0.2,
@@ -221,12 +215,12 @@ def test_no_hierarchy_and_no_children_are_data_too():
     assert (f_RG > 0).sum(1).mean() == pytest.approx(SMALL.l0, rel=0.05)
 
 
-def test_the_launcher_writes_what_the_library_makes(tmp_path):
-  command = [sys.executable, LAUNCH, f'--out={tmp_path}', '--chunks=1']
+def test_the_launcher_writes_what_the_library_makes(tmp_path, capsys):
+  command = ['synthetic', f'--out={tmp_path}', '--chunks=1']
   command += ['--chunk_rows=100', '--features=60', '--d_model=8', '--l0=3']
   command += ['--sites=mlp_in/0,mlp_out/0']
-  done = subprocess.run(command, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
+  done = commands.run(capsys, *command)
+  assert done.code == 0, done.err
   truth = synthetic.truth(tmp_path)
   expected = synthetic.Settings(
     features=60, d_model=8, l0=3.0, sites=('mlp_in/0', 'mlp_out/0')

@@ -35,7 +35,7 @@ def _packages():
   try:
     packages.path(NAME)
   except packages.PackageNotFound as error:
-    pytest.skip(f'NOT TESTED: Gemma 3 270M. {error}')
+    pytest.skip(f'Gemma 3 270M: {error}')
 
 
 @pytest.fixture(scope='module')

@@ -23,7 +23,7 @@ from gemma_scope import mesh as mesh_lib
 from gemma_scope.language_model import gguf_file, packages, weights
 from gemma_scope.text import tokenizers
 
-gguf = pytest.importorskip('gguf', reason='needs the gguf package')
+gguf = pytest.importorskip('gguf', reason='gguf is not installed')
 
 FIXTURES = pathlib.Path(__file__).parent / 'gemma_fixtures'
 NAMES = {

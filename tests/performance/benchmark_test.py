@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import gemma_scope
 from gemma_scope import mesh as mesh_lib
 from gemma_scope.performance import benchmark
+from tests.helpers import commands
 
 
 def case(arch='jumprelu', branch='auto', limit=0, width=256, batch=64):
@@ -66,23 +62,19 @@ def test_pre_activations_stay_where_they_are(arch, branch):
   assert max(sizes) < rows * width / 10, max(sizes)
 
 
-def test_the_command_writes_a_line_a_measurement(tmp_path):
+def test_the_command_writes_a_line_a_measurement(tmp_path, capsys):
   out = tmp_path / 'out.jsonl'
   command = [
-      sys.executable, 'launch/benchmark.py', '--d=32', '--width=256',
+      'benchmark', '--d=32', '--width=256',
       '--batch=64', '--k=4', '--branch=dense', '--repeats=1', f'--out={out}',
       '--what=step,data', '--rows=2048',
   ]  # fmt: skip
-  root = pathlib.Path(gemma_scope.__file__).parents[1]
-  environment = {**os.environ, 'PYTHONPATH': str(root)}
-  found = subprocess.run(
-      command, cwd=root, env=environment, text=True, check=True,
-      stdout=subprocess.PIPE, timeout=200,
-  )  # fmt: skip
+  done = commands.run(capsys, *command)
+  assert done.code == 0, done.err
   step, chunk, store = map(json.loads, out.read_text().splitlines())
   assert set(step) >= {
       'arch', 'd', 'width', 'batch', 'k', 'members', 'dtype', 'branch',
       'device', 'tokens_per_s', 'matmul_share', 'peak_bytes',
   }  # fmt: skip
   assert chunk['rows_per_s'] > 0 and store['bytes_per_s'] > 0
-  assert len(found.stdout.splitlines()) == 3
+  assert len(done.out.splitlines()) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -9,7 +10,6 @@ import pathlib
 import resource
 import shutil
 import struct
-import subprocess
 import sys
 import time
 import types
@@ -21,7 +21,7 @@ from safetensors.numpy import save, save_file
 from gemma_scope import files, release
 from gemma_scope.release import manifest
 from gemma_scope.release.formats import export, hub, published, saelens
-from tests.helpers import peer_formats
+from tests.helpers import commands, peer_formats
 
 
 class Hub:
@@ -322,22 +322,17 @@ def test_a_config_that_is_none_is_refused(text, tmp_path):
     published.load(str(tmp_path / 'sae'))
 
 
-def test_the_command_lists_and_converts(tmp_path):
+def test_the_command_lists_and_converts(tmp_path, capsys):
   members = rows('jumprelu', 'transcoder')
   release.save(tmp_path / 'ours', members)
 
-  def run(*arguments):
-    return subprocess.run(
-      [sys.executable, 'launch/release.py', *arguments],
-      capture_output=True, text=True,
-    )  # fmt: skip
-
   ours, out = tmp_path / 'ours', tmp_path / 'out'
+  run = functools.partial(commands.run, capsys, 'release')
   done = run(f'--release={ours}', '--layout=saelens', f'--out={out}')
-  assert done.returncode == 0, done.stderr
-  assert 'blocks.3.hook_resid_post/width_32/average_l0_10' in done.stdout
+  assert done.code == 0, done.err
+  assert 'blocks.3.hook_resid_post/width_32/average_l0_10' in done.out
   done = run(f'--release={out}', '--push=me/saes')
-  assert done.returncode == 0 and 'would upload' in done.stdout
+  assert done.code == 0 and 'would upload' in done.out
   done = run('--list=google/gemma-scope-2b-pt-res')
-  assert done.returncode == 1
-  assert len(done.stderr.strip().splitlines()) == 1
+  assert done.code == 1
+  assert len(done.err.strip().splitlines()) == 1

@@ -337,7 +337,7 @@ def test_kill_in_the_middle_of_saves_restores_bitwise(tmp_path, monkeypatch):
   root = pathlib.Path(gemma_scope.__file__).parents[1]
   monkeypatch.setenv('PYTHONPATH', str(root))
   context = multiprocessing.get_context('forkserver')
-  context.set_forkserver_preload([__name__])
+  context.set_forkserver_preload(['tests.helpers.preloaded'])
   last = 0
   for kill, pause in enumerate((0.0, 0.02, 0.05, 0.11)):
     pipe, end = context.Pipe()

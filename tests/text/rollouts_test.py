@@ -5,12 +5,8 @@ from __future__ import annotations
 import functools
 import gzip
 import json
-import os
 import pathlib
 import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
@@ -23,11 +19,11 @@ from gemma_scope.language_model import generate, weights
 from gemma_scope.text import prepare as prepare_lib
 from gemma_scope.text import prompts as prompts_lib
 from gemma_scope.text import rollouts, token_store, tokenizers
+from tests.helpers import processes
 
 ROOT = pathlib.Path(gemma_scope.__file__).parents[1]
 START, END = 106, 107
 PROMPTS = [f'What is {i} and {i * i}?' for i in range(11)]
-FAST = '--xla_backend_optimization_level=0'
 SETTINGS = {'seq_len': 40, 'max_new_tokens': 6, 'batch': 4, 'heldout': 0.3}
 
 
@@ -431,21 +427,11 @@ def test_sampled_replies_resume_bit_for_bit(tmp_path):
 # The command, on the embedded model.
 
 
-def command(*flags):
-  return subprocess.Popen(
-    [sys.executable, 'launch/prepare_rollouts.py', *flags],
-    cwd=ROOT,
-    env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': FAST},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-
-
 def test_command_killed_and_resumed(tmp_path):
   (tmp_path / 'p.txt').write_text('\n'.join(PROMPTS * 9))
   out = tmp_path / 's'
-  flags = [
+  command = [
+    'launch/prepare_rollouts.py',
     f'--prompts={tmp_path / "p.txt"}',
     f'--out={out}',
     '--seq_len=32',
@@ -453,16 +439,14 @@ def test_command_killed_and_resumed(tmp_path):
     '--batch=3',
     '--heldout=0',
   ]
-  killed = command(*flags)
-  while killed.poll() is None and not (out / 'parts/00000001.tokens').exists():
-    time.sleep(0.01)
-  killed.send_signal(signal.SIGKILL)
-  killed.communicate()
+  killed = processes.Script(tmp_path / '1.log', *command)
+  killed.wait_for((out / 'parts/00000001.tokens').exists)
+  killed.send(signal.SIGKILL)
+  assert killed.end()[0] == -signal.SIGKILL
   kept = [p.read_bytes()[:-32] for p in sorted(out.glob('parts/*.tokens'))]
   assert 2 <= len(kept) < 33
-  resumed = command(*flags)
-  printed, error = resumed.communicate()
-  assert resumed.returncode == 0, error
+  code, printed = processes.Script(tmp_path / '2.log', *command).end()
+  assert code == 0, printed
   assert 's: 99 conversations, 0 held out' in printed
   store = token_store.Tokens(out)
   store.verify()

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import gemma_scope
 from configs import tiny
 from gemma_scope import files
 from gemma_scope.evaluation.saebench import probe_inputs
@@ -27,7 +28,7 @@ def texts(source: str, **options) -> list[str]:
 
 def needs(name: str):
   """The module, or a skip that says which tests do not run without it."""
-  return pytest.importorskip(name, reason=f'NOT TESTED: {name} is missing')
+  return pytest.importorskip(name, reason=f'{name} is not installed')
 
 
 # Lines.
@@ -202,7 +203,6 @@ def test_a_run_reads_the_column_that_its_config_names(tmp_path):
 
 
 def tiny_tokenizer() -> tokenizers.Tokenizer:
-  import gemma_scope
 
   package = pathlib.Path(gemma_scope.__file__).parent
   return tokenizers.Tokenizer(
@@ -364,3 +364,21 @@ def test_a_source_is_shortened_for_what_leaves_the_machine(source, shown):
   assert files.shortened(short) == short
   other = source.replace('me', 'you').replace('secret', 'mine')
   assert other == source or files.shortened(other) != short
+
+
+@pytest.mark.parametrize(
+  'source', ['', 'wiki', 'files:', 'tfds', 'http://x', 'python:3', 'Python']
+)
+def test_unknown_sources_list_the_kinds(source):
+  with pytest.raises(ValueError, match='python, prose, files:GLOB, hf:'):
+    sources.documents(source)
+
+
+def test_what_matches_nothing_or_is_no_text_is_a_sentence(tmp_path):
+  (tmp_path / 'a.png').write_bytes(b'x')
+  with pytest.raises(ValueError, match='matches no file'):
+    list(sources.documents(f'files:{tmp_path}/*.txt'))
+  with pytest.raises(ValueError, match=r'a\.png'):
+    list(sources.documents(f'files:{tmp_path}/*'))
+  with pytest.raises(ValueError, match="split is 'test'"):
+    sources.documents('python', 'test')

@@ -22,26 +22,18 @@ from gemma_scope.runtime import interrupt as interrupt_lib
 from gemma_scope.runtime import lease as lease_lib
 from gemma_scope.training import loop, setup, trained
 from gemma_scope.training import optimizer as optimizer_lib
+from tests.helpers import processes
 from tests.helpers.runs import ROOT, STEPS, flags_of, last_step, small
 
 
-def start(config, workdir, **kwargs) -> subprocess.Popen:
-  one_device = os.environ['XLA_FLAGS'].replace(
-    'device_count=8', 'device_count=1'
-  )
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': one_device}
-  return subprocess.Popen(
-      flags_of(config, workdir), cwd=ROOT, env=environment, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
-  )  # fmt: skip
+def start(config, workdir) -> processes.Script:
+  """The command that trains by this config, as its own process."""
+  log = workdir.with_name(f'{workdir.name}.{time.monotonic_ns()}.log')
+  return processes.Script(log, *flags_of(config, workdir)[1:])
 
 
-def wait_for_step(process, workdir, step, timeout=240):
-  deadline = time.time() + timeout
-  while last_step(workdir) < step:
-    assert process.poll() is None, process.stdout.read()
-    assert time.time() < deadline, 'too slow'
-    time.sleep(0.01)
+def wait_for_step(process: processes.Script, workdir, step: int) -> None:
+  process.wait_for(lambda: last_step(workdir) >= step)
 
 
 def states(config: ConfigDict, workdir: pathlib.Path):
@@ -68,10 +60,13 @@ def whole(tmp_path_factory):
   """An uninterrupted run: its config, folder, output, step and state."""
   folder = tmp_path_factory.mktemp('whole')
   config = small(folder)
-  process = start(config, folder / 'run')
-  output, _ = process.communicate(timeout=300)
-  assert process.returncode == 0, output
-  return config, folder, output, *states(config, folder / 'run')
+  done = subprocess.run(
+      flags_of(config, folder / 'run'), cwd=ROOT, text=True, timeout=300,
+      env=os.environ | {'PYTHONPATH': str(ROOT)} | processes.one_device(),
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stdout
+  return config, folder, done.stdout, *states(config, folder / 'run')
 
 
 def test_the_whole_job_ends_in_a_release_a_table_and_a_picture(whole):
@@ -89,9 +84,8 @@ def test_the_whole_job_ends_in_a_release_a_table_and_a_picture(whole):
   assert json.loads(lines[-1])['rows_outliers'] > 0
   for path in (run / 'release').rglob('config.json'):
     assert json.loads(path.read_text())['outliers']['max_norm'] == 1.5
-  again = start(config, run)
-  output, _ = again.communicate(timeout=120)
-  assert again.returncode == 0 and 'is done' in output, output
+  code, output = start(config, run).end()
+  assert code == 0 and 'is done' in output, output
 
 
 def unevaluated(config: ConfigDict) -> ConfigDict:
@@ -109,11 +103,10 @@ def test_kill_9_and_the_same_command_end_bitwise_where_no_kill_would(
   for step in (3, 25):  # before the first checkpoint, and between two
     process = start(config, run)
     wait_for_step(process, run, step)
-    process.kill()
-    process.wait()
-  process = start(config, run)
-  output, _ = process.communicate(timeout=300)
-  assert process.returncode == 0, output
+    process.send(signal.SIGKILL)
+    assert process.end()[0] == -signal.SIGKILL
+  code, output = start(config, run).end()
+  assert code == 0, output
   assert 'continuing at step' in output
   step, found = states(config, run)
   assert step == STEPS
@@ -125,35 +118,31 @@ def test_sigterm_saves_the_last_whole_step_and_exits_cleanly(whole, tmp_path):
   config, run = unevaluated(config), tmp_path / 'run'
   process = start(config, run)
   wait_for_step(process, run, 10)
-  process.send_signal(signal.SIGTERM)
-  output, _ = process.communicate(timeout=60)
-  assert process.returncode == 0, output
+  process.send(signal.SIGTERM)
+  code, output = process.end()
+  assert code == 0, output
   assert 'stopped and saved at step' in output
   step, _ = states(config, run)
   assert step == last_step(run) >= 10  # no whole step is lost
-  process = start(config, run)
-  output, _ = process.communicate(timeout=300)
-  assert process.returncode == 0, output
+  code, output = start(config, run).end()
+  assert code == 0, output
   assert_same(states(config, run)[1], expected)
 
 
 def test_a_signal_before_the_first_step_exits_cleanly(whole, tmp_path):
   process = start(unevaluated(whole[0]), tmp_path / 'run')
-  for line in process.stdout:
-    if 'loading' in line:
-      break
-  process.send_signal(signal.SIGINT)
-  output, _ = process.communicate(timeout=120)
-  assert process.returncode == 0, output
+  process.wait_for(lambda: 'loading' in process.output())
+  process.send(signal.SIGINT)
+  code, output = process.end()
+  assert code == 0, output
 
 
 def test_a_second_run_on_the_folder_is_refused_by_the_holders_name(
   whole, tmp_path
 ):
   with lease_lib.Lease(tmp_path):
-    process = start(whole[0], tmp_path)
-    output, _ = process.communicate(timeout=120)
-  assert process.returncode != 0
+    code, output = start(whole[0], tmp_path).end()
+  assert code == 1
   assert str(os.getpid()) in output and len(output.strip().splitlines()) == 1
 
 

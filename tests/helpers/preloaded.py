@@ -1,0 +1,10 @@
+"""What the server of tests/helpers/processes.py imports before it forks.
+
+No program may be compiled here: a fork has none of the threads of XLA.
+"""
+
+from gemma_scope import pipeline  # noqa: F401
+from gemma_scope.language_model import gemma, weights
+from launch import train  # noqa: F401
+
+gemma.Gemma(weights.read_config('tiny'))  # imports the gemma package

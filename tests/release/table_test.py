@@ -1,0 +1,50 @@
+"""The table of a release."""
+
+from __future__ import annotations
+
+from gemma_scope.release import table
+from tests.helpers import releases
+from tests.helpers.releases import metrics_of
+
+
+def test_table_is_sorted_and_has_the_control_beside():
+  rows = [
+    (releases.card('resid_post/10'), metrics_of(l0=20)),
+    (releases.card('resid_post/2'), metrics_of(l0=20)),
+    (releases.card('resid_post/2'), metrics_of(l0=5)),
+    (releases.card('attn_out/7'), None),
+  ]
+  text = table.table(rows, columns=200)
+  lines = text.split('\n')
+  assert [line.split()[:2] for line in lines[2:]] == [
+    ['attn_out', '7'],
+    ['resid_post', '2'],
+    ['resid_post', '2'],
+    ['resid_post', '10'],
+  ]
+  assert '5.0 ±1.0' in lines[3] and '0.900' in lines[3] and '12.5' in lines[3]
+  assert lines[2].split()[-5:] == ['-'] * 5
+  narrow = table.table(rows, columns=80)
+  assert '±' not in narrow
+  assert len({len(line) for line in narrow.split('\n')[:2]}) == 1
+  assert 'seed' not in lines[0]
+  assert 'seed' in table.table([*rows, (releases.card(seed=1), None)])
+
+
+def test_the_two_faces_of_the_table_agree():
+  rows = [
+    (releases.card('mlp_out/1', target=t), metrics_of(l0=t)) for t in (5, 20)
+  ]
+  plain = table.table(rows, columns=500).split('\n')
+  marked = table.table(rows, markdown=True).split('\n')
+  cells = [[c.strip() for c in line.strip('|').split('|')] for line in marked]
+  assert len(plain) == len(marked)
+  assert [' '.join(line.split()) for line in plain[2:]] == [
+    ' '.join(line) for line in cells[2:]
+  ]
+
+
+def test_figures_that_are_none_are_dashes():
+  for figure in (None, 'x', float('nan'), {'value': None}, True, 10**400):
+    assert table.value(figure) is None
+  assert table.control({'control': [1]}) == {}

@@ -18,6 +18,7 @@ if command -v npm >/dev/null && [[ -d node_modules ]]; then
 else
   echo 'JavaScript is not checked: install node and run npm ci' >&2
 fi
-# Two at a time: most of the suite is tracing, on one thread.
-"$python" -m pytest --numprocesses=2 "$@"
+# Two at a time: most of the suite is tracing, on one thread. Each takes a half
+# of the files, so that few fixtures are made twice, and then helps the other.
+"$python" -m pytest --numprocesses=2 --dist=worksteal "$@"
 exit "$lint"

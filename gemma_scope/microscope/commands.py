@@ -17,7 +17,6 @@ sentence if an input is wrong.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 
 import numpy as np
@@ -89,15 +88,11 @@ def pages(session: Session, options: Options) -> None:
 def serve(session: Session, options: Options) -> None:
   """Serves the pages, with a live view, on this machine."""
   session.check_built()
-  shown = [
-    api.Shown(
-      one.name, one.card, functools.partial(session.load, one),
-      session.index(one),
-    )
-    for one in session.saes
-  ]  # fmt: skip
-  found = api.Questions(*session.model, session.tokenizer, shown, session.mesh)
-  server.serve(found, session.out / 'pages', options.port, session.report)
+  saes = [session.indexed(sae) for sae in session.saes]
+  questions = api.Questions(
+    session.model, session.tokenizer, saes, session.mesh
+  )
+  server.serve(questions, session.out / 'pages', options.port, session.report)
 
 
 def _ids(session: Session, options: Options) -> list[int]:
@@ -202,7 +197,7 @@ def _logit(session: Session, options: Options, ids) -> readout.Logit:
 
 def _together(session: Session, sae: Released) -> list[Released]:
   """The SAEs of one graph: a CLT, or one transcoder for each layer."""
-  every = [(one.card, session.index(one)) for one in session.saes]
+  every = [session.indexed(one) for one in session.saes]
   first = session.saes.index(sae)
   return [session.saes[i] for i in readout.together(every, first)]
 

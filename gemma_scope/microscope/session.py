@@ -13,7 +13,6 @@ of other parameters are ignored.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import datetime
 import functools
@@ -36,17 +35,14 @@ from gemma_scope.microscope.autointerp import labels as labels_lib
 from gemma_scope.microscope.circuits import effects, intervene, readout
 from gemma_scope.microscope.dashboard import pages
 from gemma_scope.microscope.index import build as build_lib
-from gemma_scope.microscope.index import logit_lens
 from gemma_scope.microscope.index import store as store_lib
-from gemma_scope.microscope.index.store import Index
-from gemma_scope.release import sae_folder as member_lib
+from gemma_scope.microscope.index.store import Index, Indexed
 from gemma_scope.release.formats import published
 from gemma_scope.runtime import progress as progress_lib
 from gemma_scope.text import prepare, tokenizers
 from gemma_scope.training import setup
 
 _MEMBERS = 'members.json'
-_KEPT = 4  # indexes in memory
 
 
 class Firing(NamedTuple):
@@ -82,9 +78,7 @@ class Session:
     self.workdir = pathlib.Path(workdir)
     self.out = out or self.workdir / 'microscope'
     self._given, self._config, self.report = given, config, report
-    self._indexes: collections.OrderedDict[str, tuple[Any, Index]] = (
-      collections.OrderedDict()
-    )
+    self._indexes: dict[str, tuple[Any, Index]] = {}  # by name, with a stamp
 
   @functools.cached_property
   def config(self) -> ConfigDict:
@@ -187,38 +181,26 @@ class Session:
   def index(self, sae: release.Released) -> Index:
     """The SAE's index; ValueError if it has not been built.
 
-    Recently read indexes stay in memory, so that a command reads and hashes
-    each of them once.
+    Each index is read and hashed once, unless another build replaces it.
     """
     folder = self.out / 'indexes' / sae.name
     written = (folder / 'index.json').stat() if folder.exists() else None
     stamp = written and (written.st_ino, written.st_mtime_ns)
     if sae.name not in self._indexes or self._indexes[sae.name][0] != stamp:
       self._indexes[sae.name] = stamp, store_lib.read(folder)
-    self._indexes.move_to_end(sae.name)
-    while len(self._indexes) > _KEPT:
-      self._indexes.popitem(last=False)
     return self._indexes[sae.name][1]
 
-  def load(self, sae: release.Released) -> tuple[member_lib.Params, Index]:
-    """The SAE's parameters and index; ValueError if they do not match."""
-    params, found = sae.load(), self.index(sae)
-    if found.meta['sae_sha256'] != member_lib.digest(params):
-      raise ValueError(
-        f'The parameters in {sae.folder} have changed since {sae.name} was '
-        'indexed; run build again.'
-      )
-    return params, found
+  def indexed(self, sae: release.Released) -> Indexed:
+    """The SAE with its index and labels; ValueError if it has no index."""
+    return Indexed(sae, self.index(sae), self.labels(sae))
 
   def subject(self, sae: release.Released) -> intervene.Subject:
     """The SAE in its model; strengths are in units of the index's maxima."""
-    params, found = self.load(sae)
-    t = self.tokenizer
+    indexed, t = self.indexed(sae), self.tokenizer
     special = t.pad_id, t.bos_id, t.eos_id
     return intervene.subject(
-      *self.model, params, sae.card, found.max_F,
-      special, self.mesh,
-    )  # fmt: skip
+      self.model, indexed.checked, indexed.index.max_F, special, self.mesh
+    )
 
   def read(
     self, sae: release.Released, text: str, most: int = 8
@@ -281,9 +263,9 @@ class Session:
         "devices of the mesh's data axis."
       )
     text = self.text(sequences)
-    rows = [(one.load(), one.card) for one in self.saes]
+    saes = [sae.loaded() for sae in self.saes]
     state = build_lib.State(
-      self.out / 'partial.npz', text, rows, outliers=outliers
+      self.out / 'partial.npz', text, saes, outliers=outliers
     )
     first, built = self.out / 'pages' / 'index.html', self._built
     about = {'saes': self._paths, 'key': state.key}
@@ -302,9 +284,9 @@ class Session:
         state,
         outliers,
       )
-      made = build_lib.build(*self.model, rows, text, how)
-      for sae, one in zip(self.saes, made, strict=True):
-        store_lib.write(self.out / 'indexes' / sae.name, one)
+      built = build_lib.build(*self.model, saes, text, how)
+      for sae, index in zip(saes, built, strict=True):
+        store_lib.write(self.out / 'indexes' / sae.name, index)
     if label:
       self._label_by_rule(poll)
     (self.out / _MEMBERS).unlink(missing_ok=True)  # until the pages are written
@@ -342,20 +324,9 @@ class Session:
       )
 
   def _write_pages(self, date: str) -> pathlib.Path:
-    def entries():
-      for sae in progress_lib.track(self.saes, 'pages'):
-        params, index = self.load(sae)
-        yield pages.Entry(
-          sae.name,
-          index,
-          sae.metrics,
-          logit_lens.decoders(params),
-          self.labels(sae),
-        )
-
     pages.write(
       self.out / 'pages',
-      entries(),
+      map(self.indexed, progress_lib.track(self.saes, 'pages')),
       self.tokenizer.pieces,
       f'Sparse autoencoders of {self.config.lm.name}',
       date,

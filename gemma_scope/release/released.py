@@ -47,6 +47,11 @@ class Released:
     """
     return self.read()
 
+  def loaded(self) -> Released:
+    """The same SAE with its parameters in memory: `load` reads no file."""
+    params = self.load()
+    return dataclasses.replace(self, read=lambda: params)
+
   def measured(self, metrics: dict[str, Any] | None) -> Released:
     """The same SAE with these metrics."""
     return dataclasses.replace(self, metrics=metrics)

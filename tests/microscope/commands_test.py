@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
+from gemma_scope import files
 from gemma_scope import sae as sae_lib
 from gemma_scope.microscope import commands, session
 from gemma_scope.microscope.circuits import effects
@@ -119,6 +120,35 @@ def test_two_releases_of_the_same_names(workdir, said, tmp_path):
   assert len(list((tmp_path / 'm' / 'indexes').rglob('index.json'))) == 4
   with pytest.raises(ValueError, match='the same SAE twice'):
     run('build', workdir, said, given=f'{workdir}/release,{workdir}/release')
+
+
+def test_an_index_is_read_and_hashed_once(workdir, said, tmp_path, monkeypatch):
+  """As `why` asks for them: by subject, by label and by `together`."""
+  saes = []
+  for layer in range(3):
+    for seed in (0, 1):
+      params, card = random_saes.member(seed, f'mlp_in/{layer}', 16)
+      wiring = {'type': 'transcoder', 'targets': [f'mlp_out/{layer}']}
+      card = releases.card(f'mlp_in/{layer}', seed=seed) | card | wiring
+      saes.append((params, card, None))
+  releases.save(tmp_path / 'release', saes)
+  given, out = str(tmp_path / 'release'), tmp_path / 'm'
+  session.Session(workdir, out, given=given, report=said.append).build(
+    8, 8, lambda: None, label=False
+  )
+  hashed = []
+  sha256 = files.sha256
+  monkeypatch.setattr(
+    files, 'sha256', lambda path: (hashed.append(path), sha256(path))[1]
+  )
+  opened = session.Session(workdir, out, given=given, report=said.append)
+  chosen = commands._together(opened, opened.saes[0])
+  assert len(opened.saes) == 6 and len(chosen) == 3
+  for sae in [*opened.saes, *chosen]:
+    opened.named(sae)
+    opened.subject(sae)
+  read = [path for path in hashed if path.name == 'arrays.safetensors']
+  assert len(read) == len(set(read)) == 6
 
 
 SAE = 'width_40'

@@ -28,14 +28,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma_scope import sae, sites
+from gemma_scope import release, sites
+from gemma_scope import sae as sae_lib
 from gemma_scope.activations import outliers
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import hooks, splice
@@ -115,21 +116,26 @@ def carried(place: sites.Wiring) -> bool:
 
 
 def subject(
-  gemma: lm.Gemma,
-  lm_params: lm.Params,
-  params: Mapping[str, Any],
-  card: Mapping[str, Any],
+  model: tuple[lm.Gemma, lm.Params],
+  sae: release.Released,
   max_F: np.ndarray,
   special: Collection[int] = (0, 1, 2),
   mesh: Mesh | None = None,
 ) -> Subject:
-  """A `Subject` from a released SAE and the `max_F` of its index.
+  """Puts a released SAE on the devices, beside its model.
+
+  Args:
+    model: the language model and its parameters.
+    sae: the SAE.
+    max_F: the largest activation of each latent, from the SAE's index.
+    special: tokens that the SAE does not apply to.
+    mesh: the devices; None for one.
 
   Raises:
     ValueError: the SAE is a TopK SAE over several layers, whose active latents
       are unknown until all layers are read; or `max_F` is of another SAE.
   """
-  place = sites.wiring_of(card)
+  place, params = sae.wiring, sae.load()
   if place.several and 'k' in params:
     raise ValueError(
       'A TopK SAE over several layers cannot be edited inside a forward pass: '
@@ -142,10 +148,13 @@ def subject(
       f'{params["b_enc"].size:,}.'
     )
   return Subject(
-    gemma, lm_params, released.put(params, mesh), place,
-    np.asarray(max_F, np.float32), tuple(sorted(map(int, special))),
-    outliers.norm_bounds(card),
-  )  # fmt: skip
+    *model,
+    params=released.put(params, mesh),
+    place=place,
+    max_F=np.asarray(max_F, np.float32),
+    special=tuple(sorted(map(int, special))),
+    norm_bounds=outliers.norm_bounds(sae.card),
+  )
 
 
 def counted(
@@ -377,7 +386,7 @@ def _projected(W_BKD, y_BTD):
 def _values(params, layer: int, own_BK, x_BTD):
   """Values of each row's latents `own_BK` in one layer: [B, T, K]."""
   if 'k' in params:  # the active latents depend on all of them
-    f_BTF = sae.encode(params, x_BTD)
+    f_BTF = sae_lib.encode(params, x_BTD)
     return jnp.take_along_axis(f_BTF, own_BK[:, None], -1)
   one = {
     key: params[key][layer] if params['W_enc'].ndim == 3 else params[key]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from gemma_scope import sites
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.microscope.circuits import effects
-from gemma_scope.microscope.index.store import Index
+from gemma_scope.microscope.index.store import Indexed
 from gemma_scope.text import tokenizers
 
 Logit = tuple[int, int | None]  # (a, b): logit a - logit b; b None: logit a
@@ -51,22 +49,20 @@ def logit_pieces(tokenizer: tokenizers.Tokenizer, logit: Logit) -> list[str]:
   return tokenizer.pieces([t for t in logit if t is not None])
 
 
-def together(
-  saes: Sequence[tuple[Mapping[str, Any], Index]], first: int
-) -> list[int]:
+def together(saes: Sequence[Indexed], first: int) -> list[int]:
   """Indices of the SAEs of one graph: a CLT, or one transcoder per layer.
 
   At each other layer, the transcoder closest in width and L0 to `first`.
   """
-  place = sites.wiring_of(saes[first][0])
+  place = saes[first].sae.wiring
   if place.type != 'transcoder':
     return [first]
   size = lambda i: np.log(
-    [saes[i][0]['width'], float(saes[i][1].density_F.sum()) + 1e-9]
+    [saes[i].sae.card['width'], float(saes[i].index.density_F.sum()) + 1e-9]
   )
   best = {place.sites[0].layer: (-1.0, first)}
-  for i, (card, _) in enumerate(saes):
-    other = sites.wiring_of(card)
+  for i, indexed in enumerate(saes):
+    other = indexed.sae.wiring
     if (other.type, other.kind) == (place.type, place.kind):
       away = float(np.abs(size(i) - size(first)).sum())
       layer = other.sites[0].layer

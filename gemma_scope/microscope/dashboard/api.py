@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import bisect
 import collections
-import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,8 +34,7 @@ from gemma_scope.microscope.circuits import (
 )
 from gemma_scope.microscope.circuits import attribution_graph as graph_lib
 from gemma_scope.microscope.circuits.intervene import Change, Subject
-from gemma_scope.microscope.index.store import Index
-from gemma_scope.release import sae_folder
+from gemma_scope.microscope.index.store import Indexed
 from gemma_scope.runtime import progress
 from gemma_scope.text import tokenizers
 
@@ -51,36 +49,26 @@ _ONE_AT_A_TIME = threading.Lock()
 WARM_LENGTHS = (64, 32, 128)  # of texts, compiled at the start
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Shown:
-  """An SAE of the view; in the order of the pages.
-
-  Attributes:
-    path: its name there.
-    card: its card.
-    load: its parameters and index, if that is theirs.
-    index: what it fires on.
-  """
-
-  path: str
-  card: Mapping[str, Any]
-  load: Callable[[], tuple[sae_folder.Params, Index]]
-  index: Index
-
-
 class Questions:
-  """Answers by name, each a function of a question alone."""
+  """Answers by name, each a function of a question alone.
+
+  Args:
+    model: the language model and its parameters.
+    tokenizer: its tokenizer.
+    saes: the SAEs, in the order of the pages.
+    mesh: the devices; None for one.
+  """
 
   def __init__(
     self,
-    gemma: lm.Gemma,
-    lm_params: lm.Params,
+    model: tuple[lm.Gemma, lm.Params],
     tokenizer: tokenizers.Tokenizer,
-    shown: Sequence[Shown],
+    saes: Sequence[Indexed],
     mesh: Mesh | None = None,
   ):
-    self._gemma, self._lm_params, self._mesh = gemma, lm_params, mesh
-    self._tokenizer, self._shown = tokenizer, list(shown)
+    self._model, self._mesh = model, mesh
+    self._gemma, self._lm_params = model
+    self._tokenizer, self._saes = tokenizer, list(saes)
     self._subjects: collections.OrderedDict[int, Subject] = (
       collections.OrderedDict()
     )
@@ -100,15 +88,17 @@ class Questions:
   # What a question holds.
 
   def _subject(self, asked: Mapping, key: str = 'member') -> Subject:
-    return self._loaded(_integer(asked, key, 0, len(self._shown) - 1))
+    return self._loaded(_integer(asked, key, 0, len(self._saes) - 1))
 
   def _loaded(self, i: int) -> Subject:
     if i not in self._subjects:
-      one = self._shown[i]
       self._subjects[i] = intervene.subject(
-        self._gemma, self._lm_params, one.load()[0], one.card,
-        one.index.max_F, self._special, self._mesh,
-      )  # fmt: skip
+        self._model,
+        self._saes[i].checked,
+        self._saes[i].index.max_F,
+        self._special,
+        self._mesh,
+      )
       while len(self._subjects) > _KEPT:
         self._subjects.popitem(last=False)
     self._subjects.move_to_end(i)
@@ -166,7 +156,7 @@ class Questions:
     Returns:
       `done` and `total` steps, and `what` is being compiled.
     """
-    i = _integer(asked, 'member', 0, len(self._shown) - 1)
+    i = _integer(asked, 'member', 0, len(self._saes) - 1)
     if i not in self._warming:
       self._warming[i] = {'done': 0, 'total': 1, 'what': 'the SAE'}
       warmer = threading.Thread(target=self._warm, args=(i,), daemon=True)
@@ -182,7 +172,7 @@ class Questions:
 
   def _warm(self, i: int) -> None:
     """Asks every question once about a text of each length."""
-    state, index = self._warming[i], self._shown[i].index
+    state, index = self._warming[i], self._saes[i].index
     feature = int(np.argmax(index.max_F))
     kind = 'add' if index.max_F[feature] else 'ablate'
     change = {'feature': feature, 'kind': kind, 'strength': 1.0}
@@ -209,7 +199,7 @@ class Questions:
 
   def _sample(self, length: int) -> list[int]:
     """The ids of a text that is filled up to `length`."""
-    ids = self._shown[0].index.sequences_NT[0]
+    ids = self._saes[0].index.sequences_NT[0]
     ids = np.resize(ids[1:], length - 2)
     return [self._tokenizer.bos_id, *map(int, ids)]
 
@@ -339,10 +329,8 @@ class Questions:
 
   def graph(self, asked: Mapping) -> dict[str, Any]:
     """The graph over transcoders of several layers, or a CLT."""
-    first = _integer(asked, 'member', 0, len(self._shown) - 1)
-    chosen = readout.together(
-      [(one.card, one.index) for one in self._shown], first
-    )
+    first = _integer(asked, 'member', 0, len(self._saes) - 1)
+    chosen = readout.together(self._saes, first)
     subjects = [self._loaded(i) for i in chosen]
     ids = self._tokens(asked)
     logit = self._logit(asked, ids)

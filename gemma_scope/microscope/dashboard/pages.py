@@ -20,7 +20,6 @@ one index is in memory, and the decoders of those that are compared.
 from __future__ import annotations
 
 import base64
-import dataclasses
 import gzip
 import json
 import math
@@ -35,7 +34,8 @@ import numpy as np
 from gemma_scope import files, sites
 from gemma_scope.evaluation import estimates
 from gemma_scope.microscope.dashboard.terms import TERMS
-from gemma_scope.microscope.index.store import Index
+from gemma_scope.microscope.index import logit_lens
+from gemma_scope.microscope.index.store import Index, Indexed
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
 CHUNK = 64  # features a file, and sequences a file
@@ -47,30 +47,9 @@ _OUTLIERS = 200  # shown in context
 _BEGIN = 3  # features to start with
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Entry:
-  """One SAE of the pages.
-
-  Attributes:
-    path: its name there.
-    index: what it fires on.
-    metrics: as a release has them, or None.
-    decoder_FD: for comparisons, or None.
-    labels: feature -> {'text', 'by', 'score', 'control', 'low'}.
-  """
-
-  path: str
-  index: Index
-  metrics: Mapping[str, Any] | None = None
-  decoder_FD: np.ndarray | None = None
-  labels: Mapping[int, Mapping[str, Any]] = dataclasses.field(
-    default_factory=dict
-  )
-
-
 def write(
   folder: str | os.PathLike[str],
-  entries: Iterable[Entry],
+  saes: Iterable[Indexed],
   pieces: Callable[[Iterable[int]], list[str]],
   title: str = 'Sparse autoencoders',
   date: str = '',
@@ -79,7 +58,7 @@ def write(
 
   Args:
     folder: of the pages.
-    entries: at least one, all of the same text; read one at a time.
+    saes: at least one, all indexed on the same text; read one at a time.
     pieces: token ids -> their text.
     title: of the first page.
     date: when the indexes were built, as a reader writes it.
@@ -91,7 +70,7 @@ def write(
   if target.exists() and not (target / 'data' / 'collection.js').exists():
     raise ValueError(f'{target} exists and is not a folder of pages.')
   with files.whole_folder(target, replace=True) as draft:
-    _Writer(draft, pieces).write(entries, {'title': title, 'date': date})
+    _Writer(draft, pieces).write(saes, {'title': title, 'date': date})
 
 
 class _Writer:
@@ -100,11 +79,11 @@ class _Writer:
   def __init__(self, folder: pathlib.Path, pieces):
     self._folder, self._pieces = folder, pieces
     self._described: list[dict[str, Any]] = []
-    self._decoders: list[tuple[list[str], np.ndarray | None]] = []
+    self._decoders: list[tuple[list[str], np.ndarray]] = []
     self._begin: list[tuple[float, dict[str, Any]]] = []
     self._used: set[int] = set()
 
-  def write(self, entries: Iterable[Entry], about: Mapping[str, Any]) -> None:
+  def write(self, saes: Iterable[Indexed], about: Mapping[str, Any]) -> None:
     (self._folder / 'assets').mkdir()
     (self._folder / 'data').mkdir()
     for path in sorted(ASSETS.iterdir()):
@@ -112,9 +91,9 @@ class _Writer:
       place = self._folder if page else self._folder / 'assets'
       shutil.copyfile(path, place / path.name)
     first = None
-    for entry in entries:
-      first = first or entry.index
-      self._add(entry)
+    for indexed in saes:
+      first = first or indexed.index
+      self._add(indexed)
     if first is None:
       raise ValueError('There are no SAEs to show.')
     sequences_NT = first.sequences_NT
@@ -144,12 +123,12 @@ class _Writer:
     path = self._folder / 'data' / f'{key}.js'
     path.write_text(f"scope('{key}','{base64.b64encode(packed).decode()}')\n")
 
-  def _add(self, entry: Entry) -> None:
-    i, index = len(self._described), entry.index
+  def _add(self, indexed: Indexed) -> None:
+    i, index = len(self._described), indexed.index
     (self._folder / 'data' / f'm{i}').mkdir()
-    self._put(f'm{i}/list', self._listed(entry))
+    self._put(f'm{i}/list', self._listed(indexed))
     latents = len(index.max_F)
-    features = _Features(entry)
+    features = _Features(indexed)
     for k in range(math.ceil(latents / CHUNK)):
       part = range(k * CHUNK, min((k + 1) * CHUNK, latents))
       self._put(f'm{i}/c{k}', [features(j) for j in part])
@@ -158,13 +137,13 @@ class _Writer:
       self._used.update(np.unique(index.negative_FL).tolist())
     if len(index.outlier_norm_O):
       self._put(f'm{i}/outliers', _outliers(index))
-    self._described.append(_described(entry, i))
-    self._compare(i, entry)
-    self._begin += _beginnings(entry, i)
+    self._described.append(_described(indexed, i))
+    self._compare(i, indexed)
+    self._begin += _beginnings(indexed, i)
 
-  def _listed(self, entry: Entry) -> dict[str, Any]:
+  def _listed(self, indexed: Indexed) -> dict[str, Any]:
     """What the search reads of each feature."""
-    index, labels = entry.index, entry.labels
+    index, labels = indexed.index, indexed.labels
     latents = range(len(index.max_F))
     logits = index.positive_FL
     of_label = lambda j, key: labels[j].get(key) if j in labels else None
@@ -179,23 +158,22 @@ class _Writer:
       'score': [of_label(j, 'score') for j in latents],
     }
 
-  def _compare(self, i: int, entry: Entry) -> None:
+  def _compare(self, i: int, indexed: Indexed) -> None:
     """Matches its decoders with those of earlier SAEs of the same targets."""
-    targets = entry.index.meta['card']['targets']
-    unit_FD = entry.decoder_FD
-    if unit_FD is not None:
-      norm_F1 = np.linalg.norm(unit_FD, axis=1, keepdims=True)
-      unit_FD = unit_FD / np.maximum(norm_F1, 1e-30)
-      for j, (others, other_FD) in enumerate(self._decoders):
-        near = [self._described[n]['near'] for n in (i, j)]
-        if others != targets or max(map(len, near)) >= _PAIRS:
-          continue
-        product_FG = unit_FD @ other_FD.T
-        self._put(f'm{i}/to{j}', _matched(product_FG))
-        self._put(f'm{j}/to{i}', _matched(product_FG.T))
-        near[0].append(j)
-        near[1].append(i)
-    self._decoders.append((targets if unit_FD is not None else [], unit_FD))
+    targets = indexed.index.meta['card']['targets']
+    decoder_FD = logit_lens.decoders(indexed.checked.load())
+    norm_F1 = np.linalg.norm(decoder_FD, axis=1, keepdims=True)
+    unit_FD = decoder_FD / np.maximum(norm_F1, 1e-30)
+    for j, (others, other_FD) in enumerate(self._decoders):
+      near = [self._described[n]['near'] for n in (i, j)]
+      if others != targets or max(map(len, near)) >= _PAIRS:
+        continue
+      product_FG = unit_FD @ other_FD.T
+      self._put(f'm{i}/to{j}', _matched(product_FG))
+      self._put(f'm{j}/to{i}', _matched(product_FG.T))
+      near[0].append(j)
+      near[1].append(i)
+    self._decoders.append((targets, unit_FD))
 
 
 def _matched(product_FG: np.ndarray) -> dict[str, Any]:
@@ -220,17 +198,17 @@ def _one(value) -> float | None:
   return float(f'{value:.4g}') if math.isfinite(value) else None
 
 
-def _described(entry: Entry, i: int) -> dict[str, Any]:
-  index, card = entry.index, entry.index.meta['card']
-  wiring, density_F = sites.wiring_of(card), entry.index.density_F
-  metrics = entry.metrics or {}
+def _described(indexed: Indexed, i: int) -> dict[str, Any]:
+  index, card = indexed.index, indexed.index.meta['card']
+  wiring, density_F = sites.wiring_of(card), indexed.index.density_F
+  metrics = indexed.sae.metrics or {}
   control = metrics.get('control') or {}
   figures = lambda of: {
     key: _figure(of.get(key)) for key in ('l0', 'fvu', 'delta_loss')
   }
   return {
     'id': i,
-    'name': entry.path,
+    'name': indexed.sae.name,
     'place': str(wiring),
     'kind': wiring.folder,
     'layer': wiring.sites[0].layer,
@@ -241,7 +219,7 @@ def _described(entry: Entry, i: int) -> dict[str, Any]:
     'tokens': index.meta['tokens'],
     'dead': int((index.fired_F == 0).sum()),
     'dense': int((density_F > DENSE).sum()),
-    'labelled': len(entry.labels),
+    'labelled': len(indexed.labels),
     'outliers': len(index.outlier_norm_O),
     'near': [],
     'metrics': figures(metrics) | {'control': figures(control)},
@@ -254,17 +232,17 @@ def _figure(given: Any) -> dict[str, float | None] | None:
   return {key: given.get(key) for key in ('value', 'low', 'high')}
 
 
-def _beginnings(entry: Entry, i: int) -> list[tuple[float, dict[str, Any]]]:
+def _beginnings(indexed: Indexed, i: int) -> list[tuple[float, dict[str, Any]]]:
   """The feature whose label beats another's most: (score, where and why)."""
-  density_F, best = entry.index.density_F, []
-  for j, label in entry.labels.items():
+  density_F, best = indexed.index.density_F, []
+  for j, label in indexed.labels.items():
     score, control = label.get('score'), label.get('control')
     if None in (score, control) or label.get('low') or density_F[j] > DENSE:
       continue
-    best.append((score - control, int(entry.index.fired_F[j]), -j))
+    best.append((score - control, int(indexed.index.fired_F[j]), -j))
   chosen = []
   for gain, _, negative in sorted(best, reverse=True)[:_BEGIN]:
-    label = entry.labels[-negative]
+    label = indexed.labels[-negative]
     why = (
       f'Its label is right on {label["score"]:.0%} of held-out examples, '
       f"another feature's label on {label['control']:.0%}."
@@ -321,8 +299,8 @@ def words_of_all(index: Index) -> list[list[int]]:
 class _Features:
   """The record of each feature of an SAE."""
 
-  def __init__(self, entry: Entry):
-    self._entry, index = entry, entry.index
+  def __init__(self, indexed: Indexed):
+    self._indexed, index = indexed, indexed.index
     self._tokens = max(index.meta['tokens'], 1)
     plain = ('max_F', 'mean_F', 'encoder_norm_F', 'decoder_norm_F')
     self._plain = {
@@ -341,7 +319,7 @@ class _Features:
     }
 
   def __call__(self, j: int) -> dict[str, Any]:
-    index, fired = self._entry.index, int(self._entry.index.fired_F[j])
+    index, fired = self._indexed.index, int(self._indexed.index.fired_F[j])
     _, low, high = estimates.wilson_interval(fired, self._tokens)
     plain = self._plain
     silent = index.silent_FM[j]
@@ -358,7 +336,7 @@ class _Features:
       'cosine': plain['cosine_F'][j],
       'outliers': int(index.outlier_fired_F[j]),
       'histogram': index.histogram_FH[j].tolist(),
-      'label': self._entry.labels.get(j),
+      'label': self._indexed.labels.get(j),
       'silent': silent[silent >= 0][:_SILENT].tolist(),
       **{key: rows[j] for key, rows in self._related.items()},
       **self._examples(j),
@@ -369,7 +347,7 @@ class _Features:
 
     `at` has sequences and positions in turn, `values` the windows around them.
     """
-    index = self._entry.index
+    index = self._indexed.index
     there = index.top_sequence_FE[j, :_TOP] >= 0
     sampled_QR = index.sample_sequence_FQR[j, ::-1] >= 0
     at = np.concatenate(

@@ -36,7 +36,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gemma_scope
-from gemma_scope import files, sites
+from gemma_scope import files, release, sites
 from gemma_scope.activations import outliers
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
@@ -51,7 +51,6 @@ from gemma_scope.microscope.index.store import Index
 from gemma_scope.release import sae_folder
 from gemma_scope.sae import released
 
-Row = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]
 WINDOW = 48  # tokens around an example
 
 
@@ -110,7 +109,7 @@ class State:
     self,
     path: pathlib.Path,
     text: Text,
-    members: Sequence[Row],
+    saes: Sequence[release.Released],
     every: int = 8,
     outliers: bool = False,
   ):
@@ -118,9 +117,10 @@ class State:
     digest = hashlib.sha256(text.sequences_NT.tobytes())
     version = f'{gemma_scope.__version__} {store_lib.VERSION} {outliers}'
     digest.update(version.encode())
-    for params, card in members:
-      digest.update(json.dumps(card, sort_keys=True, default=str).encode())
-      digest.update(sae_folder.digest(params).encode())
+    for sae in saes:
+      card = json.dumps(sae.card, sort_keys=True, default=str)
+      digest.update(card.encode())
+      digest.update(sae_folder.digest(sae.load()).encode())
     self.key = digest.hexdigest()
 
   def load(self) -> tuple[int, list[dict[str, np.ndarray]]] | None:
@@ -180,7 +180,7 @@ class How:
 def build(
   gemma: lm.Gemma,
   lm_params: lm.Params,
-  members: Sequence[Row],
+  saes: Sequence[release.Released],
   text: Text,
   how: How | None = None,
 ) -> Iterator[Index]:
@@ -188,7 +188,7 @@ def build(
 
   Args:
     gemma, lm_params: the language model, sharded or not.
-    members: (parameters, card) in released form.
+    saes: the SAEs; all their parameters are held in memory.
     text: the sequences.
     how: batch, devices and the rest.
 
@@ -196,21 +196,21 @@ def build(
     An `Index` for each SAE, in their order.
   """
   how = how or How()
-  reader = _Reader(gemma, lm_params, members, text, how)
-  statistics = _first_pass(reader, members, text, how)
-  finished = [one.finish() for one in statistics]
+  saes = [sae.loaded() for sae in saes]
+  reader = _Reader((gemma, lm_params), saes, text, how)
+  finished = [counts.finish() for counts in _first_pass(reader, text, how)]
   windows = [
     _Windows(arrays, text.sequences_NT.shape[1]) for arrays in finished
   ]
   _second_pass(reader, windows, len(text.sequences_NT), how)
-  for (params, card), bounds, arrays, around in zip(
-    members, reader.bounds, finished, windows, strict=True
+  for sae, bounds, arrays, around in zip(
+    saes, reader.bounds, finished, windows, strict=True
   ):
-    keep_NT = text.keep_NT.copy()
+    params, keep_NT = sae.load(), text.keep_NT.copy()
     keep_NT[arrays['outlier_sequence_O'], arrays['outlier_position_O']] = False
     meta = {
       'version': store_lib.VERSION,
-      'card': dict(card),
+      'card': dict(sae.card),
       'sae_sha256': sae_folder.digest(params),
       'model': gemma.config.name,
       'corpus': text.about,
@@ -226,7 +226,7 @@ def build(
       **arrays,
       **around.shares(arrays['max_F']),
       **logit_lens.geometry(params),
-      **logit_lens.effects(lm_params, params, card),
+      **logit_lens.effects(lm_params, params, sae.card),
     )
 
 
@@ -239,9 +239,9 @@ def _outliers_meta(bounds: Mapping[sites.Site, float], count: int):
   }
 
 
-def _first_pass(reader, members, text: Text, how: How) -> list[Statistics]:
+def _first_pass(reader: _Reader, text: Text, how: How) -> list[Statistics]:
   count = len(text.sequences_NT)
-  statistics = [Statistics(p['b_enc'].size, count) for p, _ in members]
+  statistics = [Statistics(width, count) for width in reader.widths]
   kept = how.state.load() if how.state else None
   start = 0
   if kept:
@@ -281,11 +281,17 @@ def _second_pass(reader, windows: Sequence[_Windows], count: int, how: How):
 class _Reader:
   """Sequences -> each SAE's firings and outliers, from one forward pass."""
 
-  def __init__(self, gemma, lm_params, members, text: Text, how: How):
-    self._model, self._text, self._how = (gemma, lm_params), text, how
-    self._wirings = [sites.wiring_of(card) for _, card in members]
+  def __init__(
+    self,
+    model: tuple[lm.Gemma, lm.Params],
+    saes: Sequence[release.Released],
+    text: Text,
+    how: How,
+  ):
+    self._model, self._text, self._how = model, text, how
+    self._wirings = [sae.wiring for sae in saes]
     self.bounds = [
-      {} if how.outliers else outliers.norm_bounds(card) for _, card in members
+      {} if how.outliers else outliers.norm_bounds(sae.card) for sae in saes
     ]
     self._sites = tuple(
       dict.fromkeys(
@@ -294,13 +300,11 @@ class _Reader:
         for site in (*wiring.sites, *bounds)
       )
     )
-    arrays = [params for params, _ in members]
-    self._encoders = [
-      encode.Encoder(load, params['b_enc'].size)
-      for load, params in zip(
-        released.on_demand(arrays, how.mesh), arrays, strict=True
-      )
-    ]
+    arrays = [sae.load() for sae in saes]
+    self.widths = [params['b_enc'].size for params in arrays]
+    self._encoders = list(
+      map(encode.Encoder, released.on_demand(arrays, how.mesh), self.widths)
+    )
 
   def __call__(self, at: np.ndarray) -> Iterator[tuple[Firings, Outliers]]:
     filled = np.resize(at, self._how.batch)  # one shape, one program

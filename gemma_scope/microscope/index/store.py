@@ -4,6 +4,9 @@ A folder for each SAE holds index.json (meta) and arrays.safetensors. F counts
 the latents of all layers, layer by layer. All N sequences of T tokens are kept:
 an example is a sequence, a position in it, and the latent's activations around
 that position.
+
+An index is hashed when it is read; its arrays stay on disk and are mapped into
+memory, so that many of them can be open at once.
 """
 
 from __future__ import annotations
@@ -12,13 +15,15 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from gemma_scope import files
+from gemma_scope import files, release
+from gemma_scope.release import sae_folder
 
 VERSION = 3  # 2: windows hold the values themselves, no outliers
 _META, _ARRAYS = 'index.json', 'arrays.safetensors'
@@ -115,6 +120,37 @@ class Index:
     return share[latent].astype(np.float32) * self.max_F[latent]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Indexed:
+  """A released SAE beside its index and its labels.
+
+  Attributes:
+    sae: the SAE; `checked` is the same and refuses other parameters.
+    index: what its latents fire on.
+    labels: feature -> {'text', 'by', 'score', 'control', 'low'}.
+  """
+
+  sae: release.Released
+  index: Index
+  labels: Mapping[int, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
+
+  @property
+  def checked(self) -> release.Released:
+    """The SAE; its `load` raises ValueError if the index is of another."""
+    return dataclasses.replace(self.sae, read=self._load)
+
+  def _load(self) -> release.released.Params:
+    params = self.sae.load()
+    if self.index.meta['sae_sha256'] != sae_folder.digest(params):
+      raise ValueError(
+        f'The parameters in {self.sae.folder} have changed since '
+        f'{self.sae.name} was indexed; run build again.'
+      )
+    return params
+
+
 _FIELDS = [f.name for f in dataclasses.fields(Index) if f.name != 'meta']
 
 
@@ -148,10 +184,10 @@ def read(folder: str | os.PathLike[str]) -> Index:
       meta = json.loads(file.read())
     if meta.get('version') not in (2, VERSION):
       raise ValueError(f'it is of version {meta.get("version")}')
-    found = files.sha256(folder / _ARRAYS)
-    if found != meta['arrays_sha256']:
+    digest = files.sha256(folder / _ARRAYS)
+    if digest != meta['arrays_sha256']:
       raise ValueError('its arrays are not those it was written with')
-    arrays = load_file(folder / _ARRAYS)
+    arrays = _mapped(folder / _ARRAYS)
     if meta['version'] == 2:
       meta, arrays = _of_version_2(meta, arrays)
     unknown = set(arrays) ^ set(_FIELDS)
@@ -163,6 +199,28 @@ def read(folder: str | os.PathLike[str]) -> Index:
       f'Cannot read the index {str(folder)!r}: {str(error)[:200]}. Make it '
       'again with launch/microscope.py build.'
     ) from None
+
+
+# The types that an index has, as safetensors names them.
+_TYPES = {
+  'BOOL': np.bool_, 'F16': np.float16, 'F32': np.float32,
+  'I32': np.int32, 'I64': np.int64,
+}  # fmt: skip
+
+
+def _mapped(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of a safetensors file, read from disk where they are used."""
+  with path.open('rb') as file:
+    length = int.from_bytes(file.read(8), 'little')
+    header = json.loads(file.read(length))
+  data = np.asarray(np.memmap(path, np.uint8, 'r', 8 + length))
+  header.pop('__metadata__', None)
+  return {
+    name: data[slice(*tensor['data_offsets'])]
+    .view(_TYPES[tensor['dtype']])
+    .reshape(tensor['shape'])
+    for name, tensor in header.items()
+  }
 
 
 _SOME = ('positive', 'negative')  # missing where a latent moves no logits

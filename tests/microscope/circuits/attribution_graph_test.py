@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from gemma_scope import sae, sites
+from gemma_scope import release, sae, sites
 from gemma_scope.language_model import splice
 from gemma_scope.microscope.circuits import attribution_graph
 from gemma_scope.microscope.circuits import intervene as iv
@@ -41,7 +41,9 @@ def transcoders(model, skip: bool, layers, d: int, width=60, threshold=14.0):
       'type': 'transcoder', 'sites': [f'mlp_in/{layer}'],
       'targets': [f'mlp_out/{layer}'],
     }  # fmt: skip
-    found.append(iv.subject(*model, params, card, np.ones(width)))
+    found.append(
+      iv.subject(model, release.in_memory(params, card), np.ones(width))
+    )
   return found
 
 
@@ -50,7 +52,7 @@ def clt():
   rng = np.random.default_rng(0)
   skip = rng.normal(size=(3, 128, 128)).astype(np.float32) / 128
   params = params | {'W_skip': skip, 'W_dec': params['W_dec'] / 128}
-  return [iv.subject(*tiny(), params, card, np.ones(48))]
+  return [iv.subject(tiny(), release.in_memory(params, card), np.ones(48))]
 
 
 CASES = {
@@ -248,9 +250,9 @@ def test_only_transcoders_one_a_layer():
   one = transcoders(tiny(), False, (1,), 128)
   with pytest.raises(ValueError, match='transcoders write to layer 1'):
     check(one * 2)
-  params, card = random_saes.member(0, 'resid_post/1')
+  sae = release.in_memory(*random_saes.member(0, 'resid_post/1'))
   with pytest.raises(ValueError, match='needs transcoders or CLTs'):
-    check([iv.subject(*tiny(), params, card, np.ones(random_saes.F))])
+    check([iv.subject(tiny(), sae, np.ones(random_saes.F))])
 
 
 def test_the_logit_of_a_graph_is_the_models(tmp_path):

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from gemma_scope import release
 from gemma_scope.evaluation.saebench import scr_tpp
 from gemma_scope.language_model import weights
 from gemma_scope.microscope.circuits import (
@@ -32,7 +33,7 @@ def subjects(model):
   found = {}
   for name, member in circuits.MEMBERS.items():
     _, f_TF = circuits.values(model, name)
-    found[name] = iv.subject(*model, *member, f_TF[1:].max(0))
+    found[name] = iv.subject(model, release.in_memory(*member), f_TF[1:].max(0))
   return found
 
 
@@ -112,7 +113,9 @@ def planted(model, strength: float):
   params['W_dec'][0] = cause_D / np.linalg.norm(cause_D)
   params['W_dec'][0] *= strength * np.linalg.norm(params['W_dec'][1])
   params['b_enc'][0] = 30  # it fires on all tokens
-  return iv.subject(gemma, lm_params, params, card, np.ones(random_saes.F))
+  return iv.subject(
+    model, release.in_memory(params, card), np.ones(random_saes.F)
+  )
 
 
 def test_a_planted_cause_is_found_and_passes(model):
@@ -138,7 +141,9 @@ def test_a_planted_cause_is_found_and_passes(model):
 def test_where_latents_mean_nothing_few_texts_show_any(model):
   """A random SAE: at most one text in twenty, give or take chance."""
   params, card = random_saes.member(0, 'resid_post/3')
-  subject = iv.subject(*model, params, card, np.ones(random_saes.F))
+  subject = iv.subject(
+    model, release.in_memory(params, card), np.ones(random_saes.F)
+  )
   texts, shown = 30, 0
   for seed in range(texts):
     rng = np.random.default_rng(seed)
@@ -158,7 +163,7 @@ def test_where_latents_mean_nothing_few_texts_show_any(model):
 def test_a_shuffle_keeps_lengths_and_layers(model):
   """What is measured of a shuffle: the largest of its own search."""
   params, card = circuits.MEMBERS['clt']
-  subject = iv.subject(*model, params, card, np.ones(48))
+  subject = iv.subject(model, release.in_memory(params, card), np.ones(48))
   layer_F, norm_F = iv.decoders(subject)
   assert layer_F.tolist() == sorted([0, 1, 2] * 16)
   np.testing.assert_allclose(
@@ -191,9 +196,8 @@ def test_an_outlier_is_left_out_as_a_special_token_is(model, subjects):
 
   def ruled(bound):
     rule = {'max_norm': 1.0, 'norm_bounds': {str(site): float(bound)}}
-    return iv.subject(
-      *model, params, card | {'outliers': rule}, subjects['sae'].max_F
-    )
+    ruled_sae = release.in_memory(params, card | {'outliers': rule})
+    return iv.subject(model, ruled_sae, subjects['sae'].max_F)
 
   def attributed(subject):
     settings = attribution.Search(top=3, others=3, shuffles=3)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope import mesh
+from gemma_scope import mesh, release
 from gemma_scope.evaluation.saebench import scr_tpp
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import generate, splice, weights
@@ -28,7 +28,7 @@ def subjects(model):
   found = {}
   for name, member in MEMBERS.items():
     _, f_TF = values(model, name)
-    found[name] = iv.subject(*model, *member, f_TF[1:].max(0))
+    found[name] = iv.subject(model, release.in_memory(*member), f_TF[1:].max(0))
   return found
 
 
@@ -199,7 +199,9 @@ def test_a_control_is_as_long_and_another_latents(subjects, name):
 
 def test_no_control_without_another_latent(model):
   params, card = MEMBERS['sae']
-  subject = iv.subject(*model, params, card, np.arange(F) == 3)
+  subject = iv.subject(
+    model, release.in_memory(params, card), np.arange(F) == 3
+  )
   with pytest.raises(ValueError, match='another latent that fired in the same'):
     iv.control(subject, iv.rows(subject, [[iv.Change(3)]]))
 
@@ -210,7 +212,7 @@ def test_a_residual_crosscoder_is_written_once(model):
   params = {key: array.copy() for key, array in params.items()}
   params['W_dec'][0, 0] = params['W_dec'][0, 0, :1]
   params['b_enc'][0, 0] = 30  # it fires on all tokens
-  subject = iv.subject(*model, params, card, np.ones(48))
+  subject = iv.subject(model, release.in_memory(params, card), np.ones(48))
   last = subject.place.targets[-1]
   x_TD = (
     model[0]
@@ -234,7 +236,7 @@ def test_equal_and_zero_decoders_are_projected_out(model):
   params, card = MEMBERS['sae']
   params = params | {'W_dec': params['W_dec'].copy()}
   params['W_dec'][1], params['W_dec'][2] = params['W_dec'][0], 0
-  subject = iv.subject(*model, params, card, np.ones(F))
+  subject = iv.subject(model, release.in_memory(params, card), np.ones(F))
   out = lambda *latents: [iv.Change(i, 'project_out') for i in latents]
   rows = iv.rows(subject, [out(0), out(0, 1), out(0, 2)])
   at = subject.place.targets[0]
@@ -295,7 +297,9 @@ def test_a_mesh_changes_nothing(model):
   found = []
   for where in (None, devices):
     loaded = weights.load('tiny', mesh=where) if where else model
-    subject = iv.subject(*loaded, params, card, np.ones(F), mesh=where)
+    subject = iv.subject(
+      loaded, release.in_memory(params, card), np.ones(F), mesh=where
+    )
     rows = iv.rows(subject, [[iv.Change(3, 'clamp', 2.0), iv.Change(5)]])
     found.append(effects.effects(subject, np.array([TOKENS_T]), rows).kl_BT)
   np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
@@ -311,7 +315,9 @@ def test_a_mesh_changes_nothing(model):
   ],
 )
 def test_what_cannot_be_done_is_said(model, change, said):
-  subject = iv.subject(*model, *MEMBERS['sae'], np.arange(F) == 0)
+  subject = iv.subject(
+    model, release.in_memory(*MEMBERS['sae']), np.arange(F) == 0
+  )
   with pytest.raises(ValueError, match=said):
     iv.rows(subject, [[change]])
   with pytest.raises(ValueError, match='changed twice'):
@@ -321,4 +327,8 @@ def test_what_cannot_be_done_is_said(model, change, said):
 def test_topk_over_layers_is_refused(model):
   params, card = MEMBERS['crosscoder']
   with pytest.raises(ValueError, match='TopK SAE over several layers'):
-    iv.subject(*model, params | {'k': np.float32(3)}, card, np.ones(48))
+    iv.subject(
+      model,
+      release.in_memory(params | {'k': np.float32(3)}, card),
+      np.ones(48),
+    )

@@ -9,9 +9,10 @@ import json
 import numpy as np
 import pytest
 
+from gemma_scope import release
 from gemma_scope.language_model import weights
 from gemma_scope.microscope.dashboard import pages
-from gemma_scope.microscope.index import build
+from gemma_scope.microscope.index import build, logit_lens, store
 from tests.helpers import random_saes
 from tests.helpers.browser import audit, chromium, data
 
@@ -42,7 +43,6 @@ def entries():
   )
   members = [random_saes.member(s, 'resid_post/1', 80) for s in (0, 1)]
   members[0][0]['b_enc'][-1] = -1e6  # a latent that never fires
-  found = build.build(*model, members, text, build.How(12))
   label = {'text': HOSTILE[0], 'by': 'rule', 'score': 0.9, 'control': 0.5}
   label['low'] = False
   figure = lambda v: {'value': v, 'low': v, 'high': v}
@@ -52,9 +52,14 @@ def entries():
     'delta_loss': figure(0.1),
     'control': {'fvu': figure(0.5), 'delta_loss': figure(0.4)},
   }
+  saes = [
+    release.Released(card, lambda p=params: p, metrics, name=f'resid_post/{i}')
+    for i, (params, card) in enumerate(members)
+  ]
+  indexes = build.build(*model, saes, text, build.How(12))
   return [
-    pages.Entry(f'resid_post/{i}', one, metrics, params['W_dec'], {3: label})
-    for i, (one, (params, _)) in enumerate(zip(found, members, strict=True))
+    store.Indexed(sae, index, {3: label})
+    for sae, index in zip(saes, indexes, strict=True)
   ]
 
 
@@ -117,9 +122,9 @@ def test_features_to_begin_with_have_the_best_labels(entries, tmp_path):
 
 
 def test_matches_are_the_nearest_decoders(folder, entries):
+  decoders = [logit_lens.decoders(e.sae.load()) for e in entries]
   unit = [
-    e.decoder_FD / np.linalg.norm(e.decoder_FD, axis=1, keepdims=True)
-    for e in entries
+    W_FD / np.linalg.norm(W_FD, axis=1, keepdims=True) for W_FD in decoders
   ]
   cosine = unit[0] @ unit[1].T
   found = data(folder, 'm0/to1')

@@ -16,9 +16,9 @@ from gemma_scope.language_model import weights
 from gemma_scope.microscope.circuits import effects, readout
 from gemma_scope.microscope.dashboard import api, pages
 from gemma_scope.microscope.dashboard import server as server_lib
-from gemma_scope.microscope.index import build
+from gemma_scope.microscope.index import build, store
 from gemma_scope.text import tokenizers
-from tests.helpers import browser, random_saes, replacement
+from tests.helpers import browser, random_saes, releases, replacement
 
 uvicorn = pytest.importorskip('uvicorn', reason='uvicorn is not installed')
 TEXT, TOKEN = 'def read(self, path):\n  return "<script>" + path.', 'a' * 32
@@ -35,7 +35,7 @@ def transcoder(layer: int):
 
 @pytest.fixture(scope='module')
 def asked():
-  """Questions about two SAEs and two transcoders, and their pages' entries."""
+  """Questions about two SAEs and two transcoders; these; the tokenizer."""
   model = replacement.tiny()
   tokenizer = tokenizers.Tokenizer(weights.tokenizer('tiny', ''))
   rng = np.random.default_rng(0)
@@ -47,27 +47,21 @@ def asked():
   text = build.Text(sequences_NT, sequences_NT != 2, documents_NT, about)
   members = [random_saes.member(s, 'resid_post/1') for s in (0, 1)]
   members += [transcoder(layer) for layer in (0, 2)]
-  found = list(build.build(*model, members, text, build.How(12)))
-  shown = [
-    api.Shown(f'sae/{i}', card, lambda p=params, o=one: (p, o), one)
-    for i, (one, (params, card)) in enumerate(zip(found, members, strict=True))
-  ]
-  entries = [
-    pages.Entry(s.path, s.index, None, p['W_dec'])
-    for s, (p, _) in zip(shown, members, strict=True)
-  ]
-  questions = api.Questions(*model, tokenizer, shown)
+  saes = releases.saes(members)
+  indexes = build.build(*model, saes, text, build.How(12))
+  indexed = list(map(store.Indexed, saes, indexes))
+  questions = api.Questions(model, tokenizer, indexed)
   questions.warm_lengths = ()
-  yield questions, entries, tokenizer
+  yield questions, indexed, tokenizer
   questions.close()
 
 
 @pytest.fixture(scope='module')
 def server(asked, tmp_path_factory):
-  found, entries, tokenizer = asked
+  found, indexed, tokenizer = asked
   folder = tmp_path_factory.mktemp('live')
   (folder / 'secret.txt').write_text('secret')
-  pages.write(folder / 'pages', entries, tokenizer.pieces)
+  pages.write(folder / 'pages', indexed, tokenizer.pieces)
   (folder / 'pages' / 'link').symlink_to(folder / 'secret.txt')
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
@@ -294,7 +288,7 @@ def test_causes(server):
 
 
 def test_a_transcoders_fellows_are_those_most_like_it(asked):
-  saes = [(one.card, one.index) for one in asked[0]._shown]
+  saes = asked[1]
   assert readout.together(saes, 2) == [2, 3]
   assert readout.together(saes, 0) == [0]
   twice = [*saes, saes[3]]

@@ -17,6 +17,7 @@ from gemma_scope.language_model import weights
 from gemma_scope.microscope.dashboard import neuronpedia
 from gemma_scope.microscope.index import build, logit_lens, statistics, store
 from gemma_scope.text import prepare, sequences, tokenizers
+from tests.helpers import releases
 from tests.helpers.random_saes import D, F, N, T, member
 
 FIELDS = [name for name in store._FIELDS]
@@ -27,6 +28,7 @@ MEMBERS = [
   member(1, 'attn_out/2', k=3),
   member(2, 'resid_post/0', 16, layers=2),
 ]
+SAES = releases.saes(MEMBERS)
 
 
 @pytest.fixture(scope='module')
@@ -47,7 +49,7 @@ def text():
 
 @pytest.fixture(scope='module')
 def built(model, text):
-  return list(build.build(*model, MEMBERS, text, build.How(8)))
+  return list(build.build(*model, SAES, text, build.How(8)))
 
 
 def activations(model, text, params, card):
@@ -142,7 +144,7 @@ def same(a, b, tolerance=0.0):
 
 def test_batches_and_the_order_of_sequences_change_nothing(model, text, built):
   for one, two in zip(
-    built, build.build(*model, MEMBERS, text, build.How(5)), strict=True
+    built, build.build(*model, SAES, text, build.How(5)), strict=True
   ):
     same(one, two, 1e-5)
 
@@ -151,7 +153,7 @@ def test_devices_change_nothing(text, built):
   mesh = mesh_lib.make({'sae': 1, 'data': 4, 'latent': 2})
   model = weights.load('tiny', mesh=mesh)
   for one, two in zip(
-    built, build.build(*model, MEMBERS, text, build.How(8, mesh)), strict=True
+    built, build.build(*model, SAES, text, build.How(8, mesh)), strict=True
   ):
     np.testing.assert_array_equal(one.fired_F, two.fired_F)
     np.testing.assert_array_equal(one.top_sequence_FE, two.top_sequence_FE)
@@ -163,7 +165,7 @@ class Stop(Exception):
 
 
 def test_a_stopped_pass_continues_to_the_same(model, text, built, tmp_path):
-  state = lambda: build.State(tmp_path / 'partial.npz', text, MEMBERS, every=1)
+  state = lambda: build.State(tmp_path / 'partial.npz', text, SAES, every=1)
   calls = []
 
   def poll():
@@ -173,20 +175,22 @@ def test_a_stopped_pass_continues_to_the_same(model, text, built, tmp_path):
 
   with pytest.raises(Stop):
     list(
-      build.build(*model, MEMBERS, text, build.How(8, poll=poll, state=state()))
+      build.build(*model, SAES, text, build.How(8, poll=poll, state=state()))
     )
   assert state().load()[0] == 16
   done = []
   found = build.build(
-    *model, MEMBERS, text,
+    *model, SAES, text,
     build.How(8, progress=lambda n, _: done.append(n), state=state()),
   )  # fmt: skip
   for one, two in zip(built, found, strict=True):
     same(one, two)
   assert done[0] == 24  # only the last batch was left
-  changed = [(p | {'b_enc': p['b_enc'] + 1}, card) for p, card in MEMBERS]
-  for rows in (MEMBERS[:1], changed):
-    other = build.State(tmp_path / 'partial.npz', text, rows, every=1)
+  changed = releases.saes(
+    (p | {'b_enc': p['b_enc'] + 1}, card) for p, card in MEMBERS
+  )
+  for saes in (SAES[:1], changed):
+    other = build.State(tmp_path / 'partial.npz', text, saes, every=1)
     assert other.load() is None
   (tmp_path / 'partial.npz').write_bytes(b'PK cut')
   assert state().load() is None
@@ -216,7 +220,7 @@ def test_activations_beyond_float16_are_kept(model, text, tmp_path):
     large[key] = params[key] * np.float32(2**17)
   large['W_dec'] = params['W_dec'] / np.float32(2**17)
   small, found = build.build(
-    *model, [MEMBERS[0], (large, card)], text, build.How(8)
+    *model, releases.saes([MEMBERS[0], (large, card)]), text, build.How(8)
   )
   assert found.max_F.max() > 2e6
   for name in ('top', 'sample'):
@@ -287,7 +291,9 @@ def test_outliers_are_left_out_and_listed(model, text):
   bound = float(np.quantile(norm_NT[text.keep_NT], 0.9))
   outlier_NT = text.keep_NT & (norm_NT > bound)
   ruled = card | {'outliers': {'norm_bounds': {str(site): bound}}}
-  (found,) = build.build(*model, [(params, ruled)], text, build.How(5))
+  (found,) = build.build(
+    *model, releases.saes([(params, ruled)]), text, build.How(5)
+  )
   on_NTF = activations(model, text, params, card) > 0
   np.testing.assert_array_equal(found.fired_F, on_NTF[~outlier_NT].sum(0))
   np.testing.assert_array_equal(
@@ -303,7 +309,7 @@ def test_outliers_are_left_out_and_listed(model, text):
   shown = found.top_sequence_FE[there], found.top_position_FE[there]
   assert not outlier_NT[shown].any()
   (every,) = build.build(
-    *model, [(params, ruled)], text, build.How(5, outliers=True)
+    *model, releases.saes([(params, ruled)]), text, build.How(5, outliers=True)
   )
   np.testing.assert_array_equal(every.fired_F, on_NTF.sum((0, 1)))
   assert every.meta['outliers'] is None

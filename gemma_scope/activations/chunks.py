@@ -310,6 +310,7 @@ class Feed:
     steps: of the run; no chunk is made past its end.
 
   Attributes:
+    chunks: as given.
     left_out: rows left out so far: 'special', 'not_finite' and 'outliers'; a
       resumed run sets it to what it was.
     status: what `at` is doing, in words, while it makes a chunk; else ''.
@@ -317,7 +318,7 @@ class Feed:
 
   def __init__(self, chunks: Chunks, steps: int):
     self.left_out = dict.fromkeys(('special', 'not_finite', 'outliers'), 0)
-    self._chunks = chunks
+    self.chunks = chunks
     self._steps = steps
     self.status = ''
     self._index, self._chunk = -1, None
@@ -328,7 +329,7 @@ class Feed:
     self, step: int, poll: harvest.Poll = harvest.never
   ) -> dict[sites.Site, jax.Array]:
     """Rows [B, D] of every site at `step`, on the devices."""
-    count = self._chunks.layout.batches
+    count = self.chunks.layout.batches
     index, offset = divmod(step, count)
     if index != self._index:
       self._chunk = None  # its memory is for the next one
@@ -340,21 +341,21 @@ class Feed:
       if offset == 0:  # a resumed run has counted the chunk that it reloads
         for reason in self.left_out:
           self.left_out[reason] += getattr(self._chunk, reason)
-    batch = self._chunks.batch(self._chunk, offset)
-    if self._chunks.ahead and (index + 1) * count < self._steps:
+    batch = self.chunks.batch(self._chunk, offset)
+    if self.chunks.ahead and (index + 1) * count < self._steps:
       self._build(index + 1, count - offset, poll)
     return batch
 
   def of_chunk(self, step: int, count: int) -> tuple[int, int]:
     """The first steps of the chunk that `step` reads: [first, end)."""
-    batches = self._chunks.layout.batches
+    batches = self.chunks.layout.batches
     first = step // batches * batches
     return first, first + min(count, batches)
 
   def _load(self, index: int, poll: harvest.Poll) -> Chunk:
     """Makes a chunk at once; `status` says how far it is."""
-    building = self._chunks.building(index, poll)
-    jobs = self._chunks.jobs
+    building = self.chunks.building(index, poll)
+    jobs = self.chunks.jobs
     try:
       for done in range(jobs):
         self.status = f'reading activations, part {done + 1} of {jobs}'
@@ -366,26 +367,17 @@ class Feed:
   def _build(self, chunk: int, steps: int, poll: harvest.Poll) -> None:
     """Does some of the jobs for `chunk`, so that `steps` calls do them all."""
     if self._building is None:
-      self._building = self._chunks.building(chunk, poll)
-      self._jobs = self._chunks.jobs
+      self._building = self.chunks.building(chunk, poll)
+      self._jobs = self.chunks.jobs
     for _ in range(-(-self._jobs // steps)):
       self._next = next(self._building)
       self._jobs -= 1
-
-  @property
-  def norm_bounds(self) -> dict[sites.Site, float]:
-    """See `Chunks`; a resumed run sets it to what it was."""
-    return self._chunks.norm_bounds
-
-  @norm_bounds.setter
-  def norm_bounds(self, bounds: dict[sites.Site, float]) -> None:
-    self._chunks.norm_bounds = bounds
 
   def normalisation(
     self, centre: str = 'none', scale: str = 'rms'
   ) -> dict[sites.Site, fold.Normalisation]:
     """Measures each site on the present chunk; see `normalise`."""
-    return measure(self._chunk, self.norm_bounds, centre, scale)
+    return measure(self._chunk, self.chunks.norm_bounds, centre, scale)
 
 
 def measure(

@@ -53,32 +53,6 @@ class Watch:
   poll: Callable[[], None] = lambda: None
 
 
-def check(sequences: int, batch: int, seq_len: int, data: int = 1) -> None:
-  """Refuses settings that an evaluation would refuse after training.
-
-  Args:
-    sequences, batch, seq_len: of the evaluation; without sequences there is
-      none.
-    data: devices along the mesh's data axis.
-
-  Raises:
-    ValueError: one sentence.
-  """
-  if not sequences:
-    return
-  if sequences < 0 or batch < 1 or seq_len < 3:
-    raise ValueError(
-      'An evaluation needs sequences of at least three tokens and a batch of '
-      f'at least one; found {sequences} sequences of {seq_len} tokens and a '
-      f'batch of {batch}.'
-    )
-  if batch % data:
-    raise ValueError(
-      f"A batch of {batch} sequences cannot be split over the mesh's data axis "
-      f'({data}).'
-    )
-
-
 class Batch(NamedTuple):
   """One batch; rows that only fill it up do not count anywhere."""
 
@@ -100,7 +74,7 @@ class Batches:
     self._tokens_NT = _sequences(text.sequences_NT)
     self.size, self.length = self._tokens_NT.shape
     self._keep_NT = _kept(text, self._tokens_NT)
-    check(self.size, text.batch, self.length, _data(mesh))
+    _check_batch(text.batch, _data(mesh))
     self._batch, self._sharding = text.batch, None
     self._loss_every = text.loss_every
     if mesh is not None:
@@ -149,6 +123,14 @@ class Batches:
 def fit_sequences(length: int) -> int:
   """How many sequences of this length controls are fitted on."""
   return max(_SAMPLE_SEQUENCES, -(-_SAMPLE_TOKENS // length))
+
+
+def _check_batch(batch: int, data: int) -> None:
+  if batch < 1 or batch % data:
+    raise ValueError(
+      f'A batch of {batch} sequences must be at least one and divisible by '
+      f"the mesh's data axis ({data})."
+    )
 
 
 def _data(mesh: Mesh | None) -> int:

@@ -27,7 +27,7 @@ import numpy as np
 _LOG10_EDGES = np.arange(-7, 0.25, 0.25)  # of the frequency histogram
 _Z975 = 1.959964  # the 97.5 % point of the normal distribution
 ERRORS = ('fvu', 'fvu_inliers', 'fvu_rest', 'delta_loss', 'kl')
-_DENSE = 0.1  # a latent that fires on more than this share of tokens
+DENSE = 0.1  # a latent that fires on more than this share of tokens
 
 
 class Tally:
@@ -174,7 +174,7 @@ def of_sae(
     found[name] = figure(own[name].mean(1), tokens_n, tokens)
   return found | {
     'dead': float(np.mean(frequency_F == 0)),
-    'dense': float(np.mean(frequency_F > _DENSE)),
+    'dense': float(np.mean(frequency_F > DENSE)),
     'tokens': int(tokens),
     'frequency_histogram': {
       'log10_edges': _LOG10_EDGES.tolist(),

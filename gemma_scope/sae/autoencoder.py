@@ -282,9 +282,9 @@ class Autoencoder(nn.Module):
       return None
     x = x - self.b_dec if self.pre_encoder_bias else x
     with jax.named_scope('encoder'):
-      return sparse.Candidates.of_encoder(
-        kernel, x, self.W_enc, *bound, count, mesh, self.matmul_dtype
-      )
+      bound = sparse.Bound(self.W_enc, *bound)
+      make = sparse.Candidates.of_encoder
+      return make(kernel, x, bound, count, mesh, self.matmul_dtype)
 
   def __call__(self, x: jax.Array, k: jax.Array | float = 1.0) -> jax.Array:
     """Reconstruction [B, D_out] of x [B, D]."""

@@ -25,58 +25,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope.sae.kernels import choice, plain
-
-_WORD = 32
-
-
-def select(mask_BF: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-  """The first `count` true entries of each row, by index.
-
-  32 entries are packed into a word; the s-th one is then found by bisection
-  over the words' running counts, and over the bits of its word: no sort, and
-  work that does not depend on K but for [B, K] lookups.
-
-  Returns:
-    i int32 [B, K], 0 where a row has fewer, and how many it has, [B].
-  """
-  rows, latents = mask_BF.shape
-  mask_BF = jnp.pad(mask_BF, ((0, 0), (0, -latents % _WORD)))
-  bits_BWw = mask_BF.reshape(rows, -1, _WORD).astype(jnp.uint32)
-  word_BW = jnp.sum(
-    bits_BWw << jnp.arange(_WORD, dtype=jnp.uint32), -1, dtype=jnp.uint32
-  )
-  words = word_BW.shape[1]
-  end_BW = jnp.cumsum(jax.lax.population_count(word_BW).astype(jnp.int32), 1)
-  slot_K = jnp.arange(count, dtype=jnp.int32)[None]
-  before_BK = jnp.zeros((rows, count), jnp.int32)  # words that end before s
-  for power in reversed(range(words.bit_length())):
-    more_BK = before_BK + (1 << power)
-    at_BK = jnp.minimum(more_BK, words) - 1
-    end_BK = jnp.take_along_axis(end_BW, at_BK, 1)
-    skip = (more_BK <= words) & (end_BK <= slot_K)
-    before_BK = jnp.where(skip, more_BK, before_BK)
-  word_BK = jnp.minimum(before_BK, words - 1)
-  passed_BK = jnp.take_along_axis(end_BW, jnp.maximum(before_BK - 1, 0), 1)
-  rank_BK = slot_K - jnp.where(before_BK > 0, passed_BK, 0)
-  left_BK = jnp.take_along_axis(word_BW, word_BK, 1)
-  bit_BK = jnp.zeros_like(rank_BK)
-  for half in (16, 8, 4, 2, 1):
-    low_BK = left_BK & jnp.uint32((1 << half) - 1)
-    in_low_BK = jax.lax.population_count(low_BK).astype(jnp.int32)
-    high = rank_BK >= in_low_BK
-    rank_BK = jnp.where(high, rank_BK - in_low_BK, rank_BK)
-    left_BK = jnp.where(high, left_BK >> half, low_BK)
-    bit_BK += jnp.where(high, half, 0)
-  found_B = end_BW[:, -1]
-  i_BK = word_BK * _WORD + bit_BK
-  return jnp.where(slot_K < found_B[:, None], i_BK, 0), found_B
-
 
 # The same sums with gradients, on a mesh, for L layers. Per-latent values are
 # [L, F], those of candidates [B, L, K], rows [B, L, D], and the decoder
@@ -259,6 +215,35 @@ def _device(mesh):
   return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
+class Bound(NamedTuple):
+  """A latent may have a gradient where x W_enc^T + bias > least.
+
+  Attributes:
+    W_enc: [F, D] or [L, F, D].
+    bias, least: per-latent values.
+  """
+
+  W_enc: jax.Array
+  bias: jax.Array
+  least: jax.Array
+
+
+class _Search(NamedTuple):
+  """How a shard finds its candidates.
+
+  Attributes:
+    find: a function of a shard's part of `inputs` and K that gives candidates
+      [B, L, K], how many there are [B, L], and values of candidates.
+    inputs, specs: arrays, and how they lie on the mesh.
+    values: how many values `find` gives.
+  """
+
+  find: Callable
+  inputs: Sequence[jax.Array]
+  specs: Sequence[PartitionSpec]
+  values: int = 0
+
+
 class Candidates:
   """The latents of a batch that can have a gradient, at most K per row.
 
@@ -270,13 +255,17 @@ class Candidates:
     count: K.
     mesh: the devices, None for one; rows lie on 'data', latents on 'latent'.
     dtype: of the matmuls' factors.
-    find: a function of a shard's part of `inputs` and K that gives candidates
-      [B, L, K], how many there are [B, L], and values of candidates.
-    more: how many such values.
-    specs, inputs: arrays, and how they lie on the mesh.
+    search: finds the candidates in each shard.
   """
 
-  def __init__(self, shape, count, mesh, dtype, find, more, specs, *inputs):
+  def __init__(
+    self,
+    shape: Sequence[int],
+    count: int,
+    mesh: Mesh | None,
+    dtype: str,
+    search: _Search,
+  ):
     device = _device(mesh)
     if mesh is not None and mesh.size == 1:
       mesh = None
@@ -287,11 +276,14 @@ class Candidates:
     self.count = min(count, self._shards.local)
 
     def local(*inputs):
-      i_BLK, found_BL, *kept = find(*inputs, self.count)
+      i_BLK, found_BL, *kept = search.find(*inputs, self.count)
       return i_BLK, found_BL[..., None], *kept
 
     self._i, count_BLS, *self._more = self._shards.run(
-      local, specs, (_CANDIDATES,) * (2 + more), *inputs
+      local,
+      search.specs,
+      (_CANDIDATES,) * (2 + search.values),
+      *search.inputs,
     )
     # Over rows, layers and shards; above K, some candidates are missing.
     self.most = jnp.max(count_BLS)
@@ -306,26 +298,31 @@ class Candidates:
 
     def find(mask_BLF, count):
       latents = mask_BLF.shape[-1]
-      i, counts = select(mask_BLF.reshape(-1, latents), count)
+      i, counts = plain.select(mask_BLF.reshape(-1, latents), count)
       lead = mask_BLF.shape[:-1]
       return i.reshape(*lead, -1), counts.reshape(lead)
 
     shape = mask.shape[1:]
     mask_BLF = mask.reshape(len(mask), math.prod(shape[:-1]), -1)
-    return cls(shape, count, mesh, dtype, find, 0, (_CANDIDATES,), mask_BLF)
+    search = _Search(find, (mask_BLF,), (_CANDIDATES,))
+    return cls(shape, count, mesh, dtype, search)
 
   @classmethod
   def of_encoder(
-    cls, kernel, x: jax.Array, W_enc: jax.Array, bias: jax.Array,
-    least: jax.Array, count: int, mesh: Mesh | None, dtype: str,
-  ) -> tuple[Candidates, jax.Array]:  # fmt: skip
-    """Candidates with x W_enc^T + bias > least, and their x W_enc^T.
+    cls,
+    kernel: Callable,
+    x: jax.Array,
+    bound: Bound,
+    count: int,
+    mesh: Mesh | None,
+    dtype: str,
+  ) -> tuple[Candidates, jax.Array]:
+    """Candidates above a bound, and their x W_enc^T.
 
     Args:
       kernel: `encoder`'s.
       x: rows [B, D] or [B, L, D].
-      W_enc: [F, D] or [L, F, D].
-      bias, least: per-latent values.
+      bound: what a candidate exceeds.
       count, mesh, dtype: see above.
     """
 
@@ -339,14 +336,14 @@ class Candidates:
       )
       return i_BLK, found_BL, z_BLK
 
-    shape = W_enc.shape[:-1]
+    shape = bound.W_enc.shape[:-1]
     layered = lambda v: v if len(shape) == 2 else v[None]
-    own = (layered(jnp.broadcast_to(v, shape)) for v in (bias, least))
+    per_latent = (bound.bias, bound.least)
+    own = (layered(jnp.broadcast_to(v, shape)) for v in per_latent)
     x_BLD = x if len(shape) == 2 else x[:, None]
-    candidates = cls(
-      shape, count, mesh, dtype, find, 1, (_ROWS, _ENCODER, _OWN, _OWN),
-      x_BLD, layered(W_enc), *own,
-    )  # fmt: skip
+    inputs = (x_BLD, layered(bound.W_enc), *own)
+    search = _Search(find, inputs, (_ROWS, _ENCODER, _OWN, _OWN), values=1)
+    candidates = cls(shape, count, mesh, dtype, search)
     (z_BLK,) = candidates._more
     return candidates, candidates._out(z_BLK)
 

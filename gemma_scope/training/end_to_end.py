@@ -57,6 +57,7 @@ class Feed:
     mesh: sequences lie on its 'data' axis.
 
   Attributes:
+    chunks: as given.
     source: of the chunks; holds the language model.
     left_out: number of tokens left out so far, under 'special'; restored when
       a run resumes. A batch that is not finite is a step that changes nothing.
@@ -67,7 +68,7 @@ class Feed:
     self.left_out = {'special': 0, 'not_finite': 0}
     self.status = ''
     self.source = chunks.source
-    self._chunks = chunks
+    self.chunks = chunks
     self._count = sequences
     self._place = mesh_lib.sharding(mesh, 'data', None)
 
@@ -95,21 +96,12 @@ class Feed:
       'keep': mesh_lib.put(keep_BT, self._place),
     }
 
-  @property
-  def norm_bounds(self) -> dict[sites.Site, float]:
-    """See `chunks.Chunks`; restored when a run resumes."""
-    return self._chunks.norm_bounds
-
-  @norm_bounds.setter
-  def norm_bounds(self, bounds: dict[sites.Site, float]) -> None:
-    self._chunks.norm_bounds = bounds
-
   def normalisation(
     self, centre: str = 'none', scale: str = 'rms'
   ) -> dict[sites.Site, fold.Normalisation]:
     """The normalisation of each site, measured on the first chunk."""
-    chunk = self._chunks.load(0)
-    return chunks_lib.measure(chunk, self.norm_bounds, centre, scale)
+    chunk = self.chunks.load(0)
+    return chunks_lib.measure(chunk, self.chunks.norm_bounds, centre, scale)
 
 
 class Model(NamedTuple):

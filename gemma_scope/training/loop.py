@@ -189,7 +189,7 @@ class _Loop:
       )
       self.step, self.states = restored.step, restored.state
       self._set_normalisation(trained.read_normalisation(restored.meta))
-      self.feed.norm_bounds = {
+      self.feed.chunks.norm_bounds = {
         site: n.norm_bound
         for site, n in self.normalisation.items()
         if n.norm_bound is not None

@@ -31,6 +31,7 @@ from jax.sharding import Mesh
 
 from gemma_scope import mesh as mesh_lib
 from gemma_scope import sae, sites, specs
+from gemma_scope.evaluation import estimates
 from gemma_scope.training import objectives, optimizer, resampling
 
 # Array -> mesh axes of its last dimensions, by the last part of its path; the
@@ -331,7 +332,7 @@ class Stack:
       'fvu': terms.fvu,
       'l0': terms.l0,
       'dead': jnp.mean(state.silent_tokens > self.optimizer.dead_after),
-      'dense': jnp.mean(state.fired_share > 0.1),
+      'dense': jnp.mean(state.fired_share > estimates.DENSE),
       'sparse_steps': terms.sparse,
       'steps_skipped': jnp.float32(state.skipped),
       **terms.more,

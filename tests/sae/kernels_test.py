@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from gemma_scope import mesh as mesh_lib
 from gemma_scope.performance import topologies
-from gemma_scope.sae import architectures, sparse
+from gemma_scope.sae import architectures
 from gemma_scope.sae.kernels import (
   choice,
   gpu,
@@ -91,7 +91,7 @@ def factors(rows, latents, width):
 def held_to_mask(platform, x, W, bias, least, count, most_of_all):
   """Same latents, in order, same counts, z to rounding; the counts' range."""
   z = x @ W.T
-  i, found = sparse.select(z + bias > least, count)
+  i, found = plain.select(z + bias > least, count)
   z = jnp.take_along_axis(z, i, 1)
   z = jnp.where(jnp.arange(count) < found[:, None], z, plain.ABSENT)
   encode = ENCODERS[platform]

@@ -39,7 +39,6 @@ from gemma_scope.microscope.index.store import Index, Indexed
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
 CHUNK = 64  # features a file, and sequences a file
-DENSE = 0.1
 _TOP, _SILENT, _OPEN = 16, 4, 2  # examples shown; tenths that are unfolded
 _PAIRS = 8  # SAEs that one is compared with
 _MATCHES = 3
@@ -218,7 +217,7 @@ def _described(indexed: Indexed, i: int) -> dict[str, Any]:
     'meanL0': _one(density_F.sum()),
     'tokens': index.meta['tokens'],
     'dead': int((index.fired_F == 0).sum()),
-    'dense': int((density_F > DENSE).sum()),
+    'dense': int((density_F > estimates.DENSE).sum()),
     'labelled': len(indexed.labels),
     'outliers': len(index.outlier_norm_O),
     'near': [],
@@ -237,7 +236,8 @@ def _beginnings(indexed: Indexed, i: int) -> list[tuple[float, dict[str, Any]]]:
   density_F, best = indexed.index.density_F, []
   for j, label in indexed.labels.items():
     score, control = label.get('score'), label.get('control')
-    if None in (score, control) or label.get('low') or density_F[j] > DENSE:
+    dense = density_F[j] > estimates.DENSE
+    if None in (score, control) or label.get('low') or dense:
       continue
     best.append((score - control, int(indexed.index.fired_F[j]), -j))
   chosen = []

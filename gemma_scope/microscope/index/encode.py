@@ -15,7 +15,8 @@ import numpy as np
 
 from gemma_scope import sae
 from gemma_scope.microscope.index.statistics import Firings, Outliers
-from gemma_scope.sae import released, sparse
+from gemma_scope.sae import released
+from gemma_scope.sae.kernels import plain
 
 
 @jax.jit
@@ -82,6 +83,6 @@ def _encode(params, x, keep_BT, outlier_BT, room: int):
   with jax.default_matmul_precision('highest'):
     f_RF = sae.encode(params, x).reshape(keep_BT.size, -1)
   counts_R1 = (keep_BT & ~outlier_BT).reshape(-1, 1)
-  i_RK, count_R = sparse.select((f_RF > 0) & counts_R1, room)
+  i_RK, count_R = plain.select((f_RF > 0) & counts_R1, room)
   fired_F = jnp.sum((f_RF > 0) & outlier_BT.reshape(-1, 1), 0)
   return i_RK, jnp.take_along_axis(f_RF, i_RK, 1), count_R, fired_F

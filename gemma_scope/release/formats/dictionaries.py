@@ -92,7 +92,7 @@ def read(
   trainer = config.get('trainer')
   trainer = trainer if isinstance(trainer, dict) else {}
   kind = _ALIASES.get(trainer.get('dict_class'), trainer.get('dict_class'))
-  try:
+  with tensors.naming(folder / CONFIG):
     if kind not in _KEYS:
       raise files.Refused(
         f'has dict_class {files.show(kind)}; those that can be read are '
@@ -100,8 +100,6 @@ def read(
       )
     tensors.check_fields(trainer, _FIELDS, 'dictionary_learning')
     site = _site(trainer)
-  except files.Refused as error:
-    raise tensors.in_file(folder / CONFIG, error) from None
   optional = [key for key in _OPTIONAL if key not in _KEYS[kind]]
   wanted = {'required': _KEYS[kind], 'optional': optional, 'whole': _WHOLE}
   shapes = tensors.shapes(file, **wanted)

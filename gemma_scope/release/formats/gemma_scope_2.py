@@ -59,12 +59,8 @@ def read(
 ) -> tuple[dict[str, Any], Callable[[], sae_folder.Params]]:
   """One SAE, transcoder, crosscoder or CLT; `path` names it."""
   config, parts = tensors.read_json(folder / 'config.json'), _files(folder)
-  try:
+  with tensors.naming(folder / 'config.json'):
     card = _card(config, path, len(parts))
-  except files.Refused as error:
-    raise files.Refused(
-      f'{files.show(folder / "config.json")} {error}.'
-    ) from None
   shapes = tensors.shapes(parts[0], **_TENSORS)
   if any(tensors.shapes(part, **_TENSORS) != shapes for part in parts):
     raise files.Refused(f'{files.show(folder)} has layers of different shapes.')
@@ -73,10 +69,8 @@ def read(
   ours = {
     key: (*lead, *shapes[_KEYS[key]]) for key in _KEYS if _KEYS[key] in shapes
   }
-  try:
+  with tensors.naming(parts[0]):
     card |= sae_folder.sizes_of(ours)
-  except files.Refused as error:
-    raise files.Refused(f'{files.show(parts[0])} {error}.') from None
   return card, functools.partial(_params, parts, several)
 
 

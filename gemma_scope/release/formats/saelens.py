@@ -111,43 +111,37 @@ def read(
     folder: holds cfg.json and the weights.
     path: its name.
   """
-  try:
+  with tensors.naming(folder / CONFIG):
     config = _config(tensors.read_json(folder / CONFIG))
     kind, card = _card(config, path)
     scale = _scale(folder, config)
-  except files.Refused as error:
-    raise tensors.in_file(folder / CONFIG, error) from None
   file = folder / WEIGHTS
   shapes = tensors.shapes(file, required=_KEYS[kind], optional=_OPTIONAL)
-  card |= _sizes(file, shapes, config)
+  with tensors.naming(file):
+    card |= _sizes(shapes, config)
   return card, functools.partial(_params, file, kind, config, scale)
 
 
-def _sizes(file, shapes, config: Mapping[str, Any]) -> dict[str, Any]:
+def _sizes(shapes, config: Mapping[str, Any]) -> dict[str, Any]:
   """Sizes from the shapes, which the config must agree with."""
-  try:
-    W_enc, W_dec = shapes['W_enc'], shapes['W_dec']
-    if (
-      len(W_enc) != 2 or len(W_dec) != 2 or W_enc[::-1] != W_dec[:1] + W_enc[:1]
-    ):
-      transposed = ', transposed' if W_dec[::-1][:1] == W_enc[-1:] else ''
+  W_enc, W_dec = shapes['W_enc'], shapes['W_dec']
+  if len(W_enc) != 2 or len(W_dec) != 2 or W_enc[::-1] != W_dec[:1] + W_enc[:1]:
+    transposed = ', transposed' if W_dec[::-1][:1] == W_enc[-1:] else ''
+    raise files.Refused(
+      f'has W_enc {W_enc} and W_dec {W_dec}{transposed}; expected [d_in, F] '
+      'and [F, d_out]'
+    )
+  sizes = {'d_in': W_enc[0], 'd_out': W_dec[1], 'width': W_enc[1]}
+  for theirs, ours in {
+    'd_in': 'd_in',
+    'd_out': 'd_out',
+    'd_sae': 'width',
+  }.items():
+    if config.get(theirs, sizes[ours]) not in (sizes[ours], None):
       raise files.Refused(
-        f'has W_enc {W_enc} and W_dec {W_dec}{transposed}; expected [d_in, F] '
-        'and [F, d_out]'
+        f'has {ours} {sizes[ours]}, and {CONFIG} says {theirs} = '
+        f'{files.show(config[theirs])}'
       )
-    sizes = {'d_in': W_enc[0], 'd_out': W_dec[1], 'width': W_enc[1]}
-    for theirs, ours in {
-      'd_in': 'd_in',
-      'd_out': 'd_out',
-      'd_sae': 'width',
-    }.items():
-      if config.get(theirs, sizes[ours]) not in (sizes[ours], None):
-        raise files.Refused(
-          f'has {ours} {sizes[ours]}, and {CONFIG} says {theirs} = '
-          f'{files.show(config[theirs])}'
-        )
-  except files.Refused as error:
-    raise tensors.in_file(file, error) from None
   return sizes | ({'affine': True} if 'W_skip' in shapes else {})
 
 
@@ -156,16 +150,15 @@ def _params(
 ) -> sae_folder.Params:
   p = tensors.read(file, required=_KEYS[kind], optional=_OPTIONAL)
   p.pop('W_dec_norm', None)
-  try:
+  with tensors.naming(file):
     if np.any(p.pop('scaling_factor', 1) != 1):
       raise files.Refused('has scaling_factor, a finetuning that is not read')
-    return _folded(p, kind, config, scale)
-  except files.Refused as error:
-    raise tensors.in_file(file, error) from None
-  except ValueError as error:  # of numpy: shapes that do not go together
-    raise files.Refused(
-      f'{files.show(file)} has shapes that do not fit ({error}).'
-    ) from None
+    try:
+      return _folded(p, kind, config, scale)
+    except files.Refused:
+      raise
+    except ValueError as error:  # of numpy: shapes that do not go together
+      raise files.Refused(f'has shapes that do not fit ({error})') from None
 
 
 def _folded(p, kind: str, config: Mapping[str, Any], scale: float):

@@ -44,22 +44,18 @@ def read(
     folder: holds cfg.json and the weights.
     path: its name; the last part is the module.
   """
-  try:
+  with tensors.naming(folder / CONFIG):
     config = tensors.read_json(folder / CONFIG)
     k, transcodes = _checked(config), config.get('transcode', False)
-  except files.Refused as error:
-    raise tensors.in_file(folder / CONFIG, error) from None
   file = folder / WEIGHTS
   shapes = tensors.shapes(file, required=_KEYS, optional=['W_skip'])
-  try:
+  with tensors.naming(path):
     reads = site = hook_points.parse(re.split(r'[/\\]', path.rstrip('/'))[-1])
     if transcodes:
       reads = hook_points.parse(f'model.layers.{site.layer}.mlp.input')
       if site.kind != 'mlp_raw':
         raise files.Refused(f'is a transcoder of {site}; only those of MLPs')
     sizes = _sizes(shapes, config)
-  except files.Refused as error:
-    raise files.Refused(f'{files.show(path)} {error}.') from None
   return {
     'name': path,
     'type': 'transcoder' if transcodes else 'sae',

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -73,14 +73,14 @@ def read(
 def _opened(path, required, optional, whole, max_bytes):
   """Yields (the open file, name -> shape); errors become one sentence."""
   try:
-    with files.open_plain(path, max_bytes) as (file, size):
+    with naming(path), files.open_plain(path, max_bytes) as (file, size):
       length = int.from_bytes(file.read(8), 'little')
       if length > min(_HEADER_BYTES, size - 8):
         raise files.Refused(
           f'is no safetensors file of an SAE (its header would have {length:,} '
           'bytes)'
         )
-    with safe_open(path, framework='np') as file:
+    with naming(path), safe_open(path, framework='np') as file:
       names = list(file.keys())
       found = {name: _shape(file, name, name in whole) for name in names}
       missing = [name for name in required if name not in found]
@@ -93,8 +93,8 @@ def _opened(path, required, optional, whole, max_bytes):
           'reader knows'
         )
       yield file, found
-  except files.Refused as error:
-    raise files.Refused(f'{files.show(path)} {error}.') from None
+  except files.Refused:
+    raise
   except (SafetensorError, OSError, ValueError, MemoryError) as error:
     raise files.Refused(
       f'{files.show(path)} is not a whole safetensors file '
@@ -132,10 +132,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     files.Refused: the file is no JSON object.
   """
   try:
-    with files.open_plain(path, _JSON_BYTES) as (file, _):
+    with naming(path), files.open_plain(path, _JSON_BYTES) as (file, _):
       found = json.loads(file.read())
-  except files.Refused as error:
-    raise files.Refused(f'{files.show(path)} {error}.') from None
+  except files.Refused:
+    raise
   except (ValueError, RecursionError) as error:
     raise files.Refused(
       f'{files.show(path)} is not JSON ({str(error)[:120]}).'
@@ -145,11 +145,17 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def in_file(path: str | os.PathLike[str], error: Exception) -> files.Refused:
-  """The refusal as a whole sentence that begins with the file's name."""
-  text = str(error)
-  already = text.startswith(("'", '"'))
-  return files.Refused(text if already else f'{files.show(path)} {text}.')
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Makes a refusal a whole sentence that begins with the file's name."""
+  try:
+    yield
+  except files.Refused as error:
+    text = str(error)
+    whole = text.startswith(("'", '"'))
+    raise files.Refused(
+      text if whole else f'{files.show(path)} {text}.'
+    ) from None
 
 
 def check_fields(

@@ -7,8 +7,6 @@ when a program is traced, by the devices of its mesh.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 
 
@@ -49,15 +47,16 @@ def encoder(device: jax.Device, width: int, dtype: str):
 
   kernels, encode = {
     'tpu': (tpu, tpu_encode.encode),
-    'gpu': (gpu, functools.partial(gpu_encode.encode, dtype=dtype)),
+    'gpu': (gpu, gpu_encode.encode),
   }[device.platform]
   if not kernels.fits(device.device_kind, width):
     return None
 
   def run(x_BD, W_FD, bias_F, least_F, count):
     of_arrays = lambda *arrays: encode(*arrays, count)
+    factors = x_BD.astype(dtype), W_FD.astype(dtype)
     return jax.custom_batching.sequential_vmap(of_arrays)(
-      x_BD, W_FD, bias_F, least_F
+      *factors, bias_F, least_F
     )
 
   return run

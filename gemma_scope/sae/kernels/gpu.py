@@ -36,10 +36,6 @@ def _block(width: int) -> int:
   return min(width & -width, _MOST)  # the power of two that divides it
 
 
-def _round(x, dtype):
-  return x.astype(dtype).astype(jnp.float32)
-
-
 def _call(kernel, grid, shape, interpret, *arguments):
   return pl.pallas_call(
     kernel,
@@ -67,7 +63,8 @@ def gather_add(
 
     def add(k, sum_d):
       row_d = W_ref[i_ref[r, k], columns]
-      return sum_d + _round(c_ref[r, k], dtype) * _round(row_d, dtype)
+      c = plain.rounded(c_ref[r, k], dtype)
+      return sum_d + c * plain.rounded(row_d, dtype)
 
     zero_d = jnp.zeros(block, jnp.float32)
     y_ref[r, columns] = jax.lax.fori_loop(0, used_ref[r], add, zero_d)
@@ -107,7 +104,7 @@ def gather_dot(
     def add(at, sum_d):
       columns = pl.ds(at * block, block)
       v_d, row_d = v_ref[r, columns], W_ref[n, columns]
-      return sum_d + _round(v_d, dtype) * _round(row_d, dtype)
+      return sum_d + plain.rounded(v_d, dtype) * plain.rounded(row_d, dtype)
 
     zero_d = jnp.zeros(block, jnp.float32)
     f_ref[r, k] = jnp.sum(jax.lax.fori_loop(0, blocks, add, zero_d))
@@ -131,7 +128,7 @@ def scatter_add(
   width = v_RD.shape[1]
   block = _block(width)
   n_P, c_P, r_P, _ = plain.sorted_pairs(c_RK, i_RK, count)
-  c_P = _round(c_P, dtype)
+  c_P = plain.rounded(c_P, dtype)
   first_N = jnp.searchsorted(n_P, jnp.arange(count + 1, dtype=n_P.dtype))
   first_N = first_N.astype(jnp.int32)
 
@@ -140,7 +137,7 @@ def scatter_add(
 
     def add(p, sum_d):
       row_d = v_ref[r_ref[p], columns]
-      return sum_d + c_ref[p] * _round(row_d, dtype)
+      return sum_d + c_ref[p] * plain.rounded(row_d, dtype)
 
     zero_d = jnp.zeros(block, jnp.float32)
     out_ref[n, columns] = jax.lax.fori_loop(

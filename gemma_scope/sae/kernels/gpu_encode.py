@@ -1,6 +1,6 @@
 """The encoder on a GPU, which keeps candidates and forgets the rest.
 
-Defined as `tpu_encode`, by `sparse.select` of the mask z + bias > least. A
+Defined as `tpu_encode`, by `plain.select` of the mask z + bias > least. A
 program takes a block of rows and a share of the latents, multiplies a tile of
 them at a time, and writes the tile's candidates behind those it has: the
 block's rows find their next one together, as often as the fullest needs.
@@ -33,16 +33,16 @@ def encode(
   bias_F: jax.Array,
   least_F: jax.Array,
   count: int,
-  dtype='float32',
   interpret=False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`tpu_encode.encode`, with factors in `dtype`; D is a multiple of 128."""
+  """`tpu_encode.encode` with the factors as they are; 128 divides D."""
   (rows, width), latents = x_BD.shape, len(W_FD)
   blocks, tiles = pl.cdiv(rows, _ROWS), pl.cdiv(latents, _LATENTS)
   shares = max(1, min(tiles, _PROGRAMS // blocks))
   each = pl.cdiv(tiles, shares)  # tiles
 
-  def kernel(x_ref, W_ref, bias_ref, least_ref, i_ref, z_ref, found_ref):
+  def kernel(*refs):
+    x_ref, W_ref, bias_ref, least_ref, i_ref, z_ref, found_ref = refs
     share = pl.program_id(1)
     row_b = pl.program_id(0) * _ROWS + jnp.arange(_ROWS)
     lane_bf = jax.lax.broadcasted_iota(jnp.int32, (_ROWS, _LATENTS), 1)
@@ -103,7 +103,7 @@ def encode(
     ],
     interpret=interpret,
     compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
-  )(x_BD.astype(dtype), W_FD.astype(dtype), bias_F, least_F)
+  )(x_BD, W_FD, bias_F, least_F)
   return _together(i_SBK, z_SBK, found_SB)
 
 

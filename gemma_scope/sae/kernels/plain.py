@@ -1,11 +1,12 @@
-"""The sums that a sparse step is made of, on one device.
+"""The sums that a sparse step is made of, on one device, and its candidates.
 
+  select(mask, K)          the first K true entries of each row
   gather_add(c, i, W)      y[r] = sum_k c[r, k] W[i[r, k]]
   gather_dot(v, i, W)      f[r, k] = W[i[r, k]] . v[r]
   scatter_add(c, i, v, N)  dW[n] = sum over (r, k) with i[r, k] = n of c v[r]
 
-c, i are [R, K], W [N, D], v [R, D]. These functions define the sums, and are
-what a CPU runs.
+c, i are [R, K], W [N, D], v [R, D]. These functions define what the kernels do,
+and are what a CPU runs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 _UNROLL = 16  # gathered rows summed in one fused loop
 _PAIRS = 8  # sorted (row, latent) pairs, unrolled
+_WORD = 32  # bits that `select` packs together
 # Stands for z where a row has fewer than K candidates: below any threshold,
 # and finite, so that its zero gradients stay zero.
 ABSENT = -1e30
@@ -28,7 +30,7 @@ def gather_add(
   width = min(_UNROLL, count)
   blocks = -(-count // width)
   pad = ((0, 0), (0, blocks * width - count))
-  c_RK = jnp.pad(_round(c_RK, dtype), pad)
+  c_RK = jnp.pad(rounded(c_RK, dtype), pad)
   i_RK = jnp.pad(i_RK, pad)
 
   def block(at, sum_RD):
@@ -38,7 +40,7 @@ def gather_add(
     )
     for k in range(width):  # one fused pass, which keeps its sum in registers
       row_RD = W_ND.at[i_Rk[:, k]].get(mode='promise_in_bounds')
-      sum_RD += c_Rk[:, k, None] * _round(row_RD, dtype)
+      sum_RD += c_Rk[:, k, None] * rounded(row_RD, dtype)
     return sum_RD
 
   zero_RD = jnp.zeros((rows, W_ND.shape[1]), jnp.float32)
@@ -55,9 +57,9 @@ def gather_dot(
   def row(args):
     v_D, i_K = args
     W_KD = W_ND.at[i_K].get(mode='promise_in_bounds')
-    return _round(W_KD, dtype) @ v_D
+    return rounded(W_KD, dtype) @ v_D
 
-  return jax.lax.map(row, (_round(v_RD, dtype), i_RK))
+  return jax.lax.map(row, (rounded(v_RD, dtype), i_RK))
 
 
 def scatter_add(
@@ -73,9 +75,9 @@ def scatter_add(
   Those with c = 0 come last, and are left out.
   """
   n_P, c_P, r_P, used = sorted_pairs(c_RK, i_RK, count)
-  v_RD = _round(v_RD, dtype)
+  v_RD = rounded(v_RD, dtype)
   pad = -i_RK.size % _PAIRS
-  columns = n_P, _round(c_P, dtype), r_P
+  columns = n_P, rounded(c_P, dtype), r_P
   columns = [jnp.pad(a, (0, pad), mode='edge') for a in columns]
 
   def add(at, sum_ND):
@@ -96,8 +98,56 @@ def scatter_add(
   return jax.lax.fori_loop(0, -(-used // _PAIRS), add, zero_ND)
 
 
-# What the kernels share: candidates fill a row's first slots, the rest have
+def select(mask_BF: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+  """The first `count` true entries of each row, by index.
+
+  32 entries are packed into a word; the s-th one is then found by bisection
+  over the words' running counts, and over the bits of its word: no sort, and
+  work that does not depend on K but for [B, K] lookups.
+
+  Returns:
+    i int32 [B, K], 0 where a row has fewer, and how many it has, [B].
+  """
+  rows, latents = mask_BF.shape
+  mask_BF = jnp.pad(mask_BF, ((0, 0), (0, -latents % _WORD)))
+  bits_BWw = mask_BF.reshape(rows, -1, _WORD).astype(jnp.uint32)
+  word_BW = jnp.sum(
+    bits_BWw << jnp.arange(_WORD, dtype=jnp.uint32), -1, dtype=jnp.uint32
+  )
+  words = word_BW.shape[1]
+  end_BW = jnp.cumsum(jax.lax.population_count(word_BW).astype(jnp.int32), 1)
+  slot_K = jnp.arange(count, dtype=jnp.int32)[None]
+  before_BK = jnp.zeros((rows, count), jnp.int32)  # words that end before s
+  for power in reversed(range(words.bit_length())):
+    more_BK = before_BK + (1 << power)
+    at_BK = jnp.minimum(more_BK, words) - 1
+    end_BK = jnp.take_along_axis(end_BW, at_BK, 1)
+    skip = (more_BK <= words) & (end_BK <= slot_K)
+    before_BK = jnp.where(skip, more_BK, before_BK)
+  word_BK = jnp.minimum(before_BK, words - 1)
+  passed_BK = jnp.take_along_axis(end_BW, jnp.maximum(before_BK - 1, 0), 1)
+  rank_BK = slot_K - jnp.where(before_BK > 0, passed_BK, 0)
+  left_BK = jnp.take_along_axis(word_BW, word_BK, 1)
+  bit_BK = jnp.zeros_like(rank_BK)
+  for half in (16, 8, 4, 2, 1):
+    low_BK = left_BK & jnp.uint32((1 << half) - 1)
+    in_low_BK = jax.lax.population_count(low_BK).astype(jnp.int32)
+    high = rank_BK >= in_low_BK
+    rank_BK = jnp.where(high, rank_BK - in_low_BK, rank_BK)
+    left_BK = jnp.where(high, left_BK >> half, low_BK)
+    bit_BK += jnp.where(high, half, 0)
+  found_B = end_BW[:, -1]
+  i_BK = word_BK * _WORD + bit_BK
+  return jnp.where(slot_K < found_B[:, None], i_BK, 0), found_B
+
+
+# Shared with the kernels. Candidates fill a row's first slots, the rest have
 # c = 0 and the same i, and need not be read.
+
+
+def rounded(x: jax.Array, dtype: str) -> jax.Array:
+  """A sum's factor in the precision of `dtype`, as float32."""
+  return x.astype(dtype).astype(jnp.float32)
 
 
 def last(there_RK: jax.Array) -> jax.Array:
@@ -132,8 +182,3 @@ def sorted_pairs(c_RK: jax.Array, i_RK: jax.Array, count: int):
   )
   c_P = c_RK.reshape(-1)[order_P]
   return n_P, c_P, order_P // i_RK.shape[1], jnp.sum(c_RK != 0)
-
-
-def _round(x, dtype):
-  """Rounds the inputs of a matmul to `dtype`, as float32."""
-  return x.astype(dtype).astype(jnp.float32)

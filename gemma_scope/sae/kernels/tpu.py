@@ -32,6 +32,8 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,10 +65,6 @@ def fits(kind: str, width: int) -> bool:
   return new and width % 128 == 0 and width <= _WIDEST
 
 
-def _round(x, dtype):
-  return x.astype(dtype).astype(jnp.float32)
-
-
 def _fetch(W_ref, row_of, buffer, arrived, first, last):
   """Requests W's rows `row_of(k)` for the tiles of k in [first, last)."""
 
@@ -92,34 +90,40 @@ def _await(buffer, arrived, first, last):
   jax.lax.fori_loop(first // _REQUESTS, pl.cdiv(last, _REQUESTS), tile, 0)
 
 
-def _across(column_K1: jax.Array) -> jax.Array:
-  """[K, 1] -> [1, K]."""
-  count = len(column_K1)
+def _tile(g: jax.Array):
+  """The index of the g-th _REQUESTS rows."""
+  return pl.ds(pl.multiple_of(g * _REQUESTS, _REQUESTS), _REQUESTS)
+
+
+def _turned(a: jax.Array, axis: int) -> jax.Array:
+  """[K, 1] -> [1, K] with axis 0; [1, K] -> [K, 1] with axis 1."""
+  square = 2 * (a.size,)
   i_KK, j_KK = (
-    jax.lax.broadcasted_iota(jnp.int32, (count, count), axis) for axis in (0, 1)
+    jax.lax.broadcasted_iota(jnp.int32, square, axis) for axis in (0, 1)
   )
-  return jnp.sum(jnp.where(i_KK == j_KK, column_K1, 0), 0, keepdims=True)
+  return jnp.sum(jnp.where(i_KK == j_KK, a, 0), axis, keepdims=True)
 
 
-def _down(row_1K: jax.Array) -> jax.Array:
-  """[1, K] -> [K, 1]."""
-  count = row_1K.shape[1]
-  i_KK, j_KK = (
-    jax.lax.broadcasted_iota(jnp.int32, (count, count), axis) for axis in (0, 1)
-  )
-  return jnp.sum(jnp.where(i_KK == j_KK, row_1K, 0), 1, keepdims=True)
+class _Fetched(NamedTuple):
+  """_SLOTS slots of a row of the batch, whose rows of W are in VMEM."""
+
+  row: jax.Array  # of the block
+  part: jax.Array  # which _SLOTS slots of the row
+  count: jax.Array  # how many of them are used
+  tile: Callable[[jax.Array], jax.Array]  # g -> their g-th _REQUESTS rows of W
 
 
-def _gather(used_R, i_RK, other, W_ND, out_shape, use, interpret):
+def _gather(slots, other, W_ND, out_shape, use, interpret):
   """Calls `use` for _SLOTS slots of a row after the other, fetched before.
 
   Args:
-    used_R: how many of a row's slots are.
+    slots: i_RK, and how many of a row's slots are used [R].
     other: [R, ...], a second operand.
     out_shape: the result is [R, *out_shape], zero at first.
-    use: (r, which _SLOTS slots of it, how many of these are used, their rows'
-      tile of 8, scratch [_SLOTS, 1], other's and the result's ref).
+    use: called with a `_Fetched`, scratch [_SLOTS, 1], the second operand's ref
+      and the result's.
   """
+  i_RK, used_R = slots
   rows, slots = i_RK.shape
   pad = -rows % _ROWS, -slots % _SLOTS
   i_RK = jnp.pad(i_RK, ((0, pad[0]), (0, pad[1])))
@@ -153,13 +157,10 @@ def _gather(used_R, i_RK, other, W_ND, out_shape, use, interpret):
 
       here, count = buffer.at[unit % 2], used(unit)
       _await(here, arrived.at[unit % 2], 0, count)
-
-      def tile(g):
-        return here[pl.ds(pl.multiple_of(g * _REQUESTS, _REQUESTS), _REQUESTS)]
-
-      use(
-        unit // parts, unit % parts, count, tile, column_ref, other_ref, out_ref
+      fetched = _Fetched(
+        unit // parts, unit % parts, count, lambda g: here[_tile(g)]
       )
+      use(fetched, column_ref, other_ref, out_ref)
       return carry
 
     start(0)
@@ -199,25 +200,24 @@ def gather_add(
   interpret=False,
 ) -> jax.Array:
   """`plain.gather_add`, [R, D]."""
-  c_RK = _round(c_RK, dtype)
+  c_RK = plain.rounded(c_RK, dtype)
 
-  def use(r, part, count, tile, column_ref, c_ref, y_ref):
-    column_ref[:] = _down(c_ref[r, pl.ds(part, 1), :])
+  def use(fetched, column_ref, c_ref, y_ref):
+    column_ref[:] = _turned(c_ref[fetched.row, pl.ds(fetched.part, 1), :], 1)
 
     def add(g, sum_8D):
-      at = pl.ds(pl.multiple_of(g * _REQUESTS, _REQUESTS), _REQUESTS)
-      return sum_8D + column_ref[at] * _round(tile(g), dtype)
+      row_8D = plain.rounded(fetched.tile(g), dtype)
+      return sum_8D + column_ref[_tile(g)] * row_8D
 
     zero_8D = jnp.zeros((_REQUESTS, y_ref.shape[1]), jnp.float32)
-    sum_8D = jax.lax.fori_loop(0, pl.cdiv(count, _REQUESTS), add, zero_8D)
-    y_ref[pl.ds(r, 1), :] += jnp.sum(sum_8D, 0, keepdims=True)
+    tiles = pl.cdiv(fetched.count, _REQUESTS)
+    sum_8D = jax.lax.fori_loop(0, tiles, add, zero_8D)
+    y_ref[pl.ds(fetched.row, 1), :] += jnp.sum(sum_8D, 0, keepdims=True)
 
   pad = -i_RK.shape[1] % _SLOTS
   c_RPk = jnp.pad(c_RK, ((0, 0), (0, pad))).reshape(len(c_RK), -1, _SLOTS)
-  width = W_ND.shape[1:]
-  return _gather(
-    plain.last(c_RK != 0), i_RK, c_RPk, W_ND, width, use, interpret
-  )
+  slots = i_RK, plain.last(c_RK != 0)
+  return _gather(slots, c_RPk, W_ND, W_ND.shape[1:], use, interpret)
 
 
 def gather_dot(
@@ -231,23 +231,73 @@ def gather_dot(
   slots = i_RK.shape[1]
   used_R = plain.differing(i_RK)
 
-  def use(r, part, count, tile, column_ref, v_ref, f_ref):
-    v_1D = v_ref[pl.ds(r, 1), :]
+  def use(fetched, column_ref, v_ref, f_ref):
+    v_1D = v_ref[pl.ds(fetched.row, 1), :]
 
     def multiply(g, carry):
-      at = pl.ds(pl.multiple_of(g * _REQUESTS, _REQUESTS), _REQUESTS)
-      product_8D = _round(tile(g), dtype) * v_1D
-      column_ref[at] = jnp.sum(product_8D, 1, keepdims=True)
+      product_8D = plain.rounded(fetched.tile(g), dtype) * v_1D
+      column_ref[_tile(g)] = jnp.sum(product_8D, 1, keepdims=True)
       return carry
 
-    jax.lax.fori_loop(0, pl.cdiv(count, _REQUESTS), multiply, 0)
-    f_ref[r, pl.ds(part, 1), :] = _across(column_ref[:])
+    jax.lax.fori_loop(0, pl.cdiv(fetched.count, _REQUESTS), multiply, 0)
+    f_ref[fetched.row, pl.ds(fetched.part, 1), :] = _turned(column_ref[:], 0)
 
   parts = pl.cdiv(slots, _SLOTS)
-  v_RD = _round(v_RD, dtype)
-  found_RPk = _gather(used_R, i_RK, v_RD, W_ND, (parts, _SLOTS), use, interpret)
+  v_RD = plain.rounded(v_RD, dtype)
+  slots_used = i_RK, used_R
+  found_RPk = _gather(slots_used, v_RD, W_ND, (parts, _SLOTS), use, interpret)
   found_RK = found_RPk.reshape(len(i_RK), -1)[:, :slots]
   return plain.repeat_last(found_RK, used_R)
+
+
+def _add_pairs(dtype, *refs):
+  """The kernel of `scatter_add`: one turn, a group of pairs for a block."""
+  block_ref, group_ref, first_ref, last_ref = refs[:4]  # of the turns
+  n_ref, c_ref, r_ref, next_ref, v_ref = refs[4:9]  # pairs, and rows of v
+  out_ref, buffer, arrived = refs[9:]
+  del group_ref  # read by the block specs
+  turn = pl.program_id(0)
+
+  def start(turn, of_pairs):
+    _fetch(
+      v_ref,
+      lambda p: of_pairs[0, 0, p],
+      buffer.at[turn % 2],
+      arrived.at[turn % 2],
+      first_ref[turn],
+      last_ref[turn],
+    )
+
+  @pl.when(turn == 0)
+  def _():
+    buffer[:] = jnp.zeros_like(buffer)  # is multiplied by 0 before it is used
+    start(turn, r_ref)
+
+  @pl.when(turn + 1 < pl.num_programs(0))
+  def _():
+    start(turn + 1, next_ref)
+
+  block, first, last = block_ref[turn], first_ref[turn], last_ref[turn]
+  here = buffer.at[turn % 2]
+
+  @pl.when((turn == 0) | (block != block_ref[jnp.maximum(turn - 1, 0)]))
+  def _():
+    out_ref[:] = jnp.zeros_like(out_ref)
+
+  @pl.when(first < last)
+  def _():
+    _await(here, arrived.at[turn % 2], first, last)
+    n_Np, p_Np = (
+      jax.lax.broadcasted_iota(jnp.int32, (_LATENTS, _PAIRS), axis)
+      for axis in (0, 1)
+    )
+    own_Np = (n_ref[0] == block * _LATENTS + n_Np) & (p_Np >= first)
+    c_Np = jnp.where(own_Np & (p_Np < last), c_ref[0], 0)
+    out_ref[:] += jnp.dot(
+      c_Np.astype(dtype),
+      here[:].astype(dtype),
+      preferred_element_type=jnp.float32,
+    )
 
 
 def scatter_add(
@@ -267,63 +317,6 @@ def scatter_add(
   groups, blocks = len(n_Gp), pl.cdiv(count, _LATENTS)
   block_T, group_T, first_T, last_T = _turns(n_P, used, blocks, groups)
 
-  def kernel(
-    block_ref,
-    group_ref,
-    first_ref,
-    last_ref,
-    n_ref,
-    c_ref,
-    r_ref,
-    next_ref,
-    v_ref,
-    out_ref,
-    buffer,
-    arrived,
-  ):
-    turn = pl.program_id(0)
-
-    def start(turn, of_pairs):
-      _fetch(
-        v_ref,
-        lambda p: of_pairs[0, 0, p],
-        buffer.at[turn % 2],
-        arrived.at[turn % 2],
-        first_ref[turn],
-        last_ref[turn],
-      )
-
-    @pl.when(turn == 0)
-    def _():
-      buffer[:] = jnp.zeros_like(buffer)  # is multiplied by 0 before it is used
-      start(turn, r_ref)
-
-    @pl.when(turn + 1 < pl.num_programs(0))
-    def _():
-      start(turn + 1, next_ref)
-
-    block, first, last = block_ref[turn], first_ref[turn], last_ref[turn]
-    here = buffer.at[turn % 2]
-
-    @pl.when((turn == 0) | (block != block_ref[jnp.maximum(turn - 1, 0)]))
-    def _():
-      out_ref[:] = jnp.zeros_like(out_ref)
-
-    @pl.when(first < last)
-    def _():
-      _await(here, arrived.at[turn % 2], first, last)
-      n_Np, p_Np = (
-        jax.lax.broadcasted_iota(jnp.int32, (_LATENTS, _PAIRS), axis)
-        for axis in (0, 1)
-      )
-      own_Np = (n_ref[0] == block * _LATENTS + n_Np) & (p_Np >= first)
-      c_Np = jnp.where(own_Np & (p_Np < last), c_ref[0], 0)
-      out_ref[:] += jnp.dot(
-        c_Np.astype(dtype),
-        here[:].astype(dtype),
-        preferred_element_type=jnp.float32,
-      )
-
   pairs = lambda t, block, group, *_: (group[t], 0, 0)
   after = lambda t, block, group, *_: (
     group[jnp.minimum(t + 1, len(block_T) - 1)],
@@ -332,7 +325,7 @@ def scatter_add(
   )
   width = v_RD.shape[1]
   return pl.pallas_call(
-    kernel,
+    functools.partial(_add_pairs, dtype),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
       grid=(len(block_T),),

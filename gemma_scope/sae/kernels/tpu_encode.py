@@ -5,7 +5,7 @@
     -> how many there are, K or not
 
 so that pre-activations [B, F] (17 GB at B = 4,096, F = 2^20) are never written.
-Defined by `sparse.select` of the mask z + bias > least, and tested against it.
+Defined by `plain.select` of the mask z + bias > least, and tested against it.
 
 Blocks go through the latents in order, rows outside; a row's candidates so far
 stay in VMEM. In a block the rows of a strip find their next candidate together,
@@ -20,6 +20,8 @@ weights are 4,300 cycles of HBM; fewer rows than 512 would wait for them.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +51,68 @@ def _blocks(width: int, count: int) -> tuple[int, int]:
   return rows, latents
 
 
+def _encode_block(latents, *refs):
+  """The kernel: candidates of a block of rows among a block of latents."""
+  x_ref, W_ref, bias_ref, least_ref, *kept = refs
+  i_ref, z_ref, found_ref, all_z = kept
+  first = pl.program_id(1) * W_ref.shape[0]
+
+  @pl.when(pl.program_id(1) == 0)
+  def _():
+    i_ref[:] = jnp.zeros_like(i_ref)
+    z_ref[:] = jnp.full_like(z_ref, plain.ABSENT)
+    found_ref[:] = jnp.zeros_like(found_ref)
+
+  lane_bf = jax.lax.broadcasted_iota(jnp.int32, all_z.shape, 1)
+  z_bf = jax.lax.dot_general(
+    x_ref[:],
+    W_ref[:],
+    (((1,), (1,)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
+  may = (z_bf + bias_ref[:] > least_ref[:]) & (lane_bf < latents - first)
+  all_z[:] = jnp.where(may, z_bf, plain.ABSENT)
+
+  def strip(s, carry):
+    _keep(pl.ds(pl.multiple_of(s * _STRIP, _STRIP), _STRIP), first, *kept)
+    return carry
+
+  jax.lax.fori_loop(0, x_ref.shape[0] // _STRIP, strip, 0)
+
+
+def _keep(at, first, i_ref, z_ref, found_ref, all_z):
+  """Adds a block's candidates to those that the rows `at`, a strip, have.
+
+  Args:
+    at: index of the rows.
+    first: the block's first latent.
+    i_ref, z_ref, found_ref: as `encode` returns them.
+    all_z: the block's pre-activations; `plain.ABSENT` where no candidate is.
+  """
+  count, of_latents = i_ref.shape[1], all_z.shape[1]
+  lane_sf = jax.lax.broadcasted_iota(jnp.int32, (_STRIP, of_latents), 1)
+  slot_sK = jax.lax.broadcasted_iota(jnp.int32, (_STRIP, count), 1)
+  may_sf = (all_z[at] > plain.ABSENT).astype(jnp.int32)
+  more_s1 = jnp.sum(may_sf, 1, keepdims=True)
+  found_s1 = found_ref[at]
+  turns = jnp.max(jnp.minimum(more_s1, count - found_s1))
+
+  def keep(_, carry):
+    last_s1, slot_s1 = carry
+    z_sf = all_z[at]
+    left = (z_sf > plain.ABSENT) & (lane_sf > last_s1)
+    next_s1 = jnp.min(jnp.where(left, lane_sf, of_latents), 1, keepdims=True)
+    value_s1 = jnp.sum(jnp.where(lane_sf == next_s1, z_sf, 0), 1, keepdims=True)
+    here = (slot_sK == slot_s1) & (next_s1 < of_latents)
+    i_ref[at] = jnp.where(here, first + next_s1, i_ref[at])
+    z_ref[at] = jnp.where(here, value_s1, z_ref[at])
+    return next_s1, slot_s1 + 1
+
+  before = jnp.full((_STRIP, 1), -1, jnp.int32)
+  jax.lax.fori_loop(0, turns, keep, (before, found_s1))
+  found_ref[at] = found_s1 + more_s1
+
+
 def encode(
   x_BD: jax.Array,
   W_FD: jax.Array,
@@ -71,62 +135,10 @@ def encode(
   """
   (rows, width), latents = x_BD.shape, len(W_FD)
   of_rows, of_latents = _blocks(width, count)
-  strips = of_rows // _STRIP
-
-  def kernel(x_ref, W_ref, bias_ref, least_ref, i_ref, z_ref, found_ref, all_z):
-    first = pl.program_id(1) * of_latents
-
-    @pl.when(pl.program_id(1) == 0)
-    def _():
-      i_ref[:] = jnp.zeros_like(i_ref)
-      z_ref[:] = jnp.full_like(z_ref, plain.ABSENT)
-      found_ref[:] = jnp.zeros_like(found_ref)
-
-    lane_bf = jax.lax.broadcasted_iota(jnp.int32, all_z.shape, 1)
-    z_bf = jax.lax.dot_general(
-      x_ref[:],
-      W_ref[:],
-      (((1,), (1,)), ((), ())),
-      preferred_element_type=jnp.float32,
-    )
-    may = (z_bf + bias_ref[:] > least_ref[:]) & (lane_bf < latents - first)
-    all_z[:] = jnp.where(may, z_bf, plain.ABSENT)
-
-    def strip(s, carry):
-      at = pl.ds(pl.multiple_of(s * _STRIP, _STRIP), _STRIP)
-      lane_sf = jax.lax.broadcasted_iota(jnp.int32, (_STRIP, of_latents), 1)
-      slot_sK = jax.lax.broadcasted_iota(jnp.int32, (_STRIP, count), 1)
-      may_sf = (all_z[at] > plain.ABSENT).astype(jnp.int32)
-      more_s1 = jnp.sum(may_sf, 1, keepdims=True)
-      found_s1 = found_ref[at]
-      turns = jnp.max(jnp.minimum(more_s1, count - found_s1))
-
-      def keep(_, carry):
-        last_s1, slot_s1 = carry
-        z_sf = all_z[at]
-        left = (z_sf > plain.ABSENT) & (lane_sf > last_s1)
-        next_s1 = jnp.min(
-          jnp.where(left, lane_sf, of_latents), 1, keepdims=True
-        )
-        value_s1 = jnp.sum(
-          jnp.where(lane_sf == next_s1, z_sf, 0), 1, keepdims=True
-        )
-        here = (slot_sK == slot_s1) & (next_s1 < of_latents)
-        i_ref[at] = jnp.where(here, first + next_s1, i_ref[at])
-        z_ref[at] = jnp.where(here, value_s1, z_ref[at])
-        return next_s1, slot_s1 + 1
-
-      before = jnp.full((_STRIP, 1), -1, jnp.int32)
-      jax.lax.fori_loop(0, turns, keep, (before, found_s1))
-      found_ref[at] = found_s1 + more_s1
-      return carry
-
-    jax.lax.fori_loop(0, strips, strip, 0)
-
   row = lambda width: pl.BlockSpec((of_rows, width), lambda b, f: (b, 0))
   own = pl.BlockSpec((1, of_latents), lambda b, f: (0, f))
   i_BK, z_BK, found_B1 = pl.pallas_call(
-    kernel,
+    functools.partial(_encode_block, latents),
     grid=(pl.cdiv(rows, of_rows), pl.cdiv(latents, of_latents)),
     in_specs=[
       row(width),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gemma_scope import release
+from gemma_scope.evaluation import estimates
 from gemma_scope.language_model import weights
 from gemma_scope.microscope.dashboard import pages
 from gemma_scope.microscope.index import build, logit_lens, store
@@ -108,7 +109,7 @@ def test_a_features_record_is_its_index(folder, entries):
 
 def test_features_to_begin_with_have_the_best_labels(entries, tmp_path):
   density_F = entries[0].index.density_F
-  rare_F = (density_F > 0) & (density_F <= pages.DENSE)
+  rare_F = (density_F > 0) & (density_F <= estimates.DENSE)
   alive = np.flatnonzero(rare_F)[:4].tolist()
   label = {'text': 'x', 'by': 'rule', 'low': False, 'control': 0.5}
   scores = dict(zip(alive, (0.6, 0.9, 0.8, 0.7), strict=True))

@@ -11,7 +11,6 @@ import time
 import numpy as np
 import pytest
 
-from gemma_scope import sites
 from gemma_scope.language_model import weights
 from gemma_scope.microscope.circuits import effects, readout
 from gemma_scope.microscope.dashboard import api, pages
@@ -293,7 +292,7 @@ def test_a_transcoders_fellows_are_those_most_like_it(asked):
   assert readout.together(saes, 0) == [0]
   twice = [*saes, saes[3]]
   assert readout.together(twice, 2) == [2, 3]
-  assert sites.wiring_of(saes[3][0]).sites[0].layer == 2
+  assert saes[3].sae.wiring.sites[0].layer == 2
 
 
 # In Chromium.

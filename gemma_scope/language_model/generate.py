@@ -19,8 +19,10 @@ are arguments of it, so that another strength compiles nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,100 +38,131 @@ _ROUND = 16  # prompt lengths are rounded up to it: few programs
 Edits = Mapping[sites.Site, lm.Edit]
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How tokens are drawn.
+
+  Attributes:
+    max_new_tokens: N; at most so many are sampled for each prompt.
+    temperature: 0 takes the likeliest token.
+    top_k: samples among the k likeliest tokens; 0 among all.
+    seed, streams: the noise. `streams` has an id in 0 .. 2**32 - 1 for each
+      prompt, by default its index.
+    stop: a reply ends with the first of these ids.
+    forbid: ids that are never sampled. Padding never is.
+
+  Raises:
+    ValueError: a number is out of its range.
+  """
+
+  max_new_tokens: int
+  temperature: float = 1.0
+  top_k: int = 0
+  seed: int = 0
+  streams: Sequence[int] | None = None
+  stop: Sequence[int] = ()
+  forbid: Sequence[int] = ()
+
+  def __post_init__(self):
+    fit = self.max_new_tokens > 0 and self.temperature >= 0 and self.top_k >= 0
+    if not fit or not 0 <= self.seed < 2**32:
+      raise ValueError(
+        f'max_new_tokens={self.max_new_tokens}, temperature='
+        f'{self.temperature}, top_k={self.top_k}, seed={self.seed}: the first '
+        'must be positive, the others not negative, the seed below 2**32.'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+  """How prompts are cut into passes.
+
+  Attributes:
+    batch: rows of a pass; the last one is filled up. All prompts by default.
+    prompt_len: P, by default the longest prompt, rounded up.
+    poll: called before each pass; may raise to stop.
+  """
+
+  batch: int | None = None
+  prompt_len: int | None = None
+  poll: Callable[[], None] = lambda: None
+
+
 def generate(
   gemma: lm.Gemma,
   params: lm.Params,
   prompts: Sequence[Sequence[int] | np.ndarray],
-  *,
-  max_new_tokens: int,
-  temperature: float = 1.0,
-  top_k: int = 0,
-  seed: int = 0,
-  streams: Sequence[int] | None = None,
-  stop: Sequence[int] = (),
-  forbid: Sequence[int] = (),
+  sampling: Sampling,
   edits: Edits | Callable[[jax.Array], Edits] | None = None,
-  batch: int | None = None,
-  prompt_len: int | None = None,
-  poll: Callable[[], None] = lambda: None,
+  passes: Passes | None = None,
 ) -> list[np.ndarray]:
   """Continues each prompt.
 
   Args:
     gemma, params: the model, on one device or sharded over a mesh (then its
-      'data' axis must divide `batch`).
+      'data' axis must divide the batch).
     prompts: token ids, BOS included where it is wanted.
-    max_new_tokens: N, at most so many are sampled.
-    temperature: 0 takes the likeliest token.
-    top_k: samples among the k likeliest; 0 among all.
-    seed, streams: the noise; `streams` names each prompt's own, by default its
-      index. Ids in 0 .. 2**32 - 1.
-    stop: a row ends with the first of these ids.
-    forbid: ids never sampled. Padding never is.
+    sampling: how tokens are drawn.
     edits: {site: fn(x_BTD) -> x_BTD}, or a function that gives it for the
       tokens_BT that a pass reads, with which an edit can leave BOS alone.
-    batch: rows of one pass; the last one is filled up. All prompts by default.
-    prompt_len: P, by default the longest prompt, rounded up.
-    poll: called before each batch; may raise to stop.
+    passes: how prompts are cut into passes.
 
   Returns:
     int32 [n] for each prompt, the stop token included; a row that does not
     end with one ran into `max_new_tokens`.
 
   Raises:
-    ValueError: a prompt is empty, too long or not of this vocabulary; an
-      argument is out of its range.
+    ValueError: a prompt is empty, too long or not of this vocabulary.
   """
+  passes = passes or Passes()
+  streams = sampling.streams
   streams = range(len(prompts)) if streams is None else streams
   if len(streams) != len(prompts):
     raise ValueError(
       f'{len(prompts)} prompts and {len(streams)} streams: give one for each.'
     )
-  check_settings(max_new_tokens, temperature, top_k, seed)
   if not len(prompts):
     return []
-  rows = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
+  rows = _rows(prompts)
   longest = max(map(len, rows))
-  width = prompt_len or -(-longest // _ROUND) * _ROUND
+  width = passes.prompt_len or -(-longest // _ROUND) * _ROUND
   _check(rows, width, gemma.config.vocab_size)
-  batch = batch or len(rows)
+  batch = passes.batch or len(rows)
+  limits = sampling.max_new_tokens, min(sampling.top_k, gemma.config.vocab_size)
   replies = []
   for start in range(0, len(rows), batch):
-    poll()
+    passes.poll()
     members = range(start, min(start + batch, len(rows)))
     filled = [*members, *[members[-1]] * (batch - len(members))]
     tokens_BP = np.full((batch, width), PAD, np.int32)
     for b, i in enumerate(filled):
       tokens_BP[b, width - len(rows[i]) :] = rows[i]
-    replies_BN = _sample(
-      gemma,
-      max_new_tokens,
-      min(top_k, gemma.config.vocab_size),
-      params,
-      _bound(edits),
-      tokens_BP,
+    draw = _Draw(
       np.asarray([streams[i] for i in filled], np.uint32),
-      np.uint32(seed),
-      np.float32(temperature),
-      np.asarray(stop, np.int32).reshape(-1),
-      np.asarray([PAD, *forbid], np.int32),
+      np.uint32(sampling.seed),
+      np.float32(sampling.temperature),
+      np.asarray(sampling.stop, np.int32).reshape(-1),
+      np.asarray([PAD, *sampling.forbid], np.int32),
     )
+    replies_BN = _sample(gemma, limits, params, _bound(edits), tokens_BP, draw)
     for row_N in np.asarray(replies_BN)[: len(members)]:
       replies.append(row_N[: np.count_nonzero(row_N != PAD)])
   return replies
 
 
-def check_settings(
-  max_new_tokens: int, temperature: float, top_k: int, seed: int
-) -> None:
-  """ValueError if one is out of its range."""
-  fit = max_new_tokens > 0 and temperature >= 0 and top_k >= 0
-  if not fit or not 0 <= seed < 2**32:
-    raise ValueError(
-      f'max_new_tokens={max_new_tokens}, temperature={temperature}, '
-      f'top_k={top_k}, seed={seed}: the first must be positive, the others '
-      'not negative, the seed below 2**32.'
-    )
+def _rows(prompts) -> list[np.ndarray]:
+  """Each prompt as int32; ValueError where one is no list of token ids."""
+  rows = []
+  for i, prompt in enumerate(prompts):
+    row = np.asarray(prompt)
+    whole = np.issubdtype(row.dtype, np.integer) or not row.size
+    if isinstance(prompt, str) or row.ndim != 1 or not whole:
+      raise ValueError(
+        f'Prompt {i} must be a list of token ids, such as [2, 651]; found '
+        f'{prompt!r:.60}.'
+      )
+    rows.append(row.astype(np.int32))
+  return rows
 
 
 def _check(rows: list[np.ndarray], width: int, vocab_size: int) -> None:
@@ -161,17 +194,25 @@ def _everywhere(edits, tokens_BT):
   return edits
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample(
-  gemma, new, top_k, params, edits, tokens_BP, streams_B, seed, temperature,
-  stop_K, forbid_K,
-):  # fmt: skip
+class _Draw(NamedTuple):
+  """`Sampling` as the program's arguments."""
+
+  streams_B: jax.Array
+  seed: jax.Array
+  temperature: jax.Array
+  stop_K: jax.Array
+  forbid_K: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sample(gemma, limits, params, edits, tokens_BP, draw: _Draw):
   """The whole generation -> int32 [B, new], padding after a row's stop."""
+  new, top_k = limits
   batch, width = tokens_BP.shape
   slots_C = jnp.arange(width + new - 1)  # the last token is not read again
   first_B1 = jnp.sum(tokens_BP == PAD, -1, keepdims=True)  # a prompt's slot
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
-    jax.random.key(seed), streams_B
+    jax.random.key(draw.seed), draw.streams_B
   )
 
   def extend(cache, tokens_BT, start):
@@ -190,17 +231,18 @@ def _sample(
     )
 
   def pick(logits_BV, n, stopped_B):
-    logits_BV = logits_BV.at[:, forbid_K].set(-jnp.inf)
+    logits_BV = logits_BV.at[:, draw.forbid_K].set(-jnp.inf)
     if top_k:
       least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
       logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
     drawn_B = jax.vmap(jax.random.categorical)(
       jax.vmap(jax.random.fold_in, (0, None))(keys_B, n),
-      logits_BV / jnp.maximum(temperature, 1e-6),
+      logits_BV / jnp.maximum(draw.temperature, 1e-6),
     )
-    token_B = jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, -1))
+    likeliest_B = jnp.argmax(logits_BV, -1)
+    token_B = jnp.where(draw.temperature > 0, drawn_B, likeliest_B)
     token_B = jnp.where(stopped_B, PAD, token_B).astype(jnp.int32)
-    stops_B = jnp.any(token_B[:, None] == stop_K[None, :], -1)
+    stops_B = jnp.any(token_B[:, None] == draw.stop_K[None, :], -1)
     return token_B, stopped_B | stops_B
 
   def going(state):

@@ -23,6 +23,7 @@ import numpy as np
 
 from gemma_scope import files, sites
 from gemma_scope.evaluation.saebench import probe, probe_inputs, suite
+from gemma_scope.language_model import generate
 from gemma_scope.microscope.autointerp import labels, llm
 from gemma_scope.microscope.circuits import (
   attribution,
@@ -140,11 +141,14 @@ def steer(session: Session, options: Options) -> None:
     )
   changes = [_change(text) for text in options.change]
   subject = session.subject(session.find(options.sae))
-  found = effects.steer(
-    subject, ids, changes, max_new_tokens=options.tokens,
-    temperature=options.temperature, seed=options.seed,
-    stop=[session.tokenizer.eos_id], forbid=[session.tokenizer.bos_id],
-  )  # fmt: skip
+  sampling = generate.Sampling(
+    options.tokens,
+    temperature=options.temperature,
+    seed=options.seed,
+    stop=[session.tokenizer.eos_id],
+    forbid=[session.tokenizer.bos_id],
+  )
+  found = effects.steer(subject, ids, changes, sampling)
   for name, one in found.items():
     kl = f', KL {one["kl"]:.3f} nats per token' if one.get('kl') else ''
     session.report(

@@ -99,7 +99,7 @@ class Settings:
   Attributes:
     seq_len: tokens of a row, BOS included; the store can be read at no other.
     max_new_tokens: tokens of an answer, at most.
-    temperature, top_k, seed: see `generate.generate`.
+    temperature, top_k, seed: see `generate.Sampling`.
     batch: conversations sampled at once; a multiple of the devices.
     heldout: share of the prompts that belong to 'eval', by their hash.
   """
@@ -114,14 +114,18 @@ class Settings:
 
   def check(self) -> None:
     """ValueError where a value makes no sense."""
-    generate.check_settings(
-      self.max_new_tokens, self.temperature, self.top_k, self.seed
-    )
+    self.sampling()
     if self.batch < 1 or not 0 <= self.heldout < 1:
       raise ValueError(
         f'batch={self.batch}, heldout={self.heldout}: the batch must be '
         'positive and the held-out share in 0 .. 1.'
       )
+
+  def sampling(self, **more) -> generate.Sampling:
+    """How answers are drawn; `more` are fields that depend on the prompts."""
+    return generate.Sampling(
+      self.max_new_tokens, self.temperature, self.top_k, self.seed, **more
+    )
 
   def room(self, tokenizer: tokenizers.Tokenizer) -> int:
     """Tokens that a row has for the prompt and the opening of the reply."""
@@ -236,16 +240,12 @@ def _answer(
     model.gemma,
     model.params,
     [np.append(tokenizer.bos_id, ids) for ids in openings],
-    max_new_tokens=settings.max_new_tokens,
-    temperature=settings.temperature,
-    top_k=settings.top_k,
-    seed=settings.seed,
-    streams=streams,
-    stop=(tokenizer.end_of_turn, tokenizer.eos_id),
-    forbid=(tokenizer.bos_id, *absent),
-    batch=settings.batch,
-    prompt_len=settings.room(tokenizer) + 1,
-    poll=poll,
+    settings.sampling(
+      streams=streams,
+      stop=(tokenizer.end_of_turn, tokenizer.eos_id),
+      forbid=(tokenizer.bos_id, *absent),
+    ),
+    passes=generate.Passes(settings.batch, settings.room(tokenizer) + 1, poll),
   )
   return _rows(tokenizer, openings, replies, settings.seq_len)
 

@@ -26,10 +26,11 @@ NEW = 10
 SITE = sites.Site(0, 'resid_post')
 
 
-def sample(config=GEMMA2, prompts=PROMPTS, **more):
+def sample(config=GEMMA2, prompts=PROMPTS, edits=None, passes=None, **more):
   # As many stops and bans in every test: one program serves most of them.
   more = {'max_new_tokens': NEW, 'stop': [39], 'forbid': [39], **more}
-  replies = generate.generate(*model(config), prompts, **more)
+  sampling = generate.Sampling(**more)
+  replies = generate.generate(*model(config), prompts, sampling, edits, passes)
   assert all(reply.dtype == np.int32 for reply in replies)
   return [reply.tolist() for reply in replies]
 
@@ -66,7 +67,8 @@ def test_greedy_with_cache_is_greedy_by_full_passes(config):
   assert len({tuple(r) for r in want}) > 1 and len(set(want[1])) > 3
   assert sample(config, temperature=0) == want
   if config is GEMMA2:  # in batches, filled up, with more padding than needed
-    assert sample(config, temperature=0, batch=3, prompt_len=23) == want
+    passes = generate.Passes(batch=3, prompt_len=23)
+    assert sample(config, temperature=0, passes=passes) == want
 
 
 def test_edits_act_on_prompt_and_generated_tokens():
@@ -114,8 +116,9 @@ def test_an_impossible_edit_is_refused():
 
 def test_a_reply_does_not_depend_on_its_batch():
   together = sample(GEMMA3, seed=3)
+  passes = generate.Passes(prompt_len=16)
   alone = [
-    sample(GEMMA3, [p], seed=3, streams=[i], prompt_len=16)[0]
+    sample(GEMMA3, [p], passes=passes, seed=3, streams=[i])[0]
     for i, p in enumerate(PROMPTS)
   ]
   assert together == alone
@@ -137,9 +140,13 @@ def test_frequencies_are_the_softmax(temperatures, top_k):
   logits_V = gemma.forward(params, PROMPTS[0][None]).logits_BTV[0, -1]
   for temperature in temperatures:
     drawn = sample(
-        prompts=[PROMPTS[0]] * count, max_new_tokens=1, prompt_len=2,
-        temperature=temperature, top_k=top_k, forbid=[7],
-    )  # fmt: skip
+      prompts=[PROMPTS[0]] * count,
+      passes=generate.Passes(prompt_len=2),
+      max_new_tokens=1,
+      temperature=temperature,
+      top_k=top_k,
+      forbid=[7],
+    )
     z_V = np.array(logits_V, np.float64) / temperature
     z_V[[0, 7]] = -np.inf
     if top_k:
@@ -187,9 +194,8 @@ def test_sharded_equals_one_device():
     for path, x in flat
   )
   pinned = lm.Gemma(GEMMA2, mesh.sharding(devices, 'data', None, None))
-  got = generate.generate(
-    pinned, sharded, PROMPTS, max_new_tokens=NEW, stop=[39], forbid=[39]
-  )
+  sampling = generate.Sampling(NEW, stop=[39], forbid=[39])
+  got = generate.generate(pinned, sharded, PROMPTS, sampling)
   assert [reply.tolist() for reply in got] == sample()
 
 
@@ -205,16 +211,19 @@ def test_refusals():
   with pytest.raises(ValueError, match='Prompt 1 has 0 tokens'):
     sample(prompts=[[2], []])
   with pytest.raises(ValueError, match='Prompt 0 has 10 tokens; .* 1 to 8'):
-    sample(prompts=[PROMPTS[1]], prompt_len=8)
+    sample(prompts=[PROMPTS[1]], passes=generate.Passes(prompt_len=8))
   for bad in (40, 0, -1):
     with pytest.raises(ValueError, match='the model knows 1 to 39'):
       sample(prompts=[[2, bad]])
   with pytest.raises(ValueError, match='4 prompts and 1 streams'):
     sample(streams=[0])
+  for wrong in ([2, 5], ['a text'], [[2.5]], [[[2]]]):
+    with pytest.raises(ValueError, match='Prompt 0 must be a list of token id'):
+      sample(prompts=wrong)
   assert sample(prompts=[]) == []
 
   def stop():
     raise InterruptedError
 
   with pytest.raises(InterruptedError):
-    sample(poll=stop)
+    sample(passes=generate.Passes(poll=stop))

@@ -53,12 +53,12 @@ def answers(monkeypatch):
     body = rng.integers(200, 4096, rng.integers(0, new)).astype(np.int32)
     return np.append(body, np.int32(end)) if stream % 3 else body
 
-  def stand_in(gemma, params, prompts, **more):
-    calls.append(more)
-    more['poll']()
+  def stand_in(gemma, params, prompts, sampling, passes):
+    calls.append(sampling)
+    passes.poll()
     return [
-      reply(p, s, more['seed'], more['max_new_tokens'], more['stop'][0])
-      for p, s in zip(prompts, more['streams'], strict=True)
+      reply(p, s, sampling.seed, sampling.max_new_tokens, sampling.stop[0])
+      for p, s in zip(prompts, sampling.streams, strict=True)
     ]
 
   monkeypatch.setattr(generate, 'generate', stand_in)

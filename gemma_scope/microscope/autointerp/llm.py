@@ -162,16 +162,11 @@ class LocalGemma:
   def __call__(self, question: str) -> str:
     tokenizer = self.tokenizer
     ids = [tokenizer.bos_id, *rollouts.encode(tokenizer, question)]
-    (reply,) = generate.generate(
-      self.gemma,
-      self.params,
-      [ids],
-      max_new_tokens=self.max_tokens,
-      temperature=0.0,
-      stop=[tokenizer.end_of_turn, tokenizer.eos_id],
-      forbid=[tokenizer.bos_id],
-    )
     ends = (tokenizer.end_of_turn, tokenizer.eos_id)
+    greedy = generate.Sampling(
+      self.max_tokens, temperature=0.0, stop=ends, forbid=[tokenizer.bos_id]
+    )
+    (reply,) = generate.generate(self.gemma, self.params, [ids], greedy)
     return tokenizer.decode([i for i in reply if i not in ends])
 
 

@@ -337,19 +337,14 @@ def steer(
   subject: Subject,
   prompt: Sequence[int],
   changes: Sequence[Change],
-  *,
-  max_new_tokens: int = 48,
-  temperature: float = 0.5,
-  seed: int = 0,
-  stop: Sequence[int] = (1,),
-  forbid: Sequence[int] = (2,),
+  sampling: generate.Sampling,
 ) -> dict[str, Any]:
   """Continues a prompt with and without changes, from the same seed.
 
   Args:
     prompt: token ids, BOS first; the changes also apply to the prompt.
     changes: changes of different latents, applied together.
-    stop, forbid: as in `generate.generate`.
+    sampling: how tokens are drawn; its streams are ignored.
 
   Returns:
     `default` and `steered`, each with `ids` (the continuation) and its
@@ -361,18 +356,13 @@ def steer(
     subject.gemma,
     subject.lm_params,
     [prompt, prompt],
-    max_new_tokens=max_new_tokens,
-    prompt_len=padded_length(len(prompt)),
-    temperature=temperature,
-    seed=seed,
-    streams=[0, 0],
-    stop=stop,
-    forbid=forbid,
+    dataclasses.replace(sampling, streams=[0, 0]),
     edits=Partial(
       _At(subject.place, subject.special, given.projects),
       subject.params,
       given,
     ),
+    passes=generate.Passes(prompt_len=padded_length(len(prompt))),
   )
   texts = padded([[*prompt, *map(int, reply)] for reply in found])
   cost = effects(subject, texts, given, np.arange(2))

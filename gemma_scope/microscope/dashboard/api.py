@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import generate
 from gemma_scope.microscope.circuits import (
   attribution,
   effects,
@@ -303,13 +304,14 @@ class Questions:
   def steer(self, asked: Mapping) -> dict[str, Any]:
     """The continuation by default and with changes, from the same seed."""
     subject, ids = self._subject(asked), self._tokens(asked)
-    found = effects.steer(
-      subject, ids, self._changes(asked),
-      max_new_tokens=_integer(asked, 'tokens', 1, 256, 48),
+    sampling = generate.Sampling(
+      _integer(asked, 'tokens', 1, 256, 48),
       temperature=_number(asked, 'temperature', 0.0, 5.0, 0.5),
       seed=_integer(asked, 'seed', 0, 2**32 - 1, 0),
-      stop=[self._tokenizer.eos_id], forbid=[self._tokenizer.bos_id],
-    )  # fmt: skip
+      stop=[self._tokenizer.eos_id],
+      forbid=[self._tokenizer.bos_id],
+    )
+    found = effects.steer(subject, ids, self._changes(asked), sampling)
     for one in found.values():
       one['pieces'] = self._tokenizer.pieces(one['ids'])
       one['text'] = self._tokenizer.decode(one['ids'])

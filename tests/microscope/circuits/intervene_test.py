@@ -263,18 +263,16 @@ def test_dose_response_starts_at_nothing_and_grows(model, subjects):
 def test_steering_keeps_the_default_and_says_its_cost(model, subjects):
   subject = subjects['sae']
   one = firing(subject, model, 'sae', 1)[0]
-  settings = {'max_new_tokens': 12, 'temperature': 0.8, 'seed': 5}
+  settings = generate.Sampling(12, 0.8, seed=5, stop=[1], forbid=[2])
   found = effects.steer(
-    subject, TOKENS_T, [iv.Change(one, 'add', 3.0)], **settings
+    subject, TOKENS_T, [iv.Change(one, 'add', 3.0)], settings
   )
-  (plain,) = generate.generate(
-    *model, [TOKENS_T], stop=[1], forbid=[2], **settings
-  )
+  (plain,) = generate.generate(*model, [TOKENS_T], settings)
   assert found['default']['ids'] == plain.tolist()
   assert found['steered']['ids'] != found['default']['ids']
   assert found['steered']['kl'] > 0.01
   nothing = effects.steer(
-    subject, TOKENS_T, [iv.Change(one, 'add', 0)], **settings
+    subject, TOKENS_T, [iv.Change(one, 'add', 0)], settings
   )
   assert nothing['steered']['ids'] == nothing['default']['ids']
   assert nothing['steered']['kl'] < 1e-4

@@ -263,9 +263,9 @@ def test_every_row_is_one_conversation(tmp_path, answers):
   assert facts['chat'] is True and facts['seq_len'] == 40
   assert store.fingerprint['rollouts'] == facts['rollouts']
   # What sampling was told: the tokenizer's stops, no BOS, no id beyond it.
-  assert answers[0]['stop'] == (END, 1)
-  assert answers[0]['forbid'] == (2, 4096, 4097, 4098, 4099)
-  assert [list(a['streams']) for a in answers] == [
+  assert answers[0].stop == (END, 1)
+  assert answers[0].forbid == (2, 4096, 4097, 4098, 4099)
+  assert [list(a.streams) for a in answers] == [
     [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]
   ]  # fmt: skip
 
@@ -284,7 +284,7 @@ def test_too_long_prompts_are_left_out_and_counted(tmp_path, answers):
   store = prepare(tmp_path / 's', several)
   assert store.manifest['rollouts']['too_long'] == 1
   assert sum(store.manifest['documents'].values()) == 11
-  assert [i for a in answers for i in a['streams']] == [
+  assert [i for a in answers for i in a.streams] == [
     0,
     1,
     2,

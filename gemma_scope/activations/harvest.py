@@ -17,7 +17,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -129,17 +129,28 @@ class Ahead:
     threading.Thread(target=work, daemon=True).start()
 
 
+class Text(NamedTuple):
+  """What the language model reads.
+
+  Attributes:
+    sequences: `sequences(start, count)` -> int32 [count, T], for any start;
+      called in a thread.
+    keep: tokens [N, T] -> bool [N, T]: which rows count.
+  """
+
+  sequences: Callable[[int, int], np.ndarray]
+  keep: Callable[[np.ndarray], np.ndarray]
+
+
 class ModelSource:
   """Rows from forward passes of the language model.
 
   Args:
     gemma, params: the model.
     at: the sites to read, all in one pass.
-    sequences: `sequences(start, count)` -> int32 [count, T], for any start;
-      called in a thread.
+    text: what it reads.
     layout: the sizes of chunks and batches.
     mesh: its 'data' axis splits the sequences.
-    keep: tokens [N, T] -> bool [N, T]: which rows count.
   """
 
   def __init__(
@@ -147,20 +158,21 @@ class ModelSource:
     gemma: lm.Gemma,
     params: lm.Params,
     at: Sequence[sites.Site],
-    sequences: Callable[[int, int], np.ndarray],
+    text: Text,
     layout: Layout,
     mesh: Mesh,
-    keep: Callable[[np.ndarray], np.ndarray],
   ):
     self.layout = layout
     self.sites = tuple(at)
     self.widths = {site: site.width(gemma.config) for site in self.sites}
     self.parts = layout.sequences // layout.lm_batch
     self.gemma, self.params = gemma, params
-    self.sequences, self.keep = sequences, keep
+    self.text = text
     self._tokens_place = mesh_lib.sharding(mesh, 'data', None)
     count = layout.sequences
-    self._tokens = Ahead(lambda chunk, _: sequences(chunk * count, count), 1)
+    self._tokens = Ahead(
+      lambda chunk, _: text.sequences(chunk * count, count), 1
+    )
 
     @functools.partial(
       jax.jit, out_shardings=mesh_lib.sharding(mesh, 'data', None, None)
@@ -187,7 +199,7 @@ class ModelSource:
   def counts(self, chunk: int) -> np.ndarray:
     """See `Raw`."""
     (tokens_NT,) = self._tokens(chunk)
-    return self.keep(tokens_NT)[:, 1:].reshape(-1)
+    return self.text.keep(tokens_NT)[:, 1:].reshape(-1)
 
 
 def rows(

@@ -127,7 +127,7 @@ def _harvest(config: ConfigDict, mesh):
       config.lm.name, config.lm.checkpoint, config.lm.dtype, mesh, layers,
   )  # fmt: skip
   layout = setup.layout(config)
-  source = harvest.ModelSource(gemma, None, at, None, layout, mesh, None)
+  source = harvest.ModelSource(gemma, None, at, None, layout, mesh)
   tokens_BT = jax.ShapeDtypeStruct(
     (layout.lm_batch, layout.seq_len),
     jnp.int32,

@@ -97,7 +97,7 @@ def frontier(path: str | os.PathLike[str], rows: Sequence[table.Row]):
     halves = picture.subfigures(*((1, 2) if beside else (2, 1)), wspace=0.04)
     looks = _looks(rows)
     for half, (key, label) in zip(halves, _MEASURES, strict=True):
-      _draw(half, grid, columns, rows, key, label, looks)
+      _draw(half, grid, rows, (key, label), looks)
     _legend(picture, looks, any(table.control(metrics) for _, metrics in rows))
     metadata = {'.png': {'Software': None}, '.svg': {'Date': None}}
     metadata['.pdf'] = {'CreationDate': None}
@@ -167,8 +167,10 @@ def _look(card: dict) -> tuple[int, str]:
   return card['width'], table.architecture(card)
 
 
-def _draw(half, grid, columns, rows, key, label, looks):
+def _draw(half, grid, rows, measure, looks):
   """One measure: a panel for each place; equal kinds get equal scales."""
+  key, label = measure
+  columns = max(map(len, grid))
   axes = half.subplots(
     len(grid), columns, sharex=True, sharey='row', squeeze=False
   )

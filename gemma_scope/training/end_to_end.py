@@ -81,8 +81,8 @@ class Feed:
       ValueError: all tokens are left out.
     """
     poll()
-    tokens_BT = self.source.sequences(step * self._count, self._count)
-    keep_BT = self.source.keep(tokens_BT)
+    tokens_BT = self.source.text.sequences(step * self._count, self._count)
+    keep_BT = self.source.text.keep(tokens_BT)
     keep_BT &= np.arange(keep_BT.shape[1]) > 0  # BOS
     kept = int(keep_BT.sum())
     if not kept:

@@ -90,10 +90,11 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
     gemma,
     params,
     at,
-    functools.partial(prepare.batch, rows),
+    harvest.Text(
+      functools.partial(prepare.batch, rows), special(tokenizer, store).keep
+    ),
     layout(config, store.share),
     mesh,
-    special(tokenizer, store).keep,
   )
   facts = {
     'model': config.lm.name,

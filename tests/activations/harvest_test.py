@@ -48,7 +48,8 @@ def make(mesh_shape=(1, 1, 1), dtype='float32', batch=16, at=AT):
   layout = harvest.Layout.of(
     chunk_rows=100, seq_len=T, batch=batch, lm_batch=8, dtype=dtype
   )
-  source = harvest.ModelSource(gemma, params, at, sequences, layout, mesh, KEEP)
+  text = harvest.Text(sequences, KEEP)
+  source = harvest.ModelSource(gemma, params, at, text, layout, mesh)
   return source, mesh, gemma, params
 
 
@@ -173,10 +174,8 @@ def test_rows_that_are_not_finite_are_dropped_and_counted(made, bad):
 def test_a_chunk_of_special_tokens_alone_is_a_sentence(made):
   source, mesh, _, _ = made
   with pytest.raises(ValueError, match='no usable row'):
-    only = harvest.ModelSource(
-        *make()[2:], AT, lambda s, n: np.full((n, T), 2, np.int32),
-        source.layout, mesh, KEEP,
-    )  # fmt: skip
+    text = harvest.Text(lambda s, n: np.full((n, T), 2, np.int32), KEEP)
+    only = harvest.ModelSource(*make()[2:], AT, text, source.layout, mesh)
     chunks_lib.Chunks(only, 0, mesh).load(0)
 
 

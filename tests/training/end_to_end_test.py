@@ -287,10 +287,8 @@ def test_divergence_and_its_gradient_are_those_of_whole_logits():
 def chunks_of(gemma, params, site, rows, mesh, **sizes):
   sizes |= dict(seq_len=rows.shape[1], dtype='float32')
   layout = harvest.Layout.of(**sizes)
-  source = harvest.ModelSource(
-      gemma, params, (site,), lambda start, n: rows[start : start + n], layout,
-      mesh, SPECIAL.keep,
-  )  # fmt: skip
+  text = harvest.Text(lambda start, n: rows[start : start + n], SPECIAL.keep)
+  source = harvest.ModelSource(gemma, params, (site,), text, layout, mesh)
   return chunks_lib.Chunks(source, 0, mesh)
 
 

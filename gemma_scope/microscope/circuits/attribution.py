@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope import sae, sites
+from gemma_scope import sae
 from gemma_scope.language_model import splice
 from gemma_scope.microscope.circuits import (
   budget,
@@ -242,10 +242,12 @@ def search(
   for start in progress.track(range(0, steps + 4, batch), 'gradients'):
     at = np.arange(start, min(start + batch, steps + 4))
     value_S, slope = _slopes(
-      subject.gemma, subject.lm_params, subject.place.targets, tokens_1T,
-      tuple(a[np.resize(at, batch)] for a in shifts), length - 1, logit[0],
-      -1 if logit[1] is None else logit[1],
-    )  # fmt: skip
+      (subject.gemma, subject.place.targets),
+      subject.lm_params,
+      tokens_1T,
+      tuple(a[np.resize(at, batch)] for a in shifts),
+      (length - 1, logit[0], -1 if logit[1] is None else logit[1]),
+    )
     values.append(np.asarray(value_S)[: len(at)])
     slopes.append([np.asarray(g)[: len(at)] for g in slope])
   value_S = np.concatenate(values)
@@ -300,12 +302,16 @@ def _parts(gemma, lm_params, params, place, tokens_1T, keep_T):
   )
 
 
-@functools.partial(jax.jit, static_argnames=('gemma', 'targets'))
-def _slopes(
-  gemma, lm_params, targets: tuple[sites.Site, ...], tokens_1T, shifts,
-  position, plus, minus,
-):  # fmt: skip
-  """m and its gradient at each target, at y + shift [S, T, D]."""
+@functools.partial(jax.jit, static_argnums=0)
+def _slopes(where, lm_params, tokens_1T, shifts, measure):
+  """m and its gradient at each target, at y + shift [S, T, D].
+
+  Args:
+    where: Gemma and the targets.
+    measure: m's position and two tokens; -1 where the second is none.
+  """
+  gemma, targets = where
+  position, plus, minus = measure
   tokens_ST = jnp.broadcast_to(tokens_1T, (len(shifts[0]), tokens_1T.shape[1]))
   at = splice.last(gemma)
 

@@ -91,11 +91,18 @@ def effects(
     at = np.arange(start, min(start + batch, rows_count))
     filled = np.resize(at, min(batch, _power(rows_count)))
     part = Rows(*(a[filled] for a in given))
+    texts = _Texts(
+      tokens_PT[prompt_B[filled]],
+      before_PTD[prompt_B[filled]],
+      usual_BT[filled],
+    )
     found = _effects(
-      subject.gemma, subject.place, subject.lm_params, subject.params,
-      tokens_PT[prompt_B[filled]], before_PTD[prompt_B[filled]], part,
-      usual_BT[filled], np.int32(logit[0]), np.int32(minus), given.projects,
-    )  # fmt: skip
+      (subject.gemma, subject.place, given.projects),
+      (subject.lm_params, subject.params),
+      texts,
+      part,
+      (np.int32(logit[0]), np.int32(minus)),
+    )
     parts.append([np.asarray(a)[: len(at)] for a in found])
   kl, loss, clean, logit_BT, clean_logit = (
     np.concatenate(column) for column in zip(*parts, strict=True)
@@ -128,17 +135,25 @@ def _last(gemma, lm_params, tokens_PT):
   return gemma.forward(lm_params, tokens_PT, taps=(at,), logits=False).taps[at]
 
 
-@functools.partial(jax.jit, static_argnames=('gemma', 'place', 'projects'))
-def _effects(
-  gemma, place, lm_params, params, tokens_BT, before_BTD, rows, where_BT, plus,
-  minus, projects,
-):  # fmt: skip
+class _Texts(NamedTuple):
+  """The texts of a pass, without changes, and where changes apply."""
+
+  tokens_BT: np.ndarray
+  before_BTD: jax.Array
+  where_BT: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _effects(subject, params, texts: _Texts, rows: Rows, logit):
+  gemma, place, projects = subject
+  lm_params, sae_params = params
+  plus, minus = logit
   at = splice.last(gemma)
+  edits = intervene.edits(place, sae_params, rows, texts.where_BT, projects)
   after_BTD = gemma.forward(
-      lm_params, tokens_BT, taps=(at,), logits=False,
-      edits=intervene.edits(place, params, rows, where_BT, projects),
-  ).taps[at]  # fmt: skip
-  next_BT = jnp.roll(tokens_BT, -1, 1)
+    lm_params, texts.tokens_BT, taps=(at,), edits=edits, logits=False
+  ).taps[at]
+  next_BT = jnp.roll(texts.tokens_BT, -1, 1)
 
   def of_slice(after_BtD, before_BtD, next_Bt):
     logits = [gemma.unembed(lm_params, x) for x in (after_BtD, before_BtD)]
@@ -148,7 +163,7 @@ def _effects(
     of = lambda a: a[..., plus] - jnp.where(minus < 0, 0, a[..., minus])
     return kl_Bt, take(logq), take(logp), of(logits[0]), of(logits[1])
 
-  found = splice.by_slices(of_slice, None, after_BTD, before_BTD, next_BT)
+  found = splice.by_slices(of_slice, None, after_BTD, texts.before_BTD, next_BT)
   kl_BT, loss_BT, clean_BT, logit_BT, clean_logit_BT = map(splice.join, found)
   return kl_BT, loss_BT[:, :-1], clean_BT[:, :-1], logit_BT, clean_logit_BT
 
@@ -182,7 +197,6 @@ def dose_response(
   strengths: Sequence[float] = STRENGTHS,
   logit: tuple[int, int | None],
   controls: int = 8,
-  seed: int = 0,
 ) -> list[dict[str, Any]]:
   """Effects at each strength, next to controls of equal norm.
 
@@ -191,7 +205,6 @@ def dose_response(
     change: the change; its strength is ignored.
     strengths: in units of the latent's largest value.
     controls: number of control latents; the same at every strength.
-    seed: for the choice of control latents.
 
   Returns:
     For each strength `kl`, `delta_loss`, `delta_logit`, and `control`: for each
@@ -200,7 +213,7 @@ def dose_response(
   """
   series = [[dataclasses.replace(change, strength=s)] for s in strengths]
   both = intervene.with_controls(
-    subject, intervene.rows(subject, series), controls, seed
+    subject, intervene.rows(subject, series), controls
   )
   # Each control uses the same latent at every strength.
   for i in range(controls):

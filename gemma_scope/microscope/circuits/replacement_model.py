@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope import sae, sites
-from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
 from gemma_scope.microscope.circuits import budget, effects, intervene
 from gemma_scope.microscope.circuits.intervene import Subject
@@ -149,12 +148,15 @@ class Replacement:
     for start in range(0, len(targets), count):
       part = list(targets[start : start + count])
       filled = part + [part[-1]] * (count - len(part))
-      g_nTD, g_nMTD = _slopes(
-        self._gemma, outputs, self._lm_params, self._tokens_1T,
-        self._skips, np.array([outputs.index(site) for site, _, _ in filled]),
+      ends = (
+        np.array([outputs.index(site) for site, _, _ in filled]),
         np.array([t for _, t, _ in filled]),
         np.stack([vector for _, _, vector in filled]),
-      )  # fmt: skip
+      )
+      where = self._gemma, outputs
+      g_nTD, g_nMTD = _slopes(
+        where, self._lm_params, self._tokens_1T, self._skips, ends
+      )
       features_nJ = [
         self._written(n, g_nMTD) for n in range(len(self._subjects))
       ]
@@ -195,10 +197,14 @@ class Replacement:
       at = np.arange(start, min(start + _CHUNK, len(mine)))
       j = np.resize(at, _CHUNK)
       for m, target in enumerate(one.place.targets):
+        at_J = (l[j], i[j], m) if one.place.several else (i[j],)
         part = _decoded(
-          one.params['W_dec'], l[j], i[j], m, s.position[mine][j],
-          s.value[mine][j].astype(np.float32), g_nMTD[:, target.layer],
-        )  # fmt: skip
+          one.params['W_dec'],
+          at_J,
+          s.position[mine][j],
+          s.value[mine][j].astype(np.float32),
+          g_nMTD[:, target.layer],
+        )
         reaches = l[at] <= m if one.place.several else True
         total[:, at] += np.where(reaches, np.asarray(part)[:, : len(at)], 0)
     return total
@@ -231,12 +237,15 @@ def _encoded(params, x, y):
     return f, y - sae.decode(params, f, x)
 
 
-@functools.partial(jax.jit, static_argnames=('gemma', 'outputs'))
-def _slopes(
-  gemma: lm.Gemma, outputs: tuple[sites.Site, ...], lm_params, tokens_1T,
-  skips: dict[str, Any], output_n, position_n, vector_nD,
-):  # fmt: skip
-  """Derivatives with respect to embeddings [n, T, D] and MLPs [n, M, T, D]."""
+@functools.partial(jax.jit, static_argnums=0)
+def _slopes(where, lm_params, tokens_1T, skips: dict[str, Any], ends):
+  """Derivatives with respect to embeddings [n, T, D] and MLPs [n, M, T, D].
+
+  Args:
+    where: Gemma, and the sites that targets read.
+    ends: of each target its site's number, its token and its vector.
+  """
+  gemma, outputs = where
   still = jax.lax.stop_gradient
 
   def stream(embedding_1TD, added_M1TD):
@@ -276,13 +285,12 @@ def _slopes(
     embedding_1TD, added_M1TD = back(at)
     return embedding_1TD[0], added_M1TD[:, 0]
 
-  return jax.vmap(one)(output_n, position_n, vector_nD)
+  return jax.vmap(one)(*ends)
 
 
 @jax.jit
-def _decoded(W_dec, l_J, i_J, m, t_J, value_J, g_nTD):
-  W_JD = W_dec[i_J] if W_dec.ndim == 2 else W_dec[l_J, i_J, m]
-  return jnp.einsum('njd,jd->nj', g_nTD[:, t_J], W_JD) * value_J
+def _decoded(W_dec, at_J, t_J, value_J, g_nTD):
+  return jnp.einsum('njd,jd->nj', g_nTD[:, t_J], W_dec[at_J]) * value_J
 
 
 @jax.jit

@@ -62,9 +62,13 @@ class Flag:
     if self.kind == 'switch':
       return f'--[no]{self.name}'
     value = '|'.join(self.choices) or {
-      'whole': 'N', 'number': 'X', 'path': 'PATH', 'paths': 'PATH,...',
-      'words': 'A,B,...', 'config': 'FILE[:FIELDS]',
-    }.get(self.kind, 'TEXT')  # fmt: skip
+      'whole': 'N',
+      'number': 'X',
+      'path': 'PATH',
+      'paths': 'PATH,...',
+      'words': 'A,B,...',
+      'config': 'FILE[:FIELDS]',
+    }.get(self.kind, 'TEXT')
     return f'--{self.name}={value}'
 
   def define(self, values: absl_flags.FlagValues) -> None:

@@ -34,9 +34,12 @@ from gemma_scope.config_fields import (
 
 # Fields that hold a path of this machine.
 _PATHS = (
-  'lm.checkpoint', 'lm.tokenizer', 'text.store', 'activations.store',
+  'lm.checkpoint',
+  'lm.tokenizer',
+  'text.store',
+  'activations.store',
   'initialise.release',
-)  # fmt: skip
+)
 # Those that may hold an address: a checkpoint of Orbax in a bucket.
 _ADDRESSES = ('lm.checkpoint',)
 

@@ -18,13 +18,17 @@ ARCHITECTURES = {
   # architecture -> the penalties it can be trained by; 'target_l0' asks every
   # architecture for an L0, each in its own way (see `objectives`)
   'jumprelu': (
-      'target_l0', 'l0', 'quadratic_l0', 'quadratic_frequency', 'tanh',
+    'target_l0',
+    'l0',
+    'quadratic_l0',
+    'quadratic_frequency',
+    'tanh',
   ),
   'topk': ('target_l0',),
   'batch_topk': ('target_l0',),
   'gated': ('target_l0', 'l1'),
   'relu': ('target_l0', 'l1', 'tanh'),
-}  # fmt: skip
+}
 PENALTIES = tuple(dict.fromkeys(p for ps in ARCHITECTURES.values() for p in ps))
 DTYPES = ('float32', 'bfloat16')
 _MOST = 2**31 - 1  # counters on the devices are int32

@@ -81,9 +81,13 @@ def run(
         scores = {}
         if config.evaluation.sequences:
           scores = evaluate_saes(
-              config, workdir, saes, interrupt,
-              workdir / 'evaluation.json', report,
-          )  # fmt: skip
+            config,
+            workdir,
+            saes,
+            interrupt,
+            workdir / 'evaluation.json',
+            report,
+          )
       except interrupt_lib.Interrupted:
         report('stopped in the evaluation; the same command continues')
         return False

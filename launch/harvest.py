@@ -78,9 +78,13 @@ def main(arguments: list[str] | None = None) -> None:
           status=lambda: f'pass {passes:,}, {source.parts:,} in a chunk',
         ) as progress:
           store.write_store(
-              out, source, given.chunks, facts, poll,
-              lambda chunk: progress.update(chunk + 1),
-          )  # fmt: skip
+            out,
+            source,
+            given.chunks,
+            facts,
+            poll,
+            lambda chunk: progress.update(chunk + 1),
+          )
     except interrupt_lib.Interrupted:
       print('stopped; the same command continues')
 

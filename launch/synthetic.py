@@ -84,10 +84,13 @@ def main(arguments: list[str] | None = None) -> None:
           given.chunks, layout.rows, label='synthetic'
         )
         store.write_store(
-            out, source, given.chunks,
-            synthetic.facts(source.truth, layout.dtype), interrupt.check,
-            lambda chunk: progress.update(chunk + 1),
-        )  # fmt: skip
+          out,
+          source,
+          given.chunks,
+          synthetic.facts(source.truth, layout.dtype),
+          interrupt.check,
+          lambda chunk: progress.update(chunk + 1),
+        )
         synthetic.write_truth(out, source.truth)
         progress.close()
     except interrupt_lib.Interrupted:

@@ -48,10 +48,18 @@ SAVED_EVERY = 500  # steps
 
 # Gemma 3's block (qk-norm, no soft-caps) at 1.5 M parameters.
 CONFIG = lm.Config(
-    name='tiny', vocab_size=4096, d_model=128, num_layers=4, num_heads=4,
-    num_kv_heads=2, head_dim=32, d_ff=512, window=64, pattern='LG',
-    qk_norm=True,
-)  # fmt: skip
+  name='tiny',
+  vocab_size=4096,
+  d_model=128,
+  num_layers=4,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=32,
+  d_ff=512,
+  window=64,
+  pattern='LG',
+  qk_norm=True,
+)
 
 
 def mean_loss(gemma: lm.Gemma, params, tokens_BT):

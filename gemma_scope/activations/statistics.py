@@ -202,9 +202,10 @@ class _Meter:
           if moments is self._ordinary:
             self._all.add(sums)
     for kept, values in (
-      (self._norm, norm_R), (self._token, token_R),
+      (self._norm, norm_R),
+      (self._token, token_R),
       (self._position, position_R),
-    ):  # fmt: skip
+    ):
       kept.append(values[usable_R])
 
   def describe(self) -> dict[str, Any]:

@@ -370,8 +370,13 @@ def truth(folder: str | os.PathLike[str]) -> Truth:
       'activations.'
     ) from None
   except (
-    OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile,
-  ) as error:  # fmt: skip
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    zipfile.BadZipFile,
+  ) as error:
     raise ValueError(
       f'{str(path)!r} is damaged ({str(error)[:120]}); write it again with '
       'launch/synthetic.py.'

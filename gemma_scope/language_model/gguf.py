@@ -58,9 +58,11 @@ _EQUAL = {
   'rope.dimension_count': 'attention.key_length',
 }
 _FREE = (
-    'context_length', 'vocab_size', 'rope.scaling.original_context_length',
-    'rope.scaling.finetuned',
-)  # fmt: skip
+  'context_length',
+  'vocab_size',
+  'rope.scaling.original_context_length',
+  'rope.scaling.finetuned',
+)
 _SCALING = {'rope.scaling.type': 'rope_type', 'rope.scaling.factor': 'factor'}
 _NAMES = {
   'self_attn.q_proj': 'attn_q',

@@ -23,9 +23,18 @@ import numpy as np
 
 # Type codes of metadata values -> NumPy; 7 is a bool, 8 a string, 9 an array.
 _SCALARS = {
-    0: 'u1', 1: 'i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4', 7: '?',
-    10: '<u8', 11: '<i8', 12: '<f8',
-}  # fmt: skip
+  0: 'u1',
+  1: 'i1',
+  2: '<u2',
+  3: '<i2',
+  4: '<u4',
+  5: '<i4',
+  6: '<f4',
+  7: '?',
+  10: '<u8',
+  11: '<i8',
+  12: '<f8',
+}
 _STRING, _ARRAY = 8, 9
 _VERSIONS = 2, 3
 _ALIGNMENT = 32  # unless the metadata says another

@@ -16,45 +16,60 @@ _TYPES = 'gemma2', 'gemma3_text', 'gemma3'
 _BASE = 10_000  # of local RoPE
 # What a config.json leaves out where it is so: those published for Gemma 3 do.
 _DEFAULTS = dict(
-    hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
-    num_attention_heads=8, num_key_value_heads=4, head_dim=256,
-    query_pre_attn_scalar=256, sliding_window=4096,
-    hidden_activation='gelu_pytorch_tanh', rms_norm_eps=1e-6,
-    attention_bias=False, tie_word_embeddings=True,
-    use_bidirectional_attention=False,
-)  # fmt: skip
+  hidden_size=2304,
+  intermediate_size=9216,
+  num_hidden_layers=26,
+  num_attention_heads=8,
+  num_key_value_heads=4,
+  head_dim=256,
+  query_pre_attn_scalar=256,
+  sliding_window=4096,
+  hidden_activation='gelu_pytorch_tanh',
+  rms_norm_eps=1e-6,
+  attention_bias=False,
+  tie_word_embeddings=True,
+  use_bidirectional_attention=False,
+)
 _DEFAULTS_OF = {
-    'gemma2': dict(
-        vocab_size=256_000, attn_logit_softcapping=50.0,
-        final_logit_softcapping=30.0, sliding_window_pattern=2,
-    ),
-    'gemma3': dict(
-        vocab_size=262_208, attn_logit_softcapping=None,
-        final_logit_softcapping=None, sliding_window_pattern=6,
-    ),
-}  # fmt: skip
+  'gemma2': dict(
+    vocab_size=256_000,
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+    sliding_window_pattern=2,
+  ),
+  'gemma3': dict(
+    vocab_size=262_208,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+    sliding_window_pattern=6,
+  ),
+}
 # What this project's forward pass computes, and no other.
 _FIXED = (
-  'hidden_activation', 'rms_norm_eps', 'attention_bias', 'tie_word_embeddings',
-)  # fmt: skip
+  'hidden_activation',
+  'rms_norm_eps',
+  'attention_bias',
+  'tie_word_embeddings',
+)
 _NOT_COUNTS = 'query_pre_attn_scalar', 'sliding_window_pattern'
 _ROPE = {
-    'rope_theta', 'rope_local_base_freq', 'rope_scaling', 'rope_parameters',
-}  # fmt: skip
+  'rope_theta',
+  'rope_local_base_freq',
+  'rope_scaling',
+  'rope_parameters',
+}
 _PATTERN = 'layer_types', 'sliding_window_pattern', '_sliding_window_pattern'
 # Fields that change nothing that is computed here: of training, of generation,
 # of other parts of the model, and of the library that wrote the file.
-_FREE = {
-    'architectures', 'attention_dropout', 'boi_token_index', 'bos_token_id',
-    'cache_implementation', 'dtype', 'eoi_token_index', 'eos_token_id',
-    'hidden_act', 'image_token_index', 'initializer_range',
-    'max_position_embeddings', 'mm_tokens_per_image', 'model_type',
-    'pad_token_id', 'text_config', 'torch_dtype', 'transformers_version',
-    'use_cache', 'vision_config', 'num_image_tokens',
-    'mm_soft_tokens_per_image',
-    'task_specific_params', 'problem_type', 'id2label', 'label2id',
-    'chunk_size_feed_forward', 'return_dict', 'is_encoder_decoder',
-}  # fmt: skip
+_FREE = frozenset(
+  """architectures attention_dropout boi_token_index bos_token_id
+  cache_implementation dtype eoi_token_index eos_token_id hidden_act
+  image_token_index initializer_range max_position_embeddings
+  mm_tokens_per_image model_type pad_token_id text_config torch_dtype
+  transformers_version use_cache vision_config num_image_tokens
+  mm_soft_tokens_per_image task_specific_params problem_type id2label
+  label2id chunk_size_feed_forward return_dict is_encoder_decoder""".split()
+)
 _FREE_START = '_', 'unsloth'  # the writing library's own notes
 
 

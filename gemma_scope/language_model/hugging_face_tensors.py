@@ -47,12 +47,14 @@ _MATRICES = {
   'attn/q_einsum/w': ('self_attn.q_proj',),
   'attn/kv_einsum/w': ('self_attn.k_proj', 'self_attn.v_proj'),
   'attn/qkv_einsum/w': (
-    'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj',
+    'self_attn.q_proj',
+    'self_attn.k_proj',
+    'self_attn.v_proj',
   ),
   'attn/attn_vec_einsum/w': ('self_attn.o_proj',),
   'mlp/gating_einsum': ('mlp.gate_proj', 'mlp.up_proj'),
   'mlp/linear': ('mlp.down_proj',),
-}  # fmt: skip
+}
 
 
 def read(

@@ -145,15 +145,18 @@ def steps(cases: Sequence[Case], mesh, repeats: int) -> list[dict[str, Any]]:
     share = 10 * case.d * case.width * case.members * rates / matmul
     records.append(
       {
-        'measure': 'step', **dataclasses.asdict(case), 'limit': case.room,
-        **_where(mesh), **_spread('tokens_per_s', rates),
+        'measure': 'step',
+        **dataclasses.asdict(case),
+        'limit': case.room,
+        **_where(mesh),
+        **_spread('tokens_per_s', rates),
         **_spread('matmul_share', share),
         'matmul_flops': statistics.median(matmul),
         'l0': float(np.mean(found['l0'])),
         'sparse_steps': float(np.mean(found['sparse_steps'])),
         **infos[case],
       }
-    )  # fmt: skip
+    )
   return records
 
 
@@ -208,9 +211,11 @@ def _peak(compiled) -> int | None:
   if m is None:
     return None
   return (
-    m.argument_size_in_bytes + m.output_size_in_bytes
-    + m.temp_size_in_bytes - m.alias_size_in_bytes
-  )  # fmt: skip
+    m.argument_size_in_bytes
+    + m.output_size_in_bytes
+    + m.temp_size_in_bytes
+    - m.alias_size_in_bytes
+  )
 
 
 def plain_matmul(
@@ -252,9 +257,10 @@ def _spread(name: str, values) -> dict[str, float]:
   """Median, smallest and largest."""
   median, least, most = np.median(values), np.min(values), np.max(values)
   return {
-    name: float(median), f'{name}_low': float(least),
+    name: float(median),
+    f'{name}_low': float(least),
     f'{name}_high': float(most),
-  }  # fmt: skip
+  }
 
 
 def _where(mesh) -> dict[str, Any]:
@@ -291,12 +297,17 @@ def harvest(name: str, seq_len: int, lm_batch: int, mesh, repeats: int):
   rates = lm_batch * seq_len / np.array(times['pass'])
   share = flops / np.array(times['pass']) / matmul
   return {
-    'measure': 'harvest', 'lm': name, 'seq_len': seq_len,
-    'lm_batch': lm_batch, 'sites': len(at), **_where(mesh),
-    **_spread('tokens_per_s', rates), **_spread('matmul_share', share),
+    'measure': 'harvest',
+    'lm': name,
+    'seq_len': seq_len,
+    'lm_batch': lm_batch,
+    'sites': len(at),
+    **_where(mesh),
+    **_spread('tokens_per_s', rates),
+    **_spread('matmul_share', share),
     'flops_per_token': flops / lm_batch / seq_len,
     'peak_bytes': _peak(compiled),
-  }  # fmt: skip
+  }
 
 
 def collection(
@@ -343,12 +354,16 @@ def collection(
   together = tokens_each / np.array(times['all'])
   apart = tokens_each / np.array(times['one']) / case.members
   return {
-    'measure': 'collection', **dataclasses.asdict(case), 'd': config.d_model,
-    'limit': case.room, 'lm': name, **_where(mesh),
+    'measure': 'collection',
+    **dataclasses.asdict(case),
+    'd': config.d_model,
+    'limit': case.room,
+    'lm': name,
+    **_where(mesh),
     **_spread('tokens_per_s', together),
     **_spread('single_runs_tokens_per_s', apart),
     **_spread('ratio', together / apart),
-  }  # fmt: skip
+  }
 
 
 class _Rows:
@@ -372,9 +387,12 @@ class _Rows:
 def data(case: Case, rows: int, mesh, repeats: int) -> list[dict[str, Any]]:
   """Rates at which a chunk is shuffled, and read from a store on disk."""
   layout = harvest_lib.Layout.of(
-      chunk_rows=rows, seq_len=257, batch=case.batch, lm_batch=16,
-      dtype='float32',
-  )  # fmt: skip
+    chunk_rows=rows,
+    seq_len=257,
+    batch=case.batch,
+    lm_batch=16,
+    dtype='float32',
+  )
   source = _Rows(layout, case.d)
   chunks = chunks_lib.Chunks(source, 0, mesh)
 
@@ -391,14 +409,11 @@ def data(case: Case, rows: int, mesh, repeats: int) -> list[dict[str, Any]]:
     times = interleaved(
       {'chunk': lambda: load(chunks), 'store': lambda: load(from_disk)}, repeats
     )
+  sizes = {'d': case.d, 'batch': case.batch, 'rows': layout.rows}
+  rates = {what: layout.rows / np.array(times[what]) for what in times}
   return [
-    {
-      'measure': what, 'd': case.d, 'batch': case.batch, 'rows': layout.rows,
-      **_where(mesh),
-      **_spread('rows_per_s', layout.rows / np.array(times[what])),
-      **_spread(
-        'bytes_per_s', 4 * case.d * layout.rows / np.array(times[what])
-      ),
-    }
+    {'measure': what, **sizes, **_where(mesh)}
+    | _spread('rows_per_s', rates[what])
+    | _spread('bytes_per_s', 4 * case.d * rates[what])
     for what in ('chunk', 'store')
-  ]  # fmt: skip
+  ]

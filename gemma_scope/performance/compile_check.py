@@ -41,9 +41,12 @@ from gemma_scope.sae import fold
 from gemma_scope.training import loop, setup
 
 _COLLECTIVES = (
-  'all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
+  'all-reduce',
+  'all-gather',
+  'reduce-scatter',
+  'all-to-all',
   'collective-permute',
-)  # fmt: skip
+)
 _BITS = {'pred': 8, 's8': 8, 'u8': 8, 'bf16': 16, 'f16': 16, 's64': 64}
 _UNITS = {'B': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
@@ -124,8 +127,8 @@ def _harvest(config: ConfigDict, mesh):
   at = specs.site_list(config)
   layers = 1 + max(site.layer for site in at)
   gemma, wanted = weights.shapes(
-      config.lm.name, config.lm.checkpoint, config.lm.dtype, mesh, layers,
-  )  # fmt: skip
+    config.lm.name, config.lm.checkpoint, config.lm.dtype, mesh, layers
+  )
   layout = setup.layout(config)
   source = harvest.ModelSource(gemma, None, at, None, layout, mesh)
   tokens_BT = jax.ShapeDtypeStruct(
@@ -198,11 +201,14 @@ def _compiled(name, tokens, flops, lower, pod, mesh) -> Program:
     used = re.search(r'Used ([\d.]+)([BKMGT]) of [\d.]+[BKMGT] hbm', str(error))
     size = int(float(used[1]) * _UNITS[used[2]]) if used else None
     return Program(
-        name, tokens, flops, hbm_bytes=size,
-        roofline_s=flops / pod.device.flops,
-        compile_s=time.monotonic() - start,
-        error=str(error).splitlines()[0][:300],
-    )  # fmt: skip
+      name,
+      tokens,
+      flops,
+      hbm_bytes=size,
+      roofline_s=flops / pod.device.flops,
+      compile_s=time.monotonic() - start,
+      error=str(error).splitlines()[0][:300],
+    )
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   found = float(cost['flops'])
   turns = flops / found if flops > 1.5 * found else 1.0
@@ -212,13 +218,21 @@ def _compiled(name, tokens, flops, lower, pod, mesh) -> Program:
   arguments = memory.argument_size_in_bytes
   used = arguments + memory.temp_size_in_bytes + output
   return Program(
-      name, tokens, flops, found, turns, moved, arguments,
-      memory.temp_size_in_bytes, output,
-      max(used, getattr(memory, 'peak_memory_in_bytes', 0)),
-      estimate if estimate_holds(estimate, flops / pod.device.flops) else None,
-      max(flops / pod.device.flops, moved / pod.device.hbm_rate),
-      collectives(compiled.as_text()), time.monotonic() - start,
-  )  # fmt: skip
+    name,
+    tokens,
+    flops,
+    found,
+    turns,
+    moved,
+    arguments,
+    memory.temp_size_in_bytes,
+    output,
+    max(used, getattr(memory, 'peak_memory_in_bytes', 0)),
+    estimate if estimate_holds(estimate, flops / pod.device.flops) else None,
+    max(flops / pod.device.flops, moved / pod.device.hbm_rate),
+    collectives(compiled.as_text()),
+    time.monotonic() - start,
+  )
 
 
 def estimate_holds(estimate: float, least: float) -> bool:

@@ -285,9 +285,12 @@ class _Watch:
 
   def _beat(self, state: str = 'alive', why: str = '') -> None:
     value = {
-      'host': socket.gethostname(), 'pid': os.getpid(),
-      'beat': next(self._beats), 'state': state, 'why': why[:500],
-    }  # fmt: skip
+      'host': socket.gethostname(),
+      'pid': os.getpid(),
+      'beat': next(self._beats),
+      'state': state,
+      'why': why[:500],
+    }
     with self._writing:
       if state == 'alive' and self._stopped.is_set():
         return  # it would overwrite why this process failed

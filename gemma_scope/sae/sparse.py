@@ -165,10 +165,9 @@ def _decoder_gradient(shards, f_BLK, i_BLK, y_BLD):
   def local(f_BLK, i_BLK, y_BLD):
     at_BLK, dW_MLFD = shards.flat(i_BLK), []
     for m in range(shards.layers):
-      dW_FD = add(
-        _to(m, f_BLK), _to(m, at_BLK), y_BLD[:, m], (m + 1) * shards.local,
-        shards.dtype,
-      )  # fmt: skip
+      f_BK, at_BK = _to(m, f_BLK), _to(m, at_BLK)
+      count = (m + 1) * shards.local
+      dW_FD = add(f_BK, at_BK, y_BLD[:, m], count, shards.dtype)
       dW_LFD = dW_FD.reshape(m + 1, shards.local, -1)
       after = shards.layers - m - 1
       dW_MLFD.append(jnp.pad(dW_LFD, ((0, after), (0, 0), (0, 0))))
@@ -395,20 +394,17 @@ class Candidates:
   def encoder_gradient(self, g: jax.Array, x: jax.Array) -> jax.Array:
     """Gradient of W_enc [F, D] or [L, F, D], given that of x W_enc^T."""
 
-    add = choice.on(self._shards.device, plain.scatter_add)
+    shards = self._shards
+    add = choice.on(shards.device, plain.scatter_add)
 
-    def local(g_BLK, i_BLK, x_BLD):
+    def local(*arrays):
       dW_LFD = [
-        add(
-          g_BLK[:, l], i_BLK[:, l], x_BLD[:, l], self._shards.local,
-          self._shards.dtype,
-        )
-        for l in range(self._shards.layers)
-      ]  # fmt: skip
-      return self._shards.sum_over('data', jnp.stack(dW_LFD))
+        add(*(a[:, l] for a in arrays), shards.local, shards.dtype)
+        for l in range(shards.layers)
+      ]
+      return shards.sum_over('data', jnp.stack(dW_LFD))
 
-    dW_LFD = self._shards.run(
-      local, (_CANDIDATES, _CANDIDATES, _ROWS), _ENCODER,
-      self._in(g), self._i, self._in(x),
-    )  # fmt: skip
+    arguments = self._in(g), self._i, self._in(x)
+    inputs = (_CANDIDATES, _CANDIDATES, _ROWS)
+    dW_LFD = shards.run(local, inputs, _ENCODER, *arguments)
     return dW_LFD.reshape(*self.shape, -1)

@@ -43,11 +43,10 @@ from gemma_scope.training import (
 _PATIENCE = 100  # steps in a row without a finite gradient
 
 # Fields that may change when a run is continued: no parameter depends on them.
-_MAY_CHANGE = (
-    'checkpoint', 'metrics', 'evaluation', 'activations.memory',
-    'activations.ahead', 'mesh', 'lm.checkpoint', 'lm.tokenizer', 'text.store',
-    'train.active_limit',
-)  # fmt: skip
+_MAY_CHANGE = tuple(
+  """checkpoint metrics evaluation activations.memory activations.ahead
+  mesh lm.checkpoint lm.tokenizer text.store train.active_limit""".split()
+)
 
 
 def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -109,18 +108,25 @@ def train(
     feed = end_to_end.Feed(chunks, config.end_to_end.sequences, mesh)
   else:
     feed = chunks_lib.Feed(chunks, config.train.steps)
-  with checkpoints.Checkpoints(
-    workdir / 'checkpoints', keep=config.checkpoint.keep
-  ) as saves:
+  keep = config.checkpoint.keep
+  with checkpoints.Checkpoints(workdir / 'checkpoints', keep=keep) as saves:
     loop = _Loop(
-        config, workdir, mesh, feed, stacks, groups, saves, lease, report,
-        facts,
-    )  # fmt: skip
+      config,
+      workdir,
+      mesh,
+      feed,
+      stacks,
+      groups,
+      saves,
+      lease,
+      report,
+      facts,
+    )
     loop.start()
     loop.run(interrupt)
   return trained.Result(
-      loop.done, loop.step, loop.normalisation, stacks, loop.states, facts,
-  )  # fmt: skip
+    loop.done, loop.step, loop.normalisation, stacks, loop.states, facts
+  )
 
 
 class NotFiniteError(RuntimeError):

@@ -30,8 +30,14 @@ from gemma_scope.text import corpus, tokenizers
 
 # One of these, or none (the space between tokens).
 CLASSES = (
-  'keyword', 'name', 'string', 'comment', 'number', 'operator', 'indent',
-)  # fmt: skip
+  'keyword',
+  'name',
+  'string',
+  'comment',
+  'number',
+  'operator',
+  'indent',
+)
 # Any of these.
 PLACES = ('docstring', 'def_name', 'in_def', 'in_class', 'call_argument')
 

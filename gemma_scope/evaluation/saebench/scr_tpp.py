@@ -157,10 +157,15 @@ def scr(
     for on, index in _choices(effect_F, f_BF[train_B], count, seed).items():
       now = accuracy(biased, _without(x_bD, f_bF, params, index), t_b)
       worth = after - before >= _WORTH
-      removed.append({
-          'on': on, 'count': count, 'features': index.tolist(), 'accuracy': now,
+      removed.append(
+        {
+          'on': on,
+          'count': count,
+          'features': index.tolist(),
+          'accuracy': now,
           'score': (now - before) / (after - before) if worth else None,
-      })  # fmt: skip
+        }
+      )
   return {
     'biased': before,
     'unbiased': after,
@@ -228,10 +233,15 @@ def tpp(
         ]
       )
       intended, other = drop_CC[own].mean(), drop_CC[~own].mean()
-      removed.append({
-          'on': on, 'count': count, 'score': float(intended - other),
-          'intended': float(intended), 'unintended': float(other),
-      })  # fmt: skip
+      removed.append(
+        {
+          'on': on,
+          'count': count,
+          'score': float(intended - other),
+          'intended': float(intended),
+          'unintended': float(other),
+        }
+      )
   return {
     'classes': dict(zip(labels, before_C.tolist(), strict=True)),
     'removed': removed,

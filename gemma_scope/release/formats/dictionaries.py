@@ -42,10 +42,14 @@ _KEYS = {
   'MatryoshkaBatchTopKSAE': _PLAIN,
   'JumpReluAutoEncoder': _PLAIN,
   'GatedAutoEncoder': (
-    'encoder.weight', 'decoder.weight', 'decoder_bias', 'r_mag', 'gate_bias',
+    'encoder.weight',
+    'decoder.weight',
+    'decoder_bias',
+    'r_mag',
+    'gate_bias',
     'mag_bias',
   ),
-}  # fmt: skip
+}
 _OPTIONAL = ('k', 'threshold', 'group_sizes')
 _WHOLE = ('k', 'group_sizes')
 _ALIASES = {'MatroyshkaBatchTopKSAE': 'MatryoshkaBatchTopKSAE'}  # once misspelt
@@ -64,8 +68,10 @@ _FIELDS = frozenset(
   trainer_class wandb_name warmup_steps weights_temperature""".split()
 )
 _KINDS = {
-  'resid_post': 'resid_post', 'mlp_out': 'mlp_raw', 'attention_out': 'attn_raw',
-}  # fmt: skip
+  'resid_post': 'resid_post',
+  'mlp_out': 'mlp_raw',
+  'attention_out': 'attn_raw',
+}
 
 
 def is_there(folder: pathlib.Path) -> bool:

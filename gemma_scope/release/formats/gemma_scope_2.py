@@ -28,9 +28,13 @@ from gemma_scope.release import sae_folder
 from gemma_scope.release.formats import hook_points, tensors
 
 _KEYS = {
-  'W_enc': 'w_enc', 'b_enc': 'b_enc', 'W_dec': 'w_dec', 'b_dec': 'b_dec',
-  'threshold': 'threshold', 'W_skip': 'affine_skip_connection',
-}  # fmt: skip
+  'W_enc': 'w_enc',
+  'b_enc': 'b_enc',
+  'W_dec': 'w_dec',
+  'b_dec': 'b_dec',
+  'threshold': 'threshold',
+  'W_skip': 'affine_skip_connection',
+}
 _TENSORS = {
   'required': [_KEYS[key] for key in sae_folder.KEYS],
   'optional': [_KEYS['W_skip']],
@@ -100,9 +104,13 @@ def _card(config: Mapping[str, Any], path: str, count: int) -> dict[str, Any]:
   reads = _sites(config, 'hf_hook_point_in', count)
   writes = _sites(config, 'hf_hook_point_out', count)
   card = {
-    'name': path, 'type': kind, 'sites': reads, 'targets': writes,
-    'model': _model(config.get('model_name')), 'architecture': 'jumprelu',
-  }  # fmt: skip
+    'name': path,
+    'type': kind,
+    'sites': reads,
+    'targets': writes,
+    'model': _model(config.get('model_name')),
+    'architecture': 'jumprelu',
+  }
   l0 = config.get('l0')
   if isinstance(l0, int | float) and not isinstance(l0, bool):
     card['sparsity'] = {'kind': 'target_l0', 'value': l0}

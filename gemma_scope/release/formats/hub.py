@@ -89,10 +89,11 @@ def fetch(
       f'{"; it has " + ", ".join(near) if near else ""}.'
     )
   fetched = [
-    _retried(repository, _client().hf_hub_download, repository, name,
-             revision=commit)
+    _retried(
+      repository, _client().hf_hub_download, repository, name, revision=commit
+    )
     for name in wanted
-  ]  # fmt: skip
+  ]
   return pathlib.Path(fetched[0]).parent, f'{repository}/{inside}'
 
 
@@ -169,9 +170,11 @@ def _is_plain(name: str) -> bool:
 def _list(repository: str, revision: str) -> tuple[list[str], str]:
   """Names of a repository's files, and the commit that has them."""
   info = _retried(
-    repository, _client().HfApi().repo_info, repository,
+    repository,
+    _client().HfApi().repo_info,
+    repository,
     revision=revision or None,
-  )  # fmt: skip
+  )
   return sorted(file.rfilename for file in info.siblings), info.sha
 
 

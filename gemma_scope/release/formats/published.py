@@ -39,9 +39,14 @@ from gemma_scope.release.released import Released
 # Tried in this order: each knows its own files.
 FORMATS = (gemma_scope_1, gemma_scope_2, saelens, sparsify, dictionaries)
 _FILES = {
-  'params.npz', 'params.safetensors', 'params_layer_0.safetensors',
-  saelens.WEIGHTS, sparsify.WEIGHTS, dictionaries.WEIGHTS, dictionaries.PICKLE,
-}  # fmt: skip
+  'params.npz',
+  'params.safetensors',
+  'params_layer_0.safetensors',
+  saelens.WEIGHTS,
+  sparsify.WEIGHTS,
+  dictionaries.WEIGHTS,
+  dictionaries.PICKLE,
+}
 _L0 = re.compile(r'(?:^|/)average_l0_(\d{1,6})(?:_[\w.+-]*)?$')
 _CANONICAL = 100
 _MOST = 1 << 16  # folders of a release
@@ -333,9 +338,12 @@ def _order(entry: Entry):
       return -1
 
   return (
-    re.sub(r'\d', '', entry.path.split('layer_')[0]), number(entry.layer),
-    number(entry.width, sites.parse_width), number(entry.l0), entry.path,
-  )  # fmt: skip
+    re.sub(r'\d', '', entry.path.split('layer_')[0]),
+    number(entry.layer),
+    number(entry.width, sites.parse_width),
+    number(entry.l0),
+    entry.path,
+  )
 
 
 def canonical(paths: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""One sparse autoencoder: Flax modules, and a released one's two functions.
+"""One sparse autoencoder in training: a Flax module.
 
   z = (x - b_dec) W_enc + b_enc          pre-activations, x with E|x|^2 = 1
   f = activation(z)                      latents, sparse
@@ -34,7 +34,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gemma_scope.sae import activation_functions as functions
 from gemma_scope.sae import decoders, sparse
 
 
@@ -291,7 +290,7 @@ class Autoencoder(nn.Module):
     return self.write(self.latents(x, k).f_BF) + self.offset(x)
 
   def released(self, params, theta, k) -> dict[str, jax.Array]:
-    """Released parameters, for the functions `encode` and `decode` below.
+    """Released parameters, for `released.encode` and `released.decode`.
 
     Args:
       params: of one SAE of this module.
@@ -368,53 +367,3 @@ class Autoencoder(nn.Module):
     """Dense FLOPs of a training step: five matmuls, 2 B D F each."""
     pairs = (self.layers + 1) / 2 if self.layers else 1
     return int(2 * rows * self.width * (2 * self.d_in + 3 * pairs * self.d_out))
-
-
-# A released SAE is a mapping of arrays, named as in Gemma Scope's files, that
-# acts on raw activations through the two functions below.
-
-
-def encode(params: Mapping[str, jax.Array], x_BD: jax.Array) -> jax.Array:
-  """Latents of raw activations (released parameters).
-
-  Args:
-    params: W_enc [D, F], b_enc [F], threshold [F], and for TopK k []; with
-      several layers each has a leading axis L.
-    x_BD: [..., D]; with several layers [..., L, D].
-
-  Returns:
-    f [..., F], or [..., L, F].
-  """
-  terms = '...ld,ldf->...lf' if params['W_enc'].ndim == 3 else '...d,df->...f'
-  z_BF = jnp.einsum(terms, x_BD, params['W_enc']) + params['b_enc']
-  f_BF = jnp.where(z_BF > params['threshold'], jax.nn.relu(z_BF), 0)
-  if 'k' not in params:
-    return f_BF
-  latent_axes = tuple(range(-params['b_enc'].ndim, 0))
-  least = functions.kth_largest(f_BF, params['k'], latent_axes)
-  return jnp.where(f_BF >= least, f_BF, 0)
-
-
-def decode(
-  params: Mapping[str, jax.Array],
-  f_BF: jax.Array,
-  x_BD: jax.Array | None = None,
-) -> jax.Array:
-  """Raw reconstruction of latents (released parameters).
-
-  Args:
-    params: W_dec [F, D_out], b_dec [D_out]; with several layers W_dec
-      [L, F, L, D_out], from layer to layer, and b_dec [L, D_out].
-    f_BF: [..., F], or [..., L, F].
-    x_BD: the raw input, needed where `params` has W_skip.
-
-  Returns:
-    y_hat [..., D_out], or [..., L, D_out].
-  """
-  several = params['W_dec'].ndim == 4
-  terms = '...lf,lfmd->...md' if several else '...f,fd->...d'
-  y_BD = jnp.einsum(terms, f_BF, params['W_dec']) + params['b_dec']
-  if 'W_skip' not in params:
-    return y_BD
-  terms = '...ld,lde->...le' if several else '...d,de->...e'
-  return y_BD + jnp.einsum(terms, x_BD, params['W_skip'])

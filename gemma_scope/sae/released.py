@@ -1,4 +1,11 @@
-"""Parameters of released SAEs on the devices: placed, stacked, replicated."""
+"""Released SAEs: encode and decode, and their parameters on the devices.
+
+A released SAE is a mapping of arrays, named as in the files of Gemma Scope. It
+acts on raw activations:
+
+  encode  f = a ? relu(x W_enc + b_enc) : 0,  a = x W_enc + b_enc > threshold
+  decode  y_hat = f W_dec + b_dec (+ x W_skip)
+"""
 
 from __future__ import annotations
 
@@ -10,7 +17,100 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gemma_scope.sae import activation_functions
+
 RESIDENT_BYTES = 2**32  # SAEs that together are smaller stay on the devices
+
+Params = Mapping[str, jax.Array | np.ndarray]
+
+
+def encode(params: Params, x_BD: jax.Array) -> jax.Array:
+  """Latents of raw activations.
+
+  Args:
+    params: W_enc [D, F], b_enc [F], threshold [F], and for TopK k []; with
+      several layers each has a leading axis L.
+    x_BD: [..., D]; with several layers [..., L, D].
+
+  Returns:
+    f [..., F], or [..., L, F].
+
+  Raises:
+    ValueError, TypeError: the parameters or the width belong to something else.
+  """
+  _check(params, 'W_enc', 'b_enc', 'threshold')
+  W_enc = params['W_enc']
+  x_BD = _of_shape('Activations', x_BD, W_enc.shape[:-1])
+  terms = '...ld,ldf->...lf' if W_enc.ndim == 3 else '...d,df->...f'
+  z_BF = jnp.einsum(terms, x_BD, W_enc) + params['b_enc']
+  f_BF = jnp.where(z_BF > params['threshold'], jax.nn.relu(z_BF), 0)
+  if 'k' not in params:
+    return f_BF
+  latent_axes = tuple(range(-params['b_enc'].ndim, 0))
+  least = activation_functions.kth_largest(f_BF, params['k'], latent_axes)
+  return jnp.where(f_BF >= least, f_BF, 0)
+
+
+def decode(
+  params: Params, f_BF: jax.Array, x_BD: jax.Array | None = None
+) -> jax.Array:
+  """Raw reconstruction of latents.
+
+  Args:
+    params: W_dec [F, D_out], b_dec [D_out]; with several layers W_dec
+      [L, F, L, D_out], from layer to layer, and b_dec [L, D_out].
+    f_BF: [..., F], or [..., L, F].
+    x_BD: the raw input, needed where `params` has W_skip.
+
+  Returns:
+    y_hat [..., D_out], or [..., L, D_out].
+
+  Raises:
+    ValueError, TypeError: the parameters or the width belong to something else.
+  """
+  _check(params, 'W_dec', 'b_dec')
+  W_dec = params['W_dec']
+  several = W_dec.ndim == 4
+  f_BF = _of_shape('Latents', f_BF, W_dec.shape[: 1 + several])
+  terms = '...lf,lfmd->...md' if several else '...f,fd->...d'
+  y_BD = jnp.einsum(terms, f_BF, W_dec) + params['b_dec']
+  if 'W_skip' not in params:
+    return y_BD
+  if x_BD is None:
+    raise ValueError(
+      'These parameters have W_skip, which carries the input to the output: '
+      'decode(params, f, x) needs the input x too.'
+    )
+  W_skip = params['W_skip']
+  x_BD = _of_shape('Activations', x_BD, W_skip.shape[:-1])
+  terms = '...ld,lde->...le' if several else '...d,de->...e'
+  return y_BD + jnp.einsum(terms, x_BD, W_skip)
+
+
+def _check(params: Params, *names: str) -> None:
+  if not isinstance(params, Mapping):
+    raise TypeError(
+      'The parameters of an SAE are a mapping of arrays, such as '
+      f'`release.load(path)[0]`; found a {type(params).__name__}.'
+    )
+  missing = [name for name in names if name not in params]
+  if missing:
+    raise ValueError(
+      f'The parameters of an SAE have {", ".join(names)}; {missing[0]} is '
+      f'missing among {", ".join(map(str, params)) or "none"}.'
+    )
+
+
+def _of_shape(name: str, given, wanted: tuple[int, ...]) -> jax.Array:
+  """The array, whose last axes must be `wanted`."""
+  array = given if hasattr(given, 'shape') else jnp.asarray(given)
+  if tuple(array.shape[-len(wanted) :]) != tuple(wanted):
+    axes = ', '.join(map(str, wanted))
+    raise ValueError(
+      f'{name} of shape {list(array.shape)} do not fit this SAE, which takes '
+      f'[..., {axes}].'
+    )
+  return array
 
 
 def shardings(

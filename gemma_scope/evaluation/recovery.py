@@ -1,37 +1,36 @@
-"""How much of known features an SAE recovers, beside controls.
+"""How many of the true features of synthetic activations an SAE recovers.
 
-Features have directions d_i (over all the target sites of the SAE, one after
-the other), latents have decoders w_j (the same); c_ij is their cosine.
+A feature has a direction d_i and a latent a decoder w_j, both concatenated over
+the target sites of the SAE; c_ij is their cosine.
 
   mmcs          mean over features of max_j c_ij
   recovered     share of features with max_j c_ij > 0.9, and the share that a
                 one-to-one assignment of latents to features can reach
-  absorption    below
+  absorption    see below
 
-Only latents that fire on the rows given count: a dead one has found nothing.
-Only features count that the SAE could find: those read at one of its sites and
-written at one of its targets.
+Dead latents do not count as recovering anything. Only features that the SAE can
+recover are scored: those present at one of its sites and one of its targets.
 
-Absorption, in the spirit of SAEBench (arXiv 2503.09532): where a child fires,
-its parent does too, and a latent for "child and parent" lets the parent's own
-latent fall silent. For a parent p and its child q:
+Absorption, as in SAEBench (arXiv 2503.09532): a parent feature is active
+wherever its child is, and a latent for "child and parent" can keep the parent's
+own latent silent. For a parent p and its child q:
 
-  main       the latent of the largest cosine to d_p, and all above 0.9 (a
-             parent may be split); one of them must fire on at least half of the
-             rows where p fires and none of its children do, and the largest
-             cosine must be 0.7 at least. Else p was not found, and the pair
-             says nothing of absorption: it counts in `parents_found` only.
-  absorber   a latent that is not main, whose decoder leans on both: cosines of
-             0.3 at least with the part of d_p orthogonal to d_q and with the
-             part of d_q orthogonal to d_p. A pure latent of q is none.
-  absorbed   a row on which p and q fire, no main latent does, and an absorber
-             does.
+  main       the latent with the largest cosine to d_p, and all above 0.9 (a
+             parent may be split over several). The parent counts as found if
+             the largest cosine is at least 0.7 and a main latent fires on at
+             least half of the rows where p is active without its children. A
+             pair whose parent was not found counts in `parents_found` alone.
+  absorber   any other latent whose decoder has a cosine of at least 0.3 with
+             the part of d_p orthogonal to d_q and with the part of d_q
+             orthogonal to d_p. A pure latent for q is not an absorber.
+  absorbed   a row where p and q are active and an absorber fires, but no main
+             latent does.
 
-`absorption` is the mean over found pairs of the absorbed share of the rows on
-which both fire. `missed_alone` is how often no main latent fires where p fires
-alone: what the failure of a mere weak detector would be.
+`absorption` is the absorbed share of the rows where both are active, as a mean
+over pairs. `missed_alone` is how often no main latent fires where p is active
+alone; a weak detector would have this rate everywhere.
 
-The controls are those of `controls`, scored by the same function at the same
+Controls come from `controls` and are scored by the same functions at the same
 L0.
 """
 
@@ -52,7 +51,7 @@ from gemma_scope.evaluation import controls
 FOUND = 0.9  # cosine from which a feature counts as recovered
 _MAIN = 0.7
 _LEANS = 0.3
-_LEAST = 10  # rows of each kind that a pair needs
+_LEAST = 10  # rows of each kind, so that a pair is scored
 _ROWS = 4096  # rows scored at once
 
 Params = Mapping[str, np.ndarray]
@@ -67,35 +66,35 @@ def recovery(
   read: Sequence[sites.Site],
   write: Sequence[sites.Site],
 ) -> dict[str, Any]:
-  """Scores released parameters against the truth; JSON-able.
+  """Scores released parameters against the true features; the result is JSON.
 
   Args:
     params: of one SAE, transcoder, crosscoder or cross-layer transcoder.
-    truth: the features.
-    rows: raw activations [R, D] of the sites, which training has not seen.
-    f_true_RG: the features' coefficients on the same rows.
-    read, write: the member's sites and targets; for an SAE, the same.
+    truth: the true features.
+    rows: held-out raw activations [R, D] of each site.
+    f_true_RG: the true features' coefficients on these rows.
+    read, write: the sites that the SAE reads and writes.
 
   Returns:
-    'l0', 'fvu' (total over dimensions, mean over targets; the best that the
-    noise allows is near `noise_fvu`), 'dead' (share of latents that never fire
-    here), 'mmcs', 'mmcs_weighted' (by frequency), 'recovered',
-    'recovered_distinct', 'features' (how many are asked), and 'absorption',
-    'missed_alone', 'parents_found' (None where the truth has no pairs, or none
-    that says anything), 'pairs' (how many pairs absorption is the mean of).
+    'l0', 'fvu' (total over dimensions, mean over targets; noise limits it to
+    about `noise_fvu`), 'dead' (share of latents that never fire here), 'mmcs',
+    'mmcs_weighted' (by frequency), 'recovered', 'recovered_distinct',
+    'features' (number scored), 'absorption', 'missed_alone', 'parents_found'
+    (None if there are no pairs with enough rows) and 'pairs' (number of pairs
+    in the mean of absorption).
   """
   several = np.ndim(params['W_enc']) == 3
   x = controls.beside(rows, read, several)
   y = controls.beside(rows, write, several)
   fires_RF, fvu = _forward(params, x, y)
   alive_F = fires_RF.any(0)
-  d_GD, asked_G = _directions(truth, read, write)
+  d_GD, scored_G = _directions(truth, read, write)
   w_FD = _unit(np.reshape(params['W_dec'], (fires_RF.shape[1], -1)))
   c_GF = np.where(alive_F, d_GD @ w_FD.T, 0)
   best_G = c_GF.max(1)
-  weight_G = truth.frequency_G * asked_G
-  # The most features that distinct latents can have, each above FOUND.
-  hit = np.float64(c_GF[asked_G] > FOUND)
+  weight_G = truth.frequency_G * scored_G
+  # The most features that can be matched to distinct latents, all above FOUND.
+  hit = np.float64(c_GF[scored_G] > FOUND)
   distinct = hit[optimize.linear_sum_assignment(hit, maximize=True)].sum()
   noise = truth.settings.noise
   return {
@@ -103,17 +102,17 @@ def recovery(
     'fvu': fvu,
     'noise_fvu': noise / (1 + noise),
     'dead': float(1 - alive_F.mean()),
-    'mmcs': float(best_G[asked_G].mean()),
+    'mmcs': float(best_G[scored_G].mean()),
     'mmcs_weighted': float(best_G @ weight_G / weight_G.sum()),
-    'recovered': float((best_G[asked_G] > FOUND).mean()),
-    'recovered_distinct': float(distinct / asked_G.sum()),
-    'features': int(asked_G.sum()),
-    **_absorption(fires_RF, f_true_RG > 0, (c_GF, d_GD, w_FD), asked_G, truth),
+    'recovered': float((best_G[scored_G] > FOUND).mean()),
+    'recovered_distinct': float(distinct / scored_G.sum()),
+    'features': int(scored_G.sum()),
+    **_absorption(fires_RF, f_true_RG > 0, (c_GF, d_GD, w_FD), scored_G, truth),
   }
 
 
 def _forward(params, x, y) -> tuple[np.ndarray, float]:
-  """Which latents fire [R, all F], and FVU as a mean over targets."""
+  """Which latents fire [R, F of all layers], and FVU as a mean over targets."""
 
   @jax.jit
   def run(x):
@@ -138,26 +137,26 @@ def _unit(w_FD: np.ndarray) -> np.ndarray:
 
 
 def _directions(truth, read, write) -> tuple[np.ndarray, np.ndarray]:
-  """Unit directions over all targets [G, L D], and which features are asked."""
+  """Unit directions over all targets [G, L D], and which features to score."""
   d_GD = np.concatenate([truth.directions[site] for site in write], 1)
   at_inputs_GD = np.concatenate([truth.directions[site] for site in read], 1)
-  asked_G = d_GD.any(1) & at_inputs_GD.any(1)
-  if not asked_G.any():
+  scored_G = d_GD.any(1) & at_inputs_GD.any(1)
+  if not scored_G.any():
     raise ValueError(
-      'No feature is both read at '
-      f'{", ".join(map(str, read))} and written at {", ".join(map(str, write))}'
-      '; choose sites of one layer, or later targets.'
+      f'No true feature is present both at {", ".join(map(str, read))} and at '
+      f'{", ".join(map(str, write))}; choose sites of one layer, or later '
+      'targets.'
     )
-  return _unit(d_GD), asked_G
+  return _unit(d_GD), scored_G
 
 
 def _absorption(
-  fires_RF, truly_RG, directions, asked_G, truth
+  fires_RF, truly_RG, directions, scored_G, truth
 ) -> dict[str, Any]:
-  """See the module; `directions`: cosines, features, decoders."""
+  """Absorption; `directions` are cosines, feature directions and decoders."""
   c_GF, d_GD, w_FD = directions
   pairs = [
-    (p, q) for q, p in enumerate(truth.parent_G) if p >= 0 and asked_G[q]
+    (p, q) for q, p in enumerate(truth.parent_G) if p >= 0 and scored_G[q]
   ]
   enough, absorbed, missed = 0, [], {}
   for p, q in pairs:
@@ -188,7 +187,7 @@ def _absorption(
   }
 
 
-HELD_OUT = 10**6  # a chunk that no store holds
+HELD_OUT = 10**6  # a chunk beyond the end of any store
 
 
 def score(
@@ -197,18 +196,19 @@ def score(
   poll: Callable[[], None] = lambda: None,
   report: Callable[[int], None] = lambda done: None,
 ) -> dict[str, dict[str, Any]]:
-  """Metrics of SAEs trained on a synthetic store, with controls.
+  """Scores SAEs trained on a synthetic store, and controls.
 
   Args:
-    saes: what is scored.
+    saes: the SAEs to score.
     store: the folder that launch/synthetic.py wrote.
     poll: called often; may raise to stop.
-    report: called with the number done.
+    report: called with the number of SAEs done.
 
   Returns:
-    name -> l0, fvu, dead, `recovery` (all of it), and the same of each control
-    in `controls`, of the one of least FVU as `control`. Controls are fitted on
-    the store's first rows and, like the SAE, scored on rows that it lacks.
+    For each name l0, fvu, dead and `recovery`; the same for each control in
+    `controls`, and for the control with the least FVU in `control`. Controls
+    are fitted on the store's first rows. Everything is scored on rows that are
+    not in the store.
   """
   truth = synthetic.truth(store)
   layout = harvest.Layout.of(
@@ -223,25 +223,24 @@ def score(
   fitted_on, rows = rows_of(0), rows_of(HELD_OUT)
   f_RG = synthetic.latents(truth.settings, HELD_OUT, layout.rows)
   scores = {}
-  for sae_given in saes:
+  for released in saes:
     poll()
-    wiring = sae_given.wiring
-    at = wiring.sites, wiring.targets
+    wiring = released.wiring
 
-    def metrics(params, at=at):
-      found = recovery(params, truth, rows, f_RG, *at)
-      figures = {key: found[key] for key in ('l0', 'fvu', 'dead')}
-      return {**figures, 'recovery': found}
+    def metrics(params, wiring=wiring):
+      scored = recovery(params, truth, rows, f_RG, wiring.sites, wiring.targets)
+      figures = {key: scored[key] for key in ('l0', 'fvu', 'dead')}
+      return {**figures, 'recovery': scored}
 
-    own = metrics(sae_given.load())
-    shape = controls.Shape(wiring, sae_given.card['width'])
+    own = metrics(released.load())
+    shape = controls.Shape(wiring, released.card['width'])
     (made,) = controls.fit(shape, [own['l0']], fitted_on)
-    beside = {kind: metrics(make()) for kind, make in made.items()}
-    scores[sae_given.name] = {
+    of_controls = {kind: metrics(make()) for kind, make in made.items()}
+    scores[released.name] = {
       **own,
       'tokens': layout.rows,
-      'control': min(beside.values(), key=lambda control: control['fvu']),
-      'controls': beside,
+      'control': min(of_controls.values(), key=lambda scored: scored['fvu']),
+      'controls': of_controls,
     }
     report(len(scores))
   return scores

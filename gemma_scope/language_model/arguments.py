@@ -97,6 +97,11 @@ def params(
     depth: the number of layers that the pass runs through.
     final: whether it reads the final norm.
   """
+  if not isinstance(given, Mapping):
+    raise TypeError(
+      'The parameters of a language model are a nested mapping, as '
+      f'weights.load returns it; found a {type(given).__name__}.'
+    )
   found = traverse_util.flatten_dict(given, sep='/')
   for name, want in traverse_util.flatten_dict(wanted, sep='/').items():
     layer = re.match(r'layer_(\d+)/', name)

@@ -1,26 +1,28 @@
-"""Samples from Gemma: batched, with a KV cache, in one compiled program.
+"""Sampling from Gemma: batched, with a KV cache, in one compiled program.
 
   prompts of several lengths -> padded on the left to P
-  prefill   one pass over [B, P]; the last column is every prompt's end
-  loop      pick a token -> one pass over [B, 1] against the cache -> ...
-            until every row has stopped or N tokens are there (lax.while_loop)
+  prefill   one pass over [B, P]; the last column is the end of every prompt
+  loop      pick a token -> one pass over [B, 1] with the cache -> ...
+            until every row has stopped or N tokens are sampled (lax.while_loop)
 
   pick      temperature 0: argmax;  else argmax(logits / temperature + Gumbel)
 
-Row b draws its noise from fold_in(fold_in(key(seed), stream_b), n) at its n-th
-token: a reply is a function of (seed, stream, prompt), whoever shares its
-batch. Other shapes (P, B, devices) may round logits otherwise, by 1e-6 or so.
+The n-th token of row b is drawn with fold_in(fold_in(key(seed), stream_b), n).
+A reply is therefore a function of (seed, stream, prompt) and does not depend on
+the other rows of its batch. With other shapes (P, B, devices) logits may differ
+by rounding, about 1e-6.
 
-Edits are those of `lm.Gemma.forward` and act on every token, the prompt's and
-the generated ones. The program is compiled once for each set of edit functions
-and shapes; numbers bound with `jax.tree_util.Partial(fn, vector, strength)`
-are arguments of it, so that another strength compiles nothing.
+Edits work as in `lm.Gemma.forward` and apply to all tokens, of the prompt and
+of the reply. The program is compiled once for each set of edit functions and
+shapes. Numbers bound with `jax.tree_util.Partial(fn, vector, strength)` are
+arguments of the program, so that another strength compiles nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers as numbers_lib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -32,8 +34,8 @@ from jax.tree_util import Partial
 from gemma_scope import sites
 from gemma_scope.language_model import gemma as lm
 
-PAD = 0  # what Gemma never attends to, and what is never sampled
-_ROUND = 16  # prompt lengths are rounded up to it: few programs
+PAD = 0  # Gemma never attends to it, and it is never sampled
+_ROUND = 16  # prompt lengths are rounded up to a multiple, for few programs
 
 Edits = Mapping[sites.Site, lm.Edit]
 
@@ -64,13 +66,25 @@ class Sampling:
   forbid: Sequence[int] = ()
 
   def __post_init__(self):
-    fit = self.max_new_tokens > 0 and self.temperature >= 0 and self.top_k >= 0
-    if not fit or not 0 <= self.seed < 2**32:
+    numbers = self.max_new_tokens, self.temperature, self.top_k, self.seed
+    fit = all(isinstance(number, numbers_lib.Real) for number in numbers)
+    if not fit or not (
+      self.max_new_tokens > 0
+      and self.temperature >= 0
+      and self.top_k >= 0
+      and 0 <= self.seed < 2**32
+    ):
       raise ValueError(
-        f'max_new_tokens={self.max_new_tokens}, temperature='
-        f'{self.temperature}, top_k={self.top_k}, seed={self.seed}: the first '
-        'must be positive, the others not negative, the seed below 2**32.'
+        f'max_new_tokens={self.max_new_tokens!r}, temperature='
+        f'{self.temperature!r}, top_k={self.top_k!r}, seed={self.seed!r}: the '
+        'first must be positive, the others not negative, the seed below 2**32.'
       )
+    for name in ('stop', 'forbid'):
+      ids = np.asarray(getattr(self, name))
+      if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+          f'{name} must be a list of token ids; found {getattr(self, name)!r}.'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +156,7 @@ def generate(
       np.uint32(sampling.seed),
       np.float32(sampling.temperature),
       np.asarray(sampling.stop, np.int32).reshape(-1),
-      np.asarray([PAD, *sampling.forbid], np.int32),
+      np.append(np.int32(PAD), np.asarray(sampling.forbid, np.int32)),
     )
     replies_BN = _sample(gemma, limits, params, _bound(edits), tokens_BP, draw)
     for row_N in np.asarray(replies_BN)[: len(members)]:

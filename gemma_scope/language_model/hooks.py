@@ -4,11 +4,11 @@
        every submodule's call of every block passes through `Hooks.intercept`,
        which edits and then records the values at the sites asked for
 
-One `Hooks` belongs to one trace: what it recorded are that trace's values.
-Norms and the inputs of attention's scores are computed in float32 here.
+A `Hooks` belongs to one trace and records values of that trace. Norms and the
+inputs of attention scores are computed in float32 here.
 
-Frozen, the norms' denominators and the attention's weights have no gradient:
-the derivative is then that of the model that is linear but for its MLPs.
+If frozen, the denominators of norms and the attention weights have no gradient.
+The model is then linear, except for its MLPs.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ class Hooks:
     """Gemma's RMSNorm in float32: x / rms(x) * (1 + scale)."""
     dtype = x.dtype
     x = x.astype(jnp.float32)
-    one = jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
-    x = x * (jax.lax.stop_gradient(one) if self.frozen else one)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
+    x = x * (jax.lax.stop_gradient(scale) if self.frozen else scale)
     x = visit_ungained(x)
     gain = 1 + module.get_variable('params', 'scale').astype(jnp.float32)
     return (x * gain).astype(dtype)

@@ -1,15 +1,14 @@
-"""The compiled steps of an evaluation: taps, reconstructions, spliced losses.
+"""Forward passes with a reconstruction in the place of an activation.
 
-  y_hat_BTD = decode(encode(x_BTD)), y itself where a token does not count
+  y_hat_BTD = decode(encode(x_BTD)), or y where a token does not count
   delta     = loss(tokens, y_hat at the target) - loss(tokens)
 
-x is read at a member's sites and y at its targets, the same in an SAE. With
-several layers x and y are stacked on an axis L or M of layers, and each target
-is spliced alone.
+An SAE reads x at its sites and predicts y at its targets. With several layers x
+and y have an axis L or M of layers, and each target is spliced on its own.
 
-A spliced pass starts at its target's own block, from the residual stream that
-the clean pass left there: the layers before it, the same for all members, are
-run once for all of them, and XLA drops them here because nothing reads them.
+A spliced pass starts at the target's block, from the residual stream of the
+clean pass. The layers before it are then run only once for all SAEs: in the
+spliced pass nothing reads them, and XLA drops them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from gemma_scope.language_model import gemma as lm
 
 Taps = dict[sites.Site, jax.Array]
 
-_ROWS = 512  # tokens whose latents or logits are there at once, a device
+_ROWS = 512  # tokens per device whose latents or logits exist at once
 
 
 def before(site: sites.Site) -> sites.Site:
@@ -51,19 +50,22 @@ def residual(
   """The last residual stream with `y_hat` in the place of y at `target`.
 
   Args:
+    gemma, params, tokens_BT: as in `lm.Gemma.forward`.
+    target: the site to splice at.
+    y_hat_BTD: the reconstruction.
     before_BTD: the tap at `before(target)`, where the pass starts.
   """
-  # In this order: where the target is its block's input, y_hat is what counts.
+  # In this order, so that y_hat wins if the target is the block's input.
   edits = {before(target): lambda _: before_BTD, target: lambda _: y_hat_BTD}
-  at = last(gemma)
+  end = last(gemma)
   with jax.named_scope('splice'):
     return gemma.forward(
-      params, tokens_BT, taps=(at,), edits=edits, logits=False
-    ).taps[at]
+      params, tokens_BT, taps=(end,), edits=edits, logits=False
+    ).taps[end]
 
 
 def everywhere(tree, mesh: Mesh | None):
-  """Replicated, so that every process of a pod can read it."""
+  """Replicates a tree, so that every process of a pod can read it."""
   if mesh is None:
     return tree
   whole = NamedSharding(mesh, PartitionSpec())
@@ -73,13 +75,20 @@ def everywhere(tree, mesh: Mesh | None):
 def by_slices(
   function: Callable, mesh: Mesh | None, *arrays_BT, rows: int = 0
 ) -> Any:
-  """`function(*arrays)` on slices of T of about `rows` (512) tokens a device.
+  """Applies a function to slices of T, one after the other.
 
-  Latents and logits are many times wider than x: so they are never there for a
-  whole batch, and on a CPU they stay in the cache, which halves the time.
+  Latents and logits are many times wider than x. Slices keep them from existing
+  for a whole batch; on a CPU they also stay in the cache, which halves the
+  time.
+
+  Args:
+    function: called with a slice [B, t, ...] of each array.
+    mesh: the devices; None for one.
+    arrays_BT: arrays [B, T, ...].
+    rows: tokens in a slice, per device; 0 for 512.
 
   Returns:
-    Its results with a leading axis of slices; `join` makes [n, B, t, ...] one.
+    The results with a leading axis of slices; `join` merges [n, B, t, ...].
   """
   batch, length = arrays_BT[0].shape[:2]
   devices = mesh.shape.get('data', 1) if mesh is not None else 1
@@ -106,5 +115,5 @@ def join(x_nBt: jax.Array) -> jax.Array:
 def taps(
   gemma: lm.Gemma, params: lm.Params, tokens_BT: jax.Array, at: tuple
 ) -> Taps:
-  """x_BTD at each of the sites `at`; no logits."""
+  """x_BTD at each of the sites `at`, without logits."""
   return gemma.forward(params, tokens_BT, taps=at, logits=False).taps

@@ -227,7 +227,7 @@ def test_a_transcoder_is_asked_only_for_what_it_can_read():
   truth = orthogonal(
     dataclasses.replace(SETTINGS, sites=('mlp_in/1', 'mlp_out/0'))
   )
-  with pytest.raises(ValueError, match='No feature is both read'):
+  with pytest.raises(ValueError, match='No true feature is present both'):
     score((truth, *data(truth)), params, early[:1], early[1:])
 
 

@@ -205,9 +205,13 @@ def test_refusals():
     {'temperature': -1.0},
     {'seed': 2**32},
     {'top_k': -1},
+    {'temperature': 'hot'},
   ):
     with pytest.raises(ValueError, match='must be positive'):
       sample(**change)
+  for name in ('stop', 'forbid'):
+    with pytest.raises(ValueError, match=f'{name} must be a list of token ids'):
+      sample(**{name: ['<eos>']})
   with pytest.raises(ValueError, match='Prompt 1 has 0 tokens'):
     sample(prompts=[[2], []])
   with pytest.raises(ValueError, match='Prompt 0 has 10 tokens; .* 1 to 8'):

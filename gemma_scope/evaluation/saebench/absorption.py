@@ -1,12 +1,13 @@
-"""Feature absorption: a concept's own latents stay silent, another one fires.
+"""Feature absorption: a concept's latents are silent while another one fires.
 
-A latent for a concept ("starts with s") can stay off on a token where a more
-specific latent ("short") fires and carries the concept's direction as well.
-For a concept with the unit direction w of a logistic probe on x, over held-out
-rows that have the concept and that the probe classifies correctly:
+A latent for a concept ("starts with s") can be silent on a token where a more
+specific latent ("short") fires and writes the concept's direction as well.
+Let w be the unit direction of a logistic probe for the concept on x. Absorption
+is measured on held-out rows that have the concept and that the probe classifies
+correctly:
 
-  p_i   = f_i W_dec[i] . w       what latent i contributes along w
-  p     = x . w                  what the activation has along w, not centred
+  p_i   = f_i W_dec[i] . w       contribution of latent i along w
+  p     = x . w                  projection of the activation, not centred
   main  = the concept's k best latents; k grows while F1 grows by over 0.03
   M     = sum of p_i over main
   A     = sum of the 3 largest p_i > 0 over other latents of cosine >= 0.1 to w
@@ -46,7 +47,7 @@ _PROBE_AUC = 0.8  # below it the direction is not that of the concept
 
 
 class Scores(NamedTuple):
-  """Absorption of each row: the fraction, and the latent that took it all."""
+  """Absorption of each row: the fraction, and full absorption."""
 
   fraction_B: np.ndarray
   full_B: np.ndarray  # bool
@@ -60,7 +61,7 @@ def of_rows(
   w_D: np.ndarray,
   main: np.ndarray,
 ) -> Scores:
-  """Absorption of rows that have the concept and that the probe finds.
+  """Absorption of rows with the concept that the probe classifies correctly.
 
   Args:
     x_BD, f_BF: raw activations and latents.
@@ -95,14 +96,14 @@ def of_rows(
 def of_concept(
   rows: probe.Rows, params: sae_folder.Params, y_B: np.ndarray
 ) -> dict[str, Any]:
-  """Absorption of one concept, plain for JSON.
+  """Absorption of one concept, as a dictionary for JSON.
 
   Returns:
-    `probe_auc`; where it is under 0.8 `fraction` and `full` are None, because
-    no direction of the concept is known. Otherwise both are {'value', 'low',
-    'high'} over `rows` true positives, with groups as clusters; `main` lists
-    the concept's own latents, `absorbers` the latents that fully absorbed it,
-    with counts.
+    `probe_auc`. If it is below 0.8 the probe does not know the concept's
+    direction, and `fraction` and `full` are None. Otherwise both are {'value',
+    'low', 'high'} over the `rows` true positives, with groups as clusters.
+    `main` lists the concept's own latents, and `absorbers` the latents that
+    fully absorbed it, with counts.
   """
   train_B = ~rows.test_B
   dense = probe.logistic(rows.x_BD[train_B], y_B[train_B])
@@ -158,7 +159,7 @@ def _mean(value_B, group_B) -> dict[str, float | None]:
 def mean_of(
   by_concept: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-  """The mean over concepts whose probe found them, and their number."""
+  """The mean over the concepts with a good probe, and their number."""
   scored = [s for s in by_concept.values() if s['fraction'] is not None]
   if not scored:
     return {'concepts': 0, 'fraction': None, 'full': None}

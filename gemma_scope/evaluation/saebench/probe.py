@@ -1,25 +1,26 @@
-"""Linear probes of a concept, on a few latents and on the raw activation.
+"""Linear probes for a concept, on a few latents and on raw activations.
 
-  labelled rows x [B, D] -> latents f [B, F]; train and test by group
-  k-sparse   the k latents whose class means differ most on train, and a
-             logistic regression on those alone
-  controls   the same on a random SAE's latents, on k principal components of
-             x, on k of x's own coordinates, and with the labels shuffled (of
-             whole groups where a group's rows share a label)
-  dense      a logistic regression on all of x; the difference of class means
+  labelled rows x [B, D] -> latents f [B, F], split into train and test by group
+  k-sparse   logistic regression on the k latents whose class means differ most
+             on the train rows
+  controls   the same on the latents of a random SAE, on k principal components
+             of x, on k coordinates of x, and with shuffled labels (shuffled by
+             group if the rows of a group share a label)
+  dense      logistic regression on all of x; the difference of class means
 
-Scores are of test rows only, with a 95 % interval. Rows of one group (prompts
-that share a template, tokens of one document) are not independent: a group is
-in train or in test, never in both, and the interval is over groups,
+Scores are measured on test rows alone, with a 95 % interval. Rows of one group
+(prompts from a template, tokens of a document) are not independent. So a group
+is either in train or in test, and the interval treats groups as clusters:
 
   var = G / (G - 1) sum_g (sum_{b in g} h_b)^2
 
-h_b what row b adds to the score: for a mean over a class of n rows of values v,
-(v_b - v) / n. AUC is such a mean over both classes, v_b the share of the other
-class on the right side of row b (Obuchowski, Biometrics 53, 1997). The interval
-does not cover other draws of the training set.
+where h_b is the influence of row b on the score. For the mean v of values v_b
+over a class of n rows it is (v_b - v) / n. AUC is such a mean over both
+classes, where v_b is the share of the other class on the right side of row b
+(Obuchowski, Biometrics 53, 1997). The interval does not cover the choice of
+train rows.
 
-Both classes have the same weight in a fit, however many rows each has.
+Both classes have the same total weight in a fit.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ import numpy as np
 
 KS = (1, 2, 5, 10, 20)
 _SHUFFLES = 10
-_NEWTON_WIDTH = 256  # of a wider fit the curvature is not formed
+_NEWTON_WIDTH = 256  # wider fits do not form the Hessian
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-  """What is probed: one row a prompt, or one a token.
+  """What is probed: one row for each prompt, or for each token.
 
   Attributes:
     x_BD: raw activations.
-    f_BF: an SAE's latents of them.
-    control_BF: a random SAE's latents, as sparse; None where there is none.
+    f_BF: the SAE's latents for them.
+    control_BF: latents of a random SAE with the same L0, or None.
     test_B: bool, which rows are held out.
-    group_B: int, whose rows are not independent of each other.
+    group_B: int; rows of the same group are not independent.
   """
 
   x_BD: np.ndarray
@@ -58,18 +59,19 @@ class Rows:
     lengths = {len(a) for a in arrays if a is not None} | {len(self.x_BD)}
     if len(lengths) > 1:
       raise ValueError(
-        f'Rows of a probe have one length; found {sorted(lengths)}.'
+        'The arrays of a probe must have the same number of rows; found '
+        f'{sorted(lengths)}.'
       )
     both = set(self.group_B[self.test_B]) & set(self.group_B[~self.test_B])
     if both:
       raise ValueError(
-        f'Group {min(both)} has rows in train and in test, so that a test row '
-        'may be a copy of one that was trained on; split by group.'
+        f'Group {min(both)} has both train rows and test rows, so that test '
+        'rows may be copies of train rows; split by group.'
       )
 
 
 class Probe(NamedTuple):
-  """score = x @ w + b, positive where the label is."""
+  """score = x @ w + b; positive scores predict the label."""
 
   w_D: np.ndarray
   b: float
@@ -79,29 +81,31 @@ class Probe(NamedTuple):
 
 
 def split(group_B: np.ndarray, share: float = 0.3, seed: int = 0) -> np.ndarray:
-  """test_B: about `share` of the groups, whole ones, at least one."""
+  """Holds out about `share` of the groups, at least one; returns test_B."""
   groups = np.unique(group_B)
   if len(groups) < 2:
-    raise ValueError('A probe needs at least two groups: one is held out.')
+    raise ValueError(
+      'A probe needs at least two groups, because one is held out.'
+    )
   count = min(max(1, round(share * len(groups))), len(groups) - 1)
   chosen = np.random.default_rng(seed).permutation(groups)[:count]
   return np.isin(group_B, chosen)
 
 
 def logistic(x_BD: np.ndarray, y_B: np.ndarray, penalty: float = 1.0) -> Probe:
-  """Logistic regression: both classes weigh B / 2, columns scaled to sd 1.
+  """Logistic regression on standardised columns, with balanced classes.
 
-  Minimises sum_b weight_b log(1 + exp(-s_b (x_b w + b))) + penalty / 2 |w|^2,
-  which is scikit-learn's with C = 1 / penalty on the scaled columns.
+  Minimises sum_b weight_b log(1 + exp(-s_b (x_b w + b))) + penalty / 2 |w|^2.
+  This is the loss of scikit-learn with C = 1 / penalty and balanced classes.
 
   Raises:
-    ValueError: only one class is there.
+    ValueError: all rows are of one class.
   """
   from scipy import optimize, special  # slow to import
 
   y_B = np.asarray(y_B, bool)
   if y_B.all() or not y_B.any():
-    raise ValueError('A probe needs rows of both classes to train on.')
+    raise ValueError('A probe needs train rows of both classes.')
   x_BD = np.asarray(x_BD, np.float64)
   mean_D, scale_D = x_BD.mean(0), x_BD.std(0)
   scale_D = np.where(scale_D > 0, scale_D, 1)
@@ -126,7 +130,7 @@ def logistic(x_BD: np.ndarray, y_B: np.ndarray, penalty: float = 1.0) -> Probe:
 
 
 def _newton(loss, x_BD, sign_B, weight_B, penalty: float) -> np.ndarray:
-  """Newton's method with halved steps: few passes where columns are few."""
+  """Newton's method with step halving: few iterations for few columns."""
   from scipy import linalg, special  # slow to import
 
   x_BC = np.concatenate([x_BD, np.ones((len(x_BD), 1))], 1)
@@ -155,26 +159,26 @@ def _newton(loss, x_BD, sign_B, weight_B, penalty: float) -> np.ndarray:
 
 
 def difference_of_means(x_BD: np.ndarray, y_B: np.ndarray) -> Probe:
-  """w from one class's mean to the other's, b half way between them."""
+  """A probe along the difference of the class means, with b half way."""
   one_D, other_D = x_BD[y_B].mean(0), x_BD[~y_B].mean(0)
   w_D = np.asarray(one_D - other_D, np.float64)
   return Probe(w_D, float(-w_D @ (one_D + other_D) / 2))
 
 
 def ranked(f_BF: np.ndarray, y_B: np.ndarray) -> np.ndarray:
-  """Latents by the absolute difference of their class means, largest first."""
+  """Latents in order of the absolute difference of their class means."""
   return np.argsort(-np.abs(class_difference(f_BF, y_B)), kind='stable')
 
 
 def class_difference(f_BF: np.ndarray, y_B: np.ndarray) -> np.ndarray:
-  """Mean of each column where the label is, less the mean elsewhere."""
-  # As a product: rows of one class are not copied.
+  """The difference of the two classes' means, for each column."""
+  # A product, so that the rows of a class are not copied.
   weight_B = np.where(y_B, 1 / y_B.sum(), -1 / (~y_B).sum())
   return weight_B.astype(f_BF.dtype) @ f_BF
 
 
 def _figure(value: float, part_B: np.ndarray, group_B: np.ndarray):
-  """A score with its interval over groups; None where there is one group."""
+  """A score with its interval over groups; None if there is only one group."""
   from scipy import special
 
   _, index_B = np.unique(group_B, return_inverse=True)
@@ -194,10 +198,10 @@ def _figure(value: float, part_B: np.ndarray, group_B: np.ndarray):
 def scores(
   score_B: np.ndarray, y_B: np.ndarray, group_B: np.ndarray
 ) -> dict[str, dict[str, float | None]]:
-  """accuracy, balanced_accuracy and auc, each with its 95 % interval.
+  """Accuracy, balanced accuracy and AUC, each with a 95 % interval.
 
   Raises:
-    ValueError: only one class is there.
+    ValueError: all rows are of one class.
   """
   from scipy import stats
 
@@ -205,13 +209,13 @@ def scores(
   positives, negatives = int(y_B.sum()), int((~y_B).sum())
   if not positives or not negatives:
     raise ValueError(
-      'The held-out rows are all of one class: nothing to score.'
+      'All held-out rows are of one class; a score needs both classes.'
     )
   right_B = ((score_B > 0) == y_B).astype(np.float64)
   accuracy = right_B.mean()
   of_class = np.where(y_B, right_B[y_B].mean(), right_B[~y_B].mean())
   size_B = np.where(y_B, positives, negatives)
-  # The rank among all less that in its own class is the share of the other's.
+  # The rank among all rows minus the rank in its class counts the other class.
   rank_B, own_B = stats.rankdata(score_B), np.empty(len(score_B))
   for which in (y_B, ~y_B):
     own_B[which] = stats.rankdata(score_B[which])
@@ -231,24 +235,25 @@ def scores(
 def run(
   rows: Rows, y_B: np.ndarray, ks: Sequence[int] = KS, seed: int = 0
 ) -> dict[str, Any]:
-  """All probes of one concept, on the same held-out rows.
+  """Fits and scores all probes for one concept, on the same held-out rows.
 
   Args:
     rows: what is probed.
-    y_B: bool, the concept.
-    ks: how many latents a sparse probe has; more than there are is left out.
+    y_B: bool, the labels.
+    ks: numbers of latents for sparse probes; numbers above F are skipped.
     seed: of the shuffled labels.
 
   Returns:
-    Plain for JSON: `train`, `test` (rows), `groups` (held out), `share` (of
-    test rows with the label) and `probes`, a list of {'on', 'k', `scores`}; a
-    sparse one has the latents it chose (`latents`) and their weights. 'on' is
-    latents, random_sae, coordinates (of x), pca or shuffled_labels; or k is
-    None, all of x, and 'on' activations or difference_of_means. For shuffled
-    labels value, low and high are mean, least and most of ten shuffles.
+    A dictionary for JSON with `train` and `test` (numbers of rows), `groups`
+    (held out), `share` (of test rows with the label) and `probes`, a list of
+    {'on', 'k', scores}. 'on' is latents, random_sae, coordinates (of x), pca or
+    shuffled_labels; if k is None the probe is dense and 'on' is activations or
+    difference_of_means. Sparse probes also have `latents` and their `weights`.
+    For shuffled labels, value, low and high are the mean, minimum and maximum
+    over ten shuffles.
 
   Raises:
-    ValueError: train or test rows are all of one class.
+    ValueError: all train rows or all test rows are of one class.
   """
   y_B, test_B = np.asarray(y_B, bool), rows.test_B
   train_B, group_B = ~test_B, rows.group_B[test_B]
@@ -256,11 +261,11 @@ def run(
 
   def add(on, k, features_BC, fit=logistic, index=None):
     fitted = fit(features_BC[train_B], y_B[train_B])
-    found = scores(fitted(features_BC[test_B]), y_B[test_B], group_B)
+    scored = scores(fitted(features_BC[test_B]), y_B[test_B], group_B)
     chosen = {}
     if index is not None:
       chosen = {'latents': index.tolist(), 'weights': fitted.w_D.tolist()}
-    probes.append({'on': on, 'k': k, **found, **chosen})
+    probes.append({'on': on, 'k': k, **scored, **chosen})
 
   add('activations', None, rows.x_BD)
   add('difference_of_means', None, rows.x_BD, fit=difference_of_means)
@@ -301,10 +306,10 @@ def run(
 
 
 def _shuffled(y_B: np.ndarray, group_B: np.ndarray, rng) -> np.ndarray:
-  """Labels in a random order; of whole groups where labels are by group.
+  """Shuffles the labels, by group if the rows of each group share a label.
 
-  Where all rows of a group share a label, to permute rows would give a null of
-  many independent labels, which is narrower than that of the few groups.
+  In that case shuffled rows would be a null distribution of many independent
+  labels, which is narrower than that of a few groups.
   """
   _, first, index_B = np.unique(group_B, return_index=True, return_inverse=True)
   label_G = y_B[first]
@@ -313,71 +318,74 @@ def _shuffled(y_B: np.ndarray, group_B: np.ndarray, rng) -> np.ndarray:
   return rng.permutation(label_G)[index_B]
 
 
-def _over_shuffles(found) -> list[dict[str, Any]]:
-  """One probe for each k: the mean over shuffles, from least to most."""
+def _over_shuffles(shuffled) -> list[dict[str, Any]]:
+  """For each k the mean, minimum and maximum over shuffles."""
   probes = []
-  for k in dict.fromkeys(k for k, _ in found):
-    of_k = [scores for each, scores in found if each == k]
-    one = {'on': 'shuffled_labels', 'k': k}
+  for k in dict.fromkeys(k for k, _ in shuffled):
+    of_k = [scores for each, scores in shuffled if each == k]
+    summary = {'on': 'shuffled_labels', 'k': k}
     for name in of_k[0]:
       values = [each[name]['value'] for each in of_k]
-      one[name] = {
+      summary[name] = {
         'value': float(np.mean(values)),
         'low': min(values),
         'high': max(values),
       }
-    probes.append(one)
+    probes.append(summary)
   return probes
 
 
 def _components(x_BD, train_B, count: int) -> np.ndarray:
-  """All rows along the train rows' first principal components."""
+  """All rows projected on the first principal components of the train rows."""
   centred_BD = x_BD[train_B] - x_BD[train_B].mean(0)
   _, v_DC = np.linalg.eigh(centred_BD.T.astype(np.float64) @ centred_BD)
   return (x_BD - x_BD[train_B].mean(0)) @ v_DC[:, ::-1][:, :count]
 
 
-def best(found: Mapping[str, Any], on: str, k: int | None = None):
-  """One probe of `run`'s result, by what it is on and its k; None if absent."""
-  for one in found['probes']:
-    if one['on'] == on and one['k'] == k:
-      return one
+def best(result: Mapping[str, Any], on: str, k: int | None = None):
+  """The probe of `run`'s result with this 'on' and k, or None."""
+  for fitted in result['probes']:
+    if fitted['on'] == on and fitted['k'] == k:
+      return fitted
   return None
 
 
-def report(found: Mapping[str, Any]) -> str:
-  """`run`'s result as lines of text; the last says what it shows.
+def report(result: Mapping[str, Any]) -> str:
+  """`run`'s result as lines of text, with a conclusion.
 
-  Latents are said to hold the concept where, at some k, their interval lies
-  above that of the random SAE's k latents and above all shuffles; and beyond
-  the raw activation where it lies above that of k coordinates and k components
-  too.
+  Latents pass at k if their interval lies above that of the random SAE's k
+  latents and above all shuffles. They beat the raw activation if it also lies
+  above the intervals of k coordinates and k components.
   """
   lines = [f'{"probe on":24}{"k":>4}  AUC, held out        balanced accuracy']
-  for one in found['probes']:
-    k = '' if one['k'] is None else one['k']
-    cells = [_cell(one[name]) for name in ('auc', 'balanced_accuracy')]
-    lines.append(f'{one["on"]:24}{k:>4}  ' + '  '.join(cells))
+  for fitted in result['probes']:
+    k = '' if fitted['k'] is None else fitted['k']
+    cells = [_cell(fitted[name]) for name in ('auc', 'balanced_accuracy')]
+    lines.append(f'{fitted["on"]:24}{k:>4}  ' + '  '.join(cells))
 
-  def above(one, controls):
-    others = [best(found, on, one['k']) for on in controls]
-    low = one['auc']['low']
+  def above(fitted, controls):
+    others = [best(result, on, fitted['k']) for on in controls]
+    low = fitted['auc']['low']
     return low is not None and all(
       other is None or low > (other['auc']['high'] or 1) for other in others
     )
 
-  sparse = [one for one in found['probes'] if one['on'] == 'latents']
-  held = [o for o in sparse if above(o, ('random_sae', 'shuffled_labels'))]
-  beyond = [o for o in held if above(o, ('coordinates', 'pca'))]
-  if not held:
-    lines.append('No sparse probe on latents passes its control.')
+  sparse = [each for each in result['probes'] if each['on'] == 'latents']
+  passing = [p for p in sparse if above(p, ('random_sae', 'shuffled_labels'))]
+  beyond = [p for p in passing if above(p, ('coordinates', 'pca'))]
+  ks = lambda probes: ', '.join(str(each['k']) for each in probes)
+  if not passing:
+    lines.append('No sparse probe on latents beats its controls.')
   else:
-    ks = lambda probes: ', '.join(str(one['k']) for one in probes)
-    lines.append(f'Latents pass the random SAE and shuffles at k = {ks(held)}')
     lines.append(
-      f'and k of the raw activation at k = {ks(beyond)}.'
+      f'Latents beat the random SAE and shuffled labels at k = {ks(passing)}.'
+    )
+    lines.append(
+      'They beat k coordinates and k principal components of the raw '
+      f'activation at k = {ks(beyond)}.'
       if beyond
-      else 'but no more than k of the raw activation do, at any k.'
+      else 'They do not beat k coordinates and k principal components of the '
+      'raw activation at any k.'
     )
   return '\n'.join(lines)
 

@@ -1,11 +1,11 @@
-"""Labelled text -> the rows that a probe reads: activations and latents.
+"""Labelled text -> rows for a probe: activations and latents.
 
-  prompts (JSONL) -> tokens -> x at the SAE's sites -> pooled: a row a prompt
-  sequences, where a token counts -> x there: a row a token
+  prompts (JSONL) -> tokens -> x at the SAE's sites -> pooled: one row a prompt
+  sequences -> x at every token that counts: one row a token
 
-Beside an SAE's latents there are those of a random one with as many latents on
-(`controls`), the same as the evaluation's. With several sites x and f are those
-of all layers, one after the other.
+The rows also have the latents of a random SAE with the same L0, the control
+that evaluation uses (`controls`). For SAEs of several layers, x and f of all
+layers are concatenated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gemma_scope.language_model import splice
 from gemma_scope.release import sae_folder
 from gemma_scope.text import json_lines, tokenizers
 
-_ROWS = 1024  # encoded at once
+_ROWS = 1024  # rows encoded at once
 POOLINGS: dict[str, Callable] = {
   'last': lambda a_TD: a_TD[-1],
   'mean': lambda a_TD: a_TD.mean(0),
@@ -41,10 +41,10 @@ class Prompts:
   """Labelled texts.
 
   Attributes:
-    texts: of each prompt.
+    texts: one for each prompt.
     label_N: bool.
-    test_N: bool, held out.
-    group_N: int; prompts of one group go the same way.
+    test_N: bool, which prompts are held out.
+    group_N: int; prompts of the same group are in the same split.
   """
 
   texts: list[str]
@@ -54,29 +54,29 @@ class Prompts:
 
 
 def read_prompts(path: str | os.PathLike[str], seed: int = 0) -> Prompts:
-  """Prompts of a JSONL file: {"text", "label", "split"?, "group"?} a line.
+  """Reads a JSONL file of {"text", "label", "split"?, "group"?}.
 
-  A label is true or false (or 1 or 0), a split "train" or "test"; without
-  splits a third of the groups is held out. Without a group a prompt is its own,
-  but the same text twice is one group.
+  A label is true or false (or 1 or 0), a split "train" or "test". Without
+  splits about a third of the groups is held out. Without "group" the text
+  itself is the group.
 
   Raises:
-    ValueError: a line is not of that form.
+    ValueError: a line does not have this form.
   """
   texts, labels, splits, groups = [], [], [], []
-  for number, one in json_lines.records(path):
-    good = isinstance(one, dict) and isinstance(one.get('text'), str)
-    good = good and one.get('label') in (0, 1)
-    if not good or one.get('split', 'test') not in ('train', 'test'):
+  for number, record in json_lines.records(path):
+    good = isinstance(record, dict) and isinstance(record.get('text'), str)
+    good = good and record.get('label') in (0, 1)
+    if not good or record.get('split', 'test') not in ('train', 'test'):
       raise ValueError(
         f'{path}, line {number} is not a labelled prompt: expected a JSON '
         'object with "text", "label" (true or false) and at most "split" '
         '("train" or "test") and "group".'
       )
-    texts.append(one['text'])
-    labels.append(bool(one['label']))
-    splits.append(one.get('split'))
-    groups.append(json.dumps(one.get('group', one['text'])))
+    texts.append(record['text'])
+    labels.append(bool(record['label']))
+    splits.append(record.get('split'))
+    groups.append(json.dumps(record.get('group', record['text'])))
   if not texts:
     raise ValueError(f'{path} holds no prompts.')
   _, group_N = np.unique(groups, return_inverse=True)
@@ -95,16 +95,16 @@ def activations(
   wiring: sites.Wiring,
   batch: int = 16,
 ) -> dict:
-  """x [N, T, D], float32 in host memory, at the sites that an SAE names."""
-  at = tuple(sorted({*wiring.sites, *wiring.targets}))
+  """x [N, T, D] at every site of an SAE, float32 in host memory."""
+  places = tuple(sorted({*wiring.sites, *wiring.targets}))
   parts = []
   for start in range(0, len(tokens_NT), batch):
     part = tokens_NT[start : start + batch]
     real = len(part)
     filled = np.resize(part, (batch, part.shape[1]))
-    taps = jax.device_get(splice.taps(gemma, params, filled, at))
+    taps = jax.device_get(splice.taps(gemma, params, filled, places))
     parts.append({s: np.asarray(x[:real], np.float32) for s, x in taps.items()})
-  return {site: np.concatenate([p[site] for p in parts]) for site in at}
+  return {site: np.concatenate([p[site] for p in parts]) for site in places}
 
 
 @functools.cache
@@ -113,7 +113,7 @@ def _encode():
 
 
 def _chunks(params: sae_folder.Params, x_BD: np.ndarray):
-  """Latents [n, F] of `_ROWS` rows at a time, all layers side by side."""
+  """Latents [n, F] of `_ROWS` rows at a time; layers are concatenated."""
   with jax.default_matmul_precision('highest'):
     for start in range(0, len(x_BD), _ROWS):
       part = x_BD[start : start + _ROWS]
@@ -123,7 +123,7 @@ def _chunks(params: sae_folder.Params, x_BD: np.ndarray):
 
 
 def latents(params: sae_folder.Params, x_BD: np.ndarray) -> np.ndarray:
-  """f [B, F] of rows [B, D] ([B, L, D] with several layers), all latents."""
+  """All latents f [B, F] of rows [B, D], or [B, L, D] with several layers."""
   return np.concatenate(list(_chunks(params, x_BD)))
 
 
@@ -133,12 +133,15 @@ def pooled_latents(
   prompt_B: np.ndarray,
   pooling: str,
 ) -> np.ndarray:
-  """Latents pooled over the rows of each prompt, [N, F].
+  """Pools latents over the rows of each prompt, [N, F].
 
-  Only a few prompts' latents are in memory at once.
+  Only the latents of a few prompts are in memory at once.
 
   Args:
-    prompt_B: the prompt of each row, rising, every prompt at least once.
+    params: the SAE.
+    x_BD: raw activations.
+    prompt_B: the prompt of each row, in rising order; every prompt has a row.
+    pooling: one of `POOLINGS`.
   """
   first_N = np.flatnonzero(np.diff(prompt_B, prepend=-1))
   ends_N = np.append(first_N[1:], len(prompt_B))
@@ -157,7 +160,7 @@ def pooled_latents(
 
 
 def read_at(x_by_site: Mapping, wiring: sites.Wiring, where) -> np.ndarray:
-  """The rows `where` ([N, T] bool or an index) that an SAE reads."""
+  """The SAE's input at `where`, a mask [N, T] or an index."""
   if not wiring.several:
     return x_by_site[wiring.sites[0]][where]
   return np.stack([x_by_site[site][where] for site in wiring.sites], -2)
@@ -170,7 +173,7 @@ def control(
   params: sae_folder.Params,
   seed: int = 0,
 ) -> sae_folder.Params:
-  """A random SAE of this wiring and width, with the same L0 on these rows."""
+  """A random SAE with the same wiring, width and L0 on these rows."""
   width = params['b_enc'].size
   rows = {site: x[keep_NT] for site, x in x_by_site.items()}
   x_BD = read_at(x_by_site, wiring, keep_NT)
@@ -181,7 +184,7 @@ def control(
 
 
 class Pair(NamedTuple):
-  """An SAE and the random one beside it."""
+  """An SAE and its control, a random SAE."""
 
   wiring: sites.Wiring
   params: sae_folder.Params
@@ -195,7 +198,7 @@ def of_tokens(
   test_N: np.ndarray,
   group_NT: np.ndarray,
 ) -> probe.Rows:
-  """A row for each token of `where_NT`, in the order of the text."""
+  """One row for each token of the mask `where_NT`, in the order of the text."""
   x_BD = read_at(x_by_site, pair.wiring, where_NT)
   test_NT = np.broadcast_to(test_N[:, None], where_NT.shape)
   return probe.Rows(
@@ -209,23 +212,28 @@ def of_tokens(
 
 def of_prompts(
   model: tuple[lm.Gemma, lm.Params],
-  sae_given: release.Released,
+  released: release.Released,
   prompts: Prompts,
   tokenizer: tokenizers.Tokenizer,
   pooling: str = 'last',
   batch: int = 16,
 ) -> probe.Rows:
-  """A row for each prompt: its tokens' activations and latents, pooled.
+  """One row for each prompt: activations and latents pooled over its tokens.
 
   Args:
-    pooling: 'last' (token), 'mean' or 'max' over the tokens, BOS left out.
+    model: the language model and its parameters.
+    released: the SAE.
+    prompts: the labelled texts.
+    tokenizer: the language model's tokenizer.
+    pooling: 'last' (token), 'mean' or 'max' over the tokens without BOS.
+    batch: prompts in a forward pass.
 
   Raises:
-    ValueError: an unknown pooling; a prompt without tokens.
+    ValueError: the pooling is unknown, or a prompt has no tokens.
   """
   if pooling not in POOLINGS:
     raise ValueError(
-      f'pooling is {pooling!r}; it is one of {", ".join(POOLINGS)}.'
+      f'pooling must be one of {", ".join(POOLINGS)}; found {pooling!r}.'
     )
   ids = tokenizer.encode_all(prompts.texts)
   empty = [i for i, row in enumerate(ids) if not len(row)]
@@ -237,16 +245,16 @@ def of_prompts(
   for i, row in enumerate(ids):
     tokens_NT[i, : 1 + len(row)] = [tokenizer.bos_id, *row]
     keep_NT[i, 1 : 1 + len(row)] = True
-  params, wiring = sae_given.load(), sae_given.wiring
+  params, wiring = released.load(), released.wiring
   x_by_site = activations(*model, tokens_NT, wiring, batch)
-  twin = control(x_by_site, keep_NT, wiring, params)
+  random_sae = control(x_by_site, keep_NT, wiring, params)
   x_BD = read_at(x_by_site, wiring, keep_NT)
-  of_row = np.repeat(np.arange(len(ids)), keep_NT.sum(1))
-  x_pooled = [POOLINGS[pooling](x_BD[of_row == i]) for i in range(len(ids))]
+  prompt_B = np.repeat(np.arange(len(ids)), keep_NT.sum(1))
+  x_pooled = [POOLINGS[pooling](x_BD[prompt_B == i]) for i in range(len(ids))]
   return probe.Rows(
     np.stack(x_pooled).reshape(len(ids), -1),
-    pooled_latents(params, x_BD, of_row, pooling),
-    pooled_latents(twin, x_BD, of_row, pooling),
+    pooled_latents(params, x_BD, prompt_B, pooling),
+    pooled_latents(random_sae, x_BD, prompt_B, pooling),
     prompts.test_N,
     prompts.group_N,
   )

@@ -1,17 +1,17 @@
-"""Labels of the tokens of Python source, from `tokenize` and `ast`.
+"""Labels for the tokens of Python source code, from `tokenize` and `ast`.
 
-  code -> a class for every character (tokenize), and what it lies in (ast)
-  tokenizer's pieces -> the characters they stand for
-  piece -> the labels of its first character that is not white space, or of
-           its first character where there is no other
+  code -> for every character its class (tokenize) and its surroundings (ast)
+  pieces of the tokenizer -> the characters that each piece covers
+  piece -> the labels of its first character that is not white space, or of its
+           first character if all are white space
 
-A piece's characters are found in bytes: the vocabulary writes a space as '▁'
-and a byte that has no piece as <0xAB>, so that pieces, put together, are the
-text again, and a piece may be a part of a character. An f-string is a string
-from end to end, as it was before Python 3.12.
+Pieces are matched to characters by bytes. The vocabulary writes a space as '▁'
+and a byte without a piece as <0xAB>, so that the joined pieces are the text,
+and a piece may be part of a character. An f-string is labelled as one string,
+as Python before 3.12 tokenised it.
 
-Labels of a token are booleans, each its own question, so that a probe, a
-feature's examples and an explanation can be held against a known truth.
+The labels are independent booleans. They are ground truth for probes, for
+examples of a feature and for its labels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 
 from gemma_scope.text import corpus, tokenizers
 
-# One of these, or none (the space between tokens).
+# A character has one of these classes, or none (space between tokens).
 CLASSES = (
   'keyword',
   'name',
@@ -38,7 +38,7 @@ CLASSES = (
   'operator',
   'indent',
 )
-# Any of these.
+# A character may be in several of these places.
 PLACES = ('docstring', 'def_name', 'in_def', 'in_class', 'call_argument')
 
 _BYTE = re.compile('<0x([0-9A-F]{2})>')
@@ -52,13 +52,13 @@ _OF_TYPE = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Labelled:
-  """Sequences of code with the labels of their tokens.
+  """Sequences of code with labels for their tokens.
 
   Attributes:
     tokens_NT: int32, BOS first, padded with 0.
-    keep_NT: bool, where a token counts: not BOS, not padding.
+    keep_NT: bool; False for BOS and padding.
     labels: name -> bool [N, T].
-    group_N: the document of each sequence, counted from 0.
+    group_N: the index of each sequence's document.
   """
 
   tokens_NT: np.ndarray
@@ -68,80 +68,80 @@ class Labelled:
 
 
 def of_characters(code: str) -> dict[str, np.ndarray]:
-  """Label -> bool for every character of a module's source.
+  """Labels every character of a module: name -> bool [characters].
 
   Raises:
-    ValueError: this Python cannot parse it.
+    ValueError: this version of Python cannot parse the code.
   """
-  found = {name: np.zeros(len(code), bool) for name in CLASSES + PLACES}
+  labels = {name: np.zeros(len(code), bool) for name in CLASSES + PLACES}
   starts = _line_starts(code)
   try:
     tree = ast.parse(code)
-    _classes(code, starts, found)
+    _classes(code, starts, labels)
   except (SyntaxError, tokenize.TokenError, RecursionError) as error:
     raise ValueError(
-      f'The code is not Python that this version reads: {error}.'
+      f'This version of Python cannot parse the code: {error}.'
     ) from None
-  _places(tree, code, starts, found)
-  return found
+  _places(tree, code, starts, labels)
+  return labels
 
 
 def _line_starts(code: str) -> np.ndarray:
-  """Index of each line's first character, as tokenize and ast count lines."""
+  """The index of the first character of each line."""
   ends = [m.end() for m in re.finditer('\r\n|\r|\n', code)]
   return np.array([0, *ends, len(code)])
 
 
-def _classes(code, starts, found):
-  def at(position):
+def _classes(code, starts, labels):
+  def index(position):
     line, column = position
     return min(starts[min(line, len(starts)) - 1] + column, len(code))
 
-  # Python 3.12 and later split an f-string; these names are theirs alone.
+  # Python 3.12 and later split f-strings, and only they have these names.
   opens = getattr(tokenize, 'FSTRING_START', None)
   closes = getattr(tokenize, 'FSTRING_END', None)
   inside = []
   for token in tokenize.generate_tokens(io.StringIO(code, newline='').readline):
-    start, end = at(token.start), at(token.end)
+    start, end = index(token.start), index(token.end)
     if token.type == opens and opens is not None:
       inside.append(start)
     elif token.type == closes and closes is not None:
-      found['string'][inside.pop() : end] = True
+      labels['string'][inside.pop() : end] = True
     elif inside:
       continue
     elif token.type == tokenize.NAME:
       name = 'keyword' if keyword.iskeyword(token.string) else 'name'
-      found[name][start:end] = True
+      labels[name][start:end] = True
     elif token.type in _OF_TYPE:
-      found[_OF_TYPE[token.type]][start:end] = True
-  known = np.any([found[name] for name in CLASSES], 0)
+      labels[_OF_TYPE[token.type]][start:end] = True
+  known = np.any([labels[name] for name in CLASSES], 0)
   for line in re.finditer('(?:^|(?<=[\r\n]))[ \t]+', code):
     part = slice(line.start(), line.end())
-    found['indent'][part] = ~known[part]
+    labels['indent'][part] = ~known[part]
 
 
-def _places(tree, code, starts, found):
+def _places(tree, code, starts, labels):
   lines = [code[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
 
-  def at(line, byte):  # ast counts columns in bytes of UTF-8
+  def index(line, byte):  # ast counts columns in bytes of UTF-8
     if not byte:
       return starts[line - 1]
     prefix = lines[line - 1].encode()[:byte]
     return starts[line - 1] + len(prefix.decode())
 
   def mark(name, first, last):
-    start = at(first.lineno, first.col_offset)
-    found[name][start : at(last.end_lineno, last.end_col_offset)] = True
+    start = index(first.lineno, first.col_offset)
+    labels[name][start : index(last.end_lineno, last.end_col_offset)] = True
 
   for node in ast.walk(tree):
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
       a_class = isinstance(node, ast.ClassDef)
       mark('in_class' if a_class else 'in_def', node.body[0], node.body[-1])
-      start = at(node.lineno, node.col_offset)
+      start = index(node.lineno, node.col_offset)
       words = 'class' if a_class else r'(?:async\s+)?def'
       named = re.compile(rf'{words}\s+(\w+)').match(code, start)
       if named:  # a line may be continued by a backslash before the name
-        found['def_name'][slice(*named.span(1))] = True
+        labels['def_name'][slice(*named.span(1))] = True
     elif isinstance(node, ast.Call):
       for argument in [*node.args, *node.keywords]:
         mark('call_argument', argument, argument)
@@ -154,12 +154,12 @@ def _places(tree, code, starts, found):
 
 
 def spans(pieces: Iterable[str], text: str) -> np.ndarray:
-  """The characters that each piece stands for: int [pieces, 2], start and end.
+  """The start and end of the characters that each piece covers, [pieces, 2].
 
-  A piece that is a part of a character has that character.
+  A piece that is part of a character covers that character.
 
   Raises:
-    ValueError: the pieces, put together, are not the text.
+    ValueError: the joined pieces are not the text.
   """
   parts = []
   for piece in pieces:
@@ -170,8 +170,8 @@ def spans(pieces: Iterable[str], text: str) -> np.ndarray:
   data = text.replace('▁', ' ').encode()
   if b''.join(parts) != data:
     raise ValueError(
-      'The pieces are not those of this text: put together they are another '
-      'one. The tokenizer must be one that keeps all white space.'
+      'The joined pieces differ from the text; use a tokenizer that keeps all '
+      'white space.'
     )
   # Characters begin at bytes that do not continue one.
   begins = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
@@ -182,14 +182,18 @@ def spans(pieces: Iterable[str], text: str) -> np.ndarray:
 
 
 def of_pieces(pieces: Iterable[str], code: str) -> dict[str, np.ndarray]:
-  """Label -> bool [pieces] of a module's source; raises as the parts do."""
-  at = []
+  """Labels every piece of a module: name -> bool [pieces].
+
+  Raises:
+    ValueError: see `spans` and `of_characters`.
+  """
+  first = []
   for start, end in spans(pieces, code):
     text = code[start:end]
     blank = len(text) - len(text.lstrip())
-    at.append(start + (blank if blank < len(text) else 0))
-  at = np.asarray(at, np.int64)
-  return {name: label[at] for name, label in of_characters(code).items()}
+    first.append(start + (blank if blank < len(text) else 0))
+  first = np.asarray(first, np.int64)
+  return {name: label[first] for name, label in of_characters(code).items()}
 
 
 def windows(
@@ -198,14 +202,19 @@ def windows(
   length: int,
   most: int,
 ) -> Labelled:
-  """Sequences of `length` tokens, BOS first, of each document's code.
+  """Cuts documents into labelled sequences of `length` tokens, BOS first.
 
   Args:
-    documents: modules; what this Python cannot parse is passed over.
-    most: sequences of one document, spread evenly over it.
+    documents: modules; those that this Python cannot parse are skipped.
+    tokenizer: the language model's tokenizer.
+    length: tokens in a sequence.
+    most: maximum number of sequences per document, spread evenly over it.
+
+  Raises:
+    ValueError: no document can be parsed.
   """
   tokens, keep, group, labels = [], [], [], []
-  for number, (ids, found) in enumerate(_parsed(documents, tokenizer)):
+  for number, (ids, by_name) in enumerate(_parsed(documents, tokenizer)):
     room = length - 1
     starts = np.arange(0, len(ids), room)
     if len(starts) > most:
@@ -217,10 +226,10 @@ def windows(
         np.pad(ids[part], fill, constant_values=(tokenizer.bos_id, 0))
       )
       keep.append(np.pad(np.ones(len(ids[part]), bool), fill))
-      labels.append({k: np.pad(v[part], fill) for k, v in found.items()})
+      labels.append({k: np.pad(v[part], fill) for k, v in by_name.items()})
       group.append(number)
   if not tokens:
-    raise ValueError('No document is Python source: nothing has labels.')
+    raise ValueError('None of the documents is Python source code.')
   return Labelled(
     np.asarray(tokens, np.int32),
     np.asarray(keep),

@@ -1,23 +1,25 @@
-"""SCR and TPP: what ablating a few latents does to linear probes.
+"""SCR and TPP: the effect of ablating a few latents on linear probes.
 
-  a [F] = (E[f | y] - E[f | not y]) * (W_dec w)   what latents add to a probe w
-  x' = x - sum_{i in top N} f_i W_dec[i]          the rest and the error stay
+  a [F] = (E[f | y] - E[f | not y]) * (W_dec w)   attribution to a probe w
+  x' = x - sum_{i in top N} f_i W_dec[i]          ablation; the error stays
 
-SCR, spurious correlation removal: a probe of a target t is trained where t and
-a spurious s always agree. The N latents that most carry a probe of s are taken
-out; how much of the lost accuracy comes back, on rows where t and s are
-independent (each of the four cells weighs the same)?
+Spurious correlation removal (SCR). A probe for a target label t is trained on
+rows where t always agrees with a spurious label s. The N latents with the
+largest attribution to a probe for s are ablated. The score is the share of the
+lost accuracy that comes back on rows where t and s are independent (the four
+combinations have equal weight):
 
-  (accuracy without them - accuracy) / (that of an unbiased probe - accuracy)
+  (accuracy after ablation - biased accuracy)
+  / (accuracy of an unbiased probe - biased accuracy)
 
-TPP, targeted probe perturbation: the N latents of class i are taken out. Probe
-i should lose accuracy and the others should not:
+Targeted probe perturbation (TPP). The N latents of class i are ablated. The
+probe for class i should lose accuracy, the other probes should not:
 
   mean_i (drop_ii - mean_{j != i} drop_ij)
 
-Source: SAEBench (Karvonen et al., 2025), after SHIFT (Marks et al., 2024);
-there on labelled texts with one probe for each pair, here on any rows.
-The control beside each is N latents drawn from those that fire.
+Source: SAEBench (Karvonen et al., 2025), after SHIFT (Marks et al., 2024). They
+use labelled texts and one probe for each pair of labels; here any rows do. The
+control for each score ablates N random latents that fire.
 
 Both scores are disputed as measures of SAE quality (arXiv 2605.18229): read
 sparse probing first.
@@ -38,19 +40,19 @@ from gemma_scope.language_model import hooks
 from gemma_scope.release import sae_folder
 
 COUNTS = (2, 5, 10, 20, 50)
-_WORTH = 0.02  # accuracy that must be lost before a share of it means anything
+_WORTH = 0.02  # a smaller loss of accuracy is too small to divide by
 
 
 def remove(
   params: Mapping[str, Any], features: Sequence[int]
 ) -> dict[str, np.ndarray]:
-  """An SAE whose latents `features` write nothing; all others as they were.
+  """Sets the decoders of the latents `features` to zero.
 
-  Their decoders are zero, so that a TopK SAE puts no other latent in their
-  place. Latents are counted over all layers, layer-major.
+  The encoder is unchanged, so that in a TopK SAE no other latent takes their
+  place. Latents are numbered over all layers, layer-major.
 
   Raises:
-    ValueError: a latent that the SAE does not have.
+    ValueError: the SAE has no latent of that number.
   """
   width = params['b_enc'].size
   wrong = [i for i in features if not 0 <= i < width]
@@ -65,15 +67,15 @@ def remove(
 
 
 def edit(params: Mapping[str, Any], features: Sequence[int]) -> hooks.Edit:
-  """x -> x less what the latents write: for `lm.Gemma.forward`'s edits.
+  """An edit for `lm.Gemma.forward` that ablates latents of an SAE.
 
-  Of an SAE that reads and writes one site. What the SAE does not reconstruct
-  stays, so that removing nothing changes nothing.
+  The SAE must read and write one site. Its error is kept, so that ablating no
+  latent changes nothing.
   """
   if params['W_dec'].ndim != 2 or 'W_skip' in params:
     raise ValueError(
-      'An edit removes latents of an SAE that reads and writes one site; use '
-      'remove() for transcoders and for several layers.'
+      'edit() is for SAEs that read and write one site; use remove() for '
+      'transcoders and for SAEs of several layers.'
     )
   index = np.asarray(features, np.int32)
   W_dec = jnp.asarray(params['W_dec'])[index]
@@ -88,7 +90,7 @@ def edit(params: Mapping[str, Any], features: Sequence[int]) -> hooks.Edit:
 def attribution(
   f_BF: np.ndarray, y_B: np.ndarray, params: sae_folder.Params, w_D: np.ndarray
 ) -> np.ndarray:
-  """What each latent adds to a probe's difference between the classes, [F]."""
+  """Each latent's part of a probe's difference between the classes, [F]."""
   difference_F = f_BF[y_B].mean(0) - f_BF[~y_B].mean(0)
   return difference_F * (np.asarray(params['W_dec']) @ w_D)
 
@@ -98,7 +100,7 @@ def _without(x_BD, f_BF, params, index):
 
 
 def _choices(effect_F, f_BF, count: int, seed: int):
-  """The latents of largest effect, and as many of those that fire at random."""
+  """The latents with the largest effect, and as many random ones that fire."""
   chosen = np.argsort(-effect_F, kind='stable')[:count]
   chosen = chosen[effect_F[chosen] > 0]
   fires = np.flatnonzero((f_BF > 0).any(0))
@@ -117,16 +119,16 @@ def scr(
   counts: Sequence[int] = COUNTS,
   seed: int = 0,
 ) -> dict[str, Any]:
-  """Spurious correlation removal; see above. Plain for JSON.
+  """Spurious correlation removal; see the module. The result is JSON.
 
   Returns:
-    `biased` and `unbiased` (the probes' accuracies over four equal cells),
-    `spurious` (the accuracy of the probe of s), and `removed`: for each N
-    accuracy and score, for the SAE's latents and for random ones; a score is
-    None where the bias costs less than 0.02.
+    `biased` and `unbiased`: the accuracies of the two probes, with equal weight
+    for the four combinations of labels; `spurious`: the accuracy of the probe
+    for s; `removed`: accuracy and score for each N, for the SAE's latents and
+    for random ones. A score is None if the bias costs less than 0.02.
 
   Raises:
-    ValueError: one of the four cells is empty, in train or in test.
+    ValueError: a combination of labels has no train rows or no test rows.
   """
   t_B, s_B = np.asarray(target_B, bool), np.asarray(spurious_B, bool)
   cell_B = 2 * t_B + s_B
@@ -134,8 +136,8 @@ def scr(
   for which, name in ((train_B, 'train'), (test_B, 'test')):
     if len(np.unique(cell_B[which])) < 4:
       raise ValueError(
-        f'SCR needs rows with and without target and spurious label, in all '
-        f'four combinations; one has no {name} rows.'
+        'SCR needs rows of all four combinations of target and spurious '
+        f'label; one combination has no {name} rows.'
       )
   even_B = _even(cell_B, train_B, seed)
   biased_B = train_B & (t_B == s_B)
@@ -154,12 +156,13 @@ def scr(
   effect_F = attribution(f_BF[even_B], s_B[even_B], params, spurious.w_D)
   removed = []
   for count in counts:
-    for on, index in _choices(effect_F, f_BF[train_B], count, seed).items():
+    choices = _choices(effect_F, f_BF[train_B], count, seed)
+    for chosen_by, index in choices.items():
       now = accuracy(biased, _without(x_bD, f_bF, params, index), t_b)
       worth = after - before >= _WORTH
       removed.append(
         {
-          'on': on,
+          'on': chosen_by,
           'count': count,
           'features': index.tolist(),
           'accuracy': now,
@@ -175,7 +178,7 @@ def scr(
 
 
 def _even(cell_B, train_B, seed):
-  """Train rows, as many of each cell."""
+  """Selects equally many train rows of each combination of labels."""
   rng = np.random.default_rng(seed)
   cells = [np.flatnonzero(train_B & (cell_B == c)) for c in range(4)]
   size = min(map(len, cells))
@@ -192,11 +195,12 @@ def tpp(
   counts: Sequence[int] = COUNTS,
   seed: int = 0,
 ) -> dict[str, Any]:
-  """Targeted probe perturbation over classes; see above. Plain for JSON.
+  """Targeted probe perturbation; see the module. The result is JSON.
 
   Returns:
-    `classes` (name -> balanced accuracy of its probe) and `removed`: for each N
-    `score`, `intended` (mean drop of a class's own probe) and `unintended`.
+    `classes`: the balanced accuracy of each class's probe; `removed`: for each
+    N `score`, `intended` (mean drop of a class's own probe) and `unintended`
+    (that of the others).
   """
   if len(labels) < 2:
     raise ValueError('TPP needs at least two classes.')
@@ -208,11 +212,11 @@ def tpp(
   }
 
   def accuracies(x_bD):
-    found = []
+    balanced = []
     for name, y_B in labels.items():
       right_b, y_b = (fitted[name](x_bD) > 0) == y_B[test_B], y_B[test_B]
-      found.append((right_b[y_b].mean() + right_b[~y_b].mean()) / 2)
-    return np.asarray(found)
+      balanced.append((right_b[y_b].mean() + right_b[~y_b].mean()) / 2)
+    return np.asarray(balanced)
 
   before_C, removed = accuracies(x_bD), []
   effects = [
@@ -225,17 +229,17 @@ def tpp(
       _choices(e, rows.f_BF[train_B], count, seed + i)
       for i, e in enumerate(effects)
     ]
-    for on in chosen[0]:
+    for chosen_by in chosen[0]:
       drop_CC = np.stack(
         [
-          before_C - accuracies(_without(x_bD, f_bF, params, c[on]))
+          before_C - accuracies(_without(x_bD, f_bF, params, c[chosen_by]))
           for c in chosen
         ]
       )
       intended, other = drop_CC[own].mean(), drop_CC[~own].mean()
       removed.append(
         {
-          'on': on,
+          'on': chosen_by,
           'count': count,
           'score': float(intended - other),
           'intended': float(intended),

@@ -1,4 +1,4 @@
-"""SAEBench's scores, as far as labels that cost nothing go.
+"""The SAEBench metrics that can be computed with free labels.
 
   sparse probing   token classes and places in the code      (probe)
   core             L0, loss and KL recovered, explained variance, cosine, norms,
@@ -7,16 +7,16 @@
   SCR, TPP         pairs of labels; all token classes        (scr_tpp); both are
                    disputed as measures of SAEs (arXiv 2605.18229)
 
-Each stands beside the same score of a random SAE with as many latents on, core
-beside the strongest of three controls, and probes beside those on raw
-activations. SAEBench probes labelled English texts with a large model; here
-labels are those of Python's own source (python_labels), for any model and any
+Every score is reported with the same score of a random SAE of equal L0; core
+with the strongest of three controls, and probes with probes on raw activations.
+SAEBench uses labelled English texts. Here the labels come from the source code
+of Python's standard library (python_labels), which works for any model and
 tokenizer. Probes are trained on modules that the language model and the SAEs
-saw too, and scored on modules that none of them saw.
+may have been trained on, and scored on held-out modules.
 
-One JSON file an SAE, in SAEBench's outline (eval_config, eval_result_metrics):
-what is there already is not measured again, and a file of other settings is
-refused.
+Each SAE gets a JSON file with SAEBench's outline (eval_config and
+eval_result_metrics). Existing files are not measured again; a file with other
+settings raises an error.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ from gemma_scope.release import sae_folder
 from gemma_scope.runtime import progress as progress_lib
 from gemma_scope.text import sources, tokenizers
 
-# Target and spurious label: all four combinations are common in code.
+# Target and spurious label; all four combinations are common in code.
 PAIRS = (
   ('string', 'call_argument'),
   ('operator', 'call_argument'),
   ('name', 'in_class'),
 )
 _WORD = re.compile('▁([A-Za-z])[A-Za-z]+')
-_FEWEST_WORDS = 12  # of one letter, different ones, in the held-out part
+_FEWEST_WORDS = 12  # different held-out words that begin with a letter
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What is measured; written into every result."""
+  """Settings of the suite; they are written into every result."""
 
-  length: int = 128  # tokens of a sequence, BOS included
+  length: int = 128  # tokens in a sequence, BOS included
   train_modules: int = 60
-  train_windows: int = 4  # sequences of a module
+  train_windows: int = 4  # sequences per module
   test_windows: int = 16
   core_sequences: int = 64
   batch: int = 16
@@ -74,7 +74,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Code:
-  """Labelled sequences of the standard library, and which are held out."""
+  """Labelled sequences of the standard library; test_N are held out."""
 
   tokens_NT: np.ndarray
   keep_NT: np.ndarray
@@ -85,8 +85,8 @@ class Code:
 
 
 def read_code(tokenizer: tokenizers.Tokenizer, settings: Settings) -> Code:
-  """Modules of the running Python: some to train on, the held-out to test."""
-  # The source's first pass is the code of all modules; prose follows.
+  """Reads modules of the running Python, some of them held out."""
+  # The source gives the code of all modules first, then prose.
   modules = list(
     itertools.takewhile(
       lambda document: document.name.endswith('.py'),
@@ -122,14 +122,22 @@ def run(
   settings: Settings = Settings(),  # noqa: B008  frozen
   report: Callable[[str], None] = print,
 ) -> list[pathlib.Path]:
-  """Measures each SAE that `out` does not hold yet, with progress on stderr.
+  """Measures every SAE that has no file in `out` yet.
+
+  Args:
+    model: the language model and its parameters.
+    saes: the SAEs.
+    tokenizer: the language model's tokenizer.
+    out: the folder for the files.
+    settings: what to measure.
+    report: called with one line per SAE; progress goes to stderr.
 
   Returns:
-    The files, one an SAE, in order.
+    The path of each SAE's file.
 
   Raises:
-    ValueError: a file of `out` is of other settings, or of another SAE of that
-      name; an SAE does not fit the model.
+    ValueError: a file in `out` has other settings or is of another SAE with the
+      same name; or an SAE does not fit the model.
   """
   out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
@@ -147,26 +155,21 @@ def run(
     if path.exists():
       if json.loads(path.read_text())['eval_config'] != config:
         raise ValueError(
-          f'{path} has other settings or another SAE of this name; choose '
-          'another folder.'
+          f'{path} has other settings or is of another SAE of this name; '
+          'choose another folder.'
         )
-      report(f'{sae.name}: measured already')
+      report(f'{sae.name}: already measured')
     else:
       report(f'{sae.name}: measuring')
       code = code or read_code(tokenizer, settings)
-      files.write_json(
-        path,
-        {
-          'eval_type_id': 'gemma_scope_suite',
-          'eval_config': config,
-          'sae': {
-            'name': sae.name,
-            **{k: sae.card[k] for k in ('type', 'sites', 'targets')},
-          },
-          'eval_result_metrics': of_one(model, sae, code, settings),
-        },
-        indent=1,
-      )
+      wiring = {k: sae.card[k] for k in ('type', 'sites', 'targets')}
+      result = {
+        'eval_type_id': 'gemma_scope_suite',
+        'eval_config': config,
+        'sae': {'name': sae.name} | wiring,
+        'eval_result_metrics': of_one(model, sae, code, settings),
+      }
+      files.write_json(path, result, indent=1)
     done.append(path)
   return done
 
@@ -178,12 +181,11 @@ DISPUTED = (
 
 
 def table(paths: Sequence[str | os.PathLike[str]]) -> str:
-  """Markdown, a row an SAE: score (the random SAE's score).
+  """A Markdown table with one row per SAE: score (score of the random SAE).
 
-  Sparse probing comes first: AUCs are means over all labels, and `above random`
-  counts the labels on which the interval of 5 latents lies above that of the
-  random SAE's 5. Explained variance and KL score stand beside those of the
-  strongest control.
+  AUCs are means over all labels. `above random` counts the labels for which the
+  interval of 5 latents lies above that of the random SAE's 5 latents. Explained
+  variance and KL score are followed by those of the strongest control.
   """
   lines = [
     '| SAE | AUC, 1 latent | AUC, 5 latents | AUC, 5 coordinates '
@@ -194,9 +196,10 @@ def table(paths: Sequence[str | os.PathLike[str]]) -> str:
   ]
   for path in paths:
     result = json.loads(pathlib.Path(path).read_text())
-    found = result['eval_result_metrics']
-    core, probes = found['core'], found['sparse_probing'].values()
-    control = core['control']
+    metrics = result['eval_result_metrics']
+    core, probes = metrics['core'], metrics['sparse_probing'].values()
+    fitted = core['control']
+    sae, control = metrics.get('sae'), metrics.get('random_sae')
 
     def auc(on, k, probes=probes):
       return np.mean([probe.best(p, on, k)['auc']['value'] for p in probes])
@@ -216,12 +219,11 @@ def table(paths: Sequence[str | os.PathLike[str]]) -> str:
       f'{above} of {len(probes)}',
       f'{core["l0"]["value"]:.1f}',
       f'{core["loss_recovered_zero"]["value"]:.3f}',
-      f'{_cell(core["kl_score"])} ({_cell(_kl_score(control, core))})',
-      f'{core["explained_variance"]:.3f} ({1 - control["fvu"]["value"]:.3f})',
+      f'{_cell(core["kl_score"])} ({_cell(_kl_score(fitted, core))})',
+      f'{core["explained_variance"]:.3f} ({1 - fitted["fvu"]["value"]:.3f})',
       *(
-        f'{_cell(score(found.get("sae")))} '
-        f'({_cell(score(found.get("random_sae")))})'
-        for score in (_absorbed, _fully, _perturbed, _regained)
+        f'{_cell(sae and score(sae))} ({_cell(control and score(control))})'
+        for score in _OF_DECODER
       ),
     ]
     lines.append('| ' + ' | '.join(cells) + ' |')
@@ -238,30 +240,27 @@ def _kl_score(control, core) -> float | None:
   return 1 - control['kl']['value'] / zero if zero else None
 
 
-def _absorbed(found) -> float | None:
-  return found and found['absorption']['fraction']
-
-
-def _fully(found) -> float | None:
-  return found and found['absorption']['full']
-
-
 def _at(removed, count: int = 10) -> float | None:
-  (one,) = (r for r in removed if (r['on'], r['count']) == ('latents', count))
-  return one['score']
-
-
-def _perturbed(found) -> float | None:
-  return found and _at(found['tpp']['removed'])
-
-
-def _regained(found) -> float | None:
-  """The mean over pairs whose bias cost something."""
-  each = (
-    [_at(pair['removed']) for pair in found['scr'].values()] if found else []
+  (score,) = (
+    r['score'] for r in removed if (r['on'], r['count']) == ('latents', count)
   )
-  told = [score for score in each if score is not None]
-  return float(np.mean(told)) if told else None
+  return score
+
+
+def _regained(scores) -> float | None:
+  """SCR: the mean over pairs of labels with a score."""
+  scored = [_at(pair['removed']) for pair in scores['scr'].values()]
+  scored = [score for score in scored if score is not None]
+  return float(np.mean(scored)) if scored else None
+
+
+# The last columns of the table.
+_OF_DECODER = (
+  lambda scores: scores['absorption']['fraction'],
+  lambda scores: scores['absorption']['full'],
+  lambda scores: _at(scores['tpp']['removed']),
+  _regained,
+)
 
 
 class _Steps:
@@ -272,7 +271,7 @@ class _Steps:
     self._done = 0
 
   def next(self, part: str) -> None:
-    """The part before is done, and `part` begins."""
+    """Marks the previous part as done and shows the name of the next."""
     self._bar.update(self._done, {'now': part})
     self._done += 1
 
@@ -286,8 +285,8 @@ def of_one(
   code: Code,
   settings: Settings,
 ) -> dict[str, Any]:
-  """All scores of one SAE, plain for JSON; see the module."""
-  # The other scores read an SAE's decoder in the space that it reads.
+  """All scores of one SAE, as a dictionary for JSON."""
+  # The other scores compare decoders with probes on the SAE's input.
   reads_decoder = not sae.wiring.several and sae.card['type'] == 'sae'
   steps = _Steps(sae.name, 3 + len(code.labels) + 8 * reads_decoder)
   try:
@@ -297,10 +296,10 @@ def of_one(
       *model, code.tokens_NT, wiring, settings.batch
     )
     steps.next('control')
-    twin = probe_inputs.control(
+    random_sae = probe_inputs.control(
       x_by_site, code.keep_NT, wiring, params, settings.seed
     )
-    pair = probe_inputs.Pair(wiring, params, twin)
+    pair = probe_inputs.Pair(wiring, params, random_sae)
     rows_at = functools.partial(probe_inputs.of_tokens, x_by_site, pair)
     group_NT = np.broadcast_to(code.group_N[:, None], code.tokens_NT.shape)
     tokens = rows_at(code.keep_NT, code.test_N, group_NT)
@@ -315,7 +314,7 @@ def of_one(
     scores['core'] = _core(model, sae, code, settings)
     if reads_decoder:
       words = _words(code, rows_at, settings.seed)
-      for name, made in (('sae', params), ('random_sae', twin)):
+      for name, made in (('sae', params), ('random_sae', random_sae)):
         scores[name] = _of_decoder(
           made, name, (tokens, labels), words, steps, settings.seed
         )
@@ -325,7 +324,7 @@ def of_one(
 
 
 def _of_decoder(made, name: str, tokens, words, steps: _Steps, seed: int):
-  """Absorption, TPP and SCR of an SAE, or of the random one beside it."""
+  """Absorption, TPP and SCR of an SAE or of its control."""
   (rows, labels), (word_rows, letters) = tokens, words
   if name == 'random_sae':
     rows, word_rows = (
@@ -358,7 +357,7 @@ def _absorption(rows: probe.Rows, params, labels) -> dict[str, Any]:
 
 
 def _words(code: Code, rows_at, seed: int):
-  """Rows of words, held out by word, and first letters of enough of them."""
+  """Rows of words, split by word, and the labels of frequent first letters."""
   letters, where_NT, word_NT = _letters(code)
   everywhere_N = np.zeros(len(code.test_N), bool)
   rows = rows_at(where_NT, everywhere_N, np.zeros_like(word_NT))
@@ -375,15 +374,15 @@ def _words(code: Code, rows_at, seed: int):
 
 
 def _letters(code: Code):
-  """First letters of words that begin with a space, and which word is where.
+  """First letters of words that begin with a space, and each token's word.
 
-  Train and test are different words, so that a probe that knows each word by
-  heart finds no letter.
+  Train and test rows are of different words, so that a probe cannot score by
+  memorising words.
   """
   ids, word_NT = np.unique(code.tokens_NT, return_inverse=True)
   word_NT = word_NT.reshape(code.tokens_NT.shape)
-  found = [_WORD.fullmatch(piece) for piece in code.tokenizer.pieces(ids)]
-  letter_V = np.array([m[1].lower() if m else '' for m in found])
+  words = [_WORD.fullmatch(piece) for piece in code.tokenizer.pieces(ids)]
+  letter_V = np.array([word[1].lower() if word else '' for word in words])
   letter_NT = np.where(code.keep_NT, letter_V[word_NT], '')
   where_NT = letter_NT != ''
   labels = {
@@ -393,12 +392,13 @@ def _letters(code: Code):
   return labels, where_NT, word_NT
 
 
-def _different(found: probe.Rows, y_B) -> int:
-  return len(np.unique(found.group_B[y_B & found.test_B]))
+def _different(rows: probe.Rows, y_B) -> int:
+  """The number of different held-out words with the label."""
+  return len(np.unique(rows.group_B[y_B & rows.test_B]))
 
 
 def _core(model, sae: release.Released, code: Code, settings: Settings):
-  """The figures of `evaluate`, on held-out modules."""
+  """The metrics of `evaluate`, on held-out modules."""
   count = min(settings.core_sequences, int(code.test_N.sum()))
   held_out = np.flatnonzero(code.test_N)
   chosen = np.linspace(0, len(held_out) - 1, count).round().astype(int)

@@ -80,9 +80,9 @@ def test_pieces_are_the_text_again_and_follow_each_other(tokenizer):
 
 def test_pieces_of_another_text_are_refused(tokenizer):
   pieces = tokenizer.pieces(tokenizer.encode('a = 1'))
-  with pytest.raises(ValueError, match='put together'):
+  with pytest.raises(ValueError, match='joined pieces differ'):
     python_labels.spans(pieces, 'a = 2')
-  with pytest.raises(ValueError, match='not Python'):
+  with pytest.raises(ValueError, match='cannot parse'):
     python_labels.of_characters('def (:')
 
 
@@ -155,7 +155,7 @@ def test_where_there_is_no_concept_no_interval_is_above_chance():
   for one in found['probes']:
     assert one['auc']['low'] < 0.5, one
   assert probe.report(found).endswith(
-    'No sparse probe on latents passes its control.'
+    'No sparse probe on latents beats its controls.'
   )
 
 
@@ -178,7 +178,7 @@ def test_rows_of_a_group_are_not_in_train_and_test():
   with pytest.raises(ValueError, match='split by group'):
     probe.Rows(given.x_BD, given.f_BF, None, ~given.test_B,
                np.zeros_like(given.group_B))  # fmt: skip
-  with pytest.raises(ValueError, match='one length'):
+  with pytest.raises(ValueError, match='same number of rows'):
     probe.Rows(given.x_BD[1:], given.f_BF, None, given.test_B, given.group_B)
 
 
@@ -393,7 +393,7 @@ def test_prompts_with_a_def_are_told_apart(tokenizer, tmp_path):
     assert given.x_BD.shape == (80, 128) and given.f_BF.shape == (80, 32)
     found = probe.run(given, prompts.label_N, ks=(1,))
     assert probe.best(found, 'activations')['auc']['value'] > 0.95, pooling
-  with pytest.raises(ValueError, match='one of last, mean, max'):
+  with pytest.raises(ValueError, match='must be one of last, mean, max'):
     probe_inputs.of_prompts(model, one, prompts, tokenizer, 'sum')
 
 

@@ -68,7 +68,7 @@ def test_a_suite_goes_on_and_refuses_other_settings(
   assert 'suite perfect' in capsys.readouterr().err  # progress
   before = path.read_bytes()
   measure(SETTINGS)
-  assert lines == ['perfect: measuring', 'perfect: measured already']
+  assert lines == ['perfect: measuring', 'perfect: already measured']
   assert path.read_bytes() == before
   with pytest.raises(ValueError, match='other settings'):
     measure(dataclasses.replace(SETTINGS, seed=1))

@@ -1,4 +1,4 @@
-"""Devices -> mesh, and how arrays lie on it.
+"""The device mesh, and shardings on it.
 
 One mesh with three axes serves the language model and the SAEs:
   'sae'     members of a stack: nothing to communicate
@@ -21,7 +21,7 @@ AXES = ('sae', 'data', 'latent')
 
 
 def shape(axes: Mapping[str, int], devices: int) -> tuple[int, ...]:
-  """Sizes of `AXES`; one of them may be -1, for all devices that are left.
+  """Sizes of `AXES`; one of them may be -1 for all remaining devices.
 
   Raises:
     ValueError: the sizes do not multiply to the number of devices.
@@ -50,13 +50,13 @@ def make(axes: Mapping[str, int], devices=None) -> Mesh:
 
 
 def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-  """A host array that every process holds whole -> on the devices."""
+  """Puts a host array that every process holds whole on the devices."""
   if sharding.is_fully_addressable:
     return jax.device_put(x, sharding)
-  # `device_put` would first ask all processes whether theirs are the same.
+  # `device_put` would first compare the arrays of all processes.
   return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 
 
 def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
-  """The sharding of an array whose dimensions lie on `axes`."""
+  """The sharding of an array whose dimensions are split over `axes`."""
   return NamedSharding(mesh, PartitionSpec(*axes))

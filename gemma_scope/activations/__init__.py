@@ -3,10 +3,10 @@
 Reading order; a module imports only from those above it:
 
   harvest     sequences -> rows of activations for each site
-  normalise   the centre and scale by which training sees a site's rows
-  outliers    rows of abnormal norm, by one rule that a card carries
+  normalise   centre and scale of a site's rows in training
+  outliers    rows with a very large norm, by a rule that the card keeps
   chunks      rows -> shuffled chunks -> the batch of a step
   store       activations on disk, written once
-  statistics  what the rows of a site are like, as a table
+  statistics  statistics of the rows of a site, as a table
   synthetic   rows that are sums of known features
 """

@@ -1,4 +1,4 @@
-"""Rows -> shuffled chunks -> batches; the next chunk is made while one is used.
+"""Rows -> shuffled chunks -> batches; the next chunk is made during training.
 
   harvest   the parts of chunk c, in the order of the text
   rows      special tokens, rows that are not finite and outliers are left out;
@@ -6,18 +6,18 @@
   batches   step s -> chunk s // k, batch s % k, with k = n (T - 1) // B
 
 Every batch is therefore a pure function of (config, step): there is no iterator
-state to lose, and a resumed run recomputes its chunk. All shapes are fixed:
-where rows were left out the permutation wraps around, and as many rows appear
-twice (about one in a thousand, for the EOS between documents).
+state, and a resumed run recomputes its chunk. All shapes are fixed. If rows are
+left out the permutation wraps around, and the same number of rows appears twice
+(about one in a thousand, because of EOS between documents).
 
-A chunk holds its rows as [k, B, D] for each site. Batches come first, so that
-taking one moves nothing between devices that split B. A chunk stays on the
-devices, or, where it would not fit, in the memory of the hosts, each of which
-keeps the part of its own devices.
+A chunk holds the rows of each site as [k, B, D]. Batches are the first axis, so
+that taking one moves nothing between devices that split B. A chunk stays on the
+devices. If it does not fit there, it stays in host memory, and each host keeps
+the part of its own devices.
 
-Where memory holds two chunks, the next one is made during training on this one:
-its forward passes are dispatched between the steps, a few at a time. The
-devices never wait for the host, a request to stop waits for one pass at most,
+If memory has room for two chunks, the next one is made while training uses this
+one: its forward passes are dispatched between the steps, a few at a time. The
+devices never wait for the host, a request to stop waits for at most one pass,
 and every process dispatches the same programs in the same order.
 """
 
@@ -45,7 +45,7 @@ class OnHost:
 
   shape: tuple[int, ...]
   sharding: jax.sharding.NamedSharding
-  pieces: dict[tuple, np.ndarray]  # by their place in the array
+  pieces: dict[tuple, np.ndarray]  # by their position in the array
 
   @classmethod
   def of(cls, x: jax.Array) -> OnHost:
@@ -100,13 +100,13 @@ class Chunks:
     ahead: whether to make the next chunk while one is in use, which holds two:
       'on', 'off', or 'auto' for on if the devices are not CPUs and both chunks
       take at most a quarter of the memory.
-    max_norm: rows whose norm at some site is above so many medians of that
-      site are left out; 0 keeps all.
+    max_norm: rows with a norm above `max_norm` times the site's median, at any
+      site, are left out; 0 keeps all.
 
   Attributes:
-    norm_bounds: the largest norm that is kept, by site; measured on the first
-      chunk that is made, unless it is set before (a resumed run does).
-    jobs: the number of jobs in which `building` makes a chunk.
+    norm_bounds: the largest norm that is kept, by site. It is measured on the
+      first chunk, unless a resumed run has set it.
+    jobs: how many jobs `building` takes to make a chunk.
     ahead: whether the next chunk is made while one is in use.
   """
 
@@ -292,7 +292,7 @@ class Chunks:
 def _memory() -> tuple[float, float]:
   """Bytes of memory of a device and of a host, the same in every process.
 
-  A CPU device has no memory of its own: infinity.
+  Infinity for a CPU device, which has no memory of its own.
   """
   stats = jax.local_devices()[0].memory_stats() or {}
   host = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
@@ -307,13 +307,13 @@ class Feed:
 
   Args:
     chunks: makes the chunks; `chunks.ahead` says when.
-    steps: of the run; no chunk is made past its end.
+    steps: the length of the run; no chunk is made beyond its end.
 
   Attributes:
     chunks: as given.
-    left_out: rows left out so far: 'special', 'not_finite' and 'outliers'; a
-      resumed run sets it to what it was.
-    status: what `at` is doing, in words, while it makes a chunk; else ''.
+    left_out: number of rows left out so far: 'special', 'not_finite' and
+      'outliers'; a resumed run restores it.
+    status: a description of what `at` does while it makes a chunk; else ''.
   """
 
   def __init__(self, chunks: Chunks, steps: int):
@@ -353,7 +353,7 @@ class Feed:
     return first, first + min(count, batches)
 
   def _load(self, index: int, poll: harvest.Poll) -> Chunk:
-    """Makes a chunk at once; `status` says how far it is."""
+    """Makes a chunk in one go; `status` reports the progress."""
     building = self.chunks.building(index, poll)
     jobs = self.chunks.jobs
     try:
@@ -365,7 +365,7 @@ class Feed:
     return made
 
   def _build(self, chunk: int, steps: int, poll: harvest.Poll) -> None:
-    """Does some of the jobs for `chunk`, so that `steps` calls do them all."""
+    """Does some of the jobs for `chunk`; `steps` calls do all of them."""
     if self._building is None:
       self._building = self.chunks.building(chunk, poll)
       self._jobs = self.chunks.jobs
@@ -376,7 +376,7 @@ class Feed:
   def normalisation(
     self, centre: str = 'none', scale: str = 'rms'
   ) -> dict[sites.Site, fold.Normalisation]:
-    """Measures each site on the present chunk; see `normalise`."""
+    """Measures the normalisation of each site on the current chunk."""
     return measure(self._chunk, self.chunks.norm_bounds, centre, scale)
 
 

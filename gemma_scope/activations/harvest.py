@@ -5,8 +5,9 @@
   counts    which rows count: not BOS, EOS, padding, or a chat's user turns
 
 `ModelSource` runs the language model; `store.StoreSource` reads rows from disk.
-Both give the same rows and therefore the same batches (`chunks`). Tokens and
-files cost the host time, so that a thread reads them one chunk ahead (`Ahead`).
+Both give the same rows and therefore the same batches (`chunks`). A thread
+reads tokens or files one chunk ahead, because that takes time on the host
+(`Ahead`).
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Layout:
     sequences: n, sequences in a chunk.
     batch: B, rows in a training step.
     lm_batch: sequences in a forward pass; divides `sequences`.
-    dtype: in which rows are kept, 'float32' or 'bfloat16'.
-    share: roughly which share of the rows counts; below 1 for chats, where
+    dtype: the dtype that rows are kept in, 'float32' or 'bfloat16'.
+    share: the approximate share of rows that count; below 1 for chats, where
       only the model's replies count.
   """
 
@@ -60,7 +61,7 @@ class Layout:
 
   @property
   def rows(self) -> int:
-    """Rows in a chunk without BOS, before any other is left out."""
+    """Rows in a chunk, without BOS and before other rows are left out."""
     return self.sequences * (self.seq_len - 1)
 
   @property
@@ -148,7 +149,7 @@ class ModelSource:
   Args:
     gemma, params: the model.
     at: the sites to read, all in one pass.
-    text: what it reads.
+    text: the tokens to read.
     layout: the sizes of chunks and batches.
     mesh: its 'data' axis splits the sequences.
   """
@@ -181,7 +182,7 @@ class ModelSource:
       taps = gemma.forward(
         params, tokens_BT, taps=self.sites, logits=False
       ).taps
-      # BOS's row is dropped here, where that costs nothing.
+      # The rows of BOS are dropped here, where that costs nothing.
       return {
         site: taps[site][:, 1:].astype(layout.dtype) for site in self.sites
       }

@@ -1,4 +1,4 @@
-"""Measures how training normalises the rows of a site: x -> (x - m) / C.
+"""Measures the normalisation of a site's rows for training: x -> (x - m) / C.
 
   centre      m     none              0
                     mean              E x
@@ -7,15 +7,15 @@
                     centred_rms       sqrt(E |x - m|^2)
                     sqrt_d            sqrt(D)
 
-over the rows of the run's first chunk. In a residual stream most of E |x|^2 is
-the mean (85 % at the middle of Gemma 3 270M), so that without a centre every
-latent first learns the mean, and thresholds are in a unit that is far larger
-than what there is to explain. All of it is folded into the released parameters
-(`sae.fold`).
+The expectations are over the rows of the run's first chunk. In a residual
+stream most of E |x|^2 comes from the mean (85 % in the middle of Gemma 3 270M).
+Without a centre every latent first learns the mean, and the scale is far larger
+than the variation that is to be explained. Centre and scale are folded into the
+released parameters (`sae.fold`).
 
-Sources: the scale, arXiv 2408.05147 section 3.2. Subtracting the mean, arXiv
-2406.04093 appendix A; the geometric median, transformer-circuits.pub/2023/
-monosemantic-features. The median by Weiszfeld's iteration.
+Sources: scale, arXiv 2408.05147 section 3.2; mean, arXiv 2406.04093 appendix A;
+geometric median, transformer-circuits.pub/2023/monosemantic-features, computed
+by Weiszfeld's iteration.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def measure(
 ) -> fold.Normalisation:
   """The normalisation of one site, measured on its rows [K, B, D].
 
-  `centre` and `scale` are named as above. The result is the same in every
-  process of a cluster.
+  The names of `centre` and `scale` are listed above. The result is the same in
+  every process of a cluster.
   """
   if centre == 'none' and scale == 'sqrt_d':
     return fold.Normalisation(x_KBD.shape[-1] ** 0.5)

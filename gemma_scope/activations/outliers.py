@@ -1,18 +1,18 @@
-"""Outlier rows: the few of abnormal norm, kept apart by one rule.
+"""Outlier rows: the few rows with a very large norm, and the rule for them.
 
 On some tokens (in Gemma 3 the space before a year, or a lone newline) a site's
-activation is many times longer than on all others. These rows own the variance
-and every latent's largest examples, as BOS would if it were not left out. The
-rule is a bound on the Euclidean norm at each site:
+activation is many times longer than on all others. Such rows would dominate the
+variance and the top examples of every latent, as BOS would. The rule is a bound
+on the Euclidean norm at each site:
 
   |x| > max_norm * median |x|
 
-The medians are measured when training starts; the card keeps the bounds:
+The medians are measured when training starts. The card keeps the bounds:
 
   "outliers": {"max_norm": 10.0, "norm_bounds": {"resid_post/9": 57812.5}}
 
-so that evaluation, index, attribution and probes apply the same rule from the
-card alone. A card without "outliers" has no rule: no row is an outlier.
+Evaluation, index, attribution and probes read the rule from the card. If a card
+has no "outliers", no row is an outlier.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Bounds = Mapping[sites.Site, float]
 
 
 def describe(max_norm: float, bounds: Bounds) -> dict[str, Any]:
-  """What a card says under 'outliers'."""
+  """The card's entry 'outliers'."""
   return {
     'max_norm': max_norm,
     'norm_bounds': {str(site): bound for site, bound in bounds.items()},
@@ -35,7 +35,7 @@ def describe(max_norm: float, bounds: Bounds) -> dict[str, Any]:
 
 
 def norm_bounds(card: Mapping[str, Any]) -> dict[sites.Site, float]:
-  """The largest norm of an ordinary row, by site; {} where there is no rule.
+  """The largest norm of an ordinary row, by site; {} if there is no rule.
 
   Raises:
     ValueError: the card's rule is damaged.

@@ -1,4 +1,4 @@
-"""Statistics of a site's rows: a table to look at before training.
+"""Statistics of a site's rows, to look at before training.
 
   mean       |E x|^2 / E |x|^2: how much of the second moment is one vector
   variance   E |x - E x|^2, which dimensions carry it, and their kurtosis
@@ -6,13 +6,13 @@
   spectrum   eigenvalues l of the covariance: the components that carry 90 % of
              their sum, and the effective rank exp(-sum_i p_i log p_i) with
              p = l / sum l (Roy and Vetterli, EUSIPCO 2007)
-  norms      quantiles, and the outliers of `outliers`' rule: how many, on
-             which tokens and at which positions
+  norms      quantiles, and the outliers by the rule of `outliers`: how many,
+             on which tokens and at which positions
 
-Moments are sums over rows about a fixed vector close to the mean, float32
-within a part of a chunk and float64 across parts; each is kept for all rows and
-for the ordinary ones. A part is read where it was made, on the mesh; the host
-keeps one norm and one token a row.
+Moments are sums over rows, taken about a fixed vector close to the mean, in
+float32 within a part of a chunk and in float64 across parts. They are kept for
+all rows and for rows that are no outliers. A part is reduced on the devices;
+the host keeps one norm and one token per row.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gemma_scope.activations import harvest
 QUANTILES = (0.0, 0.01, 0.5, 0.99, 0.999, 0.9999, 1.0)
 _SHOWN = 8  # dimensions, tokens and positions in a table
 
-# (chunk) -> its tokens [N, T], or None where the rows' text is not at hand.
+# (chunk) -> its tokens [N, T], or None if the text is not available.
 Tokens = Callable[[int], np.ndarray]
 
 
@@ -42,8 +42,8 @@ class Request:
   """What to measure.
 
   Attributes:
-    chunks: how many to read; the first one sets the outliers' bounds.
-    max_norm: a row is an outlier above so many medians of the site's norm.
+    chunks: number of chunks to read; the first one sets the outlier bounds.
+    max_norm: rows with a norm above `max_norm` times the median are outliers.
   """
 
   chunks: int
@@ -119,10 +119,10 @@ def measure(
   """The statistics of every site over the source's first chunks.
 
   Args:
-    source: where rows come from.
+    source: gives the rows.
     mesh: the devices.
-    request: how much to read, and what an outlier is.
-    tokens: of a chunk, to name what the outliers are.
+    request: how much to read, and which rows are outliers.
+    tokens: gives the tokens of a chunk, to name those of the outliers.
     poll: called often; may raise to stop.
     report: called after each part with the parts done and their total.
 
@@ -168,7 +168,7 @@ class _Meter:
     self._special = self._not_finite = 0
 
   def add(self, parts, counts_R, token_R, position_R) -> None:
-    """Adds a chunk: its parts [..., D], and what is known of its rows [R]."""
+    """Adds a chunk: its parts [..., D]; masks and tokens of its rows [R]."""
     rows = mesh_lib.sharding(self._mesh, 'data', None)
     parts = [
       x if isinstance(x, jax.Array) else mesh_lib.put(x, rows) for x in parts
@@ -282,7 +282,7 @@ def _sums(x, weight_R, shift_D):
 
 
 def to_text(name: str, table: dict[str, Any]) -> str:
-  """One site's table, for a person; see `measure`."""
+  """One site's statistics as a text table; see `measure`."""
   every, ordinary = table['all'], table['ordinary']
   if not every:
     return f'{name}\n  no usable row'

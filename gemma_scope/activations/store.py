@@ -1,15 +1,15 @@
-"""Activations on disk: written once, trained on many times, as in the paper.
+"""Activations on disk, written once and used for many runs, as in the paper.
 
-  store/manifest.json            what the rows depend on, a checksum a file
+  store/manifest.json            what the rows depend on, and checksums
   store/chunk_000000/
     counts.npy                   bool [R]: rows that are no special token
     resid_post.12.npy            [R, D], float32 or the bits of bfloat16
 
-Rows stand in the order of the text, unshuffled and unscaled, so that training
-from the store gives the batches of training from the model, and one store
-serves any seed, batch size and choice of its sites. A chunk is written to a
-temporary folder and renamed: a stopped writer continues where it was. Files are
-memory-mapped and checked when they are read.
+Rows are in the order of the text, neither shuffled nor scaled. Training from a
+store therefore sees the same batches as training from the model, and a store
+serves any seed, batch size and selection of its sites. A chunk is written to a
+temporary folder and then renamed, so that a stopped writer can continue. Files
+are memory-mapped, and checked when they are read.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def write_store(
   Args:
     folder: the store.
     source: what to harvest.
-    chunks: the number of chunks that the store holds in the end.
-    facts: what the rows depend on (model, text, ...); a folder with other
-      facts is refused.
+    chunks: the total number of chunks.
+    facts: what the rows depend on (model, text, ...). A folder with other facts
+      raises an error.
     poll: called often; may raise to stop.
     report: called after each chunk.
 
@@ -101,7 +101,7 @@ def write_store(
 
 
 def _difference(key: str, stored, wanted) -> str:
-  """A sentence on the first field in which two manifests differ."""
+  """Describes the first field in which two manifests differ."""
   if isinstance(stored, dict) and isinstance(wanted, dict):
     for inner in (*stored, *wanted):
       if stored.get(inner) != wanted.get(inner):
@@ -112,7 +112,7 @@ def _difference(key: str, stored, wanted) -> str:
 
 
 def _to_disk(x: np.ndarray) -> np.ndarray:
-  """Keeps the bits of bfloat16, which .npy does not know, as uint16."""
+  """Views bfloat16 as uint16, because .npy has no bfloat16."""
   return x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
 
 

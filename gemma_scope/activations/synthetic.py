@@ -1,4 +1,4 @@
-"""Activations whose true features are known: sums of sparse features.
+"""Synthetic activations with known true features: sums of sparse features.
 
   x = b + sum_i f_i d_i + noise               at every site, with one f
   p_i = min(cap, c rank_i^-zipf)              frequency; c such that sum p = L0
@@ -6,14 +6,14 @@
   u_i = sqrt(rho) g + sqrt(1 - rho) e_i       g shared by the feature's group
   f_i = exp(spread n), n standard normal      where it fires: median 1
 
-The Gaussian copula makes the features of a group fire together and keeps their
-frequencies. A child fires only where its parent fires, with probability
-`child_share` (its u is in no group); absorption can show in these pairs.
-Directions are random unit vectors. Where features outnumber the dimensions,
-they interfere.
+The Gaussian copula correlates the features of a group without changing their
+frequencies. A child is active only where its parent is, with probability
+`child_share` (its u is in no group); absorption is measured on these pairs.
+Directions are random unit vectors. With more features than dimensions they
+interfere.
 
-All sites share the coefficients, and each feature has its own direction at each
-site. A feature is born at one layer (a child at its parent's) and is present
+All sites share the coefficients, and a feature has another direction at each
+site. A feature first appears at one layer (a child at its parent's) and exists
 
   at mlp_in and mlp_in_ungained    of that layer only
   at all other kinds               of that layer and of all later ones
@@ -55,24 +55,24 @@ _LATENTS, _NOISE, _DIRECTIONS, _BIRTHS = 1, 2, 3, 4
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """All that the data depend on.
+  """Everything that the data depend on.
 
   Attributes:
     features: G, the number of features.
     d_model: D, the width of every site.
     l0: the mean number of features that fire; children count.
     zipf: exponent of the frequencies by rank; 0 makes them equal.
-    max_frequency: the cap on a frequency.
-    parents: number of features that have children.
-    children: number of children of each.
-    child_share: probability that a child fires where its parent does.
+    max_frequency: the largest frequency of a feature.
+    parents: number of features with children.
+    children: number of children of each parent.
+    child_share: probability that a child is active where its parent is.
     groups: number of groups of features without a parent; 0 is none.
     correlation: rho of u within a group.
     spread: standard deviation of the logarithm of a coefficient.
     noise: variance of the isotropic noise, as a share of the features'.
     bias: norm of b, in standard deviations of the features' sum.
-    sites: where activations are, such as ('mlp_in/0', 'mlp_out/0').
-    seed: of directions, rows and all.
+    sites: the sites, such as ('mlp_in/0', 'mlp_out/0').
+    seed: of everything.
 
   Raises:
     ValueError: the settings are impossible.
@@ -128,7 +128,9 @@ class Settings:
       )
     for site in self.at:
       if site.kind in sites.READ_ONLY:
-        raise ValueError(f'Nothing is trained at {site}; choose another site.')
+        raise ValueError(
+          f'SAEs cannot be trained at {site}; choose another site.'
+        )
 
   @property
   def at(self) -> tuple[sites.Site, ...]:
@@ -169,10 +171,10 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Truth:
-  """The answer.
+  """The true features.
 
   Attributes:
-    settings: what made it.
+    settings: the settings of the data.
     directions: [G, D] of each site; a zero row where a feature is absent.
     biases: b [D] of each site.
     frequency_G: how often each feature fires.
@@ -230,7 +232,7 @@ def _variance(settings: Settings, d_GD: np.ndarray) -> float:
 
 def _block(settings: Settings, chunk: int, block: int) -> np.ndarray:
   """The coefficients of one block, float32 [_BLOCK, G]."""
-  # The last word is never 0: a seed may not differ in trailing zeros alone.
+  # Seeds must differ in more than trailing zeros, so the last word is never 0.
   rng = np.random.default_rng((settings.seed, _LATENTS, chunk, block + 1))
   roots, parent_G = settings.roots, settings.parent_G
   u_RG = rng.standard_normal((_BLOCK, settings.features), np.float32)
@@ -261,12 +263,12 @@ def latents(settings: Settings, chunk: int, rows: int) -> np.ndarray:
 
 
 class Source:
-  """Rows of synthetic activations, as `activations.ModelSource` gives them.
+  """Rows of synthetic activations; like `harvest.ModelSource`.
 
   Args:
-    settings: what the data are.
-    layout: the arithmetic of chunks; rows are independent, its sequences only
-      say how many a chunk has.
+    settings: the settings of the data.
+    layout: the sizes of chunks; rows are independent, and its sequences only
+      set the number of rows.
   """
 
   def __init__(self, settings: Settings, layout: harvest.Layout):
@@ -277,7 +279,7 @@ class Source:
     self.parts = -(-layout.rows // _BLOCK)
 
   def passes(self, chunk: int, poll: Callable[[], None] = lambda: None):
-    """See `activations.Raw`: a block each, a poll before it."""
+    """See `harvest.Raw`: each part is a block, after a poll."""
     settings, count = self.truth.settings, self.layout.rows
     for block in range(self.parts):
       poll()
@@ -295,12 +297,12 @@ class Source:
       yield rows
 
   def counts(self, chunk: int) -> np.ndarray:
-    """See `activations.Raw`: all do."""
+    """See `harvest.Raw`: all rows count."""
     return np.ones(self.layout.rows, bool)
 
 
 def facts(truth: Truth, dtype: str) -> dict[str, Any]:
-  """What an activation store says of these data; rows are kept in `dtype`."""
+  """The facts of an activation store of these data; rows are in `dtype`."""
   settings, checksum = truth.settings, 0
   for site in settings.at:
     for array in (truth.directions[site], truth.biases[site]):
@@ -326,7 +328,7 @@ def _to_json(settings: Settings) -> str:
 
 
 def write_truth(folder: pathlib.Path, truth: Truth) -> None:
-  """Writes the answer beside the store, `folder`/features.npz."""
+  """Writes the true features to `folder`/features.npz."""
   arrays = {
     'settings': np.array(_to_json(truth.settings)),
     'frequency': truth.frequency_G,
@@ -343,7 +345,7 @@ def truth(folder: str | os.PathLike[str]) -> Truth:
   """Reads what `write_truth` wrote.
 
   Raises:
-    ValueError: it is not there, or is damaged.
+    ValueError: the file is missing or damaged.
   """
   path = pathlib.Path(folder) / FILE
   try:

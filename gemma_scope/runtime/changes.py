@@ -1,7 +1,7 @@
-"""A resumed run must have the config and the data it began with.
+"""A resumed run must have the same config and data as when it started.
 
-`refuse_changes` compares a saved description with today's and names what
-differs.
+`refuse_changes` compares the saved description with the current one and names
+the fields that differ.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def fingerprint_difference(
 ) -> list[str]:
   """The fields that differ, as 'train.batch: was 64, is 128'.
 
-  Nested dicts are compared field by field, everything else as a whole; tuples
-  and lists are one, as in JSON. A name in `ignore` covers what is below it.
+  Nested dictionaries are compared field by field, other values as a whole. As
+  in JSON, tuples equal lists. A name in `ignore` includes the fields below it.
   """
   skip = tuple(ignore)
   return [
@@ -76,9 +76,10 @@ def refuse_changes(
   what: str = 'config',
 ):
   """Raises ChangedError, one sentence naming every field that differs."""
-  found = fingerprint_difference(old, new, ignore)
-  if found:
+  differing = fingerprint_difference(old, new, ignore)
+  if differing:
     raise ChangedError(
-      f'This run was started with another {what} ({"; ".join(found)}); set'
-      ' it back, or choose another folder for a new run.'
+      f'This run was started with a different {what} '
+      f'({"; ".join(differing)}); set it back, or choose another folder for a '
+      'new run.'
     )

@@ -8,14 +8,14 @@
 
 Start-up: every process connects to the coordinator, which is the first process.
 If some are missing after GEMMA_SCOPE_JOIN_SECONDS (300), the processes that did
-connect end, and their message names the coordinator's address.
+connect end, and their error names the coordinator's address.
 
 Watchdog: every process writes a counter into the coordinator's key-value store.
 A counter that does not change for GEMMA_SCOPE_PEER_SECONDS (60) belongs to a
 process that was killed, stopped or cut off. Every other process then names it
-and ends, for it would wait for it in a collective forever. (JAX's own
-heartbeats end the job as well, but by SIGABRT with a stack of C++, without the
-host, and mostly without the number of the process that failed.)
+and ends; otherwise it would wait in a collective forever. (JAX's own heartbeats
+end the job too, but by SIGABRT with a C++ stack trace, without the host, and
+mostly without the number of the process that failed.)
 
 The exit code is 1, and the same command on all hosts continues from the last
 checkpoint. A lone process has no watchdog and keeps its own signals.
@@ -49,7 +49,7 @@ _names = itertools.count()
 
 
 class ClusterError(RuntimeError):
-  """The cluster cannot be joined; one sentence."""
+  """The process cannot join the cluster."""
 
 
 def first() -> bool:
@@ -87,12 +87,12 @@ def find() -> dict[str, Any] | None:
 
   By hand in COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID. Under SLURM, on
   GKE and on Cloud TPU slices JAX finds the arguments itself ({} here), and this
-  only says whether there are several processes. JAX cannot be asked that: in a
-  lone process it raises, in a pod of Kubernetes that is no job as well, and
-  without an answer of the metadata server it waits for six minutes.
+  function only decides whether there are several processes. JAX cannot do that:
+  it raises in a process without a cluster and in a Kubernetes pod that is not
+  part of a job, and it waits six minutes for a metadata server that is silent.
 
   Raises:
-    ClusterError: only a part is given by hand.
+    ClusterError: only some of the variables are set.
   """
   names = 'COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'PROCESS_ID'
   given = [os.environ.get(name, '') for name in names]
@@ -100,7 +100,7 @@ def find() -> dict[str, Any] | None:
     address, count, index = given
     if not (address and count.isdigit() and index.isdigit()):
       raise ClusterError(
-        f'{", ".join(names)} go together, such as host:8476, 4 and 0; found '
+        f'Set all of {", ".join(names)}, such as host:8476, 4 and 0; found '
         + ', '.join(map(repr, given))
         + '.'
       )
@@ -150,12 +150,12 @@ def _metadata(name: str) -> str:
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-  """Joins the cluster, if there is one, and leaves it in good order.
+  """Joins the cluster, if there is one, and leaves it at the end of the block.
 
-  Enter it before any device is used. An error inside the block is printed (a
-  ValueError, RuntimeError or OSError as its message, any other with its
-  traceback), the other processes are told, and this one ends. A lone process
-  just runs the block.
+  Enter the block before any device is used. If it raises, the error is printed
+  (ValueError, RuntimeError and OSError without a traceback), the other
+  processes are notified, and this one ends. A process without a cluster only
+  runs the block.
   """
   arguments = find()
   if arguments is None:
@@ -217,12 +217,12 @@ def _print_error(error: BaseException) -> None:
 
 def _say(sentence: str) -> None:
   sys.stdout.flush()
-  # In one piece, and past Python's locks: a thread may say it.
+  # One write, without locks of Python: a thread may call this.
   os.write(2, f'{sentence}\n'.encode())
 
 
 def _end(sentence: str) -> NoReturn:
-  """Ends at once: an orderly end would wait for the others at a barrier."""
+  """Ends at once, because a normal exit would wait for the others."""
   _say(sentence)
   os._exit(1)
 
@@ -233,8 +233,8 @@ def _end(sentence: str) -> NoReturn:
 class _Watch:
   """The watchdog of this process, in two threads.
 
-  One talks to the coordinator, and hangs when that hangs; the other compares
-  the counters with the clock.
+  One talks to the coordinator and hangs if that hangs. The other compares the
+  counters with the clock.
   """
 
   def __init__(self, limit_s: float):
@@ -262,13 +262,13 @@ class _Watch:
       threading.Thread(target=target, daemon=True).start()
 
   def stop(self) -> None:
-    """Call before leaving: from now on a missing counter means nothing."""
+    """Stops watching; call it before leaving the cluster."""
     self._stopped.set()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       self._beat(state='done')
 
   def leave(self, sentence: str) -> NoReturn:
-    """Tells the others why this process ends, and ends it."""
+    """Tells the other processes why this one ends, and ends it."""
     self._tell(sentence)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run at a whole step, agreed over all processes."""
+"""SIGTERM and Ctrl-C end all processes of a run after the same step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 
 class Interrupted(Exception):
-  """SIGTERM or Ctrl-C asked the run to end."""
+  """Raised when SIGTERM or Ctrl-C asks the run to end."""
 
 
 class Interrupt:
@@ -29,10 +29,9 @@ class Interrupt:
   during a long compilation the flag is set when that call returns.
 
   In a cluster (joined before this is entered), SIGTERM belongs to JAX's
-  preemption service, which lets all processes stop at the same step; of two
-  handlers the one installed last would win without a word. Ctrl-C is turned
-  into SIGTERM, and the flag appears at the call on which all processes agree:
-  each must make the same calls of `check` and `at_step`.
+  preemption service, which stops all processes at the same step. Ctrl-C is
+  turned into SIGTERM. The flag appears at the call on which all processes
+  agree, so each process must make the same calls of `check` and `at_step`.
   """
 
   def __init__(self):
@@ -45,8 +44,8 @@ class Interrupt:
   def __enter__(self) -> Interrupt:
     if threading.current_thread() is not threading.main_thread():
       raise RuntimeError(
-        'Interrupt installs signal handlers, which only the main thread may'
-        ' do; enter it there and pass it on.'
+        'Interrupt installs signal handlers, which is possible in the main '
+        'thread only; enter it there and pass it on.'
       )
     self._cluster = jax.distributed.is_initialized()
     mine = (
@@ -95,7 +94,7 @@ class Interrupt:
       raise Interrupted('The run was asked to end (SIGTERM or Ctrl-C).')
 
   def at_step(self, step: int) -> bool:
-    """True when this process, and every other one, is to stop at `step`."""
+    """Whether all processes should stop at `step`."""
     del step  # calls are counted: a harvest polls between two steps
     return self._agreed()
 

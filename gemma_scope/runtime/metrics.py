@@ -24,19 +24,19 @@ def _needed(module: str, field: str, install: str) -> Any:
 
 
 class Writer:
-  """Scalars by step, to `workdir`/metrics.jsonl and where the config says.
+  """Writes scalars by step to `workdir`/metrics.jsonl, TensorBoard and wandb.
 
-  One line for each call: {"step": 10, "time": 1.7e9, "loss": 0.5}, time in
-  seconds since 1970, a value that is not finite as null. One process of a
-  cluster writes.
+  Each call writes a line {"step": 10, "time": 1.7e9, "loss": 0.5}. The time is
+  in seconds since 1970; a value that is not finite becomes null. Use it in one
+  process of a cluster.
 
   Args:
     workdir: the run's folder.
     tensorboard: also to `workdir`/tensorboard (tensorboardX).
     wandb: arguments of wandb.init, or None.
-    resume_step: the step the run goes on from: lines of later steps, which
-      the run will make again, are dropped; None keeps all. A line torn by a
-      kill is dropped in any case.
+    resume_step: the step that the run continues from. Lines of later steps are
+      dropped, because the run will write them again; None keeps all. An
+      incomplete last line is always dropped.
   """
 
   def __init__(
@@ -64,7 +64,7 @@ class Writer:
     self._file = self._path.open('a', encoding='utf-8')
 
   def _repair(self, resume_step: int | None):
-    """Rewrites the file without torn lines and lines of the future."""
+    """Rewrites the file without incomplete lines and lines of later steps."""
     if not self._path.exists():
       return
     text = self._path.read_bytes()
@@ -81,12 +81,12 @@ class Writer:
     files.write_bytes(self._path, b''.join(kept))
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]):
-    """Writes one line; what follows a `/` in a name is TensorBoard's group."""
+    """Writes one line; TensorBoard groups names by the part after `/`."""
     values = {k: float(v) for k, v in scalars.items()}
     line = {'step': int(step), 'time': round(time.time(), 3)} | {
       k: v if math.isfinite(v) else None for k, v in values.items()
     }
-    # One write of a whole line: a kill can tear only the last one.
+    # One write per line, so that only the last line can be incomplete.
     self._file.write(json.dumps(line, allow_nan=False) + '\n')
     self._file.flush()
     if self._board is not None:
@@ -101,7 +101,7 @@ class Writer:
       self._board.flush()
 
   def close(self):
-    """Ends the files and the wandb run."""
+    """Closes the files and the wandb run."""
     self._file.close()
     if self._board is not None:
       self._board.close()

@@ -1,4 +1,4 @@
-"""Progress of a loop: a bar on a terminal, lines in a log; rates, time left.
+"""Progress of a loop: a bar in a terminal, lines in a log; rates, time left.
 
 Progress  a loop that reports its steps
 track     a loop over items; shown only if it takes long
@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 _Item = TypeVar('_Item')
-_WINDOW_S = 30.0  # rates are of the last so many seconds
-_LINE_S, _BAR_S = 10.0, 0.5  # between two lines, two states of a bar
+_WINDOW_S = 30.0  # seconds over which rates are averaged
+_LINE_S, _BAR_S = 10.0, 0.5  # seconds between lines, between updates of a bar
 
 
 def duration(seconds: float) -> str:
@@ -46,25 +46,25 @@ def quantity(value: float) -> str:
 
 
 class Progress:
-  """Shows how a loop of known length goes: rates, time left, its metrics.
+  """Shows the progress of a loop of known length: rates, time left, metrics.
 
-  On a terminal it is a bar of `rich`. Elsewhere a line is printed every ten
-  seconds, and for the last step:
+  In a terminal it is a bar drawn by `rich`. Elsewhere a line is printed every
+  ten seconds and for the last step:
 
     train 1,200/6,000 20% | 14.2 steps/s 29.1k tokens/s | 5 min 38 s left
       | loss 0.31 L0 48.2 FVU 0.22 dead 1.3%
 
-  Rates are those of the last 30 seconds, so that a pause is forgotten. While a
-  step takes longer than ten seconds (a program compiles, activations are made)
-  a thread shows that it goes on, and what it waits for.
+  Rates are averages over the last 30 seconds, so that pauses do not distort
+  them for long. If a step takes longer than ten seconds (a program compiles,
+  activations are computed), a thread shows that it is running and why it waits.
 
   Args:
-    total: steps of the whole loop.
-    tokens_per_step: rows or tokens of one step; 0 shows no such rate.
-    label: what the loop does.
-    first_step: where a resumed loop begins.
-    stream: where to; stderr by default.
-    status: says in words what a step is waiting for; '' where it is not known.
+    total: number of steps of the whole loop.
+    tokens_per_step: rows or tokens of a step; 0 shows no rate of tokens.
+    label: the name of the loop.
+    first_step: the step at which a resumed loop begins.
+    stream: the output; stderr by default.
+    status: returns what a step is waiting for, or ''.
   """
 
   def __init__(
@@ -123,10 +123,10 @@ class Progress:
     step: int,
     metrics: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
   ) -> None:
-    """`step` steps are done; shows it when it is time to.
+    """Records that `step` steps are done, and shows it if an update is due.
 
-    Values are numbers or words; a function that makes them is called only
-    when they are shown.
+    Values are numbers or words. A function that returns them is called only if
+    they are shown.
     """
     now = time.monotonic()
     self._marks.append((now, step))
@@ -170,7 +170,7 @@ class Progress:
     return [rates]
 
   def _say_alive(self) -> None:
-    """Shows that the loop goes on, where nothing was shown for a while."""
+    """Shows that the loop is running if nothing was shown for a while."""
     now = time.monotonic()
     if now - self._said < _LINE_S - 1:
       return
@@ -188,7 +188,7 @@ class Progress:
     )
 
   def close(self) -> None:
-    """Leaves the terminal as it was; what was shown last stays."""
+    """Ends the bar; the last state stays visible."""
     self._closed.set()
     if self._bar is not None:
       self._bar.stop()

@@ -199,7 +199,7 @@ def test_a_missing_or_damaged_truth_is_refused(tmp_path):
     ({'noise': -1.0}, 'noise'),
     ({'sites': ()}, 'at least one site'),
     ({'sites': ('resid/0',)}, 'no site kind'),
-    ({'sites': ('resid_mid/0',)}, 'Nothing is trained'),
+    ({'sites': ('resid_mid/0',)}, 'cannot be trained at'),
     ({'d_model': 0}, 'd_model'),
   ],
 )

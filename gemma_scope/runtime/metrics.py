@@ -81,7 +81,7 @@ class Writer:
     files.write_bytes(self._path, b''.join(kept))
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]):
-    """Writes one line; TensorBoard groups names by the part after `/`."""
+    """Writes one line; TensorBoard groups names by the part before `/`."""
     values = {k: float(v) for k, v in scalars.items()}
     line = {'step': int(step), 'time': round(time.time(), 3)} | {
       k: v if math.isfinite(v) else None for k, v in values.items()

@@ -146,7 +146,7 @@ def test_a_planted_latent_is_found_and_no_control_passes():
   assert one['latents'] == [7] and one['auc']['low'] > 0.99
   for on in ('random_sae', 'shuffled_labels', 'coordinates', 'pca'):
     assert probe.best(found, on, 1)['auc']['value'] < 0.65, on
-  assert probe.report(found).endswith('k of the raw activation at k = 1, 3.')
+  assert probe.report(found).endswith('the raw activation at k = 1, 3.')
 
 
 def test_where_there_is_no_concept_no_interval_is_above_chance():

@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 from ml_collections import ConfigDict
 
 from gemma_scope import sites, specs
-from gemma_scope.config_fields import ARCHITECTURES
+from gemma_scope.config_fields import ARCHITECTURES, MOST
 
-_INT32 = 2**31 - 1
 _MOST_REFIT = 2**16  # latents: 16 GiB over the mesh's latent axis
 
 
@@ -170,10 +169,10 @@ def _training(config: ConfigDict) -> Iterator[str]:
     ('activations.lm_batch', a.lm_batch),
     ('evaluation.batch', config.evaluation.batch),
   ):
-    if sequences * config.text.seq_len > _INT32:
+    if sequences * config.text.seq_len > MOST:
       yield (
         f'{name} * text.seq_len is {sequences * config.text.seq_len:,} tokens '
-        f'in a forward pass; at most {_INT32:,} can be counted.'
+        f'in a forward pass; at most {MOST:,} can be counted.'
       )
   if config.evaluation.sequences and config.text.seq_len < 3:
     yield (

@@ -31,7 +31,7 @@ ARCHITECTURES = {
 }
 PENALTIES = tuple(dict.fromkeys(p for ps in ARCHITECTURES.values() for p in ps))
 DTYPES = ('float32', 'bfloat16')
-_MOST = 2**31 - 1  # counters on the devices are int32
+MOST = 2**31 - 1  # counters on the devices are int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Field:
     low = f'at least {self.low:g}' if self.low > -math.inf else ''
     low = f'above {self.above:g}' if self.above > -math.inf else low
     # The bound of every counter is named only to those who pass it.
-    shown = value > self.high or self.high < _MOST
+    shown = value > self.high or self.high < MOST
     high = f'at most {self.high:,}' if shown and self.high < math.inf else ''
     high = f'below {self.below:g}' if self.below < math.inf else high
     return ' and '.join(filter(None, (low, high))) or 'a finite number'
@@ -135,7 +135,7 @@ def nearest(word: Any, words: Iterable[str]) -> str | None:
   return near[0] if near else None
 
 
-def _whole(low: int = 0, high: int = _MOST, **more) -> Field:
+def _whole(low: int = 0, high: int = MOST, **more) -> Field:
   return Field(int, low, high, **more)
 
 

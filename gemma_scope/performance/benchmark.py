@@ -38,7 +38,6 @@ from gemma_scope.training import objectives, optimizer, stack
 
 _KEY = jax.random.key(0)
 _SITE = sites.Site(0, 'resid_post')
-BRANCHES = ('auto', 'dense', 'sparse')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -229,7 +229,7 @@ def test_fingerprint_difference_names_fields():
 def test_refuse_changes_is_one_sentence():
   changes.refuse_changes({'a': 1, 'b': 2}, {'a': 1, 'b': 3}, ignore=('b',))
   with pytest.raises(
-    changes.ChangedError, match=r'another text \(hash: was'
+    changes.ChangedError, match=r'a different text \(hash: was'
   ) as e:
     changes.refuse_changes({'hash': 'x' * 200}, {'hash': 'y'}, what='text')
   assert len(str(e.value)) < 250 and '\n' not in str(e.value)

@@ -44,7 +44,7 @@ from gemma_scope.sae import released
 
 KINDS = ('none', 'add', 'clamp', 'ablate', 'project_out')
 _NONE, _ADD, _CLAMP, _ABLATE, _PROJECT = range(len(KINDS))
-_STRONGEST = 1e4
+STRONGEST = 1e4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,9 +213,9 @@ def _check(subject: Subject, change: Change) -> None:
     raise ValueError(
       f'There is no latent {change.feature}: the SAE has {subject.width:,}.'
     )
-  if not abs(change.strength) <= _STRONGEST:
+  if not abs(change.strength) <= STRONGEST:
     raise ValueError(
-      f'The strength must be between -{_STRONGEST:g} and {_STRONGEST:g}; found '
+      f'The strength must be between -{STRONGEST:g} and {STRONGEST:g}; found '
       f'{change.strength}.'
     )
   if change.kind in ('add', 'clamp') and not subject.max_F[change.feature]:

@@ -34,7 +34,11 @@ from gemma_scope.microscope.circuits import (
   readout,
 )
 from gemma_scope.microscope.circuits import attribution_graph as graph_lib
-from gemma_scope.microscope.circuits.intervene import Change, Subject
+from gemma_scope.microscope.circuits.intervene import (
+  STRONGEST,
+  Change,
+  Subject,
+)
 from gemma_scope.microscope.index.store import Indexed
 from gemma_scope.runtime import progress
 from gemma_scope.text import tokenizers
@@ -371,5 +375,5 @@ def _change(given) -> Change:
   return Change(
     _integer(given, 'feature', 0, 2**31 - 1),
     given['kind'],
-    _number(given, 'strength', -1e4, 1e4, 1.0),
+    _number(given, 'strength', -STRONGEST, STRONGEST, 1.0),
   )

@@ -19,12 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from gemma_scope import files
+from gemma_scope.release import folder
 
 _HEADER_BYTES = 1 << 20
 _JSON_BYTES = 1 << 20
 _TYPES = 'F64', 'F32', 'F16', 'BF16'
 _WHOLE = 'I32', 'I64'
-MAX_BYTES = 128 << 30
+MAX_BYTES = folder.MAX_BYTES
 
 
 def shapes(

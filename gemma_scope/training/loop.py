@@ -111,16 +111,7 @@ def train(
   keep = config.checkpoint.keep
   with checkpoints.Checkpoints(workdir / 'checkpoints', keep=keep) as saves:
     loop = _Loop(
-      config,
-      workdir,
-      mesh,
-      feed,
-      stacks,
-      groups,
-      saves,
-      lease,
-      report,
-      facts,
+      config, workdir, mesh, feed, stacks, groups, saves, lease, report, facts
     )
     loop.start()
     loop.run(interrupt)

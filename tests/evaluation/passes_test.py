@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope import sites
+from gemma_scope import mesh, sites
 from gemma_scope.evaluation import (
   batches,
   passes,
@@ -36,16 +36,14 @@ def test_losses_at_every_third_token_are_those_of_all(model, saes):
   assert seen >= set(range(9)) and max(seen) <= 10
 
 
-def test_settings_are_refused_before_training():
-  batches.check(0, 0, 0)
-  batches.check(8, 4, 128, data=2)
-  for wrong, match in (
-    ((8, 0, 128), 'batch of 0'),
-    ((8, 4, 2), 'three tokens'),
-    ((8, 15, 128, 2), 'cannot be split'),
-  ):
-    with pytest.raises(ValueError, match=match):
-      batches.check(*wrong)
+def test_a_batch_that_cannot_be_split_is_refused():
+  devices = mesh.make({'sae': 1, 'data': 2, 'latent': 4})
+  assert len(batches.Batches(batches.Text(text(8), keep, 4), devices)) == 2
+  for wrong in (0, 3):
+    with pytest.raises(ValueError, match=f'batch of {wrong} .* data axis .2.'):
+      batches.Batches(batches.Text(text(8), keep, wrong), devices)
+  with pytest.raises(ValueError, match='at least three tokens'):
+    batches.Batches(batches.Text(text(8)[:, :2], keep, 4), None)
 
 
 def test_layers_before_the_site_are_not_run_again():

@@ -345,12 +345,16 @@ class Gemma:
           self._pin, method=_extend,
       )  # fmt: skip
 
-  def unembed(self, params: Params, x_BTD: jax.Array) -> jax.Array:
-    """Final norm, tied unembedding and soft-cap: x_BTD -> float32 logits."""
+  def unembed(
+    self, params: Params, x_BTD: jax.Array, tokens_K: Any = None
+  ) -> jax.Array:
+    """Final norm, tied unembedding (of K tokens), soft-cap: float32 logits."""
     arguments.shape('x_BTD', x_BTD, (*x_BTD.shape[:-1], self.config.d_model))
     visits = hooks.Hooks(self.config, (), {})
     with nn.intercept_methods(visits.intercept):
-      return self._model.apply({'params': params}, x_BTD, method=_unembed)
+      return self._model.apply(
+        {'params': params}, x_BTD, tokens_K, method=_unembed
+      )
 
 
 def _walk(model, tokens_BT, positions_BT, mask_BTT, depth, logits, pin):
@@ -377,13 +381,15 @@ def _blocks(model, caches, tokens_BT, positions_BT, mask_BTC, pin):
   return x_BTD, tuple(after)
 
 
-def _unembed(model, x_BTD):
+def _unembed(model, x_BTD, tokens_K=None):
   # As `embedder.decode`, but sums stay float32: in bfloat16 logits of 16 to 32
   # would be multiples of an eighth.
+  table_VD = model.embedder.input_embedding_table
+  table_VD = table_VD if tokens_K is None else table_VD[tokens_K]
   logits_BTV = jnp.einsum(
     '...d,vd->...v',
     model.final_norm(x_BTD),
-    model.embedder.input_embedding_table.astype(x_BTD.dtype),
+    table_VD.astype(x_BTD.dtype),
     preferred_element_type=jnp.float32,
   )
   cap = model.config.final_logit_softcap

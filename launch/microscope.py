@@ -102,13 +102,26 @@ OPTIONS = (
   text('model_id', '', "Neuronpedia's name for the language model."),
   text('title', 'gemma-scope', 'Name of the set of SAEs.'),
   text('creator', '', 'Who made the SAEs.'),
+  switch('all', False, 'Measure all SAEs.'),
+  switch('effects', False, 'Also measure the effect of every feature.'),
+  whole(
+    'contexts', 4, 'Contexts in which a feature is ablated, and added.', low=2
+  ),
+  whole('scored', 3, 'Tokens scored from the edited one on.', low=1),
+  number(
+    'alpha',
+    0.05,
+    'False discovery rate over the features of an SAE.',
+    low=0.0,
+    high=1.0,
+  ),
   switch('json', False, 'Print JSON instead of a table.'),
 )
 # command -> what it does, and the flags that it reads.
 COMMANDS = {
   'build': (
     'Index what every feature fires on and write the dashboards.',
-    ('sequences', 'batch', 'labels', 'outliers'),
+    ('sequences', 'batch', 'labels', 'outliers', 'effects'),
   ),
   'pages': ('Rewrite the dashboards with the current labels.', ()),
   'serve': (
@@ -126,6 +139,10 @@ COMMANDS = {
   'probe': (
     'Find the features that detect a concept, from labelled prompts.',
     ('prompts', 'sae', 'pooling', 'batch'),
+  ),
+  'effects': (
+    'Measure the exact effect of every feature, next to controls.',
+    ('sae', 'all', 'contexts', 'scored', 'alpha', 'json'),
   ),
   'explain': (
     'Label features and score the labels.',

@@ -6,6 +6,7 @@
   why      attributes a logit to latents
   steer    generates text with latents changed
   probe    finds the latents that detect a concept
+  effects  measures the exact effect of every latent, with controls
   explain  labels latents and scores the labels
   suite    runs the SAEBench metrics
   export   writes files for Neuronpedia
@@ -28,6 +29,8 @@ from gemma_scope.microscope.autointerp import labels, llm
 from gemma_scope.microscope.circuits import (
   attribution,
   attribution_graph,
+  card_plan,
+  card_results,
   effects,
   intervene,
   readout,
@@ -65,6 +68,11 @@ class Options:
   title: str = 'gemma-scope'
   creator: str = ''
   json: bool = False
+  all: bool = False
+  effects: bool = False
+  contexts: int = 4
+  scored: int = 3
+  alpha: float = card_results.ALPHA
 
 
 def build(session: Session, options: Options) -> None:
@@ -77,6 +85,9 @@ def build(session: Session, options: Options) -> None:
       options.labels == 'rule',
       options.outliers,
     )
+  if options.effects:
+    measure_effects(session, dataclasses.replace(options, all=True))
+    return
   session.report(f'microscope  {first.resolve().as_uri()}')
 
 
@@ -236,6 +247,34 @@ def find_concept(session: Session, options: Options) -> None:
   _keep(session, 'probe', found)
 
 
+def measure_effects(session: Session, options: Options) -> None:
+  """Measures the exact effect of every latent, and rewrites the pages."""
+  session.check_built()
+  saes = session.saes if options.all else [session.find(options.sae)]
+  settings = card_plan.Settings(options.contexts, options.scored)
+  summaries = {}
+  with interrupt_lib.Interrupt() as interrupt:
+    for sae in saes:
+      if options.all and sae.wiring.several:
+        session.report(f'{sae.name}: skipped, as it covers several layers')
+        continue
+      session.report(sae.name)
+      index, path = session.index(sae), session.effects_path(sae)
+      measured = card_results.measure(
+        session.subject(sae), index, path, settings,
+        card_results.Watch(interrupt.check, session.report),
+      )  # fmt: skip
+      found = card_results.results(measured, index, options.alpha)
+      summaries[sae.name] = found['summary']
+      if not options.json:
+        session.report(card_results.table(found['summary']))
+      path = card_results.write(path, found, index, settings)
+      session.report(f'written  {path}')
+  if options.json:
+    session.report(json.dumps(summaries))
+  pages(session, options)
+
+
 def label(session: Session, options: Options) -> None:
   """Labels latents by a language model or by rules and rewrites the pages."""
   session.check_built()
@@ -334,6 +373,7 @@ COMMANDS = {
   'why': why,
   'steer': steer,
   'probe': find_concept,
+  'effects': measure_effects,
   'explain': label,
   'suite': score,
   'export': export,

@@ -3,6 +3,7 @@
   <out>/members.json         the SAEs that were indexed, in page order
   <out>/indexes/<name>/      one index for each SAE (`index`)
   <out>/labels/<name>.jsonl  labels and scores from `explain`
+  <out>/effects/<name>.json  causal cards from `effects`
   <out>/pages/               the dashboards
 
 The config is the run's own, or one that names the model and text of published
@@ -32,7 +33,12 @@ from gemma_scope import mesh as mesh_lib
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import weights
 from gemma_scope.microscope.autointerp import labels as labels_lib
-from gemma_scope.microscope.circuits import effects, intervene, readout
+from gemma_scope.microscope.circuits import (
+  card_results,
+  effects,
+  intervene,
+  readout,
+)
 from gemma_scope.microscope.dashboard import pages
 from gemma_scope.microscope.index import build as build_lib
 from gemma_scope.microscope.index import store as store_lib
@@ -192,7 +198,14 @@ class Session:
 
   def indexed(self, sae: release.Released) -> Indexed:
     """The SAE with its index and labels; ValueError if it has no index."""
-    return Indexed(sae, self.index(sae), self.labels(sae))
+    index = self.index(sae)
+    path, digest = self.effects_path(sae), index.meta['sae_sha256']
+    cards = card_results.read(path, digest)
+    return Indexed(sae, index, self.labels(sae), cards)
+
+  def effects_path(self, sae: release.Released) -> pathlib.Path:
+    """The files of its causal cards, without their endings."""
+    return self.out / 'effects' / sae.name
 
   def subject(self, sae: release.Released) -> intervene.Subject:
     """The SAE in its model; strengths are in units of the index's maxima."""

@@ -16,7 +16,12 @@ from configs import tiny
 from gemma_scope import files
 from gemma_scope import sae as sae_lib
 from gemma_scope.microscope import commands, session
-from gemma_scope.microscope.circuits import effects
+from gemma_scope.microscope.circuits import (
+  card_plan,
+  card_results,
+  causal_card,
+  effects,
+)
 from gemma_scope.runtime import interrupt
 from launch import microscope
 from tests.helpers import browser, random_saes, releases
@@ -201,6 +206,49 @@ def test_steer(workdir, said):
   assert said[-1].count('\n') == len(effects.STRENGTHS)
   run('steer', workdir, said, sae=SAE, text=TEXT, change=(f'{latent}', '3'))
   assert 'steered' in said[-2]
+
+
+def test_effects_stop_go_on_and_reach_the_pages(workdir, said, tmp_path):
+  shutil.copytree(workdir, tmp_path / 'run')
+  folder, few = tmp_path / 'run', {'sae': SAE, 'contexts': 2, 'scored': 1}
+  opened = session.Session(folder, report=said.append)
+  sae = opened.find(SAE)
+  subject, index = opened.subject(sae), opened.index(sae)
+  path, settings = opened.effects_path(sae), card_plan.Settings(2, 1)
+  polls = iter([None] * 5)
+
+  def stop():
+    if next(polls, 'stop'):
+      raise interrupt.Interrupted
+
+  watch = card_results.Watch(stop, said.append)
+  with pytest.raises(interrupt.Interrupted):
+    card_results.measure(subject, index, path, settings, watch)
+  partial = np.load(f'{path}.npz')
+  assert 0 < partial['done'] < np.isfinite(partial['kl']).sum()
+  assert 'controls' in said[0] and 'about' in said[0]
+  run('effects', folder, said, **few)
+  whole = np.load(f'{path}.npz')
+  there = np.isfinite(partial['kl'])
+  np.testing.assert_array_equal(partial['kl'][there], whole['kl'][there])
+  again = causal_card.Measured(subject.width, settings)
+  for _ in causal_card.measure(
+    subject, card_plan.Plan(subject, index, settings), again
+  ):
+    pass
+  for name, array in again.arrays.items():
+    np.testing.assert_array_equal(array, whole[name])
+  # The pages have them, and the list can be filtered by them.
+  cards = opened.indexed(sae).effects
+  assert 'features tested' in ''.join(said)
+  i = opened.saes.index(sae)
+  listed = browser.data(folder / 'microscope' / 'pages', f'm{i}/list')
+  assert [v is not None for v in listed['verdict']] == [
+    j in cards['cards'] for j in range(subject.width)
+  ]
+  said.clear()
+  run('effects', folder, said, json=True, **few)  # nothing is measured again
+  assert json.loads(said[-2])[sae.name] == cards['summary']
 
 
 def test_labels_reach_the_pages(workdir, said):

@@ -34,13 +34,25 @@ _TOKENS = 6  # shown on a card
 _DENSITIES = (0, 1e-4, 1e-3, 1e-2, 1e-1, 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Watch:
+  """How a long measurement is followed.
+
+  Attributes:
+    poll: called after each sequence; may raise, and then all is saved.
+    report: called with a line about the cost.
+  """
+
+  poll: Callable[[], None] = lambda: None
+  report: Callable[[str], None] = print
+
+
 def measure(
   subject: Subject,
   index: Index,
   path: pathlib.Path,
   settings: Settings,
-  poll: Callable[[], None] = lambda: None,
-  report: Callable[[str], None] = print,
+  watch: Watch = Watch(),  # noqa: B008  frozen
 ) -> causal_card.Measured:
   """Measures all features, or continues; says first how long it takes.
 
@@ -48,16 +60,15 @@ def measure(
     subject, index: the SAE in its model, and its index.
     path: of the files, without an ending.
     settings: what is measured.
-    poll: called after each sequence; may raise, and then all is saved.
-    report: called with a line about the cost.
+    watch: how it is followed.
   """
   plan = Plan(subject, index, settings)
   measured = causal_card.Measured(subject.width, settings)
-  key, saved = _key(index, settings), path.with_suffix('.npz')
+  key, saved = _key(index, settings), _file(path, '.npz')
   done, total = _load(saved, key, measured), len(plan.by_sequence)
   if done < total:
     seconds = causal_card.estimate(subject, plan) * (total - done) / total
-    report(
+    watch.report(
       f'{len(plan.alive):,} features, {plan.count:,} edits, each beside '
       f'{2 * settings.controls} controls, on {total - done:,} sequences: about '
       f'{progress.duration(seconds)}'
@@ -68,13 +79,17 @@ def measure(
       for step in causal_card.measure(subject, plan, measured, done):
         done = step
         shown.update(done, {})
-        poll()
+        watch.poll()
         if time.monotonic() - last > _SAVE_S:
           _save(saved, key, measured, done)
           last = time.monotonic()
     finally:
       _save(saved, key, measured, done)
   return measured
+
+
+def _file(path: pathlib.Path, ending: str) -> pathlib.Path:
+  return path.parent / (path.name + ending)
 
 
 def _key(index: Index, settings: Settings) -> str:
@@ -114,12 +129,11 @@ def results(
   """Cards and their summary, plain JSON: 'cards' by feature, and 'summary'."""
   a = measured.arrays
   controls = [a[name] for name in causal_card.CONTROLS]
-  p_EF = np.stack(
-    [
-      statistics.effect_p(a['among'][e], [c[e] for c in controls])
-      for e in range(len(EDITS))
-    ]
-  )
+  by_control = {
+    kind: np.stack(list(map(statistics.edit_p, a['among'], a[kind])))
+    for kind in causal_card.CONTROLS
+  }
+  p_EF = np.max(list(by_control.values()), 0)
   p_F = statistics.either_p(p_EF)
   q_F = statistics.adjusted(p_F)
   contexts_first = np.moveaxis(a['lens'], 0, 1)
@@ -146,10 +160,15 @@ def results(
     }
     for e, name in enumerate(EDITS)
   }
+  beyond = {
+    kind: int((statistics.adjusted(statistics.either_p(p_EF)) <= alpha).sum())
+    for kind, p_EF in by_control.items()
+  }
   summary = {
     'alpha': alpha,
     'tested': len(cards),
     'verdicts': _counts(verdict_F),
+    'beyond': beyond,
     'by_density': _by_density(verdict_F, index.density_F),
     'halves_agree': halves,
   }
@@ -219,7 +238,7 @@ def _interval(values_3) -> list[float | None]:
 
 def write(path: pathlib.Path, found: Mapping[str, Any], index: Index, settings):
   """Writes the cards; returns the file's path."""
-  path = path.with_suffix('.json')
+  path = _file(path, '.json')
   path.parent.mkdir(parents=True, exist_ok=True)
   about = {
     'sae_sha256': index.meta['sae_sha256'],
@@ -231,7 +250,7 @@ def write(path: pathlib.Path, found: Mapping[str, Any], index: Index, settings):
 
 def read(path: pathlib.Path, sae_sha256: str) -> dict[str, Any] | None:
   """The cards of these parameters, by feature, and the summary; or None."""
-  path = path.with_suffix('.json')
+  path = _file(path, '.json')
   if not path.exists():
     return None
   found = json.loads(path.read_text(encoding='utf-8'))
@@ -250,6 +269,10 @@ def table(summary: Mapping[str, Any]) -> str:
   ]
   for name, count in summary['verdicts'].items():
     lines.append(f'  {name:32} {count:>7,}  {count / tested:>6.1%}')
+  counts = ', '.join(
+    f'{kind} {count:,}' for kind, count in summary['beyond'].items()
+  )
+  lines.append(f'beyond one kind of control alone: {counts}')
   lines.append('share with a measurable effect, by density:')
   for row in summary['by_density']:
     counts = row['verdicts']

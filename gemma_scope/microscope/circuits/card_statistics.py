@@ -73,9 +73,9 @@ def pooled_p(observed_F: np.ndarray, null: np.ndarray) -> np.ndarray:
   return np.where(np.isfinite(observed_F), p_F, np.nan)
 
 
-def effect_p(kl_FC: np.ndarray, controls: list[np.ndarray]) -> np.ndarray:
-  """p-value of an edit: the largest over the kinds of control."""
-  return np.max([pooled_p(*excess(kl_FC, c)) for c in controls], 0)
+def edit_p(kl_FC: np.ndarray, control_FCM: np.ndarray) -> np.ndarray:
+  """p-value of each feature's edit beside one kind of control."""
+  return pooled_p(*excess(kl_FC, control_FCM))
 
 
 def either_p(p_EF: np.ndarray) -> np.ndarray:

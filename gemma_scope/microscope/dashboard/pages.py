@@ -33,13 +33,13 @@ import numpy as np
 
 from gemma_scope import files, sites
 from gemma_scope.evaluation import estimates
+from gemma_scope.microscope.dashboard import records
 from gemma_scope.microscope.dashboard.terms import TERMS
 from gemma_scope.microscope.index import logit_lens
 from gemma_scope.microscope.index.store import Index, Indexed
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
 CHUNK = 64  # features a file, and sequences a file
-_TOP, _SILENT, _OPEN = 16, 4, 2  # examples shown; tenths that are unfolded
 _PAIRS = 8  # SAEs that one is compared with
 _MATCHES = 3
 _OUTLIERS = 200  # shown in context
@@ -109,7 +109,7 @@ class _Writer:
       **about,
       'members': self._described,
       'chunk': CHUNK,
-      'edges': _short(first.edges_H),
+      'edges': records.short(first.edges_H),
       'start': [start for _, start in best],
       'terms': TERMS,
       **{key: first.meta[key] for key in keys},
@@ -127,13 +127,16 @@ class _Writer:
     (self._folder / 'data' / f'm{i}').mkdir()
     self._put(f'm{i}/list', self._listed(indexed))
     latents = len(index.max_F)
-    features = _Features(indexed)
+    features = records.Features(indexed)
     for k in range(math.ceil(latents / CHUNK)):
       part = range(k * CHUNK, min((k + 1) * CHUNK, latents))
       self._put(f'm{i}/c{k}', [features(j) for j in part])
     if index.positive_FL is not None:
       self._used.update(np.unique(index.positive_FL).tolist())
       self._used.update(np.unique(index.negative_FL).tolist())
+    for card in records.cards_of(indexed).values():
+      parts = filter(None, (card['ablate'], card['add']))
+      self._used.update(t for part in parts for t, _ in part['tokens'])
     if len(index.outlier_norm_O):
       self._put(f'm{i}/outliers', _outliers(index))
     self._described.append(_described(indexed, i))
@@ -147,14 +150,15 @@ class _Writer:
     logits = index.positive_FL
     of_label = lambda j, key: labels[j].get(key) if j in labels else None
     return {
-      'density': _short(index.density_F),
-      'max': _short(index.max_F),
+      'density': records.short(index.density_F),
+      'max': records.short(index.max_F),
       'word': words_of_all(index),
       'logit': [[]] * len(latents)
       if logits is None
       else logits[:, :5].tolist(),
       'label': [str(of_label(j, 'text') or '') for j in latents],
       'score': [of_label(j, 'score') for j in latents],
+      **_listed_effects(indexed),
     }
 
   def _compare(self, i: int, indexed: Indexed) -> None:
@@ -175,6 +179,21 @@ class _Writer:
     self._decoders.append((targets, unit_FD))
 
 
+def _listed_effects(indexed: Indexed) -> dict[str, Any]:
+  """Verdict and adjusted p-value of each feature, if they were measured."""
+  if indexed.effects is None:
+    return {}
+  cards = records.cards_of(indexed)
+  every = [cards.get(j, {}) for j in range(len(indexed.index.max_F))]
+  return {
+    'verdict': [card.get('verdict') for card in every],
+    'q': [card.get('q') for card in every],
+    'kl': [
+      ((card.get('ablate') or {}).get('kl') or [None])[0] for card in every
+    ],
+  }
+
+
 def _matched(product_FG: np.ndarray) -> dict[str, Any]:
   """The nearest decoders of each of F features among G others."""
   count = min(_MATCHES, product_FG.shape[1])
@@ -186,15 +205,6 @@ def _matched(product_FG: np.ndarray) -> dict[str, Any]:
     'match': np.take_along_axis(best_FM, order_FM, 1).tolist(),
     'cosine': np.round(cosine_FM.astype(float), 4).tolist(),
   }
-
-
-def _short(values) -> list[float | None]:
-  """Four digits of each; None where there is no number."""
-  return [_one(value) for value in np.asarray(values, float).ravel().tolist()]
-
-
-def _one(value) -> float | None:
-  return float(f'{value:.4g}') if math.isfinite(value) else None
 
 
 def _described(indexed: Indexed, i: int) -> dict[str, Any]:
@@ -214,13 +224,14 @@ def _described(indexed: Indexed, i: int) -> dict[str, Any]:
     'width': len(index.max_F),
     'widthName': sites.width_name(card['width']),
     'architecture': str(card.get('architecture', '')),
-    'meanL0': _one(density_F.sum()),
+    'meanL0': records.rounded(density_F.sum()),
     'tokens': index.meta['tokens'],
     'dead': int((index.fired_F == 0).sum()),
     'dense': int((density_F > estimates.DENSE).sum()),
     'labelled': len(indexed.labels),
     'outliers': len(index.outlier_norm_O),
     'near': [],
+    'effects': (indexed.effects or {}).get('summary'),
     'metrics': figures(metrics) | {'control': figures(control)},
   }
 
@@ -266,7 +277,7 @@ def _outliers(index: Index) -> dict[str, Any]:
     'bounds': index.meta['outliers']['norm_bounds'],
     'tokens': np.stack([ids, count], 1)[most].tolist(),
     'shown': np.stack([sequence_O, position_O], 1)[order].tolist(),
-    'norm': _short(index.outlier_norm_O[order]),
+    'norm': records.short(index.outlier_norm_O[order]),
   }
 
 
@@ -294,102 +305,3 @@ def words_of_all(index: Index) -> list[list[int]]:
   for latent, token in zip(j[place < 5], ids[place < 5], strict=True):
     found[latent].append(int(token))
   return found
-
-
-class _Features:
-  """The record of each feature of an SAE."""
-
-  def __init__(self, indexed: Indexed):
-    self._indexed, index = indexed, indexed.index
-    self._tokens = max(index.meta['tokens'], 1)
-    plain = ('max_F', 'mean_F', 'encoder_norm_F', 'decoder_norm_F')
-    self._plain = {
-      name: _short(getattr(index, name))
-      for name in (*plain, 'threshold_F', 'cosine_F')
-    }
-    self._related = {
-      key: _pairs(*arrays)
-      for key, arrays in {
-        'near': (index.neighbour_FC, index.neighbour_value_FC),
-        'with': (index.cofiring_FC, index.cofiring_value_FC),
-        'positive': (index.positive_FL, index.positive_value_FL),
-        'negative': (index.negative_FL, index.negative_value_FL),
-      }.items()
-      if arrays[0] is not None
-    }
-
-  def __call__(self, j: int) -> dict[str, Any]:
-    index, fired = self._indexed.index, int(self._indexed.index.fired_F[j])
-    _, low, high = estimates.wilson_interval(fired, self._tokens)
-    plain = self._plain
-    silent = index.silent_FM[j]
-    return {
-      'fired': fired,
-      'density': _one(fired / self._tokens),
-      'low': _one(low),
-      'high': _one(high),
-      'max': plain['max_F'][j],
-      'mean': plain['mean_F'][j],
-      'threshold': plain['threshold_F'][j],
-      'encoder': plain['encoder_norm_F'][j],
-      'decoder': plain['decoder_norm_F'][j],
-      'cosine': plain['cosine_F'][j],
-      'outliers': int(index.outlier_fired_F[j]),
-      'histogram': index.histogram_FH[j].tolist(),
-      'label': self._indexed.labels.get(j),
-      'silent': silent[silent >= 0][:_SILENT].tolist(),
-      **{key: rows[j] for key, rows in self._related.items()},
-      **self._examples(j),
-    }
-
-  def _examples(self, j: int) -> dict[str, Any]:
-    """The top examples, then those of each tenth from the last one down.
-
-    `at` has sequences and positions in turn, `values` the windows around them.
-    """
-    index = self._indexed.index
-    there = index.top_sequence_FE[j, :_TOP] >= 0
-    sampled_QR = index.sample_sequence_FQR[j, ::-1] >= 0
-    at = np.concatenate(
-      [
-        np.stack(
-          [
-            index.top_sequence_FE[j, :_TOP][there],
-            index.top_position_FE[j, :_TOP][there],
-          ],
-          1,
-        ),
-        np.stack(
-          [
-            index.sample_sequence_FQR[j, ::-1][sampled_QR],
-            index.sample_position_FQR[j, ::-1][sampled_QR],
-          ],
-          1,
-        ),
-      ]
-    )
-    shares = np.concatenate(
-      [
-        index.window_top_FEW[j, :_TOP][there],
-        index.window_sample_FQRW[j, ::-1][sampled_QR],
-      ]
-    )
-    counts = sampled_QR.sum(1).tolist()
-    return {
-      'at': at.ravel().tolist(),
-      'values': base64.b64encode(shares.astype('<f2').tobytes()).decode(),
-      'top': int(there.sum()),
-      'tenths': counts,  # of the last tenth first
-    }
-
-
-def _pairs(ids_FC: np.ndarray, values_FC: np.ndarray) -> list[list[list]]:
-  """[id, value] of each feature's related ones, without the empty places."""
-  with np.errstate(divide='ignore', invalid='ignore'):
-    scale = 10.0 ** (3 - np.floor(np.log10(np.abs(values_FC.astype(float)))))
-    short_FC = np.round(values_FC * scale) / scale
-  short_FC = np.where(np.isfinite(short_FC), short_FC, 0.0)
-  return [
-    [[i, v] for i, v in zip(ids, values, strict=True) if i >= 0]
-    for ids, values in zip(ids_FC.tolist(), short_FC.tolist(), strict=True)
-  ]

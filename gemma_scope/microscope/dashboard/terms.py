@@ -64,6 +64,12 @@ TERMS = (
     'divergence from the unchanged model.',
   ),
   (
+    'effect',
+    'What an edit of the feature at one token does to the prediction, measured '
+    'by running the model again. A feature has an effect if it exceeds edits '
+    'of the same norm along other decoders and random directions.',
+  ),
+  (
     'outlier tokens',
     'Tokens whose activation is many times longer than any other. Nearly every '
     'feature fires on them, so they are left out and listed apart.',

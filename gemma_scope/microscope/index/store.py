@@ -128,6 +128,7 @@ class Indexed:
     sae: the SAE; `checked` is the same and refuses other parameters.
     index: what its latents fire on.
     labels: feature -> {'text', 'by', 'score', 'control', 'low'}.
+    effects: the causal cards and their summary, or None.
   """
 
   sae: release.Released
@@ -135,6 +136,7 @@ class Indexed:
   labels: Mapping[int, Mapping[str, Any]] = dataclasses.field(
     default_factory=dict
   )
+  effects: Mapping[str, Any] | None = None
 
   @property
   def checked(self) -> release.Released:

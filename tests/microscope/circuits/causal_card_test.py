@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from gemma_scope import sae
-from gemma_scope.language_model import splice, weights
+from gemma_scope import release
+from gemma_scope.language_model import weights
 from gemma_scope.microscope.circuits import (
   card_plan,
+  card_results,
+  card_statistics,
   causal_card,
   effects,
   intervene,
-  packed_edits,
 )
 from gemma_scope.microscope.index import build
 from tests.helpers import random_saes
 
+NONE, OTHER, LENS = card_statistics.VERDICTS
 N, T = 24, 24
 SMALL = card_plan.Settings(contexts=4, scored=3, controls=3, pool=16)
 
@@ -41,8 +45,9 @@ def text():
 
 def measured(model, text, params, card, settings=SMALL):
   """The index, the plan and the measurements of an SAE."""
-  (index,) = build.build(*model, [(params, card)], text, build.How(8))
-  subject = intervene.subject(*model, params, card, index.max_F)
+  sae = release.in_memory(params, card)
+  (index,) = build.build(*model, [sae], text, build.How(8))
+  subject = intervene.subject(model, sae, index.max_F)
   plan = card_plan.Plan(subject, index, settings)
   found = causal_card.Measured(subject.width, settings)
   for _ in causal_card.measure(subject, plan, found):
@@ -82,6 +87,117 @@ def test_effects_are_those_of_whole_passes(model, text, site):
       compared += 1
   assert compared > 8
   assert (arrays['kl'][np.isfinite(arrays['kl'])] > 0).all()
-  # The small vocabulary is among the likeliest tokens as a whole.
-  wide = dataclasses.replace(SMALL, likeliest=10**6)
-  assert wide.likeliest > model[0].config.vocab_size
+
+
+def discoveries(model, text, params, card, settings=SMALL):
+  _, plan, found = measured(model, text, params, card, settings)
+  return card_results.results(found, plan.index)
+
+
+def test_random_saes_show_no_more_effects_than_alpha(model, text):
+  """All hypotheses are null: an SAE with any discovery has a rate of 1."""
+  few = dataclasses.replace(SMALL, contexts=2, scored=1, lists=5, pool=4)
+  found = [
+    discoveries(model, text, *random_saes.member(seed, 'resid_post/1'), few)
+    for seed in range(10)
+  ]
+  assert min(f['summary']['tested'] for f in found) > 30
+  wrong = [
+    f['summary']['tested'] > f['summary']['verdicts'][NONE] for f in found
+  ]
+  print(f'random SAEs with a discovery: {sum(wrong)} of {len(wrong)}')
+  assert sum(wrong) <= 2  # at 0.05, more than 2 of 10 have a chance of 1 %
+  # The p-values of features that mean nothing are not too small as a whole.
+  p = [card['p'] for f in found for card in f['cards'].values()]
+  assert np.mean(np.array(p) <= 0.1) < 0.15
+
+
+def test_a_trained_encoder_with_a_frozen_decoder_shows_none(model, text):
+  params, card = random_saes.member(1, 'resid_post/1', k=4)
+  x_RD = rows(model, text)
+  centre_D = x_RD.mean(0)
+  norm = np.linalg.norm(params['W_dec'], axis=1, keepdims=True)
+  W_dec = jnp.asarray(params['W_dec'] / norm * x_RD.std())
+
+  def loss(encoder):
+    z_RF = (x_RD - centre_D) @ encoder
+    least_R1 = jax.lax.top_k(z_RF, 4)[0][:, -1:]
+    f_RF = jnp.where(z_RF >= least_R1, jax.nn.relu(z_RF), 0)
+    return jnp.mean(jnp.square(x_RD - centre_D - f_RF @ W_dec))
+
+  encoder, before = W_dec.T / jnp.sum(W_dec[0] ** 2), None
+  optimizer = optax.adam(1e-3)
+  state = optimizer.init(encoder)
+  step = jax.jit(jax.value_and_grad(loss))
+  for _ in range(150):
+    value, gradient = step(encoder)
+    before = before or float(value)
+    updates, state = optimizer.update(gradient, state)
+    encoder = optax.apply_updates(encoder, updates)
+  assert float(value) < 0.9 * before
+  params = params | {
+    'W_enc': np.asarray(encoder),
+    'b_enc': np.asarray(-centre_D @ encoder),
+    'W_dec': np.asarray(W_dec),
+    'b_dec': centre_D,
+  }
+  summary = discoveries(model, text, params, card)['summary']
+  assert summary['tested'] > 30
+  assert summary['verdicts'][NONE] == summary['tested']
+
+
+def rows(model, text):
+  """Activations of all tokens that count, [R, D]."""
+  site = 'resid_post/1'
+  taps = (
+    model[0]
+    .forward(model[1], text.sequences_NT, taps=(site,), logits=False)
+    .taps
+  )
+  return np.asarray(taps[site])[text.keep_NT]
+
+
+def test_planted_latents_are_found(model):
+  """Latents that fire on a token and write the model's own prediction."""
+  planted, alphabet = 4, 24
+  gemma, lm_params = model
+  rng = np.random.default_rng(0)
+  tokens_V2 = np.stack([np.full(400, 2), rng.integers(10, 4000, 400)], 1)
+  logits_V = gemma.forward(lm_params, tokens_V2).logits_BTV[:, 1]
+  sure_V = np.asarray(jax.nn.softmax(logits_V)).max(-1)
+  order = np.argsort(-sure_V)
+  own_P = tokens_V2[order[:planted], 1]
+  others = rng.choice(tokens_V2[order[200:], 1], alphabet - planted, False)
+  choices = np.concatenate([own_P, others])
+  sequences_NT = rng.choice(choices, (40, T)).astype(np.int32)
+  sequences_NT[:, 0] = 2
+  sequences_NT[:, 1::2] = rng.choice(own_P, sequences_NT[:, 1::2].shape)
+  documents_NT = np.repeat(np.arange(40, dtype=np.int32)[:, None], T, 1)
+  about = {'name': 'test', 'sha256': '0' * 64, 'split': 'train'}
+  text = build.Text(sequences_NT, sequences_NT != 2, documents_NT, about)
+  params, card = random_saes.member(7, 'resid_post/1', 80)
+  x_RD, token_R = rows(model, text), sequences_NT[text.keep_NT]
+  table_VD = np.asarray(lm_params['embedder']['input_embedding'])
+  gain_D = 1 + np.asarray(lm_params['final_norm']['scale'])
+  for i, token in enumerate(own_P):
+    reads_D = x_RD[token_R == token].mean(0) - x_RD[token_R != token].mean(0)
+    reads_D /= np.linalg.norm(reads_D)
+    z_R = x_RD @ reads_D
+    at = np.flatnonzero(token_R == token)[:20]
+    likeliest = np.asarray(logits_V[order[i]]).argmax()
+    params['W_enc'][:, i], params['b_enc'][i] = reads_D, 0
+    params['threshold'][i] = np.quantile(z_R[token_R != token], 0.99)
+    writes_D = table_VD[likeliest] * gain_D
+    params['W_dec'][i] = writes_D / np.linalg.norm(writes_D)
+    params['W_dec'][i] *= x_RD.std() * 11 / np.median(z_R[at])
+  found = discoveries(model, text, params, card)
+  verdicts = [found['cards'][i]['verdict'] for i in range(planted)]
+  recall = np.mean([verdict != NONE for verdict in verdicts])
+  wrong = [
+    i
+    for i, one in found['cards'].items()
+    if i >= planted and one['verdict'] != NONE
+  ]
+  print(f'recall {recall:.2f} of {planted} planted, {len(wrong)} wrong')
+  assert recall >= 0.75
+  assert len(wrong) <= 1

@@ -12,6 +12,7 @@ import pytest
 from gemma_scope import release
 from gemma_scope.evaluation import estimates
 from gemma_scope.language_model import weights
+from gemma_scope.microscope.circuits import card_statistics
 from gemma_scope.microscope.dashboard import pages
 from gemma_scope.microscope.index import build, logit_lens, store
 from tests.helpers import random_saes
@@ -29,6 +30,24 @@ def pieces(ids):
   return [
     HOSTILE[i // 5 % len(HOSTILE)] if i % 5 == 0 else f'\u2581w{i}' for i in ids
   ]
+
+
+def effects(index):
+  """Causal cards: every second feature that fires has an effect."""
+  part = {
+    'contexts': 4, 'kl': [0.2, 0.1, 0.3], 'loss': [0.1, None, None],
+    'times_shuffled': [3.0, 2.0, 4.0], 'times_random': [9.0, 4.0, 20.0],
+    'p': 0.01, 'lens_z': 2.5, 'tokens': [[15, 4], [16, 2]],
+  }  # fmt: skip
+  names = card_statistics.VERDICTS
+  card = {'p': 0.01, 'q': 0.02, 'lens_p': 0.01, 'lens_q': 0.02}
+  cards = {
+    int(j): card | {'ablate': part, 'add': None, 'verdict': names[2 * (j % 2)]}
+    for j in np.flatnonzero(index.fired_F)
+  }
+  counts = dict.fromkeys(names, 1)
+  summary = {'alpha': 0.05, 'tested': len(cards), 'verdicts': counts}
+  return {'summary': summary, 'cards': cards}
 
 
 @pytest.fixture(scope='module')
@@ -59,7 +78,7 @@ def entries():
   ]
   indexes = build.build(*model, saes, text, build.How(12))
   return [
-    store.Indexed(sae, index, {3: label})
+    store.Indexed(sae, index, {3: label}, effects(index))
     for sae, index in zip(saes, indexes, strict=True)
   ]
 
@@ -249,6 +268,25 @@ def test_lists_sort_keep_their_place_and_the_theme_is_kept(page, entries):
   page.wait_for_selector('main h1')
   assert page.evaluate('document.documentElement.dataset.theme') != before
   page.keyboard.press('t')
+
+
+def test_effects_are_shown_and_filter_the_list(page, entries):
+  alive = np.flatnonzero(entries[0].index.fired_F)
+  go(page, '#/s/0')
+  page.fill('input[type=search]', '')
+  page.get_by_label('with dead and dense').check()
+  page.get_by_label('Effect', exact=True).select_option('some')
+  shown = page.locator('tbody td:first-child a').all_text_contents()
+  odd = [int(j) for j in alive if j % 2]
+  assert sorted(int(t[1:]) for t in shown) == odd
+  page.get_by_label('Effect', exact=True).select_option('')
+  go(page, f'#/s/0/f/{odd[0]}')
+  page.wait_for_selector('#effect')
+  assert 'It moves what its logit lens says' in page.text_content('#effect')
+  assert pieces([15])[0] in page.text_content('main')  # a token it lowers
+  even = next(int(j) for j in alive if j % 2 == 0)
+  go(page, f'#/s/0/f/{even}')
+  page.wait_for_selector('#effect.warn')
 
 
 def test_pieces_keep_their_case_and_bytes_are_decoded(page):

@@ -240,6 +240,7 @@ function steps(id, j, m, rows) {
 }
 
 function featureCards(id, f, data, shown_) {
+  const m = all.members[id];
   const near = [
     related(
       id,
@@ -260,7 +261,8 @@ function featureCards(id, f, data, shown_) {
   const firing = f.fired
     ? [exampleCards(f, shown_, aside('third card'))]
     : aside('two-thirds card');
-  const cards = [facts(f), distribution(f), logits(f), firing];
+  const effect = effectCard(f, m);
+  const cards = [facts(f), distribution(f), logits(f), effect, firing];
   return h('div', { class: 'grid' }, cards.flat().filter(Boolean));
 }
 

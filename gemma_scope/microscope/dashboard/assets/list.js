@@ -18,6 +18,9 @@ function listRows(data) {
       logits: data.logit[j],
       label: data.label[j],
       score: data.score[j],
+      verdict: data.verdict && data.verdict[j],
+      q: data.q && data.q[j],
+      kl: data.kl && data.kl[j],
       exact: texts.join(SEP),
       tokens: bare.join(SEP),
       text: data.label[j].toLowerCase(),
@@ -42,7 +45,7 @@ function matcher(state, rows) {
     (some ? has(r) : r.tokens.includes(bare));
 }
 
-function listColumns(id, query) {
+function listColumns(query, { id, data }) {
   return [
     {
       name: 'feature',
@@ -85,23 +88,24 @@ function listColumns(id, query) {
       show: (r) => aligned(r.max),
       number: true,
     },
+    ...effectColumns(data),
   ];
 }
 
 const MOST_ROWS = 200;
 
 // The results below the search: {draw, move, open}.
-function results(id, rows, state, status, result) {
+function results({ id, data, rows }, state, status, result) {
   let [chosen, hits] = [0, []];
   const asked = (r) => String(r.j) === state.query.trim();
   const rare = (r) => r.density > 0 && r.density <= DENSE;
   const draw = () => {
-    const matches = rows.filter(matcher(state, rows));
+    const matches = rows.filter(matcher(state, rows)).filter(hasVerdict(state));
     const query = state.exact ? '' : state.query.trim().toLowerCase();
     const kept_ = matches.filter((r) => state.all || asked(r) || rare(r));
     const made = sortable(
       `list${id}`,
-      listColumns(id, query),
+      listColumns(query, { id, data }),
       { by: 5, down: true },
       MOST_ROWS,
     );
@@ -174,17 +178,19 @@ function sidebar(id, m, rows) {
           ' were left out.',
         )
       : null,
+    effectSummary(m),
   );
 }
 
 async function list(id, stale) {
   const m = all.members[id];
-  const rows = listRows(await load(`m${id}/list`));
+  const data = await load(`m${id}/list`);
+  const rows = listRows(data);
   if (stale()) return;
   const state = (searches[id] ||= { query: '', exact: false, all: false });
   const result = h('div', {});
   const status = h('p', { class: 'soft', role: 'status' });
-  const made = results(id, rows, state, status, result);
+  const made = results({ id, data, rows }, state, status, result);
   const search = h('input', {
     type: 'search',
     placeholder: 'a token, a word of a label, a number',
@@ -201,6 +207,7 @@ async function list(id, stale) {
     search,
     check('exact piece (type a space for \u2423)', state, 'exact', made.draw),
     check('with dead and dense', state, 'all', made.draw),
+    effectFilter(data, state, made.draw),
   );
   page(
     m.name,

@@ -126,7 +126,7 @@ def test_a_trained_encoder_with_a_frozen_decoder_shows_none(model, text):
     return jnp.mean(jnp.square(x_RD - centre_D - f_RF @ W_dec))
 
   encoder, before = W_dec.T / jnp.sum(W_dec[0] ** 2), None
-  optimizer = optax.adam(1e-3)
+  optimizer = optax.adam(1e-2)
   state = optimizer.init(encoder)
   step = jax.jit(jax.value_and_grad(loss))
   for _ in range(150):
@@ -134,7 +134,7 @@ def test_a_trained_encoder_with_a_frozen_decoder_shows_none(model, text):
     before = before or float(value)
     updates, state = optimizer.update(gradient, state)
     encoder = optax.apply_updates(encoder, updates)
-  assert float(value) < 0.9 * before
+  assert float(value) < min(before, 0.95 * np.mean((x_RD - centre_D) ** 2))
   params = params | {
     'W_enc': np.asarray(encoder),
     'b_enc': np.asarray(-centre_D @ encoder),
@@ -159,10 +159,10 @@ def rows(model, text):
 
 def test_planted_latents_are_found(model):
   """Latents that fire on a token and write the model's own prediction."""
-  planted, alphabet = 4, 24
+  planted, alphabet = 12, 40
   gemma, lm_params = model
   rng = np.random.default_rng(0)
-  tokens_V2 = np.stack([np.full(400, 2), rng.integers(10, 4000, 400)], 1)
+  tokens_V2 = np.stack([np.full(600, 2), rng.integers(10, 4000, 600)], 1)
   logits_V = gemma.forward(lm_params, tokens_V2).logits_BTV[:, 1]
   sure_V = np.asarray(jax.nn.softmax(logits_V)).max(-1)
   order = np.argsort(-sure_V)
@@ -175,7 +175,7 @@ def test_planted_latents_are_found(model):
   documents_NT = np.repeat(np.arange(40, dtype=np.int32)[:, None], T, 1)
   about = {'name': 'test', 'sha256': '0' * 64, 'split': 'train'}
   text = build.Text(sequences_NT, sequences_NT != 2, documents_NT, about)
-  params, card = random_saes.member(7, 'resid_post/1', 80)
+  params, card = random_saes.member(7, 'resid_post/1', 120)
   x_RD, token_R = rows(model, text), sequences_NT[text.keep_NT]
   table_VD = np.asarray(lm_params['embedder']['input_embedding'])
   gain_D = 1 + np.asarray(lm_params['final_norm']['scale'])
@@ -189,8 +189,9 @@ def test_planted_latents_are_found(model):
     params['threshold'][i] = np.quantile(z_R[token_R != token], 0.99)
     writes_D = table_VD[likeliest] * gain_D
     params['W_dec'][i] = writes_D / np.linalg.norm(writes_D)
-    params['W_dec'][i] *= x_RD.std() * 11 / np.median(z_R[at])
-  found = discoveries(model, text, params, card)
+    params['W_dec'][i] *= x_RD.std() * 4 / np.median(z_R[at])
+  settings = dataclasses.replace(SMALL, controls=8, scored=1)
+  found = discoveries(model, text, params, card, settings)
   verdicts = [found['cards'][i]['verdict'] for i in range(planted)]
   recall = np.mean([verdict != NONE for verdict in verdicts])
   wrong = [

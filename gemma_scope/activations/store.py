@@ -218,11 +218,11 @@ class StoreSource:
     expected = self._manifest['chunks'][name][file]
     try:
       array = np.load(self._folder / name / file, mmap_mode='r')
-      found = zlib.crc32(array.reshape(-1).view(np.uint8))
-      why = f'checksum {found}, expected {expected}'
+      checksum = zlib.crc32(array.reshape(-1).view(np.uint8))
+      why = f'checksum {checksum}, expected {expected}'
     except (OSError, ValueError) as error:
-      found, why = None, str(error)
-    if found != expected:
+      checksum, why = None, str(error)
+    if checksum != expected:
       raise ValueError(
         f'{str(self._folder / name / file)!r} is damaged ({why}); delete '
         f'the folder {name} and run the command that wrote it again.'

@@ -1,12 +1,12 @@
-"""The leaves of a tree by name, and a checksum for every one.
+"""Checksums for the leaves of a tree, by name.
 
   tree -> {'params.W_enc': array, ...} -> {'params.W_enc': {region: [crc32]}}
 
-A region is the block of the whole array that one process holds, '0:4,8:16'.
-Its bytes in C order are cut into blocks, each with a CRC32, so that threads
-share the work on a large array (2 GB/s per core; zlib releases the GIL). An
-array that one process holds whole is one region, whatever its sharding, so
-that it can be checked under any other sharding.
+A region, such as '0:4,8:16', is the block of the whole array that one process
+holds. Its bytes in C order are cut into blocks with a CRC32 each, so that
+threads can share the work (2 GB/s per core; zlib releases the GIL). An array
+that one process holds whole is one region, so that it can be checked under any
+other sharding.
 """
 
 from __future__ import annotations
@@ -80,13 +80,15 @@ def differences(
   saved: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> list[str]:
   """How the names, shapes and dtypes of two sets of leaves differ."""
-  found = [f'{name} is missing' for name in wanted if name not in saved]
-  found += [f'{name} is not expected' for name in saved if name not in wanted]
+  problems = [f'{name} is missing' for name in wanted if name not in saved]
+  problems += [
+    f'{name} is not expected' for name in saved if name not in wanted
+  ]
   for name in wanted.keys() & saved.keys():
     for key, want in spelling(wanted[name]).items():
       if saved[name][key] != want:
-        found.append(f'{name} has {key} {saved[name][key]}, expected {want}')
-  return sorted(found)
+        problems.append(f'{name} has {key} {saved[name][key]}, expected {want}')
+  return sorted(problems)
 
 
 def seal(body: Any) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def seal(body: Any) -> dict[str, Any]:
 
 
 def unseal(sealed: Mapping[str, Any]) -> Any:
-  """What was sealed; ValueError when it is not quite that."""
+  """The value of `seal`; ValueError if its checksum does not match."""
   text = json.dumps(sealed['body'], sort_keys=True)
   if zlib.crc32(text.encode()) != sealed['crc32']:
     raise ValueError('it does not have its own checksum')
@@ -123,19 +125,19 @@ def _pool() -> concurrent.futures.ThreadPoolExecutor:
 
 def of(leaves: Mapping[str, Any]) -> dict[str, dict[str, list[int]]]:
   """{leaf: {region: sums}}: the whole array, or this process's own shards."""
-  found = {}
+  sums = {}
   with _pool() as pool:
     for name, leaf in leaves.items():
       if getattr(leaf, 'is_fully_addressable', True):
         whole = _region((slice(None),) * len(leaf.shape), leaf.shape)
-        found[name] = {whole: _sums(np.asarray(leaf), pool)}
+        sums[name] = {whole: _sums(np.asarray(leaf), pool)}
       else:
-        found[name] = {
+        sums[name] = {
           _region(shard.index, leaf.shape): _sums(np.asarray(shard.data), pool)
           for shard in leaf.addressable_shards
           if shard.replica_id == 0
         }
-  return found
+  return sums
 
 
 def wrong(

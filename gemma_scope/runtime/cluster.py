@@ -302,13 +302,13 @@ class _Watch:
     while not self._stopped.is_set():
       try:
         self._beat()
-        found = self._client.key_value_dir_get(_PREFIX)
+        states = self._client.key_value_dir_get(_PREFIX)
       except jax.errors.JaxRuntimeError:
         pass  # the clock decides
       else:
         now = time.monotonic()
         self._answered = now
-        for key, text in found:
+        for key, text in states:
           other = self._others.get(int(key.rpartition('/')[2]))
           if other is not None and other.get('text') != text:
             other.update(json.loads(text), text=text, since=now)

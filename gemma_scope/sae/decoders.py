@@ -1,6 +1,7 @@
 """Norms and directions of decoders, W_dec [F, D] or [L, L, F, D].
 
-A latent's decoder is its rows to all layers together.
+With several layers, a latent's decoder is the concatenation of its rows to all
+layers.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def unit_rows(W_dec: jax.Array) -> jax.Array:
 def remove_parallel(gradient: jax.Array, W_dec: jax.Array) -> jax.Array:
   """The part of W_dec's gradient orthogonal to each unit decoder.
 
-  Applied before Adam, so that the moments never see the direction that
-  renormalising takes back (arXiv 2408.05147 section 3.2).
+  It is applied before Adam, so that the moments never see the direction that
+  renormalisation removes (arXiv 2408.05147 section 3.2).
   """
   along = jnp.sum(gradient * W_dec, _norm_axes(W_dec), keepdims=True)
   return gradient - jax.lax.optimization_barrier(along) * W_dec

@@ -23,7 +23,7 @@ and from layer l to m
   W_dec'[l, :, m] = C_m / C_l W_dec[l, :, m]
 
 TopK (`k`) ranks the latents of all layers against each other, so that the
-latents of all layers must grow by the same factor: the geometric mean of the C.
+latents of all layers must grow by the same factor, the geometric mean of the C.
 
 numpy only, float32 in and out; products with centres are taken in float64.
 """
@@ -41,7 +41,7 @@ _BLOCK = 1 << 12  # latents at a time in float64
 
 
 class Normalisation(NamedTuple):
-  """What training does to the rows of a site; its arrays may be JAX's.
+  """The normalisation of a site's rows; its arrays may be of NumPy or JAX.
 
   Attributes:
     scale: C, by which rows are divided.
@@ -55,7 +55,7 @@ class Normalisation(NamedTuple):
   norm_bound: Any = None
 
   def apply(self, x: Any) -> Any:
-    """Raw rows [..., D] -> what training sees."""
+    """Normalises raw rows [..., D]."""
     return (x if self.centre is None else x - self.centre) / self.scale
 
   def undo(self, x: Any) -> Any:
@@ -129,13 +129,12 @@ def unfold(
 
 
 def fold_decoder_norm(params: Mapping[str, np.ndarray]) -> Params:
-  """Gives each latent's decoder norm 1, over all that it writes together.
+  """Scales each latent's decoder to norm 1, over all layers together.
 
-  The norms go to the encoder and the threshold: the reconstruction is
-  unchanged, latent i is multiplied by the norm of its decoder. A latent whose
-  decoder is zero writes nothing, whatever it does: it gets a zero encoder and
-  threshold, so that it never fires, and a basis vector as its decoder, so that
-  no cosine divides by zero.
+  The norms move to the encoder and the threshold. The reconstruction does not
+  change, and latent i is multiplied by the norm of its decoder. A latent with a
+  zero decoder gets a zero encoder and threshold, so that it never fires, and a
+  basis vector as decoder, so that no cosine divides by zero.
 
   Raises:
     ValueError: W_dec is not finite, or there is a `k`: latents that are ranked
@@ -143,8 +142,8 @@ def fold_decoder_norm(params: Mapping[str, np.ndarray]) -> Params:
   """
   if 'k' in params:
     raise ValueError(
-      'A TopK member has no decoder norms to fold: to scale its latents one by '
-      'one would change which are the largest; train it with unit decoders.'
+      'The decoder norms of a TopK SAE cannot be folded, because scaling '
+      'latents changes which are the largest; train it with unit decoders.'
     )
   p = _float32(params)
   W_dec = p['W_dec']

@@ -1,9 +1,10 @@
 """Sums over the few latents per row that have a gradient.
 
-Only latents that fire, and those inside an estimator's window, have a gradient
-(arXiv 2407.14435). A step that keeps them alone, K a row, is exact; its decoder
-and its gradients read K rows of D numbers where a dense one multiplies by all
-F. Only the encoder's forward pass stays dense:
+Only latents that fire, and those in the window of a gradient estimator, have a
+gradient (arXiv 2407.14435). A step with these latents alone, K per row, is
+exact. Its decoder and gradients read K rows of D numbers, where a dense step
+multiplies
+by all F. Only the encoder's forward pass stays dense:
 
   z_BF = x W_enc^T            dense, 2 D F FLOPs a row of the dense step's 10
   i_BK = select(mask(z))      the candidates, or a count that says they are > K
@@ -11,13 +12,13 @@ F. Only the encoder's forward pass stays dense:
   df_k = W_dec[i_k] . dy                               `gather_dot`
   dW_dec[i] = sum f_k dy,  dW_enc[i] = sum dz_k x      `scatter_add`
 
-Where latents are sharded, each shard selects K of its own, counted within it:
-what crosses shards is sums of [B, D] and [B, K], never pre-activations.
+If latents are sharded, each shard selects K of its own latents. Only sums of
+[B, D] and [B, K] cross shards, never pre-activations.
 
 The three sums are in `kernels`: plain functions, and Pallas kernels of the same
-names that take their place on a TPU or a GPU where the shapes fit. There the
-candidates of thresholds that are known beforehand are found by a kernel, too,
-which does not write z (`Candidates.of_encoder`).
+names for TPUs and GPUs, used if the shapes fit. There a kernel also finds the
+candidates if thresholds are known beforehand, without writing z
+(`Candidates.of_encoder`).
 """
 
 from __future__ import annotations
@@ -200,12 +201,12 @@ _read.defvjp(
 
 
 def encoder(mesh: Mesh | None, width: int, dtype: str):
-  """The fused encoder kernel of the devices, or None without one.
+  """The fused encoder kernel of the devices, or None if they have none.
 
   Args:
-    mesh: the devices, None for one.
-    width: of the encoder's input.
-    dtype: of the matmuls' factors.
+    mesh: the devices; None for one.
+    width: the width of the encoder's input.
+    dtype: the dtype of the factors of matmuls.
   """
   return choice.encoder(_device(mesh), width, dtype)
 

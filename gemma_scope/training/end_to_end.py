@@ -3,26 +3,27 @@
   L = (E + alpha beta KL) / (1 + beta) + sparsity + what else is asked for
   KL = mean over tokens of KL(p || p_hat), nats      alpha = E / (KL + 1e-8)
 
-E is the reconstruction term of `objectives` (mean over the prefixes of a
-Matryoshka SAE), p the model's distribution of the next token and p_hat the same
-with y replaced by y_hat at the member's target. Tokens that are left out (BOS,
-padding, a chat's user) keep their y and are not in the mean. alpha, constant in
-the gradient, scales both terms to the same size, so that beta is their ratio at
-any site of any model. Source: Gemma Scope 2's technical paper, which does not
-give beta or the learning rate.
+E is the reconstruction term of `objectives` (the mean over prefixes for a
+Matryoshka SAE). p is the model's next-token distribution, and p_hat the same
+with y replaced by y_hat at the SAE's target. Tokens that are left out (BOS,
+padding, user turns of a chat) keep their y and do not count in the mean. alpha
+is treated as a constant in the gradient. It scales both terms to the same size,
+so that beta
+is their ratio at any site of any model. Source: the technical paper of Gemma
+Scope 2, which gives neither beta nor the learning rate.
 
   step s       sequences [s n, (s + 1) n) of the shuffled text, a function of
                (config, step)
-  clean pass   once -> rows of every site [B, D], B = n (T - 1); where tokens
-               are left out rows wrap around, as in `batches`
-  each member  rows -> y_hat -> its tokens' places -> the blocks from its target
-               on -> KL -> gradient, back through the frozen model to the SAE
+  clean pass   once -> rows of every site [B, D], B = n (T - 1); if tokens are
+               left out, rows wrap around as in `chunks`
+  each SAE     rows -> y_hat -> its tokens' positions -> the blocks from the
+               target on -> KL -> gradient, through the frozen model to the SAE
 
-All else of a step is the ordinary one (`stack`). Members are taken one by one:
-a pass through the model takes more memory than an SAE, and a member's target is
-part of the program. The layers below the target are not run again, the logits
-are never kept (`divergence`), and of the pass only what the parameters multiply
-(`_spliced`): 0.2 GB a layer for 2,048 tokens of Gemma 2 2B in float32.
+The rest of a step is as usual (`stack`). SAEs are trained one after the other,
+because a pass through the model takes more memory than an SAE and the target is
+part of the program. The layers below the target are not run again. Logits are
+never stored (`divergence`), and of the spliced pass only the inputs of matmuls
+are (`_spliced`): 0.2 GB per layer for 2,048 tokens of Gemma 2 2B in float32.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ Batch = Mapping[str, jax.Array]  # tokens int32 [n, T], keep bool [n, T]
 
 
 class Feed:
-  """The sequences of a step; like `chunks.Feed`, with tokens for rows.
+  """Gives the sequences of each step; like `chunks.Feed`, but tokens.
 
   Args:
     chunks: of a `ModelSource`, for the normalisation.
@@ -58,10 +59,10 @@ class Feed:
 
   Attributes:
     chunks: as given.
-    source: of the chunks; holds the language model.
-    left_out: number of tokens left out so far, under 'special'; restored when
-      a run resumes. A batch that is not finite is a step that changes nothing.
-      Outliers are left out on the devices and not counted.
+    source: the source of the chunks; it has the language model.
+    left_out: number of tokens left out so far, under 'special'; a resumed run
+      restores it. A step whose batch is not finite changes nothing. Outliers
+      are left out on the devices and not counted.
   """
 
   def __init__(self, chunks: chunks_lib.Chunks, sequences: int, mesh: Mesh):
@@ -88,7 +89,8 @@ class Feed:
     if not kept:
       raise ValueError(
         f'All {keep_BT.size} tokens of step {step} are left out (BOS, padding '
-        'or the user of a chat); raise end_to_end.sequences or use other text.'
+        'or user turns of a chat); raise end_to_end.sequences, or use other '
+        'text.'
       )
     self.left_out['special'] += keep_BT[:, 1:].size - kept
     return {
@@ -105,7 +107,7 @@ class Feed:
 
 
 class Model(NamedTuple):
-  """The language model that the SAEs are tuned in, and how.
+  """The language model in which SAEs are fine-tuned, and settings.
 
   Attributes:
     gemma, params: the whole model; `params` is an argument of the jitted step.
@@ -133,7 +135,7 @@ def step_all(
 
   Args:
     model: see `Model`.
-    stacks: whose members read one site and write one.
+    stacks: stacks of SAEs that read one site and write one.
     states: of the stacks; the mesh's 'sae' axis must be 1.
     batch: see `Feed`.
     step, key: int32 from 0, and the key of the run.
@@ -143,14 +145,14 @@ def step_all(
   """
   gemma, mesh = model.gemma, model.mesh
   keep_BT, normalisation = batch['keep'], model.normalisation
-  at = {s for one in stacks for s in (*one.sites, *one.targets)}
-  targets = {target for one in stacks for target in one.targets}
-  wanted = at | {splice.before(t) for t in targets} | {splice.last(gemma)}
+  read = {s for saes in stacks for s in (*saes.sites, *saes.targets)}
+  targets = {target for saes in stacks for target in saes.targets}
+  wanted = read | {splice.before(t) for t in targets} | {splice.last(gemma)}
   with jax.named_scope('clean'):
     taps = gemma.forward(
       model.params, batch['tokens'], taps=wanted, logits=False
     ).taps
-  for site in at:
+  for site in read:
     keep_BT &= jnp.all(jnp.isfinite(taps[site]), -1)
     if (bound := normalisation[site].norm_bound) is not None:
       keep_BT &= ~outliers.is_outlier({site: taps[site]}, {site: bound})
@@ -161,7 +163,7 @@ def step_all(
         taps[site].reshape(-1, taps[site].shape[-1])[token_R], mesh
       ).astype(jnp.float32)
     )
-    for site in at
+    for site in read
   }
 
   def fidelity_at(target):
@@ -187,8 +189,8 @@ def step_all(
     return fidelity
 
   results = [
-    _step(one, state, rows, fidelity_at, step, key)
-    for one, state in zip(stacks, states, strict=True)
+    _step(saes, state, rows, fidelity_at, step, key)
+    for saes, state in zip(stacks, states, strict=True)
   ]
   states, metrics = zip(*results, strict=True)
   return states, metrics
@@ -204,9 +206,9 @@ def divergence(
 ) -> jax.Array:
   """Mean KL(clean || spliced) of the next token, in nats.
 
-  The gradient to `spliced_BTD` (the only one) is formed beside the value, slice
-  by slice, while the slice's logits are there: they are neither kept, 1 MB a
-  token, nor computed again on the way back.
+  The gradient of `spliced_BTD` is computed together with the value, slice by
+  slice. So the logits (1 MB per token) are neither stored nor computed again in
+  the backward pass.
 
   Args:
     clean_BTD, spliced_BTD: the last residual stream.
@@ -231,16 +233,16 @@ def divergence(
     return (jnp.sum(sum_n) + moved) / jnp.maximum(jnp.sum(keep_BT), 1)
 
 
-def _step(one: stack.Stack, state, rows, fidelity_at, step, key):
+def _step(saes: stack.Stack, state, rows, fidelity_at, step, key):
   """`Stack.step` for each target and member in turn."""
-  x_NBD = jnp.stack([rows[site] for site in one.sites])
+  x_NBD = jnp.stack([rows[site] for site in saes.sites])
 
   def at_target(target, members):
     gradient_of = jax.value_and_grad(
       functools.partial(
         objectives.loss,
-        one.module,
-        one.objective,
+        saes.module,
+        saes.objective,
         fidelity=fidelity_at(target),
       ),
       has_aux=True,
@@ -248,17 +250,17 @@ def _step(one: stack.Stack, state, rows, fidelity_at, step, key):
 
     def step_one(member):
       x_and_y = x_NBD[member.setting.reads], rows[target]
-      return one.step_member(member, x_and_y, step, key, gradient_of)
+      return saes.step_member(member, x_and_y, step, key, gradient_of)
 
     return jax.lax.map(step_one, members)
 
-  writes_S = np.asarray(one.setting.writes)
-  groups = [np.flatnonzero(writes_S == i) for i in range(len(one.targets))]
-  seeds = jnp.asarray(one.seeds, jnp.uint32)
-  members = stack.Member(state, one.setting, seeds)
+  writes_S = np.asarray(saes.setting.writes)
+  groups = [np.flatnonzero(writes_S == i) for i in range(len(saes.targets))]
+  seeds = jnp.asarray(saes.seeds, jnp.uint32)
+  members = stack.Member(state, saes.setting, seeds)
   results = [
     at_target(target, jax.tree.map(lambda a, m=group: a[m], members))
-    for target, group in zip(one.targets, groups, strict=True)
+    for target, group in zip(saes.targets, groups, strict=True)
   ]
   order_S = np.argsort(np.concatenate(groups))
   return jax.tree.map(lambda *a: jnp.concatenate(a)[order_S], *results)
@@ -288,7 +290,7 @@ def _spliced(model, batch, target, y_hat_BTD, taps) -> jax.Array:
 
 
 def _correspondence(keep_BT) -> tuple[jax.Array, jax.Array]:
-  """Row -> token, [n (T - 1)], and token -> row, [n, T] (0 where none is).
+  """Row -> token, [n (T - 1)], and token -> row, [n, T] (0 if there is none).
 
   Kept tokens in order, repeated from the start to fill the batch.
   """

@@ -1,24 +1,26 @@
 """Initialises training from released SAEs instead of random parameters.
 
-Each member starts from the release's SAE that is nearest to it: of its own
-layer or the one the config names, of its own width or else a wider one, whose
-first latents it takes (a Matryoshka prefix), or a narrower one, beside which
-the latents that are left start at random; then of the nearest L0. The release
-may be of another model (PT -> IT): what is kept is the function of raw
-activations, whatever the scales.
+Each SAE of the run starts from the nearest SAE of the release: of its own layer
+(or the layer that the config names), then of its width, then of its L0. Of a
+wider SAE it takes the first latents (a Matryoshka prefix); beside the latents
+of a narrower one it starts the others at random. The release may be of another
+model (PT -> IT): the function of raw activations stays the same, whatever the
+scales are.
 
-A crosscoder or CLT starts from one single-layer SAE or transcoder a layer, as
-Gemma Scope 2's do. Upwards through the layers, with F latents to fill in each:
+A crosscoder or CLT starts from one single-layer SAE or transcoder for each
+layer,
+as in Gemma Scope 2. From the first layer to the last, with F latents in each:
 
   chosen[l]   the first F latents of layer l's SAE that are not masked
   mask        for each of them, in each later layer m, the latent j whose
               encoder reads most of it: argmax_j W_dec[l][i] . W_enc[m][:, j]
   W_dec[l, l] = W_dec[l][i]      W_dec[l, m] = max(cos, 0) W_dec[m][j]
 
-so that a feature that several layers have is one latent of the first of them,
-which writes what its later copies wrote (cos is that of the argmax). The last
-line is not published; ours. Their L0 together is more than the target's:
-train.initial_l0 and train.l0_steps let it fall.
+A feature that several layers share thus becomes one latent of the first of
+these layers, which also writes what its later copies wrote (cos is the cosine
+of the argmax). The last line is our own; the paper does not give it. The L0 at
+the start is above the target; train.initial_l0 and train.l0_steps lower it
+gradually.
 """
 
 from __future__ import annotations
@@ -49,17 +51,17 @@ def plan(
   """The released SAEs that each member starts from, chosen by their cards.
 
   Args:
-    config: the run's; `initialise.release` names releases of ours, or SAEs
-      that `formats.published` reads, joined by commas.
-    groups: members by stack.
+    config: the run's config. `initialise.release` names releases or SAEs in any
+      published format, separated by commas.
+    groups: the SAEs of each stack.
 
   Returns:
-    For each stack, for each member, one SAE a layer; None where training
+    For each SAE of each stack, one released SAE per layer; or None if training
     starts at random.
 
   Raises:
-    ConfigError: the release has none that fits.
-    ReleaseError: it is no release.
+    ConfigError: the release has no SAE that fits.
+    ReleaseError: the path is not a release.
   """
   if not config.initialise.release:
     return None
@@ -81,7 +83,7 @@ def _sources(config, offered, member) -> tuple[release.Released, ...]:
     if not fitting:
       has = sorted({f'{s.card["type"]} {s.card["sites"][0]}' for s in offered})
       raise config_lib.ConfigError(
-        f'{member.name} would start from a {kind} of {site}, and '
+        f'{member.name} needs a {kind} of {site} to start from, and '
         f'{config.initialise.release!r} has none; it has {", ".join(has)}.'
       )
     nearest.append(min(fitting, key=lambda source: _distance(source, member)))
@@ -96,7 +98,7 @@ def _distance(source: release.Released, member: specs.SaeSpec) -> tuple:
     card.get('sparsity', {}).get('value', member.sparsity) if l0 is None else l0
   )
   return (
-    card['width'] < width,  # a wider one has all the latents
+    card['width'] < width,  # a wider SAE has all the latents
     abs(math.log(card['width'] / width)),
     card['architecture'] != member.architecture,
     abs(math.log(max(l0, 1e-9) / member.sparsity)),
@@ -152,12 +154,12 @@ def _member(module, member, loaded, random, normalisation):
     if shapes != (module.d_in, module.d_out):
       raise config_lib.ConfigError(
         f'{member.name} reads {module.d_in} wide activations and writes '
-        f'{module.d_out}; the SAE that it would start from has {shapes}.'
+        f'{module.d_out}; the SAE to start from has {shapes}.'
       )
     if 'W_skip' in params and not module.skip:
       raise config_lib.ConfigError(
-        f'{member.name} has no affine skip, and the transcoder that it would '
-        'start from does; set collection.skip.'
+        f'{member.name} has no affine skip, but the transcoder to start from '
+        'has one; set collection.skip.'
       )
     own = {name: p for name, p in params.items() if name != 'k'}
     parts.append(
@@ -211,8 +213,8 @@ def crosswise(
   """Combines single-layer SAEs into a crosscoder or CLT (released form).
 
   Args:
-    parts: normalised parameters of each layer's, d_in and d_out equal.
-    latents: F, how many latents each layer gets.
+    parts: normalised parameters for each layer, with equal d_in and d_out.
+    latents: F, the number of latents of each layer.
 
   Returns:
     W_enc [L, D, F], b_enc [L, F], W_dec [L, F, L, D], b_dec [L, D],
@@ -225,8 +227,8 @@ def crosswise(
   for layer, part in enumerate(parts):
     if part['b_enc'].size < latents:
       raise config_lib.ConfigError(
-        f'Layer {layer} of {layers} would start from an SAE of '
-        f'{part["b_enc"].size} latents, and needs {latents}.'
+        f'Layer {layer} of {layers} needs an SAE of at least {latents} latents '
+        f'to start from; found {part["b_enc"].size}.'
       )
   masked = [np.zeros(part['b_enc'].size, bool) for part in parts]
   chosen = []

@@ -1,10 +1,10 @@
 """The loss of one SAE, a pure function of its parameters and a batch.
 
-  L = mean_B |y - y_hat|^2 + warm_up * sparsity + what else is asked for
+  L = mean_B |y - y_hat|^2 + warm_up * sparsity + further terms
 
 where p_i is the fraction of rows on which latent i is active, L0 = sum_i p_i,
-and n_i its decoder norm (1 with unit decoders). `value` is a member's setting,
-the target L0* where the penalty has one. The penalties:
+and n_i its decoder norm (1 with unit decoders). `value` is the SAE's setting:
+the target L0* if the penalty has a target. The penalties:
 
   l0                   value L0                        GS 1, equation 4
   target_l0            strength (L0 / L0* - 1)^2       JumpReLU paper
@@ -15,31 +15,33 @@ the target L0* where the penalty has one. The penalties:
   k                    none: TopK and BatchTopK keep `value` latents per row
   adaptive_l1          l1, with a coefficient adapted until L0 = L0* (`stack`)
 
-The gradients of L0 and p reach the thresholds alone (all parameters where
-`ste_to_input` is set). Gemma Scope 2's printed prefactor is 2; 1/2 would give
-the linear penalty's slope at 2 L0*. Further terms, each off at 0:
+The gradients of L0 and p reach only the thresholds (all parameters if
+`ste_to_input` is set). Gemma Scope 2 prints the prefactor 2; with 1/2 the slope
+at 2 L0* is that of the linear penalty. Further terms, off if their coefficient
+is 0:
 
   frequency   c sum_i max(p_i - limit, 0)     latents that are active too often
   pre_act     c mean_B sum_i max(theta_i - z_i, 0) n_i    Anthropic, Jan 2025
   auxk        c |e - e_hat|^2 / Var[e], e = y - y_hat, e_hat from the `auxk`
               largest dead latents (arXiv 2406.04093, appendix A.2)
 
-Gemma Scope 2 has a penalty on latents of high frequency whose form is not
-published; `frequency` is our own: the L0 penalty on the excess over the limit.
+Gemma Scope 2 has an unpublished penalty on latents of high frequency.
+`frequency`
+is our own form of it: the L0 penalty on the excess over a limit.
 
 With `active_set` the error is the mean of two: |y - f W_dec - b_dec|^2, and the
 same after one gradient step on the active latents:
   f1 = relu(f + a W_dec (y - y_hat))   where f > 0
   a  = |g|^2 / |g W_dec|^2             g = W_dec (y - y_hat) there
-so that decoders are trained on latents that are closer to the least squares
-solution. The released SAE is the plain one, without this step.
+Decoders are then trained on latents closer to the least squares solution. The
+released SAE does not have this step.
 
 A Matryoshka SAE (arXiv 2503.17547) takes the mean of the error over nested
 prefixes of its latents, the last of which is all of them. A Gated SAE adds the
 error of its gate, decoded with frozen decoders, and an L1 penalty on the gate.
 
-`value_and_grad` takes a sparse step (`sparse`) where all candidates of a batch
-fit, and else the dense step, which defines it. Both give the same result.
+`value_and_grad` takes a sparse step (`sparse`) if all candidates of a batch
+fit, and otherwise the dense step. Both give the same result.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ from jax.sharding import Mesh
 from gemma_scope import sae
 from gemma_scope.sae import activation_functions, sparse
 
-# The penalties whose value is the L0 to reach.
+# The penalties whose value is a target L0.
 _TINY = 1e-12
 TARGETS = ('target_l0', 'quadratic_l0', 'k', 'adaptive_l1')
 
@@ -116,7 +118,7 @@ class Terms(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """What a step gives to the loss of one member, beside its parameters."""
+  """The inputs of the loss of one SAE, besides its parameters."""
 
   x_BD: jax.Array  # rows, E|x|^2 = 1, float32; [B, L, D] with several layers
   y_BD: jax.Array  # to reconstruct: x itself, or a transcoder's target
@@ -127,7 +129,7 @@ class Batch(NamedTuple):
 
 
 class Encoded(NamedTuple):
-  """x W_enc^T, where it is known: of all latents, or of the candidates."""
+  """x W_enc^T if it is known, for all latents or for the candidates."""
 
   projected: jax.Array
   candidates: sparse.Candidates | None = None
@@ -137,10 +139,10 @@ class Room(NamedTuple):
   """When a step is sparse.
 
   Attributes:
-    limit: most candidates per row (of each layer, in each shard of latents);
-      0 for dense steps.
-    mesh: the devices, None for one.
-    agree: whether the batches of all members that run side by side fit.
+    limit: maximum number of candidates per row (in each layer and each shard of
+      latents); 0 for dense steps.
+    mesh: the devices; None for one.
+    agree: whether the batches of all SAEs that run in parallel fit.
   """
 
   limit: int = 0
@@ -163,9 +165,9 @@ def loss(
     objective: the terms.
     params: the module's parameters.
     batch: see `Batch`.
-    encoded: x W_enc^T where it is known, else it is computed.
-    fidelity: (reconstruction term, y_hat_BD) -> the term that replaces it, and
-      metrics; None for the reconstruction term itself.
+    encoded: x W_enc^T if it is known.
+    fidelity: maps the reconstruction term and y_hat_BD to the term that
+      replaces it, and metrics; None keeps the reconstruction term.
 
   Returns:
     The scalar to differentiate, and `Terms`.
@@ -234,7 +236,7 @@ def value_and_grad(
   batch: Batch,
   room: Room,
 ):
-  """`loss` and its gradient in `params`; a sparse step where that is exact.
+  """`loss` and its gradient in `params`; a sparse step if that is exact.
 
   Returns:
     ((loss, `Terms`), gradient).

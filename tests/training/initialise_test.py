@@ -208,7 +208,7 @@ def test_another_layer_may_be_named(folder):
   'argument, words',
   [
     ('layers=3;sites=resid_post', 'has none; it has sae resid_post/0'),
-    ('layers=1;sites=mlp_out', 'would start from a sae of mlp_out/1'),
+    ('layers=1;sites=mlp_out', 'needs a sae of mlp_out/1 to start from'),
     (
       'layers=0,1;sites=resid_post;type=crosscoder;widths=512',
       '128 latents, and needs 256',

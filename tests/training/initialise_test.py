@@ -211,7 +211,7 @@ def test_another_layer_may_be_named(folder):
     ('layers=1;sites=mlp_out', 'needs a sae of mlp_out/1 to start from'),
     (
       'layers=0,1;sites=resid_post;type=crosscoder;widths=512',
-      '128 latents, and needs 256',
+      'at least 256 latents to start from; found 128',
     ),
   ],
 )

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import gemma_scope
+from gemma_scope.microscope.dashboard import terms
 
 ROOT = pathlib.Path(gemma_scope.__file__).parents[1]
 PAGES = [
@@ -40,6 +41,18 @@ def test_named_files_of_the_project_exist(path):
   )
   for name in names:
     assert (ROOT / name).exists() or name.startswith('gemma_scope/runs'), name
+
+
+def plain(text: str) -> str:
+  return ' '.join(re.sub(r'[`*]', '', text).lower().split())
+
+
+@pytest.mark.parametrize('term, text', terms.TERMS)
+def test_concepts_say_what_the_help_of_the_pages_says(term, text):
+  concepts = plain((ROOT / 'docs' / 'concepts.md').read_text())
+  assert plain(term) in concepts
+  for sentence in re.findall(r'[^.]+', text):
+    assert plain(sentence) in concepts, sentence
 
 
 def test_the_site_builds_without_warnings(tmp_path):

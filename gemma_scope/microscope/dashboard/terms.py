@@ -1,6 +1,7 @@
 """The terms of the pages' help, each in a sentence or two.
 
-docs/concepts.md has them with their formulas and sources.
+docs/concepts.md has the same sentences, with formulas and sources; a test compares
+them.
 """
 
 TERMS = (

@@ -1,7 +1,7 @@
 """The terms of the pages' help, each in a sentence or two.
 
-docs/concepts.md has the same sentences, with formulas and sources; a test compares
-them.
+docs/concepts.md has the same sentences, with formulas and sources. A test
+compares them.
 """
 
 TERMS = (

@@ -59,9 +59,13 @@ def peer_steps():
         at = z.kthvalue(int((1 - K / WIDTH) * z.numel())).values
         sae.threshold.fill_(at)
     options = SAETrainerConfig(
-        total_training_samples=10**9, train_batch_size_samples=BATCH, lr=0.0,
-        lr_warm_up_steps=0, lr_decay_steps=0, lr_end=0.0,
-    )  # fmt: skip
+      total_training_samples=10**9,
+      train_batch_size_samples=BATCH,
+      lr=0.0,
+      lr_warm_up_steps=0,
+      lr_decay_steps=0,
+      lr_end=0.0,
+    )
     trainer = sae_lens.SAETrainer(options, sae, iter([x]))
     steps[f'SAELens {name}'] = lambda trainer=trainer: trainer.step(x)
 
@@ -92,9 +96,11 @@ def serve(steps) -> None:
 class _Server:
   def __init__(self, python: str, side: str):
     self._process = subprocess.Popen(
-        [python, __file__, f'--serve={side}'], text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
+      [python, __file__, f'--serve={side}'],
+      text=True,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+    )
     self.names = self._answer()
 
   def _answer(self):
@@ -141,12 +147,21 @@ def main() -> None:
     matmul = statistics.median(times[side, 'matmul'])
     low, high = (BATCH / q for q in statistics.quantiles(found, n=4)[2::-2])
     record = {
-      'measure': 'step', 'trainer': name, 'd': D, 'width': WIDTH,
-      'batch': BATCH, 'k': K, 'dtype': 'float32', 'device': 'cpu',
-      'rounds': args.rounds, 'tokens_per_s': BATCH / seconds,
-      'tokens_per_s_low': low, 'tokens_per_s_high': high,
-      'matmul_share': 5 * matmul / seconds, 'matmul_s': matmul,
-    }  # fmt: skip
+      'measure': 'step',
+      'trainer': name,
+      'd': D,
+      'width': WIDTH,
+      'batch': BATCH,
+      'k': K,
+      'dtype': 'float32',
+      'device': 'cpu',
+      'rounds': args.rounds,
+      'tokens_per_s': BATCH / seconds,
+      'tokens_per_s_low': low,
+      'tokens_per_s_high': high,
+      'matmul_share': 5 * matmul / seconds,
+      'matmul_s': matmul,
+    }
     print(
       f'{name:18} {BATCH / seconds:7,.0f} tokens/s, half of the rounds in '
       f'[{low:,.0f}, {high:,.0f}], share {5 * matmul / seconds:.2f}',

@@ -20,11 +20,15 @@ CASES = [
     ('step', config, GS1.format(layer, width), mesh, topology)
     for config, layer in (('gemma_scope_2b', 12), ('gemma_scope_9b', 20))
     for topology, devices in (
-      ('v3:4x2', 16), ('v5p:2x2x1', 4), ('v5p:2x2x4', 16), ('v5e:4x4', 16),
+      ('v3:4x2', 16),
+      ('v5p:2x2x1', 4),
+      ('v5p:2x2x4', 16),
+      ('v5e:4x4', 16),
       ('v6e:4x4', 16),
     )
     for width, mesh in (
-      ('16k', (1, devices, 1)), ('131k', (1, 1, devices)),
+      ('16k', (1, devices, 1)),
+      ('131k', (1, 1, devices)),
       ('1m', (1, 1, devices)),
     )
   ),
@@ -35,7 +39,9 @@ CASES = [
       ('gemma_scope_9b', GS1.format('0-41', '16k')),
     )
     for mesh, topology in (
-      ((1, 4, 4), 'v5p:2x2x4'), ((1, 4, 4), 'v5e:4x4'), ((1, 4, 4), 'v6e:4x4'),
+      ((1, 4, 4), 'v5p:2x2x4'),
+      ((1, 4, 4), 'v5e:4x4'),
+      ((1, 4, 4), 'v6e:4x4'),
     )
   ),
   *(
@@ -45,18 +51,25 @@ CASES = [
       'model=27b;layers=40;sites=resid_post;widths=1m;sparsity=50',
     )
     for mesh, topology in (
-      ((1, 1, 16), 'v5p:2x2x4'), ((1, 2, 16), 'v6e:4x8'),
+      ((1, 1, 16), 'v5p:2x2x4'),
+      ((1, 2, 16), 'v6e:4x8'),
     )
   ),
   *(
-    ('collection', 'gemma_scope_2b',
-     'layers=0-25;sites=attn_out,mlp_out,resid_post;widths=16k;sparsity=50',
-     mesh, topology)
+    (
+      'collection',
+      'gemma_scope_2b',
+      'layers=0-25;sites=attn_out,mlp_out,resid_post;widths=16k;sparsity=50',
+      mesh,
+      topology,
+    )
     for mesh, topology in (
-      ((2, 4, 2), 'v5p:2x2x4'), ((2, 8, 2), 'v6e:4x8'), ((2, 8, 4), 'v5e:8x8'),
+      ((2, 4, 2), 'v5p:2x2x4'),
+      ((2, 8, 2), 'v6e:4x8'),
+      ((2, 8, 4), 'v5e:8x8'),
     )
   ),
-]  # fmt: skip
+]
 
 
 def records(out: pathlib.Path):

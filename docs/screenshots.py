@@ -18,10 +18,14 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 ARGUMENTS = [
-  '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
-  '--disable-background-networking', '--disable-component-update',
+  '--no-sandbox',
+  '--disable-gpu',
+  '--disable-quic',
+  '--no-first-run',
+  '--disable-background-networking',
+  '--disable-component-update',
   '--disable-sync',
-]  # fmt: skip
+]
 WIDE, PHONE = (1280, 900), (390, 844)
 
 

@@ -1,8 +1,9 @@
-"""What callers pass to a forward pass, checked: a sentence for what cannot be.
+"""Checks the arguments of a forward pass; mistakes become one sentence.
 
-Sites may be `Site`s or their text, 'resid_post/2'; tokens may be nested lists.
-Without these checks the same mistakes end deep in Flax, XLA or a type checker,
-or are not found at all: an id beyond the vocabulary reads the last embedding.
+A site may be a `Site` or its text, 'resid_post/2', and tokens may be nested
+lists. Without these checks the same mistakes would end deep in Flax, XLA or a
+type
+checker, or go unnoticed: an id beyond the vocabulary reads the last embedding.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gemma_scope import sites
 
 
 def site(given: sites.Site | str) -> sites.Site:
-  """A site, given as one or as its text."""
+  """A site, from a `Site` or its text."""
   if isinstance(given, sites.Site):
     return given
   if isinstance(given, str):
@@ -33,7 +34,7 @@ def site(given: sites.Site | str) -> sites.Site:
 def taps(
   given: Collection[sites.Site | str] | sites.Site | str,
 ) -> dict[sites.Site | str, sites.Site]:
-  """What was asked for -> its site; one alone may stand for itself."""
+  """Maps what was asked for to sites; a single site needs no list."""
   if isinstance(given, sites.Site | str):
     given = (given,)
   return {each: site(each) for each in given}
@@ -41,23 +42,24 @@ def taps(
 
 def edits(given: Mapping[sites.Site | str, Any] | None) -> dict:
   """Sites -> functions."""
-  found = {}
+  by_site = {}
   for where, function in (given or {}).items():
     if not callable(function):
       raise TypeError(
         f'The edit at {where} is a function from the activation [B, T, D] to '
         f'its new value; found a {type(function).__name__}.'
       )
-    if site(where) in found:
+    if site(where) in by_site:
       raise ValueError(f'Two edits are given at {site(where)}.')
-    found[site(where)] = function
-  return found
+    by_site[site(where)] = function
+  return by_site
 
 
 def tokens(given: Any, vocab_size: int) -> jax.Array:
-  """int32 [B, T]; ids are compared with the vocabulary where they are known.
+  """Tokens as int32 [B, T]; ids must be in the vocabulary.
 
-  Arrays that JAX holds are not read: that would wait for the device.
+  The values of JAX arrays are not checked, because that would wait for the
+  device.
   """
   if not isinstance(given, jax.Array):
     try:
@@ -90,7 +92,7 @@ def params(
   depth: int,
   final: bool,
 ) -> None:
-  """Compares the parameters that a pass reads with the model's shapes.
+  """Compares the parameters that a pass reads with the shapes of the model.
 
   Args:
     given, wanted: trees of arrays and of shapes.
@@ -102,21 +104,32 @@ def params(
       'The parameters of a language model are a nested mapping, as '
       f'weights.load returns it; found a {type(given).__name__}.'
     )
-  found = traverse_util.flatten_dict(given, sep='/')
+  arrays = traverse_util.flatten_dict(given, sep='/')
   for name, want in traverse_util.flatten_dict(wanted, sep='/').items():
     layer = re.match(r'layer_(\d+)/', name)
     if layer and int(layer[1]) >= depth or name[:5] == 'final' and not final:
       continue
-    if name not in found:
+    if name not in arrays:
       raise ValueError(
         f'The parameters lack {name}, which this pass reads: load more layers, '
         "or another model's are given."
       )
-    if found[name].shape != want.shape:
+    if arrays[name].shape != want.shape:
       raise ValueError(
-        f'The parameter {name} has shape {list(found[name].shape)}, and '
+        f'The parameter {name} has shape {list(arrays[name].shape)}, and '
         f'the model wants {list(want.shape)}: they belong to another model.'
       )
+
+
+def dtype(given: Any) -> None:
+  """Checks the name of a number type."""
+  try:
+    jnp.dtype(given)
+  except TypeError:
+    raise ValueError(
+      "dtype must be the name of a number type, such as 'float32' or "
+      f"'bfloat16'; found {given!r}."
+    ) from None
 
 
 def shape(name: str, given: Any, wanted: tuple[int, ...]) -> None:

@@ -31,6 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gemma_scope import files
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import (
+  arguments,
   gguf,
   hugging_face,
   hugging_face_tensors,
@@ -209,6 +210,7 @@ def load(
   Raises:
     CheckpointNotFound: with what was looked for and what was found.
   """
+  arguments.dtype(dtype)
   folder = _folder(name, checkpoint)
   _refuse_missing(name, folder)
   gemma, wanted = shapes(name, checkpoint, dtype, mesh, num_layers)

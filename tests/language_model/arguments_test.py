@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gemma_scope import sites
+from gemma_scope.language_model import weights
 from tests.helpers.random_models import GEMMA2, model
 
 TOKENS = [[2, 5, 6, 7], [2, 9, 0, 0]]
@@ -87,8 +88,15 @@ def test_parameters_of_another_model_or_too_few(forward):
     forward(params=fewer)
   # What stops before it does not read it.
   forward(params=fewer, taps=['resid_post/0'], logits=False)
+  with pytest.raises(TypeError, match='as weights.load returns it; found a tu'):
+    forward(params=(gemma, params))
   other = {**params, 'final_norm': {'scale': jnp.zeros(3)}}
   with pytest.raises(ValueError, match=r'final_norm/scale has shape \[3\]'):
     forward(params=other)
   with pytest.raises(ValueError, match=r'expected \[1, 2, 16\]'):
     gemma.unembed(params, jnp.zeros((1, 2, 8)))
+
+
+def test_a_dtype_that_is_none():
+  with pytest.raises(ValueError, match="such as 'float32' .* found 'float31'"):
+    weights.load('tiny', dtype='float31')

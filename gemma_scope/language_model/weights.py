@@ -29,7 +29,6 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope import files
-from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import (
   arguments,
   gguf,
@@ -37,6 +36,7 @@ from gemma_scope.language_model import (
   hugging_face_tensors,
   packages,
 )
+from gemma_scope.language_model import gemma as lm
 
 TINY = pathlib.Path(__file__).parent / 'tiny'
 

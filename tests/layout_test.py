@@ -73,3 +73,20 @@ def test_only_the_language_model_imports_gemma():
 def test_files_are_short():
   for path in PACKAGE.rglob('*.py'):
     assert len(path.read_text().splitlines()) <= 420, path
+
+
+# The options of `forward` are keywords, and its table of models has columns.
+MANY_PARAMETERS = {PACKAGE / 'language_model' / 'gemma.py'}
+
+
+def test_functions_are_short_and_take_few_parameters():
+  for path in PACKAGE.rglob('*.py'):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.FunctionDef):
+        where = f'{path.name}: {node.name}'
+        assert node.end_lineno - node.lineno < 80, where
+        given = node.args
+        names = {a.arg for a in given.posonlyargs + given.args}
+        names |= {a.arg for a in given.kwonlyargs}
+        few = len(names - {'self', 'cls'}) <= 6
+        assert few or path in MANY_PARAMETERS, where

@@ -1,4 +1,4 @@
-"""Pre-activations -> latents: the functions that make an SAE sparse.
+"""Activation functions: pre-activations -> sparse latents.
 
 JumpReLU (arXiv 2407.14435; Gemma Scope, arXiv 2408.05147 equation 3):
   f = z H(z - theta), theta > 0, H(0) = 0.
@@ -6,18 +6,18 @@ Its gradient in theta is an expectation that a kernel density estimate of z at
 theta replaces: with K(u) = 1 for |u| < 1/2, bandwidth eps,
   d step(z) / d theta     = -(1/eps)     K((z - theta) / eps)
   d jumprelu(z) / d theta = -(theta/eps) K((z - theta) / eps)
-Both read z itself, not the value after the jump (that would halve the window).
-`step` has no gradient in z, `jumprelu` the true one, H(z - theta); with
-`to_input` (Anthropic, January 2025) the estimate of the jump flows into z too,
-with the opposite sign.
+Both use z itself, not the value after the jump, which would halve the window.
+The gradient in z is 0 for `step` and the true one, H(z - theta), for
+`jumprelu`. With `to_input` (Anthropic, January 2025) the estimate for the jump
+also flows into z, with the opposite sign.
 
 TopK (arXiv 2406.04093) keeps the k largest positive latents of each row,
-BatchTopK (arXiv 2412.06410) the k B largest of a batch of B rows. Both are one
-threshold, found by bisection on the bits of a float32: counts alone, so that k
-is data, and latents may be sharded without gathering any.
+BatchTopK (arXiv 2412.06410) the k B largest of a batch of B rows. Both amount
+to one threshold, found by bisection on the bits of a float32. That needs counts
+alone, so that k can be data and sharded latents need not be gathered.
 
-The custom gradients are elementwise on broadcast arrays, so that they survive
-vmap and sharding; the sum over rows is the broadcast's own (`_rows`).
+The custom gradients are elementwise on broadcast arrays, so that they work
+under vmap and sharding; the broadcast itself has the sum over rows (`_rows`).
 """
 
 from __future__ import annotations

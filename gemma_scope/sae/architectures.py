@@ -1,9 +1,9 @@
 """The architectures: from pre-activations to latents.
 
-Each is an `Autoencoder` that defines `activate`, where gradients can be nonzero
-(`bound` or `may_act`), and its released parameters: a JumpReLU for all but
-TopK. `meets_l0` is the penalty that trains it to a target L0
-(`training/objectives`).
+Each is an `Autoencoder` that defines `activate`, the latents that can have a
+gradient (`bound` or `may_act`) and the released parameters, which are those of
+a JumpReLU for all but TopK. `meets_l0` is the penalty that trains it to a
+target L0 (`training/objectives`).
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ class TopK(autoencoder.Autoencoder):
 class BatchTopK(autoencoder.Autoencoder):
   """The k B largest latents of a batch (arXiv 2412.06410).
 
-  Released as a JumpReLU with one threshold, the running mean of the smallest
-  value kept: at inference a row must not depend on the rest of its batch.
+  It is released as a JumpReLU whose threshold is the running mean of the
+  smallest value kept, because at inference a row must not depend on its batch.
   """
 
   meets_l0 = 'k'

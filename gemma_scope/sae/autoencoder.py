@@ -19,8 +19,8 @@ The maths is for one SAE, rows first; latents are all axes after the rows.
 `stack` maps it over many. Parameter names are those of Gemma Scope's files, but
 W_enc is trained as [F, D], a row a latent like W_dec's, and released as [D, F].
 
-A batch's latents are dense, or `sparse.Candidates` alone stand for all: then
-[B, F] below is [B, K], and what is a latent's own is looked up for each.
+Latents of a batch are dense, or only `sparse.Candidates`. In that case [B, F]
+below is [B, K], and per-latent values are looked up for each candidate.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ class Autoencoder(nn.Module):
       do not; arXiv 2408.05147 section 3.2 and appendix B).
     tied: W_enc is initialised to W_dec (not in transcoders).
     skip: adds an affine path from input to output, W_skip, initialised to 0.
-    unit_decoder: decoders keep norm 1; else sparsity weighs each latent by it.
+    unit_decoder: decoders keep norm 1; else sparsity weighs latents by the
+      norm.
     matmul_dtype: dtype of the matmuls' inputs; they accumulate in float32.
   """
 

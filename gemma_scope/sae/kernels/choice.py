@@ -1,8 +1,9 @@
-"""Which functions a device runs: a kernel where it has one, else the plain one.
+"""Chooses the functions for a device: a kernel if it has one, else the plain
+one.
 
-A TPU has those of `tpu` and `tpu_encode` from v4 on, a GPU those of `gpu` and
-`gpu_encode`, both where d is whole tiles; all else is plain. The choice is made
-when a program is traced, by the devices of its mesh.
+TPUs from v4 on use `tpu` and `tpu_encode`, GPUs use `gpu` and `gpu_encode`,
+both if d is a whole number of tiles. Everything else uses `plain`. The choice
+is made when a program is traced, by the devices of its mesh.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import jax
 
 
 def on(device: jax.Device, function):
-  """One of the sums of `plain`, or the device's kernel where the shapes fit it.
+  """One of the sums of `plain`, or the device's kernel if the shapes fit.
 
-  A kernel is never batched: under `vmap` members take it in turn.
+  A kernel is never batched: under `vmap` it runs for one SAE after the other.
   """
   if device.platform not in ('tpu', 'gpu'):
     return function
@@ -37,8 +38,8 @@ def on(device: jax.Device, function):
 def encoder(device: jax.Device, width: int, dtype: str):
   """The fused encoder of the device (`tpu_encode.encode`), or None.
 
-  It multiplies as XLA does at its default precision. Where another is asked
-  for, its candidates would not be those of the dense step.
+  It multiplies as XLA does at the default precision. At another precision its
+  candidates would differ from those of the dense step.
   """
   exact = jax.config.jax_default_matmul_precision not in (None, 'default')
   if device.platform not in ('tpu', 'gpu') or (dtype == 'float32' and exact):

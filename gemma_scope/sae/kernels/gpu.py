@@ -1,15 +1,16 @@
-"""The sparse step's sums on a GPU, by Triton: a program a row, or a latent.
+"""The sums of a sparse step on a GPU, in Triton: a program for each row or
+latent.
 
-`gather_add`, `gather_dot`, `scatter_add`: see `kernels.tpu`, and the plain
-functions of `plain` with the same names, which define them. A program keeps
-its sum in registers and reads rows of the weights in blocks of a power of two;
-nothing is added to memory that another program writes, so the order of every
-sum is the same each time.
+`gather_add`, `gather_dot` and `scatter_add` are defined by the functions of the
+same names in `plain`. A program keeps its sum in registers and reads rows of
+the weights in blocks of a power of two. No program adds to memory that another
+one writes, so that every sum has the same order each time.
 
-Tested against the definitions in the interpreter, and compiled to Hopper's code
-by Triton 3.9 (26 to 32 registers a thread); never run on a GPU, so the blocks
-are what divides the usual widths, not measured. A latent that fires on all rows
-makes one program of `scatter_add` long. JAX calls its way to Triton deprecated.
+They are tested against the definitions in the interpreter and compiled for
+Hopper by Triton 3.9 (26 to 32 registers per thread), but have never run on a
+GPU: the block sizes divide the usual widths and are not tuned. If a latent
+fires on all rows, one program of `scatter_add` is long. JAX calls this route to
+Triton deprecated.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _MOST = 1024  # columns of a block
 
 
 def fits(kind: str, width: int) -> bool:
-  """Whether the width has blocks worth the name; else the plain functions."""
+  """Whether the width can be cut into blocks of at least 128."""
   del kind
   return width % 128 == 0
 

@@ -1,4 +1,4 @@
-"""The encoder on a GPU, which keeps candidates and forgets the rest.
+"""The encoder on a GPU, which keeps only the candidates.
 
 Defined as `tpu_encode`, by `plain.select` of the mask z + bias > least. A
 program takes a block of rows and a share of the latents, multiplies a tile of

@@ -1,8 +1,8 @@
-"""The sparse step's sums on a TPU: rows of a weight matrix moved by DMA.
+"""The sums of a sparse step on a TPU: rows of a weight matrix moved by DMA.
 
-`gather_add`, `gather_dot`, `scatter_add`: the functions of `plain` with the
-same names define them. A row of W is d numbers in HBM, and K of them are needed
-for each row of a batch:
+`gather_add`, `gather_dot` and `scatter_add` are defined by the functions of the
+same names in `plain`. A row of W is d numbers in HBM, and each row of a batch
+needs K of them:
 
   gathers  a row's _SLOTS rows of W are fetched, eight requests at a time, while
            those before them are summed; slots after the last that is used (few
@@ -12,13 +12,14 @@ for each row of a batch:
            pairs] (c where the pair is the latent's, else 0) with the fetched
            rows [pairs, d]: every latent is written once, always in one order
 
-Gathers sum in float32; a scatter's product has the precision of XLA's matmuls.
-A row that is not finite spoils the block of latents that it is added to; a step
-with such a gradient changes nothing anyway (`stack.update`).
+Gathers sum in float32; the product of a scatter has the precision of XLA's
+matmuls. A row that is not finite spoils the block of latents that it is added
+to, but a step with such a gradient changes nothing anyway (`Stack.step`).
 
-Tested against the definitions in the interpreter, and compiled for v4, v5e,
-v5p, v6e and tpu7x at d = 2304, K = 128, F = 2^17, for v5e and v5p at F = 2^20;
-never run on a TPU. v3's compiler refuses to move single rows (`fits`).
+They are tested against the definitions in the interpreter and compiled for v4,
+v5e, v5p, v6e and tpu7x at d = 2304, K = 128, F = 2^17, and for v5e and v5p at F
+= 2^20, but have never run on a TPU. The compiler for v3 cannot move single rows
+(`fits`).
 
 Sizes follow from VMEM (16 MB that a kernel has everywhere; at d = 2304 the
 gathers take 2.7 MB, the scatter 5) and from v5e's schedule, in instructions:
@@ -54,11 +55,11 @@ _UNCHECKED = pltpu.CompilerParams(disable_bounds_checks=True)
 
 
 def fits(kind: str, width: int) -> bool:
-  """Whether a chip of this kind takes rows of this width.
+  """Whether the kernels run on a chip of this kind, for rows of this width.
 
   Args:
     kind: `jax.Device.device_kind`, such as 'TPU v5 lite'.
-    width: d, whole tiles, of which some hundreds are in VMEM.
+    width: d; must be whole tiles, some hundreds of which fit in VMEM.
   """
   version = re.search(r'\d+', kind)
   new = bool(version) and int(version[0]) > 3
@@ -80,7 +81,7 @@ def _fetch(W_ref, row_of, buffer, arrived, first, last):
 
 
 def _await(buffer, arrived, first, last):
-  """Until all that `_fetch` requested is there."""
+  """Waits until all rows that `_fetch` requested have arrived."""
 
   def tile(g, carry):
     rows = buffer.at[pl.ds(0, _REQUESTS), :]  # as many bytes as a tile's rows
@@ -351,10 +352,10 @@ def scatter_add(
 
 
 def _turns(n_P, used, blocks: int, groups: int):
-  """Which block takes which group of pairs, in which turn.
+  """Which block of latents takes which group of pairs, in which turn.
 
-  A block of latents takes the groups in which its pairs lie, one at least; at
-  most blocks + groups turns, of which those that are left do nothing.
+  A block takes the groups that hold its pairs, and at least one group. There
+  are blocks + groups turns; those that are not needed do nothing.
 
   Returns:
     For each turn: block, group, and the first and the end of its pairs within

@@ -1,11 +1,12 @@
-"""The encoder on a TPU, which keeps candidates and forgets the rest.
+"""The encoder on a TPU, which keeps only the candidates.
 
   z = x W^T a block of [rows, latents] at a time, in VMEM
     -> where z + bias > least, a row's first K: their latents and z
     -> how many there are, K or not
 
-so that pre-activations [B, F] (17 GB at B = 4,096, F = 2^20) are never written.
-Defined by `plain.select` of the mask z + bias > least, and tested against it.
+Pre-activations [B, F] (17 GB at B = 4,096, F = 2^20) are therefore never
+written. Defined by `plain.select` of the mask z + bias > least, and tested
+against it.
 
 Blocks go through the latents in order, rows outside; a row's candidates so far
 stay in VMEM. In a block the rows of a strip find their next candidate together,

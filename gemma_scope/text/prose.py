@@ -25,7 +25,6 @@ import itertools
 import pathlib
 import platform
 import re
-import warnings
 from collections.abc import Iterator
 
 from gemma_scope.text import corpus, standard_library
@@ -157,11 +156,8 @@ def english(code: str) -> str:
 
   They keep their order; each begins a paragraph. '' if it does not parse.
   """
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter('ignore')  # invalid escapes in old modules
-      tree = ast.parse(code)
-  except (SyntaxError, ValueError, RecursionError):
+  tree = standard_library.parsed(code)
+  if tree is None:
     return ''
   nodes = list(ast.walk(tree))
   formatted = {

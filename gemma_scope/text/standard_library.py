@@ -99,13 +99,20 @@ def _module_name(path: str) -> str:
   return '.'.join(parts)
 
 
-def docstrings(code: str, module: str) -> str:
-  """All docstrings of a module as prose, each under its qualified name."""
+def parsed(code: str) -> ast.Module | None:
+  """The syntax tree of a module; None if this Python cannot parse it."""
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')  # invalid escapes in old modules
-      tree = ast.parse(code)
+      return ast.parse(code)
   except (SyntaxError, ValueError, RecursionError):
+    return None
+
+
+def docstrings(code: str, module: str) -> str:
+  """All docstrings of a module as prose, each under its qualified name."""
+  tree = parsed(code)
+  if tree is None:
     return ''
   sections = []
 

@@ -1,6 +1,6 @@
 """The microscope: find a feature, read it, change it, and check it.
 
-Works on any (params, card) of `release.load` or `formats.published.load`.
+Works on any SAE that `release` or `release.formats.published` reads.
 Reading order; a folder or module imports only from those above it:
 
   index       what every latent fires on, collected in one pass

@@ -1,12 +1,11 @@
-"""The whole job on one folder: train -> evaluate -> release -> table, picture.
+"""A whole run in one folder: train -> evaluate -> release -> table, picture.
 
-Each stage leaves its result in the run's folder and is skipped when it is
-there, so that the same command continues a run that was stopped anywhere, and
-says so when there is nothing left to do:
+Each stage leaves its result in the run's folder and is skipped if the result is
+there. The same command therefore continues a run that was stopped anywhere:
 
-  checkpoints/      training's state
-  evaluation.json   metrics of every member, with intervals and controls
-  release/          what others can use
+  checkpoints/      the training state
+  evaluation.json   metrics of every SAE, with intervals and controls
+  release/          the SAEs, for other tools
   frontier.png      sparsity against fidelity
 """
 
@@ -45,12 +44,12 @@ def run(
   workdir: str | pathlib.Path,
   report: Callable[[str], None] = print,
 ) -> bool:
-  """Runs what is left of the job; True when all of it is done.
+  """Runs the remaining stages; returns whether all are done.
 
   Args:
-    config: complete, see configs/tiny.py.
-    workdir: the run's folder, made if need be; one run at a time.
-    report: takes a line of text.
+    config: a complete config, see configs/tiny.py.
+    workdir: the run's folder; it is made if it does not exist.
+    report: called with lines of text.
   """
   files.refuse_address(workdir, 'workdir')
   workdir = pathlib.Path(workdir)
@@ -111,7 +110,7 @@ def run(
 
 
 def _check_memory(config: ConfigDict) -> None:
-  """Refuses SAEs whose state alone is larger than the devices' memory."""
+  """Refuses SAEs whose training state does not fit on the devices."""
   mesh = mesh_lib.make(config.mesh)
   shards = mesh.shape['sae'] * mesh.shape['latent']
   device = mesh.local_devices[0]
@@ -129,7 +128,7 @@ def _check_memory(config: ConfigDict) -> None:
 
 
 def _check_disk(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Refuses a run whose checkpoints and release the disk cannot hold."""
+  """Refuses a run whose checkpoints and release do not fit on the disk."""
   state, params = _state_bytes(config)
   # One more than are kept: the new one is written before the oldest goes.
   need = (config.checkpoint.keep + 1) * state + params
@@ -144,7 +143,7 @@ def _check_disk(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def _state_bytes(config: ConfigDict) -> tuple[int, int]:
-  """Bytes of all SAEs' training state, and of their parameters alone."""
+  """Bytes of the training state of all SAEs, and of their parameters."""
   stacks, _ = setup.make_stacks(config, setup.dimensions(config))
   states = [jax.eval_shape(s.init, jax.random.key(0)) for s in stacks]
   params = [state.params for state in states]
@@ -195,7 +194,7 @@ def evaluate_saes(
   out: pathlib.Path,
   report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-  """Held-out metrics by name, in one pass over all; kept in `out`."""
+  """Evaluates SAEs on held-out text in one pass; writes metrics to `out`."""
   if _exists(out):
     return json.loads(out.read_text())['members']
   if _known(config):
@@ -206,7 +205,9 @@ def evaluate_saes(
   if cluster.first():
     try:
       files.write_json(out, {'members': scores}, indent=1)
-    except OSError as error:  # hours of work: shown where it cannot be kept
+    except (
+      OSError
+    ) as error:  # hours of work: print the metrics if they cannot be written
       report(json.dumps({'members': scores}))
       raise OSError(
         f'{out} could not be written ({error}); the metrics are printed above.'
@@ -215,16 +216,16 @@ def evaluate_saes(
 
 
 def _exists(path: pathlib.Path) -> bool:
-  """Whether the first process finds it: all must go the same way."""
+  """Whether the path exists, as seen by the first process."""
   return checksums.from_all(path.exists())[0]
 
 
 def _silent(line: str) -> None:
-  """The report of all processes but the first."""
+  """The `report` of all processes but the first: prints nothing."""
 
 
 def _known(config: ConfigDict) -> bool:
-  """Whether the run's activations are sums of known features."""
+  """Whether the run's activations are synthetic."""
   return config.lm.name == synthetic.MODEL
 
 

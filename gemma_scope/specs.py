@@ -1,4 +1,4 @@
-"""The SAEs that a config asks for: one `SaeSpec` each, and their stacks."""
+"""The SAEs that a config asks for, as `SaeSpec`s, and their stacks."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class SaeSpec:
 
   @property
   def null(self) -> str:
-    """One of `NULLS`, or '' for an SAE that is trained whole."""
+    """One of `NULLS`, or '' for an SAE without a fixed part."""
     return null_of(self.architecture)
 
   @property
   def trained_as(self) -> str:
-    """The architecture without what a null holds fixed."""
+    """The architecture without the prefix of a null."""
     return self.architecture.removeprefix(f'{self.null}_' if self.null else '')
 
   @property
@@ -72,9 +72,9 @@ def null_of(architecture: str) -> str:
 
 
 def members(config: ConfigDict) -> list[SaeSpec]:
-  """Every SAE of the run: the product of the collection's lists.
+  """All SAEs of the run: the product of the collection's lists.
 
-  Each is followed by its nulls, with the same seed and sparsity.
+  Each SAE is followed by its nulls, with the same seed and sparsity.
 
   A crosscoder or CLT reads all layers of the collection at once. A site such as
   'mlp_out/9' is at that layer alone, 'mlp_out' at all layers of the collection.
@@ -111,7 +111,7 @@ def members(config: ConfigDict) -> list[SaeSpec]:
 
 
 def own_layer(items: Sequence[str]) -> list[str]:
-  """Those of collection.sites that name a layer, such as 'mlp_out/9'."""
+  """The entries of collection.sites with a layer, such as 'mlp_out/9'."""
   return [item for item in items if '/' in item]
 
 
@@ -133,7 +133,7 @@ def prefixes(config: ConfigDict, member: SaeSpec) -> tuple[int, ...]:
 
 
 def site_list(config: ConfigDict) -> tuple[sites.Site, ...]:
-  """Every site that some member reads or writes, in the order of the model."""
+  """Every site that an SAE reads or writes, in the order of the model."""
   found = {s for m in members(config) for s in (*m.sites, *m.targets)}
   order = sites.KINDS.index
   return tuple(sorted(found, key=lambda s: (s.layer, order(s.kind))))

@@ -2,7 +2,7 @@
 
 Reading order; a module imports only from those above it:
 
-  benchmark      tokens/s beside the matmul rate of the same shapes
-  topologies     TPU pods that are not here, to compile for
-  compile_check  a run's programs compiled for one: memory, time, collectives
+  benchmark      tokens/s, relative to matmuls of the same shapes
+  topologies     descriptions of TPU pods, to compile for without having them
+  compile_check  a run's programs compiled for a pod: memory, time, collectives
 """

@@ -1,15 +1,15 @@
 """Speed of a step, a harvest and a whole run, relative to a plain matmul.
 
-Machines differ and are shared, so that a rate alone says little. Each
-measurement is interleaved with the matmul of its own shapes, in one process,
-and reported as
+Machines differ and are shared, so a rate alone says little. Each measurement is
+interleaved with a matmul of the same shapes in the same process, and reported
+as
 
   matmul_share = 10 D F members * tokens/s / FLOP/s of x @ W
 
-a step's dense FLOPs (five matmuls, 2 D F each a token) at the rate of one plain
-matmul: 1 is a dense step that is nothing but matmuls, and a sparse step, which
-need not do four of the five, can reach 5. Records are medians of `repeats`
-rounds, with the smallest and largest of them.
+which compares the dense FLOPs of a step (five matmuls of 2 D F per token) with
+the rate of a plain matmul. A dense step that spends all its time in matmuls has
+a share of 1. A sparse step skips four of the five matmuls and can reach 5.
+Records are medians over `repeats` rounds, with minimum and maximum.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Case:
   Attributes:
     arch: 'jumprelu', 'topk', ...
     d, width, batch: D, F and B.
-    k: latents that fire a row, about (JumpReLU), or exactly (TopK).
-    limit: room for candidates in the sparse way; 0: 1.25 k + 16 for TopK, 2 k
-      for the others, whose rows differ.
+    k: latents that fire per row: approximately (JumpReLU) or exactly (TopK).
+    limit: room for candidates in a sparse step; 0 for 1.25 k + 16 (TopK) or 2 k
+      (others, whose rows differ).
     members: SAEs in the stack.
-    dtype: of the matmuls' factors.
-    branch: 'dense'; 'auto', which takes the sparse way where all fit; 'sparse',
-      the same, refused if it was not taken.
+    dtype: the dtype of the factors of matmuls.
+    branch: 'dense'; 'auto', a sparse step if all candidates fit; 'sparse',
+      which raises an error if the step was dense.
   """
 
   arch: str
@@ -104,7 +104,7 @@ class Case:
       return state
 
     def threshold(W_enc):
-      # Latents of a random SAE are alike: a sample of them tells.
+      # Latents of a random SAE are alike, so a sample is enough.
       step = max(1, W_enc.shape[0] // 2**14)
       z = x_BD[:128] @ W_enc[::step].T
       return jnp.quantile(z, 1 - self.k / self.width)
@@ -135,8 +135,8 @@ def steps(cases: Sequence[Case], mesh, repeats: int) -> list[dict[str, Any]]:
     found = works[case].metrics
     if case.branch == 'sparse' and min(found['sparse_steps']) < 1:
       raise ValueError(
-        f'A row has more than {case.room} candidates, so that the step was '
-        f'dense: give a larger --limit.'
+        f'A row has more than {case.room} candidates, so the step was dense; '
+        'give a larger --limit.'
       )
     shape = case.batch, case.d, case.width, case.dtype
     matmul = 2 * case.batch * case.d * case.width / np.array(times[shape])
@@ -232,9 +232,10 @@ def plain_matmul(
 def interleaved(
   runs: Mapping[Any, Callable[[], None]], repeats: int, least_s: float = 0.2
 ) -> dict[Any, list[float]]:
-  """Seconds a call of each function, timed in interleaved rounds.
+  """Seconds per call of each function, timed in interleaved rounds.
 
-  Each is called twice before, and in a round as often as `least_s` needs.
+  Each function is called twice before the first round. In a round it is called
+  until `least_s` seconds have passed.
   """
   counts = {}
   for name, run in runs.items():
@@ -323,8 +324,8 @@ def collection(
   rows = lm_batch * seq_len // case.batch
   if not rows:
     raise ValueError(
-      f'{lm_batch} sequences of {seq_len} tokens are no batch of {case.batch} '
-      'rows: give a larger --lm_batch or a smaller --batch.'
+      f'{lm_batch} sequences of {seq_len} tokens do not fill a batch of '
+      f'{case.batch} rows; give a larger --lm_batch or a smaller --batch.'
     )
 
   @jax.jit
@@ -366,7 +367,7 @@ def collection(
 
 
 class _Rows:
-  """Rows of one site from memory, as an `activations.Raw`."""
+  """Rows of one site from memory, as a `harvest.Raw`."""
 
   def __init__(self, layout: harvest_lib.Layout, d: int):
     self.layout, self.sites, self.widths = layout, (_SITE,), {_SITE: d}

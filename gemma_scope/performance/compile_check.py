@@ -1,18 +1,18 @@
-"""Compiles a run's programs for a remote pod and reports what they need.
+"""Compiles the programs of a run for a TPU pod and reports their needs.
 
   config, topology -> mesh of the pod's devices (`topologies`)
-    harvest   the forward pass with all taps, of `activations.ModelSource`
-    step      the training step of all stacks, of `train.step_of`
+    harvest   the forward pass with all taps (`harvest.ModelSource`)
+    step      the training step of all stacks (`loop.step_of`)
   -> lowered from shapes alone, compiled by the TPU's own compiler
   -> HBM, FLOPs, bytes, collectives of one device; two times:
 
-  estimate  the compiler's own, where it gives one that can be
-  roofline  max(FLOPs / peak, bytes / HBM rate), FLOPs by arithmetic
+  estimate  the compiler's estimate, if it gives a possible one
+  roofline  max(FLOPs / peak, bytes / HBM rate), with FLOPs by arithmetic
 
-Neither is a measurement. The compiler counts a loop over the members of a stack
-as one turn; its estimate and its bytes are multiplied by what its FLOPs lack of
-those by arithmetic (`turns`); both are reported. An estimate that is faster
-than the chip is none.
+Neither is a measurement. The compiler counts a loop over the SAEs of a stack as
+one turn. Its estimate and its bytes are therefore multiplied by `turns`, the
+ratio of the FLOPs by arithmetic to its FLOPs. Estimates faster than the chip's
+peak are discarded.
 """
 
 from __future__ import annotations
@@ -58,18 +58,19 @@ class Program:
   Attributes:
     program: 'harvest' or 'step'.
     tokens: sequences times length of a pass, or rows of a step.
-    flops: by arithmetic, an equal share of all devices' (matmuls alone).
-    compiler_flops: by the compiler, each loop's body once; None: no program.
-    turns: of the loop that the compiler counts once, by its FLOPs.
-    bytes: that the program reads and writes in HBM, by the compiler, all turns.
-    arguments, temporaries, output: bytes of HBM; output without what takes the
-      place of an argument.
-    hbm_bytes: at the peak.
-    estimated_s: the compiler's own; None where it gives none that can be.
+    flops: by arithmetic, per device (matmuls alone).
+    compiler_flops: by the compiler, with each loop counted once; None if it
+      failed.
+    turns: number of turns of the loop that the compiler counts once.
+    bytes: bytes read and written in HBM, by the compiler, times `turns`.
+    arguments, temporaries, output: bytes of HBM; output does not include
+      results that reuse the memory of arguments.
+    hbm_bytes: peak bytes of HBM.
+    estimated_s: the compiler's estimate, or None.
     roofline_s: see above.
-    collectives: kind -> {'count', 'bytes'}, bytes of their results.
-    compile_s: how long the compiler took.
-    error: what it said instead.
+    collectives: kind -> {'count', 'bytes'}, the bytes of their results.
+    compile_s: time to compile.
+    error: the compiler's error, if it failed.
   """
 
   program: str
@@ -97,9 +98,9 @@ def check(
   """Compiles a config's programs for a topology.
 
   Args:
-    config: complete; `config.mesh` must fit the pod's devices.
-    topology: such as 'v5p:2x2x4'.
-    programs: which of the two.
+    config: a complete config; `config.mesh` must fit the pod's devices.
+    topology: the pod, such as 'v5p:2x2x4'.
+    programs: 'harvest', 'step' or both.
 
   Yields:
     For each program the fields of `Program`, with `topology`, `devices`,
@@ -107,10 +108,12 @@ def check(
     the roofline where there is none) and `advice` where it does not fit.
 
   Raises:
-    ValueError: a config or a mesh that cannot be.
+    ValueError: the config or the mesh is not possible.
   """
   if config.end_to_end.beta:
-    raise ValueError('Only ordinary steps are compiled: set end_to_end.beta=0.')
+    raise ValueError(
+      'End-to-end steps cannot be compiled here; set end_to_end.beta=0.'
+    )
   pod = topologies.pod(topology)
   mesh = mesh_lib.make(config.mesh, pod.devices)
   model = setup.dimensions(config)

@@ -1,12 +1,12 @@
-"""TPU pods to compile for without having them: chips and devices.
+"""Descriptions of TPU pods, to compile for them without having one.
 
-libtpu's compiler runs on any x86 machine: `pod('v5p:2x2x4')` has descriptions
-of a pod's devices, good for shardings and compilation alone. What a chip can do
-is from Google's pages on each TPU version ("System architecture" in the Cloud
-TPU documentation): dense bfloat16 FLOP/s, HBM and its rate.
+libtpu's compiler runs on any x86 machine. `pod('v5p:2x2x4')` gives descriptions
+of a pod's devices, which serve for shardings and compilation. The numbers of a
+chip (dense bfloat16 FLOP/s, HBM and its rate) come from the page "System
+architecture" of each version in Google's Cloud TPU documentation.
 
-A device is what JAX calls one: a core in v3, v4 (here without megacore) and
-tpu7x, a chip in the others.
+A device is what JAX calls a device: a core in v3, v4 (here without megacore)
+and tpu7x, and a chip in the other versions.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def chip_of(topology: str) -> Chip:
   """'v5p:2x2x4' -> its chip.
 
   Raises:
-    ValueError: it is no topology, or of a version that is not known.
+    ValueError: the text is not a topology of a known version.
   """
   version = re.fullmatch(r'(\w+):\d+(x\d+){1,2}', topology)
   if not version or version[1] not in CHIPS:
@@ -82,7 +82,7 @@ def pod(topology: str) -> Pod:
   # Without these libtpu asks a cloud's metadata server where it runs.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
-  # A process holds a TPU alone; several may compile for one that is not here.
+  # Only one process can hold a TPU, but several may compile for a pod.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   os.environ.setdefault('TPU_STDERR_LOG_LEVEL', '3')  # no notes on its start
   os.environ.setdefault('TPU_MIN_LOG_LEVEL', '3')

@@ -1,4 +1,4 @@
-"""Lines of text files, and JSON Lines: one way of reading for all commands.
+"""Reads lines of text files and JSON Lines, for all commands.
 
   opened(path)   a binary stream; .gz and .zst are decompressed
   lines(path)    (number, text) of each line, numbered from 1
@@ -28,12 +28,12 @@ _BLOCK_BYTES = 1 << 20
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-  """The content of a file, decompressed by the end of its name.
+  """Opens a file; .gz and .zst are decompressed.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: it is cut off or damaged, also while it is being read; .zst
-      without the package zstandard.
+    ValueError: the file is truncated or damaged (this may be raised while it is
+      read), or it is a .zst file and zstandard is not installed.
   """
   path = pathlib.Path(path)
   try:
@@ -101,9 +101,9 @@ def _refuse_utf_16(path: str | os.PathLike[str], line: bytes) -> None:
 
 
 class _Zstandard(io.RawIOBase):
-  """Decompresses a file of zstd frames, and notices when the last is cut.
+  """Decompresses a file of zstd frames; raises if the last one is incomplete.
 
-  zstandard's own stream reader ends silently where a file is cut off.
+  zstandard's own stream reader ends silently if a file is truncated.
   """
 
   def __init__(self, stream: IO[bytes], path: pathlib.Path):

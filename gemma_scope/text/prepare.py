@@ -7,9 +7,9 @@
     -> shuffled(sequences, seed)[i] any i >= 0: a new order every epoch
     -> batch(rows, start, count)    int32 [count, T]
 
-Every row is a pure function of (store, T, seed, i): there is no iterator whose
-state could be lost. grain and sentencepiece are imported only where rows are
-shuffled and text is encoded.
+Every row is a pure function of (store, T, seed, i), so there is no iterator
+state. grain and sentencepiece are imported only when rows are shuffled and text
+is encoded.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ class Rows(Protocol):
 def shuffled(sequences: sequences_lib.Sequences, seed: int) -> Rows:
   """Rows in a random order, for any index i >= 0.
 
-  Epoch i // len has a permutation of its own: grain's index shuffle, a pure
-  function of (seed, len, i) without a table of indices. Seeds are
-  0 .. 2**32 - 1.
+  Every epoch i // len has another permutation. It is grain's index shuffle, a
+  pure function of (seed, len, i) without a table. Seeds are 0 .. 2**32 - 1.
   """
   import grain
 
@@ -68,7 +67,7 @@ def batch(rows: Rows, start: int, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """How far a preparation is; `tokens` is None while it only compares."""
+  """Progress of a preparation; `tokens` is None while it only compares."""
 
   documents: int
   tokens: int | None
@@ -93,23 +92,23 @@ def prepare(
   progress: Callable[[Progress], None] = lambda _: None,
   limit_tokens: int | None = None,
 ) -> token_store.Tokens:
-  """Tokenises a source once into `folder`, or finds that this was done.
+  """Tokenises a source into `folder`, unless that has been done.
 
-  The folder (on a local or mounted disk) appears complete or not at all; an
-  interrupted preparation starts again. If the folder holds this preparation it
-  is opened and returned. (Its documents are read and hashed again, unless a
-  revision says that they are the same.)
+  The folder (on a local or mounted disk) is written completely or not at all;
+  an interrupted preparation starts again. If the folder has this preparation,
+  it is opened and returned. (Its documents are read and hashed again, unless a
+  revision guarantees that they are the same.)
 
   Args:
     source, column: see `sources.documents`.
-    tokenizer: the language model's.
-    folder: of the token store.
+    tokenizer: the language model's tokenizer.
+    folder: the folder of the token store.
     progress: called every two seconds or more, and at the end.
-    limit_tokens: stops at the end of the first document with which both splits
-      together hold so many.
+    limit_tokens: stops after the document with which both splits together reach
+      this number of tokens.
 
   Raises:
-    ValueError: the source has no text; the folder holds another preparation
+    ValueError: the source has no text, or the folder has another preparation
       (the message names the field that differs).
   """
   files.refuse_address(folder, 'The folder of a token store')
@@ -290,13 +289,13 @@ def _hash_document(digest: Any, document: corpus.Document) -> int:
 def open_text(
   config: ConfigDict, workdir: pathlib.Path, report: Callable[[str], None]
 ) -> tuple[tokenizers.Tokenizer, token_store.Tokens]:
-  """The tokenizer and the token store of a run; makes a store if none is named.
+  """Opens the tokenizer and token store of a run; makes a store if necessary.
 
-  A run keeps the store that it began with, whatever happens to the source.
+  A run keeps the store that it started with, even if the source changes.
 
   Raises:
-    ValueError: the tokenizer is not the model's, or the store was made with
-      another one.
+    ValueError: the tokenizer does not belong to the model, or the store was
+      made with another tokenizer.
   """
   # JAX: not for those who only prepare text.
   from gemma_scope.language_model import weights
@@ -336,7 +335,7 @@ def check_tokenizer(
 ) -> None:
   """Refuses a tokenizer that does not belong to a language model.
 
-  Compared are the sizes of the vocabularies and the ids of padding and BOS.
+  The sizes of the vocabularies and the ids of padding and BOS are compared.
   """
   from gemma_scope.language_model import weights
 
@@ -348,12 +347,12 @@ def check_tokenizer(
 def check_vocabulary(
   tokenizer: tokenizers.Tokenizer, name: str, rows: int, bos: int | None = None
 ) -> None:
-  """`check_tokenizer`, for a model whose facts are known.
+  """Like `check_tokenizer`, for a model with known facts.
 
   Args:
-    rows: of the model's embedding, which may have a few more than there are
+    rows: rows of the model's embedding; may be a few more than there are
       pieces, for padding.
-    bos: the id that the model was trained with; None where it is not known.
+    bos: the id of BOS that the model was trained with, or None.
   """
   from gemma_scope.language_model import generate
 

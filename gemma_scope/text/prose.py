@@ -1,4 +1,4 @@
-"""English that every installation has: the documentation of its packages.
+"""English text from the documentation of the installed packages.
 
   standard library                pydoc's topics, docstrings, comments
   PACKAGES, as installed          their descriptions (what the package index
@@ -7,12 +7,12 @@
     -> paragraphs(text)           sentences; no code, tables or signatures
     -> one document per file      paragraphs that no earlier document had
 
-A paragraph is dropped when more than half of its runs of five words stood in
-earlier paragraphs, so that neither repeated boilerplate nor a README that
-repeats a docstring lies on both sides of the held-out split.
+A paragraph is dropped if more than half of its five-word sequences occur in
+earlier paragraphs. Otherwise boilerplate, or a README that repeats a docstring,
+would be in both train and eval.
 
-The documents are a function of the interpreter's version and of the versions
-in `versions()`, which the manifest of a token store keeps.
+The documents depend on the version of Python and on the versions in
+`versions()`, which the manifest of a token store keeps.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ _EVAL_ONE_IN = 20  # documents: the corpus is small
 
 
 def versions() -> dict[str, str]:
-  """Which version of each package the documents are taken from."""
+  """The version of each package that documents come from."""
   found = {'python': platform.python_version()}
   for name in PACKAGES:
     try:
@@ -109,7 +109,7 @@ def versions() -> dict[str, str]:
 
 
 def read() -> Iterator[corpus.Document]:
-  """Prose documents, in a fixed order, without what earlier ones say."""
+  """Prose documents in a fixed order, without repeated paragraphs."""
   seen: set[int] = set()
   for name, text in itertools.chain(_standard_library(), _packages()):
     kept = _without_dangling([p for p in paragraphs(text) if _is_new(p, seen)])
@@ -154,7 +154,8 @@ def _packages() -> Iterator[tuple[str, str]]:
 def english(code: str) -> str:
   """Docstrings, comments of several lines and long strings of a module.
 
-  They keep their order; each begins a paragraph. '' if it does not parse.
+  They keep their order, and each begins a paragraph. The result is '' if the
+  code cannot be parsed.
   """
   tree = standard_library.parsed(code)
   if tree is None:
@@ -250,9 +251,9 @@ _COMMON = frozenset(
 
 
 def paragraphs(text: str) -> list[str]:
-  """The paragraphs of a text that are English sentences, markup taken off.
+  """The paragraphs of a text that are English sentences, without markup.
 
-  A list item keeps '- ' in front.
+  A list item keeps its '- '.
   """
   found = []
   for raw in _blocks(text):
@@ -338,7 +339,7 @@ def _starts_anew(lines: list[str], line: str, indent: int) -> bool:
 
 
 def _is_prose(text: str) -> bool:
-  """Whether it reads as one or more English sentences."""
+  """Whether a paragraph looks like English sentences."""
   words = text.split()
   if len(words) < _PARAGRAPH_WORDS or not re.match(r'["\'(]?[A-Z]', text):
     return False
@@ -359,7 +360,7 @@ def _is_prose(text: str) -> bool:
 
 
 def _is_new(paragraph: str, seen: set[int]) -> bool:
-  """Whether most of its runs of words are new; adds them to `seen`."""
+  """Whether most word sequences of a paragraph are new; adds them to `seen`."""
   words = re.findall(r'[a-z]+', paragraph.lower())
   runs = {
     int.from_bytes(

@@ -1,4 +1,4 @@
-"""Gemma's chat turns, and a token store of its own replies to prompts.
+"""Gemma's chat turns, and token stores of its replies to prompts.
 
   <start_of_turn>user\\n{prompt}<end_of_turn>\\n
   <start_of_turn>model\\n{answer}<end_of_turn>\\n
@@ -7,13 +7,12 @@
   prepare_rollouts(...)       the model answers each prompt -> a token store
                               whose row i is conversation i, padded
 
-The turn markers are single ids that only this module places: a marker that a
-user types is encoded as the letters it is made of
-(`Tokenizer.encode_literally`).
+The turn markers are single ids. A marker in a user's text is encoded as its
+letters instead (`Tokenizer.encode_literally`).
 
-Answers are sampled in parts of `batch` conversations, each written to a file of
-its own. Answer i is a function of (model, prompt, seed, i): a preparation that
-was killed continues with the first missing part and ends with the same store.
+Answers are sampled in parts of `batch` conversations, each written to a file.
+Answer i is a function of (model, prompt, seed, i), so a preparation that was
+killed continues with the first missing part and ends with the same store.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ _INPUTS = 'inputs.json'
 def encode(tokenizer: tokenizers.Tokenizer, *texts: str) -> np.ndarray:
   """Turns of user, model, user, ... as int32 ids without BOS.
 
-  A last turn by the user is followed by the opening of the model's turn. White
-  space around a text is dropped, as in Gemma's own template.
+  If the last turn is the user's, the opening of the model's turn follows. White
+  space around a text is dropped, as in Gemma's template.
   """
   start, end = tokenizer.start_of_turn, tokenizer.end_of_turn
   user, model, newline = tokenizer.encode_all(['user\n', 'model\n', '\n'])
@@ -80,10 +79,10 @@ class Model:
   """An instruction-tuned language model.
 
   Attributes:
-    gemma, params: of one device, or sharded.
-    tokenizer: the model's.
-    facts: what else identifies its answers (its name, a checksum of its
-      parameters): JSON, written to the manifest, the same on every call.
+    gemma, params: the model, on one device or sharded.
+    tokenizer: the model's tokenizer.
+    facts: further facts that determine answers (name, checksum of parameters),
+      as JSON for the manifest; the same on every call.
   """
 
   gemma: lm.Gemma
@@ -97,8 +96,8 @@ class Settings:
   """How answers are sampled and stored.
 
   Attributes:
-    seq_len: tokens of a row, BOS included; the store can be read at no other.
-    max_new_tokens: tokens of an answer, at most.
+    seq_len: tokens of a row, BOS included; the store has only this length.
+    max_new_tokens: maximum number of tokens of an answer.
     temperature, top_k, seed: see `generate.Sampling`.
     batch: conversations sampled at once; a multiple of the devices.
     heldout: share of the prompts that belong to 'eval', by their hash.
@@ -113,7 +112,7 @@ class Settings:
   heldout: float = 0.05
 
   def check(self) -> None:
-    """ValueError where a value makes no sense."""
+    """Raises ValueError if a value is impossible."""
     self.sampling()
     if self.batch < 1 or not 0 <= self.heldout < 1:
       raise ValueError(
@@ -128,7 +127,7 @@ class Settings:
     )
 
   def room(self, tokenizer: tokenizers.Tokenizer) -> int:
-    """Tokens that a row has for the prompt and the opening of the reply."""
+    """Tokens left in a row for the prompt and the opening of the reply."""
     newline = len(tokenizer.encode('\n'))
     return self.seq_len - 1 - newline - self.max_new_tokens
 
@@ -141,18 +140,20 @@ def prepare_rollouts(
   progress: Callable[[int, int], None] = lambda done, total: None,
   poll: Callable[[], None] = lambda: None,
 ) -> token_store.Tokens:
-  """The model answers every prompt; returns a store of the conversations.
+  """Samples an answer to every prompt; returns a store of the conversations.
 
   Row i of `.sequences(seq_len, split)` is BOS, the user's turn, the model's
-  turn, padding. Prompts that leave less than `max_new_tokens` of a row are
-  left out and counted. A second call continues a preparation that was stopped,
-  or opens the finished store.
+  turn and padding. Prompts that leave fewer than `max_new_tokens` tokens are
+  left out and counted. A second call continues a stopped preparation, or opens
+  the finished store.
 
   Args:
+    model: the language model.
     prompts: one for each conversation.
-    folder: of the store.
-    progress: called with (parts done, all parts); the first call counts what
-      an earlier run had done.
+    folder: the folder of the store.
+    settings: how answers are sampled and stored.
+    progress: called with (parts done, all parts); the first call has the parts
+      of an earlier run.
     poll: called before each batch; may raise to stop.
 
   Raises:

@@ -1,12 +1,11 @@
-"""Tokens of documents -> the files of two splits, train and held out.
+"""Tokens of documents -> the token files of two splits, train and eval.
 
   stream  ...[ train part 0 |gap| eval part 0 |gap][ train part 1 |gap| ...
 
-Documents are held out by their names' hash (`corpus`). Where that leaves a
-split without a document (a single book, three files), the tokens of all
-documents are cut into parts instead, and the end of each part is held out. The
-gaps belong to neither split: text that is held out does not continue text that
-is trained on.
+Documents are held out by the hash of their names (`corpus`). If that leaves a
+split without documents (a single book, three files), the tokens of all
+documents are cut into parts, and the end of each part is held out. The gaps
+belong to neither split, so that held-out text does not continue training text.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ def cut(stream_T: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 class Writer:
-  """Two token files that are being written, and the facts of what is in them.
+  """Writes the token files of two splits, and collects facts about them.
 
-  Documents wait in memory until both splits have one, or there are no more:
-  then they are held out by parts.
+  Documents wait in memory until both splits have one. If that never happens,
+  the tokens are cut into parts.
   """
 
   def __init__(
@@ -51,7 +50,7 @@ class Writer:
     self.documents = self.tokens = 0
 
   def add(self, split: str, ids: np.ndarray) -> None:
-    """A document; EOS is put after it."""
+    """Adds a document, followed by EOS."""
     self.documents, self.tokens = self.documents + 1, self.tokens + len(ids) + 1
     if self._waiting is None:
       self._write(split, ids)
@@ -61,7 +60,7 @@ class Writer:
       self._write_waiting()
 
   def finish(self) -> dict[str, Any]:
-    """Writes what waits; the manifest's part about the files."""
+    """Writes the documents that wait; returns facts for the manifest."""
     facts = {}
     if self._waiting is not None and self.tokens >= _LEAST:
       ended = [np.append(ids, self._eos_id) for _, ids in self._waiting]

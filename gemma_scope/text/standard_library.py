@@ -1,9 +1,9 @@
-"""The running interpreter's standard library: code, docstrings, pydoc topics.
+"""The standard library of this Python: code, docstrings and pydoc topics.
 
-Left out: tests, site-packages, the character tables of `encodings` (a megabyte
-of near copies, which would leak between train and eval), `_sysconfigdata*`
-(differs by machine) and the file that holds the pydoc topics (its entries are
-documents of their own).
+Left out are tests, site-packages, the character tables of `encodings` (a
+megabyte of near copies, which would leak between train and eval),
+`_sysconfigdata*` (differs by machine) and the file that holds the pydoc topics
+(its entries are documents of their own).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def modules() -> Iterator[tuple[str, str]]:
 
 
 def topics() -> dict[str, str]:
-  """What `help('TOPIC')` shows, by topic; {} where that is not installed."""
+  """The text of `help('TOPIC')` for each topic; {} if it is not installed."""
   try:
     return importlib.import_module('pydoc_data.topics').topics
   except ImportError:  # some distributions package it separately

@@ -379,9 +379,9 @@ def existing(path_: str, flag: str) -> pathlib.Path:
   Raises:
     ValueError: it does not, with a suggestion.
   """
-  found = pathlib.Path(path_)
-  if not found.exists():
+  path = pathlib.Path(path_)
+  if not path.exists():
     raise ValueError(
       f'--{flag}: there is no file or folder {path_!r}.{files.near(path_)}'
     )
-  return found
+  return path

@@ -267,18 +267,18 @@ def check(
     ConfigError: all that is wrong, a sentence each.
   """
   by_field = problems(config)
-  found = [sentence for wrong in by_field.values() for sentence in wrong]
+  refused = [sentence for wrong in by_field.values() for sentence in wrong]
   # A check that reads a section with a wrong field would report it again.
   wrong_sections = {name.partition('.')[0] for name in by_field}
   for sections, sentences in config_checks.CHECKS:
     if not wrong_sections & set(sections):
-      found += sentences(config)
-  if not found and model is not None:
-    found += config_checks.model(config, model)
-  if not found and mesh_shape is not None:
-    found += config_checks.mesh(config, model, mesh_shape)
-  if found:
-    raise ConfigError(_together(found))
+      refused += sentences(config)
+  if not refused and model is not None:
+    refused += config_checks.model(config, model)
+  if not refused and mesh_shape is not None:
+    refused += config_checks.mesh(config, model, mesh_shape)
+  if refused:
+    raise ConfigError(_together(refused))
 
 
 def _together(sentences: list[str]) -> str:

@@ -257,14 +257,16 @@ def problems(config: Any) -> dict[str, list[str]]:
   A config has every field of `FIELDS` and no other.
   """
   values = flat(config)
-  found = {
+  by_field = {
     name: [f'There is no field {name!r}.{suggestion(name, FIELDS)}']
     for name in values
     if name not in FIELDS
   }
   for name, field in FIELDS.items():
     if name not in values:
-      found[name] = [f'The config has no {name}; configs/tiny.py has them all.']
+      by_field[name] = [
+        f'The config has no {name}; configs/tiny.py has them all.'
+      ]
     elif wrong := list(field.problems(name, values[name])):
-      found[name] = wrong
-  return found
+      by_field[name] = wrong
+  return by_field

@@ -188,10 +188,10 @@ class Wiring:
 
   def layers(self, between: str = ',', through: str = '-') -> str:
     """'12', '7,13,17,22', or '0-25' for more than three layers in a row."""
-    found = [site.layer for site in self.sites]
-    if len(found) > _LISTED and found[-1] - found[0] == len(found) - 1:
-      return f'{found[0]}{through}{found[-1]}'
-    return between.join(map(str, found))
+    numbers = [site.layer for site in self.sites]
+    if len(numbers) > _LISTED and numbers[-1] - numbers[0] == len(numbers) - 1:
+      return f'{numbers[0]}{through}{numbers[-1]}'
+    return between.join(map(str, numbers))
 
   def __str__(self) -> str:
     """'resid_post/12', 'transcoder mlp_in/3', 'crosscoder resid_post/0-5'."""
@@ -225,15 +225,15 @@ def _sites(card: Mapping[str, Any], key: str) -> tuple[Site, ...]:
   names = card.get(key)
   if not isinstance(names, list | tuple) or len(names) > _MOST_LAYERS:
     raise ValueError(f'{key} is no list of sites such as ["resid_post/12"].')
-  found = []
+  parsed = []
   for name in names:
     site = parse(name) if isinstance(name, str) else None
     if str(site) != name:
       raise ValueError(f'{key} has {str(name)[:80]!r}, which is no site.')
-    found.append(site)
-  return tuple(found)
+    parsed.append(site)
+  return tuple(parsed)
 
 
-def _listed(found: tuple[Site, ...]) -> str:
-  shown = ', '.join(map(str, found[:6])) or 'none'
-  return shown + (', ...' if len(found) > 6 else '')
+def _listed(listed: tuple[Site, ...]) -> str:
+  shown = ', '.join(map(str, listed[:6])) or 'none'
+  return shown + (', ...' if len(listed) > 6 else '')

@@ -134,9 +134,9 @@ def prefixes(config: ConfigDict, member: SaeSpec) -> tuple[int, ...]:
 
 def site_list(config: ConfigDict) -> tuple[sites.Site, ...]:
   """Every site that an SAE reads or writes, in the order of the model."""
-  found = {s for m in members(config) for s in (*m.sites, *m.targets)}
+  used = {s for m in members(config) for s in (*m.sites, *m.targets)}
   order = sites.KINDS.index
-  return tuple(sorted(found, key=lambda s: (s.layer, order(s.kind))))
+  return tuple(sorted(used, key=lambda s: (s.layer, order(s.kind))))
 
 
 def stacks(
@@ -145,7 +145,9 @@ def stacks(
   """(architecture, width, d_in, d_out) -> the members that share them."""
   groups: dict[tuple[str, int, int, int], list[SaeSpec]] = {}
   for member in members(config):
-    d_in, d_out = (at[0].width(model) for at in (member.sites, member.targets))
+    d_in, d_out = (
+      wired[0].width(model) for wired in (member.sites, member.targets)
+    )
     key = member.trained_as, member.width, d_in, d_out
     groups.setdefault(key, []).append(member)
   return groups

@@ -105,7 +105,7 @@ def config(name: str, fields: Mapping[str, Any], where: str) -> lm.Config:
       if fields.get('tie_word_embeddings') is False:
         text['tie_word_embeddings'] = False
       _refuse_unknown(fields, {'tie_word_embeddings'})
-    found = _config(name, kind, text)
+    parsed = _config(name, kind, text)
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     reason = error.args[0] if error.args else repr(error)
     if isinstance(error, KeyError):
@@ -115,8 +115,8 @@ def config(name: str, fields: Mapping[str, Any], where: str) -> lm.Config:
       f'{reason}.'
     ) from error
   if name in lm.SIZES:
-    _refuse_another(found, lm.SIZES[name], where)
-  return found
+    _refuse_another(parsed, lm.SIZES[name], where)
+  return parsed
 
 
 def _refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
@@ -240,7 +240,7 @@ def _base_and_factor(given: Mapping[str, Any], usual: int) -> tuple[int, float]:
   return int(base), float(given['factor']) if kind == 'linear' else 1.0
 
 
-def _refuse_another(found: lm.Config, known: lm.Config, where: str) -> None:
+def _refuse_another(given: lm.Config, known: lm.Config, where: str) -> None:
   """Refuses a model whose shape is not that of its name."""
 
   def facts(c):
@@ -250,7 +250,7 @@ def _refuse_another(found: lm.Config, known: lm.Config, where: str) -> None:
   # The vocabulary has 128 more rows in Google's checkpoints of Gemma 2, 64 less
   # in those of Gemma 3; one of them has the gating matrices transposed.
   free = 'vocab_size', 'transpose_gating'
-  ours, theirs = facts(known), facts(found)
+  ours, theirs = facts(known), facts(given)
   wrong = [
     f'{field} {theirs[field]} (in {known.name} {value})'
     for field, value in ours.items()

@@ -155,10 +155,10 @@ def _check(where, tensors, shapes) -> None:
   for name, shape in expected.items():
     if name not in tensors:
       raise ValueError(f'{where!r} has no tensor {name}: is it another model?')
-    found = tuple(tensors[name].get_shape())
-    if found != shape:
+    actual = tuple(tensors[name].get_shape())
+    if actual != shape:
       raise ValueError(
-        f'{name} in {where!r} has shape {found}, and the model wants {shape}.'
+        f'{name} in {where!r} has shape {actual}, and the model wants {shape}.'
       )
   if more := sorted(set(tensors) - set(expected)):
     raise ValueError(
@@ -195,8 +195,8 @@ def _names(key: str) -> tuple[str, ...]:
   if key == 'final_norm/scale':
     return ('norm.weight',)
   layer, rest = re.fullmatch(r'layer_(\d+)/(.*)', key).groups()
-  found = _MATRICES.get(rest) or (_NORMS[rest.removesuffix('/scale')],)
-  return tuple(f'layers.{layer}.{name}.weight' for name in found)
+  names = _MATRICES.get(rest) or (_NORMS[rest.removesuffix('/scale')],)
+  return tuple(f'layers.{layer}.{name}.weight' for name in names)
 
 
 def _sources(key: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

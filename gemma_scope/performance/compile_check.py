@@ -213,8 +213,8 @@ def _compiled(name, tokens, flops, lower, pod, mesh) -> Program:
       error=str(error).splitlines()[0][:300],
     )
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-  found = float(cost['flops'])
-  turns = flops / found if flops > 1.5 * found else 1.0
+  counted = float(cost['flops'])
+  turns = flops / counted if flops > 1.5 * counted else 1.0
   moved = turns * float(cost.get('bytes accessed', 0))
   estimate = turns * float(cost.get('optimal_seconds', 0))
   output = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -224,7 +224,7 @@ def _compiled(name, tokens, flops, lower, pod, mesh) -> Program:
     name,
     tokens,
     flops,
-    found,
+    counted,
     turns,
     moved,
     arguments,
@@ -251,7 +251,7 @@ _CALL = re.compile(
 
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
   """Collectives in an HLO text: kind -> count and bytes of their results."""
-  found: dict[str, dict[str, int]] = {}
+  by_kind: dict[str, dict[str, int]] = {}
   for result, kind, start in _CALL.findall(hlo):
     sizes = []
     for dtype, dimensions in _SHAPE.findall(result):
@@ -260,10 +260,10 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
       sizes.append(count * bits // 8)
     # A started one names its operands, and then its results.
     size = sum(sizes) // (2 if start and len(sizes) > 1 else 1)
-    of_kind = found.setdefault(kind, {'count': 0, 'bytes': 0})
+    of_kind = by_kind.setdefault(kind, {'count': 0, 'bytes': 0})
     of_kind['count'] += 1
     of_kind['bytes'] += size
-  return found
+  return by_kind
 
 
 def _described(program: Program, pod, config) -> dict[str, Any]:

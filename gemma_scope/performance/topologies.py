@@ -94,7 +94,7 @@ def pod(topology: str) -> Pod:
       'that jax[tpu] names.'
     )
   try:
-    found = topologies.get_topology_desc(
+    described = topologies.get_topology_desc(
       platform='tpu', topology_name=topology
     ).devices
   except Exception as error:  # of XLA's many kinds
@@ -102,11 +102,11 @@ def pod(topology: str) -> Pod:
       f'libtpu knows no topology {topology!r} '
       f'({str(error).splitlines()[0][:120]}).'
     ) from None
-  chips = len({tuple(device.coords) for device in found})
-  share = chips / len(found)
+  chips = len({tuple(device.coords) for device in described})
+  share = chips / len(described)
   return Pod(
     topology,
-    list(found),
+    list(described),
     chips,
     Chip(chip.flops * share, chip.hbm * share, chip.hbm_rate * share),
   )

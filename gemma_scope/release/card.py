@@ -90,25 +90,25 @@ def _counted(rows: Sequence[table_lib.Row]) -> str:
   """'3 sparse autoencoders (jumprelu, topk), 1 transcoder (jumprelu)'."""
   parts = []
   for kind, name in table_lib.TYPE_NAMES.items():
-    found = [row for row in rows if row[0]['type'] == kind]
-    if found:
+    of_kind = [row for row in rows if row[0]['type'] == kind]
+    if of_kind:
       architectures = sorted(
-        {table_lib.architecture(card) for card, _ in found} - {''}
+        {table_lib.architecture(card) for card, _ in of_kind} - {''}
       )
       shown = (
         f' ({table_lib.escape("; ".join(architectures))})'
         if architectures
         else ''
       )
-      parts.append(f'{len(found)} {name}{"s" * (len(found) > 1)}{shown}')
+      parts.append(f'{len(of_kind)} {name}{"s" * (len(of_kind) > 1)}{shown}')
   return ', '.join(parts)
 
 
 def _more_keys(rows: Sequence[table_lib.Row]) -> list[str]:
   """Paragraphs on what Gemma Scope 1's form leaves open, where it is there."""
-  found = []
+  paragraphs = []
   if any(sites.wiring_of(card).several for card, _ in rows):
-    found.append(
+    paragraphs.append(
       'Crosscoders and cross-layer transcoders have a leading axis of their L '
       'layers, in the order of `sites` and `targets` in `config.json`: `W_enc` '
       '[L, d_in, F], `W_dec` [L, F, L, d_out]; x is [..., L, d_in], f is '
@@ -116,15 +116,15 @@ def _more_keys(rows: Sequence[table_lib.Row]) -> list[str]:
       '`W_dec[l, :, m]` is zero for m < l. Their width is L times F.'
     )
   if any(card.get('affine') for card, _ in rows):
-    found.append(
+    paragraphs.append(
       'An affine skip `W_skip` [d_in, d_out] adds `x @ p["W_skip"]` to y_hat.'
     )
   trained = {str(card.get('architecture')) for card, _ in rows}
   if trained & {'topk', 'matryoshka_topk'}:
-    found.append(
+    paragraphs.append(
       'Where there is a `k`, only the k largest latents of a token stay.'
     )
-  return [line for text in found for line in ('', text)]
+  return [line for text in paragraphs for line in ('', text)]
 
 
 def _measured(rows: Sequence[table_lib.Row]) -> str:
@@ -160,14 +160,14 @@ def _provenance(rows: Sequence[table_lib.Row]) -> list[str]:
     ('Seed', 'seed'),
     ('Code', 'code'),
   ):
-    found = _distinct(rows, key)
-    if found:
-      shown = ', '.join(found[:6]) + (', ...' if len(found) > 6 else '')
+    values = _distinct(rows, key)
+    if values:
+      shown = ', '.join(values[:6]) + (', ...' if len(values) > 6 else '')
       lines.append(f'- {label}: {shown}')
   texts = {json.dumps(card.get('text'), sort_keys=True) for card, _ in rows}
   for text in sorted(texts - {'null'}):
-    found = json.loads(text)
-    items = found.items() if isinstance(found, dict) else [('source', found)]
+    values = json.loads(text)
+    items = values.items() if isinstance(values, dict) else [('source', values)]
     shown = '; '.join(
       f'{table_lib.escape(k)}: {table_lib.escape(v)}' for k, v in items
     )
@@ -176,12 +176,12 @@ def _provenance(rows: Sequence[table_lib.Row]) -> list[str]:
 
 
 def _distinct(rows: Sequence[table_lib.Row], key: str) -> list[str]:
-  found = [card[key] for card, _ in rows if card.get(key) is not None]
-  numbers = all(isinstance(item, int) for item in found)
-  found = set(found if numbers else map(str, found))
+  values = [card[key] for card, _ in rows if card.get(key) is not None]
+  numbers = all(isinstance(item, int) for item in values)
+  values = set(values if numbers else map(str, values))
   return [
     f'{item:,}'
     if numbers and key in ('tokens', 'steps')
     else table_lib.escape(item)
-    for item in sorted(found)
+    for item in sorted(values)
   ]

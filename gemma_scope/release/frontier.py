@@ -115,10 +115,10 @@ def _line_of(place: sites.Wiring) -> tuple[str, ...]:
   return place.type, place.kind, place.targets[0].kind
 
 
-def _grid(found: Sequence[sites.Wiring]) -> list[list[sites.Wiring]]:
+def _grid(wirings: Sequence[sites.Wiring]) -> list[list[sites.Wiring]]:
   """Panels: a line of layers for each kind, long lines broken evenly."""
   lines = {}
-  for place in sorted(set(found), key=sites.wiring_order):
+  for place in sorted(set(wirings), key=sites.wiring_order):
     lines.setdefault(_line_of(place), []).append(place)
   longest = max(len(line) for line in lines.values())
   columns = math.ceil(longest / math.ceil(longest / _COLUMNS))
@@ -212,8 +212,8 @@ def _panel(panel, rows, key, looks):
   for card, metrics in rows:
     key_of = (_look(card), str(card.get('seed')))
     groups.setdefault(key_of, []).append(metrics)
-  for (look, _), found in groups.items():
-    twins = [_point(table.control(metrics), key, metrics) for metrics in found]
+  for (look, _), measured in groups.items():
+    twins = [_point(table.control(m), key, m) for m in measured]
     twins = sorted(point for point in twins if point)
     if twins:
       panel.plot(
@@ -227,7 +227,7 @@ def _panel(panel, rows, key, looks):
         markeredgewidth=0.6,
         zorder=1,
       )
-    points = sorted(p for p in (_point(m, key, m) for m in found) if p)
+    points = sorted(p for p in (_point(m, key, m) for m in measured) if p)
     if not points:
       continue
     l0, values, low, high = zip(*points, strict=True)

@@ -118,18 +118,18 @@ def listed(manifest: dict) -> dict[str, dict]:
 def read(root: pathlib.Path) -> dict:
   """Reads and checks manifest.json; its names are then safe to join."""
   path = root / NAME
-  found = read_json(path)
+  content = read_json(path)
   where = files.show(path)
-  if not isinstance(found, dict) or found.get('format') != FORMAT:
+  if not isinstance(content, dict) or content.get('format') != FORMAT:
     raise files.Refused(
       f'{where} is not the manifest of a gemma_scope release.'
     )
-  if found.get('version') != VERSION:
+  if content.get('version') != VERSION:
     raise files.Refused(
-      f'{where} has version {files.show(found.get("version"))}; this '
+      f'{where} has version {files.show(content.get("version"))}; this '
       f'gemma_scope reads version {VERSION}.'
     )
-  members, at_root = found.get('members'), found.get('files')
+  members, at_root = content.get('members'), content.get('files')
   if not isinstance(members, list) or not isinstance(at_root, dict):
     raise files.Refused(f'{where} lacks its lists of SAEs and files.')
   # Names before the digest: an attacker can write a valid digest.
@@ -146,16 +146,16 @@ def read(root: pathlib.Path) -> dict:
     seen.add(name)
     _check_names(where, member.get('files'), MEMBER_FILES, 2)
   _check_names(where, at_root, ROOT_FILES, 0)
-  unsealed = {key: item for key, item in found.items() if key != 'digest'}
+  unsealed = {key: item for key, item in content.items() if key != 'digest'}
   try:
-    same = found.get('digest') == _digest(unsealed)
+    same = content.get('digest') == _digest(unsealed)
   except RecursionError:
     same = False
   if not same:
     raise files.Refused(
       f'{where} is damaged or was edited: its digest does not match.'
     )
-  return found
+  return content
 
 
 def read_json(path: pathlib.Path, expected: dict | None = None) -> Any:
@@ -224,16 +224,16 @@ def _check_names(where, entries, allowed, needed: int):
     raise files.Refused(f'{where} has an SAE without {", ".join(missing)}.')
 
 
-def _compare(path: pathlib.Path, found: dict, expected: dict):
-  if found['bytes'] != expected['bytes']:
+def _compare(path: pathlib.Path, actual: dict, expected: dict):
+  if actual['bytes'] != expected['bytes']:
     raise files.Refused(
-      f'{files.show(path)} has {found["bytes"]:,} bytes, and its manifest says '
-      f'{expected["bytes"]:,}; fetch or write it again.'
+      f'{files.show(path)} has {actual["bytes"]:,} bytes, and its manifest '
+      f'says {expected["bytes"]:,}; fetch or write it again.'
     )
-  if found['sha256'] != expected['sha256']:
+  if actual['sha256'] != expected['sha256']:
     raise files.Refused(
       f'{files.show(path)} is damaged or was changed: its SHA-256 should be '
-      f'{expected["sha256"][:12]}... and is {found["sha256"][:12]}...'
+      f'{expected["sha256"][:12]}... and is {actual["sha256"][:12]}...'
     )
 
 

@@ -66,8 +66,8 @@ def shapes(
   max_bytes: int,
 ) -> dict[str, tuple[int, ...]]:
   """Every array's shape, from the headers alone; arguments as of `read`."""
-  with _opened(path, required, optional, max_bytes) as (_, _, _, found):
-    return found
+  with _opened(path, required, optional, max_bytes) as (_, _, _, by_name):
+    return by_name
 
 
 def read(
@@ -97,8 +97,8 @@ def read(
     files.Refused: one sentence that starts with the file's name.
   """
   opened = _opened(path, required, optional, max_bytes)
-  with opened as (file, archive, entries, found):
-    check(found)
+  with opened as (file, archive, entries, by_name):
+    check(by_name)
     if sha256 is not None:
       file.seek(0)
       digest = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -107,7 +107,7 @@ def read(
           f'is damaged or was changed: its SHA-256 should be '
           f'{sha256[:12]}... and is {digest[:12]}...'
         )
-    return {name: _data(archive, entries[name], name) for name in found}
+    return {name: _data(archive, entries[name], name) for name in by_name}
 
 
 @contextlib.contextmanager
@@ -121,11 +121,11 @@ def _opened(path, required, optional, max_bytes):
       if missing:
         raise files.Refused(f'lacks {", ".join(missing)}')
       with zipfile.ZipFile(_Bounded(file)) as archive:
-        found = {}
+        by_name = {}
         for name in (n for n in known.values() if n in entries):
           with archive.open(entries[name]) as stream:
-            found[name] = _header(stream, name, entries[name], size)
-        yield file, archive, entries, found
+            by_name[name] = _header(stream, name, entries[name], size)
+        yield file, archive, entries, by_name
   except files.Refused as error:
     raise files.Refused(f'{files.show(path)} {error}.') from None
   except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:

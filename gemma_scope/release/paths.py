@@ -30,7 +30,7 @@ def folder(
 
 def paths(rows: Sequence[table.Row]) -> list[str]:
   """A folder for each SAE; equal names get the seed, else a number."""
-  found = []
+  named = []
   several = len({card.get('architecture') for card, _ in rows}) > 1
   for card, metrics in rows:
     l0 = table.value((metrics or {}).get('l0'))
@@ -44,9 +44,9 @@ def paths(rows: Sequence[table.Row]) -> list[str]:
     if several and card.get('architecture'):
       base += f'_{card["architecture"]}'
     path, count = base, 1
-    if path in found and type(card.get('seed')) is int and card['seed'] >= 0:
+    if path in named and type(card.get('seed')) is int and card['seed'] >= 0:
       path = f'{base}_seed_{card["seed"]}'
-    while path in found:
+    while path in named:
       count += 1
       path = f'{base}_{count}'
     match = MEMBER.fullmatch(path)
@@ -54,8 +54,8 @@ def paths(rows: Sequence[table.Row]) -> list[str]:
       raise files.Refused(
         f'{files.show(path)} cannot name a folder of a release.'
       )
-    found.append(path)
-  return found
+    named.append(path)
+  return named
 
 
 def locate(folder: pathlib.Path) -> tuple[pathlib.Path, str] | None:

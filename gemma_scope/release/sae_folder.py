@@ -37,12 +37,12 @@ _ZIP_BYTES = 1 << 14  # directory and headers of a params.npz, with room
 
 def digest(params: Mapping[str, np.ndarray]) -> str:
   """SHA-256 of the parameters' values, independent of the file format."""
-  found = hashlib.sha256()
+  sha256 = hashlib.sha256()
   for name in sorted(params):
     array = np.ascontiguousarray(params[name], np.float32)
-    found.update(f'{name} {array.shape} '.encode())
-    found.update(array.data)
-  return found.hexdigest()
+    sha256.update(f'{name} {array.shape} '.encode())
+    sha256.update(array.data)
+  return sha256.hexdigest()
 
 
 def fit(params: Mapping[str, np.ndarray], card: object) -> Params:
@@ -185,12 +185,12 @@ def check_card(
       'false.'
     )
   if name is not None:
-    found = paths.MEMBER.fullmatch(name)
+    match = paths.MEMBER.fullmatch(name)
     wanted = paths.folder(card), card.get('affine', False)
     # Before version 0.4 '1k' stood for 1536 latents too.
     folders = wanted[0], paths.folder(card, lambda width: f'{width // 1000}k')
-    is_affine = found['affine'] is not None
-    if found['folder'] not in folders or is_affine is not wanted[1]:
+    is_affine = match['affine'] is not None
+    if match['folder'] not in folders or is_affine is not wanted[1]:
       raise files.Refused(
         f'{where} is the card of {wanted[0]} with'
         f'{"" if wanted[1] else "out"} an affine skip, and its folder is '

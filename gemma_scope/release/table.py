@@ -37,8 +37,8 @@ def value(metric: object) -> float | None:
 
 def control(metrics: dict | None) -> dict:
   """Figures of the strongest control; {} where there are none."""
-  found = (metrics or {}).get('control')
-  return found if isinstance(found, dict) else {}
+  strongest = (metrics or {}).get('control')
+  return strongest if isinstance(strongest, dict) else {}
 
 
 def _controls(metrics: dict, key: str, digits: int) -> str:
@@ -66,8 +66,8 @@ def order(row: Row) -> tuple:
 
 def architecture(card: dict) -> str:
   """'jumprelu', or 'jumprelu, affine' where there is an affine skip."""
-  found = str(card.get('architecture', ''))
-  return f'{found}, affine' if card.get('affine') else found
+  name = str(card.get('architecture', ''))
+  return f'{name}, affine' if card.get('affine') else name
 
 
 def sparsity(card: dict) -> str:
@@ -116,13 +116,13 @@ def table(
 
 def note(rows: Sequence[Row]) -> str:
   """What the intervals of a table rest on; '' where it is not known."""
-  found = {
+  clusters = {
     (metrics['clusters'], str(metrics.get('clustered_by', 'sequences')))
     for _, metrics in rows
     if metrics and isinstance(metrics.get('clusters'), int)
   }
   sentences = []
-  for count, kind in sorted(found):
+  for count, kind in sorted(clusters):
     text = f'95 % intervals over {count} {kind} as independent draws'
     if count < FEW_CLUSTERS:
       text += f'; with fewer than {FEW_CLUSTERS} they are rough'

@@ -182,8 +182,8 @@ def kth_of_row(z_BF: jax.Array, k: jax.Array, blocks: int = 0) -> jax.Array:
     return kth_largest(jax.nn.relu(z_BF), k, tuple(range(1, z_BF.ndim)))
   z_BF = jax.lax.stop_gradient(z_BF)
   sorted_BF = jnp.sort(jax.nn.relu(z_BF).reshape(-1, latents), descending=True)
-  at = jnp.clip(jnp.asarray(k, jnp.int32), 1, latents + 1) - 1
-  found_B = jnp.take(sorted_BF, at, 1, mode='fill', fill_value=0)
+  column = jnp.clip(jnp.asarray(k, jnp.int32), 1, latents + 1) - 1
+  found_B = jnp.take(sorted_BF, column, 1, mode='fill', fill_value=0)
   return found_B.reshape(-1, *(1,) * (z_BF.ndim - 1))
 
 

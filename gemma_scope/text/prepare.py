@@ -134,10 +134,10 @@ def prepare(
   revision = sources.revision(source)
   if revision is not None:
     inputs['revision'] = revision
-  found = sources.documents(source, column=column, revision=revision)
+  documents = sources.documents(source, column=column, revision=revision)
   try:
     with files.whole_folder(folder) as draft:
-      written = _write(draft, found, tokenizer, limit_tokens, progress)
+      written = _write(draft, documents, tokenizer, limit_tokens, progress)
       if not written['source_bytes']:
         raise ValueError(f'{source!r} holds no text: nothing was written.')
       token_store.write_manifest(draft, inputs | written)
@@ -168,11 +168,11 @@ def _same_preparation(
       now = sources.revision(source)
       _refuse_another(folder, 'revision', revision, now)
     return store
-  found = sources.documents(source, column=column)
+  documents = sources.documents(source, column=column)
   if inputs['limit_tokens'] is not None:  # only the first ones were read
-    found = itertools.islice(found, store.documents_read)
+    documents = itertools.islice(documents, store.documents_read)
   digest, ticks = hashlib.sha256(), _Ticks(progress)
-  for number, document in enumerate(found, 1):
+  for number, document in enumerate(documents, 1):
     ticks.bytes += _hash_document(digest, document)
     ticks.maybe(number, None)
   if digest.hexdigest() != manifest['source_sha256']:
@@ -226,7 +226,7 @@ class _Ticks:
 
 def _write(
   folder: pathlib.Path,
-  found: Iterable[corpus.Document],
+  documents: Iterable[corpus.Document],
   tokenizer: tokenizers.Tokenizer,
   limit_tokens: int | None,
   progress: Callable[[Progress], None],
@@ -240,7 +240,7 @@ def _write(
     }
     dtype = sequences_lib.dtype_of(tokenizer.vocab_size)
     out = splits.Writer(token_files, dtype, tokenizer.eos_id)
-    for several in _batches(found):
+    for several in _batches(documents):
       encoded = tokenizer.encode_all([d.text for d in several])
       for document, ids in zip(several, encoded, strict=True):
         ticks.bytes += _hash_document(digest, document)
@@ -260,11 +260,11 @@ def _write(
 
 
 def _batches(
-  found: Iterable[corpus.Document],
+  documents: Iterable[corpus.Document],
 ) -> Iterator[list[corpus.Document]]:
   """Documents in batches of _BATCH_CHARS, sooner after _BATCH_SECONDS."""
   several, size, began = [], 0, time.monotonic()
-  for document in found:
+  for document in documents:
     several.append(document)
     size += len(document.text)
     late = time.monotonic() - began >= _BATCH_SECONDS
@@ -366,12 +366,12 @@ def check_vocabulary(
       f'{tokenizer.path} has {pieces:,} pieces and the vocabulary of {name} '
       f'has {rows:,}: {advice}'
     )
-  for role, found, wanted in (
+  for role, own, wanted in (
     ('pad', tokenizer.pad_id, generate.PAD),
     ('bos', tokenizer.bos_id, bos),
   ):
-    if wanted is not None and found != wanted:
+    if wanted is not None and own != wanted:
       raise ValueError(
-        f'{tokenizer.path} has <{role}> at id {found}, {name} at {wanted}: '
+        f'{tokenizer.path} has <{role}> at id {own}, {name} at {wanted}: '
         f'{advice}'
       )

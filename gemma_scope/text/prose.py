@@ -99,13 +99,13 @@ _EVAL_ONE_IN = 20  # documents: the corpus is small
 
 def versions() -> dict[str, str]:
   """The version of each package that documents come from."""
-  found = {'python': platform.python_version()}
+  by_package = {'python': platform.python_version()}
   for name in PACKAGES:
     try:
-      found[name] = importlib.metadata.version(name)
+      by_package[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       pass  # not in `versions`: so another text
-  return found
+  return by_package
 
 
 def read() -> Iterator[corpus.Document]:
@@ -187,16 +187,16 @@ def english(code: str) -> str:
 
 def _comments(code: str) -> list[tuple[int, str]]:
   """Runs of at least three comment lines, with the number of the first."""
-  found, run = [], []
+  runs, run = [], []
   for number, line in enumerate([*code.splitlines(), ''], 1):
     comment = _COMMENT.match(line)
     if comment:
       run.append(comment[1])
       continue
     if len(run) >= 3 and not _LEGAL.search(' '.join(run)):
-      found.append((number - len(run), '\n'.join(run)))
+      runs.append((number - len(run), '\n'.join(run)))
     run = []
-  return found
+  return runs
 
 
 _COMMENT = re.compile(r'\s*#+(?!\w) ?(.*)')
@@ -255,7 +255,7 @@ def paragraphs(text: str) -> list[str]:
 
   A list item keeps its '- '.
   """
-  found = []
+  kept = []
   for raw in _blocks(text):
     bullet = _BULLET.match(raw)
     body = raw[bullet.end() :] if bullet else raw
@@ -268,8 +268,8 @@ def paragraphs(text: str) -> list[str]:
       s for s in _SENTENCE.split(body.strip()) if not re.search('https?:', s)
     )
     if _is_prose(body):
-      found.append(f'- {body}' if bullet else body)
-  return found
+      kept.append(f'- {body}' if bullet else body)
+  return kept
 
 
 def _blocks(text: str) -> Iterator[str]:
@@ -380,15 +380,15 @@ def _is_new(paragraph: str, seen: set[int]) -> bool:
 
 def _without_dangling(kept: list[str]) -> list[str]:
   """Drops last sentences that announce what was left out ('For example:')."""
-  found = []
+  sentences = []
   for text, following in itertools.zip_longest(kept, kept[1:], fillvalue=''):
     announces = re.search(r':+["\')]*$', text)
     if announces and not following.startswith('- '):
       text = ' '.join(_SENTENCE.split(text)[:-1])
       if len(text.split()) < _PARAGRAPH_WORDS:
         continue
-    found.append(text)
-  return found
+    sentences.append(text)
+  return sentences
 
 
 def _joined(kept: list[str]) -> str:

@@ -316,14 +316,14 @@ def _begin(folder: pathlib.Path, inputs: dict[str, Any]) -> None:
   files.write_json(path, inputs, indent=2)
 
 
-def _same(folder, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-  found, wanted = _flat(found), _flat(wanted)
-  fields = wanted.keys() | {k for k in found if k.startswith('rollouts.')}
+def _same(folder, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+  kept, wanted = _flat(kept), _flat(wanted)
+  fields = wanted.keys() | {k for k in kept if k.startswith('rollouts.')}
   for field in sorted(fields):
-    if found.get(field) != wanted.get(field):
+    if kept.get(field) != wanted.get(field):
       raise ValueError(
         f'{folder} holds another preparation: {field} is '
-        f'{found.get(field)!r} there and {wanted.get(field)!r} here. Choose '
+        f'{kept.get(field)!r} there and {wanted.get(field)!r} here. Choose '
         'another folder, or delete that one.'
       )
 

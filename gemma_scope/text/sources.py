@@ -77,18 +77,18 @@ def documents(
   if source in _WHOLE:
     if column:
       raise ValueError(f'{source!r} has no column {column!r}, nor any other.')
-    found = _WHOLE[source]()
+    read = _WHOLE[source]()
   elif kind == 'hf' and rest:
     hub_datasets.Spec.parse(rest)
     commit = (revision or {}).get('commit')
-    found = hub_datasets.read(rest, column, commit)
+    read = hub_datasets.read(rest, column, commit)
   elif kind in _WITH_COLUMN and rest:
-    found = _WITH_COLUMN[kind](rest, column)
+    read = _WITH_COLUMN[kind](rest, column)
   else:
     raise ValueError(
       f'{source!r} is no text source; give one of: {", ".join(KINDS)}.'
     )
-  return _kept(found, split)
+  return _kept(read, split)
 
 
 def revision(source: str) -> dict[str, str] | None:
@@ -105,8 +105,8 @@ def revision(source: str) -> dict[str, str] | None:
 
 
 def _kept(
-  found: Iterator[corpus.Document], split: str | None
+  documents: Iterator[corpus.Document], split: str | None
 ) -> Iterator[corpus.Document]:
-  for document in found:
+  for document in documents:
     if document.text and split in (None, document.split):
       yield document

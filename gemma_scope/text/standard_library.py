@@ -34,10 +34,10 @@ def read() -> Iterator[corpus.Document]:
   for name, text in modules():
     prose = docstrings(text, _module_name(name))
     yield corpus.Document(f'{name}#docstrings', corpus.valid(prose), group=name)
-  found = topics()
-  for topic in sorted(found):
+  by_topic = topics()
+  for topic in sorted(by_topic):
     yield corpus.Document(
-      f'pydoc_data/topics#{topic}', corpus.valid(found[topic])
+      f'pydoc_data/topics#{topic}', corpus.valid(by_topic[topic])
     )
 
 
@@ -70,7 +70,7 @@ def topics() -> dict[str, str]:
 
 def _library_paths(root: pathlib.Path) -> list[str]:
   """Relative posix paths of the library's modules, sorted."""
-  found = []
+  paths = []
   for folder, folders, files in os.walk(root):
     folders[:] = [f for f in folders if f not in _NOT_LIBRARY]
     here = pathlib.Path(folder).relative_to(root)
@@ -79,8 +79,8 @@ def _library_paths(root: pathlib.Path) -> list[str]:
       left_out = name == 'pydoc_data/topics.py'
       left_out |= file.startswith('_sysconfigdata')
       if file.endswith('.py') and not left_out:
-        found.append(name)
-  return sorted(found)
+        paths.append(name)
+  return sorted(paths)
 
 
 def decode(data: bytes) -> str | None:

@@ -47,8 +47,8 @@ def matches(pattern: str, kind: str) -> list[tuple[str, pathlib.Path]]:
 
 def read(pattern: str, column: str = '') -> Iterator[corpus.Document]:
   """The documents of all matching files, file by file."""
-  found = matches(pattern, 'files')
-  for name, _ in found:  # before the first document, not after hours
+  paths = matches(pattern, 'files')
+  for name, _ in paths:  # before the first document, not after hours
     if _TEXT.search(name) or name.endswith('.parquet'):
       continue
     if not name.endswith(json_lines.SUFFIXES):
@@ -56,12 +56,12 @@ def read(pattern: str, column: str = '') -> Iterator[corpus.Document]:
         f'{name} is matched by files:{pattern}, which reads .txt, .md, .py and '
         '.jsonl (each also with .gz or .zst) and .parquet; narrow the pattern.'
       )
-  if column and all(_TEXT.search(name) for name, _ in found):
+  if column and all(_TEXT.search(name) for name, _ in paths):
     raise ValueError(
       f'files:{pattern} has no columns, so column={column!r} means nothing: '
       'only .jsonl and .parquet have them.'
     )
-  for name, path in found:
+  for name, path in paths:
     if name.endswith('.parquet'):
       yield from _parquet(name, path, column)
     elif name.endswith(json_lines.SUFFIXES):

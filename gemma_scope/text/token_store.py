@@ -45,11 +45,11 @@ class Tokens:
     for split in corpus.SPLITS:
       path = self.path(split)
       expected = self.manifest['tokens'][split] * size
-      found = path.stat().st_size if path.is_file() else None
-      if found != expected:
+      actual = path.stat().st_size if path.is_file() else None
+      if actual != expected:
         raise ValueError(
           f'{path} should have {expected} bytes and '
-          f'{"is missing" if found is None else f"has {found}"}; the store '
+          f'{"is missing" if actual is None else f"has {actual}"}; the store '
           'is damaged: delete the folder and prepare it again.'
         )
 
@@ -111,8 +111,8 @@ class Tokens:
     """
     for split in corpus.SPLITS:
       state = self.path(split).stat()
-      found = _sha256(self.path(split), state.st_size, state.st_mtime_ns)
-      if found != self.manifest['sha256'][split]:
+      digest = _sha256(self.path(split), state.st_size, state.st_mtime_ns)
+      if digest != self.manifest['sha256'][split]:
         raise ValueError(
           f'{self.path(split)} does not have the hash in its manifest; it is '
           'damaged: delete the folder and prepare it again.'

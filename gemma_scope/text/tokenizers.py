@@ -119,13 +119,13 @@ class Tokenizer:
 
   def id_of(self, piece: str) -> int:
     """The id of one piece of the vocabulary, spelt as `pieces` spells it."""
-    found = self._processor.piece_to_id(piece)
-    if self._processor.id_to_piece(found) != piece:
+    piece_id = self._processor.piece_to_id(piece)
+    if self._processor.id_to_piece(piece_id) != piece:
       raise ValueError(
         f'{self.path} has no piece {piece!r}; use the tokenizer that belongs '
         'to the model.'
       )
-    return found
+    return piece_id
 
   def encode(self, text: str) -> np.ndarray:
     """int32 [tokens], without BOS or EOS; a lone surrogate reads as '?'."""

@@ -123,12 +123,12 @@ def start(
     normalisation: of each site, in this run.
   """
   begun = []
-  for one, group, state, sources in zip(
+  for saes, group, state, sources in zip(
     stacks, groups, states, chosen, strict=True
   ):
     members = [
       _member(
-        one.module,
+        saes.module,
         member,
         [source.load() for source in of_member],
         {name: p[i] for name, p in state.params.items()},
@@ -263,8 +263,8 @@ def crosswise(
 def _counterparts(rows_FD, W_enc) -> tuple[np.ndarray, np.ndarray]:
   """For each row, the index of the best matching encoder, and max(cos, 0)."""
   index, most = [], []
-  for at in range(0, len(rows_FD), _BLOCK):
-    product = rows_FD[at : at + _BLOCK] @ W_enc
+  for start in range(0, len(rows_FD), _BLOCK):
+    product = rows_FD[start : start + _BLOCK] @ W_enc
     index.append(product.argmax(1))
     most.append(product.max(1))
   index_F, most_F = np.concatenate(index), np.concatenate(most)

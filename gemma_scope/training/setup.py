@@ -70,9 +70,9 @@ def layout(config: ConfigDict, share: float = 1.0) -> harvest.Layout:
 def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
   """The source of rows, and the facts that must be the same on resuming."""
   a = config.activations
-  at = specs.site_list(config)
+  read = specs.site_list(config)
   if a.store:
-    return _open_store(config, at, report)
+    return _open_store(config, read, report)
   tokenizer, store = prepare.open_text(config, workdir, report)
   sequences = store.sequences(config.text.seq_len)
   report(f'loading {config.lm.name}')
@@ -82,14 +82,14 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
     dtype=config.lm.dtype,
     mesh=mesh,
     num_layers=(
-      None if config.end_to_end.beta else 1 + max(site.layer for site in at)
+      None if config.end_to_end.beta else 1 + max(site.layer for site in read)
     ),
   )
   rows = prepare.shuffled(sequences, config.seed)
   source = harvest.ModelSource(
     gemma,
     params,
-    at,
+    read,
     harvest.Text(
       functools.partial(prepare.batch, rows), special(tokenizer, store).keep
     ),
@@ -109,10 +109,10 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
   return source, facts
 
 
-def _open_store(config, at, report):
+def _open_store(config, read, report):
   """Opens the activation store and compares it with the config."""
   store = config.activations.store
-  source = store_lib.StoreSource(store, at, config.train.batch)
+  source = store_lib.StoreSource(store, read, config.train.batch)
   stored = {'lm.name': source.facts['model'], 'chunks': source.layout}
   chunks = layout(config, source.layout.share)
   wanted = {'lm.name': config.lm.name, 'chunks': chunks}

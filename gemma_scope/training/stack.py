@@ -396,8 +396,8 @@ def step_all(
 ) -> tuple[tuple[State, ...], tuple[dict[str, jax.Array], ...]]:
   """One step of every stack on one batch: site -> x [B, D]."""
 
-  def of(at):
-    return jnp.stack([rows[site] for site in at])
+  def of(read):
+    return jnp.stack([rows[site] for site in read])
 
   results = [
     stack.step(state, of(stack.sites), of(stack.targets), step, key, mesh)

@@ -121,12 +121,12 @@ def logistic(x_BD: np.ndarray, y_B: np.ndarray, penalty: float = 1.0) -> Probe:
     return value, np.append(slope_B @ x_BD + penalty * w_D, slope_B.sum())
 
   if x_BD.shape[1] <= _NEWTON_WIDTH:
-    found = _newton(loss, x_BD, sign_B, weight_B, penalty)
+    w_C = _newton(loss, x_BD, sign_B, weight_B, penalty)
   else:
     start = np.zeros(x_BD.shape[1] + 1)
-    found = optimize.minimize(loss, start, jac=True, method='L-BFGS-B').x
-  w_D = found[:-1] / scale_D
-  return Probe(w_D, float(found[-1] - mean_D @ w_D))
+    w_C = optimize.minimize(loss, start, jac=True, method='L-BFGS-B').x
+  w_D = w_C[:-1] / scale_D
+  return Probe(w_D, float(w_C[-1] - mean_D @ w_D))
 
 
 def _newton(loss, x_BD, sign_B, weight_B, penalty: float) -> np.ndarray:
@@ -135,10 +135,10 @@ def _newton(loss, x_BD, sign_B, weight_B, penalty: float) -> np.ndarray:
 
   x_BC = np.concatenate([x_BD, np.ones((len(x_BD), 1))], 1)
   ridge_C = np.append(np.full(x_BD.shape[1], penalty), 1e-9 * len(x_BD))
-  found = np.zeros(x_BC.shape[1])
-  value, slope_C = loss(found)
+  w_C = np.zeros(x_BC.shape[1])
+  value, slope_C = loss(w_C)
   for _ in range(100):
-    wrong_B = special.expit(-sign_B * (x_BC @ found))
+    wrong_B = special.expit(-sign_B * (x_BC @ w_C))
     curve_B = weight_B * wrong_B * (1 - wrong_B)
     hessian_CC = (x_BC.T * curve_B) @ x_BC + np.diag(ridge_C)
     step_C = linalg.solve(hessian_CC, slope_C, assume_a='pos')
@@ -147,15 +147,15 @@ def _newton(loss, x_BD, sign_B, weight_B, penalty: float) -> np.ndarray:
       break
     size = 1.0
     while size > 1e-6:
-      new_value, new_slope_C = loss(found - size * step_C)
+      new_value, new_slope_C = loss(w_C - size * step_C)
       if new_value <= value - 1e-4 * size * gain:
         break
       size /= 2
     else:
       break
-    found = found - size * step_C
+    w_C = w_C - size * step_C
     value, slope_C = new_value, new_slope_C
-  return found
+  return w_C
 
 
 def difference_of_means(x_BD: np.ndarray, y_B: np.ndarray) -> Probe:
@@ -184,15 +184,15 @@ def _figure(value: float, part_B: np.ndarray, group_B: np.ndarray):
   _, index_B = np.unique(group_B, return_inverse=True)
   sums_G = np.bincount(index_B, part_B)
   groups = len(sums_G)
-  found = {'value': float(value), 'low': None, 'high': None}
+  figure = {'value': float(value), 'low': None, 'high': None}
   if groups > 1:
     sigma = np.sqrt(groups / (groups - 1) * np.sum(sums_G**2))
     half = special.stdtrit(groups - 1, 0.975) * sigma
-    found |= {
+    figure |= {
       'low': float(max(value - half, 0)),
       'high': float(min(value + half, 1)),
     }
-  return found
+  return figure
 
 
 def scores(

@@ -88,14 +88,13 @@ def check_free(target: pathlib.Path, overwrite: bool) -> None:
       f'{where} is there already; choose another folder, or pass --overwrite '
       'to replace an export.'
     )
-  found = None
+  described = None
   if (target / manifest.NAME).is_file():
-    found = manifest.read_json(target / manifest.NAME)
-  if not str(isinstance(found, dict) and found.get('format')).startswith(
-    _FORMAT
-  ):
+    described = manifest.read_json(target / manifest.NAME)
+  named = described.get('format') if isinstance(described, dict) else None
+  if not str(named).startswith(_FORMAT):
     raise files.Refused(f'{where} holds no export, and is not replaced.')
-  known = {target / name for name in (manifest.NAME, *found['files'])}
+  known = {target / name for name in (manifest.NAME, *described['files'])}
   for path in target.rglob('*'):
     if not path.is_dir() and path not in known:
       raise files.Refused(
@@ -125,11 +124,11 @@ def _write_one(folder: pathlib.Path, sae: Released, layout: str) -> None:
 
 def _l0(sae: Released, measured: bool) -> float | None:
   """L0 as measured, or unless `measured` the L0 that it was trained for."""
-  found = table.value((sae.metrics or {}).get('l0'))
+  l0 = table.value((sae.metrics or {}).get('l0'))
   asked = sae.card.get('sparsity') or {}
-  if found is None and not measured and asked.get('kind') in ('target_l0', 'k'):
-    found = table.value(asked.get('value'))
-  return found
+  if l0 is None and not measured and asked.get('kind') in ('target_l0', 'k'):
+    l0 = table.value(asked.get('value'))
+  return l0
 
 
 def _paths(saes: Sequence[Released], layout: str) -> list[str]:

@@ -50,12 +50,12 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The file of parameters, or one for each layer, in order."""
   if (folder / 'params.safetensors').is_file():
     return [folder / 'params.safetensors']
-  found = [
+  layers = [
     (int(match[1]), path)
     for path in folder.glob('params_layer_*.safetensors')
     if (match := _LAYERS.fullmatch(path.name))
   ]
-  return [path for _, path in sorted(found)]
+  return [path for _, path in sorted(layers)]
 
 
 def read(
@@ -136,21 +136,21 @@ def _sites(config: Mapping[str, Any], key: str, count: int) -> list[str]:
 
 def _model(name: object) -> str:
   """'google/gemma-3-1b-pt' -> 'gemma3-1b'."""
-  found = re.search(r'gemma-?(\d)-(\d+[bm])(-it)?', str(name))
-  if not found:
+  match = re.search(r'gemma-?(\d)-(\d+[bm])(-it)?', str(name))
+  if not match:
     raise files.Refused(
       f'is of the model {files.show(name)}, which is no Gemma'
     )
-  return f'gemma{found[1]}-{found[2]}{found[3] or ""}'
+  return f'gemma{match[1]}-{match[2]}{match[3] or ""}'
 
 
 def _name(model: str) -> str:
   """'gemma3-1b' -> 'google/gemma-3-1b-pt', as transformers calls it."""
-  found = re.fullmatch(r'gemma(\d)-(\d+[bm])(-it)?', model)
-  if not found:
+  match = re.fullmatch(r'gemma(\d)-(\d+[bm])(-it)?', model)
+  if not match:
     return model
-  kind = found[3] or ('-pt' if found[1] == '3' else '')
-  return f'google/gemma-{found[1]}-{found[2]}{kind}'
+  kind = match[3] or ('-pt' if match[1] == '3' else '')
+  return f'google/gemma-{match[1]}-{match[2]}{kind}'
 
 
 def write(

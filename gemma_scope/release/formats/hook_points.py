@@ -48,15 +48,15 @@ def parse(name: str) -> sites.Site:
     (r'model\.(?:language_model\.)?layers\.(\d{1,4})\.(.+)', _TRANSFORMERS),
     (r'blocks\.(\d{1,4})\.(.+)', _TRANSFORMER_LENS),
   ):
-    found = re.fullmatch(pattern, text)
-    if found and found[2] in kinds:
-      return sites.Site(int(found[1]), kinds[found[2]])
+    match = re.fullmatch(pattern, text)
+    if match and match[2] in kinds:
+      return sites.Site(int(match[1]), kinds[match[2]])
   # A module by its path, as forward hooks name it: its output.
-  found = re.fullmatch(r'(?:model\.)?layers\.(\d{1,4})((?:\.\w+)*)', text)
-  if found:
-    kind = _TRANSFORMERS.get(f'{found[2][1:]}.output'.lstrip('.'))
+  match = re.fullmatch(r'(?:model\.)?layers\.(\d{1,4})((?:\.\w+)*)', text)
+  if match:
+    kind = _TRANSFORMERS.get(f'{match[2][1:]}.output'.lstrip('.'))
     if kind:
-      return sites.Site(int(found[1]), kind)
+      return sites.Site(int(match[1]), kind)
   raise files.Refused(
     f'names the hook point {files.show(name)}, which is no site of Gemma here'
   )

@@ -120,24 +120,24 @@ def open_all(
   Raises:
     release.ReleaseError: a path has none that can be read, or is given twice.
   """
-  found: list[tuple[str, Released]] = []
+  opened: list[tuple[str, Released]] = []
   for path in paths.split(','):
     folder = pathlib.Path(os.path.abspath(os.path.expanduser(path)))
     inside = paths_lib.locate(folder)
     if _is_release(folder):
-      found += [(str(folder), sae) for sae in folder_lib.load_all(folder)]
+      opened += [(str(folder), sae) for sae in folder_lib.load_all(folder)]
     elif inside and _is_release(inside[0]):
       of_release = folder_lib.load_all(inside[0])
-      found += [
+      opened += [
         (str(inside[0]), sae) for sae in of_release if sae.path == inside[1]
       ]
-      if not found or found[-1][1].path != inside[1]:
+      if not opened or opened[-1][1].path != inside[1]:
         raise folder_lib.ReleaseError(
           f'{files.show(path)} is not in the manifest of its release.'
         )
     else:
-      found.append((str(folder), open_sae(path, revision, about)))
-  return _uniquely_named(found)
+      opened.append((str(folder), open_sae(path, revision, about)))
+  return _uniquely_named(opened)
 
 
 def described(site: str, model: str = '') -> dict[str, Any] | None:
@@ -158,17 +158,17 @@ def described(site: str, model: str = '') -> dict[str, Any] | None:
   return {'sites': [str(reads)], 'targets': [str(writes)], 'model': model}
 
 
-def _uniquely_named(found: Sequence[tuple[str, Released]]) -> list[Released]:
+def _uniquely_named(opened: Sequence[tuple[str, Released]]) -> list[Released]:
   """The SAEs of (root, SAE); equal names get what differs in their roots."""
-  counts = collections.Counter(sae.name for _, sae in found)
-  above = os.path.commonpath([root for root, _ in found]) if found else ''
+  counts = collections.Counter(sae.name for _, sae in opened)
+  above = os.path.commonpath([root for root, _ in opened]) if opened else ''
   saes = [
     sae
     if counts[sae.name] == 1
     else dataclasses.replace(
       sae, name=f'{pathlib.PurePath(os.path.relpath(root, above))}/{sae.name}'
     )
-    for root, sae in found
+    for root, sae in opened
   ]
   for name, count in collections.Counter(sae.name for sae in saes).items():
     if count > 1:
@@ -220,11 +220,11 @@ def _card(
   if about and (folder / 'params.npz').is_file():
     if not (folder / 'config.json').exists():
       return _own(folder, path, about)
-  for one in FORMATS:
-    if one.is_there(folder):
+  for layout in FORMATS:
+    if layout.is_there(folder):
       # The whole path: the folders above may say what the SAE is of.
-      card, read = one.read(
-        folder, path if one is not gemma_scope_1 else str(folder)
+      card, read = layout.read(
+        folder, path if layout is not gemma_scope_1 else str(folder)
       )
       sae_folder.check_card(card, card['name'], None)
       return manifest.public(card), read
@@ -293,12 +293,12 @@ def listed(path: str, revision: str = '') -> list[Entry]:
   except files.Refused as error:
     raise folder_lib.ReleaseError(str(error)) from None
   of_files = [name.rpartition('/') for name in names]
-  found = sorted({above for above, _, name in of_files if name in _FILES})
-  if not found:
+  folders = sorted({above for above, _, name in of_files if name in _FILES})
+  if not folders:
     raise folder_lib.ReleaseError(
       f'{files.show(path)} holds no SAE in a format that is known.'
     )
-  return [_entry(path, one) for one in found[:_MOST]]
+  return [_entry(path, one) for one in folders[:_MOST]]
 
 
 def _entry(root: str, path: str) -> Entry:
@@ -306,8 +306,8 @@ def _entry(root: str, path: str) -> Entry:
   described = path or os.path.abspath(root)
 
   def find(pattern):
-    found = re.search(pattern, described)
-    return found[1] if found else ''
+    match = re.search(pattern, described)
+    return match[1] if match else ''
 
   return Entry(
     path or '.',
@@ -352,9 +352,9 @@ def canonical(paths: Sequence[str]) -> str:
   Raises:
     files.Refused: none has an L0 in its name.
   """
-  found = [(int(match[1]), p) for p in paths if (match := _L0.search(p))]
-  if not found:
+  by_l0 = [(int(match[1]), p) for p in paths if (match := _L0.search(p))]
+  if not by_l0:
     raise files.Refused(
       'There is no canonical SAE: no path has an average_l0 in its name.'
     )
-  return min(found, key=lambda one: (abs(one[0] - _CANONICAL), one))[1]
+  return min(by_l0, key=lambda one: (abs(one[0] - _CANONICAL), one))[1]

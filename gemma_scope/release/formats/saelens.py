@@ -287,15 +287,15 @@ def _scale(folder: pathlib.Path, config: Mapping[str, Any]) -> float:
     raise files.Refused(
       f'normalises activations by {files.show(how)}, which no affine map does'
     )
-  found = config.get('norm_scaling_factor')
+  factor = config.get('norm_scaling_factor')
   if (folder / _SCALER).is_file():
-    found = tensors.read_json(folder / _SCALER).get('scaling_factor')
-  if not isinstance(found, int | float) or not 0 < found < 1e9:
+    factor = tensors.read_json(folder / _SCALER).get('scaling_factor')
+  if not isinstance(factor, int | float) or not 0 < factor < 1e9:
     raise files.Refused(
       f'scales activations by a factor that is neither in it '
       f'(norm_scaling_factor) nor in {_SCALER}'
     )
-  return float(found)
+  return float(factor)
 
 
 def write(
@@ -365,8 +365,8 @@ def write(
 
 def _model(name: str) -> str:
   """'gemma2-2b' -> 'gemma-2-2b', as TransformerLens calls it."""
-  found = re.fullmatch(r'gemma(\d)-(\d+[bm])(-it)?', name)
-  if not found:
+  match = re.fullmatch(r'gemma(\d)-(\d+[bm])(-it)?', name)
+  if not match:
     return name
-  tuning = found[3] or ('-pt' if found[1] == '3' else '')
-  return f'gemma-{found[1]}-{found[2]}{tuning}'
+  tuning = match[3] or ('-pt' if match[1] == '3' else '')
+  return f'gemma-{match[1]}-{match[2]}{tuning}'

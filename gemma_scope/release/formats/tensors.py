@@ -37,8 +37,8 @@ def shapes(
   max_bytes: int = MAX_BYTES,
 ) -> dict[str, tuple[int, ...]]:
   """Every tensor's shape, from the header alone; arguments as of `read`."""
-  with _opened(path, required, optional, whole, max_bytes) as (_, found):
-    return found
+  with _opened(path, required, optional, whole, max_bytes) as (_, by_name):
+    return by_name
 
 
 def read(
@@ -61,9 +61,9 @@ def read(
   Raises:
     files.Refused: one sentence that starts with the file's name.
   """
-  with _opened(path, required, optional, whole, max_bytes) as (file, found):
+  with _opened(path, required, optional, whole, max_bytes) as (file, by_name):
     arrays = {}
-    for name in found:
+    for name in by_name:
       arrays[name] = file.get_tensor(name).astype(np.float32)
       if not np.isfinite(arrays[name]).all():
         raise files.Refused(f'has values in {name} that are not finite')
@@ -83,8 +83,8 @@ def _opened(path, required, optional, whole, max_bytes):
         )
     with naming(path), safe_open(path, framework='np') as file:
       names = list(file.keys())
-      found = {name: _shape(file, name, name in whole) for name in names}
-      missing = [name for name in required if name not in found]
+      by_name = {name: _shape(file, name, name in whole) for name in names}
+      missing = [name for name in required if name not in by_name]
       if missing:
         raise files.Refused(f'lacks {", ".join(missing)}')
       unknown = sorted(set(names) - {*required, *optional})
@@ -93,7 +93,7 @@ def _opened(path, required, optional, whole, max_bytes):
           f'holds {files.show(unknown[0])}, which is no parameter that this '
           'reader knows'
         )
-      yield file, found
+      yield file, by_name
   except files.Refused:
     raise
   except (SafetensorError, OSError, ValueError, MemoryError) as error:
@@ -104,13 +104,13 @@ def _opened(path, required, optional, whole, max_bytes):
 
 
 def _shape(file, name: str, whole: bool) -> tuple[int, ...]:
-  found = file.get_slice(name)
-  if found.get_dtype() not in (*_TYPES, *_WHOLE * whole):
+  tensor = file.get_slice(name)
+  if tensor.get_dtype() not in (*_TYPES, *_WHOLE * whole):
     raise files.Refused(
-      f'has {files.show(name)} in {found.get_dtype()}; expected one of '
+      f'has {files.show(name)} in {tensor.get_dtype()}; expected one of '
       f'{", ".join(_TYPES)}'
     )
-  return tuple(found.get_shape())
+  return tuple(tensor.get_shape())
 
 
 def write(
@@ -134,16 +134,16 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """
   try:
     with naming(path), files.open_plain(path, _JSON_BYTES) as (file, _):
-      found = json.loads(file.read())
+      value = json.loads(file.read())
   except files.Refused:
     raise
   except (ValueError, RecursionError) as error:
     raise files.Refused(
       f'{files.show(path)} is not JSON ({str(error)[:120]}).'
     ) from None
-  if not isinstance(found, dict):
+  if not isinstance(value, dict):
     raise files.Refused(f'{files.show(path)} is not a JSON object.')
-  return found
+  return value
 
 
 @contextlib.contextmanager

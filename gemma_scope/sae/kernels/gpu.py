@@ -102,8 +102,8 @@ def gather_dot(
     n = i_ref[r, k]
     blocks = (k < used_ref[r]).astype(jnp.int32) * (width // block)
 
-    def add(at, sum_d):
-      columns = pl.ds(at * block, block)
+    def add(number, sum_d):
+      columns = pl.ds(number * block, block)
       v_d, row_d = v_ref[r, columns], W_ref[n, columns]
       return sum_d + plain.rounded(v_d, dtype) * plain.rounded(row_d, dtype)
 

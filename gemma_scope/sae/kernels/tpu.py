@@ -171,7 +171,7 @@ def _gather(slots, other, W_ND, out_shape, use, interpret):
     (_ROWS, *shape), lambda g: (g, *(0,) * len(shape))
   )
   smem = functools.partial(pl.BlockSpec, memory_space=pltpu.SMEM)
-  found = pl.pallas_call(
+  result = pl.pallas_call(
     kernel,
     grid=(len(i_RK) // _ROWS,),
     in_specs=[
@@ -190,7 +190,7 @@ def _gather(slots, other, W_ND, out_shape, use, interpret):
     compiler_params=_UNCHECKED,
     interpret=interpret,
   )(used_GR, i_RK, other, W_ND)
-  return found[:rows]
+  return result[:rows]
 
 
 def gather_add(

@@ -241,11 +241,16 @@ def _on_held_out_text(config, workdir, saes, interrupt, report):
   special = setup.special(tokenizer, store)
   text = _held_out(config, store, tokenizer.eos_id, special.keep)
   count = len(text.sequences_NT)
-  progress = progress_lib.Progress(count, config.text.seq_len, label='evaluate')
-  watch = batches.Watch(poll=interrupt.check)
+  phases = ['measuring means and variances of the held-out text']
+  progress = progress_lib.Progress(
+    count, config.text.seq_len, label='evaluate', status=lambda: phases[-1]
+  )
+  watch = batches.Watch(poll=interrupt.check, says=phases.append)
   if cluster.first():
     watch = batches.Watch(
-      lambda done, _: progress.update(round(done, 1), {}), interrupt.check
+      lambda done, _: progress.update(round(done, 1), {}),
+      interrupt.check,
+      phases.append,
     )
   try:
     return evaluate.evaluate(gemma, params, saes, text, config.seed, watch)

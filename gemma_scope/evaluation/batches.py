@@ -47,10 +47,12 @@ class Watch:
     progress: called often, as progress(sequences done, N); a fraction is done
       between two batches.
     poll: called often; may raise to stop.
+    says: called with what a longer phase before the batches does.
   """
 
   progress: Callable[[float, int], None] = lambda done, total: None
   poll: Callable[[], None] = lambda: None
+  says: Callable[[str], None] = lambda phase: None
 
 
 class Batch(NamedTuple):

@@ -351,7 +351,8 @@ def _ridge(f_RF, y_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     step = -(-len(y_RD) // _MOST_EQUATIONS)
     f_RF, y_RD = f_RF[::step], y_RD[::step]
   held_out = len(y_RD) - max(1, len(y_RD) // 5)
-  solve = _solver(f_RF[:held_out], y_RD[:held_out])
+  # Single precision is enough to compare ridges, and twice as fast.
+  solve = _solver(f_RF[:held_out], y_RD[:held_out], np.float32)
 
   def error(ridge):
     W_FD, b_D = solve(ridge)
@@ -360,7 +361,7 @@ def _ridge(f_RF, y_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return _solver(f_RF, y_RD)(min(_RIDGES, key=error))
 
 
-def _solver(f_RF, y_RD: np.ndarray):
+def _solver(f_RF, y_RD: np.ndarray, dtype=np.float64):
   """ridge -> (W, b): in the latents, or in the rows where they are fewer."""
   from scipy import linalg  # slow to import
 
@@ -378,9 +379,11 @@ def _solver(f_RF, y_RD: np.ndarray):
   else:
     gram = (f_RF.T @ f_RF).toarray() - rows * np.outer(mean_F, mean_F)
     right = f_RF.T @ y_RD
+  gram, right = gram.astype(dtype), right.astype(dtype)
 
   def solve(ridge):
-    ridged = gram + ridge * square * np.eye(len(gram))
+    ridged = gram.copy()
+    np.fill_diagonal(ridged, gram.diagonal() + dtype(ridge * square))
     W = linalg.solve(ridged, right, assume_a='pos', overwrite_a=True)
     if few_rows:
       W = f_RF.T @ W - np.outer(mean_F, W.sum(0))

@@ -104,8 +104,9 @@ def fidelity(own: Tally, targets: Sequence[str] = ()) -> dict[str, Any]:
   """L0, delta loss, KL and FVU of one dictionary, an SAE or a control.
 
   Args:
-    own: by token `tokens`, `l0` and, over targets, `error` and `variance`,
-      each also `_inlier` and `_rest`; by loss `counts`, `delta` and `kl`.
+    own: by token `tokens`, `replaced` with `l0` there, and, over targets,
+      `error` and `variance`, each also `_inlier` and `_rest`; by loss `counts`,
+      `delta` and `kl`.
     targets: names for `by_target`, where there are several.
   """
   tokens = own['tokens'].sum()
@@ -125,7 +126,8 @@ def fidelity(own: Tally, targets: Sequence[str] = ()) -> dict[str, Any]:
       found[key] = _mean_ratio(error[:, which], variance[:, which], seen)
     return found
 
-  found = {'l0': figure(own['l0'][:, 0], own['tokens'][:, 0], tokens)}
+  replaced_n = own['replaced'][:, 0]
+  found = {'l0': figure(own['l0'][:, 0], replaced_n, replaced_n.sum())}
   found |= of_targets(slice(None))
   if targets:
     found['by_target'] = [
@@ -144,13 +146,14 @@ def of_sae(
 
   Args:
     own: as in `fidelity`, with `flat`, `l1`, `cosine`, `norm_ratio`, `clean`.
-    fired_F: on how many tokens each latent fired.
+    fired_F: on how many replaced tokens each latent fired.
     ablations: `zero`, `mean` and `zero_kl`: [G, M] sums at its targets.
     targets: as in `fidelity`.
   """
-  tokens_n, counts_n = own['tokens'][:, 0], own['counts'][:, 0]
-  tokens, counts = tokens_n.sum(), counts_n.sum()
-  frequency_F = np.asarray(fired_F, np.float64).reshape(-1) / tokens
+  replaced_n, counts_n = own['replaced'][:, 0], own['counts'][:, 0]
+  tokens, counts = own['tokens'].sum(), counts_n.sum()
+  replaced = replaced_n.sum()
+  frequency_F = np.asarray(fired_F, np.float64).reshape(-1) / replaced
   fired = frequency_F[frequency_F > 0]
   binned, _ = np.histogram(np.log10(np.maximum(fired, 1e-7)), _LOG10_EDGES)
 
@@ -168,14 +171,14 @@ def of_sae(
     'kl_score': regained(ablations['zero_kl'], own['kl']),
     'kl_zero': figure(ablations['zero_kl'].mean(1), counts_n, counts),
     'clean_loss': figure(own['clean'][:, 0], counts_n, counts),
-    'l1': figure(own['l1'][:, 0], tokens_n, tokens),
+    'l1': figure(own['l1'][:, 0], replaced_n, replaced),
   }
   for name in ('cosine', 'norm_ratio'):
-    found[name] = figure(own[name].mean(1), tokens_n, tokens)
+    found[name] = figure(own[name].mean(1), replaced_n, replaced)
   return found | {
     'dead': float(np.mean(frequency_F == 0)),
     'dense': float(np.mean(frequency_F > DENSE)),
-    'tokens': int(tokens),
+    'tokens': int(replaced),
     'frequency_histogram': {
       'log10_edges': _LOG10_EDGES.tolist(),
       'counts': binned.tolist(),

@@ -45,6 +45,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from gemma_scope import files, release, sites
+from gemma_scope.activations import outliers
 from gemma_scope.evaluation import batches as batches_lib
 from gemma_scope.evaluation import centres, controls, estimates, passes
 from gemma_scope.evaluation.replacements import Replacement, ablation, measure
@@ -99,10 +100,9 @@ def evaluate(
   wirings = {sae.name: sae.wiring for sae in saes}
   cards = {sae.name: sae.card for sae in members}
   references = centres.measure(model, wirings, cards, batches)
-  twins = _controls(model, saes, text, seed)
   for sae in saes:
-    for each in (sae, *twins[sae].values()):
-      each.rule, each.spares = references.rule_of[sae.name]
+    sae.rule, sae.spares = references.rule_of[sae.name]
+  twins = _controls(model, saes, references, text, seed)
 
   targets = sorted({t for sae in saes for t in sae.wiring.targets})
   zeros = {t: ablation(t, 'zero', 0.0) for t in targets}
@@ -119,6 +119,7 @@ def evaluate(
   queue = [*zeros.values(), *means.values()]
   for sae in saes:
     queue += [sae, *twins[sae].values()]
+  watch.says('measuring each SAE and its controls')
   measure(model, batches, references, queue)
 
   found = {}
@@ -244,11 +245,13 @@ def _fitting_wiring(config: lm.Config, name: str, arrays, card) -> sites.Wiring:
 def _controls(
   model: centres.Model,
   saes: Sequence[Replacement],
+  references: centres.References,
   text: batches_lib.Text,
   seed: int,
 ) -> dict[Replacement, dict[str, Replacement]]:
   """SAE -> its controls by kind, of its mean L0 on the rows they are fitted on.
 
+  Rows that are outliers by an SAE's own card are left out, as in its training.
   Least-squares decoders are left out once those of the SAEs before would take
   too much memory.
   """
@@ -259,21 +262,32 @@ def _controls(
     )
   chosen = list(batches_lib.Batches(fit, model.mesh).sample())
   size = sum(batch.keep_BT.size for batch in chosen)
-  groups = collections.defaultdict(list)
+  groups = collections.defaultdict(lambda: collections.defaultdict(list))
   for sae in saes:
-    groups[sae.wiring].append(sae)
+    width = sae.params()['b_enc'].size
+    groups[sae.wiring][width, sae.rule if sae.spares else None].append(sae)
   twins, room = {}, _DECODER_BYTES
   for at, together in _fitting(
     sorted(groups, key=sites.wiring_order), model.gemma.config, 4 * size
   ):
-    rows = _rows(model, chosen, at)
+    model.watch.says('reading the rows that controls are fitted on')
+    all_rows = _rows(model, chosen, at)
     for wiring in together:
-      x = controls.beside(rows, wiring.sites, wiring.several)
-      by_width = collections.defaultdict(list)
-      for sae in groups[wiring]:
-        by_width[sae.params()['b_enc'].size].append(sae)
-      for width, group in by_width.items():
+      for (width, rule), group in groups[wiring].items():
+        model.watch.says(
+          f'fitting controls: {len(twins)} of {len(saes)} SAEs have theirs'
+        )
         model.watch.poll()
+        rows = all_rows
+        if rule is not None:
+          outlier_R = outliers.is_outlier(rows, references.bounds[rule])
+          if outlier_R.all():
+            raise ValueError(
+              f'By the rule of the card of {group[0].name} all tokens of this '
+              'text are outliers: was it trained on another model?'
+            )
+          rows = {site: x_RD[~outlier_R] for site, x_RD in rows.items()}
+        x = controls.beside(rows, wiring.sites, wiring.several)
         l0 = [controls.mean_l0(sae.params(), x, model.mesh) for sae in group]
         room -= len(group) * controls.decoder_bytes(wiring, width, rows)
         kinds = [k for k in controls.KINDS if k != 'least_squares' or room >= 0]
@@ -281,15 +295,22 @@ def _controls(
         made = controls.fit(shape, l0, rows, model.mesh, kinds)
         for sae, by_kind in zip(group, made, strict=True):
           twins[sae] = {
-            kind: Replacement(
-              wiring,
-              f'{sae.name} {kind}',
-              params,
-              turn=controls.KINDS.index(kind),
-            )
+            kind: _control(sae, kind, params)
             for kind, params in by_kind.items()
           }
   return twins
+
+
+def _control(sae: Replacement, kind: str, params) -> Replacement:
+  """A control of this SAE: it replaces the tokens that the SAE replaces."""
+  return Replacement(
+    sae.wiring,
+    f'{sae.name} {kind}',
+    params,
+    rule=sae.rule,
+    spares=sae.spares,
+    turn=controls.KINDS.index(kind),
+  )
 
 
 def _rows(model: centres.Model, chosen, at) -> dict[sites.Site, np.ndarray]:

@@ -126,19 +126,19 @@ def reconstruct(
   weight_MD: jax.Array,
   mesh: Mesh | None,
 ) -> tuple[tuple[jax.Array, ...], Values, jax.Array]:
-  """y_hat of one SAE, y itself where a token does not count.
+  """y_hat of one SAE, y itself where it is not replaced.
 
   Args:
     params: released parameters.
     x: the activation [B, T, D] at each site.
     y: at each target; None where the SAE writes what it reads.
-    keep_BT: where a token counts.
+    keep_BT: where y is replaced.
     weight_MD: 0 for the dimensions of largest variance at each target, else 1.
 
   Returns:
     y_hat_BTD at each target in the dtype of y; `l0` and `l1` of each token,
     and of each target `error`, `error_rest` (without those dimensions),
-    `cosine` and `norm_ratio`; and the tokens that count on which each latent
+    `cosine` and `norm_ratio`; and on how many replaced tokens each latent
     fired, [F] or [L, F].
   """
   several = params['W_enc'].ndim == 3
@@ -183,12 +183,9 @@ def reconstruct(
 
 
 @jax.jit
-def spare(y_hat_BTD, y_BTD, outlier_RBT, rule):
-  """y_hat, but y where a token is an outlier by the rule of this number."""
-  outlier_BT = jnp.take(outlier_RBT, rule, axis=0)
-  return jnp.where(
-    outlier_BT[..., None], y_BTD.astype(y_hat_BTD.dtype), y_hat_BTD
-  )
+def without(keep_BT: jax.Array, outlier_RBT: jax.Array, rule) -> jax.Array:
+  """`keep_BT` without the tokens that are outliers by the rule of a number."""
+  return keep_BT & ~jnp.take(outlier_RBT, rule, axis=0)
 
 
 @jax.jit

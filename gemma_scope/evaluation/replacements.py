@@ -119,16 +119,15 @@ def measure(
     turns, waiting = [], []
     for i, each in enumerate(queue):
       model.watch.poll()
+      replaced_BT = batch.keep_BT
+      if each.spares:
+        replaced_BT = passes.without(replaced_BT, found[0], each.rule)
       y_hats, values, fired_F = each.of(
-        taps, batch.keep_BT, references, model.mesh
+        taps, replaced_BT, references, model.mesh
       )
       if all_turns or each.turn is None or each.turn == number % 3:
         turns.append(each)
         for target, y_hat_BTD in zip(each.wiring.targets, y_hats, strict=True):
-          if each.spares:
-            y_hat_BTD = passes.spare(
-              y_hat_BTD, taps[target], found[0], each.rule
-            )
           end_BTD = passes.residual(
             model.gemma,
             model.params,
@@ -177,6 +176,7 @@ class _Tokens:
     inlier_BT = self._inlier_RBT[each.rule]
     variance_inlier = beside('variance_inlier')[..., each.rule, :]
     ones_BT = np.ones(inlier_BT.shape)
+    errors = {k: values.pop(k) for k in ('error', 'error_rest')}
     self._add(
       each.tally,
       self._keep_BT,
@@ -184,6 +184,12 @@ class _Tokens:
       variance=beside('variance'),
       variance_rest=beside('variance_rest'),
       flat=beside('flat'),
+      **errors,
+    )
+    self._add(
+      each.tally,
+      inlier_BT if each.spares else self._keep_BT,
+      replaced=ones_BT,
       **values,
     )
     self._add(
@@ -191,7 +197,7 @@ class _Tokens:
       inlier_BT,
       inliers=ones_BT,
       variance_inlier=variance_inlier,
-      error_inlier=values['error'],
+      error_inlier=errors['error'],
     )
 
   def add_losses(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gemma_scope import sae as sae_lib
 from gemma_scope import sites
+from gemma_scope.language_model import splice
 from tests.helpers.evaluations import keep, measure, text
 
 
@@ -43,14 +45,24 @@ def test_outliers_by_the_rule_of_the_card_stay_as_they_are(model, saes):
     'outliers': {'max_norm': 1.0, 'norm_bounds': {card['sites'][0]: bound}},
   }
   tokens_NT = text(6)
-  found = [
-    next(iter(measure(model, [(arrays, each)], tokens_NT).values()))
-    for each in (card, rule(1e9), rule(1e-9))
-  ]
-  plain, none_left, all_left = found
-  assert none_left['delta_loss'] == plain['delta_loss']
+  gemma, params = model
+  site = sites.parse(card['sites'][0])
+  x_BTD = splice.taps(gemma, params, jnp.asarray(tokens_NT), (site,))[site]
+  norm_n = np.linalg.norm(x_BTD, axis=-1)[keep(tokens_NT)]
+  figures_of = lambda card: next(
+    iter(measure(model, [(arrays, card)], tokens_NT).values())
+  )
+  plain, none_left_out = figures_of(card), figures_of(rule(1e9))
+  assert none_left_out['delta_loss'] == plain['delta_loss']
+  assert none_left_out['l0'] == plain['l0']
   assert abs(plain['delta_loss']['value']) > 1e-3
-  for figures in (all_left, *all_left['controls'].values()):
-    assert abs(figures['delta_loss']['value']) < 1e-5
-    assert abs(figures['kl']['value']) < 1e-5
-  assert all_left['fvu'] == plain['fvu']
+  # All but two tokens are left out.
+  few = figures_of(rule(float(np.sort(norm_n)[1]) * 1.000001))
+  assert few['outliers']['tokens'] == norm_n.size - 2
+  assert few['l0']['tokens'] == few['tokens'] == 2
+  for figures in (few, *few['controls'].values()):
+    ratio = figures['delta_loss']['value'] / plain['delta_loss']['value']
+    assert abs(ratio) < 0.2
+  assert few['fvu'] == plain['fvu']
+  with pytest.raises(ValueError, match='all tokens of this text are outliers'):
+    figures_of(rule(1e-9))

@@ -22,15 +22,20 @@ on this model (docs/gemma3_270m.md has the measurements):
                   the spread that is left
   max_norm        one row in a thousand is 5 to 13 medians long, above 4 none is
                   ordinary; together they carry half of the variance
+  whitening       latents start along the rows' covariance: a few directions
+                  have most of the variance, and random latents all follow them
   BatchTopK       meets its L0 in every batch; L0 falls from 128 to its target
-                  over two thirds of the run, so that fewer latents die
+                  over a third of the run, so that more latents are trained
+  auxk            latents that were silent for 10,000 rows learn the error
+  batch = 256     many small steps do more than few large ones
   b2 = 0.99       the second moment forgets the first, large gradients
   meet_l0         thresholds are set to meet the target L0 at the end
-                  (train.refit_decoders=True lowers FVU by another 4 %, in
-                  several minutes)
+
+objective.active_set=True and train.refit_decoders=True lower FVU by another 3
+and 4 %, in several minutes each (docs/short_runs.md).
 
 Cost by arithmetic, not measured, as in configs/suites.py, for a chip of 200
-TFLOP/s (assumed: about an H100 or a TPU v5p). short: 450 steps of 512 rows are
+TFLOP/s (assumed: about an H100 or a TPU v5p). short: 900 steps of 256 rows are
 1.2e14 FLOPs in dense steps, a second of such a chip and 10 minutes of two CPU
 cores of 100 GFLOP/s each. full: 1e20 FLOPs for 4e9 rows, and the model's own
 pass 2 * 1e8 parameters * 4e9 tokens = 8e17, another hour.
@@ -57,7 +62,7 @@ def short() -> ConfigDict:
   config.text.source = 'prose'
   config.text.seq_len = 256
   activations = config.activations
-  activations.chunk_rows = 76_800  # 151 steps: the run has three chunks
+  activations.chunk_rows = 76_800  # 302 steps: the run has three chunks
   activations.lm_batch = 8  # a few seconds, so that a request to stop is heard
   activations.centre = 'mean'
   activations.scale = 'centred_rms'
@@ -68,21 +73,25 @@ def short() -> ConfigDict:
   collection.widths = (2**12,)
   collection.architectures = ('batch_topk',)
   collection.sparsity = (16.0, 32.0, 64.0)
+  config.initialise.whitening = 0.5
+  objective = config.objective
+  objective.auxk = 1 / 32
+  objective.auxk_latents = 512
   train = config.train
-  train.steps = 450
-  train.batch = 512
-  train.learning_rate = 3e-3
-  train.warm_up = 16
-  train.decay = 150
+  train.steps = 900
+  train.batch = 256
+  train.learning_rate = 2e-3
+  train.warm_up = 32
+  train.decay = 300
   train.sparsity_warm_up = 0
   train.b2 = 0.99
-  train.dead_after = 50_000
+  train.dead_after = 10_000
   train.active_limit = 256  # a denser row makes a step dense, and slow
-  train.initial_l0 = 128.0  # many latents fire at first, and few die
+  train.initial_l0 = 128.0  # at first many latents fire
   train.l0_steps = 300
   train.meet_l0 = True
-  config.checkpoint.every = 64
-  config.metrics.every = 4
+  config.checkpoint.every = 128
+  config.metrics.every = 8
   config.evaluation.sequences = 16
   config.evaluation.batch = 8
   config.evaluation.loss_every = 8  # logits cost more than all the layers

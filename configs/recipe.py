@@ -73,7 +73,7 @@ def gemma_scope_1(model: str) -> ConfigDict:
         'auxk_latents': 0,
         'active_set': False,
       },
-      'initialise': {'release': '', 'layer': -1},
+      'initialise': {'release': '', 'layer': -1, 'whitening': 0.0},
       'end_to_end': {'beta': 0.0, 'sequences': 4},
       'train': {
         'steps': 1_953_125,  # see suites.tokens

@@ -94,6 +94,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   config.initialise = initialise = ConfigDict()
   initialise.release = ''  # a release to start from; '' starts at random
   initialise.layer = -1  # of the release's SAEs; -1 is the SAE's own layer
+  initialise.whitening = 0.0  # 0.5: latents start along the rows' covariance
 
   config.end_to_end = end_to_end = ConfigDict()  # fine-tuning by KL
   end_to_end.beta = 0.0  # weight of KL against the error; 0 turns it off

@@ -51,6 +51,7 @@ _ADDED = {
   'train': {'meet_l0': False, 'refit_decoders': False, 'closing_batches': 64},
   'text': {'column': ''},
   'evaluation': {'loss_every': 1},
+  'initialise': {'whitening': 0.0},
 }
 
 

@@ -116,6 +116,14 @@ def _options(config: ConfigDict) -> Iterator[str]:
       'objective.active_set steps towards the input, which a '
       f'{c.type} does not reconstruct: set it to False.'
     )
+  if config.initialise.whitening:
+    if c.type != 'sae' or c.nulls or config.initialise.release:
+      yield (
+        'initialise.whitening turns the random latents of SAEs: set it to 0 '
+        'for other types, with collection.nulls and with initialise.release.'
+      )
+    if config.end_to_end.beta:
+      yield 'initialise.whitening is not for end-to-end training: set it to 0.'
   if c.nulls and (config.train.resample_every or config.initialise.release):
     yield (
       'collection.nulls hold what training starts at: set '

@@ -207,6 +207,7 @@ FIELDS: Mapping[str, Field] = {
   'objective.active_set': _SWITCH,
   'initialise.release': _TEXT,
   'initialise.layer': _whole(-1),
+  'initialise.whitening': _number(high=1),
   'end_to_end.beta': _number(),
   'end_to_end.sequences': _whole(1),
   'train.steps': _whole(1),

@@ -379,6 +379,12 @@ class Feed:
     """Measures the normalisation of each site on the current chunk."""
     return measure(self._chunk, self.chunks.norm_bounds, centre, scale)
 
+  def covariance(self, site: sites.Site, normalisation) -> np.ndarray:
+    """Of a site's normalised rows in the present chunk, [D, D]."""
+    x_KBD = self._chunk.rows[site]
+    x_KBD = x_KBD.up() if isinstance(x_KBD, OnHost) else x_KBD
+    return np.asarray(normalise.covariance(x_KBD, normalisation))
+
 
 def measure(
   chunk: Chunk,

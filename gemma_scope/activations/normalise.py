@@ -65,12 +65,12 @@ def _replicated(function):
   """jit, with the same result on every device of the rows' mesh."""
 
   @functools.wraps(function)
-  def call(x_KBD):
+  def call(x_KBD, *more):
     place = getattr(x_KBD.sharding, 'mesh', None)
     if place is None:
-      return jax.jit(function)(x_KBD)
+      return jax.jit(function)(x_KBD, *more)
     whole = jax.sharding.NamedSharding(place, jax.sharding.PartitionSpec())
-    return jax.jit(function, out_shardings=whole)(x_KBD)
+    return jax.jit(function, out_shardings=whole)(x_KBD, *more)
 
   return call
 
@@ -81,6 +81,17 @@ def _mean_D(x_KBD):
 
 
 _mean = _replicated(_mean_D)
+
+
+@_replicated
+def covariance(x_KBD: jax.Array, normalisation: fold.Normalisation):
+  """E x' x'^T [D, D] of normalised rows x', float32."""
+
+  def of_batch(x_BD):
+    x_BD = normalisation.apply(x_BD.astype(jnp.float32))
+    return jnp.matmul(x_BD.T, x_BD, precision='highest') / len(x_BD)
+
+  return jnp.mean(jax.lax.map(of_batch, x_KBD), 0)
 
 
 @_replicated

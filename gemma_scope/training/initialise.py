@@ -1,6 +1,17 @@
-"""Initialises training from released SAEs instead of random parameters.
+"""Initialises training from the rows' covariance, or from released SAEs.
 
-Each SAE of the run starts from the nearest SAE of the release: of its own layer
+In a residual stream a few directions have most of the variance: random latents
+all follow these, and the few that do so most win every row while the others
+never fire. `whiten` turns random directions u towards what the rows have,
+
+  W_dec = unit(S^(p/2) u)    W_enc = S^(-p/2) u / (S^(p/2) u . S^(-p/2) u)
+
+with S the covariance of the normalised rows and p = `initialise.whitening`: at
+1 all latents read independent directions of whitened rows, at 0 this changes
+nothing. (Whitening of the rows themselves, which changes the loss as well:
+arXiv 2511.13981.)
+
+From a release, each SAE of the run starts from the nearest SAE of the release: of its own layer
 (or the layer that the config names), then of its width, then of its L0. Of a
 wider SAE it takes the first latents (a Matryoshka prefix); beside the latents
 of a narrower one it starts the others at random. The release may be of another
@@ -26,7 +37,7 @@ gradually.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +51,10 @@ from gemma_scope.release.formats import published
 from gemma_scope.sae import fold
 from gemma_scope.training import stack
 
+_LEAST = 1e-4  # smallest eigenvalue of S, in means of all
 _BLOCK = 1 << 12  # latents per block of products with a layer's encoders
 
+Covariance = Callable[[sites.Site], np.ndarray]
 Plan = list[list[tuple[release.Released, ...]]]
 
 
@@ -67,6 +80,53 @@ def plan(
     return None
   offered = published.open_all(config.initialise.release)
   return [[_sources(config, offered, m) for m in group] for group in groups]
+
+
+def whiten(
+  power: float,
+  stacks: Sequence[stack.Stack],
+  states: Sequence[stack.State],
+  covariance: Covariance,
+) -> tuple[stack.State, ...]:
+  """States with latents that follow the covariance of what they read.
+
+  Args:
+    power: p, from 0 to 1.
+    stacks: SAEs of one site each.
+    states: at random initialisation, W_enc = W_dec.
+    covariance: of a site's normalised rows, [D, D].
+  """
+  begun = []
+  for one, state in zip(stacks, states, strict=True):
+    roots = [_roots(covariance(site), power) for site in one.sites]
+    root_ND, inverse_ND = (
+      jnp.asarray(np.stack(of_sites)) for of_sites in zip(*roots, strict=True)
+    )
+
+    def turned(W_FD, read, root=root_ND, inverse=inverse_ND):
+      W_dec = jnp.matmul(W_FD, root[read], precision='highest')
+      W_enc = jnp.matmul(W_FD, inverse[read], precision='highest')
+      W_dec /= jnp.linalg.norm(W_dec, axis=-1, keepdims=True)
+      return W_enc / jnp.sum(W_enc * W_dec, -1, keepdims=True), W_dec
+
+    old = state.params
+    shardings = old['W_enc'].sharding, old['W_dec'].sharding
+    W_enc, W_dec = jax.jit(jax.vmap(turned), out_shardings=shardings)(
+      old['W_dec'], one.setting.reads
+    )
+    params = {**old, 'W_enc': W_enc, 'W_dec': W_dec}
+    begun.append(state.replace(params=params))
+  return tuple(begun)
+
+
+def _roots(covariance_DD: np.ndarray, power: float):
+  """S^(p/2) and S^(-p/2), float32."""
+  values_D, vectors_DD = np.linalg.eigh(covariance_DD.astype(np.float64))
+  values_D = np.maximum(values_D, _LEAST * max(values_D.mean(), 1e-30))
+  return tuple(
+    np.float32(vectors_DD * values_D ** (sign * power / 2) @ vectors_DD.T)
+    for sign in (1, -1)
+  )
 
 
 def _sources(config, offered, member) -> tuple[release.Released, ...]:

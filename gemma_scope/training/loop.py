@@ -297,6 +297,9 @@ class _Loop:
         f'leaving out rows of norm above {a.max_norm:g} medians'
         + f': {count:,} in the first chunk' * bool(count)
       )
+    if power := self.config.initialise.whitening:
+      of_site = lambda site: self.feed.covariance(site, self.placed[site])
+      self.states = initialise.whiten(power, self.stacks, self.states, of_site)
     chosen = initialise.plan(self.config, self.groups)
     if chosen is not None:
       self.states = initialise.start(

@@ -210,9 +210,9 @@ def loss(
     if objective.pre_act:
       short_BF = jax.nn.relu(latents.theta - latents.z_BF) * norms
       total += objective.pre_act * jnp.sum(short_BF) / rows
-    if objective.auxk and candidates is None:  # else there is no dead latent
+    if objective.auxk:
       total += objective.auxk * _auxk(
-        objective, bound, latents, left_BD, batch.dead_F
+        objective, module, params, batch, left_BD, latents, candidates
       )
     variance = _mean_square(y_BD - jnp.mean(y_BD, 0))
   terms = Terms(
@@ -268,8 +268,8 @@ def value_and_grad(
   else:
     candidates, kept_BK = fused
   fits = candidates.most <= candidates.count
-  if objective.auxk:
-    fits &= ~jnp.any(batch.dead_F)
+  if objective.auxk:  # a sparse step knows no other latents
+    fits &= jnp.sum(batch.dead_F) <= _few(objective, module)
 
   def sparse_way(params):
     projected_BK = candidates.values(projected_BF) if fused is None else kept_BK
@@ -356,15 +356,47 @@ def _gate_error(module, params, gate_BF, x_BD, y_BD, candidates) -> jax.Array:
   return _mean_square(y_BD - gate_BD - bound.offset(x_BD))
 
 
-def _auxk(objective, bound, latents, error_BD, dead_F) -> jax.Array:
-  """Fraction of the error's variance that the dead latents do not explain."""
+def _few(objective, module) -> int:
+  """So many dead latents are all chosen, in every row."""
+  if module.layers:
+    return 0
+  return min(objective.auxk_latents or module.d_out // 2, module.width)
+
+
+def _auxk(objective, module, params, batch, error_BD, latents, candidates):
+  """Fraction of the error's variance that the dead latents do not explain.
+
+  The largest dead latents of each row are chosen; where there are no more than
+  are wanted, only their rows of the parameters are read.
+  """
   error_BD = jax.lax.stop_gradient(error_BD)
-  wanted = objective.auxk_latents or bound.d_out // 2
-  count = jnp.minimum(jnp.sum(dead_F), wanted)
-  f_BF = jnp.where(dead_F, jax.nn.relu(latents.z_BF), 0)
-  least = activation_functions.kth_of_row(f_BF, jnp.maximum(count, 1))
-  f_BF = jnp.where(f_BF >= least, f_BF, 0)
-  left = _mean_square(error_BD - bound.write(f_BF))
+  count, few = jnp.sum(batch.dead_F), _few(objective, module)
+
+  def by_all(params):
+    wanted = objective.auxk_latents or module.d_out // 2
+    f_BF = jnp.where(batch.dead_F, jax.nn.relu(latents.z_BF), 0)
+    chosen = jnp.clip(count, 1, wanted)
+    least = activation_functions.kth_of_row(f_BF, chosen)
+    f_BF = jnp.where(f_BF >= least, f_BF, 0)
+    return module.bind({'params': params}).write(f_BF)
+
+  def by_few(params):
+    (index_K,) = jnp.nonzero(batch.dead_F, size=few, fill_value=0)
+    dead = {
+      name: p if name in ('b_dec', 'W_skip') else p[index_K]
+      for name, p in params.items()
+    }
+    bound = module.clone(width=few).bind({'params': dead})
+    z_BK = bound.activate(bound.project(batch.x_BD), batch.value).z_BF
+    return bound.write(jnp.where(jnp.arange(few) < count, jax.nn.relu(z_BK), 0))
+
+  if not few:  # a sparse step has no dead latents then
+    made_BD = by_all(params) if candidates is None else 0
+  elif candidates is None:
+    made_BD = jax.lax.cond(count <= few, by_few, by_all, params)
+  else:
+    made_BD = by_few(params)
+  left = _mean_square(error_BD - made_BD)
   variance = _mean_square(error_BD - jnp.mean(error_BD, 0))
   share = left / jnp.maximum(variance, 1e-12)
   return jnp.where(count > 0, share, 0)

@@ -272,3 +272,39 @@ def test_a_crosscoder_starts_from_single_layers_better_than_at_random(folder):
   np.testing.assert_allclose(norms, 1, rtol=1e-5)
   earlier = np.tril(np.ones((3, 3)), -1).astype(bool)
   assert not np.any(np.asarray(begun[0].params['W_dec'][0])[earlier])
+
+
+def test_whitening_turns_latents_towards_the_rows():
+  config = tiny.get_config('layers=1,2;sites=resid_post;widths=128;sparsity=8')
+  stacks, _ = setup.make_stacks(config, setup.dimensions(config))
+  mesh = mesh_lib.make({'sae': 1, 'data': 1, 'latent': 2}, jax.devices()[:2])
+  states = stack.init_all(stacks, jax.random.key(0), mesh)
+  rng = np.random.default_rng(0)
+  basis = np.linalg.qr(rng.normal(size=(D, D)))[0]
+  spread = {1: 1.0 / (1 + np.arange(D)) ** 2, 2: np.ones(D)}  # of each layer
+  covariance = lambda site: basis * spread[site.layer] @ basis.T
+  (old,), (half,), (whole,), (none,) = (
+    states,
+    *(initialise.whiten(p, stacks, states, covariance) for p in (0.5, 1, 0)),
+  )
+  for name in ('W_enc', 'W_dec'):
+    np.testing.assert_allclose(none.params[name], old.params[name], atol=1e-5)
+    # A site whose rows have no direction of their own is left as it is.
+    np.testing.assert_allclose(
+      whole.params[name][1], old.params[name][1], atol=1e-5
+    )
+    assert whole.params[name].sharding == old.params[name].sharding
+  read = lambda state: np.asarray(state.params['W_enc'][0])
+  for state in (half, whole):
+    W_enc, W_dec = read(state), np.asarray(state.params['W_dec'][0])
+    np.testing.assert_allclose(np.linalg.norm(W_dec, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.sum(W_enc * W_dec, 1), 1, rtol=1e-4)
+
+  def alike(W_enc):
+    """Mean absolute correlation of two latents' pre-activations."""
+    S = W_enc @ covariance(stacks[0].sites[0]) @ W_enc.T
+    correlation = S / np.sqrt(np.outer(np.diag(S), np.diag(S)))
+    return np.abs(correlation[~np.eye(len(S), dtype=bool)]).mean()
+
+  random, halfway, independent = map(alike, map(read, (old, half, whole)))
+  assert independent < 0.1 < halfway < 0.6 * random, (random, halfway)

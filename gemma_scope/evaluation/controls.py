@@ -39,6 +39,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gemma_scope import sae, sites
+from gemma_scope.evaluation import ridge
 from gemma_scope.language_model import splice
 from gemma_scope.sae import released as released_lib
 
@@ -49,8 +50,6 @@ Params = dict[str, jax.Array]
 
 _CHUNK = 2**24  # pre-activations on the host at once
 _ROUGH = 2**20  # of them that a first guess of theta sorts
-_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean square of a latent
-_MOST_EQUATIONS = 2**13  # solved at once; wider dictionaries use fewer rows
 _GAIN_ROWS = 2**11
 MOST_DECODER_BYTES = 2**30  # a larger least-squares decoder is not fitted
 
@@ -336,60 +335,13 @@ def _least_squares(f_RF, rows: Rows, wiring) -> dict[str, np.ndarray]:
   W_dec, b_dec = [], []
   for m, site in enumerate(wiring.targets):
     # Latents of this layer and of those before it write here.
-    W_FD, b_D = _ridge(f_RF[:, : (m + 1) * width], rows[site])
+    W_FD, b_D = ridge.fit(f_RF[:, : (m + 1) * width], rows[site])
     missing = f_RF.shape[1] - len(W_FD)
     W_dec.append(np.pad(W_FD, ((0, missing), (0, 0))))
     b_dec.append(b_D)
   made = np.stack(W_dec, 1).reshape(layers, width, layers, -1)
   released = _released({'W_dec': made, 'b_dec': np.stack(b_dec)}, wiring)
   return {key: np.float32(array) for key, array in released.items()}
-
-
-def _ridge(f_RF, y_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """W [F, D] and b [D] of y = f W + b, the ridge chosen on held-out rows."""
-  if min(f_RF.shape) > _MOST_EQUATIONS:
-    step = -(-len(y_RD) // _MOST_EQUATIONS)
-    f_RF, y_RD = f_RF[::step], y_RD[::step]
-  held_out = len(y_RD) - max(1, len(y_RD) // 5)
-  # Single precision is enough to compare ridges, and twice as fast.
-  solve = _solver(f_RF[:held_out], y_RD[:held_out], np.float32)
-
-  def error(ridge):
-    W_FD, b_D = solve(ridge)
-    return _square(f_RF[held_out:] @ W_FD + b_D - y_RD[held_out:])
-
-  return _solver(f_RF, y_RD)(min(_RIDGES, key=error))
-
-
-def _solver(f_RF, y_RD: np.ndarray, dtype=np.float64):
-  """ridge -> (W, b): in the latents, or in the rows where they are fewer."""
-  from scipy import linalg  # slow to import
-
-  rows, width = f_RF.shape
-  f_RF = f_RF.astype(np.float64)
-  mean_F, mean_D = f_RF.mean(0), y_RD.mean(0, dtype=np.float64)
-  y_RD = y_RD - mean_D
-  square = max((f_RF.multiply(f_RF)).sum() / width, 1e-30)
-  few_rows = rows < width
-  if few_rows:
-    along_R = f_RF @ mean_F
-    gram = (f_RF @ f_RF.T).toarray() - along_R[:, None] - along_R
-    gram += mean_F @ mean_F
-    right = y_RD
-  else:
-    gram = (f_RF.T @ f_RF).toarray() - rows * np.outer(mean_F, mean_F)
-    right = f_RF.T @ y_RD
-  gram, right = gram.astype(dtype), right.astype(dtype)
-
-  def solve(ridge):
-    ridged = gram.copy()
-    np.fill_diagonal(ridged, gram.diagonal() + dtype(ridge * square))
-    W = linalg.solve(ridged, right, assume_a='pos', overwrite_a=True)
-    if few_rows:
-      W = f_RF.T @ W - np.outer(mean_F, W.sum(0))
-    return W, mean_D - mean_F @ W
-
-  return solve
 
 
 def _pca(rows: Rows, wiring, means, scale) -> dict[str, np.ndarray]:

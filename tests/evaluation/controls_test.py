@@ -114,23 +114,6 @@ def test_least_squares_has_no_better_decoder_where_rows_abound():
   assert scores(params, rows, place)[1] == pytest.approx(least, rel=0.01)
 
 
-def test_a_wide_least_squares_decoder_is_fitted_in_the_rows(monkeypatch):
-  """More latents than rows: the dual problem has the primal's solution."""
-  from scipy import sparse
-
-  rng = np.random.default_rng(1)
-  f_RF = rng.exponential(size=(40, 25)) * (rng.random((40, 25)) < 0.3)
-  y_RD = rng.normal(size=(40, 3)) + 2
-  primal = controls._solver(sparse.csr_array(f_RF), y_RD)
-  wide_RF = np.concatenate([f_RF, np.zeros((40, 75))], 1)
-  dual = controls._solver(sparse.csr_array(wide_RF), y_RD)
-  # The ridge is in units of the mean square of a latent.
-  (W, b), (V, c) = primal(0.1), dual(0.4)
-  np.testing.assert_allclose(V[:25], W, atol=1e-8)
-  np.testing.assert_allclose(V[25:], 0, atol=1e-8)
-  np.testing.assert_allclose(c, b, atol=1e-8)
-
-
 def test_principal_components_keep_the_largest_scores():
   """No choice of as many scores leaves less error than the threshold's."""
   place = wiring('sae')

@@ -11,16 +11,16 @@ with S the covariance of the normalised rows and p = `initialise.whitening`: at
 nothing. (Whitening of the rows themselves, which changes the loss as well:
 arXiv 2511.13981.)
 
-From a release, each SAE of the run starts from the nearest SAE of the release: of its own layer
-(or the layer that the config names), then of its width, then of its L0. Of a
-wider SAE it takes the first latents (a Matryoshka prefix); beside the latents
-of a narrower one it starts the others at random. The release may be of another
-model (PT -> IT): the function of raw activations stays the same, whatever the
-scales are.
+From a release, each SAE of the run starts as the nearest one there: of its own
+layer (or the layer that the config names), then of its width, then of its L0.
+Of a wider SAE it takes the first latents (a Matryoshka prefix); beside the
+latents of a narrower one it starts the others at random. The release may be of
+another model (PT -> IT): the function of raw activations stays the same,
+whatever the scales are.
 
 A crosscoder or CLT starts from one single-layer SAE or transcoder for each
-layer,
-as in Gemma Scope 2. From the first layer to the last, with F latents in each:
+layer, as in Gemma Scope 2. From the first layer to the last, with F latents in
+each:
 
   chosen[l]   the first F latents of layer l's SAE that are not masked
   mask        for each of them, in each later layer m, the latent j whose

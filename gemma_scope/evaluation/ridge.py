@@ -29,7 +29,10 @@ def fit(f_RF, y_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   solve = _solver(f_RF[:held_out], y_RD[:held_out], np.float32)
 
   def error(ridge):
-    W_FD, b_D = solve(ridge)
+    try:
+      W_FD, b_D = solve(ridge)
+    except np.linalg.LinAlgError:  # not positive in single precision
+      return np.inf
     return np.sum(np.square(f_RF[held_out:] @ W_FD + b_D - y_RD[held_out:]))
 
   return _solver(f_RF, y_RD)(min(_RIDGES, key=error))
@@ -58,7 +61,7 @@ def _solver(f_RF, y_RD: np.ndarray, dtype=np.float64):
   def solve(ridge):
     ridged = gram.copy()
     np.fill_diagonal(ridged, gram.diagonal() + dtype(ridge * square))
-    W = linalg.solve(ridged, right, assume_a='pos', overwrite_a=True)
+    W = linalg.cho_solve(linalg.cho_factor(ridged, overwrite_a=True), right)
     if few_rows:
       W = f_RF.T @ W - np.outer(mean_F, W.sum(0))
     return W, mean_D - mean_F @ W

@@ -211,8 +211,9 @@ def loss(
       short_BF = jax.nn.relu(latents.theta - latents.z_BF) * norms
       total += objective.pre_act * jnp.sum(short_BF) / rows
     if objective.auxk:
+      z_BF = latents.z_BF if candidates is None else None
       total += objective.auxk * _auxk(
-        objective, module, params, batch, left_BD, latents, candidates
+        objective, module, params, batch, left_BD, z_BF
       )
     variance = _mean_square(y_BD - jnp.mean(y_BD, 0))
   terms = Terms(
@@ -363,18 +364,19 @@ def _few(objective, module) -> int:
   return min(objective.auxk_latents or module.d_out // 2, module.width)
 
 
-def _auxk(objective, module, params, batch, error_BD, latents, candidates):
+def _auxk(objective, module, params, batch, error_BD, z_BF):
   """Fraction of the error's variance that the dead latents do not explain.
 
   The largest dead latents of each row are chosen; where there are no more than
-  are wanted, only their rows of the parameters are read.
+  are wanted, only their rows of the parameters are read. Without z_BF (in a
+  sparse step, which has no more dead latents) that is the only way.
   """
   error_BD = jax.lax.stop_gradient(error_BD)
   count, few = jnp.sum(batch.dead_F), _few(objective, module)
 
   def by_all(params):
     wanted = objective.auxk_latents or module.d_out // 2
-    f_BF = jnp.where(batch.dead_F, jax.nn.relu(latents.z_BF), 0)
+    f_BF = jnp.where(batch.dead_F, jax.nn.relu(z_BF), 0)
     chosen = jnp.clip(count, 1, wanted)
     least = activation_functions.kth_of_row(f_BF, chosen)
     f_BF = jnp.where(f_BF >= least, f_BF, 0)
@@ -391,8 +393,8 @@ def _auxk(objective, module, params, batch, error_BD, latents, candidates):
     return bound.write(jnp.where(jnp.arange(few) < count, jax.nn.relu(z_BK), 0))
 
   if not few:  # a sparse step has no dead latents then
-    made_BD = by_all(params) if candidates is None else 0
-  elif candidates is None:
+    made_BD = 0 if z_BF is None else by_all(params)
+  elif z_BF is not None:
     made_BD = jax.lax.cond(count <= few, by_few, by_all, params)
   else:
     made_BD = by_few(params)

@@ -286,19 +286,24 @@ class Session:
       self.report(f'{self.out} is already built')
       return first
     self.out.mkdir(parents=True, exist_ok=True)
+    doing = ['compiling']
     with progress_lib.Progress(
-      2 * len(text.sequences_NT), self.config.text.seq_len, label='index'
+      2 * len(text.sequences_NT),
+      self.config.text.seq_len,
+      label='index',
+      status=lambda: doing[-1],
     ) as progress:
       how = build_lib.How(
         batch,
         self.mesh,
-        lambda done, _: progress.update(done, {}),
+        lambda done, _: (doing.append(''), progress.update(done, {})),
         poll,
         state,
         outliers,
       )
       built = build_lib.build(*self.model, saes, text, how)
-      for sae, index in zip(saes, built, strict=True):
+      for number, (sae, index) in enumerate(zip(saes, built, strict=True), 1):
+        doing.append(f'logit lens and index {number + 1} of {len(saes)}')
         store_lib.write(self.out / 'indexes' / sae.name, index)
     if label:
       self._label_by_rule(poll)

@@ -74,6 +74,7 @@ def frontier(path: str | os.PathLike[str], rows: Sequence[table.Row]):
   Raises:
     ValueError: no row has anything to draw.
   """
+  rows = [(card, table.comparable(metrics)) for card, metrics in rows]
   rows = sorted((row for row in rows if has_points(row)), key=table.order)
   if not rows:
     raise ValueError(
@@ -97,6 +98,8 @@ def frontier(path: str | os.PathLike[str], rows: Sequence[table.Row]):
     halves = picture.subfigures(*((1, 2) if beside else (2, 1)), wspace=0.04)
     looks = _looks(rows)
     for half, (key, label) in zip(halves, _MEASURES, strict=True):
+      if key == 'fvu' and any(table.has_rule(metrics) for _, metrics in rows):
+        label = 'FVU without outlier tokens'
       _draw(half, grid, rows, (key, label), looks)
     _legend(picture, looks, any(table.control(metrics) for _, metrics in rows))
     metadata = {'.png': {'Software': None}, '.svg': {'Date': None}}

@@ -35,6 +35,37 @@ def value(metric: object) -> float | None:
     return None
 
 
+def has_rule(metrics: dict | None) -> bool:
+  """Whether outliers by the SAE's own card were left as they are."""
+  outliers = (metrics or {}).get('outliers')
+  return isinstance(outliers, dict) and outliers.get('rule') == 'card'
+
+
+def comparable(metrics: dict | None) -> dict:
+  """Metrics whose FVU is of the tokens that the SAE is for.
+
+  Where the card has a rule of outliers, 'fvu' of the SAE and of its controls is
+  that without them.
+  """
+  metrics = metrics or {}
+  if not has_rule(metrics):
+    return metrics
+
+  def swapped(figures):
+    if not isinstance(figures, dict) or 'fvu_inliers' not in figures:
+      return figures
+    return {**figures, 'fvu': figures['fvu_inliers']}
+
+  each = metrics.get('controls')
+  if isinstance(each, dict):
+    each = {kind: swapped(figures) for kind, figures in each.items()}
+  return {
+    **swapped(metrics),
+    'control': swapped(metrics.get('control')),
+    'controls': each,
+  }
+
+
 def control(metrics: dict | None) -> dict:
   """Figures of the strongest control; {} where there are none."""
   strongest = (metrics or {}).get('control')
@@ -127,6 +158,11 @@ def note(rows: Sequence[Row]) -> str:
     if count < FEW_CLUSTERS:
       text += f'; with fewer than {FEW_CLUSTERS} they are rough'
     sentences.append(f'{text}.')
+  if any(has_rule(metrics) for _, metrics in rows):
+    sentences.append(
+      "Tokens that are outliers by an SAE's card are left as they are: they "
+      'count for FVU only; FVU inliers and control FVU are without them.'
+    )
   return ' '.join(sentences)
 
 
@@ -171,7 +207,7 @@ def _line(card: dict, metrics: dict | None, intervals: bool) -> dict[str, str]:
     '-' if dead is None else f'{100 * dead:.1f}',
     _controls(metrics, 'delta_loss', 3),
     _figure(control(metrics).get('kl'), 3, False),
-    _controls(metrics, 'fvu', 3),
+    _controls(comparable(metrics), 'fvu', 3),
   )
   return dict(zip(_COLUMNS, cells, strict=True))
 

@@ -48,3 +48,25 @@ def test_figures_that_are_none_are_dashes():
   for figure in (None, 'x', float('nan'), {'value': None}, True, 10**400):
     assert table.value(figure) is None
   assert table.control({'control': [1]}) == {}
+
+
+def test_the_fvu_beside_controls_is_of_the_tokens_that_an_sae_is_for():
+  figures = {'fvu': {'value': 3.0}, 'fvu_inliers': {'value': 0.2}}
+  metrics = {
+    **figures,
+    'control': {**figures, 'l0': {'value': 5.0}},
+    'controls': {kind: dict(figures) for kind in table.CONTROLS},
+  }
+  for rule in (None, {'rule': '4 medians'}):
+    assert table.comparable({**metrics, 'outliers': rule})['fvu'] == {
+      'value': 3.0
+    }
+  ruled = {**metrics, 'outliers': {'rule': 'card'}}
+  for part in (
+    table.comparable(ruled),
+    table.comparable(ruled)['control'],
+    *table.comparable(ruled)['controls'].values(),
+  ):
+    assert part['fvu'] == {'value': 0.2}
+  assert ruled['fvu'] == {'value': 3.0}  # what was given is as it was
+  assert table.comparable(None) == {}

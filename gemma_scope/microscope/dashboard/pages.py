@@ -37,6 +37,7 @@ from gemma_scope.microscope.dashboard import records
 from gemma_scope.microscope.dashboard.terms import TERMS
 from gemma_scope.microscope.index import logit_lens
 from gemma_scope.microscope.index.store import Index, Indexed
+from gemma_scope.release import table
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
 CHUNK = 64  # features a file, and sequences a file
@@ -210,7 +211,7 @@ def _matched(product_FG: np.ndarray) -> dict[str, Any]:
 def _described(indexed: Indexed, i: int) -> dict[str, Any]:
   index, card = indexed.index, indexed.index.meta['card']
   wiring, density_F = sites.wiring_of(card), indexed.index.density_F
-  metrics = indexed.sae.metrics or {}
+  metrics = table.comparable(indexed.sae.metrics)
   control = metrics.get('control') or {}
   figures = lambda of: {
     key: _figure(of.get(key)) for key in ('l0', 'fvu', 'delta_loss')

@@ -49,9 +49,4 @@ export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$workdir/compiled
 python="${GEMMA_SCOPE_VENV:-.venv}/bin/python"
 "$python" launch/train.py --config="$config" --workdir="$workdir"
 "$python" launch/microscope.py build --workdir="$workdir" --sequences="$sequences"
-if [[ "$model" != tiny ]]; then
-  # Labels by rules, with held-out scores, for the middle L0 of layer 9.
-  sae="$(cd "$workdir/release" && ls -d resid_post/layer_9/width_4k/* | sort -V | sed -n 2p)"
-  "$python" launch/microscope.py explain --workdir="$workdir" --sae="$sae" --features=100
-fi
 echo "try it on your own text:  $python launch/microscope.py serve --workdir=$workdir"

@@ -324,6 +324,18 @@ class Session:
       alive = [int(j) for j in np.flatnonzero(index.fired_F)]
       rows = labels_lib.explain(index, alive, self.tokenizer.pieces)
       self.keep_labels(sae, rows)
+    rows = {s.name: list(self._label_rows(s).values()) for s in self.saes}
+    clearest = labels_lib.clearest(rows)
+    if clearest:
+      self.report(
+        'Features with the clearest rules; in brackets the balanced accuracy '
+        "on held-out text, and with another feature's rule:"
+      )
+    for name, row in clearest:
+      own, other = (row[key]['value'] for key in ('detection', 'shuffled'))
+      self.report(
+        f'  {name} {row["feature"]} ({own:.0%}, {other:.0%}) {row["label"]}'
+      )
 
   def pages(self) -> pathlib.Path:
     """Rewrites the pages with the current labels; returns the first page."""

@@ -21,6 +21,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
     '--xla_force_host_platform_device_count=8',
     '--xla_backend_optimization_level=0',
     '--xla_llvm_disable_expensive_passes=true',
+    '--xla_cpu_parallel_codegen_split_count=1',
   ]
 )
 # One program at a time: 8 devices on 2 cores, each waiting for a collective of

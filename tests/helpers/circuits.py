@@ -10,8 +10,8 @@ from gemma_scope.language_model import splice
 from tests.helpers import random_saes
 
 T, F = 16, 40
-
-
+# Of W_dec: as in a file, nothing is written to an earlier layer.
+EARLIER_ARE_ZERO = np.triu(np.ones((3, 3), np.float32))[:, None, :, None]
 TOKENS_T = [2, *np.random.default_rng(3).integers(10, 4000, T - 1).tolist()]
 
 
@@ -20,11 +20,16 @@ def transcoder(seed: int):
   return params, card | {'type': 'transcoder', 'targets': ['mlp_out/1']}
 
 
+def crosscoder(seed: int):
+  params, card = random_saes.member(seed, 'resid_post/0', 16, layers=3)
+  params['W_dec'] *= EARLIER_ARE_ZERO
+  return params, card
+
+
 def clt(seed: int):
   params, card = random_saes.member(seed, 'mlp_in/0', 16, layers=3)
   targets = [f'mlp_out/{i}' for i in range(3)]
-  # As in a file: nothing is written to an earlier layer.
-  params['W_dec'] *= np.triu(np.ones((3, 3)))[:, None, :, None]
+  params['W_dec'] *= EARLIER_ARE_ZERO
   return params, card | {'type': 'clt', 'targets': targets}
 
 
@@ -33,7 +38,7 @@ MEMBERS = {
   'attention': random_saes.member(1, 'attn_out/2'),
   'topk': random_saes.member(2, 'resid_post/1', k=3),
   'transcoder': transcoder(3),
-  'crosscoder': random_saes.member(4, 'resid_post/0', 16, layers=3),
+  'crosscoder': crosscoder(4),
   'clt': clt(5),
 }
 

@@ -156,7 +156,7 @@ def test_restores_under_another_sharding(tmp_path):
 
 
 def test_damage_to_any_file_is_refused_or_harmless(tmp_path):
-  """Every file of a step: bits flipped, cut short, emptied, removed.
+  """Every file of a step: a bit flipped, cut short, emptied, removed.
 
   Some files orbax does not need (superseded index nodes, its own dates); then
   the state restored must be right in every bit. Nothing else is accepted.
@@ -165,13 +165,14 @@ def test_damage_to_any_file_is_refused_or_harmless(tmp_path):
   with checkpoints.Checkpoints(tmp_path) as saves:
     saves.save(7, want, {'step': 7})
   files, refused = list((tmp_path / '7').rglob('*')), set()
+  needed = (largest(tmp_path / '7'), tmp_path / '7' / 'meta' / 'metadata')
   with checkpoints.Checkpoints(tmp_path) as saves:
     for path in filter(pathlib.Path.is_file, files):
       data = path.read_bytes()
 
       def damages(path=path, data=data):
-        for at in (0.03, 0.4, 0.8):
-          yield lambda: flip(path, at)  # noqa: B023
+        for place in (0.03, 0.4, 0.8) if path in needed else (0.4,):
+          yield lambda: flip(path, place)  # noqa: B023
         for cut in (data[: len(data) // 2], b''):
           yield lambda: path.write_bytes(cut)  # noqa: B023
         yield path.unlink
@@ -186,7 +187,7 @@ def test_damage_to_any_file_is_refused_or_harmless(tmp_path):
           refused.add((path, number))
         path.write_bytes(data)
     assert same(saves.restore(want).state, want)
-  for path in (largest(tmp_path / '7'), tmp_path / '7' / 'meta' / 'metadata'):
+  for path in needed:
     assert {n for p, n in refused if p == path} == set(range(6)), path
 
 

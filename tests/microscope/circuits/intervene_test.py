@@ -15,8 +15,6 @@ from gemma_scope.microscope.circuits import effects
 from gemma_scope.microscope.circuits import intervene as iv
 from tests.helpers.circuits import MEMBERS, TOKENS_T, F, T, values
 
-MEMBERS['crosscoder'][0]['W_dec'] *= np.triu(np.ones((3, 3)))[:, None, :, None]
-
 
 @pytest.fixture(scope='module')
 def model():

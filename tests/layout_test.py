@@ -95,3 +95,12 @@ def test_functions_are_short_and_take_few_parameters():
         names |= {a.arg for a in given.kwonlyargs}
         few = len(names - {'self', 'cls'}) <= 6 or is_jitted(node)
         assert few or path in MANY_PARAMETERS, where
+
+
+def test_tests_import_helpers_and_not_each_other():
+  for path in (PACKAGE.parent / 'tests').rglob('*.py'):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.ImportFrom) and node.module:
+        if node.module.split('.')[0] == 'tests':
+          names = [node.module, *(alias.name for alias in node.names)]
+          assert not any(name.endswith('_test') for name in names), path

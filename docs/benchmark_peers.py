@@ -20,6 +20,11 @@ import sys
 import time
 
 D, WIDTH, BATCH, K = 768, 16384, 1024, 64
+ARCHITECTURES = {
+  'jumprelu': 'JumpReLU',
+  'topk': 'TopK',
+  'batch_topk': 'BatchTopK',
+}
 
 
 def our_steps():
@@ -32,7 +37,7 @@ def our_steps():
   one_device = dict.fromkeys(mesh_lib.AXES, 1)
   mesh = mesh_lib.make(one_device, jax.devices()[:1])
   steps = {'matmul': benchmark.plain_matmul(BATCH, D, WIDTH, 'float32')}
-  for arch, name in (('jumprelu', 'JumpReLU'), ('topk', 'TopK')):
+  for arch, name in ARCHITECTURES.items():
     case = benchmark.Case(arch, D, WIDTH, BATCH, K, 0, 1, 'float32', 'auto')
     steps[f'ours {name}'] = benchmark.compiled(case, mesh)[0]
   return steps
@@ -49,7 +54,8 @@ def peer_steps():
   torch.manual_seed(0)
   x, W = torch.randn(BATCH, D) * D**-0.5, torch.randn(D, WIDTH)
   steps = {'matmul': lambda: x @ W}
-  for name, own in (('JumpReLU', {'l0_coefficient': 1.0}), ('TopK', {'k': K})):
+  for name in ARCHITECTURES.values():
+    own = {'l0_coefficient': 1.0} if name == 'JumpReLU' else {'k': K}
     config = getattr(sae_lens, f'{name}TrainingSAEConfig')
     make = getattr(sae_lens, f'{name}TrainingSAE')
     sae = make(config(d_in=D, d_sae=WIDTH, **own))
@@ -94,12 +100,9 @@ def serve(steps) -> None:
 
 
 class _Server:
-  def __init__(self, python: str, side: str):
+  def __init__(self, command: list[str]):
     self._process = subprocess.Popen(
-      [python, __file__, f'--serve={side}'],
-      text=True,
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
+      command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     self.names = self._answer()
 
@@ -119,17 +122,25 @@ class _Server:
 
 def main() -> None:
   """Measures in rounds, prints a table, and appends a JSON line a trainer."""
+  global D, WIDTH, BATCH, K
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--serve', choices=('ours', 'peers'))
   parser.add_argument('--peers')
   parser.add_argument('--rounds', type=int, default=20)
+  parser.add_argument(
+    '--shape', default=f'{D},{WIDTH},{BATCH},{K}', help='d, width, batch, k'
+  )
   parser.add_argument('--out')
   args = parser.parse_args()
+  D, WIDTH, BATCH, K = map(int, args.shape.split(','))
   if args.serve:
     return serve(our_steps() if args.serve == 'ours' else peer_steps())
   if not args.peers:
     parser.error('--peers names the Python where torch and the peers are.')
-  sides = _Server(sys.executable, 'ours'), _Server(args.peers, 'peers')
+  sides = [
+    _Server([python, __file__, f'--serve={side}', f'--shape={args.shape}'])
+    for python, side in ((sys.executable, 'ours'), (args.peers, 'peers'))
+  ]
   times = {(s, name): [] for s in sides for name in s.names}
   before = None
   for _ in range(args.rounds):

@@ -1,17 +1,25 @@
 """Our SAEs beside other trainers': the same rows in the same order, one judge.
 
-One site of Gemma 3 270M. From the repository's root, in this order; the stage
-peer may run in an environment of its own, after
-`pip install torch sae-lens==6.54.12`:
+One site of Gemma 3 270M. From the repository's root:
 
-  --stage=rows     activations to disk, and the batches of a run as numpy
-  --stage=ours     ours, on these batches
-  --stage=peer     SAELens on the same batches, each at three learning rates
-  --stage=score    all through gemma_scope.evaluation, on held-out documents
+  export PYTHONPATH=.
+  .venv/bin/python docs/comparison.py --stage=rows
+  .venv/bin/python docs/comparison.py --stage=ours
+  python docs/comparison_peers.py --seeds=3   # in an environment with torch
+  .venv/bin/python docs/comparison.py --stage=score
+  .venv/bin/python docs/comparison.py --stage=losses
 
-Peers see rows as ours do: centred, divided by their spread, outlier rows left
-out. SAELens' BatchTopK also sees rows as they are, with SAELens' own
-normalisation. What is subtracted and scaled is folded into the parameters.
+  rows     activations to disk (chunks of 69,000 rows), and as NumPy for peers:
+           train (900 batches of 256, from chunks 0 to 3), validation (what the
+           run leaves of chunk 3), test (chunk 4)
+  ours     the recipe of configs/gemma3_270m.py, and its best variant
+  score    FVU, L0 and silent latents of every SAE, on the test rows
+  losses   delta loss and KL of the chosen ones, on held-out documents
+
+Outlier rows are left out for all. A peer's SAE is scored as it was trained (the
+k largest latents of a row, or the threshold that it kept), and with the one
+threshold that gives the target L0 on its last 64 batches of training, which is
+how ours are released.
 """
 
 from __future__ import annotations
@@ -25,261 +33,301 @@ import time
 
 import numpy as np
 
-SITE, LAYER, WIDTH, TARGETS, STEPS, BATCH = (
-  'resid_post/9', 9, 4096, (32,), 300, 1024,
-)  # fmt: skip
-RATES = (1e-3, 3e-3, 1e-2)
-CHUNKS = 5
-
-
-def get_config(**changes):
-  """The recipe of configs/gemma3_270m.py at one site."""
-  from configs import gemma3_270m
-
-  config = gemma3_270m.get_config(f'layers={LAYER};widths={WIDTH}')
-  config.collection.sites = ('resid_post',)
-  config.collection.sparsity = tuple(map(float, TARGETS))
-  config.activations.chunk_rows = 2**16
-  config.activations.dtype = 'bfloat16'
-  config.activations.lm_batch = 16
-  config.train.steps, config.train.batch = STEPS, BATCH
-  config.update_from_flattened_dict(changes)
-  return config
-
-
-def make_rows(out: pathlib.Path, source: str) -> None:
-  """Harvests, and writes the batches of a run as numpy."""
-  from gemma_scope import mesh as mesh_lib
-  from gemma_scope import sites
-  from gemma_scope.activations import chunks as chunks_lib
-  from gemma_scope.activations import store as store_lib
-
-  harvest = [
-    sys.executable, 'launch/harvest.py',
-    f'--config=configs/gemma3_270m.py:layers={LAYER}',
-    '--config.collection.sites=resid_post',
-    '--config.activations.chunk_rows=65536',
-    '--config.activations.dtype=bfloat16', '--config.activations.lm_batch=16',
-    f'--config.text.source={source}', f'--workdir={out}/harvest',
-    f'--out={out}/store', f'--chunks={CHUNKS}',
-  ]  # fmt: skip
-  if not (out / 'store' / 'manifest.json').exists():
-    subprocess.run(harvest, check=True)
-  config, site = get_config(), sites.parse(SITE)
-  a, mesh = config.activations, mesh_lib.make(config.mesh)
-  source = store_lib.StoreSource(out / 'store', [site], BATCH)
-  for name, max_norm in (('train', a.max_norm), ('raw', 0.0)):
-    chunks = chunks_lib.Chunks(source, config.seed, mesh, max_norm=max_norm)
-    x_KBD, normalisation = [], None
-    for index in range(source.chunks):
-      chunk = chunks.load(index)
-      if normalisation is None:
-        normalisation = chunks_lib.measure(
-          chunk, chunks.norm_bounds, a.centre, a.scale
-        )[site]
-      x_KBD.append(np.asarray(chunk.rows[site], np.float32))
-    x_KBD = np.concatenate(x_KBD)
-    if name == 'train':
-      np.savez(
-        out / 'normalisation.npz',
-        centre=normalisation.centre,
-        scale=normalisation.scale,
-      )
-      # What no trainer gets to: the peers' rates are chosen on these rows.
-      validation_RD = np.concatenate(x_KBD[STEPS:])
-      np.save(out / 'validation.npy', validation_RD)
-      x_KBD = normalisation.apply(x_KBD)
-    np.save(out / f'{name}.npy', x_KBD[:STEPS])
-
-
-def train_ours(out: pathlib.Path) -> None:
-  """Plain BatchTopK, and with our options, three seeds each."""
-  from gemma_scope import pipeline
-
-  for name, changes in OURS.items():
-    folder = out / 'ours' / name
-    config = get_config(**changes)
-    config.activations.store = str(out / 'store')
-    config.text.store = str(out / 'harvest' / 'tokens')
-    config.evaluation.sequences = 0
-    began = time.perf_counter()
-    pipeline.run(config, folder)
-    if not (folder / 'seconds').exists():
-      (folder / 'seconds').write_text(f'{time.perf_counter() - began:.1f}\n')
-
-
+WIDTH, TARGETS, SEEDS, STEPS, BATCH = 4096, (16, 32, 64), (0, 1), 450, 256
+CHUNKS, TRAIN, VALIDATION, TEST = 5, 900, 64, 128  # batches but the first
 OURS = {
-  'batch_topk': {'train.meet_l0': True, 'train.refit_decoders': False},
-  'refit': {'train.meet_l0': True, 'train.refit_decoders': True},
-  'active_set, refit': {
-    'train.meet_l0': True,
-    'train.refit_decoders': True,
+  'recipe': {},
+  'best': {
     'objective.active_set': True,
+    'train.refit_decoders': True,
+    'train.closing_batches': 128,  # of the 180 of its last chunk
   },
 }
 
 
-def saelens_trainer(kind: str, x_KBD: np.ndarray, rate, value, normalise, seed):
-  """SAELens' trainer on batches [K, B, D], as its documentation advises."""
-  import sae_lens
-  import torch
-  from sae_lens.config import SAETrainerConfig
+class Comparison:
+  """The folder of a comparison at one site."""
 
-  steps, batch, d_in = x_KBD.shape
-  settings = {
-    'TopK': {'k': int(value)},
-    'BatchTopK': {'k': float(value)},
-    'MatryoshkaBatchTopK': {
-      'k': float(value),
-      'matryoshka_widths': [WIDTH // n for n in (16, 8, 4, 2, 1)],
-    },
-  }[kind]
-  torch.manual_seed(seed)
-  sae = getattr(sae_lens, f'{kind}TrainingSAE')(
-    getattr(sae_lens, f'{kind}TrainingSAEConfig')(
-      d_in=d_in,
-      d_sae=WIDTH,
-      normalize_activations=normalise,
-      **settings,
-    )
-  )
-  options = SAETrainerConfig(
-    total_training_samples=steps * batch,
-    train_batch_size_samples=batch,
-    lr=rate,
-    lr_warm_up_steps=16,
-    lr_decay_steps=steps // 3,
-    lr_end=rate / 10,
-    dead_feature_window=50,
-  )
-  x = torch.tensor(x_KBD)
-  trainer = sae_lens.SAETrainer(options, sae, iter(x))
-  if normalise != 'none':
-    # Here, because `fit` would take the rows for it from those of training.
-    trainer.activation_scaler.estimate_scaling_factor(d_in, iter(x), 64)
-  return trainer
+  def __init__(self, out: str, site: str, source: str):
+    from gemma_scope import sites
 
+    self.out, self.site = pathlib.Path(out), sites.parse(site)
+    self.source = source
+    self.folder = self.out / f'{self.site.kind}.{self.site.layer}'
+    self.folder.mkdir(parents=True, exist_ok=True)
 
-def run_peer(out: pathlib.Path, kind: str, rows: str, rate, value, seed=0):
-  """Trains a peer, or finds it -> its settings, L0, FVU and file."""
-  path = out / 'peer' / f'{kind}_{rows}_{value:g}_{rate:g}_{seed}.npz'
-  facts = path.with_suffix('.json')
-  if facts.exists():
-    return json.loads(facts.read_text())
-  x_KBD = np.load(out / f'{rows}.npy')
-  normalise = 'none' if rows == 'train' else 'expected_average_only_in'
-  trainer = saelens_trainer(kind, x_KBD, rate, value, normalise, seed)
-  began = time.perf_counter()
-  sae = trainer.fit()  # folds SAELens' own scale in
-  seconds = time.perf_counter() - began
-  sae.fold_W_dec_norm()
-  p = {key: v.detach().numpy() for key, v in sae.named_parameters()}
-  p['b_enc'] = p['b_enc'] - p['b_dec'] @ p['W_enc']
-  some_RD = np.concatenate(x_KBD[-32:])
-  if hasattr(sae, 'topk_threshold'):
-    p['threshold'] = np.full(WIDTH, float(sae.topk_threshold), np.float32)
-  else:  # TopK: k latents on average over rows of training
-    z = (some_RD @ p['W_enc'] + p['b_enc']).reshape(-1)
-    at = z.size - int(value * len(some_RD))
-    p['threshold'] = np.full(WIDTH, np.partition(z, at)[at], np.float32)
-  p['threshold'] = np.maximum(p['threshold'], 0)
-  if rows == 'train':  # back to raw rows
-    with np.load(out / 'normalisation.npz') as n:
-      centre, scale = n['centre'], n['scale']
-    p['W_enc'] = p['W_enc'] / scale
-    p['b_enc'] = p['b_enc'] - centre @ p['W_enc']
-    p['W_dec'], p['b_dec'] = p['W_dec'] * scale, p['b_dec'] * scale + centre
-  x_RD = np.load(out / 'validation.npy')[:16384]
-  z_RF = x_RD @ p['W_enc'] + p['b_enc']
-  f_RF = np.where(z_RF > p['threshold'], z_RF, 0)
-  error_RD = x_RD - f_RF @ p['W_dec'] - p['b_dec']
-  fvu = np.sum(error_RD**2) / np.sum((x_RD - x_RD.mean(0)) ** 2)
-  found = {
-    'kind': kind, 'rows': rows, 'rate': rate, 'value': value, 'seed': seed,
-    'file': path.name, 'l0': float(np.mean(np.sum(f_RF > 0, 1))),
-    'fvu': float(fvu), 'seconds': seconds,
-  }  # fmt: skip
-  path.parent.mkdir(exist_ok=True)
-  np.savez(path, **{k: v.astype(np.float32) for k, v in p.items()})
-  facts.write_text(json.dumps(found) + '\n')
-  print(found, flush=True)
-  return found
+  def config(self, **changes):
+    """The recipe of configs/gemma3_270m.py at this site."""
+    from configs import gemma3_270m
+
+    config = gemma3_270m.get_config(f'layers={self.site.layer};widths={WIDTH}')
+    config.collection.sites = (self.site.kind,)
+    config.collection.sparsity = tuple(map(float, TARGETS))
+    config.collection.seeds = SEEDS
+    config.text.source = self.source
+    config.text.store = str(self.out / 'harvest' / 'tokens')
+    config.activations.store = str(self.out / 'store')
+    config.activations.chunk_rows = 2**16
+    config.activations.dtype = 'bfloat16'
+    config.activations.lm_batch = 16
+    config.evaluation.sequences = 0
+    for name in ('warm_up', 'decay', 'l0_steps'):  # shares of the run
+      config.train[name] = config.train[name] * STEPS // config.train.steps
+    config.train.steps, config.train.batch = STEPS, BATCH
+    config.update_from_flattened_dict(changes)
+    return config
+
+  def card(self, name: str) -> dict:
+    """What evaluation reads of a card."""
+    with np.load(self.folder / 'normalisation.npz') as file:
+      bound, d_in = float(file['norm_bound']), len(file['centre'])
+    site = str(self.site)
+    return {
+      'name': name, 'type': 'sae', 'sites': [site], 'targets': [site],
+      'd_in': d_in, 'd_out': d_in, 'width': WIDTH, 'architecture': 'jumprelu',
+      'outliers': {'max_norm': 4.0, 'norm_bounds': {site: bound}},
+    }  # fmt: skip
 
 
-def make_peers(out: pathlib.Path) -> None:
-  """Every peer at every rate; the best of each kind by FVU, three seeds."""
-  chosen = []
-  for kind, rows in (
-    ('BatchTopK', 'train'),
-    ('TopK', 'train'),
-    ('MatryoshkaBatchTopK', 'train'),
-    ('BatchTopK', 'raw'),
-  ):
-    for value in TARGETS:
-      tried = [run_peer(out, kind, rows, rate, value) for rate in RATES]
-      best = min(tried, key=lambda run: run['fvu'])
-      chosen.append(best)
-      chosen += [
-        run_peer(out, kind, rows, best['rate'], value, seed)
-        for seed in (1, 2)
-        if rows == 'train'
-      ]
-      (out / 'chosen.json').write_text(json.dumps(chosen, indent=1) + '\n')
+def make_rows(comparison: Comparison) -> None:
+  """Harvests where there is no store, and writes the rows as NumPy."""
+  from gemma_scope import mesh as mesh_lib
+  from gemma_scope.activations import chunks as chunks_lib
+  from gemma_scope.activations import store as store_lib
+
+  out, folder, site = comparison.out, comparison.folder, comparison.site
+  if not (out / 'store' / 'manifest.json').exists():
+    harvest = [
+      sys.executable, 'launch/harvest.py',
+      f'--config=configs/gemma3_270m.py:layers={site.layer}',
+      '--config.collection.sites=resid_post,mlp_out',
+      '--config.activations.chunk_rows=65536',
+      '--config.activations.dtype=bfloat16',
+      '--config.activations.lm_batch=16',
+      f'--config.text.source={comparison.source}',
+      f'--workdir={out}/harvest', f'--out={out}/store', f'--chunks={CHUNKS}',
+    ]  # fmt: skip
+    subprocess.run(harvest, check=True)
+  config = comparison.config()
+  a, mesh = config.activations, mesh_lib.make(config.mesh)
+  source = store_lib.StoreSource(out / 'store', [site], BATCH)
+  chunks = chunks_lib.Chunks(source, config.seed, mesh, max_norm=a.max_norm)
+  parts = []
+  for index in range(CHUNKS):
+    chunk = chunks.load(index)
+    if index == 0:
+      measured = chunks_lib.measure(
+        chunk, chunks.norm_bounds, a.centre, a.scale
+      )[site]
+      np.savez(folder / 'normalisation.npz', **measured._asdict())
+    parts.append(np.asarray(chunk.rows[site], np.float32))
+  x_KBD = np.concatenate(parts[:-1])
+  np.save(folder / 'train.npy', x_KBD[:TRAIN])
+  validation_RD = np.concatenate(x_KBD[TRAIN : TRAIN + VALIDATION])
+  np.save(folder / 'validation.npy', validation_RD)
+  np.save(folder / 'test.npy', np.concatenate(parts[-1][:TEST]))
 
 
-def score(out: pathlib.Path) -> None:
-  """Ours and the chosen peers through gemma_scope.evaluation, in one table."""
-  from gemma_scope import pipeline, release
-  from gemma_scope.runtime import interrupt
+def train_ours(comparison: Comparison) -> None:
+  """Each variant at all L0 and seeds, in one run."""
+  from gemma_scope import pipeline
 
-  saes = []
-  for name in OURS:
-    for sae in release.open_all(out / 'ours' / name / 'release'):
-      params, seed = sae.load(), sae.card['seed']
-      saes.append(_named(f'ours, {name}, seed {seed}', params))
-  for run in json.loads((out / 'chosen.json').read_text()):
-    with np.load(out / 'peer' / run['file']) as file:
-      name = f'SAELens {run["kind"]}, {run["rows"]}, seed {run["seed"]}'
-      saes.append(_named(f'{name}, rate {run["rate"]:g}', dict(file)))
-  config = get_config()
-  config.text.store = str(out / 'harvest' / 'tokens')
-  config.evaluation.sequences = 64
-  with interrupt.Interrupt() as stop:
-    scores = pipeline.evaluate_saes(
-      config, out, saes, stop, out / 'scores.json'
-    )
-  for name, m in scores.items():
-    figures = [m[key] for key in ('l0', 'delta_loss', 'fvu')]
-    cells = ['{value:.4g} [{low:.4g}, {high:.4g}]'.format(**f) for f in figures]
-    print(f'| {name} | {" | ".join(cells)} | {m["dead"]:.1%} |')
+  for name, changes in OURS.items():
+    folder = comparison.folder / 'ours' / name
+    config = comparison.config(**changes)
+    began = time.perf_counter(), time.process_time()
+    pipeline.run(config, folder)
+    took = folder / 'seconds.json'
+    if not took.exists():
+      seconds = time.perf_counter() - began[0], time.process_time() - began[1]
+      took.write_text(
+        json.dumps({'wall': seconds[0], 'cpu': seconds[1]}) + '\n'
+      )
 
 
-def _named(name: str, params: dict[str, np.ndarray]):
+def all_saes(comparison: Comparison):
+  """Yields (facts, parameters) of every SAE there is."""
   from gemma_scope import release
 
-  with np.load(pathlib.Path(OUT) / 'normalisation.npz') as n:
-    d_in = len(n['centre'])
-  card = {
-    'name': name, 'type': 'sae', 'sites': [SITE], 'targets': [SITE],
-    'd_in': d_in, 'd_out': d_in, 'width': WIDTH, 'architecture': 'jumprelu',
-  }  # fmt: skip
-  return release.Released(card, lambda: params, name=name)
+  for name in OURS:
+    path = comparison.folder / 'ours' / name / 'release'
+    for sae in release.load_all(path) if path.exists() else ():
+      card = sae.card
+      target = int(card['sparsity']['value'])
+      yield {'trainer': f'ours_{name}', 'target': target, 'rows': 'ours',
+             'rate': 2e-3, 'seed': card['seed']}, dict(sae.load())  # fmt: skip
+  for path in sorted((comparison.folder / 'peers').glob('*.json')):
+    facts = json.loads(path.read_text())
+    with np.load(path.with_suffix('.npz')) as file:
+      params = dict(file)
+    params['threshold'] = np.full(WIDTH, params['threshold'], np.float32)
+    yield facts, params
 
 
-OUT = ''
+def with_target_l0(params, x_RD: np.ndarray, target: int):
+  """The parameters with the one threshold of the target L0 on these rows."""
+  z = (x_RD @ params['W_enc'] + params['b_enc']).reshape(-1)
+  at = z.size - target * len(x_RD)
+  theta = max(np.partition(z, at)[at], 0)
+  return params | {'threshold': np.full(WIDTH, theta, np.float32)}
+
+
+def judge(params, x_RD: np.ndarray) -> dict[str, float]:
+  """FVU, mean L0 and the share of latents that never fire on these rows."""
+  import jax
+
+  from gemma_scope import sae
+
+  @jax.jit
+  def of_batch(params, x_BD):
+    f_BF = sae.encode(params, x_BD)
+    error_BD = x_BD - sae.decode(params, f_BF)
+    return (error_BD**2).sum(), (f_BF > 0).sum(0)
+
+  error, fired_F = 0.0, 0
+  for start in range(0, len(x_RD), 2048):
+    batch_error, batch_fired_F = of_batch(params, x_RD[start : start + 2048])
+    error, fired_F = error + float(batch_error), fired_F + batch_fired_F
+  variance = np.square(x_RD - x_RD.mean(0)).sum(dtype=np.float64)
+  return {
+    'fvu': error / variance,
+    'l0': float(fired_F.sum()) / len(x_RD),
+    'never': float((fired_F == 0).mean()),
+  }
+
+
+def score(comparison: Comparison) -> None:
+  """Scores what is not scored yet -> scores.json; prints a table."""
+  folder = comparison.folder
+  path = folder / 'scores.json'
+  scores = json.loads(path.read_text()) if path.exists() else {}
+  test_RD = np.load(folder / 'test.npy')
+  last_RD = np.load(folder / 'train.npy', mmap_mode='r')[STEPS - 64 : STEPS]
+  last_RD = last_RD.reshape(-1, last_RD.shape[-1])
+  for facts, params in all_saes(comparison):
+    name = '{trainer} {rows} {target} {rate:g} {seed}'.format(**facts)
+    if name in scores:
+      continue
+    ours = facts['trainer'].startswith('ours')
+    as_trained = dict(params)
+    if facts['trainer'].endswith('_topk') and 'batch' not in facts['trainer']:
+      as_trained['k'] = np.int32(facts['target'])
+    found = {'as_trained': judge(as_trained, test_RD)}
+    if not ours:
+      params = with_target_l0(params, last_RD, facts['target'])
+      found['at_target'] = judge(params, test_RD)
+    scores[name] = facts | found
+    path.write_text(json.dumps(scores, indent=1) + '\n')
+  for name, s in scores.items():
+    cells = [
+      '{fvu:.4f} L0 {l0:.1f} never {never:.1%}'.format(**s[key])
+      for key in ('as_trained', 'at_target')
+      if key in s
+    ]
+    print(f'{name}: {"; ".join(cells)}; {s.get("seconds", "")}')
+
+
+def chosen(comparison: Comparison, seeds: int):
+  """Ours, and each peer at the rate of lowest validation FVU at L0 32."""
+  best = {}
+  for facts, _ in all_saes(comparison):
+    key = facts['trainer'], facts['rows']
+    if facts['target'] == 32 and facts['seed'] == 0:
+      fvu = facts.get('validation_fvu', 0)
+      best[key] = min(best.get(key, (np.inf, 0)), (fvu, facts['rate']))
+  for facts, params in all_saes(comparison):
+    key = facts['trainer'], facts['rows']
+    if facts['seed'] < seeds and facts['rate'] == best[key][1]:
+      yield facts, params
+
+
+def losses(comparison: Comparison, sequences: int, trainers: str) -> None:
+  """Delta loss, KL and FVU on held-out documents -> losses.json; a table.
+
+  By the passes of gemma_scope.evaluation, without its controls.
+  """
+  from gemma_scope import sites
+  from gemma_scope.evaluation import batches as batches_lib
+  from gemma_scope.evaluation import centres, estimates, replacements
+  from gemma_scope.language_model import weights
+  from gemma_scope.runtime import progress as progress_lib
+  from gemma_scope.sae import released
+  from gemma_scope.text import prepare
+  from gemma_scope.training import setup
+
+  config, folder = comparison.config(), comparison.folder
+  last_RD = np.load(folder / 'train.npy', mmap_mode='r')[STEPS - 64 : STEPS]
+  last_RD = last_RD.reshape(-1, last_RD.shape[-1])
+  facts_of, params_of = {}, {}
+  for facts, params in chosen(comparison, 1):
+    if trainers and facts['trainer'] not in trainers.split(','):
+      continue
+    name = '{trainer} {rows} {target}'.format(**facts)
+    if not facts['trainer'].startswith('ours'):
+      params = with_target_l0(params, last_RD, facts['target'])
+    facts_of[name], params_of[name] = facts, params
+  tokenizer, store = prepare.open_text(config, comparison.out, print)
+  gemma, lm_params = weights.load(config.lm.name)
+  held_out = store.sequences(config.text.seq_len, 'eval')
+  order = prepare.shuffled(range(len(held_out)), config.seed)
+  index = [order[i] for i in range(min(sequences, len(held_out)))]
+  text = batches_lib.Text(
+    np.stack([held_out[i] for i in index]),
+    setup.special(tokenizer, store).keep,
+    batch=8,
+    documents_NT=held_out.documents(index, tokenizer.eos_id),
+    loss_every=4,
+  )
+  progress = progress_lib.Progress(
+    len(index), config.text.seq_len, label='loss'
+  )
+  watch = batches_lib.Watch(lambda done, _: progress.update(round(done, 1), {}))
+  model = centres.Model(gemma, lm_params, None, watch)
+  batches = batches_lib.Batches(text, None)
+  cards = {name: comparison.card(name) for name in params_of}
+  wirings = {name: sites.wiring_of(card) for name, card in cards.items()}
+  references = centres.measure(model, wirings, cards, batches)
+  queue = []
+  loads = released.on_demand(list(params_of.values()), None)
+  for name, load in zip(params_of, loads, strict=True):
+    rule, spares = references.rule_of[name]
+    queue.append(
+      replacements.Replacement(
+        wirings[name], name, load, rule=rule, spares=spares
+      )
+    )
+  replacements.measure(model, batches, references, queue)
+  progress.close()
+  found = {}
+  for each in queue:
+    found[each.name] = facts_of[each.name] | estimates.fidelity(each.tally)
+    cells = [
+      '{value:.4g} [{low:.4g}, {high:.4g}]'.format(**found[each.name][key])
+      for key in ('l0', 'fvu_inliers', 'delta_loss', 'kl')
+    ]
+    print(f'| {each.name} | {" | ".join(cells)} |')
+  print(f'{batches.clusters} {batches.clustered_by}, {len(index)} sequences')
+  (folder / 'losses.json').write_text(json.dumps(found, indent=1) + '\n')
+
+
+def main() -> None:
+  stages = ['rows', 'ours', 'score', 'losses']
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--stage', choices=stages, required=True)
+  parser.add_argument('--out', default='runs/comparison')
+  parser.add_argument('--site', default='resid_post/9')
+  parser.add_argument('--source', default='prose', help='text, as text.source')
+  parser.add_argument('--sequences', type=int, default=32, help='of losses')
+  parser.add_argument('--trainers', default='', help='of losses; empty: all')
+  given = parser.parse_args()
+  comparison = Comparison(given.out, given.site, given.source)
+  if given.stage == 'losses':
+    losses(comparison, given.sequences, given.trainers)
+  else:
+    {'rows': make_rows, 'ours': train_ours, 'score': score}[given.stage](
+      comparison
+    )
+
 
 if __name__ == '__main__':
-  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--stage', choices=['rows', 'ours', 'peer', 'score'])
-  parser.add_argument('--out', default='runs/comparison')
-  parser.add_argument('--source', default='prose', help='text, as text.source')
-  given = parser.parse_args()
-  OUT = given.out
-  folder = pathlib.Path(given.out)
-  folder.mkdir(parents=True, exist_ok=True)
-  if given.stage == 'rows':
-    make_rows(folder, given.source)
-  else:
-    {'ours': train_ours, 'peer': make_peers, 'score': score}[given.stage](
-      folder
-    )
+  main()

@@ -19,6 +19,7 @@ Reading order; a folder or module imports only from those above it:
   evaluation      L0, FVU, delta loss and the SAEBench metrics, with controls
   training        many SAEs trained from one pass of the model
   pipeline        train -> evaluate -> release
+  scaling         errors of narrow SAEs -> predictions of wide ones, results
   performance     benchmarks, and programs compiled for absent TPU pods
   microscope      features found, read, changed and checked
 

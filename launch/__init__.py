@@ -21,6 +21,7 @@ COMMANDS = {
   'synthetic': 'Write synthetic activations whose true features are known.',
   'prepare-text': 'Tokenise a text into a token store.',
   'prepare-rollouts': "Write a chat model's answers into a token store.",
+  'scaling': 'Predict the error of wide SAEs from narrow ones, and compare.',
   'benchmark': 'Measure the speed of training steps and harvests here.',
   'compile-check': 'Compile for a TPU pod without one; memory per device.',
 }

@@ -5,6 +5,7 @@ Reading order; a module imports only from those above it:
   estimates     values of tokens -> figures with intervals over documents
   batches       held-out text, what counts in it, and whose it is
   ridge         least squares on sparse latents
+  scaling_law   error against width, L0 and tokens, and its predictions
   controls      untrained dictionaries of the same type and L0
   passes        compiled steps: reconstructions, losses, KL
   centres       means, outlier rules and largest dimensions of a text

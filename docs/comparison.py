@@ -33,7 +33,7 @@ import time
 
 import numpy as np
 
-WIDTH, TARGETS, SEEDS, STEPS, BATCH = 4096, (16, 32, 64), (0, 1), 450, 256
+WIDTH, TARGETS, SEEDS, STEPS, BATCH = 4096, (32,), (0, 1), 450, 256
 CHUNKS, TRAIN, VALIDATION, TEST = 5, 900, 64, 128  # batches but the first
 OURS = {
   'recipe': {},

@@ -8,5 +8,6 @@ Reading order; a folder or module imports only from those above it:
   autointerp  labels by rule or by a language model, with scores
   dashboard   static pages and the live view
   session     the SAEs, indexes and labels that a command works on
+  notebook    features, tokens and curves displayed in a notebook
   commands    one function for each subcommand
 """

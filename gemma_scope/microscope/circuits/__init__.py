@@ -10,6 +10,7 @@ Reading order; a module imports only from those above it:
   attribution        attributes a logit to latents, next to exact effects
   replacement_model  linear model of one text, with transcoders for MLPs
   attribution_graph  the paths that lead to a logit
+  prompt_sets        many prompts under one edit: logits, losses, attributions
   packed_edits       many edits of single tokens in one partial pass
   card_statistics    p-values, false discovery rate and verdicts of cards
   card_plan          the edits of a causal card, and their controls

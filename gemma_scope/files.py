@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import hashlib
 import itertools
 import json
@@ -67,6 +68,10 @@ def refuse_address(path: PathLike, name: str, hint: str = '') -> None:
       f'{name} must be a path on this machine; found the address '
       f'{show(path)}{hint and f": {hint}"}.'
     )
+
+
+class NotWritten(OSError):
+  """A file or folder that could not be written; the text is one sentence."""
 
 
 def show(name: object) -> str:
@@ -131,6 +136,27 @@ def shortened_path(path: str) -> str:
   return f'{name} (path sha256 {digest[:8]})'
 
 
+def check_room(path: PathLike, needed: int, what: str) -> None:
+  """Refuses to begin to write what the disk has no room for.
+
+  Args:
+    path: where it will be; need not exist.
+    needed: bytes.
+    what: the subject of the sentence.
+
+  Raises:
+    NotWritten: fewer bytes are free.
+  """
+  path = pathlib.Path(os.path.abspath(path))
+  above = next(p for p in (path, *path.parents) if p.exists())
+  free = shutil.disk_usage(above).free
+  if needed > free:
+    raise NotWritten(
+      f'{what} needs {needed:,} bytes in {show(path)}, and {free:,} are free: '
+      'make room or choose another folder.'
+    )
+
+
 @contextlib.contextmanager
 def whole_file(path: PathLike) -> Iterator[BinaryIO]:
   """A binary file that appears under `path` when the block ends without error.
@@ -139,13 +165,13 @@ def whole_file(path: PathLike) -> Iterator[BinaryIO]:
   """
   refuse_address(path, 'A file to write')
   path = pathlib.Path(path)
-  with _draft(path) as draft:
+  with _naming(path), _draft(path) as draft:
     with open(draft, 'xb') as file:
       yield file
       file.flush()
       os.fsync(file.fileno())
     os.replace(draft, path)
-  _sync(path.parent)
+    _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -164,29 +190,67 @@ def whole_folder(
   """
   refuse_address(path, 'A folder to write')
   path = pathlib.Path(os.path.realpath(path))
-  path.parent.mkdir(parents=True, exist_ok=True)
   aside = path.with_name(f'.{path.name}.replaced')
-  if replace and aside.exists() and not path.exists():
-    os.rename(aside, path)  # the last writer stopped between two renames
-  with _draft(path) as draft:
-    os.mkdir(draft)
-    yield draft
-    for folder, _, names in os.walk(draft):
-      for name in names:
-        _sync(os.path.join(folder, name))
-      _sync(folder)
-    if replace and path.exists():
-      _remove(aside)
-      os.rename(path, aside)
-    try:
-      os.rename(draft, path)
-    except OSError as error:
-      if path.exists():
-        raise FileExistsError(f'{show(path)} is not empty') from error
-      raise
-  _sync(path.parent)
+  with _naming(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if replace and aside.exists() and not path.exists():
+      os.rename(aside, path)  # the last writer stopped between two renames
+    with _draft(path) as draft:
+      os.mkdir(draft)
+      yield draft
+      for folder, _, names in os.walk(draft):
+        for name in names:
+          _sync(os.path.join(folder, name))
+        _sync(folder)
+      if replace and path.exists():
+        _remove(aside)
+        os.rename(path, aside)
+      try:
+        os.rename(draft, path)
+      except OSError as error:
+        if path.exists():
+          raise FileExistsError(f'{show(path)} is not empty') from error
+        if aside.exists():
+          os.rename(aside, path)
+        raise
+    _sync(path.parent)
   if replace:
     _remove(aside)
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+  """Turns an error of the system into a sentence that names the target."""
+  try:
+    yield
+  except (NotWritten, FileExistsError):
+    raise
+  except OSError as error:
+    if not _is_of_writing(error, path):
+      raise
+    why = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      with contextlib.suppress(OSError):
+        above = next(p for p in path.parents if p.exists())
+        why += f', {shutil.disk_usage(above).free:,} bytes are free'
+    sentence = NotWritten(
+      f'{show(path)} could not be written ({why}); what was there before is '
+      'as it was.'
+    )
+    sentence.errno = error.errno
+    raise sentence from error
+
+
+def _is_of_writing(error: OSError, path: pathlib.Path) -> bool:
+  """Whether it concerns the target, and not what its writer reads."""
+  if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+    return True
+  if error.filename is None:  # of an open file
+    return error.errno in (errno.EIO, errno.ESTALE)
+  name = os.path.abspath(error.filename)
+  target = os.path.abspath(path)
+  draft = os.path.join(os.path.dirname(target), f'.{path.name}.')
+  return name in (target, os.path.dirname(target)) or name.startswith(draft)
 
 
 def write_bytes(path: PathLike, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import signal
@@ -152,3 +153,38 @@ def test_an_address_is_never_a_local_folder(address, tmp_path, monkeypatch):
 def test_a_path_of_this_machine_is_no_address(tmp_path):
   for path in (tmp_path, 'runs/tiny', './a:b', 'C', 'a b:', '~/run', 'a/b:/c'):
     assert files.scheme(path) == ''
+
+
+def test_a_disk_without_room_is_refused_before_the_work(tmp_path):
+  files.check_room(tmp_path / 'a' / 'b', 10, 'It')
+  with pytest.raises(files.NotWritten) as error:
+    files.check_room(tmp_path / 'a' / 'b', 1 << 60, 'The store')
+  assert str(error.value).startswith(
+    'The store needs 1,152,921,504,606,846,976'
+  )
+  assert 'are free: make room' in str(error.value)
+  assert not (tmp_path / 'a').exists()
+
+
+def test_a_failed_write_names_its_target_and_a_failed_read_its_source(
+  tmp_path, monkeypatch
+):
+  path = tmp_path / 'x.json'
+  files.write_text(path, 'old')
+
+  def full(descriptor):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, 'fsync', full)
+    with pytest.raises(files.NotWritten) as error:
+      files.write_text(path, 'new')
+  assert error.value.errno == errno.ENOSPC
+  assert str(error.value).startswith(f"'{path}' could not be written (No space")
+  assert path.read_text() == 'old' and len(list(tmp_path.iterdir())) == 1
+  with pytest.raises(FileNotFoundError, match='texts'):
+    with files.whole_folder(tmp_path / 'out'):
+      open(tmp_path / 'texts')
+  with pytest.raises(ConnectionResetError):
+    with files.whole_file(tmp_path / 'out'):
+      raise ConnectionResetError(104, 'Connection reset by peer')

@@ -12,7 +12,6 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import time
 
 import jax
@@ -24,6 +23,7 @@ from gemma_scope.runtime import cluster
 from gemma_scope.runtime import interrupt as interrupt_lib
 from gemma_scope.runtime import lease as lease_lib
 from gemma_scope.training import loop
+from tests.helpers import cluster as cluster_helper
 from tests.helpers import processes
 from tests.helpers import runs as run_helpers
 
@@ -49,55 +49,7 @@ def small(folder: pathlib.Path):
   )
 
 
-class Cluster:
-  """So many processes of one cluster, on a free port of this machine."""
-
-  def __init__(self, folder: pathlib.Path, count: int, run, *arguments):
-    with socket.socket() as free:
-      free.bind(('localhost', 0))
-      port = free.getsockname()[1]
-    environment = processes.one_device() | {
-      'COORDINATOR_ADDRESS': f'localhost:{port}',
-      'NUM_PROCESSES': str(count),
-      'GEMMA_SCOPE_PEER_SECONDS': str(LIMIT_S),
-      'GEMMA_SCOPE_JOIN_SECONDS': '60',
-    }
-    self.logs = [folder / f'{port}.{i}.log' for i in range(count)]
-    self.processes = [
-      processes.fork(log, environment | {'PROCESS_ID': str(i)}, run, *arguments)
-      for i, log in enumerate(self.logs)
-    ]
-
-  def __enter__(self) -> Cluster:
-    return self
-
-  def __exit__(self, *error):
-    for process in self.processes:
-      process.kill()
-      process.join()
-
-  def send(self, number: signal.Signals, to: int) -> None:
-    os.kill(self.processes[to].pid, number)
-
-  def wait_for(self, holds, timeout=120) -> None:
-    deadline = time.monotonic() + timeout
-    while not holds():
-      assert all(p.is_alive() for p in self.processes), self.outputs()
-      assert time.monotonic() < deadline, 'too slow'
-      time.sleep(0.02)
-
-  def outputs(self) -> list[str]:
-    return [log.read_text() if log.exists() else '' for log in self.logs]
-
-  def codes(self, of, timeout=120) -> list[int]:
-    """Exit codes; negative after a signal."""
-    for i in of:
-      self.processes[i].join(timeout)
-    return [self.processes[i].exitcode for i in of]
-
-  def name(self, index: int) -> str:
-    pid = self.processes[index].pid
-    return f'Process {index} (host {socket.gethostname()}, pid {pid})'
+Cluster = functools.partial(cluster_helper.Cluster, silence_s=LIMIT_S)
 
 
 def alone(config, workdir: pathlib.Path, lines: list[str]):
@@ -171,7 +123,7 @@ def small_talk(folder: pathlib.Path, end: str) -> None:
     print('over')
 
 
-def talk(folder: pathlib.Path, end: str) -> Cluster:
+def talk(folder: pathlib.Path, end: str) -> cluster_helper.Cluster:
   return Cluster(folder, 2, small_talk, folder, end)
 
 

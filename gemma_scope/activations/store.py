@@ -72,6 +72,10 @@ def write_store(
     'facts': facts,
   }
   manifest = _read_manifest(folder) or {**header, 'chunks': {}}
+  missing = max(0, chunks - len(manifest['chunks']))
+  files.check_room(
+    folder, missing * _bytes(source), f'A store of {chunks} chunks'
+  )
   for key in header:
     if manifest[key] != header[key]:
       raise ValueError(
@@ -116,13 +120,44 @@ def _to_disk(x: np.ndarray) -> np.ndarray:
   return x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
 
 
+def _bytes(source: harvest.ModelSource) -> int:
+  """The size of a chunk on disk."""
+  item = 2 if source.layout.dtype == 'bfloat16' else 4
+  row = 1 + item * sum(source.widths[site] for site in source.sites)
+  return source.layout.rows * row
+
+
+_KEYS = ('chunks', 'facts', 'format', 'layout', 'sites')
+_SEAL = 'manifest_sha256'  # version 0.3.0 wrote none
+
+
 def _read_manifest(folder: pathlib.Path) -> dict | None:
+  """The manifest without its seal; None where there is no store.
+
+  Raises:
+    ValueError: it is damaged.
+  """
   path = folder / 'manifest.json'
-  return json.loads(path.read_text()) if path.exists() else None
+  if not path.exists():
+    return None
+  try:
+    manifest = json.loads(path.read_text(encoding='utf-8'))
+    seal = manifest.pop(_SEAL, None)
+    if sorted(manifest) != list(_KEYS):
+      raise ValueError('it does not have the keys of a store of activations')
+    if seal not in (None, files.json_sha256(manifest)):
+      raise ValueError('it does not have its own hash')
+  except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    raise ValueError(
+      f'{str(path)!r} is damaged or not the manifest of an activation store '
+      f'({str(error)[:200]}); delete the folder and write it again.'
+    ) from None
+  return manifest
 
 
 def _write_manifest(folder: pathlib.Path, manifest: dict) -> None:
-  files.write_json(folder / 'manifest.json', manifest, indent=1)
+  sealed = manifest | {_SEAL: files.json_sha256(manifest)}
+  files.write_json(folder / 'manifest.json', sealed, indent=1)
 
 
 def facts(folder: str | os.PathLike[str]) -> dict:
@@ -192,9 +227,8 @@ class StoreSource:
   @functools.cached_property
   def widths(self) -> dict[sites.Site, int]:
     """D of each site."""
-    folder = self._folder / 'chunk_000000'
     return {
-      site: np.load(folder / _file(site), mmap_mode='r').shape[-1]
+      site: self._mapped('chunk_000000', _file(site)).shape[-1]
       for site in self.sites
     }
 
@@ -216,15 +250,36 @@ class StoreSource:
     name = f'chunk_{chunk % self.chunks:06d}'
     file = ('counts.npy', *map(_file, self.sites))[part]
     expected = self._manifest['chunks'][name][file]
-    try:
-      array = np.load(self._folder / name / file, mmap_mode='r')
-      checksum = zlib.crc32(array.reshape(-1).view(np.uint8))
-      why = f'checksum {checksum}, expected {expected}'
-    except (OSError, ValueError) as error:
-      checksum, why = None, str(error)
+    array = self._mapped(name, file)
+    checksum = zlib.crc32(array.reshape(-1).view(np.uint8))
     if checksum != expected:
-      raise ValueError(
-        f'{str(self._folder / name / file)!r} is damaged ({why}); delete '
-        f'the folder {name} and run the command that wrote it again.'
-      )
+      raise self._damaged(name, file, f'checksum {checksum}, expected {expected}')
     return array
+
+  def _mapped(self, chunk: str, file: str) -> np.ndarray:
+    """A file of a chunk, memory-mapped: dtype, shape and order are checked."""
+    if file == 'counts.npy':
+      dtype, dims = np.dtype(bool), 1
+    else:
+      bits = self.layout.dtype == 'bfloat16'
+      dtype, dims = np.dtype(np.uint16 if bits else np.float32), 2
+    try:
+      array = np.load(self._folder / chunk / file, mmap_mode='r')
+    except Exception as error:  # numpy has many kinds
+      raise self._damaged(chunk, file, str(error)[:200]) from None
+    if (
+      array.dtype != dtype
+      or not array.flags.c_contiguous
+      or array.ndim != dims
+      or len(array) != self.layout.rows
+    ):
+      why = f'{array.dtype.str} {array.shape}, expected {dtype.str} with '
+      why += f'{self.layout.rows:,} rows'
+      raise self._damaged(chunk, file, why)
+    return array
+
+  def _damaged(self, chunk: str, file: str, why: str) -> ValueError:
+    return ValueError(
+      f'{str(self._folder / chunk / file)!r} is damaged ({why}); delete the '
+      f'folder {chunk} and run the command that wrote it again.'
+    )

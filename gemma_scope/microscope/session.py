@@ -41,6 +41,7 @@ from gemma_scope.microscope.circuits import (
 )
 from gemma_scope.microscope.dashboard import pages
 from gemma_scope.microscope.index import build as build_lib
+from gemma_scope.microscope.index import statistics
 from gemma_scope.microscope.index import store as store_lib
 from gemma_scope.microscope.index.store import Index, Indexed
 from gemma_scope.release.formats import published
@@ -49,6 +50,7 @@ from gemma_scope.text import prepare, tokenizers
 from gemma_scope.training import setup
 
 _MEMBERS = 'members.json'
+_FEATURE_BYTES = 1 << 14  # of a feature, in the index and its pages
 
 
 class Firing(NamedTuple):
@@ -285,6 +287,10 @@ class Session:
     if first.exists() and built and about.items() <= built.items():
       self.report(f'{self.out} is already built')
       return first
+    # The statistics of the first pass, the indexes and the pages.
+    latents = sum(one.card['width'] for one in self.saes)
+    needed = statistics.memory(latents) + latents * _FEATURE_BYTES
+    files.check_room(self.out, needed, f'The index of {latents:,} features')
     self.out.mkdir(parents=True, exist_ok=True)
     doing = ['compiling']
     with progress_lib.Progress(

@@ -97,6 +97,8 @@ def save(
     return False
   except files.Refused as error:
     raise ReleaseError(str(error)) from None
+  except files.NotWritten as error:
+    raise ReleaseError(str(error)) from error
   except OSError as error:
     raise ReleaseError(
       f'The release {files.show(target)} could not be written: {error}.'

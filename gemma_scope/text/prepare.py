@@ -135,6 +135,10 @@ def prepare(
   if revision is not None:
     inputs['revision'] = revision
   documents = sources.documents(source, column=column, revision=revision)
+  if limit_tokens is not None:
+    size = np.dtype(sequences_lib.dtype_of(tokenizer.vocab_size)).itemsize
+    what = f'A store of {limit_tokens:,} tokens'
+    files.check_room(folder, limit_tokens * size, what)
   try:
     with files.whole_folder(folder) as draft:
       written = _write(draft, documents, tokenizer, limit_tokens, progress)

@@ -173,9 +173,12 @@ def prepare_rollouts(
     shutil.rmtree(folder / _PARTS, ignore_errors=True)
     return store
   splits = _splits([prompts[i] for i in kept], settings.heldout)
-  _begin(folder, inputs)
   dtype = sequences.dtype_of(tokenizer.vocab_size)
   shape = np.dtype((dtype, settings.seq_len - 1))
+  # The parts, and the files that they are joined to.
+  needed = 2 * len(splits) * shape.itemsize
+  files.check_room(folder, needed, f'A store of {len(splits):,} conversations')
+  _begin(folder, inputs)
   starts = range(0, len(kept), settings.batch)
   sizes = [min(settings.batch, len(kept) - start) for start in starts]
   lacking = [

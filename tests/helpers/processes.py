@@ -13,6 +13,7 @@ import runpy
 import signal
 import sys
 import time
+from collections.abc import Sequence
 
 import gemma_scope
 
@@ -80,3 +81,17 @@ def _redirected(log, environment, run, *arguments):
   os.dup2(file, 2)
   sys.stdout = sys.stderr = open(file, 'w', buffering=1)
   run(*arguments)
+
+
+def command(words: Sequence[str]) -> None:
+  """A command of gemma-scope, such as ['train', '--config=tiny', ...]."""
+  import launch
+
+  sys.argv = ['gemma-scope', *words]
+  os.chdir(ROOT)
+  launch.main(words)
+
+
+def start(log: pathlib.Path, run, *arguments, **environment: str):
+  """`fork`, on one device."""
+  return fork(log, one_device() | environment, run, *arguments)

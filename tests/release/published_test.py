@@ -11,7 +11,13 @@ from safetensors.numpy import load_file, save_file
 
 from gemma_scope import release
 from gemma_scope.release import npz
-from gemma_scope.release.formats import export, published, saelens, tensors
+from gemma_scope.release.formats import (
+  export,
+  gemma_scope_2,
+  published,
+  saelens,
+  tensors,
+)
 from tests.helpers import peer_formats, releases
 
 FIXTURES = pathlib.Path(__file__).parent / 'format_fixtures'
@@ -202,6 +208,38 @@ def test_a_field_of_a_trainer_is_used_or_refused(change, words, tmp_path):
   folder = config_of(tmp_path, name, lambda c: c['trainer'].update(change))
   with pytest.raises(release.ReleaseError, match=words):
     published.open_sae(folder)
+
+
+@pytest.mark.parametrize(
+  'change, words',
+  [
+    ({'twist': 1}, "the field 'twist', which Gemma Scope 2"),
+    ({'width': 31}, "width = '31'"),
+    ({'width': '16k'}, "width = '16k'"),
+    ({'affine_connection': True}, "affine_connection = 'True'"),
+    ({'affine_connection': 'no'}, "affine_connection = 'no'"),
+    ({'l0': 'medium'}, "l0 = 'medium'"),
+    ({'architecture': 'topk'}, "'topk'"),
+    ({'type': 'sae_2'}, "'sae_2'"),
+    ({'model_name': 'llama'}, 'no Gemma'),
+    ({'hf_hook_point_out': 'model.embed'}, "'model.embed'"),
+  ],
+)
+def test_a_field_of_gemma_scope_2_is_used_or_refused(change, words, tmp_path):
+  params, card = peer_formats.make_member('jumprelu')
+  folder = tmp_path / 'sae'
+  gemma_scope_2.write(folder, params, card | {'model': 'gemma3-1b'}, 20.0)
+  assert published.open_sae(str(folder)).card['sparsity']['value'] == 20.0
+  config = json.loads((folder / 'config.json').read_text())
+  for field in ('width', 'affine_connection', 'l0'):  # may be left out
+    tensors.write_json(
+      folder / 'config.json', {k: v for k, v in config.items() if k != field}
+    )
+    published.open_sae(str(folder))
+  tensors.write_json(folder / 'config.json', config | change)
+  with pytest.raises(release.ReleaseError, match=words) as refusal:
+    published.open_sae(str(folder))
+  assert str(refusal.value).endswith('.') and '\n' not in str(refusal.value)
 
 
 def test_an_early_topk_has_its_k_in_the_config_alone(tmp_path):

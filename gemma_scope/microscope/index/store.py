@@ -12,6 +12,7 @@ memory, so that many of them can be open at once.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -28,6 +29,7 @@ from gemma_scope.release import sae_folder
 VERSION = 3  # 2: windows hold the values themselves, no outliers
 _META, _ARRAYS = 'index.json', 'arrays.safetensors'
 _MOST_META = 1 << 22
+_SEAL = 'meta_sha256'  # version 2 has none
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,11 +169,13 @@ def write(folder: str | os.PathLike[str], index: Index) -> None:
     if getattr(index, name) is not None
   }
   with files.whole_folder(folder, replace=True) as draft:
-    save_file(arrays, draft / _ARRAYS)
-    digest = files.sha256(draft / _ARRAYS)
-    files.write_json(
-      draft / _META, {**index.meta, 'arrays_sha256': digest}, indent=1
-    )
+    try:
+      save_file(arrays, draft / _ARRAYS)
+    except SafetensorError as error:
+      raise OSError(errno.EIO, str(error)) from error
+    meta = {**index.meta, 'arrays_sha256': files.sha256(draft / _ARRAYS)}
+    sealed = meta | {_SEAL: files.json_sha256(meta)}
+    files.write_json(draft / _META, sealed, indent=1)
 
 
 def read(folder: str | os.PathLike[str]) -> Index:
@@ -186,6 +190,9 @@ def read(folder: str | os.PathLike[str]) -> Index:
       meta = json.loads(file.read())
     if meta.get('version') not in (2, VERSION):
       raise ValueError(f'it is of version {meta.get("version")}')
+    seal = meta.pop(_SEAL, None)
+    if seal != files.json_sha256(meta) and (seal or meta['version'] > 2):
+      raise ValueError(f'{_META} does not have its own hash')
     digest = files.sha256(folder / _ARRAYS)
     if digest != meta['arrays_sha256']:
       raise ValueError('its arrays are not those it was written with')

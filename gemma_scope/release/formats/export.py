@@ -65,6 +65,8 @@ def write(
       )
     check_free(target, overwrite)
     paths = _paths(saes, layout)
+    needed = sum(sae.nbytes for sae in saes) + (len(saes) << 14)
+    files.check_room(target, needed, 'The export')
     with files.whole_folder(target, replace=True) as draft:
       for path, sae in zip(paths, saes, strict=True):
         _write_one(draft / path, sae, layout)

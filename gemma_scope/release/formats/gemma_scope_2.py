@@ -39,6 +39,10 @@ _TENSORS = {
   'required': [_KEYS[key] for key in sae_folder.KEYS],
   'optional': [_KEYS['W_skip']],
 }
+_FIELDS = frozenset(
+  """affine_connection architecture hf_hook_point_in hf_hook_point_out l0
+  model_name type width""".split()
+)
 _LAYERS = re.compile(r'params_layer_(\d{1,3})\.safetensors')
 
 
@@ -75,7 +79,27 @@ def read(
   }
   with tensors.naming(parts[0]):
     card |= sae_folder.sizes_of(ours)
+    _check_sizes(config, card, len(parts) if several else 1)
   return card, functools.partial(_params, parts, several)
+
+
+def _check_sizes(config: Mapping[str, Any], card, layers: int) -> None:
+  """Holds the config's width and affine skip to the parameters."""
+  width, latents = config.get('width', card['width']), card['width']
+  # Of several layers together or of each, and then a round number.
+  near = [latents, latents // layers] if layers > 1 else []
+  if type(width) is not int or not (
+    width == latents or any(abs(width - n) <= n // 50 for n in near)
+  ):
+    raise files.Refused(
+      f'has {latents} latents, and config.json says width = {files.show(width)}'
+    )
+  affine = config.get('affine_connection')
+  if affine not in (None, card.get('affine', False)):
+    raise files.Refused(
+      f'has {"an" if "affine" in card else "no"} affine skip, and config.json '
+      f'says affine_connection = {files.show(affine)}'
+    )
 
 
 def _params(parts: Sequence[pathlib.Path], several: bool) -> sae_folder.Params:
@@ -94,6 +118,7 @@ def _params(parts: Sequence[pathlib.Path], several: bool) -> sae_folder.Params:
 
 
 def _card(config: Mapping[str, Any], path: str, count: int) -> dict[str, Any]:
+  tensors.check_fields(config, _FIELDS, 'Gemma Scope 2')
   kind = config.get('type')
   if config.get('architecture') != 'jump_relu' or kind not in sites.TYPES:
     raise files.Refused(
@@ -112,7 +137,9 @@ def _card(config: Mapping[str, Any], path: str, count: int) -> dict[str, Any]:
     'architecture': 'jumprelu',
   }
   l0 = config.get('l0')
-  if isinstance(l0, int | float) and not isinstance(l0, bool):
+  if isinstance(l0, bool) or not isinstance(l0, int | float | None):
+    raise files.Refused(f'has l0 = {files.show(l0)}; expected a number')
+  if l0 is not None:
     card['sparsity'] = {'kind': 'target_l0', 'value': l0}
   return card
 

@@ -1,0 +1,25 @@
+"""All faults, by name."""
+
+from __future__ import annotations
+
+from tests.faults import (
+  damage,
+  disk,
+  environment,
+  hostile,
+  kills,
+  several,
+  soak,
+)
+from tests.faults.registry import FAULTS
+
+__all__ = [
+  'FAULTS',
+  'damage',
+  'disk',
+  'environment',
+  'hostile',
+  'kills',
+  'several',
+  'soak',
+]

@@ -1,0 +1,66 @@
+"""A few trials of every fault that is quick; launch/faults.py runs them all."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from launch import faults
+from tests.faults.catalogue import FAULTS
+from tests.faults.registry import Fault, Trial, attempt
+
+QUICK = [name for name, fault in FAULTS.items() if fault.quick]
+
+
+@pytest.mark.parametrize('name', QUICK)
+def test_a_fault_ends_as_it_must(name, tmp_path):
+  fault = FAULTS[name]
+  found = fault.run(tmp_path / 'fault', fault.quick)
+  assert not found['wrong'] and not found['broken'], found.get('bad')
+  assert 'bad' not in found, found['bad']
+  # One flip may hit a copy that nobody reads: not all of many.
+  assert found['tried'] >= min(fault.quick, 8)
+  if name.startswith(('flip', 'cut')):
+    assert found['refused'] > 0
+
+
+def test_what_must_not_happen_is_counted_and_shown(tmp_path):
+  ends = iter(
+    [Trial('survived', 'a', seconds=1.0), Trial('wrong', 'b', 'accepted')]
+  )
+  fault = Fault('x', 'x', lambda folder, times: ends, 2, 1)
+  found = fault.run(tmp_path / 'x', 2)
+  assert (found['tried'], found['survived'], found['wrong']) == (2, 1, 1)
+  assert found['bad'] == ['b: wrong: accepted']
+  assert found['delay_s']['longest'] == 1.0
+  json.dumps(found)
+
+
+@pytest.mark.parametrize(
+  'error, outcome',
+  [
+    (ValueError('The file x.json is damaged; write it again.'), 'refused'),
+    (OSError(5, 'Input/output error'), 'broken'),
+    (KeyError('name'), 'broken'),
+    (RuntimeError('no'), 'broken'),
+  ],
+)
+def test_only_a_sentence_is_a_refusal(error, outcome):
+  def use():
+    raise error
+
+  assert attempt(use, lambda value: True).outcome == outcome
+  assert attempt(lambda: 3, lambda value: value == 3).outcome == 'survived'
+  assert attempt(lambda: 4, lambda value: value == 3).outcome == 'wrong'
+
+
+def test_the_command_lists_runs_and_refuses(capsys):
+  faults.main(['--list'])
+  listed = capsys.readouterr().out
+  assert all(name in listed for name in FAULTS)
+  faults.main(['--only=cut-index', '--times=3'])
+  (line,) = capsys.readouterr().out.splitlines()
+  assert json.loads(line)['tried'] == 3
+  with pytest.raises(SystemExit, match='No fault begins with kil9'):
+    faults.main(['--only=kil9'])

@@ -31,7 +31,7 @@ def tiny_run(folder: pathlib.Path, **changes):
       'collection.layers': (0,),
       'collection.sites': ('resid_post',),
       'collection.sparsity': (4.0, 8.0),
-      'train.steps': 300,
+      'train.steps': 80,
       'evaluation.sequences': 0,
       **changes,
     },

@@ -97,7 +97,7 @@ def write_store(
     checksums = {}
     with files.whole_folder(folder / name, replace=True) as draft:
       for file, array in arrays.items():
-        np.save(draft / file, array)
+        _save(draft / file, array)
         checksums[file] = zlib.crc32(array.reshape(-1).view(np.uint8))
     manifest['chunks'][name] = checksums
     _write_manifest(folder, manifest)
@@ -118,6 +118,15 @@ def _difference(key: str, stored, wanted) -> str:
 def _to_disk(x: np.ndarray) -> np.ndarray:
   """Views bfloat16 as uint16, because .npy has no bfloat16."""
   return x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
+
+
+def _save(path: pathlib.Path, array: np.ndarray) -> None:
+  """`np.save`, which does not notice a disk that fills up at the very end."""
+  array = np.ascontiguousarray(array)
+  with open(path, 'xb') as file:
+    header = np.lib.format.header_data_from_array_1_0(array)
+    np.lib.format.write_array_header_1_0(file, header)
+    file.write(array.data)
 
 
 def _bytes(source: harvest.ModelSource) -> int:

@@ -241,7 +241,8 @@ def test_another_store_in_the_folder_is_refused(tmp_path, made):
 def test_a_damaged_store_is_refused_by_name(tmp_path, made):
   write(tmp_path, made[0], 1)
   path = tmp_path / 'chunk_000000' / 'resid_post.1.npy'
-  data = bytearray(path.read_bytes())
+  good = path.read_bytes()
+  data = bytearray(good)
   data[-5] ^= 1
   path.write_bytes(data)
   stored = store.StoreSource(tmp_path, AT, 16)
@@ -250,6 +251,22 @@ def test_a_damaged_store_is_refused_by_name(tmp_path, made):
   path.write_bytes(data[:100])
   with pytest.raises(ValueError, match='damaged'):
     harvest.rows(stored, 0)
+  # Its header says another order of bytes; then its manifest another number.
+  data = good.replace(b"'<f4'", b"'>f4'")
+  assert data != good
+  path.write_bytes(data)
+  with pytest.raises(ValueError, match=r'damaged \(>f4 .*expected <f4'):
+    harvest.rows(store.StoreSource(tmp_path, AT, 16), 0)
+  path.write_bytes(good)
+  harvest.rows(store.StoreSource(tmp_path, AT, 16), 0)
+  manifest = tmp_path / 'manifest.json'
+  text = manifest.read_text()
+  manifest.write_text(text.replace('"share": 1.0', '"share": 1.5'))
+  with pytest.raises(ValueError, match='manifest.json.* its own hash'):
+    store.StoreSource(tmp_path, AT, 16)
+  unsealed = json.loads(text)  # as version 0.3.0 wrote it
+  del unsealed['manifest_sha256']
+  manifest.write_text(json.dumps(unsealed))
   with pytest.raises(ValueError, match='no rows of mlp_out/0'):
     store.StoreSource(tmp_path, [sites.Site(0, 'mlp_out')], 16)
   with pytest.raises(ValueError, match='No activation store'):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import pathlib
 import random
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -114,14 +116,19 @@ def _right_release(found) -> bool:
 # A token store of a few documents.
 
 
-def _make_tokens(folder: pathlib.Path) -> None:
-  text = folder.parent / f'{folder.name}.texts'
-  text.mkdir()
+@functools.cache
+def _texts() -> pathlib.Path:
+  """A folder of texts, written once; removed at the end of the process."""
+  folder = pathlib.Path(tempfile.mkdtemp())
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
   for i in range(40):
     words = [f'word{(i * j) % 17} is {j}' for j in range(30)]
-    (text / f'{i}.txt').write_text(' '.join(words))
-  tokenizer = _tokenizer()
-  prepare.prepare(f'files:{text}/*.txt', tokenizer, folder)
+    (folder / f'{i}.txt').write_text(' '.join(words))
+  return folder
+
+
+def _make_tokens(folder: pathlib.Path) -> None:
+  prepare.prepare(f'files:{_texts()}/*.txt', _tokenizer(), folder)
 
 
 @functools.cache

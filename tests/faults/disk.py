@@ -89,20 +89,21 @@ def written(
   try:
     if first.outcome == 'refused':
       target.mkdir(exist_ok=True)
-      shutil.rmtree(folder / 'target.texts', ignore_errors=True)
       kept.make(target)
     second = attempt(lambda: kept.use(target), kept.right, where)
   except Exception as error:
     second = Trial('broken', where, f'the second try: {error!r}')
   shutil.rmtree(target)
-  shutil.rmtree(folder / 'target.texts', ignore_errors=True)
   return first if second.outcome == 'survived' else second
 
 
 def _register(what: str, kept: damage.Kept) -> None:
   def fails(folder: pathlib.Path, times: int) -> Iterator[Trial]:
+    (folder / 'count').mkdir()
+    kept.make(folder / 'count')  # what is made once
+    shutil.rmtree(folder / 'count')
+    (folder / 'count').mkdir()
     with failing(10**9, errno.EIO) as calls:
-      (folder / 'count').mkdir()
       kept.make(folder / 'count')
     dice = random.Random(what)
     for _ in range(times):
@@ -226,6 +227,7 @@ def largest_file(num_bytes: int):
 def short_write(folder: pathlib.Path, times: int) -> Iterator[Trial]:
   dice = random.Random(0)
   names = [name for name in damage.KEPT if name != 'checkpoint']
+  damage._texts()
   for number in range(times):
     name = names[number % len(names)]
     place = folder / f'{number}'

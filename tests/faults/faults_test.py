@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
+from gemma_scope import release
+from gemma_scope.release.formats import export
+from gemma_scope.text import prepare
 from launch import faults
+from tests.faults import damage
 from tests.faults.catalogue import FAULTS
 from tests.faults.registry import Fault, Trial, attempt
 
@@ -64,3 +69,28 @@ def test_the_command_lists_runs_and_refuses(capsys):
   assert json.loads(line)['tried'] == 3
   with pytest.raises(SystemExit, match='No fault begins with kil9'):
     faults.main(['--only=kil9'])
+
+
+@pytest.mark.parametrize('what', ['release', 'activations', 'tokens', 'export'])
+def test_a_writer_asks_for_room_before_it_works(what, tmp_path, monkeypatch):
+  """Nothing is written where the disk is known to be too small."""
+  real = shutil.disk_usage
+  folder = tmp_path / 'out'
+  folder.mkdir()
+  if what == 'tokens':
+    (tmp_path / 'a.txt').write_text('some words ' * 100)
+    source, tokenizer = f'files:{tmp_path}/*.txt', damage._tokenizer()
+    write = lambda: prepare.prepare(
+      source, tokenizer, folder, limit_tokens=1000
+    )
+  elif what == 'export':
+    saes = [release.in_memory(*sae) for sae in damage._SAES]
+    write = lambda: export.write(folder / 'x', saes, 'saelens')
+  else:
+    write = lambda: damage.KEPT[what].make(folder)
+  monkeypatch.setattr(
+    shutil, 'disk_usage', lambda path: real(path)._replace(free=7)
+  )
+  with pytest.raises((ValueError, OSError), match=r'needs [\d,]+ bytes .*7'):
+    write()
+  assert not folder.exists() or not list(folder.rglob('*'))

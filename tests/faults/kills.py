@@ -222,7 +222,7 @@ def chains(
   'kill-train',
   'kill -9 of training from the model: bitwise the state without a kill',
   full=50,
-  quick=1,
+  quick=0,  # tests/training/loop_test.py kills a run twice
   may_refuse=False,
 )
 def kill_train(folder: pathlib.Path, times: int) -> Iterator[Trial]:

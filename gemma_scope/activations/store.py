@@ -262,7 +262,9 @@ class StoreSource:
     array = self._mapped(name, file)
     checksum = zlib.crc32(array.reshape(-1).view(np.uint8))
     if checksum != expected:
-      raise self._damaged(name, file, f'checksum {checksum}, expected {expected}')
+      raise self._damaged(
+        name, file, f'checksum {checksum}, expected {expected}'
+      )
     return array
 
   def _mapped(self, chunk: str, file: str) -> np.ndarray:

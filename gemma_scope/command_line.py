@@ -26,6 +26,7 @@ import pathlib
 import re
 import sys
 import textwrap
+import threading
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -229,7 +230,7 @@ class Flags:
       if debug:
         raise
       sys.stdout.flush()
-      sys.exit(f'{type(error).__name__}: {error}')
+      _end(f'{type(error).__name__}: {error}')
     except KeyboardInterrupt:
       if debug:
         raise
@@ -308,6 +309,19 @@ class Flags:
         )
       )
     return examples('\n'.join(lines))
+
+
+def _end(message: str) -> NoReturn:
+  """Shows the error and ends the process with code 1.
+
+  After a save that failed, threads of Orbax wait for minutes for what will not
+  come, and the interpreter would wait for them.
+  """
+  waiting = {type(thread).__name__ for thread in threading.enumerate()}
+  if '_SignalingThread' in waiting:
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
+  sys.exit(message)
 
 
 def show(text_: str) -> None:

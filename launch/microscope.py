@@ -40,6 +40,12 @@ COMMON = (
     'run.',
   ),
   path('out', 'Folder of the index; by default <workdir>/microscope.'),
+  text(
+    'site',
+    '',
+    'Site of a params.npz that has no card: resid_post/12, or of a transcoder '
+    'mlp_in/12:mlp_out/12.',
+  ),
 )
 OPTIONS = (
   text('sae', '', 'The SAE: its name, or a part that no other name has.'),
@@ -207,7 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     opened = session.Session(
         pathlib.Path(given.workdir), given.out and pathlib.Path(given.out),
-        given.config, ','.join(given.release or []),
+        given.config, ','.join(given.release or []), site=given.site,
     )  # fmt: skip
     reads = COMMANDS[command][1]
     options = commands.Options(**{name: getattr(given, name) for name in reads})

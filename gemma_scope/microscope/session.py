@@ -72,6 +72,7 @@ class Session:
     given: releases or single SAEs, separated by commas. If empty: the SAEs that
       were indexed, or, before the first build, the SAEs of the run.
     report: called with each line of output.
+    site: of a params.npz without a card (`published.described`).
   """
 
   def __init__(
@@ -81,11 +82,13 @@ class Session:
     config: ConfigDict | None = None,
     given: str = '',
     report: Callable[[str], None] = print,
+    site: str = '',
   ):
     files.refuse_address(workdir, 'workdir')
     self.workdir = pathlib.Path(workdir)
     self.out = out or self.workdir / 'microscope'
     self._given, self._config, self.report = given, config, report
+    self._site = site or (self._built or {}).get('site', '')
     self._indexes: dict[str, tuple[Any, Index]] = {}  # by name, with a stamp
 
   @functools.cached_property
@@ -133,7 +136,12 @@ class Session:
   def _built(self) -> dict[str, Any] | None:
     """The contents of members.json; None before the first build."""
     path = self.out / _MEMBERS
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+      return None
+    try:
+      return json.loads(path.read_text())
+    except ValueError:
+      raise ValueError(f'{path} is damaged; delete it and run build.') from None
 
   @functools.cached_property
   def _paths(self) -> list[str]:
@@ -154,10 +162,13 @@ class Session:
   def saes(self) -> list[release.Released]:
     """The SAEs of `given`, or else those that were indexed, in page order."""
     found = []
+    about = None
+    if self._site:
+      about = published.described(self._site, self.config.lm.name)
     for path in self._paths:
       here = self.workdir / path
       path = str(here) if here.exists() else path
-      for one in published.open_all(path):
+      for one in published.open_all(path, about=about):
         found.append((build_lib.name_of(one.path), path, one))
     names = [name for name, _, _ in found]
     several = {name for name in names if names.count(name) > 1}
@@ -284,6 +295,7 @@ class Session:
     )
     first, built = self.out / 'pages' / 'index.html', self._built
     about = {'saes': self._paths, 'key': state.key}
+    about |= {'site': self._site} if self._site else {}
     if first.exists() and built and about.items() <= built.items():
       self.report(f'{self.out} is already built')
       return first

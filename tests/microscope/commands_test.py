@@ -24,7 +24,7 @@ from gemma_scope.microscope.circuits import (
 )
 from gemma_scope.runtime import interrupt
 from launch import microscope
-from tests.helpers import browser, random_saes, releases
+from tests.helpers import browser, peer_formats, random_saes, releases
 
 
 @pytest.fixture(scope='module')
@@ -357,3 +357,21 @@ def test_every_option_is_a_flag_of_the_commands_that_read_it():
     source = inspect.getsource(command)
     asked = set(re.findall(r'options\.(\w+)', source))
     assert asked <= set(given), name
+
+
+def test_parameters_without_a_card_are_at_the_site_that_is_said(tmp_path):
+  folder, params = peer_formats.gemma_scope_1_folder(tmp_path, 'mine')
+  config = tiny.get_config()
+  opened = session.Session(tmp_path, None, config, folder, site='resid_post/1')
+  (sae,) = opened.saes
+  assert sae.card['sites'] == ['resid_post/1'] and sae.card['model'] == 'tiny'
+  peer_formats.same(sae.load(), params)
+  # What was indexed with a site is opened without one.
+  opened.out.mkdir()
+  kept = opened.out / 'members.json'
+  kept.write_text(json.dumps({'saes': [folder], 'site': 'mlp_out/2'}))
+  (sae,) = session.Session(tmp_path, None, config).saes
+  assert sae.card['sites'] == ['mlp_out/2']
+  kept.write_text('{"saes": ')
+  with pytest.raises(ValueError, match='members.json is damaged'):
+    session.Session(tmp_path, None, config)

@@ -167,6 +167,8 @@ def config_of(tmp_path, name: str, change):
 @pytest.mark.parametrize(
   'name, change, words',
   [
+    ('saelens_topk', {'architecture': 'batchtopk', 'topk_threshold_lr': 0.01},
+     "architecture 'batchtopk'"),
     ('saelens_topk', {'twist': 1}, "the field 'twist', which SAELens"),
     ('saelens_v3_topk', {'activation_fn_str': 'tanh-relu'}, "'tanh-relu'"),
     ('saelens_v3_topk', {'activation_fn_kwargs': {'k': 5, 'postact': 'id'}},

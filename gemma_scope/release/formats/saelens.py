@@ -65,36 +65,38 @@ _USED = frozenset(
 # Of the text, of training and of files, in versions 0 to 6.
 _NO_EFFECT = frozenset(
   """act_store_device adam_beta1 adam_beta2 autocast autocast_lm
-  aux_loss_coefficient  b_dec_init_method begin_batch_token begin_sequence_token
-  buffer_size_gb cached_activations_path checkpoint_path column_name
-  compile_llm compile_sae context_size data_dir data_files dataset_name
-  dataset_path dataset_trust_remote_code dead_feature_threshold
-  dead_feature_window decoder_heuristic_init decoder_heuristic_init_norm
-  decoder_init_norm decoder_orthogonal_init device disable_concat_sequences
-  dtype eval_batch_size_prompts eval_every_n_wandb_logs exclude_special_tokens
-  expansion_factor feature_sampling_window finetuning_method finetuning_tokens
+  aux_loss_coefficient b_dec_init_method begin_batch_token
+  begin_sequence_token buffer_size_gb cached_activations_path
+  checkpoint_path column_name compile_llm compile_sae context_size data_dir
+  data_files dataset_name dataset_path dataset_trust_remote_code
+  dead_feature_threshold dead_feature_window decoder_heuristic_init
+  decoder_heuristic_init_norm decoder_init_norm decoder_orthogonal_init
+  device disable_concat_sequences dtype eval_batch_size_prompts
+  eval_every_n_wandb_logs exclude_special_tokens expansion_factor
+  feature_sampling_window finetuning_method finetuning_tokens
   from_pretrained_path hf_hook_name hf_hook_name_out hf_is_private_repo
   hf_num_shards hf_repo_id hf_revision hook_eval hook_layer hook_layer_out
   hook_point_eval init_encoder_as_decoder_transpose is_dataset_tokenized
   jumprelu_bandwidth jumprelu_init_threshold jumprelu_sparsity_loss_mode
-  jumprelu_tanh_scale k_aux l0_coefficient l0_warm_up_steps l1_coefficient
-  l1_warm_up_steps llm_compilation_mode log_activations_store_to_wandb
-  log_optimizer_state_to_wandb log_to_wandb logger lp_norm lr lr_decay_steps
-  lr_end lr_scheduler_name lr_warm_up_steps model_batch_size model_class_name
+  jumprelu_ste_to_input jumprelu_tanh_scale k_aux l0_coefficient
+  l0_warm_up_steps l1_coefficient l1_warm_up_steps llm_compilation_mode
+  log_activations_store_to_wandb log_optimizer_state_to_wandb log_to_wandb
+  logger lp_norm lr lr_decay_steps lr_end lr_scheduler_name lr_warm_up_steps
+  matryoshka_widths model_batch_size model_class_name
   model_from_pretrained_kwargs model_kwargs mse_loss_normalization
   n_batches_in_buffer n_checkpoints n_eval_batches n_restart_cycles
-  neuronpedia_id new_cached_activations_path noise_scale normalize_sae_decoder
-  num_proc output_path pre_act_loss_coefficient prepend_bos
-  pretokenize_batch_size resume resume_from_checkpoint run_name
+  neuronpedia_id new_cached_activations_path noise_scale
+  normalize_sae_decoder num_proc output_path pre_act_loss_coefficient
+  prepend_bos pretokenize_batch_size resume resume_from_checkpoint run_name
   sae_compilation_mode sae_lens_training_version sae_lens_version save_path
   scale_sparsity_penalty_by_decoder_norm seed seqpos_slice
   sequence_separator_token shuffle shuffle_every_n_buffers split
-  store_batch_size store_batch_size_prompts streaming tokenizer_name
-  tokens_per_buffer total_training_steps total_training_tokens
-  train_batch_size train_batch_size_samples train_batch_size_tokens
-  training_tokens use_cached_activations use_ghost_grads use_sparse_activations
-  verbose wandb_entity wandb_id wandb_log_frequency wandb_project
-  warm_up_steps""".split()
+  store_batch_size store_batch_size_prompts streaming target_l0
+  tokenizer_name tokens_per_buffer topk_threshold_lr total_training_steps
+  total_training_tokens train_batch_size train_batch_size_samples
+  train_batch_size_tokens training_tokens use_cached_activations
+  use_ghost_grads use_matryoshka_aux_loss use_sparse_activations verbose
+  wandb_entity wandb_id wandb_log_frequency wandb_project warm_up_steps""".split()
 )
 
 

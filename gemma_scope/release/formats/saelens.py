@@ -67,8 +67,8 @@ _NO_EFFECT = frozenset(
   """act_store_device adam_beta1 adam_beta2 autocast autocast_lm
   aux_loss_coefficient b_dec_init_method begin_batch_token
   begin_sequence_token buffer_size_gb cached_activations_path
-  checkpoint_path column_name compile_llm compile_sae context_size data_dir
-  data_files dataset_name dataset_path dataset_trust_remote_code
+  checkpoint_path column_name compile_llm compile_sae context_size
+  data_dir data_files dataset_name dataset_path dataset_trust_remote_code
   dead_feature_threshold dead_feature_window decoder_heuristic_init
   decoder_heuristic_init_norm decoder_init_norm decoder_orthogonal_init
   device disable_concat_sequences dtype eval_batch_size_prompts
@@ -81,15 +81,15 @@ _NO_EFFECT = frozenset(
   jumprelu_ste_to_input jumprelu_tanh_scale k_aux l0_coefficient
   l0_warm_up_steps l1_coefficient l1_warm_up_steps llm_compilation_mode
   log_activations_store_to_wandb log_optimizer_state_to_wandb log_to_wandb
-  logger lp_norm lr lr_decay_steps lr_end lr_scheduler_name lr_warm_up_steps
-  matryoshka_widths model_batch_size model_class_name
+  logger lp_norm lr lr_decay_steps lr_end lr_scheduler_name
+  lr_warm_up_steps matryoshka_widths model_batch_size model_class_name
   model_from_pretrained_kwargs model_kwargs mse_loss_normalization
   n_batches_in_buffer n_checkpoints n_eval_batches n_restart_cycles
   neuronpedia_id new_cached_activations_path noise_scale
   normalize_sae_decoder num_proc output_path pre_act_loss_coefficient
-  prepend_bos pretokenize_batch_size resume resume_from_checkpoint run_name
-  sae_compilation_mode sae_lens_training_version sae_lens_version save_path
-  scale_sparsity_penalty_by_decoder_norm seed seqpos_slice
+  prepend_bos pretokenize_batch_size resume resume_from_checkpoint
+  run_name sae_compilation_mode sae_lens_training_version sae_lens_version
+  save_path scale_sparsity_penalty_by_decoder_norm seed seqpos_slice
   sequence_separator_token shuffle shuffle_every_n_buffers split
   store_batch_size store_batch_size_prompts streaming target_l0
   tokenizer_name tokens_per_buffer topk_threshold_lr total_training_steps

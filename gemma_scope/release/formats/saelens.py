@@ -96,7 +96,8 @@ _NO_EFFECT = frozenset(
   total_training_tokens train_batch_size train_batch_size_samples
   train_batch_size_tokens training_tokens use_cached_activations
   use_ghost_grads use_matryoshka_aux_loss use_sparse_activations verbose
-  wandb_entity wandb_id wandb_log_frequency wandb_project warm_up_steps""".split()
+  wandb_entity wandb_id wandb_log_frequency wandb_project
+  warm_up_steps""".split()
 )
 
 

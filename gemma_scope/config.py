@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
 import os
 import pathlib
 import sys
@@ -107,7 +106,7 @@ def load(name: str) -> ConfigDict:
 
 def read(path: pathlib.Path) -> ConfigDict:
   """The config.json of a run, of this version or an older one."""
-  described = json.loads(path.read_text())
+  described = files.read_json(path)
   for section, fields in _ADDED.items():
     if isinstance(described.get(section), dict):
       described[section] = fields | described[section]

@@ -269,6 +269,22 @@ def write_json(path: PathLike, value: Any, **options: Any) -> None:
   write_text(path, json.dumps(value, **options) + '\n')
 
 
+def read_json(path: PathLike) -> dict[str, Any]:
+  """Reads a JSON object that this project wrote.
+
+  Raises:
+    Refused: it is damaged.
+  """
+  try:
+    with open(path, encoding='utf-8') as file:
+      found = json.load(file)
+    if not isinstance(found, dict):
+      raise ValueError('it is no JSON object')
+  except (ValueError, RecursionError) as error:
+    raise Refused(f'{show(path)} is damaged ({str(error)[:100]}).') from None
+  return found
+
+
 def sha256(path: PathLike) -> str:
   """SHA-256 of a file's bytes, in hexadecimal."""
   with open(path, 'rb') as file:

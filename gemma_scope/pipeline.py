@@ -196,7 +196,7 @@ def evaluate_saes(
 ) -> dict[str, Any]:
   """Evaluates SAEs on held-out text in one pass; writes metrics to `out`."""
   if _exists(out):
-    return json.loads(out.read_text())['members']
+    return read_scores(out)
   if _known(config):
     report('scoring against the known features')
     scores = recovery.score(saes, config.activations.store, interrupt.check)
@@ -204,7 +204,8 @@ def evaluate_saes(
     scores = _on_held_out_text(config, workdir, saes, interrupt, report)
   if cluster.first():
     try:
-      files.write_json(out, {'members': scores}, indent=1)
+      body = {'members': scores}
+      files.write_json(out, body | {_SEAL: files.json_sha256(body)}, indent=1)
     except (
       OSError
     ) as error:  # hours of work: print the metrics if they cannot be written
@@ -213,6 +214,24 @@ def evaluate_saes(
         f'{out} could not be written ({error}); the metrics are printed above.'
       ) from error
   return scores
+
+
+_SEAL = 'members_sha256'  # version 0.3.0 wrote none
+
+
+def read_scores(path: pathlib.Path) -> dict[str, Any]:
+  """The metrics by SAE that `evaluate_saes` wrote.
+
+  Raises:
+    files.Refused: the file is damaged.
+  """
+  body = files.read_json(path)
+  seal = body.pop(_SEAL, None)
+  if set(body) != {'members'} or seal not in (None, files.json_sha256(body)):
+    raise files.Refused(
+      f'{files.show(path)} is damaged: delete it, and evaluate again.'
+    )
+  return body['members']
 
 
 def _exists(path: pathlib.Path) -> bool:

@@ -16,7 +16,6 @@ repository of yours, and the same command continues an upload that was cut off.
 
 from __future__ import annotations
 
-import json
 import pathlib
 
 from gemma_scope import command_line, release
@@ -107,13 +106,14 @@ def write(given, out: pathlib.Path) -> None:
 def trained(workdir: pathlib.Path) -> list[release.Released]:
   """The SAEs of a run's newest checkpoint, with their metrics."""
   from gemma_scope import config as config_lib
-  from gemma_scope.training import trained  # JAX: only here
+  from gemma_scope import pipeline  # JAX: only here
+  from gemma_scope.training import trained
 
   config = config_lib.read(workdir / 'config.json')
   saes = trained.load(config, workdir).saes(config)
   scores = {}
   if (workdir / 'evaluation.json').exists():
-    scores = json.loads((workdir / 'evaluation.json').read_text())['members']
+    scores = pipeline.read_scores(workdir / 'evaluation.json')
   return [sae.measured(scores.get(sae.name)) for sae in saes]
 
 

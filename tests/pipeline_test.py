@@ -132,3 +132,24 @@ def test_text_that_was_there_is_not_removed(tmp_path, to_training):
   with pytest.raises(ValueError):
     pipeline.run(longer, run, lambda line: None)
   prepare.open_text(right, run, print)
+
+
+def test_metrics_are_sealed(tmp_path):
+  scores, path = {'resid_post/1': {'l0': 4.5}}, tmp_path / 'evaluation.json'
+  files.write_json(path, {'members': scores})  # as version 0.3.0 did
+  assert pipeline.read_scores(path) == scores
+  body = {'members': scores}
+  sealed = body | {'members_sha256': files.json_sha256(body)}
+  for text, well in (
+    (json.dumps(sealed), True),
+    (json.dumps(sealed).replace('4.5', '4.7'), False),
+    (json.dumps(sealed).replace('sha256', 'sha257'), False),
+    (json.dumps(sealed)[:-9], False),
+    ('[]', False),
+  ):
+    path.write_text(text)
+    if well:
+      assert pipeline.read_scores(path) == scores
+    else:
+      with pytest.raises(files.Refused, match='evaluation.json. is damaged'):
+        pipeline.read_scores(path)

@@ -173,7 +173,9 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   names = sorted(path.name for path in folder.glob('*.safetensors'))
   if index.is_file():
     try:
-      names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
+      names = sorted(
+        set(json.loads(index.read_text('utf-8'))['weight_map'].values())
+      )
     except (ValueError, KeyError, AttributeError, TypeError) as error:
       raise ValueError(
         f'{str(index)!r} is not an index of tensors ({error!r}).'

@@ -276,7 +276,7 @@ def _described(folder) -> Any:
   if not _is_local(folder) or not path.is_file():
     return None
   try:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text('utf-8'))
   except ValueError as error:
     raise CheckpointNotFound(f'{str(path)!r} is not JSON ({error}).') from error
 

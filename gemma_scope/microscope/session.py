@@ -136,12 +136,7 @@ class Session:
   def _built(self) -> dict[str, Any] | None:
     """The contents of members.json; None before the first build."""
     path = self.out / _MEMBERS
-    if not path.exists():
-      return None
-    try:
-      return json.loads(path.read_text())
-    except ValueError:
-      raise ValueError(f'{path} is damaged; delete it and run build.') from None
+    return files.read_json(path) if path.exists() else None
 
   @functools.cached_property
   def _paths(self) -> list[str]:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from gemma_scope import files
 from gemma_scope.text import corpus, text_files
 
 _READ_AT_ONCE = 1024  # records
@@ -137,7 +138,7 @@ def _tfds_folder(
       f'tfds:{spec} is not under {folder}; prepare it there with '
       'file_format="array_record", or set TFDS_DATA_DIR to where it lies.'
     )
-  info = json.loads((folder / 'dataset_info.json').read_text())
+  info = files.read_json(folder / 'dataset_info.json')
   written = info.get('fileFormat', 'tfrecord')
   if written != 'array_record':
     raise ValueError(

@@ -306,7 +306,7 @@ def _begin(folder: pathlib.Path, inputs: dict[str, Any]) -> None:
   """Makes the folder of parts, or finds the same inputs in it."""
   path = folder / _PARTS / _INPUTS
   if path.exists():
-    _same(folder, json.loads(path.read_text()), inputs)
+    _same(folder, files.read_json(path), inputs)
     return
   # A lease of this run (run.lease, run.lock) may lie there.
   if folder.is_dir() and any(

@@ -373,5 +373,5 @@ def test_parameters_without_a_card_are_at_the_site_that_is_said(tmp_path):
   (sae,) = session.Session(tmp_path, None, config).saes
   assert sae.card['sites'] == ['mlp_out/2']
   kept.write_text('{"saes": ')
-  with pytest.raises(ValueError, match='members.json is damaged'):
+  with pytest.raises(ValueError, match="members.json' is damaged"):
     session.Session(tmp_path, None, config)

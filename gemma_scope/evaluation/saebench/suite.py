@@ -153,7 +153,7 @@ def run(
       'sae_sha256': sae_folder.digest(sae.load()),
     }
     if path.exists():
-      if json.loads(path.read_text())['eval_config'] != config:
+      if files.read_json(path).get('eval_config') != config:
         raise ValueError(
           f'{path} has other settings or is of another SAE of this name; '
           'choose another folder.'

@@ -28,7 +28,6 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-import shutil
 from collections.abc import Sequence
 
 from gemma_scope import files
@@ -346,10 +345,4 @@ def _may_replace(
 def _check_room(folder: pathlib.Path, ready):
   needed = sum(a.nbytes for params, _, _ in ready for a in params.values())
   needed += len(ready) << 17
-  free = shutil.disk_usage(folder).free
-  if free < needed:
-    raise ReleaseError(
-      f'The release needs {needed:,} bytes, and the disk of '
-      f'{files.show(folder)} has {free:,} free; free some space or choose '
-      'another disk.'
-    )
+  files.check_room(folder, needed, 'The release')

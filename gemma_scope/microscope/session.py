@@ -41,7 +41,6 @@ from gemma_scope.microscope.circuits import (
 )
 from gemma_scope.microscope.dashboard import pages
 from gemma_scope.microscope.index import build as build_lib
-from gemma_scope.microscope.index import statistics
 from gemma_scope.microscope.index import store as store_lib
 from gemma_scope.microscope.index.store import Index, Indexed
 from gemma_scope.release.formats import published
@@ -50,7 +49,6 @@ from gemma_scope.text import prepare, tokenizers
 from gemma_scope.training import setup
 
 _MEMBERS = 'members.json'
-_FEATURE_BYTES = 1 << 14  # of a feature, in the index and its pages
 
 
 class Firing(NamedTuple):
@@ -156,10 +154,8 @@ class Session:
   @functools.cached_property
   def saes(self) -> list[release.Released]:
     """The SAEs of `given`, or else those that were indexed, in page order."""
-    found = []
-    about = None
-    if self._site:
-      about = published.described(self._site, self.config.lm.name)
+    found, site = [], self._site
+    about = published.described(site, site and self.config.lm.name)
     for path in self._paths:
       here = self.workdir / path
       path = str(here) if here.exists() else path
@@ -289,15 +285,15 @@ class Session:
       self.out / 'partial.npz', text, saes, outliers=outliers
     )
     first, built = self.out / 'pages' / 'index.html', self._built
-    about = {'saes': self._paths, 'key': state.key}
-    about |= {'site': self._site} if self._site else {}
-    if first.exists() and built and about.items() <= built.items():
+    about = {'saes': self._paths, 'key': state.key, 'site': self._site}
+    if (
+      first.exists()
+      and built
+      and about.items() <= ({'site': ''} | built).items()
+    ):
       self.report(f'{self.out} is already built')
       return first
-    # The statistics of the first pass, the indexes and the pages.
-    latents = sum(one.card['width'] for one in self.saes)
-    needed = statistics.memory(latents) + latents * _FEATURE_BYTES
-    files.check_room(self.out, needed, f'The index of {latents:,} features')
+    build_lib.check_room(self.out, saes)
     self.out.mkdir(parents=True, exist_ok=True)
     doing = ['compiling']
     with progress_lib.Progress(

@@ -46,12 +46,14 @@ from gemma_scope.microscope.index.statistics import (
   Firings,
   Outliers,
   Statistics,
+  memory,
 )
 from gemma_scope.microscope.index.store import Index
 from gemma_scope.release import sae_folder
 from gemma_scope.sae import released
 
 WINDOW = 48  # tokens around an example
+_FEATURE_BYTES = 1 << 14  # of a feature, in the index and its pages
 
 
 class Text(NamedTuple):
@@ -96,6 +98,13 @@ def name_of(path: str) -> str:
   """The name of an SAE's output folder, from its path."""
   parts = [p for p in path.replace('\\', '/').split('/') if p not in ('', '..')]
   return '/'.join(re.sub(r'[^\w.+=-]', '_', part) for part in parts[-4:])
+
+
+def check_room(folder: pathlib.Path, saes: Sequence[Any]) -> None:
+  """Refuses a disk without room for the first pass, the index and the pages."""
+  latents = sum(sae.card['width'] for sae in saes)
+  needed = memory(latents) + latents * _FEATURE_BYTES
+  files.check_room(folder, needed, f'The index of {latents:,} features')
 
 
 class State:

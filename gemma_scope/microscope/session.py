@@ -284,13 +284,10 @@ class Session:
     state = build_lib.State(
       self.out / 'partial.npz', text, saes, outliers=outliers
     )
-    first, built = self.out / 'pages' / 'index.html', self._built
+    first = self.out / 'pages' / 'index.html'
+    built = {'site': ''} | (self._built or {})
     about = {'saes': self._paths, 'key': state.key, 'site': self._site}
-    if (
-      first.exists()
-      and built
-      and about.items() <= ({'site': ''} | built).items()
-    ):
+    if first.exists() and about.items() <= built.items():
       self.report(f'{self.out} is already built')
       return first
     build_lib.check_room(self.out, saes)

@@ -142,9 +142,8 @@ class Session:
 
     So they stay valid when the folder is moved.
     """
-    built = self._built
-    if not self._given and built:
-      return built['saes']
+    if not self._given and self._built:
+      return self._built['saes']
     given = self._given or str(self.workdir / 'release')
     return [
       os.path.relpath(path, self.workdir) if os.path.exists(path) else path
@@ -154,8 +153,8 @@ class Session:
   @functools.cached_property
   def saes(self) -> list[release.Released]:
     """The SAEs of `given`, or else those that were indexed, in page order."""
-    found, site = [], self._site
-    about = published.described(site, site and self.config.lm.name)
+    found, model = [], self.config.lm.name if self._site else ''
+    about = published.described(self._site, model)
     for path in self._paths:
       here = self.workdir / path
       path = str(here) if here.exists() else path

@@ -135,7 +135,9 @@ class Checkpoints:
     try:
       self.wait()
     finally:
-      self._orbax.close()
+      # What it raises is the error of a save, which was raised before.
+      with contextlib.suppress(Exception):
+        self._orbax.close()
 
   def steps(self) -> list[int]:
     """The committed steps on the disk, oldest first."""

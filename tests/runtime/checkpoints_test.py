@@ -299,6 +299,17 @@ def test_a_write_that_fails_is_a_sentence(tmp_path, monkeypatch):
   assert saves.steps() == [1, 3]
 
 
+def test_the_close_does_not_hide_the_sentence_of_a_save(tmp_path, monkeypatch):
+  def fail(*unused, **also):
+    raise OSError(28, 'No space left on device')
+
+  with pytest.raises(checkpoints.CheckpointError, match='Step 1 needs'):
+    with checkpoints.Checkpoints(tmp_path) as saves:
+      monkeypatch.setattr(saves._orbax, 'save', fail)
+      monkeypatch.setattr(saves._orbax, 'close', fail)
+      saves.save(1, make_state(1), {})
+
+
 def test_only_a_writer_clears_leftovers(tmp_path):
   save_all(tmp_path, [1])
   for name in ('2.orbax-checkpoint-tmp', '0.todelete', 'notes', '5.damaged'):

@@ -77,7 +77,7 @@ def test_the_python_runs_as_it_stands(run_of_270m, capsys):
   for block in blocks('python'):
     exec(block, names)
   printed = capsys.readouterr().out
-  assert "' Eiffel'" in printed and "' Paris'" in printed
+  assert "' larger'" in printed and "' than'" in printed
   assert names['latents'].shape[-1] == 256
   # The same numbers both ways: the last block's latents are those printed.
   token, firings = scope_row(names)

@@ -32,6 +32,7 @@ from gemma_scope import files, release
 from gemma_scope import mesh as mesh_lib
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import weights
+from gemma_scope.microscope.autointerp import label_store
 from gemma_scope.microscope.autointerp import labels as labels_lib
 from gemma_scope.microscope.circuits import (
   card_results,
@@ -51,12 +52,24 @@ from gemma_scope.training import setup
 _MEMBERS = 'members.json'
 
 
+_ACTIVE = 512  # latents of a token that are compared with their maximum
+
+
 class Firing(NamedTuple):
-  """A latent that fires on a token, with its value and label."""
+  """A latent that fires on a token.
+
+  Attributes:
+    feature: its number.
+    value: f, in the units of the activation.
+    share: of its largest value on the index's text.
+    label: or, without one that predicts where it fires, the tokens that it
+      fires on most.
+  """
 
   feature: int
   value: float
-  label: str  # or, without a label, the tokens that it fires on most
+  share: float
+  label: str
 
 
 class Session:
@@ -226,19 +239,27 @@ class Session:
     Args:
       sae: an element of `saes`, such as `find` returns; must be indexed.
       text: the prompt.
-      most: maximum number of latents per token, the largest values first.
+      most: maximum number of latents per token, those first whose value is the
+        largest share of their own maximum: values of different latents do not
+        compare, and the largest are of latents that fire everywhere.
     """
     ids = readout.with_bos(self.tokenizer, text)
-    found = effects.read(self.subject(sae), ids, most)
+    max_F = np.maximum(self.index(sae).max_F, 1e-12)
+    found = effects.read(self.subject(sae), ids, min(len(max_F), _ACTIVE))
     label = self.named(sae)
+
+    def strongest(feature_K, value_K):
+      order_K = np.argsort(-value_K / max_F[feature_K], kind='stable')
+      for k in order_K[:most]:
+        feature, value = int(feature_K[k]), float(value_K[k])
+        if value > 0:
+          share = value / float(max_F[feature])
+          yield Firing(feature, value, share, label(feature))
+
     return [
       (
         piece.replace('▁', ' '),
-        [
-          Firing(int(feature), float(value), label(int(feature)))
-          for feature, value in zip(feature_K, value_K, strict=True)
-          if counts and value > 0
-        ],
+        list(strongest(feature_K, value_K)) if counts else [],
       )
       for piece, feature_K, value_K, counts in zip(
         self.tokenizer.pieces(ids),
@@ -330,17 +351,8 @@ class Session:
       rows = labels_lib.explain(index, alive, self.tokenizer.pieces)
       self.keep_labels(sae, rows)
     rows = {s.name: list(self._label_rows(s).values()) for s in self.saes}
-    clearest = labels_lib.clearest(rows)
-    if clearest:
-      self.report(
-        'Features with the clearest rules; in brackets the balanced accuracy '
-        "on held-out text, and with another feature's rule:"
-      )
-    for name, row in clearest:
-      own, other = (row[key]['value'] for key in ('detection', 'shuffled'))
-      self.report(
-        f'  {name} {row["feature"]} ({own:.0%}, {other:.0%}) {row["label"]}'
-      )
+    for line in label_store.clearest(rows):
+      self.report(line)
 
   def pages(self) -> pathlib.Path:
     """Rewrites the pages with the current labels; returns the first page."""
@@ -369,45 +381,34 @@ class Session:
     return self.out / 'pages' / 'index.html'
 
   def _label_rows(self, sae: release.Released) -> dict[int, dict[str, Any]]:
-    path = self.out / 'labels' / f'{sae.name}.jsonl'
-    if not path.exists():
-      return {}
-    rows = map(json.loads, path.read_text(encoding='utf-8').splitlines())
-    mine = self.index(sae).meta['sae_sha256']
-    return {row['feature']: row for row in rows if row['sae_sha256'] == mine}
+    return label_store.read(*self._label_file(sae))
 
   def keep_labels(
     self, sae: release.Released, rows: Sequence[dict[str, Any]]
   ) -> pathlib.Path:
     """Adds or replaces rows from `explain`; returns the path of the file."""
+    label_store.add(*self._label_file(sae), rows)
+    return self._label_file(sae)[0]
+
+  def _label_file(self, sae: release.Released) -> tuple[pathlib.Path, str]:
+    """The file of an SAE's labels, and the hash of the SAE that they are of."""
     path = self.out / 'labels' / f'{sae.name}.jsonl'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mine = {'sae_sha256': self.index(sae).meta['sae_sha256']}
-    every = self._label_rows(sae) | {row['feature']: row | mine for row in rows}
-    labels_lib.write(path, [every[feature] for feature in sorted(every)])
-    return path
+    return path, self.index(sae).meta['sae_sha256']
 
   def labels(self, sae: release.Released) -> dict[int, dict[str, Any]]:
     """Maps each labelled feature to its label and scores, for the pages."""
-    value = lambda score: None if score is None else score['value']
-    return {
-      feature: {
-        'text': row['label'],
-        'by': row['by'],
-        'score': value(row['detection']),
-        'control': value(row['shuffled']),
-        'low': row['low_score'],
-      }
-      for feature, row in self._label_rows(sae).items()
-      if row['label'] is not None
-    }
+    return label_store.shown(self._label_rows(sae))
 
   def named(self, sae: release.Released) -> Callable[[int], str]:
-    """A function that names a feature: its label, or its top tokens."""
+    """A function that names a feature.
+
+    By its label, or by its top tokens where the label does not predict where it
+    fires.
+    """
     labels, one = self.labels(sae), self.index(sae)
 
     def name(feature: int) -> str:
-      if feature in labels:
+      if feature in labels and not labels[feature]['low']:
         return labels[feature]['text']
       words = self.tokenizer.pieces(pages.words(one, feature)[:4])
       return ' '.join(repr(word.replace('▁', ' ')) for word in words)

@@ -174,13 +174,17 @@ def test_a_text_is_read_as_named_features(workdir, said):
   site = sae.wiring.sites[0]
   x_BTD = gemma.forward(lm_params, np.array([ids] * 8), taps=[site]).taps[site]
   f_TF = np.asarray(sae_lib.encode(sae.load(), x_BTD))[0]
-  name = opened.named(sae)
+  name, max_F = opened.named(sae), opened.index(sae).max_F
   for (_, firings), f_F in zip(rows[1:], f_TF[1:], strict=True):
-    order = np.argsort(-f_F)[: len(firings)]
+    share_F = f_F / np.maximum(max_F, 1e-12)
+    order = np.argsort(-share_F)[: len(firings)]
     assert len(firings) == min(3, (f_F > 0).sum())
     assert [one.feature for one in firings] == order.tolist()
     np.testing.assert_allclose(
       [one.value for one in firings], f_F[order], rtol=1e-4
+    )
+    np.testing.assert_allclose(
+      [one.share for one in firings], share_F[order], rtol=1e-4
     )
     assert all(one.label == name(one.feature) for one in firings)
 

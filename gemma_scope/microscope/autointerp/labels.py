@@ -300,28 +300,6 @@ def table(rows: Sequence[dict[str, Any]], most: int = 40) -> str:
   return '\n'.join(lines)
 
 
-def clearest(
-  rows: dict[str, Sequence[dict[str, Any]]], most: int = 8
-) -> list[tuple[str, dict[str, Any]]]:
-  """Features whose label is most clearly better than another feature's.
-
-  Args:
-    rows: what `explain` returned, by the name of the SAE.
-    most: how many; an SAE has at most two of them.
-
-  Returns:
-    (name of the SAE, row), the clearest first: by the lower end of the
-    detection score's interval less the score with another feature's label.
-  """
-  lead = lambda row: row['detection']['low'] - row['shuffled']['value']
-  clear = []
-  for name, of_sae in rows.items():
-    known = [r for r in of_sae if r.get('shuffled') and not r['low_score']]
-    clear += [(name, row) for row in sorted(known, key=lead)[-2:]]
-  clear.sort(key=lambda named: -lead(named[1]))
-  return clear[:most]
-
-
 def write(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> None:
   """Writes the rows as JSONL, one latent per line, never a partial file."""
   files.write_text(path, ''.join(json.dumps(row) + '\n' for row in rows))

@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 
 from gemma_scope.language_model import weights
-from gemma_scope.microscope.autointerp import examples, labels, llm
+from gemma_scope.microscope.autointerp import (
+  examples,
+  label_store,
+  labels,
+  llm,
+)
 from gemma_scope.text import tokenizers
 
 KEY = 'not-a-real-key-1234'
@@ -152,12 +157,12 @@ def test_labels_are_written_a_line_each(index, tmp_path):
 
 def test_the_clearest_labels_are_far_from_those_of_other_features(index):
   rows = {'a': labels.explain(index, [0, 1, 2, 4], pieces), 'b': []}
-  (name, first), *more = labels.clearest(rows)
+  (name, first), *more = label_store._clearest(rows)
   assert name == 'a' and len(more) < 2  # two of an SAE
   lead = lambda row: row['detection']['low'] - row['shuffled']['value']
   known = [row for row in rows['a'] if row['shuffled'] and not row['low_score']]
   assert first is max(known, key=lead)
-  assert labels.clearest({'a': labels.explain(index, [3], pieces)}) == []
+  assert label_store._clearest({'a': labels.explain(index, [3], pieces)}) == []
 
 
 # A server that answers, and one that does not.

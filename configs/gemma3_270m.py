@@ -26,7 +26,7 @@ on this model (docs/gemma3_270m.md has the measurements):
                   have most of the variance, and random latents all follow them
   BatchTopK       meets its L0 in every batch; L0 falls from 128 to its target
                   over a third of the run, so that more latents are trained
-  auxk            latents that were silent for 10,000 rows learn the error
+  auxk            latents that were silent for 5,000 rows learn the error
   batch = 256     many small steps do more than few large ones
   b2 = 0.99       the second moment forgets the first, large gradients
   meet_l0         thresholds are set to meet the target L0 at the end
@@ -75,8 +75,8 @@ def short() -> ConfigDict:
   collection.sparsity = (16.0, 32.0, 64.0)
   config.initialise.whitening = 0.5
   objective = config.objective
-  objective.auxk = 1 / 32
-  objective.auxk_latents = 512
+  objective.auxk = 1 / 8
+  objective.auxk_latents = 1024
   train = config.train
   train.steps = 900
   train.batch = 256
@@ -85,7 +85,7 @@ def short() -> ConfigDict:
   train.decay = 300
   train.sparsity_warm_up = 0
   train.b2 = 0.99
-  train.dead_after = 10_000
+  train.dead_after = 5_000
   train.active_limit = 256  # a denser row makes a step dense, and slow
   train.initial_l0 = 128.0  # at first many latents fire
   train.l0_steps = 300

@@ -265,7 +265,8 @@ def test_labels_reach_the_pages(workdir, said):
   labels = again.labels(member)
   text = next(iter(labels.values()))['text']
   name = again.named(member)
-  assert name(next(iter(labels))) == text
+  for feature, label in labels.items():  # by what predicts where it fires
+    assert (name(feature) == label['text']) == (not label['low'])
   i = opened.saes.index(member)
   listed = browser.data(workdir / 'microscope' / 'pages', f'm{i}/list')
   assert text in listed['label']

@@ -83,10 +83,16 @@ class Comparison:
       bound, d_in = float(file['norm_bound']), len(file['centre'])
     site = str(self.site)
     return {
-      'name': name, 'type': 'sae', 'sites': [site], 'targets': [site],
-      'd_in': d_in, 'd_out': d_in, 'width': WIDTH, 'architecture': 'jumprelu',
+      'name': name,
+      'type': 'sae',
+      'sites': [site],
+      'targets': [site],
+      'd_in': d_in,
+      'd_out': d_in,
+      'width': WIDTH,
+      'architecture': 'jumprelu',
       'outliers': {'max_norm': 4.0, 'norm_bounds': {site: bound}},
-    }  # fmt: skip
+    }
 
 
 def make_rows(comparison: Comparison) -> None:
@@ -98,15 +104,18 @@ def make_rows(comparison: Comparison) -> None:
   out, folder, site = comparison.out, comparison.folder, comparison.site
   if not (out / 'store' / 'manifest.json').exists():
     harvest = [
-      sys.executable, 'launch/harvest.py',
+      sys.executable,
+      'launch/harvest.py',
       f'--config=configs/gemma3_270m.py:layers={site.layer}',
       '--config.collection.sites=resid_post,mlp_out',
       '--config.activations.chunk_rows=65536',
       '--config.activations.dtype=bfloat16',
       '--config.activations.lm_batch=16',
       f'--config.text.source={comparison.source}',
-      f'--workdir={out}/harvest', f'--out={out}/store', f'--chunks={CHUNKS}',
-    ]  # fmt: skip
+      f'--workdir={out}/harvest',
+      f'--out={out}/store',
+      f'--chunks={CHUNKS}',
+    ]
     subprocess.run(harvest, check=True)
   config = comparison.config()
   a, mesh = config.activations, mesh_lib.make(config.mesh)
@@ -154,8 +163,16 @@ def all_saes(comparison: Comparison):
     for sae in release.load_all(path) if path.exists() else ():
       card = sae.card
       target = int(card['sparsity']['value'])
-      yield {'trainer': f'ours_{name}', 'target': target, 'rows': 'ours',
-             'rate': 2e-3, 'seed': card['seed']}, dict(sae.load())  # fmt: skip
+      yield (
+        {
+          'trainer': f'ours_{name}',
+          'target': target,
+          'rows': 'ours',
+          'rate': 2e-3,
+          'seed': card['seed'],
+        },
+        dict(sae.load()),
+      )
   for path in sorted((comparison.folder / 'peers').glob('*.json')):
     facts = json.loads(path.read_text())
     with np.load(path.with_suffix('.npz')) as file:

@@ -252,6 +252,24 @@ def model(config: ConfigDict, dimensions: sites.Dimensions) -> Iterator[str]:
         f'collection.{field} has {layer}, and {config.lm.name} has layers 0 '
         f'to {dimensions.num_layers - 1}.'
       )
+      return
+  for member in specs.members(config):
+    widths = set()
+    for site in (*member.sites, *member.targets):
+      try:
+        widths.add((site.kind, site.width(dimensions)))
+      except ValueError as error:
+        yield f'collection.sites: {error}'
+        return
+    for kind in {kind for kind, _ in widths}:
+      of_kind = sorted(width for k, width in widths if k == kind)
+      if len(of_kind) > 1:
+        yield (
+          f'A {config.collection.type} over layers needs one width, and {kind} '
+          f'of {config.lm.name} has {" and ".join(map(str, of_kind))} in its '
+          'layers; choose others with layers=.'
+        )
+        return
 
 
 def mesh(

@@ -1,12 +1,29 @@
 """Where an activation is read in a Gemma block: the one spelling of "where".
 
-One block of Gemma 2 and 3, with the sites in the order they are computed:
+One block, with the sites in the order they are computed:
 
   resid_pre ─┬─ attn_in ── attention ── attn_out ── W_O ── attn_raw ── attn_add
              └──────────────────────────────(+)──────────────────────────┘
   resid_mid ─┬─ mlp_in_ungained ── mlp_in ── mlp_hidden ── mlp_raw ── mlp_out
              └──────────────────────────────(+)──────────────────────────┘
   resid_post
+
+That is a block of Gemma 2 and 3. Gemma 4 multiplies resid_post by a number of
+the layer, and before that
+
+  - E2B and E4B add the per-layer input: r = resid_mid + mlp_out,
+    ple_out = norm(W_out (gelu(W_gate r) * p)), p a vector of the token and the
+    layer, resid_post = (r + ple_out) * number;
+  - 26B-A4B has two branches of its MLP. mlp_in and mlp_hidden are those of the
+    dense branch, which every token passes; the experts have an input norm of
+    their own. mlp_in_ungained feeds both branches and the router:
+
+    router_logits   W_router (mlp_in_ungained * router_scale / sqrt(D)), [E]
+    expert_shares   the softmax of the logits, of the k largest alone and
+                    divided by their sum; 0 for the other experts, [E]
+    experts_out     norm(sum over e of expert_shares_e * scale_e * MLP_e)
+    mlp_raw         norm(dense branch) + experts_out
+    mlp_out         norm(mlp_raw): what the residual receives
 
 Gemma Scope trains on `attn_out` (concatenated heads before W_O), `mlp_out`
 (after the post-MLP norm) and `resid_post`; its transcoders read
@@ -32,7 +49,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-KINDS = (
+BLOCK_KINDS = (  # of every Gemma
   'resid_pre',  # input of the block
   'attn_in',  # after the pre-attention norm
   'attn_out',  # concatenated heads, before W_O
@@ -40,11 +57,22 @@ KINDS = (
   'attn_add',  # after the post-attention norm: what the residual receives
   'resid_mid',  # resid_pre + attn_add (read only)
   'mlp_in_ungained',  # x / rms(x) of resid_mid
-  'mlp_in',  # the same times the norm's gain (1 + scale)
+  'mlp_in',  # the same times the norm's gain
   'mlp_hidden',  # gelu(gate) * up
   'mlp_raw',  # MLP output before the post-MLP norm
   'mlp_out',  # after the post-MLP norm: what the residual receives
   'resid_post',  # output of the block
+)
+EXPERTS = (  # of a mixture of experts
+  'router_logits',  # of every expert
+  'expert_shares',  # weight of every expert, 0 but for the chosen ones
+  'experts_out',  # sum of the experts after their own norm
+)
+# In this order: synthetic activations are seeded by a kind's index.
+KINDS = (
+  *BLOCK_KINDS,
+  'ple_out',  # what the residual receives of the per-layer input
+  *EXPERTS,
 )
 READ_ONLY = frozenset({'resid_mid'})
 
@@ -52,11 +80,39 @@ READ_ONLY = frozenset({'resid_mid'})
 class Dimensions(Protocol):
   """What a site needs to know of a model (`lm.Config` has it)."""
 
+  num_layers: int
+
+  def site_widths(self, layer: int) -> dict[str, int]:
+    """Width of every kind of site that this layer has."""
+
+
+def block_widths(d_model: int, heads: int, d_ff: int) -> dict[str, int]:
+  """Kind -> width in the block that all Gemmas have.
+
+  Args:
+    heads: width of the concatenated heads.
+    d_ff: width of the MLP's hidden layer.
+  """
+  return {
+    **dict.fromkeys(BLOCK_KINDS, d_model),
+    'attn_out': heads,
+    'mlp_hidden': d_ff,
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+  """Dimensions of a model whose layers are all alike."""
+
   d_model: int
   d_ff: int
   num_layers: int
   num_heads: int
   head_dim: int
+
+  def site_widths(self, layer: int) -> dict[str, int]:
+    del layer
+    return block_widths(self.d_model, self.num_heads * self.head_dim, self.d_ff)
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -79,18 +135,20 @@ class Site:
     return f'{self.kind}/{self.layer}'
 
   def width(self, model: Dimensions) -> int:
-    """Width D of the activation here."""
-    if self.kind == 'attn_out':
-      return model.num_heads * model.head_dim
-    return model.d_ff if self.kind == 'mlp_hidden' else model.d_model
+    """Width D of the activation here; raises where the model has no such."""
+    self.check(model)
+    return model.site_widths(self.layer)[self.kind]
 
   def check(self, model: Dimensions) -> Site:
-    """Returns itself, or raises when the model has no such layer."""
+    """Returns itself, or raises when the model has no such layer or kind."""
     if self.layer >= model.num_layers:
       raise ValueError(
         f'{self} asks for layer {self.layer}, and the model has layers 0 to '
         f'{model.num_layers - 1}.'
       )
+    if self.kind not in model.site_widths(self.layer):
+      has = 'experts' if self.kind in EXPERTS else 'per-layer inputs'
+      raise ValueError(f'There is no {self} in a model without {has}.')
     return self
 
 

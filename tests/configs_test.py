@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import gemma_scope
-from configs import gemma_scope_2, suites, tiny
+from configs import gemma_4, gemma_scope_2, suites, tiny
 from gemma_scope import config as config_lib
 from gemma_scope import specs
 from gemma_scope.language_model import gemma as lm
@@ -34,6 +34,13 @@ MULTI = ('crosscoder', 'clt', 'clt_skip')
 def arguments(name: str) -> list[str]:
   """Every published collection of a suite's file, as its argument."""
   sets = MODULES[name].SETS
+  if name == 'gemma_4':
+    return [
+      f'model={model};set={s}'
+      for model in gemma_4.MODELS
+      for s in sets
+      if s != 'own' or model in gemma_4.OWN
+    ]
   if name != 'gemma_scope_2':
     return [f'set={s}' for s in sets]
   return [
@@ -168,6 +175,9 @@ def test_gemma_scope_1_has_the_papers_number_of_dictionaries():
     ('gemma_scope_2', 'model=12b;set=transcoders', 4 * 3 * 3),
     ('gemma_scope_2', 'model=27b;set=crosscoder', 4 * 2),
     ('gemma_scope_2', 'model=270m;set=clt', 2 * 2),
+    ('gemma_4', '', 4 * 3 * 3 * 3),
+    ('gemma_4', 'model=31b;set=all_layers', 60 * 3 * 2 * 2),
+    ('gemma_4', 'model=26b_a4b;set=own', 4 * 3 * 3),
   ],
 )
 def test_number_of_members(name, argument, number):

@@ -1,8 +1,8 @@
-"""Gemma 2 and 3 as a pure function: forward(params, tokens, taps, edits).
+"""Gemma as a pure function: forward(params, tokens, taps, edits).
 
-The modules are those of the `gemma` package; this file drives their blocks one
-by one, reads (taps) and replaces (edits) activations at any `Site`, and stops
-after the last layer that somebody asked for:
+The modules are those of the `gemma` package; this project drives their blocks
+one by one, reads (taps) and replaces (edits) activations at any `Site`, and
+stops after the last layer that somebody asked for:
 
   x = embed(tokens);  for block in blocks[:n]: x = block(x);  unembed(norm(x))
 
@@ -17,16 +17,13 @@ nearly doubles the error of the logits).
 `extend` is the same walk for the next tokens of rows whose keys and values
 are kept in a cache.
 
-This is the only file that imports `gemma`, and only when a model is built.
+What differs by generation (shapes, blocks, attention, caches) is in `gemma3`,
+for Gemma 2 and 3, and in `gemma4`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
-import sys
-import types
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -37,130 +34,27 @@ import optax
 from flax import traverse_util
 
 from gemma_scope import sites
-from gemma_scope.language_model import arguments, hooks
+from gemma_scope.language_model import arguments, gemma3, gemma4, hooks
 
 Params = dict[str, Any]
 Edit = hooks.Edit
-Cache = tuple[dict[str, jax.Array], ...]  # one of each layer
+Cache = tuple[dict[str, jax.Array] | None, ...]  # one of each layer
+Config = gemma3.Config
+AnyConfig = gemma3.Config | gemma4.Config
+
+SIZES: dict[str, AnyConfig] = {**gemma3.SIZES, **gemma4.SIZES}
+_GENERATIONS = {gemma3.Config: gemma3, gemma4.Config: gemma4}
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """The shape of a Gemma text model, in this project's words."""
-
-  name: str
-  vocab_size: int
-  d_model: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  d_ff: int
-  window: int
-  pattern: str  # one letter a layer, repeated: L local (sliding), G global
-  attn_softcap: float | None = None
-  final_softcap: float | None = None
-  transpose_gating: bool = True
-  qk_norm: bool = False
-  query_scale_by_heads: bool = False  # (d_model / num_heads)^-.5, 27B only
-  global_rope_base: int = 10_000
-  global_rope_factor: float = 1.0
-
-
-def _gemma2(name, d, layers, heads, kv, head_dim, d_ff, **more) -> Config:
-  return Config(
-      name, 256_128, d, layers, heads, kv, head_dim, d_ff, 4096, 'LG',
-      attn_softcap=50.0, final_softcap=30.0, **more,
-  )  # fmt: skip
-
-
-def _gemma3(name, d, layers, heads, kv, head_dim, d_ff, window, **more):
-  return Config(
-      name, 262_144, d, layers, heads, kv, head_dim, d_ff, window, 'LLLLLG',
-      qk_norm=True, global_rope_base=1_000_000, **more,
-  )  # fmt: skip
-
-
-SIZES = {
-    config.name: config
-    for config in (
-        _gemma2('gemma2-2b', 2304, 26, 8, 4, 256, 9216, transpose_gating=False),
-        _gemma2('gemma2-9b', 3584, 42, 16, 8, 256, 14336),
-        _gemma2(
-            'gemma2-27b', 4608, 46, 32, 16, 128, 36864,
-            query_scale_by_heads=True,
-        ),
-        _gemma3('gemma3-270m', 640, 18, 4, 1, 256, 2048, 512),
-        _gemma3('gemma3-1b', 1152, 26, 4, 1, 256, 6912, 512),
-        _gemma3(
-            'gemma3-4b', 2560, 34, 8, 4, 256, 10240, 1024,
-            global_rope_factor=8.0,
-        ),
-        _gemma3(
-            'gemma3-12b', 3840, 48, 16, 8, 256, 15360, 1024,
-            global_rope_factor=8.0,
-        ),
-        _gemma3(
-            'gemma3-27b', 5376, 62, 32, 16, 128, 21504, 1024,
-            global_rope_factor=8.0, query_scale_by_heads=True,
-        ),
-    )
-}  # fmt: skip
+def config_class(fields: Mapping[str, Any]) -> type[AnyConfig]:
+  """The generation's `Config` that was written to JSON with these fields."""
+  is_4 = fields.get('family') == gemma4.Config.family
+  return gemma4.Config if is_4 else gemma3.Config
 
 
 class Output(NamedTuple):
   logits_BTV: jax.Array | None
   taps: dict[sites.Site | str, jax.Array]  # each [B, T, D of the site]
-
-
-@contextlib.contextmanager
-def _without_tensorflow():
-  """kauldron imports TensorFlow for the name `tf.Tensor` alone: stand in."""
-  if 'tensorflow' in sys.modules:
-    yield
-    return
-  stand_in = types.ModuleType('tensorflow')
-  stand_in.Tensor = type('Tensor', (), {})
-  stand_in.__spec__ = types.SimpleNamespace(
-    name='tensorflow', loader=None, origin=None, submodule_search_locations=[]
-  )
-  sys.modules['tensorflow'] = stand_in
-  try:
-    yield
-  finally:
-    del sys.modules['tensorflow']
-
-
-@contextlib.contextmanager
-def _restored(owner, name: str):
-  """Puts back an attribute that is replaced inside."""
-  before = getattr(owner, name)
-  try:
-    yield
-  finally:
-    setattr(owner, name, before)
-
-
-@functools.cache
-def _gemma_nn():
-  """`gemma.gm.nn`, imported on first use and without TensorFlow.
-
-  On import gemma replaces `nn.Module.param` by one that demands a shape, for
-  every Flax module of the process; that is undone here.
-  """
-  with _without_tensorflow(), _restored(nn.Module, 'param'):
-    try:
-      from gemma import gm
-    except ImportError as error:
-      raise ImportError(
-        'The language model needs the gemma package, which is not installed: '
-        'run launch/setup.sh, or pip install --no-deps -r requirements.txt.'
-      ) from error
-    _ = gm.nn.Transformer, gm.nn.config.TransformerConfig  # imported lazily
-    from kauldron import kd
-
-    _ = kd.nn.Identity
-  return gm.nn
 
 
 class Gemma:
@@ -175,7 +69,7 @@ class Gemma:
 
   def __init__(
     self,
-    config: Config,
+    config: AnyConfig,
     activation_sharding: jax.sharding.Sharding | None = None,
   ):
     self.config = config
@@ -184,68 +78,39 @@ class Gemma:
       if activation_sharding is None
       else lambda x: jax.lax.with_sharding_constraint(x, activation_sharding)
     )
-    gm_nn = _gemma_nn()
-    kinds = {
-      'L': gm_nn.AttentionType.LOCAL_SLIDING,
-      'G': gm_nn.AttentionType.GLOBAL,
-    }
-    scales = gm_nn.config.QueryPreAttentionNormalisation
-    c = config
-    self._model = gm_nn.Transformer(
-      config=gm_nn.config.TransformerConfig(
-        num_embed=c.vocab_size,
-        embed_dim=c.d_model,
-        hidden_dim=c.d_ff,
-        num_heads=c.num_heads,
-        head_dim=c.head_dim,
-        num_kv_heads=c.num_kv_heads,
-        final_logit_softcap=c.final_softcap,
-        attn_logits_soft_cap=c.attn_softcap,
-        use_post_attn_norm=True,
-        use_post_ffw_norm=True,
-        use_qk_norm=c.qk_norm,
-        attention_types=tuple(
-          kinds[c.pattern[i % len(c.pattern)]] for i in range(c.num_layers)
-        ),
-        sliding_window_size=c.window,
-        transpose_gating_einsum=c.transpose_gating,
-        query_pre_attn_norm=(
-          scales.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS
-          if c.query_scale_by_heads
-          else scales.BY_ONE_OVER_SQRT_HEAD_DIM
-        ),
-        global_base_frequency=c.global_rope_base,
-        global_scale_factor=c.global_rope_factor,
-      ),
-      dtype=jnp.float32,
-    )
+    self._generation = _GENERATIONS[type(config)]
+    self._model = self._generation.transformer(config)
 
   @functools.cached_property
   def param_shapes(self) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s (float32)."""
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    init = functools.partial(jax.eval_shape, self._model.init)
-    return dict(init(jax.random.key(0), tokens)['params'])
+    caches = (None,) * self.config.num_layers
+    init = functools.partial(self._model.init, method=self._walk)
+    tree = jax.eval_shape(
+      lambda key, tokens: init(key, caches, tokens, None, None, True),
+      jax.random.key(0),
+      tokens,
+    )['params']
+    flat = traverse_util.flatten_dict(tree, sep='/')
+    kept = {
+      name: shape
+      for name, shape in flat.items()
+      if self._generation.is_read(self.config, name)
+    }
+    return traverse_util.unflatten_dict(kept, sep='/')
 
   def init(self, key: jax.Array) -> Params:
     """Random float32 parameters: normal, variance 1 / fan-in, unit gains."""
-    c = self.config
-    fan_in = {
-      'input_embedding': c.d_model,
-      'attn_vec_einsum/w': c.num_heads * c.head_dim,
-      'mlp/linear': c.d_ff,
-    }  # all others read the residual stream
     flat = traverse_util.flatten_dict(self.param_shapes, sep='/')
     params = {}
     for i, (name, shape) in enumerate(sorted(flat.items())):
-      if name.endswith('scale'):  # the gain is 1 + scale
-        params[name] = jnp.zeros(shape.shape)
+      start = self._generation.initial(self.config, name)
+      if isinstance(start, float):
+        params[name] = jnp.full(shape.shape, start)
         continue
-      inputs = next(
-        (n for end, n in fan_in.items() if name.endswith(end)), c.d_model
-      )
       draw = jax.random.normal(jax.random.fold_in(key, i), shape.shape)
-      params[name] = draw * inputs**-0.5
+      params[name] = draw * start**-0.5
     return traverse_util.unflatten_dict(params, sep='/')
 
   def forward(
@@ -284,7 +149,7 @@ class Gemma:
     """
     c, causal, wanted = self.config, mask_BTT is None, arguments.taps(taps)
     edits = arguments.edits(edits)
-    visits = hooks.Hooks(c, wanted.values(), edits, frozen, causal)
+    visits = self._hooks(wanted.values(), edits, frozen, causal)
     depth = c.num_layers
     if not logits:
       depth = 1 + max((site.layer for site in visits.taps), default=-1)
@@ -295,8 +160,8 @@ class Gemma:
     arguments.shape('mask_BTT', mask_BTT, both)
     with nn.intercept_methods(visits.intercept):
       logits_BTV = self._model.apply(
-          {'params': params}, tokens_BT, positions_BT, mask_BTT, depth, logits,
-          self._pin, method=_walk,
+          {'params': params}, (None,) * depth, tokens_BT, positions_BT,
+          mask_BTT, logits, method=self._walk,
       )  # fmt: skip
     values = {given: visits.values[site] for given, site in wanted.items()}
     return Output(logits_BTV, values)
@@ -306,15 +171,7 @@ class Gemma:
 
     float32, as scores are: 8 bytes a token, layer, key head and head width.
     """
-    c = self.config
-    heads = (batch, length, c.num_kv_heads, c.head_dim)
-    layer = {
-      'k': jnp.zeros(heads),
-      'v': jnp.zeros(heads),
-      'positions': jnp.zeros((batch, length), jnp.int32),
-      'end_index': jnp.zeros((batch,), jnp.int32),  # the same in every row
-    }
-    return (layer,) * c.num_layers
+    return self._generation.empty_cache(self.config, batch, length)
 
   def extend(
     self,
@@ -338,11 +195,11 @@ class Gemma:
     Returns:
       Logits [B, V] of the last token, float32, and the new cache.
     """
-    visits = hooks.Hooks(self.config, (), arguments.edits(edits))
+    visits = self._hooks((), arguments.edits(edits))
     with nn.intercept_methods(visits.intercept):
       return self._model.apply(
           {'params': params}, cache, tokens_BT, positions_BT, mask_BTC,
-          self._pin, method=_extend,
+          method=self._extend,
       )  # fmt: skip
 
   def unembed(
@@ -350,35 +207,26 @@ class Gemma:
   ) -> jax.Array:
     """Final norm, tied unembedding (of K tokens), soft-cap: float32 logits."""
     arguments.shape('x_BTD', x_BTD, (*x_BTD.shape[:-1], self.config.d_model))
-    visits = hooks.Hooks(self.config, (), {})
+    visits = self._hooks((), {})
     with nn.intercept_methods(visits.intercept):
       return self._model.apply(
         {'params': params}, x_BTD, tokens_K, method=_unembed
       )
 
+  def _hooks(self, *arguments) -> hooks.Hooks:
+    return self._generation.Hooks(self.config, *arguments)
 
-def _walk(model, tokens_BT, positions_BT, mask_BTT, depth, logits, pin):
-  caches = (None,) * depth
-  x_BTD, _ = _blocks(model, caches, tokens_BT, positions_BT, mask_BTT, pin)
-  return _unembed(model, x_BTD) if logits else None
+  def _walk(self, model, caches, tokens_BT, positions_BT, mask, logits):
+    x_BTD, _ = self._generation.blocks(
+      self.config, model, caches, tokens_BT, positions_BT, mask, self._pin
+    )
+    return _unembed(model, x_BTD) if logits else None
 
-
-def _extend(model, caches, tokens_BT, positions_BT, mask_BTC, pin):
-  x_BTD, caches = _blocks(model, caches, tokens_BT, positions_BT, mask_BTC, pin)
-  return _unembed(model, x_BTD[:, -1:])[:, 0], caches
-
-
-def _blocks(model, caches, tokens_BT, positions_BT, mask_BTC, pin):
-  """`Transformer.__call__` for text, beneath its `nn.jit`: a block a cache."""
-  inputs = model._encode_and_get_inputs(
-    tokens=tokens_BT, positions=positions_BT, attention_mask=mask_BTC
-  )
-  x_BTD, after = pin(inputs.embeddings), []
-  for block, cache in zip(model.blocks, caches, strict=False):
-    cache, x_BTD = block(x_BTD, inputs.positions, cache, inputs.attention_mask)
-    x_BTD = pin(x_BTD)
-    after.append(cache)
-  return x_BTD, tuple(after)
+  def _extend(self, model, caches, tokens_BT, positions_BT, mask):
+    x_BTD, caches = self._generation.blocks(
+      self.config, model, caches, tokens_BT, positions_BT, mask, self._pin
+    )
+    return _unembed(model, x_BTD[:, -1:])[:, 0], caches
 
 
 def _unembed(model, x_BTD, tokens_K=None):

@@ -1,16 +1,18 @@
-"""Gemma 2 and 3 as llama.cpp stores them: one GGUF file, often quantised.
+"""Gemma 2, 3 and 4 as llama.cpp stores them: one GGUF file, often quantised.
 
 Metadata and tensors are translated to Hugging Face's names, and read as its
 folders are (`hugging_face`), but for three things that llama.cpp's converter
 does to a Gemma:
 
-  - norms carry the 1: what is stored is 1 + scale;
+  - norms of Gemma 2 and 3 carry the 1: what is stored is 1 + scale;
   - of the configuration only some is kept: the scale of queries and the local
     layers' RoPE base are known by the model's size, not by the file;
   - the tokenizer is a list of pieces, scores and types. `tokenizer` rebuilds
     the SentencePiece model from it. In pieces of spaces the converter spelt
     the space as ' '; it also marked pieces that can be typed, such as
     <start_of_turn>, as control pieces, which SentencePiece never finds in text.
+
+What is particular to Gemma 4 is in `gguf_gemma4`.
 """
 
 from __future__ import annotations
@@ -29,11 +31,16 @@ from gemma_scope import files
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import (
   gguf_file,
+  gguf_gemma4,
   hugging_face,
   hugging_face_tensors,
 )
 
-_TYPES = {'gemma2': 'gemma2', 'gemma3': 'gemma3_text'}
+_TYPES = {
+  'gemma2': 'gemma2',
+  'gemma3': 'gemma3_text',
+  gguf_gemma4.ARCHITECTURE: 'gemma4_text',
+}
 # Metadata (after `gemma3.`) -> field of a config.json.
 _FIELDS = {
   'embedding_length': 'hidden_size',
@@ -83,6 +90,7 @@ _TO_HUGGING_FACE = {
   **{ours: name for name, ours in _NAMES.items()},
   'token_embd': 'embed_tokens',
   'output_norm': 'norm',
+  **gguf_gemma4.NAMES,
 }
 _UNTIED = 'output.weight'
 # SentencePiece's types of pieces.
@@ -90,11 +98,11 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPECIAL = 'padding', 'eos', 'bos', 'unknown'  # those that text never spells
 
 
-def config(name: str, path: pathlib.Path) -> lm.Config:
+def config(name: str, path: pathlib.Path) -> lm.AnyConfig:
   """The shape that a file describes, checked against that of its name.
 
   Raises:
-    ValueError: the file is damaged, describes no Gemma 2 or 3, or another one.
+    ValueError: the file is damaged, describes no Gemma 2 to 4, or another one.
   """
   file = gguf_file.open_file(path)
   return hugging_face.config(name, _fields(file), str(path))
@@ -106,8 +114,8 @@ def _fields(file: gguf_file.File) -> dict[str, Any]:
   architecture = file.metadata.get('general.architecture')
   if architecture not in _TYPES:
     raise gguf_file.BadFile(
-      f'{where!r} holds a model of architecture {architecture!r}; Gemma 2 and '
-      f'3 are {" and ".join(map(repr, _TYPES))}.'
+      f'{where!r} holds a model of architecture {architecture!r}; expected '
+      f'{" or ".join(map(repr, _TYPES))}.'
     )
   if file.metadata.get('split.count', 1) > 1:
     raise gguf_file.BadFile(
@@ -119,6 +127,8 @@ def _fields(file: gguf_file.File) -> dict[str, Any]:
     for key, value in file.metadata.items()
     if key.startswith(f'{architecture}.')
   }
+  if architecture == gguf_gemma4.ARCHITECTURE:
+    return gguf_gemma4.fields(file, given)
   if missing := [key for key in _FIELDS if key not in given]:
     raise gguf_file.BadFile(
       f'{where!r} lacks the metadata {architecture}.{missing[0]}.'
@@ -216,21 +226,27 @@ def read(
   """
   file = gguf_file.open_file(path)
   _refuse_untied(file)
+  is_4 = file.metadata['general.architecture'] == gguf_gemma4.ARCHITECTURE
   tensors = {
-    _translated(name): _Norm(tensor) if 'norm.' in name else tensor
+    _translated(name): _Norm(tensor) if 'norm' in name and not is_4 else tensor
     for name, tensor in file.tensors.items()
-    if name != _UNTIED
+    if name not in (_UNTIED, gguf_gemma4.ROPE)
   }
   return hugging_face_tensors.assemble(str(path), tensors, shapes, wanted)
 
 
 def _translated(name: str) -> str:
   """'blk.3.attn_q.weight' -> 'layers.3.self_attn.q_proj.weight'."""
-  match = re.fullmatch(r'(?:blk\.(\d+)\.)?(\w+)\.weight', name)
-  if not match or match[2] not in _TO_HUGGING_FACE:
+  match = re.fullmatch(r'(?:blk\.(\d+)\.)?(\w+)\.(weight|scale)', name)
+  if not match:
     return name  # refused as unknown
-  layer = f'layers.{match[1]}.' if match[1] else ''
-  return f'{layer}{_TO_HUGGING_FACE[match[2]]}.weight'
+  block, module, kind = match.groups()
+  table = gguf_gemma4.SCALES if kind == 'scale' else _TO_HUGGING_FACE
+  if module not in table:
+    return name
+  bare = kind == 'scale' or table[module] in gguf_gemma4.BARE
+  layer = f'layers.{block}.' if block else ''
+  return f'{layer}{table[module]}{"" if bare else ".weight"}'
 
 
 class _Norm:

@@ -59,10 +59,10 @@ def library():
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """One tensor [rows, columns] or [size] of a file, dequantised in parts.
+  """One tensor [..., rows, columns] or [size] of a file, dequantised in parts.
 
-  A part is what NumPy's slicing of rows and columns says; only its rows are
-  read and dequantised, to float32.
+  A part is what NumPy's slicing of its axes says; only its rows are read and
+  dequantised, to float32.
   """
 
   name: str
@@ -75,13 +75,14 @@ class Tensor:
 
   def __getitem__(self, index) -> np.ndarray:
     gguf = library()
-    if len(self.shape) == 1:
-      rows, columns = slice(None), index
-    else:
-      rows, columns = index
+    index = index if isinstance(index, tuple) else (index,)
+    *rows, columns = (0, *index) if len(self.shape) == 1 else index
+    data = self.data.reshape(*(self.shape[:-1] or (1,)), -1)[tuple(rows)]
     kind = gguf.GGMLQuantizationType[self.kind]
-    part = gguf.dequantize(np.ascontiguousarray(self.data[rows]), kind)
-    return part[0][columns] if len(self.shape) == 1 else part[:, columns]
+    data = np.ascontiguousarray(data)
+    if data.ndim == 1:
+      return gguf.dequantize(data[None], kind)[0, columns]
+    return gguf.dequantize(data, kind)[..., columns]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _tensor(path, data, name, shape, code) -> Tensor:
       'which the installed gguf package cannot dequantise: upgrade it, or '
       'take the file in another quantisation.'
     ) from error
-  if len(shape) not in (1, 2) or shape[-1] % of_block:
+  if len(shape) not in (1, 2, 3) or shape[-1] % of_block:
     raise BadFile(
       f'{name} in {str(path)!r} has shape {shape}, which cannot be of type '
       f'{kind.name} in a Gemma.'

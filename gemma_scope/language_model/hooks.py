@@ -9,6 +9,8 @@ inputs of attention scores are computed in float32 here.
 
 If frozen, the denominators of norms and the attention weights have no gradient.
 The model is then linear, except for its MLPs.
+
+A generation of Gemma has a subclass, which knows its norms and its attention.
 """
 
 from __future__ import annotations
@@ -20,20 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from gemma_scope import sites
-from gemma_scope.language_model import attention
 
 Edit = Callable[[jax.Array], jax.Array]
-
-# Submodule of a block -> the sites of its input and of its output.
-_SITES_OF = {
-  ('pre_attention_norm',): (None, 'attn_in'),
-  ('attn', 'attn_vec_einsum'): ('attn_out', 'attn_raw'),
-  ('post_attention_norm',): (None, 'attn_add'),
-  ('pre_ffw_norm',): ('resid_mid', 'mlp_in'),
-  ('mlp',): (None, 'mlp_raw'),
-  ('post_ffw_norm',): (None, 'mlp_out'),
-}
-_SCORE_INPUTS = ('q_einsum', 'kv_einsum', 'qkv_einsum')
 
 
 class Hooks:
@@ -49,6 +39,16 @@ class Hooks:
     ValueError: a site that this model does not have, or may only be read.
   """
 
+  # Submodule of a block -> the sites of its input and of its output.
+  sites_of: Mapping[tuple[str, ...], tuple[str | None, str | None]] = {
+    ('pre_attention_norm',): (None, 'attn_in'),
+    ('attn', 'attn_vec_einsum'): ('attn_out', 'attn_raw'),
+    ('post_attention_norm',): (None, 'attn_add'),
+    ('pre_ffw_norm',): ('resid_mid', 'mlp_in'),
+    ('mlp',): (None, 'mlp_raw'),
+    ('post_ffw_norm',): (None, 'mlp_out'),
+  }
+
   def __init__(
     self,
     config: sites.Dimensions,
@@ -57,7 +57,7 @@ class Hooks:
     frozen: bool = False,
     causal: bool = False,
   ):
-    self.frozen, self.causal = frozen, causal
+    self.config, self.frozen, self.causal = config, frozen, causal
     self.taps = frozenset(taps)
     self.edits = dict(edits)
     self.values: dict[sites.Site, jax.Array] = {}
@@ -67,7 +67,7 @@ class Hooks:
       if site.kind in sites.READ_ONLY:
         raise ValueError(f'{site} can be read but not edited.')
 
-  def _visit(self, layer: int, kind: str | None, x):
+  def visit(self, layer: int, kind: str | None, x):
     """Edits x [B, T, ...], then records it; other values pass through."""
     site = sites.Site(layer, kind) if kind else None
     if site not in self.taps and site not in self.edits:
@@ -94,54 +94,46 @@ class Hooks:
     root, *path = module.path or ('',)
     if not root.startswith('layer_'):
       if _is_norm(module):
-        return self._norm(module, args[0])
+        return self.norm(module, args[0])
       return call(*args, **kwargs)
     layer, path = int(root.removeprefix('layer_')), tuple(path)
-    if not path:  # the block itself: (x, positions, cache, mask) -> (cache, x)
-      x_BTD = self._visit(layer, 'resid_pre', args[0])
+    if not path:  # the block itself: (x, positions, cache, ...) -> (cache, x)
+      x_BTD = self.visit(layer, 'resid_pre', args[0])
       cache, x_BTD = call(x_BTD, *args[1:], **kwargs)
-      return cache, self._visit(layer, 'resid_post', x_BTD)
-    if path == ('mlp',) and type(module).__name__ != 'FeedForward':
-      # `share_scope` gives both einsums inside the MLP the MLP's own path.
+      return cache, self.visit(layer, 'resid_post', x_BTD)
+    if len(path) == 1 and hasattr(module, 'weight_name'):
+      # `share_scope` gives both einsums inside an MLP the MLP's own path.
       if module.weight_name == 'linear':
-        args = (args[0], self._visit(layer, 'mlp_hidden', args[1]))
-      return call(*args, **kwargs)
-    if path == ('attn',) and args[2] is None:  # x, positions, cache, mask
-      return None, attention.attention(
-        module, args[0], args[1], args[3], self.causal
-      )
-    before, after = _SITES_OF.get(path, (None, None))
+        args = (args[0], self.visit(layer, 'mlp_hidden', args[1]))
+      if module.weight_name in ('linear', 'gating_einsum'):
+        return call(*args, **kwargs)
+    return self.inside(layer, path, module, call, args, kwargs)
+
+  def inside(self, layer: int, path: tuple[str, ...], module, call, args, more):
+    """A call of a submodule at `path` in the block of `layer`."""
+    before, after = self.sites_of.get(path, (None, None))
     if _is_norm(module):
-      x = self._visit(layer, before, args[0])
+      x = self.visit(layer, before, args[0])
       ungained = 'mlp_in_ungained' if after == 'mlp_in' else None
-      visit = functools.partial(self._visit, layer, ungained)
-      return self._visit(layer, after, self._norm(module, x, visit))
-    if path[-1] in _SCORE_INPUTS:
-      return self._scores(path[-1], call(*args, **kwargs).astype(jnp.float32))
+      visit = functools.partial(self.visit, layer, ungained)
+      return self.visit(layer, after, self.norm(module, x, visit))
     if path[-1] == 'attn_vec_einsum':  # (equation, heads [B, T, K, H])
       heads = args[1].astype(module.get_variable('params', 'w').dtype)
-      args = (args[0], self._visit(layer, before, heads))
-    return self._visit(layer, after, call(*args, **kwargs))
+      args = (args[0], self.visit(layer, before, heads))
+    return self.visit(layer, after, call(*args, **more))
 
-  def _scores(self, name: str, x):
-    """Queries, keys and values, of which values alone have a frozen gradient.
-
-    The leading axis of kv_einsum is (key, value), that of qkv_einsum all three.
-    """
-    if not self.frozen:
-      return x
-    still = jax.lax.stop_gradient(x)
-    return still if name == 'q_einsum' else still.at[-1].set(x[-1])
-
-  def _norm(self, module, x, visit_ungained=lambda x: x):
-    """Gemma's RMSNorm in float32: x / rms(x) * (1 + scale)."""
+  def norm(self, module, x, visit_ungained=lambda x: x):
+    """RMSNorm in float32: x / rms(x) times the generation's gain."""
     dtype = x.dtype
     x = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
     x = x * (jax.lax.stop_gradient(scale) if self.frozen else scale)
     x = visit_ungained(x)
-    gain = 1 + module.get_variable('params', 'scale').astype(jnp.float32)
-    return (x * gain).astype(dtype)
+    return (x * self.gain(module)).astype(dtype)
+
+  def gain(self, module):
+    """What a norm's output is multiplied by, float32."""
+    raise NotImplementedError
 
 
 def _described(value) -> str:

@@ -1,8 +1,8 @@
-"""Hugging Face's config.json of Gemma 2 and 3 -> the model's shape.
+"""Hugging Face's config.json of Gemma 2, 3 and 4 -> the model's shape.
 
 Every field that changes what a model computes is used or refused by name, in
 the spellings of all versions of `transformers`; a field that is unknown here is
-refused unless it is empty. Of a multimodal Gemma 3 the text part is read.
+refused unless it is empty. Of a multimodal model the text part is read.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import hugging_face_gemma4
 
-_TYPES = 'gemma2', 'gemma3_text', 'gemma3'
+_TYPES = 'gemma2', 'gemma3_text', 'gemma3', 'gemma4_text', 'gemma4'
+_MULTIMODAL = 'gemma3', 'gemma4'
 _BASE = 10_000  # of local RoPE
 # What a config.json leaves out where it is so: those published for Gemma 3 do.
 _DEFAULTS = dict(
@@ -78,7 +80,7 @@ def is_described_by(fields: Any) -> bool:
   return isinstance(fields, dict) and 'model_type' in fields
 
 
-def config(name: str, fields: Mapping[str, Any], where: str) -> lm.Config:
+def config(name: str, fields: Mapping[str, Any], where: str) -> lm.AnyConfig:
   """The shape that a config.json describes.
 
   Args:
@@ -88,7 +90,7 @@ def config(name: str, fields: Mapping[str, Any], where: str) -> lm.Config:
     where: its path, for errors.
 
   Raises:
-    ValueError: it is no Gemma 2 or 3, computes something that this forward pass
+    ValueError: it is no Gemma 2 to 4, computes something that this forward pass
       does not, or is another model than its name says.
   """
   kind = fields.get('model_type')
@@ -99,7 +101,7 @@ def config(name: str, fields: Mapping[str, Any], where: str) -> lm.Config:
     )
   try:
     text = fields
-    if kind == 'gemma3':
+    if kind in _MULTIMODAL:
       text = dict(fields['text_config'])
       # What the whole model says of its head holds for the text's.
       if fields.get('tie_word_embeddings') is False:
@@ -134,7 +136,9 @@ def _refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
       raise ValueError(f'the field {field} ({value!r}) is not known here')
 
 
-def _config(name: str, kind: str, given: Mapping[str, Any]) -> lm.Config:
+def _config(name: str, kind: str, given: Mapping[str, Any]) -> lm.AnyConfig:
+  if kind.startswith('gemma4'):
+    return hugging_face_gemma4.config(name, given, _refuse_unknown)
   defaults = {**_DEFAULTS, **_DEFAULTS_OF[kind[:6]]}
   _refuse_unknown(given, {*defaults, *_ROPE, *_PATTERN})
   text = {**defaults, **given}
@@ -240,7 +244,7 @@ def _base_and_factor(given: Mapping[str, Any], usual: int) -> tuple[int, float]:
   return int(base), float(given['factor']) if kind == 'linear' else 1.0
 
 
-def _refuse_another(given: lm.Config, known: lm.Config, where: str) -> None:
+def _refuse_another(given: lm.AnyConfig, known: lm.AnyConfig, where: str):
   """Refuses a model whose shape is not that of its name."""
 
   def facts(c):
@@ -252,9 +256,9 @@ def _refuse_another(given: lm.Config, known: lm.Config, where: str) -> None:
   free = 'vocab_size', 'transpose_gating'
   ours, theirs = facts(known), facts(given)
   wrong = [
-    f'{field} {theirs[field]} (in {known.name} {value})'
+    f'{field} {theirs.get(field)} (in {known.name} {value})'
     for field, value in ours.items()
-    if theirs[field] != value and field not in free
+    if theirs.get(field) != value and field not in free
   ]
   if wrong:
     raise ValueError(

@@ -6,10 +6,23 @@
   o_proj [D, N H]                     attn/attn_vec_einsum/w   [N, H, D]
   gate_proj, up_proj [F, D] each      mlp/gating_einsum        [2, F, D]
   down_proj [D, F]                    mlp/linear               [F, D]
-  norms [D], [H]                      .../scale, gain = 1 + scale in both
+  norms [D], [H]                      .../scale, the same numbers
 
-(F is the MLP's width here; with as many key heads as heads, q, k and v are one
-qkv_einsum.)
+and in Gemma 4
+
+  k_proj [K H, D]                     attn/k_einsum/w          [K, D, H]
+  layer_scalar [1]                    skip_scale               [1]
+  embed_tokens_per_layer [V, L P]     per_layer_embeddings     [V, L, P]
+  per_layer_model_projection [L P, D] .../w                    [D, L, P]
+  per_layer_input_gate [P, D]         .../w                    [D, P]
+  per_layer_projection [D, P]         .../w                    [P, D]
+  experts.gate_up_proj [E, 2 F, D]    mlp/gating_einsum/w      [E, 2, F, D]
+  experts.down_proj [E, D, F]         mlp/linear/w             [E, F, D]
+  router.proj [E, D]                  mlp/router_logits/w      [D, E]
+
+(F is the MLP's width here, P that of the per-layer inputs of L layers, E the
+number of experts; with as many key heads as heads, q, k and v of Gemma 2 and 3
+are one qkv_einsum. Beside experts `mlp` is called mlp2 and its norms *_ffw2.)
 
 Every tensor's name and shape is checked before one is read. Then each device's
 part of each parameter is cut out of its tensor, cast and put there: what is
@@ -32,7 +45,10 @@ _ROWS = 8192  # rows of an embedding that are compared at once
 _INDEX = 'model.safetensors.index.json'
 # What comes before `layers.0...`, by version and kind of model.
 _PREFIX = r'^(model\.language_model\.|language_model\.model\.|model\.)'
-_NOT_TEXT = r'^(model\.)?(vision_tower|multi_modal_projector)\.'
+_NOT_TEXT = (
+  r'^(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_vision|'
+  r'embed_audio)\.'
+)
 _DTYPES = 'F64', 'F32', 'F16', 'BF16'
 
 _NORMS = {
@@ -42,9 +58,13 @@ _NORMS = {
   'post_ffw_norm': 'post_feedforward_layernorm',
   'attn/_query_norm': 'self_attn.q_norm',
   'attn/_key_norm': 'self_attn.k_norm',
+  'attn/query_norm': 'self_attn.q_norm',
+  'attn/key_norm': 'self_attn.k_norm',
+  'post_per_layer_input_norm': 'post_per_layer_input_norm',
 }
 _MATRICES = {
   'attn/q_einsum/w': ('self_attn.q_proj',),
+  'attn/k_einsum/w': ('self_attn.k_proj',),
   'attn/kv_einsum/w': ('self_attn.k_proj', 'self_attn.v_proj'),
   'attn/qkv_einsum/w': (
     'self_attn.q_proj',
@@ -54,7 +74,46 @@ _MATRICES = {
   'attn/attn_vec_einsum/w': ('self_attn.o_proj',),
   'mlp/gating_einsum': ('mlp.gate_proj', 'mlp.up_proj'),
   'mlp/linear': ('mlp.down_proj',),
+  'per_layer_input_gate/w': ('per_layer_input_gate',),
+  'per_layer_projection/w': ('per_layer_projection',),
+}  # fmt: skip
+_LAYER = {  # parameter of a layer -> tensors
+  **{f'{name}/scale': (f'{norm}.weight',) for name, norm in _NORMS.items()},
+  **{
+    name: tuple(f'{each}.weight' for each in found)
+    for name, found in _MATRICES.items()
+  },
+  'skip_scale': ('layer_scalar',),
 }
+_MIXTURE = {  # the same beside experts, where it is another
+  'pre_ffw2_norm/scale': ('pre_feedforward_layernorm.weight',),
+  'post_ffw2_norm/scale': ('post_feedforward_layernorm_1.weight',),
+  'pre_ffw_norm/scale': ('pre_feedforward_layernorm_2.weight',),
+  'post_ffw1_norm/scale': ('post_feedforward_layernorm_2.weight',),
+  'mlp2/gating_einsum': ('mlp.gate_proj.weight', 'mlp.up_proj.weight'),
+  'mlp2/linear': ('mlp.down_proj.weight',),
+  'mlp/gating_einsum/w': ('experts.gate_up_proj',),
+  'mlp/linear/w': ('experts.down_proj',),
+  'mlp/router_logits/w': ('router.proj.weight',),
+  'mlp/router_scale': ('router.scale',),
+  'mlp/per_expert_scale': ('router.per_expert_scale',),
+}
+_WHOLE = {  # of no layer
+  'embedder/input_embedding': 'embed_tokens.weight',
+  'embedder/per_layer_embeddings': 'embed_tokens_per_layer.weight',
+  'embedder/per_layer_model_projection/w': 'per_layer_model_projection.weight',
+  'embedder/per_layer_projection_norm/scale': (
+    'per_layer_projection_norm.weight'
+  ),
+  'final_norm/scale': 'norm.weight',
+}
+# Matrices that these files have the other way round.
+_TRANSPOSED = (
+  'mlp/linear', 'mlp2/linear', 'router_logits/w', 'per_layer_input_gate/w',
+  'per_layer_projection/w',
+)  # fmt: skip
+# Keys and values that some files have of layers that attend to another's.
+_UNREAD = r'layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.weight'
 
 
 def read(
@@ -134,24 +193,25 @@ def assemble(
       `get_shape()` and gives a part of itself, `tensor[rows, columns]`.
     shapes, wanted: as in `read`.
   """
-  _check(where, tensors, shapes)
+  names = {key: _names(key, shapes) for key in shapes}
+  _check(where, tensors, shapes, names)
   return {
     key: jax.make_array_from_callback(
       want.shape,
       want.sharding,
       lambda index, key=key, want=want: _part(
-        tensors, key, want.shape, index
+        [tensors[name] for name in names[key]], key, want.shape, index
       ).astype(want.dtype, copy=False),
     )
     for key, want in wanted.items()
   }
 
 
-def _check(where, tensors, shapes) -> None:
+def _check(where, tensors, shapes, names) -> None:
   """Refuses tensors that are missing, unknown or of another shape."""
   expected = {}
   for key, shape in shapes.items():
-    expected |= _sources(key, shape.shape)
+    expected |= dict.fromkeys(names[key], _source_shape(key, shape.shape))
   for name, shape in expected.items():
     if name not in tensors:
       raise ValueError(f'{where!r} has no tensor {name}: is it another model?')
@@ -160,7 +220,14 @@ def _check(where, tensors, shapes) -> None:
       raise ValueError(
         f'{name} in {where!r} has shape {actual}, and the model wants {shape}.'
       )
-  if more := sorted(set(tensors) - set(expected)):
+  unread = {
+    name
+    for name in set(tensors) - set(expected)
+    if (layer := re.fullmatch(_UNREAD, name))
+    and f'layers.{layer[1]}.self_attn.q_proj.weight' in expected
+    and f'layers.{layer[1]}.self_attn.k_proj.weight' not in expected
+  }
+  if more := sorted(set(tensors) - set(expected) - unread):
     raise ValueError(
       f'{where!r} has tensors that the model has not: '
       f'{", ".join(more[:3])}{", ..." if len(more) > 3 else ""}.'
@@ -190,56 +257,75 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   return [folder / name for name in names]
 
 
-def _names(key: str) -> tuple[str, ...]:
+def _names(key: str, shapes: Mapping[str, Any]) -> tuple[str, ...]:
   """The tensors that a parameter is made of."""
-  if key == 'embedder/input_embedding':
-    return ('embed_tokens.weight',)
-  if key == 'final_norm/scale':
-    return ('norm.weight',)
+  if key in _WHOLE:
+    return (_WHOLE[key],)
   layer, rest = re.fullmatch(r'layer_(\d+)/(.*)', key).groups()
-  names = _MATRICES.get(rest) or (_NORMS[rest.removesuffix('/scale')],)
-  return tuple(f'layers.{layer}.{name}.weight' for name in names)
+  mixture = f'layer_{layer}/mlp/router_logits/w' in shapes
+  table = {**_LAYER, **_MIXTURE} if mixture else _LAYER
+  return tuple(f'layers.{layer}.{name}' for name in table[rest])
 
 
-def _sources(key: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-  """Those tensors, and the shape that each must have."""
-  names = _names(key)
-  if key.endswith(('q_einsum/w', 'kv_einsum/w')):
+def _source_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape that each of those tensors must have."""
+  if key.endswith(('q_einsum/w', 'k_einsum/w', 'kv_einsum/w')):
     heads, width, head_dim = shape[-3:]
-    of_each = (heads * head_dim, width)
-  elif key.endswith('attn_vec_einsum/w'):
-    of_each = (shape[2], shape[0] * shape[1])
-  elif key.endswith('gating_einsum'):
-    of_each = shape[1:]
-  elif key.endswith('mlp/linear'):
-    of_each = shape[::-1]
-  else:
-    of_each = shape
-  return dict.fromkeys(names, of_each)
+    return heads * head_dim, width
+  if key.endswith('attn_vec_einsum/w'):
+    return shape[2], shape[0] * shape[1]
+  if key.endswith('mlp/gating_einsum/w'):  # of experts
+    return shape[0], shape[1] * shape[2], shape[3]
+  if key.endswith('mlp/linear/w'):
+    return shape[0], shape[2], shape[1]
+  if key.endswith('gating_einsum'):
+    return shape[1:]
+  if key.endswith('per_layer_embeddings'):
+    return shape[0], shape[1] * shape[2]
+  if key.endswith('per_layer_model_projection/w'):
+    return shape[1] * shape[2], shape[0]
+  return shape[::-1] if key.endswith(_TRANSPOSED) else shape
 
 
 def _part(tensors, key, shape, index) -> np.ndarray:
-  """A device's part of a parameter: `index` has a slice an axis."""
+  """A device's part of a parameter.
+
+  Args:
+    tensors: those that it is made of.
+    index: a slice an axis.
+  """
   index = tuple(
     slice(*s.indices(size)) for s, size in zip(index, shape, strict=True)
   )
-  names = _names(key)
-  if key.endswith('q_einsum/w') and len(names) == 1:
-    return _heads(tensors[names[0]], shape[-1], index)
-  if key.endswith('einsum/w') and len(names) > 1:
+  first = tensors[0]
+  if key.endswith(('q_einsum/w', 'k_einsum/w', 'kv_einsum/w')):
+    if len(shape) == 3:
+      return _heads(first, shape[-1], index)
     return np.stack(
-      [_heads(tensors[name], shape[-1], index[1:]) for name in names[index[0]]]
+      [_heads(tensor, shape[-1], index[1:]) for tensor in tensors[index[0]]]
     )
   if key.endswith('attn_vec_einsum/w'):
     heads, inside, outputs = index
     size = shape[1]
-    w = tensors[names[0]][outputs, heads.start * size : heads.stop * size]
+    w = first[outputs, heads.start * size : heads.stop * size]
     return w.T.reshape(-1, size, w.shape[0])[:, inside]
+  if key.endswith('mlp/gating_einsum/w'):  # of experts
+    of_experts, halves, inside, columns = index
+    w = first[of_experts, :, columns]
+    return w.reshape(w.shape[0], *shape[1:3], -1)[:, halves, inside]
+  if key.endswith('mlp/linear/w'):
+    return first[index[0], index[2], index[1]].swapaxes(1, 2)
   if key.endswith('gating_einsum'):
-    return np.stack([tensors[name][index[1:]] for name in names[index[0]]])
-  if key.endswith('mlp/linear'):
-    return tensors[names[0]][index[::-1]].T
-  return tensors[names[0]][index]
+    return np.stack([tensor[index[1:]] for tensor in tensors[index[0]]])
+  if key.endswith('per_layer_embeddings'):
+    w = first[index[0], :]
+    return w.reshape(-1, *shape[1:])[:, index[1], index[2]]
+  if key.endswith('per_layer_model_projection/w'):
+    w = first[:, index[0]]
+    return w.T.reshape(-1, *shape[1:])[:, index[1], index[2]]
+  if key.endswith(_TRANSPOSED):
+    return first[index[::-1]].T
+  return first[index]
 
 
 def _heads(tensor, size: int, index: tuple[slice, ...]) -> np.ndarray:

@@ -2,8 +2,9 @@
 
 A checkpoint is one of
   - a folder written by Orbax: Gemma's own release layout (flat keys such as
-    `transformer/layer_0/attn/q_einsum`) or a nested tree; local or remote
-    (gs://, s3://, ...), read with its cast and its sharding in one go;
+    `transformer/layer_0/attn/q_einsum`, or with layers of a kind stacked) or a
+    nested tree; local or remote (gs://, s3://, ...), read with its cast and its
+    sharding in one go;
   - a folder of Hugging Face's: config.json and *.safetensors (`hugging_face`);
   - a folder with config.json and *.safetensors whose tensors are named by
     their path in the tree (`layer_0/attn/q_einsum/w`): the embedded model;
@@ -19,7 +20,6 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,9 +34,11 @@ from gemma_scope.language_model import (
   gguf,
   hugging_face,
   hugging_face_tensors,
+  orbax_checkpoints,
   packages,
 )
 from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model.orbax_checkpoints import CheckpointNotFound
 
 TINY = pathlib.Path(__file__).parent / 'tiny'
 
@@ -45,17 +47,20 @@ TINY = pathlib.Path(__file__).parent / 'tiny'
 # that does not divide its dimension is dropped.
 _SHARDING = (
   (r'input_embedding$', ('latent', 'data')),
-  (r'attn/q_einsum/w$', ('latent', 'data', None)),
+  (r'attn/[qk]_einsum/w$', ('latent', 'data', None)),
   (r'attn/q?kv_einsum/w$', (None, 'latent', 'data', None)),
   (r'attn/attn_vec_einsum/w$', ('latent', None, 'data')),
-  (r'mlp/gating_einsum$', (None, 'latent', 'data')),
-  (r'mlp/linear$', ('latent', 'data')),
+  (r'mlp2?/gating_einsum$', (None, 'latent', 'data')),
+  (r'mlp2?/linear$', ('latent', 'data')),
+  (r'mlp/gating_einsum/w$', ('latent', None, None, 'data')),  # experts first
+  (r'mlp/linear/w$', ('latent', None, 'data')),
+  (r'mlp/router_logits/w$', ('data', None)),
+  (r'per_layer_embeddings$', ('latent', None, 'data')),
+  (r'per_layer_model_projection/w$', ('data', None, 'latent')),
+  (r'per_layer_input_gate/w$', ('data', 'latent')),
+  (r'per_layer_projection/w$', ('latent', 'data')),
   (r'scale$', (None,)),
 )
-
-
-class CheckpointNotFound(ValueError):
-  """A checkpoint is missing or another than was asked for; says which."""
 
 
 def sharding(
@@ -72,7 +77,7 @@ def sharding(
   return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def read_config(name: str, checkpoint: str = '') -> lm.Config:
+def read_config(name: str, checkpoint: str = '') -> lm.AnyConfig:
   """The shape of model `name`; a folder's config.json defines its own.
 
   Raises:
@@ -89,9 +94,10 @@ def read_config(name: str, checkpoint: str = '') -> lm.Config:
   if hugging_face.is_described_by(fields):
     return hugging_face.config(name, fields, str(folder / 'config.json'))
   if isinstance(fields, dict) and fields.get('name') == name:
-    known = {field.name for field in dataclasses.fields(lm.Config)}
+    shape = lm.config_class(fields)
+    known = {field.name for field in dataclasses.fields(shape)}
     try:
-      return lm.Config(**{k: v for k, v in fields.items() if k in known})
+      return shape(**{k: v for k, v in fields.items() if k in known})
     except TypeError as error:
       raise CheckpointNotFound(
         f'{str(folder / "config.json")!r} does not describe a model ({error}); '
@@ -222,12 +228,12 @@ def load(
   elif _is_local(folder) and any(folder.glob('*.safetensors')):
     flat = _from_safetensors(folder, wanted)
   else:
-    flat = _from_orbax(folder, wanted)
+    flat = orbax_checkpoints.read(folder, wanted)
   return gemma, traverse_util.unflatten_dict(flat, sep='/')
 
 
 def save_safetensors(
-  folder: pathlib.Path, config: lm.Config, params: lm.Params, extra: dict
+  folder: pathlib.Path, config: lm.AnyConfig, params: lm.Params, extra: dict
 ) -> None:
   """Writes config.json (with `extra` facts) and model.safetensors."""
   from safetensors import numpy as safetensors_numpy
@@ -289,21 +295,6 @@ def _is_gguf(folder) -> bool:
   return _is_local(folder) and folder.is_file()
 
 
-def _check(found: dict[str, tuple], wanted: dict, folder) -> None:
-  """Names and shapes of a checkpoint against those of the model."""
-  for key, want in wanted.items():
-    if key not in found:
-      raise CheckpointNotFound(
-        f'The checkpoint {str(folder)!r} has no parameter {key!r}: is it '
-        'another model?'
-      )
-    if tuple(found[key]) != want.shape:
-      raise CheckpointNotFound(
-        f'{key!r} in the checkpoint {str(folder)!r} has shape '
-        f'{tuple(found[key])}, and the model wants {want.shape}.'
-      )
-
-
 def _from_safetensors(folder: pathlib.Path, wanted: dict) -> dict:
   from safetensors import SafetensorError, safe_open
 
@@ -318,7 +309,7 @@ def _from_safetensors(folder: pathlib.Path, wanted: dict) -> dict:
       raise CheckpointNotFound(
         f'{str(path)!r} is not a whole safetensors file ({error}).'
       ) from error
-  _check(shapes, wanted, folder)
+  orbax_checkpoints.check(shapes, wanted, folder)
   flat = {}
   for path in sorted(set(where.values())):
     # numpy has no bfloat16 of its own: the flax reader knows ml_dtypes'.
@@ -328,57 +319,3 @@ def _from_safetensors(folder: pathlib.Path, wanted: dict) -> dict:
           value = file.get_tensor(key).astype(want.dtype)
           flat[key] = jax.device_put(value, want.sharding)
   return flat
-
-
-def _canonical(key: str) -> str:
-  """A key of either Orbax layout -> the path in the model's own tree."""
-  key = re.sub(r'^(params/)?(transformer/)?', '', key)
-  return re.sub(r'(/mlp/(?:linear|gating_einsum))/w$', r'\1', key)
-
-
-def _from_orbax(folder, wanted: dict) -> dict:
-  from orbax import checkpoint as ocp
-
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    metadata = _orbax_metadata(checkpointer, folder)
-    found = {
-      _canonical('/'.join(map(str, key))): (key, leaf)
-      for key, leaf in traverse_util.flatten_dict(metadata.tree).items()
-    }
-    _check({k: leaf.shape for k, (_, leaf) in found.items()}, wanted, folder)
-    item = traverse_util.unflatten_dict(
-      {found[key][0]: want for key, want in wanted.items()}
-    )
-    tree = checkpointer.restore(
-      metadata.folder,
-      args=ocp.args.PyTreeRestore(
-        item=item,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-        partial_restore=True,
-      ),
-    )
-  flat = traverse_util.flatten_dict(tree)
-  return {key: flat[found[key][0]] for key in wanted}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Metadata:
-  folder: object
-  tree: dict
-
-
-def _orbax_metadata(checkpointer, folder) -> _Metadata:
-  """The tree of names and shapes; a step folder keeps it in `default`."""
-  read: Callable = checkpointer.metadata
-  for candidate in (folder, folder / 'default'):
-    try:
-      metadata = read(candidate).item_metadata
-    except Exception as error:  # orbax and tensorstore raise many kinds
-      reason = str(error).splitlines()[0] if str(error) else repr(error)
-      continue
-    if metadata is not None:
-      return _Metadata(candidate, metadata.tree)
-    reason = 'it has no _METADATA'
-  raise CheckpointNotFound(
-    f'{str(folder)!r} does not hold an Orbax checkpoint of Gemma ({reason}).'
-  )

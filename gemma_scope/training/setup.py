@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +50,7 @@ def dimensions(config: ConfigDict) -> sites.Dimensions:
       'launch/synthetic.py; set activations.store to its folder.'
     )
   facts = store_lib.facts(config.activations.store)
-  return types.SimpleNamespace(**facts['dimensions'])
+  return sites.Uniform(**facts['dimensions'])
 
 
 def layout(config: ConfigDict, share: float = 1.0) -> harvest.Layout:

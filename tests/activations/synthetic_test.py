@@ -143,7 +143,7 @@ def test_a_store_reads_back_as_the_source(tmp_path):
   assert store.facts['model'] == 'synthetic'
   assert store.facts['dimensions']['d_model'] == SMALL.d_model
   for site in source.sites:
-    assert site.width(_Dimensions(**store.facts['dimensions'])) == 16
+    assert site.width(sites.Uniform(**store.facts['dimensions'])) == 16
   for chunk in range(2):
     (expected,), (found,) = (
       harvest.rows(s, chunk)[0].values() for s in (source, store)
@@ -161,15 +161,6 @@ def test_a_store_reads_back_as_the_source(tmp_path):
     np.testing.assert_array_equal(found.biases[site], source.truth.biases[site])
   np.testing.assert_array_equal(found.parent_G, SMALL.parent_G)
   np.testing.assert_array_equal(found.frequency_G, SMALL.frequency_G)
-
-
-@dataclasses.dataclass
-class _Dimensions:
-  d_model: int
-  d_ff: int
-  num_layers: int
-  num_heads: int
-  head_dim: int
 
 
 def test_a_missing_or_damaged_truth_is_refused(tmp_path):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib.metadata
 
 import jax
+import pytest
 
 from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import gemma4
 
 # Windows shorter than prompt and reply, so that local layers forget.
 GEMMA2 = lm.Config(
@@ -14,6 +18,29 @@ GEMMA2 = lm.Config(
     num_kv_heads=2, head_dim=8, d_ff=24, window=4, pattern='LG',
     attn_softcap=5.0, final_softcap=8.0, transpose_gating=False,
 )  # fmt: skip
+
+# The three kinds of Gemma 4; windows and heads as above. Local layers come
+# last but one where layers share, as in the `gemma` package.
+_GEMMA4 = dict(
+    vocab_size=40, d_model=16, num_heads=4, head_dim=8, d_ff=24, window=4,
+    global_kv_heads=1, global_head_dim=16, final_softcap=8.0,
+)  # fmt: skip
+GEMMA4_E = gemma4.Config(
+    name='g4_e', num_layers=6, num_kv_heads=1, pattern='LLG', kv_shared=3,
+    shared_d_ff=32, ple_dim=6, **_GEMMA4,
+)  # fmt: skip
+GEMMA4_DENSE = gemma4.Config(
+    name='g4_dense', num_layers=2, num_kv_heads=2, pattern='LG', k_is_v=True,
+    **_GEMMA4,
+)  # fmt: skip
+GEMMA4_MOE = dataclasses.replace(
+    GEMMA4_DENSE, name='g4_moe', experts=8, top_experts=3, expert_d_ff=12,
+)  # fmt: skip
+GEMMA4 = GEMMA4_E, GEMMA4_DENSE, GEMMA4_MOE
+HAS_GEMMA4 = int(importlib.metadata.version('gemma').split('.')[0]) >= 4
+needs_gemma4 = pytest.mark.skipif(
+  not HAS_GEMMA4, reason='Gemma 4 needs version 4 of the gemma package'
+)
 
 
 @functools.cache
@@ -23,9 +50,11 @@ def model(config):
   keys = iter(jax.random.split(jax.random.key(2), 100))
 
   def gain(path, x):
-    if path[-1].key != 'scale':
+    if not path[-1].key.endswith('scale'):
       return x
     added = 6.0 if path[-2].key.startswith('post') else 0.0
+    if path[-1].key == 'skip_scale':
+      added = -0.5 * x
     return x + added + 0.5 * jax.random.normal(next(keys), x.shape)
 
   params = gemma.init(jax.random.key(1))

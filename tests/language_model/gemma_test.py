@@ -30,7 +30,7 @@ GEMMA3 = lm.Config(
     query_scale_by_heads=True,
 )  # fmt: skip
 LAYER = 1
-AT = tuple(sites.Site(LAYER, kind) for kind in sites.KINDS)
+AT = tuple(sites.Site(LAYER, kind) for kind in sites.BLOCK_KINDS)
 TOKENS = np.random.default_rng(0).integers(3, 48, (2, 8)).astype(np.int32)
 TOKENS[:, 0] = 2
 
@@ -73,7 +73,7 @@ def test_flax_is_left_as_it_was():
 
 # Op by op, not fused: there a site replaced by its own value is bitwise equal.
 @pytest.mark.parametrize(
-  'kind', [kind for kind in sites.KINDS if kind not in sites.READ_ONLY]
+  'kind', [kind for kind in sites.BLOCK_KINDS if kind not in sites.READ_ONLY]
 )
 def test_own_value_changes_nothing(kind):
   gemma, params = model(dtype='bfloat16')
@@ -281,7 +281,7 @@ def test_token_losses():
     assert float(losses_BT[b, t]) == pytest.approx(want, abs=1e-5)
 
 
-@pytest.mark.parametrize('name', lm.SIZES)
+@pytest.mark.parametrize('name', COUNTS)
 def test_real_sizes(name):
   config = lm.SIZES[name]
   gemma = lm.Gemma(config)
@@ -291,7 +291,7 @@ def test_real_sizes(name):
   layers = [key for key in shapes if key.startswith('layer_')]
   assert len(layers) == config.num_layers
   # One whole pattern of local and global layers stands for all.
-  at = tuple(sites.Site(5, kind) for kind in sites.KINDS)
+  at = tuple(sites.Site(5, kind) for kind in sites.BLOCK_KINDS)
   taps = jax.eval_shape(
     lambda p, t: gemma.forward(p, t, taps=at, logits=False).taps,
     shapes,

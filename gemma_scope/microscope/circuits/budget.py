@@ -28,7 +28,8 @@ def forward(gemma: lm.Gemma, length: int, latents: int = 0) -> int:
       encodes only the latents that it changes.
   """
   c = gemma.config
-  per_token = _STREAMS * c.d_model + 3 * c.d_ff + 2 * latents
+  widest = max(c.mlp_row(layer) for layer in range(c.num_layers))
+  per_token = _STREAMS * c.d_model + 3 * widest + 2 * latents
   return 4 * length * (per_token + _SCORES * c.num_heads * length)
 
 

@@ -7,7 +7,8 @@ feature's pre-activation is then a sum over sources,
   z = b_enc + sum_j A_j,   A_j = (what j writes) . dz/d(where j writes)
 
   feature    f W_dec[i] at its token and the layers that it writes to
-  error      y - y_hat at a layer and token; all of y at layers without an SAE
+  error      y - y_hat at a layer and token; all of y at layers without an SAE;
+             in Gemma 4 with what the layer's per-layer input adds (ple_out)
   embedding  the embedding of a token
   bias       all b_dec together
 
@@ -91,7 +92,8 @@ class Replacement:
     self._last = splice.last(self._gemma)
     self._reads = sorted({s for one in subjects for s in one.place.sites})
     writes = [sites.Site(m, 'mlp_out') for m in range(depth)]
-    at = tuple({*writes, *self._reads, _FIRST, self._last})
+    ples = _per_layer_inputs(self._gemma)
+    at = tuple({*writes, *ples, *self._reads, _FIRST, self._last})
     taps = splice.taps(self._gemma, self._lm_params, self._tokens_1T, at)
     self.last_TD = np.asarray(taps[self._last][0], np.float32)
     self._embedding_TD = np.asarray(taps[_FIRST][0], np.float32)
@@ -100,6 +102,8 @@ class Replacement:
     )
     self._bias_MTD = np.zeros_like(self._error_MTD)
     features = [self._split(n, taps) for n in range(len(subjects))]
+    for site in ples:
+      self._error_MTD[site.layer] += np.asarray(taps[site][0], np.float32)
     features = np.concatenate(features, 1)
     length = len(tokens_T)
     others = [[1, -1, -1, m, t, 1] for m in range(depth) for t in range(length)]
@@ -230,6 +234,15 @@ def check(subjects: Sequence[Subject]) -> None:
     )
 
 
+def _per_layer_inputs(gemma: lm.Gemma) -> list[sites.Site]:
+  """Where layers add something to the residual stream beside MLPs."""
+  return [
+    sites.Site(m, 'ple_out')
+    for m in range(gemma.config.num_layers)
+    if 'ple_out' in gemma.config.site_widths(m)
+  ]
+
+
 @jax.jit
 def _encoded(params, x, y):
   with jax.default_matmul_precision('highest'):
@@ -271,6 +284,7 @@ def _slopes(where, lm_params, tokens_1T, skips: dict[str, Any], ends):
       edits[sites.Site(m, 'mlp_out')] = functools.partial(
         writer, m, by_layer.get(m)
       )
+    edits |= dict.fromkeys(_per_layer_inputs(gemma), still)
     taps = gemma.forward(
       lm_params, tokens_1T, taps=outputs, edits=edits, logits=False, frozen=True
     ).taps

@@ -1,5 +1,6 @@
 """SAEs in the formats of other tools, read and written.
 
+  model_names    names of models in other tools
   hook_points    sites <-> the hook names of other tools
   tensors        safetensors and configs, checked before use
   gemma_scope_1  params.npz, the site in its path

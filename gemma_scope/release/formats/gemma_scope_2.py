@@ -25,7 +25,7 @@ import numpy as np
 
 from gemma_scope import files, sites
 from gemma_scope.release import sae_folder
-from gemma_scope.release.formats import hook_points, tensors
+from gemma_scope.release.formats import hook_points, model_names, tensors
 
 _KEYS = {
   'W_enc': 'w_enc',
@@ -133,7 +133,7 @@ def _card(config: Mapping[str, Any], path: str, count: int) -> dict[str, Any]:
     'type': kind,
     'sites': reads,
     'targets': writes,
-    'model': _model(config.get('model_name')),
+    'model': _model(config),
     'architecture': 'jumprelu',
   }
   l0 = config.get('l0')
@@ -158,26 +158,17 @@ def _sites(config: Mapping[str, Any], key: str, count: int) -> list[str]:
     name if several is None else f'{several[1]}{layer.strip()}{several[3]}'
     for layer in layers
   ]
-  return [str(hook_points.parse(one)) for one in names]
+  model = _model(config)
+  return [str(hook_points.parse(one, model)) for one in names]
 
 
-def _model(name: object) -> str:
-  """'google/gemma-3-1b-pt' -> 'gemma3-1b'."""
-  match = re.search(r'gemma-?(\d)-(\d+[bm])(-it)?', str(name))
-  if not match:
+def _model(config: Mapping[str, Any]) -> str:
+  name = config.get('model_name')
+  if not (model := model_names.of_hugging_face(str(name))):
     raise files.Refused(
       f'is of the model {files.show(name)}, which is no Gemma'
     )
-  return f'gemma{match[1]}-{match[2]}{match[3] or ""}'
-
-
-def _name(model: str) -> str:
-  """'gemma3-1b' -> 'google/gemma-3-1b-pt', as transformers calls it."""
-  match = re.fullmatch(r'gemma(\d)-(\d+[bm])(-it)?', model)
-  if not match:
-    return model
-  kind = match[3] or ('-pt' if match[1] == '3' else '')
-  return f'google/gemma-{match[1]}-{match[2]}{kind}'
+  return model
 
 
 def write(
@@ -211,10 +202,10 @@ def write(
     }
     tensors.write(folder / f'{name}.safetensors', part)
   config = {
-    'hf_hook_point_in': _hook(place.sites),
-    'hf_hook_point_out': _hook(place.targets),
+    'hf_hook_point_in': _hook(place.sites, card['model']),
+    'hf_hook_point_out': _hook(place.targets, card['model']),
     'width': card['width'],
-    'model_name': _name(card['model']),
+    'model_name': model_names.to_hugging_face(card['model']),
     'architecture': 'jump_relu',
     'l0': l0,
     'affine_connection': 'W_skip' in params,
@@ -223,8 +214,8 @@ def write(
   tensors.write_json(folder / 'config.json', config)
 
 
-def _hook(found) -> str:
-  first = hook_points.of_transformers(found[0])
+def _hook(found, model: str) -> str:
+  first = hook_points.of_transformers(found[0], model)
   if len(found) == 1:
     return first
   layers = ','.join(str(site.layer) for site in found)

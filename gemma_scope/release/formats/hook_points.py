@@ -6,6 +6,9 @@
 
 TransformerLens reads `hook_mlp_out` after the post-MLP norm in Gemma, and
 `ln2.hook_normalized` before the norm's gain.
+
+In a mixture of experts, Gemma 4's 26B-A4B, transformers' `mlp` is the dense
+branch alone: its output is none of our sites, and mlp_raw has no name there.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import re
 
 from gemma_scope import files, sites
+from gemma_scope.release.formats import model_names
 
 _TRANSFORMERS = {
   'output': 'resid_post',
@@ -24,6 +28,9 @@ _TRANSFORMERS = {
   'mlp.input': 'mlp_in',
   'mlp.output': 'mlp_raw',
   'self_attn.output': 'attn_raw',
+  'post_per_layer_input_norm.output': 'ple_out',
+  'router.proj.output': 'router_logits',
+  'post_feedforward_layernorm_2.output': 'experts_out',
 }
 _TRANSFORMER_LENS = {
   'hook_resid_pre': 'resid_pre',
@@ -37,13 +44,22 @@ _TRANSFORMER_LENS = {
 }
 
 
-def parse(name: str) -> sites.Site:
+def parse(name: str, model: str = '') -> sites.Site:
   """Returns the site of a hook name.
+
+  Args:
+    model: its name, where known, ours or theirs.
 
   Raises:
     files.Refused: it is none that is known.
   """
   text = str(name)
+  dense = re.search(r'layers\.\d+\.mlp(\.output)?$', text)
+  if dense and model_names.has_experts(model):
+    raise files.Refused(
+      f'names the hook point {files.show(name)}, which is a part of the MLP of '
+      'a mixture of experts, and no site here'
+    )
   for pattern, kinds in (
     (r'model\.(?:language_model\.)?layers\.(\d{1,4})\.(.+)', _TRANSFORMERS),
     (r'blocks\.(\d{1,4})\.(.+)', _TRANSFORMER_LENS),
@@ -62,8 +78,14 @@ def parse(name: str) -> sites.Site:
   )
 
 
-def of_transformers(site: sites.Site) -> str:
-  """`Site(12, 'resid_post')` -> 'model.layers.12.output'."""
+def of_transformers(site: sites.Site, model: str = '') -> str:
+  """`Site(12, 'resid_post')` -> 'model.layers.12.output'.
+
+  Raises:
+    files.Refused: the site has no name there.
+  """
+  if site.kind == 'mlp_raw' and model_names.has_experts(model):
+    raise files.Refused(_no_name(site))
   return f'model.layers.{site.layer}.{_named(site, _TRANSFORMERS)}'
 
 
@@ -76,4 +98,8 @@ def _named(site: sites.Site, kinds: dict[str, str]) -> str:
   for name, kind in kinds.items():
     if kind == site.kind:
       return name
-  raise files.Refused(f'is at {site}, for which that format has no name')
+  raise files.Refused(_no_name(site))
+
+
+def _no_name(site: sites.Site) -> str:
+  return f'is at {site}, for which that format has no name'

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import functools
 import pathlib
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,7 +30,7 @@ import numpy as np
 
 from gemma_scope import files, sites
 from gemma_scope.release import sae_folder
-from gemma_scope.release.formats import hook_points, tensors
+from gemma_scope.release.formats import hook_points, model_names, tensors
 
 CONFIG, WEIGHTS = 'cfg.json', 'sae_weights.safetensors'
 VERSION = '6.54.12'  # whose form is written
@@ -261,10 +260,11 @@ def _card(config: Mapping[str, Any], path: str) -> tuple[str, dict[str, Any]]:
     )
   if kind == 'topk' and type(config.get('k')) is not int:
     raise files.Refused(f'has k = {files.show(config.get("k"))}')
-  reads = hook_points.parse(config.get('hook_name'))
+  model = str(config.get('model_name', ''))[:200]
+  reads = hook_points.parse(config.get('hook_name'), model)
   writes = reads
   if 'transcoder' in kind:
-    writes = hook_points.parse(config.get('hook_name_out'))
+    writes = hook_points.parse(config.get('hook_name_out'), model)
   shape = config.get('reshape_activations', 'none')
   if shape != 'none' and (shape != 'hook_z' or reads.kind != 'attn_out'):
     raise files.Refused(f'has reshape_activations {files.show(shape)}')
@@ -273,7 +273,7 @@ def _card(config: Mapping[str, Any], path: str) -> tuple[str, dict[str, Any]]:
     'type': 'sae' if reads == writes else 'transcoder',
     'sites': [str(reads)],
     'targets': [str(writes)],
-    'model': str(config.get('model_name', ''))[:200],
+    'model': model,
     'architecture': kind.split('_')[0] if reads == writes else 'jumprelu',
   }
   if kind == 'topk':
@@ -342,7 +342,7 @@ def write(
     'normalize_activations': 'none',
     'reshape_activations': 'none',
     'metadata': {
-      'model_name': _model(card.get('model', '')),
+      'model_name': model_names.to_transformer_lens(card.get('model', '')),
       'hook_name': hook_points.of_transformer_lens(place.sites[0]),
       'hook_head_index': None,
       'prepend_bos': True,
@@ -364,12 +364,3 @@ def write(
   folder.mkdir(parents=True)
   tensors.write(folder / WEIGHTS, arrays)
   tensors.write_json(folder / CONFIG, config)
-
-
-def _model(name: str) -> str:
-  """'gemma2-2b' -> 'gemma-2-2b', as TransformerLens calls it."""
-  match = re.fullmatch(r'gemma(\d)-(\d+[bm])(-it)?', name)
-  if not match:
-    return name
-  tuning = match[3] or ('-pt' if match[1] == '3' else '')
-  return f'gemma-{match[1]}-{match[2]}{tuning}'

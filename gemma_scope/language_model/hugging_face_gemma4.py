@@ -1,0 +1,171 @@
+"""Hugging Face's config.json of Gemma 4, its text part -> the model's shape.
+
+Fields and defaults are those of `transformers`; whatever would change what is
+computed is used or refused by name, as in `hugging_face`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gemma_scope.language_model import gemma4
+
+_DEFAULTS = dict(
+    vocab_size=262_144, hidden_size=2304, intermediate_size=9216,
+    num_hidden_layers=30, num_attention_heads=8, num_key_value_heads=4,
+    head_dim=256, global_head_dim=512, num_global_key_value_heads=None,
+    sliding_window=512, layer_types=None, final_logit_softcapping=None,
+    attention_k_eq_v=False, num_kv_shared_layers=0, use_double_wide_mlp=False,
+    hidden_size_per_layer_input=256, vocab_size_per_layer_input=262_144,
+    enable_moe_block=False, num_experts=None, top_k_experts=None,
+    moe_intermediate_size=None, hidden_activation='gelu_pytorch_tanh',
+    rms_norm_eps=1e-6, attention_bias=False, tie_word_embeddings=True,
+    use_bidirectional_attention=None, rope_parameters=None,
+    per_layer_config=None,
+)  # fmt: skip
+# What this project's forward pass computes, and no other.
+_FIXED = (
+  'hidden_activation', 'rms_norm_eps', 'attention_bias', 'tie_word_embeddings',
+)  # fmt: skip
+_COUNTS = (
+    'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers',
+    'num_attention_heads', 'num_key_value_heads', 'head_dim',
+    'global_head_dim', 'sliding_window',
+)  # fmt: skip
+_ROPE = {
+  'sliding_attention': {'rope_type': 'default', 'rope_theta': 10_000},
+  'full_attention': {
+    'rope_type': 'proportional',
+    'rope_theta': 1_000_000,
+    'partial_rotary_factor': 0.25,
+  },
+}
+_LETTERS = {'sliding_attention': 'L', 'full_attention': 'G'}
+
+
+def config(
+  name: str,
+  given: Mapping[str, Any],
+  refuse_unknown: Callable[[Mapping[str, Any], set[str]], None],
+) -> gemma4.Config:
+  """The shape that the text part of a config.json describes.
+
+  Args:
+    name: what this project calls the model.
+    given: the fields, those of `text_config` in a multimodal model.
+    refuse_unknown: raises ValueError for a field that is not known.
+
+  Raises:
+    ValueError: it computes what this forward pass does not.
+  """
+  refuse_unknown(given, set(_DEFAULTS) | {'layer_types'})
+  text = {**_DEFAULTS, **given}
+  for field in _COUNTS:
+    if type(text[field]) is not int or text[field] < 1:
+      raise ValueError(f'{field} is {text[field]!r}, not a whole number')
+  for field in _FIXED:
+    if text[field] != _DEFAULTS[field]:
+      raise ValueError(f'{field} is {text[field]!r}, not {_DEFAULTS[field]!r}')
+  # 'vision' concerns the tokens of images alone.
+  if text['use_bidirectional_attention'] not in (None, False, 'vision'):
+    raise ValueError('its attention is bidirectional')
+  ple_dim = text['hidden_size_per_layer_input'] or 0
+  if ple_dim and text['vocab_size_per_layer_input'] != text['vocab_size']:
+    raise ValueError(
+      f'vocab_size_per_layer_input {text["vocab_size_per_layer_input"]} is not '
+      f'vocab_size {text["vocab_size"]}'
+    )
+  pattern, k_is_v = _pattern(text), bool(text['attention_k_eq_v'])
+  _check_overrides(text, pattern)
+  kv_heads = text['num_key_value_heads']
+  shared = text['num_kv_shared_layers']
+  if set(pattern) - set(pattern[: len(pattern) - shared]):
+    raise ValueError(
+      f'num_kv_shared_layers is {shared}: layers share keys and values of a '
+      'kind of which none are left'
+    )
+  base, share = _rope(text['rope_parameters'] or _ROPE)
+  experts = text['num_experts'] if text['enable_moe_block'] else 0
+  return gemma4.Config(
+    name=name,
+    vocab_size=text['vocab_size'],
+    d_model=text['hidden_size'],
+    num_layers=text['num_hidden_layers'],
+    num_heads=text['num_attention_heads'],
+    num_kv_heads=kv_heads,
+    head_dim=text['head_dim'],
+    d_ff=text['intermediate_size'],
+    window=text['sliding_window'],
+    pattern=pattern,
+    # The number is that of layers whose values are their keys, and no others.
+    global_kv_heads=(k_is_v and text['num_global_key_value_heads']) or kv_heads,
+    global_head_dim=text['global_head_dim'],
+    k_is_v=k_is_v,
+    kv_shared=shared,
+    shared_d_ff=(
+      2 * text['intermediate_size']
+      if shared and text['use_double_wide_mlp']
+      else 0
+    ),
+    ple_dim=ple_dim,
+    experts=experts,
+    top_experts=text['top_k_experts'] if experts else 0,
+    expert_d_ff=text['moe_intermediate_size'] if experts else 0,
+    final_softcap=text['final_logit_softcapping'],
+    global_rope_base=base,
+    global_rope_share=share,
+  )
+
+
+def _pattern(text: Mapping[str, Any]) -> str:
+  """A letter a layer; every sixth is global unless all are listed."""
+  layers, listed = text['num_hidden_layers'], text['layer_types']
+  if not listed:
+    letters = ['LG'[(i + 1) % 6 == 0] for i in range(layers)]
+    return ''.join([*letters[:-1], 'G'])  # as `transformers` has the last one
+  if unknown := set(listed) - set(_LETTERS):
+    raise ValueError(f'layer_types has {unknown.pop()!r}')
+  if len(listed) != layers:
+    raise ValueError(f'layer_types has {len(listed)} of {layers} layers')
+  return ''.join(_LETTERS[kind] for kind in listed)
+
+
+def _check_overrides(text: Mapping[str, Any], pattern: str) -> None:
+  """Compares `per_layer_config`, which newer versions write, with the rest."""
+  for layer, given in (text['per_layer_config'] or {}).items():
+    usual = {
+      'head_dim': text['global_head_dim'],
+      'num_key_value_heads': text['num_global_key_value_heads'],
+    }
+    is_global = str(layer).isdigit() and pattern[int(layer)] == 'G'
+    for field, value in given.items():
+      if not is_global or value != usual.get(field):
+        raise ValueError(f'per_layer_config has {field} {value!r} at {layer}')
+
+
+def _rope(given: Mapping[str, Any]) -> tuple[int, float]:
+  """Base of the global layers, and the share of the pairs that they rotate."""
+  if set(given) != set(_ROPE):
+    raise ValueError('rope_parameters does not tell global from local layers')
+  for kind, usual in _ROPE.items():
+    rope = {'partial_rotary_factor': 1.0, **given[kind]}
+    if more := set(rope) - set(_ROPE['full_attention']):
+      raise ValueError(
+        f'the field {more.pop()} of its rotary embeddings is unknown'
+      )
+    if rope['rope_type'] != usual['rope_type']:
+      raise ValueError(
+        f'its rotary embeddings are of type {rope["rope_type"]!r}'
+      )
+  local, glob = (
+    {'partial_rotary_factor': 1.0, **given[kind]} for kind in _ROPE
+  )
+  if local != {**_ROPE['sliding_attention'], 'partial_rotary_factor': 1.0}:
+    raise ValueError(
+      f'the local rope_theta is {local["rope_theta"]}, not 10000, or only a '
+      'share of its pairs is rotated'
+    )
+  if glob['rope_theta'] != int(glob['rope_theta']):
+    raise ValueError(f'rope_theta is {glob["rope_theta"]}, not a whole number')
+  return int(glob['rope_theta']), glob['partial_rotary_factor']

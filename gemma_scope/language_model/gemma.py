@@ -244,6 +244,16 @@ def _unembed(model, x_BTD, tokens_K=None):
   return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
 
+def gain(params: Params, norm: Mapping[str, jax.Array]) -> jax.Array:
+  """What a norm multiplies by, float32; `norm` is its entry in `params`.
+
+  It is 1 + scale in Gemma 2 and 3, and the scale itself in Gemma 4, whose
+  layers have a skip_scale.
+  """
+  scale = jnp.asarray(norm['scale'], jnp.float32)
+  return scale if 'skip_scale' in params['layer_0'] else 1 + scale
+
+
 def token_losses(
   logits_BTV: jax.Array,
   tokens_BT: jax.Array,

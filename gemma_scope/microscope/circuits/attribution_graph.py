@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from gemma_scope import files
+from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
 from gemma_scope.microscope.circuits import (
   attribution,
@@ -158,7 +159,8 @@ def trace(
 
 def _readout(subject: Subject, last_TD, logit, position: int):
   """The logit as a target (a vector in the last residual stream), its value."""
-  gain_D = 1 + np.asarray(subject.lm_params['final_norm']['scale'], np.float32)
+  lm_params = subject.lm_params
+  gain_D = np.asarray(lm.gain(lm_params, lm_params['final_norm']))
   x_D = last_TD[position]
   gain_D = gain_D / np.sqrt(np.mean(np.square(x_D)) + 1e-6)
   cap, vectors = subject.gemma.config.final_softcap, []

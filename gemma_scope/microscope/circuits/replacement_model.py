@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope import sae, sites
+from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
 from gemma_scope.microscope.circuits import budget, effects, intervene
 from gemma_scope.microscope.circuits.intervene import Subject

@@ -1,15 +1,15 @@
 """What latents write: directions, their neighbours, the logits that they move.
 
-  logit_V = (W_dec[i] * (1 + scale)) . E_V
+  logit_V = (W_dec[i] * gain) . E_V
 
 per unit of activation and of the final norm's denominator: Gemma's final norm
-multiplies by 1 + scale, and its soft-cap, monotone, changes no order. A latent
+multiplies by its gain, and its soft-cap, monotone, changes no order. A latent
 writes into the residual stream as its target does:
 
-  resid_*, attn_add, mlp_out    as it is
-  attn_out                      through W_O, then the post-attention norm's gain
-  attn_raw, mlp_raw             through the norm's gain
-  others                        not so read: no effects
+  resid_*, attn_add, mlp_out, ple_out   as it is
+  attn_out                              through W_O and the gain of its norm
+  attn_raw, mlp_raw, experts_out        through the gain of the norm
+  others                                not so read: no effects
 
 The gain is exact up to the norm's denominator, which is the token's own: such
 directions are right up to a factor. Of several layers the last one written to
@@ -31,11 +31,19 @@ from gemma_scope.language_model import gemma as lm
 
 TOKENS, NEAR = 10, 12
 _BLOCK = 1 << 10
-_AS_IT_IS = ('resid_pre', 'resid_mid', 'resid_post', 'attn_add', 'mlp_out')
+_AS_IT_IS = (
+  'resid_pre',
+  'resid_mid',
+  'resid_post',
+  'attn_add',
+  'mlp_out',
+  'ple_out',
+)
 _NORM = {
   'attn_out': 'post_attention_norm',
   'attn_raw': 'post_attention_norm',
   'mlp_raw': 'post_ffw_norm',
+  'experts_out': 'post_ffw_norm',
 }
 
 
@@ -57,8 +65,8 @@ def directions(
   if target.kind == 'attn_out':
     heads_KHD = np.asarray(block['attn']['attn_vec_einsum']['w'], np.float32)
     W_dec = W_dec @ heads_KHD.reshape(-1, heads_KHD.shape[-1])
-  scale_D = np.asarray(block[_NORM[target.kind]]['scale'], np.float32)
-  return W_dec * (1 + scale_D)
+  norm = block[_NORM[target.kind]]
+  return W_dec * np.asarray(lm.gain(lm_params, norm))
 
 
 def effects(
@@ -77,7 +85,7 @@ def effects(
   if rows_FD is None:
     return dict.fromkeys(names)
   table_VD = lm_params['embedder']['input_embedding']
-  gain_D = 1 + jnp.asarray(lm_params['final_norm']['scale'], jnp.float32)
+  gain_D = lm.gain(lm_params, lm_params['final_norm'])
   parts = [
     _extremes(rows_FD[start : start + _BLOCK] * gain_D, table_VD)
     for start in range(0, len(rows_FD), _BLOCK)

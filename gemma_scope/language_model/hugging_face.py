@@ -72,6 +72,18 @@ _FREE = frozenset(
   mm_soft_tokens_per_image task_specific_params problem_type id2label
   label2id chunk_size_feed_forward return_dict is_encoder_decoder""".split()
 )
+_FREE |= {  # of Gemma 4
+  'audio_config',
+  'audio_token_id',
+  'boa_token_id',
+  'boi_token_id',
+  'eoa_token_id',
+  'eoa_token_index',
+  'eoi_token_id',
+  'image_token_id',
+  'video_token_id',
+  'vision_soft_tokens_per_image',
+}
 _FREE_START = '_', 'unsloth'  # the writing library's own notes
 
 

@@ -41,6 +41,10 @@ _ROPE = {
     'partial_rotary_factor': 0.25,
   },
 }
+_OF_GLOBAL = {
+  'head_dim': 'global_head_dim',
+  'num_key_value_heads': 'num_global_key_value_heads',
+}
 _LETTERS = {'sliding_attention': 'L', 'full_attention': 'G'}
 
 
@@ -59,8 +63,10 @@ def config(
   Raises:
     ValueError: it computes what this forward pass does not.
   """
-  refuse_unknown(given, set(_DEFAULTS) | {'layer_types'})
+  refuse_unknown(given, set(_DEFAULTS))
   text = {**_DEFAULTS, **given}
+  pattern = _pattern(text)
+  text |= _of_global_layers(text, pattern)
   for field in _COUNTS:
     if type(text[field]) is not int or text[field] < 1:
       raise ValueError(f'{field} is {text[field]!r}, not a whole number')
@@ -76,8 +82,7 @@ def config(
       f'vocab_size_per_layer_input {text["vocab_size_per_layer_input"]} is not '
       f'vocab_size {text["vocab_size"]}'
     )
-  pattern, k_is_v = _pattern(text), bool(text['attention_k_eq_v'])
-  _check_overrides(text, pattern)
+  k_is_v = bool(text['attention_k_eq_v'])
   kv_heads = text['num_key_value_heads']
   shared = text['num_kv_shared_layers']
   if set(pattern) - set(pattern[: len(pattern) - shared]):
@@ -131,17 +136,24 @@ def _pattern(text: Mapping[str, Any]) -> str:
   return ''.join(_LETTERS[kind] for kind in listed)
 
 
-def _check_overrides(text: Mapping[str, Any], pattern: str) -> None:
-  """Compares `per_layer_config`, which newer versions write, with the rest."""
-  for layer, given in (text['per_layer_config'] or {}).items():
-    usual = {
-      'head_dim': text['global_head_dim'],
-      'num_key_value_heads': text['num_global_key_value_heads'],
-    }
-    is_global = str(layer).isdigit() and pattern[int(layer)] == 'G'
-    for field, value in given.items():
-      if not is_global or value != usual.get(field):
-        raise ValueError(f'per_layer_config has {field} {value!r} at {layer}')
+def _of_global_layers(text: Mapping[str, Any], pattern: str) -> dict[str, Any]:
+  """The fields of global layers, from where newer versions write them.
+
+  Their `per_layer_config` has an entry for each global layer, all alike.
+  """
+  given = text['per_layer_config'] or {}
+  layers = {str(i) for i, letter in enumerate(pattern) if letter == 'G'}
+  if not given:
+    return {}
+  first = next(iter(given.values()))
+  if set(given) != layers or any(each != first for each in given.values()):
+    raise ValueError(
+      f'per_layer_config has layers {", ".join(map(str, given))}; expected '
+      f'the global layers {", ".join(sorted(layers, key=int))}, all alike'
+    )
+  if more := set(first) - set(_OF_GLOBAL):
+    raise ValueError(f'per_layer_config has the unknown field {more.pop()}')
+  return {_OF_GLOBAL[field]: value for field, value in first.items()}
 
 
 def _rope(given: Mapping[str, Any]) -> tuple[int, float]:

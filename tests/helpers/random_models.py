@@ -19,15 +19,15 @@ GEMMA2 = lm.Config(
     attn_softcap=5.0, final_softcap=8.0, transpose_gating=False,
 )  # fmt: skip
 
-# The three kinds of Gemma 4; windows and heads as above. Local layers come
-# last but one where layers share, as in the `gemma` package.
+# The three kinds of Gemma 4; windows and heads as above. Per-layer inputs are
+# wide, or some token's gates are all closed and its norm divides by nothing.
 _GEMMA4 = dict(
     vocab_size=40, d_model=16, num_heads=4, head_dim=8, d_ff=24, window=4,
     global_kv_heads=1, global_head_dim=16, final_softcap=8.0,
 )  # fmt: skip
 GEMMA4_E = gemma4.Config(
     name='g4_e', num_layers=6, num_kv_heads=1, pattern='LLG', kv_shared=3,
-    shared_d_ff=32, ple_dim=6, **_GEMMA4,
+    shared_d_ff=32, ple_dim=24, **_GEMMA4,
 )  # fmt: skip
 GEMMA4_DENSE = gemma4.Config(
     name='g4_dense', num_layers=2, num_kv_heads=2, pattern='LG', k_is_v=True,
@@ -47,12 +47,13 @@ needs_gemma4 = pytest.mark.skipif(
 def model(config):
   """Random; blocks outweigh the embedding, or the last token is repeated."""
   gemma = lm.Gemma(config)
-  keys = iter(jax.random.split(jax.random.key(2), 100))
+  keys = iter(jax.random.split(jax.random.key(2), 200))
+  post = 1.0 if isinstance(config, gemma4.Config) else 6.0
 
   def gain(path, x):
     if not path[-1].key.endswith('scale'):
       return x
-    added = 6.0 if path[-2].key.startswith('post') else 0.0
+    added = post if path[-2].key.startswith('post') else 0.0
     if path[-1].key == 'skip_scale':
       added = -0.5 * x
     return x + added + 0.5 * jax.random.normal(next(keys), x.shape)

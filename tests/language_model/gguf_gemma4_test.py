@@ -101,9 +101,9 @@ def write(path, name, kind='F32', change=()):
     'attention.sliding_window_pattern': local,
     'attention.shared_kv_layers': text['num_kv_shared_layers'],
     'embedding_length_per_layer_input': text['hidden_size_per_layer_input'],
-    'attention.key_length': 16, 'attention.value_length': 16,
-    'attention.key_length_swa': 8, 'attention.value_length_swa': 8,
-    'rope.dimension_count': 16, 'rope.dimension_count_swa': 8,
+    'attention.key_length': 8, 'attention.value_length': 8,
+    'attention.key_length_swa': 4, 'attention.value_length_swa': 4,
+    'rope.dimension_count': 8, 'rope.dimension_count_swa': 4,
   }  # fmt: skip
   if text['enable_moe_block']:
     facts |= {
@@ -115,7 +115,7 @@ def write(path, name, kind='F32', change=()):
     add = writer.add_array if isinstance(value, list) else writer.add_uint32
     if value is not None:
       add(f'gemma4.{key}', value)
-  factors = np.array([1.0] * 2 + [1e30] * 6, np.float32)
+  factors = np.array([1.0] + [1e30] * 3, np.float32)
   writer.add_tensor('rope_freqs.weight', factors)
   of_matrices = gguf.GGMLQuantizationType[kind]
   for full, array in tensors.items():
@@ -160,8 +160,8 @@ def test_parts_of_a_quantised_tensor_of_experts(tmp_path):
   [
     ({'altup.num_inputs': 4}, 'altup.num_inputs, which this forward pass'),
     ({'attention.key_length_swa': None}, 'lacks the metadata gemma4.attention'),
-    ({'attention.value_length': 8}, 'value_length is 8, and attention.key'),
-    ({'feed_forward_length': [40] * 8 + [60]}, 'feed_forward_length has'),
+    ({'attention.value_length': 4}, 'value_length is 4, and attention.key'),
+    ({'feed_forward_length': [24] * 8 + [30]}, 'feed_forward_length has'),
     ({'attention.head_count_kv': [2] * 8 + [1]}, r'head_count_kv has \[1, 2\]'),
   ],
 )

@@ -93,7 +93,7 @@ def test_logits_and_every_site_are_those_of_transformers_live(tmp_path):
 @runs
 @each
 def test_each_device_reads_its_part(name):
-  mesh = mesh_lib.make({'sae': 1, 'data': 2, 'latent': 2})
+  mesh = mesh_lib.make({'sae': 1, 'data': 4, 'latent': 2})
   gemma, found = weights.load(
     'small', str(FIXTURES / name), num_layers=2, mesh=mesh, dtype='bfloat16'
   )
@@ -169,7 +169,7 @@ def test_googles_checkpoints_are_read(tmp_path, period, place):
   shutil.copy(tmp_path / 'shape' / 'config.json', tmp_path / 'model')
   mesh = None
   if place == 'mesh':
-    mesh = mesh_lib.make({'sae': 1, 'data': 2, 'latent': 2})
+    mesh = mesh_lib.make({'sae': 1, 'data': 4, 'latent': 2})
   read, found = weights.load('small', str(tmp_path / 'model'), mesh=mesh)
   assert read.config == gemma.config
   jax.tree.map(np.testing.assert_array_equal, found, params)
@@ -240,6 +240,22 @@ def test_a_published_config_is_the_known_size(name):
         hugging_face.config(other, PUBLISHED[name], 'config.json')
 
 
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_newer_versions_spell_global_layers_another_way(name):
+  fields = json.loads(json.dumps(PUBLISHED[name]))
+  text = fields['text_config']
+  of_global = {'head_dim': text.pop('global_head_dim')}
+  if heads := text.pop('num_global_key_value_heads', None):
+    of_global['num_key_value_heads'] = heads
+  text['per_layer_config'] = {
+    str(i): of_global
+    for i, kind in enumerate(text['layer_types'])
+    if kind == 'full_attention'
+  }
+  found = hugging_face.config(name, fields, 'config.json')
+  assert found == hugging_face.config(name, PUBLISHED[name], 'config.json')
+
+
 @pytest.mark.parametrize(
   'change, words',
   [
@@ -262,7 +278,7 @@ def test_a_published_config_is_the_known_size(name):
       )}},
       "of type 'yarn'",
     ),
-    ({'per_layer_config': {'4': {'head_dim': 128}}}, 'per_layer_config has'),
+    ({'per_layer_config': {'4': {'head_dim': 8}}}, 'config has layers 4; exp'),
     ({'laurel_rank': 64}, r'laurel_rank \(64\) is not known'),
     ({'quantization_config': {'quant_method': 'gptq'}}, r'quantised \(gptq\)'),
   ],

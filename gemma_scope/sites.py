@@ -135,9 +135,12 @@ class Site:
     return f'{self.kind}/{self.layer}'
 
   def width(self, model: Dimensions) -> int:
-    """Width D of the activation here; raises where the model has no such."""
-    self.check(model)
-    return model.site_widths(self.layer)[self.kind]
+    """Width D of the activation here; raises where the model has none."""
+    widths = model.site_widths(self.layer)
+    if self.kind not in widths:
+      has = 'experts' if self.kind in EXPERTS else 'per-layer inputs'
+      raise ValueError(f'There is no {self} in a model without {has}.')
+    return widths[self.kind]
 
   def check(self, model: Dimensions) -> Site:
     """Returns itself, or raises when the model has no such layer or kind."""
@@ -146,9 +149,7 @@ class Site:
         f'{self} asks for layer {self.layer}, and the model has layers 0 to '
         f'{model.num_layers - 1}.'
       )
-    if self.kind not in model.site_widths(self.layer):
-      has = 'experts' if self.kind in EXPERTS else 'per-layer inputs'
-      raise ValueError(f'There is no {self} in a model without {has}.')
+    self.width(model)
     return self
 
 

@@ -7,16 +7,16 @@
       --config.text.store=/data/tokens
 
   set (model=e2b)      SAEs  chip-hours     GB
-  four_layers           108       0,000    000
-  all_layers            420       0,000    000
-  transcoders            36         000    000
-  transcoders_skip       36         000    000
-  own                    36         000    000
+  four_layers           108       3,100    560
+  all_layers            420      14,400  2,590
+  transcoders            36         850    150
+  transcoders_skip       36         850    150
+  own                    36         850    150
 
 No recipe for SAEs of Gemma 4 is published: sites, widths, target L0, losses and
 lengths are those of configs/gemma_scope_2.py, its guesses included, and nobody
 has tried them on these models. Layers at 25, 50, 65 and 85 % of the depth, or
-all; model=e2b, e4b, 31b or 26b_a4b; BF16 weights, PT or IT, by lm.checkpoint.
+all; model=e2b, e4b, 31b or 26b_a4b; PT or IT by lm.checkpoint.
 
 What is particular to these models (gemma_scope/sites.py draws their blocks):
 

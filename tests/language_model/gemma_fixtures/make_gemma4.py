@@ -39,7 +39,7 @@ def gemma4_e():
       **SMALL, num_hidden_layers=9, num_key_value_heads=2,
       layer_types=[LOCAL, LOCAL, GLOBAL, LOCAL, LOCAL, GLOBAL] + [LOCAL] * 2
       + [GLOBAL], num_kv_shared_layers=4, use_double_wide_mlp=True,
-      hidden_size_per_layer_input=16, vocab_size_per_layer_input=72,
+      hidden_size_per_layer_input=8, vocab_size_per_layer_input=72,
   )  # fmt: skip
   vision = dict(
       hidden_size=8, intermediate_size=8, num_hidden_layers=1, head_dim=4,

@@ -65,22 +65,10 @@ CASES = {
     ),
     [2, *range(5, 16)],
   ),
-  'gemma4': lambda: (
-    transcoders(
-      random_models.model(random_models.GEMMA4_E), True, (0, 5), 16, 20, 3.0
-    ),
-    [2, *range(5, 16)],
-  ),
 }
-EACH = [
-  pytest.param(
-    name, marks=[random_models.needs_gemma4] if name == 'gemma4' else []
-  )
-  for name in CASES
-]
 
 
-@pytest.mark.parametrize('name', EACH)
+@pytest.mark.parametrize('name', CASES)
 def test_what_sources_add_is_the_pre_activation(name):
   """z = b_enc + sum of A, of features of every layer; the logit's too."""
   subjects, tokens_T = CASES[name]()

@@ -124,5 +124,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.train.initial_l0 = float(len(c.layers) * part)
     config.train.l0_steps = 50_000
   if end_to_end:
-    config.mesh.data, config.mesh.latent = config.end_to_end.sequences, -1
+    config.mesh.update(sae=1, data=config.end_to_end.sequences, latent=-1)
   return config

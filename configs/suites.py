@@ -58,13 +58,8 @@ def choose(
 
 
 def finish(config: ConfigDict, argument: str) -> ConfigDict:
-  """The rest of the argument; the mesh of section 3.3.
-
-  16k is data-parallel; wider, latents are sharded over 8 chips (the paper's
-  TPU v3 4x2), and more chips share the rows.
-  """
+  """The config with the rest of the argument."""
   config_lib.apply_argument(config, argument)
-  config.mesh.latent = 1 if max(config.collection.widths) <= 2**14 else 8
   return config
 
 

@@ -31,7 +31,9 @@ def get_config(argument: str | None = None) -> ConfigDict:
   text.store = ''  # a folder by launch/prepare_text.py; '' makes one
   text.seq_len = 128  # tokens in a sequence, with BOS
 
-  config.mesh = mesh = ConfigDict()  # sizes of its axes; -1 is what is left
+  # Sizes of its axes; -1 is what is left, 0 is chosen from the number of SAEs,
+  # their widths and the devices' memory (--config.mesh=auto sets all to 0).
+  config.mesh = mesh = ConfigDict()
   mesh.sae = 1
   mesh.data = -1
   mesh.latent = 1

@@ -2,6 +2,7 @@
 
 Reading order; a folder or module imports only from those above it:
 
+  uploads         who is told that a file or folder was written whole
   files           files and folders written whole, files opened warily
   sites           where an activation is read, and what an SAE reads and writes
   mesh            devices -> mesh, and how arrays lie on it

@@ -145,6 +145,12 @@ def words(name: str, default: Sequence[str], help_: str, **options) -> Flag:
   return Flag('words', name, list(default), help_, **options)
 
 
+def folder(name: str, help_: str, **options) -> Flag:
+  """A run's folder: a path, or an address in a bucket (gs://, s3://)."""
+  where = ' A folder of a bucket, gs://... or s3://..., will do as well.'
+  return path(name, help_ + where, address=True, **options)
+
+
 def path(name: str, help_: str, default: str | None = None, **options) -> Flag:
   """A file or folder; '~' is expanded, and an address refused.
 
@@ -387,7 +393,7 @@ def _take_overrides(arguments: list[str]):
   return rest, overrides
 
 
-def existing(path_: str, flag: str) -> pathlib.Path:
+def existing(path_: files.PathLike, flag: str) -> pathlib.Path:
   """The path, which must exist.
 
   Raises:
@@ -396,6 +402,6 @@ def existing(path_: str, flag: str) -> pathlib.Path:
   path = pathlib.Path(path_)
   if not path.exists():
     raise ValueError(
-      f'--{flag}: there is no file or folder {path_!r}.{files.near(path_)}'
+      f'--{flag}: there is no file or folder {str(path_)!r}.{files.near(path_)}'
     )
   return path

@@ -39,8 +39,8 @@ _PATHS = (
   'activations.store',
   'initialise.release',
 )
-# Those that may hold an address: a checkpoint of Orbax in a bucket.
-_ADDRESSES = ('lm.checkpoint',)
+# Those that may hold an address: what can be read from a bucket.
+_ADDRESSES = ('lm.checkpoint', 'text.store', 'activations.store')
 
 # Fields that older versions did not have, with the values that they acted by.
 _ADDED = {
@@ -169,6 +169,9 @@ def override(
   Raises:
     ConfigError: no such field (with a suggestion), or no such value.
   """
+  if (name, text) == ('mesh', 'auto'):
+    config.mesh.update(dict.fromkeys(config.mesh, 0))
+    return
   values = flat(config)
   if name not in values:
     below = [field for field in values if field.startswith(f'{name}.')]
@@ -242,7 +245,8 @@ def resolve_paths(config: ConfigDict) -> None:
         f'{files.show(path)}.'
       )
     config[section][field] = path
-    if field == 'store' and path and not os.path.isdir(path):
+    local = path and not files.scheme(path)
+    if field == 'store' and local and not os.path.isdir(path):
       raise ConfigError(
         f'{name}: there is no folder {files.show(path)}.{files.near(path)}'
       )

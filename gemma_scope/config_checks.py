@@ -218,9 +218,6 @@ def _end_to_end(config: ConfigDict) -> Iterator[str]:
 
 def _axes(config: ConfigDict) -> Iterator[str]:
   axes = config.mesh.to_dict()
-  for name, size in axes.items():
-    if size == 0:
-      yield f'mesh.{name} must be at least 1, or -1 for all devices left.'
   if list(axes.values()).count(-1) > 1:
     yield f'At most one axis of the mesh may be -1; found mesh {axes}.'
 

@@ -30,6 +30,8 @@ import stat
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from gemma_scope import uploads
+
 PathLike = str | os.PathLike[str]
 
 _numbers = itertools.count()
@@ -172,6 +174,7 @@ def whole_file(path: PathLike) -> Iterator[BinaryIO]:
       os.fsync(file.fileno())
     os.replace(draft, path)
     _sync(path.parent)
+  uploads.publish(path)
 
 
 @contextlib.contextmanager
@@ -216,6 +219,7 @@ def whole_folder(
     _sync(path.parent)
   if replace:
     _remove(aside)
+  uploads.publish(path)
 
 
 @contextlib.contextmanager
@@ -375,8 +379,11 @@ def _draft(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def _other_is_alive(process: int) -> bool:
   """Whether a process other than this one has the number."""
-  if process == os.getpid():
-    return False
+  return process != os.getpid() and is_alive(process)
+
+
+def is_alive(process: int) -> bool:
+  """Whether a process of this machine has the number."""
   try:
     os.kill(process, 0)
   except ProcessLookupError:

@@ -23,10 +23,20 @@ AXES = ('sae', 'data', 'latent')
 def shape(axes: Mapping[str, int], devices: int) -> tuple[int, ...]:
   """Sizes of `AXES`; one of them may be -1 for all remaining devices.
 
+  An axis of 0 is chosen by `training.auto_mesh`; for what does not train, all
+  devices that are left are the data axis.
+
   Raises:
     ValueError: the sizes do not multiply to the number of devices.
   """
   sizes = [axes[name] for name in AXES]
+  if 0 in sizes:
+    spare = AXES.index('data') if sizes[1] == 0 else sizes.index(0)
+    rest = 1 if -1 in sizes else -1
+    sizes = [
+      (rest if i == spare else 1) if size == 0 else size
+      for i, size in enumerate(sizes)
+    ]
   fixed = int(np.prod([size for size in sizes if size != -1]))
   if sizes.count(-1) > 1 or fixed < 1 or devices % fixed:
     raise ValueError(

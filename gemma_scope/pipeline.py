@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+import gemma_scope
 from gemma_scope import config as config_lib
 from gemma_scope import files, release, specs
 from gemma_scope import mesh as mesh_lib
@@ -31,12 +32,11 @@ from gemma_scope.activations import synthetic
 from gemma_scope.evaluation import batches, evaluate, recovery
 from gemma_scope.language_model import weights
 from gemma_scope.release import frontier, table
-from gemma_scope.runtime import checksums, cluster
+from gemma_scope.runtime import checksums, cluster, opened, remote
 from gemma_scope.runtime import interrupt as interrupt_lib
-from gemma_scope.runtime import lease as lease_lib
 from gemma_scope.runtime import progress as progress_lib
 from gemma_scope.text import prepare
-from gemma_scope.training import loop, setup
+from gemma_scope.training import auto_mesh, loop, setup
 
 
 def run(
@@ -48,22 +48,32 @@ def run(
 
   Args:
     config: a complete config, see configs/tiny.py.
-    workdir: the run's folder; it is made if it does not exist.
+    workdir: the run's folder, or its address in a bucket (gs://, s3://); it is
+      made if it does not exist.
     report: called with lines of text.
   """
-  files.refuse_address(workdir, 'workdir')
-  workdir = pathlib.Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
   if not cluster.first():
     report = _silent
+  with remote.folder(workdir) as local:
+    local.mkdir(parents=True, exist_ok=True)
+    return _run(config, local, report)
+
+
+def _run(
+  config: ConfigDict, workdir: pathlib.Path, report: Callable[[str], None]
+) -> bool:
+  """`run`, in the folder itself or in the copy of a bucket's."""
   started = time.time()
   with (
-    lease_lib.Lease(workdir) as lease,
+    opened.exclusive(workdir, report) as lease,
     interrupt_lib.Interrupt() as interrupt,
   ):
+    with cluster.first_goes_ahead():  # it holds the lease by now
+      remote.fetch(workdir)
     loop.check_config(config, workdir)
+    report(_where(workdir))
     if _exists(workdir / 'release'):
-      report(f'{workdir} is done; delete it to train again')
+      report(f'{remote.shown(workdir)} is done; delete it to train again')
     else:
       if not _exists(workdir / 'config.json'):
         _check_memory(config)
@@ -102,16 +112,26 @@ def run(
   report(
     f'{len(rows)} SAEs, {rows[0][0]["tokens"]:,} tokens each, in '
     f'{progress_lib.duration(time.time() - started)}\n'
-    f'release  {workdir / "release"}'
+    f'release  {remote.shown(workdir / "release")}'
   )
   if (workdir / 'frontier.png').exists():
-    report(f'picture  {workdir / "frontier.png"}')
+    report(f'picture  {remote.shown(workdir / "frontier.png")}')
   return True
+
+
+def _where(workdir: pathlib.Path) -> str:
+  """One line: version, processes, devices and folder, for a log."""
+  devices = jax.devices()
+  return (
+    f'gemma_scope {gemma_scope.__version__}, {jax.process_count()} processes '
+    f'with {len(devices)} devices ({devices[0].device_kind}), '
+    f'{remote.shown(workdir)}'
+  )
 
 
 def _check_memory(config: ConfigDict) -> None:
   """Refuses SAEs whose training state does not fit on the devices."""
-  mesh = mesh_lib.make(config.mesh)
+  mesh = auto_mesh.make(config)
   shards = mesh.shape['sae'] * mesh.shape['latent']
   device = mesh.local_devices[0]
   room = (device.memory_stats() or {}).get('bytes_limit')
@@ -132,6 +152,8 @@ def _check_disk(config: ConfigDict, workdir: pathlib.Path) -> None:
   state, params = _state_bytes(config)
   # One more than are kept: the new one is written before the oldest goes.
   need = (config.checkpoint.keep + 1) * state + params
+  if remote.address(workdir):
+    return  # the bucket is as large as it is paid for
   free = shutil.disk_usage(workdir).free
   if need > free:
     raise config_lib.ConfigError(
@@ -163,13 +185,14 @@ def _check_text(config: ConfigDict, workdir: pathlib.Path, report) -> None:
   if not config.evaluation.sequences or _known(config):
     return
   tokens = workdir / 'tokens'
+  remote.fetch(tokens)
   had_tokens = _exists(tokens)
   try:
     _, store = prepare.open_text(config, workdir, report)
     store.sequences(config.text.seq_len, 'eval')
   except ValueError:
     if cluster.first() and not had_tokens:
-      shutil.rmtree(tokens, ignore_errors=True)  # of a text that is refused
+      remote.delete(tokens)  # of a text that is refused
     raise
 
 

@@ -23,6 +23,7 @@ import sys
 from gemma_scope import command_line
 from gemma_scope.command_line import (
   choice,
+  folder,
   number,
   path,
   switch,
@@ -32,7 +33,9 @@ from gemma_scope.command_line import (
 )
 
 COMMON = (
-  path('workdir', 'Folder of a training run, or a new folder.', required=True),
+  folder(
+    'workdir', 'Folder of a training run, or a new folder.', required=True
+  ),
   command_line.config(required=False),
   command_line.paths(
     'release',
@@ -206,21 +209,32 @@ def main(arguments: list[str] | None = None) -> None:
     )
     sys.exit(2)
   with flags(command).parse(arguments[1:]) as given:
-    if given.config is None:
-      command_line.existing(given.workdir, 'workdir')
-    from gemma_scope.microscope import commands, session
-    from gemma_scope.runtime import interrupt as interrupt_lib
+    from gemma_scope.runtime import remote
 
-    opened = session.Session(
-        pathlib.Path(given.workdir), given.out and pathlib.Path(given.out),
-        given.config, ','.join(given.release or []), site=given.site,
-    )  # fmt: skip
-    reads = COMMANDS[command][1]
-    options = commands.Options(**{name: getattr(given, name) for name in reads})
-    try:
-      commands.run(command, opened, options)
-    except interrupt_lib.Interrupted:
-      sys.exit('stopped and saved; run the same command again to continue')
+    with remote.folder(given.workdir) as workdir:
+      if given.config is None:
+        command_line.existing(workdir, 'workdir')
+      run(command, given, workdir)
+
+
+def run(command: str, given, workdir: pathlib.Path) -> None:
+  """Runs one command on the folder, or on the copy of a bucket's."""
+  from gemma_scope.microscope import commands, session
+  from gemma_scope.runtime import interrupt as interrupt_lib
+  from gemma_scope.runtime import remote
+
+  remote.fetch(workdir)
+  remote.fetch(workdir / 'microscope')
+  opened = session.Session(
+      workdir, given.out and pathlib.Path(given.out), given.config,
+      ','.join(given.release or []), site=given.site,
+  )  # fmt: skip
+  reads = COMMANDS[command][1]
+  options = commands.Options(**{name: getattr(given, name) for name in reads})
+  try:
+    commands.run(command, opened, options)
+  except interrupt_lib.Interrupted:
+    sys.exit('stopped and saved; run the same command again to continue')
 
 
 if __name__ == '__main__':

@@ -14,7 +14,6 @@ finds the store complete and does nothing.
 
 from __future__ import annotations
 
-import pathlib
 import sys
 
 from gemma_scope import command_line
@@ -46,7 +45,7 @@ FLAGS = command_line.Flags(
   command_line.path(
     'tokenizer', "SentencePiece model; without it, the language model's own."
   ),
-  command_line.path(
+  command_line.folder(
     'out', 'Folder of the token store to write.', required=True
   ),
   command_line.whole(
@@ -59,9 +58,9 @@ FLAGS = command_line.Flags(
 def main(arguments: list[str] | None = None) -> None:
   with FLAGS.parse(arguments) as given:
     from gemma_scope.language_model import weights
+    from gemma_scope.runtime import remote
     from gemma_scope.text import prepare, token_store, tokenizers
 
-    exists = (pathlib.Path(given.out) / token_store.MANIFEST).exists()
     try:
       name, checkpoint = given.lm or 'tiny', given.checkpoint or ''
       tokenizer = tokenizers.Tokenizer(
@@ -69,14 +68,17 @@ def main(arguments: list[str] | None = None) -> None:
       )
       if given.lm:
         prepare.check_tokenizer(tokenizer, name, checkpoint)
-      store = prepare.prepare(
-        given.source,
-        tokenizer,
-        given.out,
-        column=given.column,
-        progress=lambda state: print(state, file=sys.stderr, flush=True),
-        limit_tokens=given.limit_tokens,
-      )
+      with remote.place(given.out) as out:
+        remote.fetch(out)
+        exists = (out / token_store.MANIFEST).exists()
+        store = prepare.prepare(
+          given.source,
+          tokenizer,
+          out,
+          column=given.column,
+          progress=lambda state: print(state, file=sys.stderr, flush=True),
+          limit_tokens=given.limit_tokens,
+        )
     except KeyboardInterrupt:
       sys.exit(f'Interrupted; {given.out} was not written.')
     counts = ', '.join(

@@ -24,7 +24,7 @@ from gemma_scope.release.formats import export
 OURS = 'gemma_scope'
 FLAGS = command_line.Flags(
   __doc__,
-  command_line.path('workdir', 'Folder of a training run to write from.'),
+  command_line.folder('workdir', 'Folder of a training run to write from.'),
   command_line.path(
     'release',
     'A release that exists, or an SAE in any published format, to convert or '
@@ -67,28 +67,32 @@ def main(arguments: list[str] | None = None) -> None:
     if given.list:
       show(given.list, given.revision)
       return
-    if given.workdir:
-      command_line.existing(given.workdir, 'workdir')
-      command_line.existing(f'{given.workdir}/config.json', 'workdir')
     if given.layout != OURS and not given.out:
       raise ValueError(f'--layout={given.layout} needs --out, a new folder.')
-    out = pathlib.Path(given.out or given.release or f'{given.workdir}/release')
-    if given.workdir or given.out:
-      write(given, out)
-    if given.push:
-      from gemma_scope.release.formats import hub
+    from gemma_scope.runtime import remote
 
-      hub.push(out, given.push, not given.dry_run, print)
-    else:
-      show(str(out))
+    with remote.folder(given.workdir or '') as workdir:
+      if given.workdir:
+        remote.fetch(workdir)
+        command_line.existing(workdir, 'workdir')
+        command_line.existing(workdir / 'config.json', 'workdir')
+      out = pathlib.Path(given.out or given.release or workdir / 'release')
+      if given.workdir or given.out:
+        write(given, workdir, out)
+      if given.push:
+        from gemma_scope.release.formats import hub
+
+        hub.push(out, given.push, not given.dry_run, print)
+      else:
+        show(str(out))
 
 
-def write(given, out: pathlib.Path) -> None:
+def write(given, workdir: pathlib.Path, out: pathlib.Path) -> None:
   """Writes the SAEs of a run or a release into `out`, in the layout asked."""
   if given.layout != OURS:
     export.check_free(out, given.overwrite)  # before anything is loaded
   if given.workdir:
-    saes = trained(pathlib.Path(given.workdir))
+    saes = trained(workdir)
   else:
     from gemma_scope.release.formats import published
 

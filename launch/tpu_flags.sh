@@ -10,7 +10,7 @@ flags_usage='
   --repo=URL          default: the remote "origin" of this clone
   --ref=REF           commit or branch, pushed; default: this commit
   --share=HOST:/DIR   NFS share (Filestore) to mount at /mnt/gemma_scope
-  --workdir=DIR       folder of the run, seen by all hosts;
+  --workdir=DIR       folder of the run: gs://BUCKET/RUN, or seen by all hosts;
                       default with --share: /mnt/gemma_scope/runs/NAME
   --dry-run           print the commands, run none
   -- FLAGS            flags of launch/train.py: --config=... --config.lm....'

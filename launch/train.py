@@ -15,7 +15,7 @@ from gemma_scope import command_line
 FLAGS = command_line.Flags(
   __doc__,
   command_line.config(),
-  command_line.path(
+  command_line.folder(
     'workdir',
     'Folder of the run; it is made where it does not exist.',
     required=True,

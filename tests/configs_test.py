@@ -19,7 +19,7 @@ from configs import gemma_4, gemma_scope_2, suites, tiny
 from gemma_scope import config as config_lib
 from gemma_scope import specs
 from gemma_scope.language_model import gemma as lm
-from gemma_scope.training import setup
+from gemma_scope.training import auto_mesh, setup
 
 SHARED = ('__init__', 'recipe', 'suites', 'tiny')
 FOLDER = pathlib.Path(gemma_scope.__file__).parents[1] / 'configs'
@@ -74,27 +74,32 @@ def fields(config, prefix=''):
       yield f'{prefix}{name}', type(value)
 
 
-def shape(mesh) -> tuple[int, int, int]:
-  """Sizes of the mesh on 8 devices."""
-  fixed = math.prod(size for size in mesh.values() if size > 0)
-  assert 8 % fixed == 0
-  return tuple(
-    8 // fixed if size == -1 else size
-    for size in (mesh.sae, mesh.data, mesh.latent)
-  )
-
-
 @pytest.mark.parametrize('name, argument', EVERY)
-def test_a_set_is_complete_and_fits_its_model(name, argument):
+def test_a_set_is_complete_and_fits_a_pod(name, argument):
+  """On v5p:2x2x4, whole or in several runs of fewer layers each."""
   config = config_of(name, argument)
   assert dict(fields(config)) == dict(fields(tiny.get_config()))
-  size = shape(config.mesh)
-  assert math.prod(size) == 8
-  config_lib.check(config, lm.SIZES[config.lm.name], size)
-  # The paper's rule: narrow, by rows; wide, by latents.
-  if not config.end_to_end.beta:
-    wide = max(config.collection.widths) > 2**14
-    assert size == ((1, 1, 8) if wide else (1, 8, 1))
+  model, hbm = lm.SIZES[config.lm.name], 95 * 2**30
+  if 0 not in config.mesh.values():  # for one machine
+    config_lib.check(config, model, (1, 1, 1))
+    return
+  try:
+    chosen, _ = auto_mesh.choose(config, model, 16, hbm)
+  except config_lib.ConfigError as error:
+    parts = re.findall(r'layers=([\d,-]*\d)', str(error))
+    if config.collection.type in MULTI:
+      assert 'take more devices' in str(error)
+      return
+    assert parts, error
+    layers = config.collection.layers
+    together = []
+    for part in parts:
+      config_lib.override(config, 'collection.layers', part)
+      together += config.collection.layers
+      chosen, _ = auto_mesh.choose(config, model, 16, hbm)
+    assert tuple(together) == tuple(layers)
+  assert math.prod(chosen.sizes) == 16 and chosen.bytes < hbm
+  config_lib.check(config, model, chosen.sizes)
 
 
 @pytest.mark.parametrize('name', MODULES)

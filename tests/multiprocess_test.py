@@ -7,6 +7,7 @@ gloo's collectives.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -19,12 +20,11 @@ import numpy as np
 import pytest
 
 from gemma_scope import mesh as mesh_lib
-from gemma_scope.runtime import cluster
+from gemma_scope.runtime import cluster, objects, opened, remote
 from gemma_scope.runtime import interrupt as interrupt_lib
-from gemma_scope.runtime import lease as lease_lib
 from gemma_scope.training import loop
 from tests.helpers import cluster as cluster_helper
-from tests.helpers import processes
+from tests.helpers import object_servers, processes
 from tests.helpers import runs as run_helpers
 
 STEPS = 24
@@ -59,7 +59,7 @@ def alone(config, workdir: pathlib.Path, lines: list[str]):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(mesh_lib, 'make', two)
     with (
-      lease_lib.Lease(workdir) as lease,
+      opened.exclusive(workdir) as lease,
       interrupt_lib.Interrupt() as interrupt,
     ):
       loop.keep_config(config, workdir)
@@ -102,6 +102,46 @@ def test_a_signal_to_one_stops_all_and_a_silent_one_is_named(tmp_path, caplog):
   assert compiled.count('harvest') == compiled.count('take_step') == 1, compiled
   found = alone(config, run, lines)
   assert any('processes: was 4, is 1' in line for line in lines), lines
+  np.testing.assert_allclose(found, expected, rtol=1e-3)
+  np.testing.assert_allclose(found[:step], expected[:step], rtol=1e-6)
+
+
+def on_its_own_disk(folder: pathlib.Path, *flags: str) -> None:
+  os.environ['GEMMA_SCOPE_CACHE'] = str(folder / os.environ['PROCESS_ID'])
+  processes.script('launch/train.py', *flags)
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('gcp_storage_emulator') is None,
+  reason='needs gcp-storage-emulator',
+)
+def test_hosts_without_a_shared_disk_share_a_bucket(tmp_path, monkeypatch):
+  """Two processes are stopped, four go on, one ends: the losses of one."""
+  config = small(tmp_path)
+  with object_servers.started('gs') as (_, environment):
+    for name, value in environment.items():
+      monkeypatch.setenv(name, value)
+    address = f'gs://{object_servers.BUCKET}/run'
+    store = objects.Objects(address)
+    flags = run_helpers.flags_of(config, address)[2:]
+    saved = lambda step: store.names(f'checkpoints/{step}/commit.json')
+    with Cluster(tmp_path, 2, on_its_own_disk, tmp_path, *flags) as two:
+      two.wait_for(lambda: saved(4))
+      two.send(signal.SIGTERM, 1)
+      assert two.codes(range(2)) == [0, 0], two.outputs()
+      report, _ = two.outputs()
+    (step,) = map(int, re.findall(r'stopped and saved at step (\d+)', report))
+    with Cluster(tmp_path, 4, on_its_own_disk, tmp_path, *flags) as four:
+      four.wait_for(lambda: saved(step // 4 * 4 + 4), 400)
+      four.send(signal.SIGKILL, 3)
+      four.codes(range(3))
+      assert f'continuing at step {step}' in four.outputs()[0]
+    monkeypatch.setenv('GEMMA_SCOPE_CACHE', str(tmp_path / 'last'))
+    lines, expected = [], alone(config, tmp_path / 'alone', [])
+    with remote.folder(address) as here:
+      remote.fetch(here)
+      found = alone(config, here, lines)
+    assert any('processes: was 4, is 1' in line for line in lines), lines
   np.testing.assert_allclose(found, expected, rtol=1e-3)
   np.testing.assert_allclose(found[:step], expected[:step], rtol=1e-6)
 

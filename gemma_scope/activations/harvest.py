@@ -151,7 +151,8 @@ class ModelSource:
     at: the sites to read, all in one pass.
     text: the tokens to read.
     layout: the sizes of chunks and batches.
-    mesh: its 'data' axis splits the sequences.
+    mesh: its 'data' axis splits the sequences, and its 'sae' axis too where
+      they are enough: otherwise the SAEs' places would run the same pass.
   """
 
   def __init__(
@@ -169,7 +170,11 @@ class ModelSource:
     self.parts = layout.sequences // layout.lm_batch
     self.gemma, self.params = gemma, params
     self.text = text
-    self._tokens_place = mesh_lib.sharding(mesh, 'data', None)
+    over = _over(mesh, layout.lm_batch)
+    self.tokens_place = mesh_lib.sharding(mesh, over, None)
+    if mesh.shape['sae'] > 1:
+      # The same model, its residual stream where these sequences are.
+      gemma = lm.Gemma(gemma.config, mesh_lib.sharding(mesh, over, None, None))
     count = layout.sequences
     self._tokens = Ahead(
       lambda chunk, _: text.sequences(chunk * count, count), 1
@@ -194,13 +199,19 @@ class ModelSource:
     (tokens_NT,) = self._tokens(chunk)
     for tokens_BT in np.split(tokens_NT, self.parts):
       poll()
-      tokens_BT = mesh_lib.put(tokens_BT, self._tokens_place)
+      tokens_BT = mesh_lib.put(tokens_BT, self.tokens_place)
       yield self.harvest(self.params, tokens_BT)
 
   def counts(self, chunk: int) -> np.ndarray:
     """See `Raw`."""
     (tokens_NT,) = self._tokens(chunk)
     return self.text.keep(tokens_NT)[:, 1:].reshape(-1)
+
+
+def _over(mesh: Mesh, lm_batch: int) -> str | tuple[str, ...]:
+  """The axes that split the sequences of a pass."""
+  both = mesh.shape['sae'] * mesh.shape['data']
+  return 'data' if lm_batch % both else ('sae', 'data')
 
 
 def rows(

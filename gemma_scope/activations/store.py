@@ -8,8 +8,11 @@
 Rows are in the order of the text, neither shuffled nor scaled. Training from a
 store therefore sees the same batches as training from the model, and a store
 serves any seed, batch size and selection of its sites. A chunk is written to a
-temporary folder and then renamed, so that a stopped writer can continue. Files
-are memory-mapped, and checked when they are read.
+temporary folder and then renamed, so that a stopped writer can continue.
+Several processes write chunks of their own, and the first one the manifest, at
+the end; until then each chunk's checksums are in its checksums.json. Files are
+memory-mapped, and checked when they are read; those of a store in a bucket are
+downloaded to a cache of the host when they are first read (`host_cache`).
 """
 
 from __future__ import annotations
@@ -26,8 +29,10 @@ import numpy as np
 
 from gemma_scope import files, sites
 from gemma_scope.activations import harvest
+from gemma_scope.runtime import cluster, host_cache, objects, remote
 
 FORMAT = 1
+_SUMS = 'checksums.json'
 
 
 def _file(site: sites.Site) -> str:
@@ -43,6 +48,10 @@ def write_store(
   report: Callable[[int], None] = lambda chunk: None,
 ) -> None:
   """Writes `chunks` chunks of `source`; continues where it was stopped.
+
+  In a cluster every process calls it, with a source on its own devices. Process
+  i of n writes every n-th chunk from the i-th on; the first one writes the
+  manifest, once all have written theirs.
 
   Args:
     folder: the store.
@@ -71,37 +80,83 @@ def write_store(
     'sites': [str(site) for site in source.sites],
     'facts': facts,
   }
-  manifest = _read_manifest(folder) or {**header, 'chunks': {}}
+  index, count = cluster.part()
+  with cluster.first_goes_ahead():
+    remote.fetch(folder / 'manifest.json')
+    manifest = _read_manifest(folder) or {**header, 'chunks': {}}
+    for key in header:
+      if manifest[key] != header[key]:
+        raise ValueError(
+          f'{remote.shown(folder)!r} holds another activation store: '
+          + _difference(key, manifest[key], header[key])
+        )
+    if index == 0 and count > 1:
+      _write_manifest(folder, manifest)
   missing = max(0, chunks - len(manifest['chunks']))
+  if remote.address(folder):
+    missing = min(missing, 1)  # a chunk's copy is deleted once it is uploaded
   files.check_room(
     folder, missing * _bytes(source), f'A store of {chunks} chunks'
   )
-  for key in header:
-    if manifest[key] != header[key]:
-      raise ValueError(
-        f'{str(folder)!r} holds another activation store: '
-        + _difference(key, manifest[key], header[key])
-      )
-  for chunk in range(chunks):
-    name = f'chunk_{chunk:06d}'
-    if name in manifest['chunks'] and (folder / name).is_dir():
-      report(chunk)
-      continue
-    parts = list(harvest.one_late(source.passes(chunk, poll), np.asarray))
-    arrays = {'counts.npy': source.counts(chunk)}
-    for site in source.sites:
-      x_RD = np.concatenate(
-        [p[site].reshape(-1, p[site].shape[-1]) for p in parts]
-      )
-      arrays[_file(site)] = _to_disk(x_RD)
-    checksums = {}
-    with files.whole_folder(folder / name, replace=True) as draft:
-      for file, array in arrays.items():
-        _save(draft / file, array)
-        checksums[file] = zlib.crc32(array.reshape(-1).view(np.uint8))
-    manifest['chunks'][name] = checksums
-    _write_manifest(folder, manifest)
+  for chunk in range(index, chunks, count):
+    sums = manifest['chunks'].get(_name(chunk))
+    if sums is None or not _is_there(folder, chunk):
+      sums = _sums(folder, chunk)
+    if sums is None:
+      sums = _write_chunk(folder, source, chunk, poll)
+    manifest['chunks'][_name(chunk)] = sums
+    if count == 1:
+      _write_manifest(folder, manifest)
     report(chunk)
+  cluster.wait_for_all('gemma_scope/activation_store')
+  if index == 0 and count > 1:
+    for chunk in range(chunks):
+      sums = manifest['chunks'].get(_name(chunk)) or _sums(folder, chunk)
+      manifest['chunks'][_name(chunk)] = sums
+    _write_manifest(folder, manifest)
+
+
+def _write_chunk(folder, source, chunk: int, poll) -> dict[str, int]:
+  """Writes one chunk whole; returns the checksums of its files."""
+  parts = list(harvest.one_late(source.passes(chunk, poll), np.asarray))
+  arrays = {'counts.npy': source.counts(chunk)}
+  for site in source.sites:
+    x_RD = np.concatenate(
+      [p[site].reshape(-1, p[site].shape[-1]) for p in parts]
+    )
+    arrays[_file(site)] = _to_disk(x_RD)
+  checksums = {}
+  with files.whole_folder(folder / _name(chunk), replace=True) as draft:
+    for file, array in arrays.items():
+      _save(draft / file, array)
+      checksums[file] = zlib.crc32(array.reshape(-1).view(np.uint8))
+    (draft / _SUMS).write_text(json.dumps(checksums))
+  remote.drop_copy(folder / _name(chunk))
+  return checksums
+
+
+def _name(chunk: int) -> str:
+  return f'chunk_{chunk:06d}'
+
+
+def _is_there(folder: pathlib.Path, chunk: int) -> bool:
+  store = remote.objects(folder)
+  if store is not None:
+    return remote.listed(store, _name(chunk)) is not None
+  return (folder / _name(chunk)).is_dir()
+
+
+def _sums(folder: pathlib.Path, chunk: int) -> dict[str, int] | None:
+  """The checksums in a chunk that was written whole; None if it was not."""
+  if not _is_there(folder, chunk):
+    return None
+  store = remote.objects(folder)
+  if store is not None:
+    text = store.read(f'{_name(chunk)}/{_SUMS}')
+  else:
+    path = folder / _name(chunk) / _SUMS
+    text = path.read_bytes() if path.exists() else None
+  return None if text is None else json.loads(text)
 
 
 def _difference(key: str, stored, wanted) -> str:
@@ -147,10 +202,13 @@ def _read_manifest(folder: pathlib.Path) -> dict | None:
     ValueError: it is damaged.
   """
   path = folder / 'manifest.json'
-  if not path.exists():
-    return None
+  return _parsed(str(path), path.read_bytes()) if path.exists() else None
+
+
+def _parsed(name: str, text: bytes) -> dict:
+  """A manifest without its seal; ValueError where it is damaged."""
   try:
-    manifest = json.loads(path.read_text(encoding='utf-8'))
+    manifest = json.loads(text.decode('utf-8'))
     seal = manifest.pop(_SEAL, None)
     if sorted(manifest) != list(_KEYS):
       raise ValueError('it does not have the keys of a store of activations')
@@ -158,7 +216,7 @@ def _read_manifest(folder: pathlib.Path) -> dict | None:
       raise ValueError('it does not have its own hash')
   except (ValueError, TypeError, AttributeError, RecursionError) as error:
     raise ValueError(
-      f'{str(path)!r} is damaged or not the manifest of an activation store '
+      f'{name!r} is damaged or not the manifest of an activation store '
       f'({str(error)[:200]}); delete the folder and write it again.'
     ) from None
   return manifest
@@ -175,17 +233,24 @@ def facts(folder: str | os.PathLike[str]) -> dict:
   Raises:
     ValueError: there is no store.
   """
-  return _opened(pathlib.Path(folder))['facts']
+  return _opened(folder)['facts']
 
 
-def _opened(folder: pathlib.Path) -> dict:
+def _opened(folder: str | os.PathLike[str]) -> dict:
   """The manifest of a store; raises where there is none."""
-  manifest = _read_manifest(folder)
+  if files.scheme(folder):
+    name = f'{folder}/manifest.json'
+    text = objects.Objects(os.fspath(folder)).read('manifest.json')
+    manifest = None if text is None else _parsed(name, text)
+  else:
+    manifest = _read_manifest(pathlib.Path(folder))
   if not manifest or manifest.get('format') != FORMAT:
     raise ValueError(
       f'No activation store of format {FORMAT} at {str(folder)!r}; '
       'launch/harvest.py and launch/synthetic.py write one.'
     )
+  if not manifest['chunks']:  # several hosts write it, and are not done
+    raise ValueError(f'The activation store {str(folder)!r} is not complete.')
   return manifest
 
 
@@ -193,7 +258,7 @@ class StoreSource:
   """Rows of a store, memory-mapped; checksums are verified on reading.
 
   Args:
-    folder: of the store.
+    folder: of the store, or its address in a bucket.
     at: the sites to read, some or all of the store's.
     batch: rows in a training step.
 
@@ -205,11 +270,15 @@ class StoreSource:
   """
 
   def __init__(
-    self, folder: pathlib.Path, at: Sequence[sites.Site], batch: int
+    self,
+    folder: str | os.PathLike[str],
+    at: Sequence[sites.Site],
+    batch: int,
   ):
-    files.refuse_address(folder, 'The folder of an activation store')
-    self._folder = pathlib.Path(folder)
-    self._manifest = _opened(self._folder)
+    self._folder, self._cached = folder, None
+    if files.scheme(folder):
+      self._cached = host_cache.Store(os.fspath(folder))
+    self._manifest = _opened(folder)
     self.facts = self._manifest['facts']
     missing = {str(site) for site in at} - set(self._manifest['sites'])
     if missing:
@@ -237,9 +306,14 @@ class StoreSource:
   def widths(self) -> dict[sites.Site, int]:
     """D of each site."""
     return {
-      site: self._mapped('chunk_000000', _file(site)).shape[-1]
-      for site in self.sites
+      site: self._mapped(_name(0), _file(site)).shape[-1] for site in self.sites
     }
+
+  def _path(self, name: str, file: str) -> pathlib.Path:
+    """A file of a chunk, on this host's disk."""
+    if self._cached is not None:
+      return self._cached.path(name, file)
+    return pathlib.Path(self._folder) / name / file
 
   def passes(self, chunk: int, poll: Callable[[], None] = lambda: None):
     """See `Raw`: each part is a site; the store repeats after its end."""
@@ -256,7 +330,7 @@ class StoreSource:
 
   def _read(self, chunk: int, part: int) -> np.ndarray:
     """Reads one file of a chunk and verifies its checksum."""
-    name = f'chunk_{chunk % self.chunks:06d}'
+    name = _name(chunk % self.chunks)
     file = ('counts.npy', *map(_file, self.sites))[part]
     expected = self._manifest['chunks'][name][file]
     array = self._mapped(name, file)
@@ -275,7 +349,7 @@ class StoreSource:
       bits = self.layout.dtype == 'bfloat16'
       dtype, dims = np.dtype(np.uint16 if bits else np.float32), 2
     try:
-      array = np.load(self._folder / chunk / file, mmap_mode='r')
+      array = np.load(self._path(chunk, file), mmap_mode='r')
     except Exception as error:  # numpy has many kinds
       raise self._damaged(chunk, file, str(error)[:200]) from None
     if (
@@ -290,7 +364,9 @@ class StoreSource:
     return array
 
   def _damaged(self, chunk: str, file: str, why: str) -> ValueError:
+    if self._cached is not None:  # downloaded again by the next run
+      self._cached.forget(chunk, file)
     return ValueError(
-      f'{str(self._folder / chunk / file)!r} is damaged ({why}); delete the '
+      f"'{self._folder}/{chunk}/{file}' is damaged ({why}); delete the "
       f'folder {chunk} and run the command that wrote it again.'
     )

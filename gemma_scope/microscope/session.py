@@ -45,6 +45,7 @@ from gemma_scope.microscope.index import store as store_lib
 from gemma_scope.microscope.index.store import Index, Indexed
 from gemma_scope.release.formats import published
 from gemma_scope.runtime import progress as progress_lib
+from gemma_scope.runtime import remote
 from gemma_scope.text import prepare, tokenizers
 from gemma_scope.training import setup
 
@@ -94,7 +95,6 @@ class Session:
     report: Callable[[str], None] = print,
     site: str = '',
   ):
-    files.refuse_address(workdir, 'workdir')
     self.workdir = pathlib.Path(workdir)
     self.out = out or self.workdir / 'microscope'
     self._given, self._config, self.report = given, config, report
@@ -109,8 +109,8 @@ class Session:
     path = self.workdir / 'config.json'
     if not path.exists():
       raise ValueError(
-        f'{self.workdir} has no config.json. Give the folder of a run, or use '
-        '--config to name the model and the text.'
+        f'{remote.shown(self.workdir)} has no config.json. Give the folder of '
+        'a run, or use --config to name the model and the text.'
       )
     return config_lib.read(path)
 
@@ -332,11 +332,11 @@ class Session:
         store_lib.write(self.out / 'indexes' / sae.name, index)
     if label:
       self._label_by_rule(poll)
-    (self.out / _MEMBERS).unlink(missing_ok=True)  # until the pages are written
+    remote.delete(self.out / _MEMBERS)  # until the pages are written
     about['date'] = datetime.date.today().isoformat()
     first = self._write_pages(about['date'])
     files.write_json(self.out / _MEMBERS, about)
-    (self.out / 'partial.npz').unlink(missing_ok=True)
+    remote.delete(self.out / 'partial.npz')
     return first
 
   def _label_by_rule(self, poll: Callable[[], None]) -> None:

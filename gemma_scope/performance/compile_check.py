@@ -2,7 +2,7 @@
 
   config, topology -> mesh of the pod's devices (`topologies`)
     harvest   the forward pass with all taps (`harvest.ModelSource`)
-    step      the training step of all stacks (`loop.step_of`)
+    step      the training step of all stacks (`setup.step_of`)
   -> lowered from shapes alone, compiled by the TPU's own compiler
   -> HBM, FLOPs, bytes, collectives of one device; two times:
 
@@ -38,7 +38,7 @@ from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import weights
 from gemma_scope.performance import topologies
 from gemma_scope.sae import fold
-from gemma_scope.training import loop, setup
+from gemma_scope.training import auto_mesh, setup
 
 _COLLECTIVES = (
   'all-reduce',
@@ -115,13 +115,13 @@ def check(
       'End-to-end steps cannot be compiled here; set end_to_end.beta=0.'
     )
   pod = topologies.pod(topology)
-  mesh = mesh_lib.make(config.mesh, pod.devices)
+  mesh = auto_mesh.make(config, pod.devices, pod.device.hbm)
   model = setup.dimensions(config)
   config_lib.check(config, model, mesh.devices.shape)
   lower = {'harvest': _harvest, 'step': _step}
   for program in programs:
     yield _described(
-      _compiled(*lower[program](config, mesh), pod, mesh), pod, config
+      _compiled(*lower[program](config, mesh), pod, mesh), pod, config, mesh
     )
 
 
@@ -137,7 +137,7 @@ def _harvest(config: ConfigDict, mesh):
   tokens_BT = jax.ShapeDtypeStruct(
     (layout.lm_batch, layout.seq_len),
     jnp.int32,
-    sharding=mesh_lib.sharding(mesh, 'data', None),
+    sharding=source.tokens_place,
   )
   params = traverse_util.unflatten_dict(wanted, sep='/')
   count = layout.lm_batch * layout.seq_len
@@ -180,7 +180,7 @@ def _step(config: ConfigDict, mesh):
     )
     for site in at
   }
-  step = loop.step_of(config, stacks, None, mesh)
+  step = setup.step_of(config, stacks, None, mesh)
   flops = sum(s.module.flops(rows) * len(s.seeds) for s in stacks)
   lower = lambda: step.lower(
     setup.abstract_states(stacks, mesh),
@@ -264,7 +264,7 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
   return by_kind
 
 
-def _described(program: Program, pod, config) -> dict[str, Any]:
+def _described(program: Program, pod, config, mesh) -> dict[str, Any]:
   seconds = program.estimated_s or program.roofline_s
   known = program.hbm_bytes is not None
   fits = not program.error and known and program.hbm_bytes <= pod.device.hbm
@@ -272,19 +272,15 @@ def _described(program: Program, pod, config) -> dict[str, Any]:
     'topology': pod.name,
     'devices': len(pod.devices),
     'chips': pod.chips,
-    'mesh': dict(zip(mesh_lib.AXES, _sizes(config, pod), strict=True)),
+    'mesh': dict(mesh.shape),
     **dataclasses.asdict(program),
     'fits': fits,
     'hbm_capacity_bytes': int(pod.device.hbm),
     'utilisation': program.flops / pod.device.flops / seconds,
   }
   if not fits:
-    record['advice'] = advice(program, config, _sizes(config, pod))
+    record['advice'] = advice(program, config, mesh.devices.shape)
   return record
-
-
-def _sizes(config, pod) -> tuple[int, ...]:
-  return mesh_lib.shape(config.mesh, len(pod.devices))
 
 
 def advice(program: Program, config: ConfigDict, mesh) -> str:

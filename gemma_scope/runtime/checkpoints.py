@@ -309,7 +309,7 @@ class Checkpoints:
           self._set_aside(bad)
         return step, value
       value = None  # before the next step needs the memory
-      if not (self._folder / str(step)).exists():
+      if not self._exists(step):
         continue  # pruned by the run that owns the folder, while we read
       _log.warning('Step %d in %s is damaged: %s.', step, self._folder, problem)
       damaged.append(step)
@@ -320,6 +320,9 @@ class Checkpoints:
         ' restore the folder from a copy, or move it away to start anew.'
       )
     return None
+
+  def _exists(self, step: int) -> bool:
+    return (self._folder / str(step)).exists()
 
   def _set_aside(self, step: int):
     if jax.process_index() == 0:
@@ -341,12 +344,15 @@ class Checkpoints:
       raise _Damaged(
         f'its metadata cannot be read ({_sentence(error)})'
       ) from error
+    return self._of_this_version(step, body, _FORMAT)
+
+  def _of_this_version(self, step: int, body: dict, format_: int) -> dict:
     if body['step'] != step:
       raise _Damaged(f'its metadata belongs to step {body["step"]}')
-    if body['format'] != _FORMAT:
+    if body['format'] != format_:
       raise CheckpointError(
         f'Step {step} in {self._folder} has format {body["format"]}, and'
-        f' this version reads {_FORMAT}.'
+        f' this version reads {format_}.'
       )
     return body
 

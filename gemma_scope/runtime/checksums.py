@@ -106,7 +106,7 @@ def unseal(sealed: Mapping[str, Any]) -> Any:
   return sealed['body']
 
 
-def _region(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
+def region(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
   """A block of an array as '0:4,8:16'; '' for a scalar."""
   ends = [s.indices(n) for s, n in zip(index, shape, strict=True)]
   return ','.join(f'{start}:{stop}' for start, stop, _ in ends)
@@ -129,15 +129,32 @@ def of(leaves: Mapping[str, Any]) -> dict[str, dict[str, list[int]]]:
   with _pool() as pool:
     for name, leaf in leaves.items():
       if getattr(leaf, 'is_fully_addressable', True):
-        whole = _region((slice(None),) * len(leaf.shape), leaf.shape)
+        whole = region((slice(None),) * len(leaf.shape), leaf.shape)
         sums[name] = {whole: _sums(np.asarray(leaf), pool)}
       else:
         sums[name] = {
-          _region(shard.index, leaf.shape): _sums(np.asarray(shard.data), pool)
+          region(shard.index, leaf.shape): _sums(np.asarray(shard.data), pool)
           for shard in leaf.addressable_shards
           if shard.replica_id == 0
         }
   return sums
+
+
+def of_bytes(data: bytes) -> list[int]:
+  """The sums of bytes in C order."""
+  with _pool() as pool:
+    return _sums(np.frombuffer(data, np.uint8), pool)
+
+
+def of_regions(
+  copies: Mapping[str, Mapping[str, np.ndarray]],
+) -> dict[str, dict[str, list[int]]]:
+  """{leaf: {region: sums}} of {leaf: {region: array}}."""
+  with _pool() as pool:
+    return {
+      name: {place: _sums(block, pool) for place, block in blocks.items()}
+      for name, blocks in copies.items()
+    }
 
 
 def wrong(
@@ -156,20 +173,20 @@ def wrong(
       if leaf.is_fully_addressable:
         whole = np.asarray(leaf)
 
-        def see(region, whole=whole):
-          ends = (e.split(':') for e in region.split(',') if e)
+        def see(place, whole=whole):
+          ends = (e.split(':') for e in place.split(',') if e)
           return whole[tuple(slice(int(a), int(b)) for a, b in ends)]
       else:
         shards = {
-          _region(shard.index, leaf.shape): shard.data
+          region(shard.index, leaf.shape): shard.data
           for shard in leaf.addressable_shards
         }
 
-        def see(region, shards=shards):
-          data = shards.get(region)
+        def see(place, shards=shards):
+          data = shards.get(place)
           return None if data is None else np.asarray(data)
 
-      held = [(see(region), sums) for region, sums in expected[name].items()]
+      held = [(see(place), sums) for place, sums in expected[name].items()]
       held = [(data, sums) for data, sums in held if data is not None]
       if not held:
         unseen.append(name)

@@ -58,6 +58,13 @@ def first() -> bool:
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+def part() -> tuple[int, int]:
+  """This process's index, and the number of processes."""
+  if not jax.distributed.is_initialized():
+    return 0, 1  # without a device being touched
+  return jax.process_index(), jax.process_count()
+
+
 @contextlib.contextmanager
 def first_goes_ahead() -> Iterator[None]:
   """The first process runs the block, then the others run it at once.
@@ -77,6 +84,12 @@ def _barrier() -> None:
   if jax.distributed.is_initialized():
     client = distributed.global_state.client
     client.wait_at_barrier(f'gemma_scope/{next(_names)}', _WEEK_MS)
+
+
+def wait_for_all(name: str) -> None:
+  """Waits until all processes have called it with this name, in any thread."""
+  if jax.distributed.is_initialized():
+    distributed.global_state.client.wait_at_barrier(name, _WEEK_MS)
 
 
 # ------------------------------------------------------------------- joining

@@ -31,10 +31,12 @@ class Interrupt:
   In a cluster (joined before this is entered), SIGTERM belongs to JAX's
   preemption service, which stops all processes at the same step. Ctrl-C is
   turned into SIGTERM. The flag appears at the call on which all processes
-  agree, so each process must make the same calls of `check` and `at_step`.
+  agree, so each process must make the same calls of `check` and `at_step`. With
+  `alone`, a process of a cluster is treated as a lone one.
   """
 
-  def __init__(self):
+  def __init__(self, alone: bool = False):
+    self._alone = alone
     self._flag = threading.Event()
     self._old: dict[int, Any] = {}
     self._cluster = False
@@ -47,7 +49,7 @@ class Interrupt:
         'Interrupt installs signal handlers, which is possible in the main '
         'thread only; enter it there and pass it on.'
       )
-    self._cluster = jax.distributed.is_initialized()
+    self._cluster = jax.distributed.is_initialized() and not self._alone
     mine = (
       (signal.SIGINT,)
       if self._cluster

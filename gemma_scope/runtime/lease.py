@@ -58,6 +58,31 @@ def _boot() -> str:
     return 'unknown'
 
 
+def this_process() -> dict[str, Any]:
+  """What identifies this process, for a lease."""
+  return {
+    'host': socket.gethostname(),
+    'boot': _boot(),
+    'pid': os.getpid(),
+    'start': _process_start(os.getpid()),
+  }
+
+
+def is_of_this_boot(holder: Mapping[str, Any]) -> bool:
+  """Whether a lease's holder would be a process of this machine."""
+  return (
+    holder.get('host') == socket.gethostname()
+    and holder.get('boot') == _boot()
+    and isinstance(holder.get('pid'), int)
+  )
+
+
+def is_running(holder: Mapping[str, Any]) -> bool:
+  """Whether a holder on this machine still runs."""
+  start = _process_start(holder['pid'])
+  return start is not None and start == holder.get('start')
+
+
 class Lease:
   """Exclusive ownership of a folder while a `with` block lasts.
 
@@ -170,27 +195,13 @@ class Lease:
       return {}
 
   def _write(self, now: float):
-    holder = {
-      'host': socket.gethostname(),
-      'boot': _boot(),
-      'pid': os.getpid(),
-      'start': _process_start(os.getpid()),
-      'taken': now,
-      'token': self._token,
-    }
+    holder = {**this_process(), 'taken': now, 'token': self._token}
     files.write_json(self._path, holder)
     self.lost = False
 
   def _stale(self, holder: Mapping[str, Any], beat_age_s: float) -> bool:
-    pid = holder.get('pid')
-    here = (
-      holder.get('host') == socket.gethostname()
-      and holder.get('boot') == _boot()
-      and isinstance(pid, int)
-    )
-    if here:
-      start = _process_start(pid)
-      return start is None or start != holder.get('start')
+    if is_of_this_boot(holder):
+      return not is_running(holder)
     return beat_age_s > self._stale_s
 
   def _beat(self):

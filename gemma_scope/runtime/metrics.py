@@ -1,8 +1,16 @@
-"""The metrics of a run, by step: metrics.jsonl, TensorBoard, wandb."""
+"""The metrics of a run, by step: metrics.jsonl, TensorBoard, wandb.
+
+Of a run in a bucket the lines are written here and uploaded in the background:
+new ones every minute as metrics.parts/<n>.jsonl, the whole file at each save
+and at the end. What is lost by a kill is later than the last save, and the run
+makes it again.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import logging
 import math
 import os
 import pathlib
@@ -11,6 +19,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_scope import files
+from gemma_scope.runtime import objects, remote
+
+_log = logging.getLogger(__name__)
+_PARTS = 'metrics.parts/'
+_PART_S = 60.0  # between two parts
 
 
 def _needed(module: str, field: str, install: str) -> Any:
@@ -60,6 +73,10 @@ class Writer:
     if wandb is not None:
       module = _needed('wandb', 'metrics.wandb', "'gemma_scope[wandb]'")
       self._run = module.init(**{'dir': folder, 'resume': 'allow', **wandb})
+    self._store = remote.objects(folder)
+    self._pool = self._store and concurrent.futures.ThreadPoolExecutor(1)
+    self._lines: list[str] = []  # not uploaded yet
+    self._parts, self._uploaded = 0, time.monotonic()
     self._repair(resume_step)
     self._file = self._path.open('a', encoding='utf-8')
 
@@ -87,8 +104,13 @@ class Writer:
       k: v if math.isfinite(v) else None for k, v in values.items()
     }
     # One write per line, so that only the last line can be incomplete.
-    self._file.write(json.dumps(line, allow_nan=False) + '\n')
+    text = json.dumps(line, allow_nan=False) + '\n'
+    self._file.write(text)
     self._file.flush()
+    if self._store is not None:
+      self._lines.append(text)
+      if time.monotonic() - self._uploaded > _PART_S:
+        self._upload_part()
     if self._board is not None:
       for name, value in values.items():
         self._board.add_scalar(name, value, step)
@@ -99,14 +121,47 @@ class Writer:
     """Writes what TensorBoard still holds; the JSONL is always written."""
     if self._board is not None:
       self._board.flush()
+    if self._store is not None:
+      self._lines = []
+      self._uploaded = time.monotonic()
+      self._pool.submit(self._logged, self._upload_all)
 
   def close(self):
     """Closes the files and the wandb run."""
     self._file.close()
     if self._board is not None:
       self._board.close()
+    self.flush_last()
     if self._run is not None:
       self._run.finish()
+
+  def flush_last(self):
+    """Uploads everything and waits for it."""
+    if self._store is not None:
+      self._pool.submit(self._logged, self._upload_all)
+      self._pool.shutdown()
+
+  def _upload_part(self):
+    name, data = f'{_PARTS}{self._parts:06d}.jsonl', ''.join(self._lines)
+    self._parts, self._lines = self._parts + 1, []
+    self._uploaded = time.monotonic()
+    self._pool.submit(
+      self._logged, lambda: self._store.write(name, data.encode())
+    )
+
+  def _upload_all(self):
+    remote.publish(self._path)
+    for path in sorted(self._path.parent.glob('tensorboard/*')):
+      remote.publish(path)
+    self._store.delete_below(_PARTS)
+
+  def _logged(self, upload):
+    try:
+      upload()
+    except (
+      objects.BucketError
+    ) as error:  # training goes on; the next one may do
+      _log.warning('Metrics were not uploaded: %s', error)
 
   def __enter__(self) -> Writer:
     return self

@@ -303,15 +303,19 @@ def open_text(
   """
   # JAX: not for those who only prepare text.
   from gemma_scope.language_model import weights
-  from gemma_scope.runtime import cluster
+  from gemma_scope.runtime import cluster, host_cache, remote
 
   lm, text = config.lm, config.text
   tokenizer = tokenizers.Tokenizer(
     lm.tokenizer or weights.tokenizer(lm.name, lm.checkpoint)
   )
   check_tokenizer(tokenizer, lm.name, lm.checkpoint)
-  folder = pathlib.Path(text.store or workdir / 'tokens')
+  folder = pathlib.Path(workdir / 'tokens')
+  if text.store:
+    folder = host_cache.folder(text.store)
   with cluster.first_goes_ahead():
+    if not folder.exists():
+      remote.fetch(folder)
     if text.store or (folder / token_store.MANIFEST).exists():
       store = token_store.Tokens(folder)
     else:

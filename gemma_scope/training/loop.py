@@ -1,9 +1,9 @@
 """train(config, workdir): trains a collection of SAEs in one pass of the model.
 
-The run's folder holds config.json, metrics.jsonl, checkpoints/ and tokens/ (the
-latter unless the config names a store). The same call on the same folder
-continues the run, with bitwise the same result as without interruption: a batch
-is a function of the config and the step, and the rest is in the checkpoint.
+The run's folder has config.json, metrics.jsonl, checkpoints/ and, unless the
+config names a store, tokens/. The same call on the same folder continues the
+run, bitwise as without interruption: a batch is a function of the config and
+the step, and the rest is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -26,12 +25,20 @@ from gemma_scope import config as config_lib
 from gemma_scope import files, sites, specs
 from gemma_scope import mesh as mesh_lib
 from gemma_scope.activations import chunks as chunks_lib
-from gemma_scope.runtime import changes, checkpoints, cluster, metrics
+from gemma_scope.runtime import (
+  changes,
+  checkpoints,
+  cluster,
+  metrics,
+  opened,
+  remote,
+)
 from gemma_scope.runtime import interrupt as interrupt_lib
 from gemma_scope.runtime import lease as lease_lib
 from gemma_scope.runtime import progress as progress_lib
 from gemma_scope.sae import fold
 from gemma_scope.training import (
+  auto_mesh,
   closing,
   end_to_end,
   initialise,
@@ -56,7 +63,7 @@ def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
   if path.exists():
     was = json.loads(config_lib.read(path).to_json())
     changes.refuse_changes(was, json.loads(config.to_json()), _MAY_CHANGE)
-  model, mesh = setup.dimensions(config), mesh_lib.make(config.mesh)
+  model, mesh = setup.dimensions(config), auto_mesh.make(config)
   config_lib.check(config, model, mesh.devices.shape)
   if not path.exists():
     # Raises where the release to start from is missing or does not fit.
@@ -66,8 +73,8 @@ def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
 def keep_config(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Writes config.json of a new run, once `check_config` has passed it."""
   with cluster.first_goes_ahead():  # other processes compare theirs with it
+    remote.fetch(path := workdir / 'config.json')
     check_config(config, workdir)
-    path = workdir / 'config.json'
     if not path.exists():
       files.write_json(path, json.loads(config.to_json()), indent=2)
 
@@ -91,10 +98,8 @@ def train(
   Raises:
     ConfigError, ChangedError, CheckpointNotFound, ...: one sentence each.
   """
-  files.refuse_address(workdir, 'workdir')
   workdir = pathlib.Path(workdir)
-  model = setup.dimensions(config)
-  mesh = mesh_lib.make(config.mesh)
+  model, mesh = setup.dimensions(config), auto_mesh.make(config, report=report)
   config_lib.check(config, model, mesh.devices.shape)
   stacks, groups = setup.make_stacks(config, model)
   if warning := setup.slow_thresholds(config):
@@ -108,8 +113,7 @@ def train(
     feed = end_to_end.Feed(chunks, config.end_to_end.sequences, mesh)
   else:
     feed = chunks_lib.Feed(chunks, config.train.steps)
-  keep = config.checkpoint.keep
-  with checkpoints.Checkpoints(workdir / 'checkpoints', keep=keep) as saves:
+  with opened.saves(workdir, config.checkpoint.keep) as saves:
     loop = _Loop(
       config, workdir, mesh, feed, stacks, groups, saves, lease, report, facts
     )
@@ -166,7 +170,7 @@ class _Loop:
     gemma, lm_params = None, ()
     if self.config.end_to_end.beta:
       gemma, lm_params = self.feed.source.gemma, self.feed.source.params
-    step = step_of(self.config, self.stacks, gemma, self.mesh)
+    step = setup.step_of(self.config, self.stacks, gemma, self.mesh)
     return lambda *arguments: step(*arguments, lm_params)
 
   @property
@@ -231,7 +235,8 @@ class _Loop:
           if self.step == steps:
             self._close(interrupt.check)
           if self.step % self.config.checkpoint.every == 0:
-            saved = self._save()
+            self._log(pending)  # kept with the checkpoint
+            saved, pending = self._save(), None
       except interrupt_lib.Interrupted:  # while a chunk was made, or in closing
         pass
       self._log(pending)
@@ -347,6 +352,8 @@ class _Loop:
       'version': gemma_scope.__version__,
     }
     self.saves.save(self.step, self.states, meta)
+    if self.writer is not None:
+      self.writer.flush()
     return self.step
 
   def _put(self, value: np.generic) -> jax.Array:
@@ -389,27 +396,3 @@ class _Loop:
         'dead': f'{means["dead"]:.1%}',
       },
     )
-
-
-def step_of(config, stacks, gemma, mesh):
-  """The jitted step: states, batch, normalisation by site, step, parameters of
-  the language model (() where none is run) -> states, metrics."""
-  shardings = tuple(s.shardings(mesh) for s in stacks)
-  key, beta = jax.random.key(config.seed), config.end_to_end.beta
-
-  @functools.partial(
-    jax.jit,
-    donate_argnums=0,
-    out_shardings=(shardings, mesh_lib.sharding(mesh)),
-  )
-  def take_step(states, batch, normalisation, step, lm_params):
-    if beta:
-      model = end_to_end.Model(gemma, lm_params, normalisation, beta, mesh)
-      return end_to_end.step_all(model, stacks, states, batch, step, key)
-    rows = {
-      site: normalisation[site].apply(x_BD.astype(jnp.float32))
-      for site, x_BD in batch.items()
-    }
-    return stack.step_all(stacks, states, rows, step, key, mesh)
-
-  return take_step

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gemma_scope import config as config_lib
+from gemma_scope import mesh as mesh_lib
 from gemma_scope import sae, sites, specs
 from gemma_scope.activations import harvest, synthetic
 from gemma_scope.activations import store as store_lib
@@ -26,7 +27,7 @@ from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import weights
 from gemma_scope.sae import architectures
 from gemma_scope.text import prepare, token_store, tokenizers
-from gemma_scope.training import objectives, stack
+from gemma_scope.training import end_to_end, objectives, stack
 from gemma_scope.training import optimizer as optimizer_lib
 
 _FOLDS = math.log(100)  # least change of log(theta) that a run should allow
@@ -259,3 +260,27 @@ def abstract_states(stacks: tuple[stack.Stack, ...], mesh: Mesh):
     jax.eval_shape(lambda: tuple(s.init(jax.random.key(0)) for s in stacks)),
     tuple(s.shardings(mesh) for s in stacks),
   )
+
+
+def step_of(config, stacks, gemma, mesh):
+  """The jitted step: states, batch, normalisation by site, step, parameters of
+  the language model (() where none is run) -> states, metrics."""
+  shardings = tuple(s.shardings(mesh) for s in stacks)
+  key, beta = jax.random.key(config.seed), config.end_to_end.beta
+
+  @functools.partial(
+    jax.jit,
+    donate_argnums=0,
+    out_shardings=(shardings, mesh_lib.sharding(mesh)),
+  )
+  def take_step(states, batch, normalisation, step, lm_params):
+    if beta:
+      model = end_to_end.Model(gemma, lm_params, normalisation, beta, mesh)
+      return end_to_end.step_all(model, stacks, states, batch, step, key)
+    rows = {
+      site: normalisation[site].apply(x_BD.astype(jnp.float32))
+      for site, x_BD in batch.items()
+    }
+    return stack.step_all(stacks, states, rows, step, key, mesh)
+
+  return take_step

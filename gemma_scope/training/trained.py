@@ -16,12 +16,11 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import gemma_scope
-from gemma_scope import mesh as mesh_lib
 from gemma_scope import release, sites, specs
 from gemma_scope.activations import outliers
-from gemma_scope.runtime import checkpoints
+from gemma_scope.runtime import checkpoints, opened, remote
 from gemma_scope.sae import fold
-from gemma_scope.training import setup, stack
+from gemma_scope.training import auto_mesh, setup, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +80,15 @@ def load(config: ConfigDict, workdir: str | pathlib.Path) -> Result:
     CheckpointError: there is none.
   """
   model = setup.dimensions(config)
-  mesh = mesh_lib.make(config.mesh)
+  mesh = auto_mesh.make(config)
   stacks, _ = setup.make_stacks(config, model)
-  folder = pathlib.Path(workdir) / 'checkpoints'
-  with checkpoints.Checkpoints(folder) as saves:
+  workdir = pathlib.Path(workdir)
+  with opened.saves(workdir) as saves:
     restored = saves.restore(setup.abstract_states(stacks, mesh))
   if restored is None:
-    raise checkpoints.CheckpointError(f'There is no checkpoint in {folder}.')
+    raise checkpoints.CheckpointError(
+      f'There is no checkpoint in {remote.shown(workdir / "checkpoints")}.'
+    )
   return Result(
     restored.step == config.train.steps,
     restored.step,

@@ -1,0 +1,270 @@
+"""Sizes of the mesh's axes by arithmetic, where the config has 0 (mesh=auto).
+
+Every way to split n devices into 'sae' x 'data' x 'latent' that the config can
+use is costed for one training step of a device, in bytes of its memory's rate:
+
+  arithmetic  6 B F (d_in + d_out) / (data latent) FLOPs a member, at 200 a byte
+  memory      28 bytes a parameter / latent (read by the forward and backward
+              pass, read and written by the optimiser), 24 B F / (data latent)
+  links       data > 1: the gradient, twice; latent > 1: four sums of [B, d] and
+              their gradients; at a fifth of the memory's rate
+
+The larger of the first two, plus the third, for the members / sae that a place
+takes in turn. The cheapest way whose state fits wins; of equal ones, the one
+with less memory. Chips differ by less than a factor of two in these ratios.
+
+Memory of a device, in bytes: the state / (sae latent), two gradients of the
+largest member / latent, its activations, the batch, the language model /
+(data latent), and the chunk of rows where `activations.memory` is 'device'.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from gemma_scope import config as config_lib
+from gemma_scope import config_checks, sites, specs
+from gemma_scope import mesh as mesh_lib
+from gemma_scope.language_model import weights
+from gemma_scope.runtime import checksums
+from gemma_scope.training import setup, stack
+
+_FLOPS_A_BYTE = 200.0  # bfloat16 FLOP/s over bytes/s of HBM: 166 to 560
+_LINKS = 5.0  # rate of HBM over that of the links between chips
+_SHARE = 0.9  # of a device's memory; the compiler needs room
+_GIB = 2**30
+
+
+class Way(NamedTuple):
+  """One way to split the devices: its sizes, memory and cost a step."""
+
+  sizes: tuple[int, ...]
+  bytes: float
+  cost: float
+
+
+def make(
+  config: ConfigDict, devices=None, hbm: float | None = None, report=None
+) -> Mesh:
+  """The mesh of a run: the sizes in its config, or those chosen for its 0s.
+
+  Args:
+    config: the run's.
+    devices: all devices, or those of a pod to compile for.
+    hbm: bytes of memory of one of them; None asks the first.
+    report: takes a line with the choice and its reason.
+
+  Raises:
+    ConfigError: nothing fits; the message has commands of smaller runs.
+  """
+  given = [devices] if devices is not None else []
+  if 0 not in config.mesh.values():
+    return mesh_lib.make(config.mesh, *given)
+  devices = jax.devices() if devices is None else devices
+  if hbm is None:
+    hbm = min(checksums.from_all(_memory(devices[0])))
+  model = setup.dimensions(config)
+  chosen, others = choose(config, model, len(devices), hbm)
+  if report is not None:
+    report(reason(chosen, others, len(devices), hbm))
+  return mesh_lib.make(
+    dict(zip(mesh_lib.AXES, chosen.sizes, strict=True)), devices
+  )
+
+
+def choose(
+  config: ConfigDict, model: sites.Dimensions, devices: int, hbm: float
+) -> tuple[Way, list[Way]]:
+  """The cheapest way that fits, and all ways, cheapest first.
+
+  Raises:
+    ConfigError: nothing fits.
+  """
+  ways = sorted(_ways(config, model, devices), key=lambda w: (w.cost, w.bytes))
+  if not ways:
+    raise config_lib.ConfigError(
+      f'No mesh of {devices} devices can split this config: the data axis must '
+      'divide train.batch, activations.lm_batch and evaluation.batch, the '
+      'latent axis the widths, the sae axis the number of SAEs of a kind.'
+    )
+  fitting = [way for way in ways if way.bytes <= _SHARE * hbm]
+  if not fitting:
+    raise config_lib.ConfigError(_too_large(config, model, devices, hbm, ways))
+  return fitting[0], ways
+
+
+def _too_large(config, model, devices, hbm, ways) -> str:
+  least = min(ways, key=lambda way: way.bytes)
+  sentence = (
+    f'The {len(specs.members(config))} SAEs need {least.bytes / _GIB:.0f} GiB '
+    f'on each of {devices} devices at least (mesh {_shown(least.sizes)}), and '
+    f'a device has {hbm / _GIB:.0f}'
+  )
+  parts = split(config, model, devices, hbm)
+  if not parts:
+    return f'{sentence}: take more devices, or narrower SAEs.'
+  jobs = ', '.join(f'layers={part}' for part in parts)
+  return f'{sentence}: train them in {len(parts)} runs, with {jobs}.'
+
+
+def split(
+  config: ConfigDict, model: sites.Dimensions, devices: int, hbm: float
+) -> list[str]:
+  """The layers in as few groups as fit, ['0-12', '13-25']; [] if none do."""
+  if config.collection.type in sites.SEVERAL:
+    return []  # one SAE needs all of its layers
+  layers = tuple(config.collection.layers)
+  part = config.copy_and_resolve_references()
+
+  def fits(group) -> bool:
+    part.collection.layers = group
+    ways = _ways(part, model, devices)
+    return any(way.bytes <= _SHARE * hbm for way in ways)
+
+  for count in range(2, len(layers) + 1):
+    size = -(-len(layers) // count)
+    groups = [layers[i : i + size] for i in range(0, len(layers), size)]
+    if all(map(fits, groups)):
+      return [_range(group) for group in groups]
+  return []
+
+
+def _range(layers: tuple[int, ...]) -> str:
+  if layers[-1] - layers[0] == len(layers) - 1 > 0:
+    return f'{layers[0]}-{layers[-1]}'
+  return ','.join(map(str, layers))
+
+
+def reason(way: Way, others: list[Way], devices: int, hbm: float) -> str:
+  """One line: the choice, its memory, and what the next best would cost."""
+  text = (
+    f'mesh {_shown(way.sizes)} of {devices} devices, chosen: about '
+    f'{way.bytes / _GIB:.1f} of {hbm / _GIB:.0f} GiB a device'
+  )
+  cheaper = [w for w in others if w.cost < way.cost]
+  dearer = [w for w in others if w.cost >= way.cost and w is not way]
+  if cheaper:
+    text += (
+      f'; {_shown(cheaper[0].sizes)} would be faster and needs '
+      f'{cheaper[0].bytes / _GIB:.0f} GiB'
+    )
+  if dearer:
+    text += (
+      f'; {_shown(dearer[0].sizes)} would take '
+      f'{dearer[0].cost / way.cost:.2f} times as long'
+    )
+  return text
+
+
+def _shown(sizes: tuple[int, ...]) -> str:
+  return ' x '.join(
+    f'{name} {size}' for name, size in zip(mesh_lib.AXES, sizes, strict=True)
+  )
+
+
+def _ways(config, model, devices: int) -> Iterator[Way]:
+  """Every split of the devices that the config can use."""
+  stacks, _ = setup.make_stacks(config, model)
+  sized = [_Sized.of(one) for one in stacks]
+  lm_bytes = _language_model_bytes(config)
+  for sizes in _sizes(config.mesh, devices):
+    if not list(config_checks.mesh(config, model, sizes)):
+      yield _way(config, model, sized, lm_bytes, sizes)
+
+
+def _sizes(axes, devices: int) -> Iterator[tuple[int, ...]]:
+  """All sizes whose product is the number of devices; those given stay."""
+  given = [axes[name] for name in mesh_lib.AXES]
+  divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+  for sae in divisors:
+    for data in divisors:
+      if devices % (sae * data) == 0:
+        sizes = sae, data, devices // sae // data
+        if all(g < 1 or g == s for g, s in zip(given, sizes, strict=True)):
+          yield sizes
+
+
+# Module -> bytes of a member's state, its parameters: to trace it takes long.
+_per_member: dict[str, tuple[float, float]] = {}
+
+
+class _Sized(NamedTuple):
+  """A stack in numbers."""
+
+  members: int
+  state: float  # bytes of all members
+  params: float  # parameters of one member
+  d: int  # d_in + d_out
+  width: int
+
+  @classmethod
+  def of(cls, one: stack.Stack) -> _Sized:
+    members, module = len(one.seeds), one.module
+    if repr(module) not in _per_member:
+      state = jax.eval_shape(one.init, jax.random.key(0))
+      leaves, params = map(jax.tree.leaves, (state, state.params))
+      size = sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves)
+      count = sum(math.prod(a.shape) for a in params)
+      _per_member[repr(module)] = size / members, count / members
+    size, count = _per_member[repr(module)]
+    d = module.d_in + module.d_out
+    return cls(members, size * members, count, d, module.width)
+
+
+def _way(config, model, sized, lm_bytes, sizes) -> Way:
+  sae, data, latent = sizes
+  rows = config.train.batch / data
+  cost = 0.0
+  for one in sized:
+    arithmetic = 6 * rows * one.width * one.d / latent / _FLOPS_A_BYTE
+    memory = 28 * one.params / latent + 24 * rows * one.width / latent
+    links = 0.0
+    if data > 1:
+      links += 8 * one.params / latent * (1 - 1 / data)
+    if latent > 1:
+      links += 16 * rows * one.d * (1 - 1 / latent)
+    each = max(arithmetic, memory) + _LINKS * links
+    cost += one.members / sae * each
+  widths = {s: s.width(model) for s in specs.site_list(config)}
+  width = sum(widths.values())
+  itemsize = jnp.dtype(config.activations.dtype).itemsize
+  size = sum(one.state for one in sized) / (sae * latent)
+  size += max(
+    8 * one.params / latent + 24 * rows * one.width / latent for one in sized
+  )
+  size += 2 * rows * width * itemsize + lm_bytes / (data * latent)
+  if config.activations.memory == 'device':
+    size += config.activations.chunk_rows * width * itemsize / data
+  return Way(sizes, size, cost)
+
+
+def _language_model_bytes(config) -> float:
+  if config.activations.store:
+    return 0.0
+  layers = 1 + max(site.layer for site in specs.site_list(config))
+  lm = config.lm
+  return _bytes_of(lm.name, lm.checkpoint, lm.dtype, layers)
+
+
+@functools.cache
+def _bytes_of(name: str, checkpoint: str, dtype: str, layers: int) -> float:
+  _, wanted = weights.shapes(name, checkpoint, dtype, None, layers)
+  return sum(math.prod(w.shape) * w.dtype.itemsize for w in wanted.values())
+
+
+def _memory(device) -> float:
+  """Bytes of a device's memory; of a CPU's, its share of the host's."""
+  stats = device.memory_stats() or {}
+  if 'bytes_limit' in stats:
+    return float(stats['bytes_limit'])
+  host = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  return host / max(1, jax.local_device_count())

@@ -34,13 +34,14 @@ import time
 import numpy as np
 
 WIDTH, TARGETS, SEEDS, STEPS, BATCH = 4096, (32,), (0, 1), 450, 256
-CHUNKS, TRAIN, VALIDATION, TEST = 5, 900, 64, 128  # batches but the first
+CHUNKS, TRAIN, VALIDATION, TEST = 5, 900, 64, 32  # batches but the first
 OURS = {
   'recipe': {},
   'best': {
     'objective.active_set': True,
     'train.refit_decoders': True,
     'train.closing_batches': 128,  # of the 180 of its last chunk
+    'collection.seeds': (0,),
   },
 }
 
@@ -145,7 +146,8 @@ def train_ours(comparison: Comparison) -> None:
     folder = comparison.folder / 'ours' / name
     config = comparison.config(**changes)
     began = time.perf_counter(), time.process_time()
-    pipeline.run(config, folder)
+    if not pipeline.run(config, folder):
+      return  # stopped on request
     took = folder / 'seconds.json'
     if not took.exists():
       seconds = time.perf_counter() - began[0], time.process_time() - began[1]
@@ -218,7 +220,7 @@ def score(comparison: Comparison) -> None:
   folder = comparison.folder
   path = folder / 'scores.json'
   scores = json.loads(path.read_text()) if path.exists() else {}
-  test_RD = np.load(folder / 'test.npy')
+  test_RD = np.load(folder / 'test.npy', mmap_mode='r')[: TEST * BATCH]
   last_RD = np.load(folder / 'train.npy', mmap_mode='r')[STEPS - 64 : STEPS]
   last_RD = last_RD.reshape(-1, last_RD.shape[-1])
   for facts, params in all_saes(comparison):

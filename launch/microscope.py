@@ -16,6 +16,7 @@ or on the Hugging Face hub; --config then names their model and text:
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import pathlib
 import sys
@@ -84,7 +85,9 @@ OPTIONS = (
   whole('seed', 0, 'Random seed for sampling.', low=0),
   path(
     'prompts',
-    'JSONL file of prompts, each with "text" and "label" (true or false).',
+    'File of prompts: JSON lines, or .csv with a header. Each has "text" and '
+    '"label" (true or false); "split" ("train" or "test") and "group" (held '
+    'out together) may follow.',
     default='',
     required=True,
   ),
@@ -111,6 +114,18 @@ OPTIONS = (
   text('model_id', '', "Neuronpedia's name for the language model."),
   text('title', 'gemma-scope', 'Name of the set of SAEs.'),
   text('creator', '', 'Who made the SAEs.'),
+  text(
+    'head',
+    '',
+    'With transcoders: explain why a head attends, as LAYER.HEAD:QUERY:KEY '
+    '(tokens counted from BOS, 0).',
+  ),
+  text(
+    'target',
+    '',
+    'With transcoders: trace this instead of the logit, a direction as '
+    'SITE:FILE.npy or a feature as feature:LAYER/FEATURE.',
+  ),
   switch('all', False, 'Measure all SAEs.'),
   switch('effects', False, 'Also measure the effect of every feature.'),
   whole(
@@ -124,30 +139,40 @@ OPTIONS = (
     low=0.0,
     high=1.0,
   ),
-  switch('json', False, 'Print JSON instead of a table.'),
+  switch('json', False, 'Print the result as JSON and nothing else.'),
 )
 # command -> what it does, and the flags that it reads.
 COMMANDS = {
   'build': (
     'Index what every feature fires on and write the dashboards.',
-    ('sequences', 'batch', 'labels', 'outliers', 'effects'),
+    ('sequences', 'batch', 'labels', 'outliers', 'effects', 'json'),
   ),
-  'pages': ('Rewrite the dashboards with the current labels.', ()),
+  'pages': ('Rewrite the dashboards with the current labels.', ('json',)),
   'serve': (
     'Serve the dashboards locally, with a live view of your own text.',
     ('port',),
   ),
   'why': (
     'Attribute a logit to features.',
-    ('text', 'sae', 'logit'),
+    ('text', 'sae', 'logit', 'head', 'target', 'json'),
   ),
   'steer': (
     'Generate text with and without edits to features.',
-    ('text', 'change', 'sae', 'logit', 'tokens', 'temperature', 'seed'),
+    (
+      'text',
+      'change',
+      'sae',
+      'logit',
+      'tokens',
+      'temperature',
+      'seed',
+      'prompts',
+      'json',
+    ),
   ),
   'probe': (
     'Find the features that detect a concept, from labelled prompts.',
-    ('prompts', 'sae', 'pooling', 'batch'),
+    ('prompts', 'sae', 'pooling', 'batch', 'json'),
   ),
   'effects': (
     'Measure the exact effect of every feature, next to controls.',
@@ -157,10 +182,10 @@ COMMANDS = {
     'Label features and score the labels.',
     ('sae', 'features', 'endpoint', 'labeller', 'most_questions', 'json'),
   ),
-  'suite': ('Run the SAEBench metrics.', ('sae',)),
+  'suite': ('Run the SAEBench metrics.', ('sae', 'json')),
   'export': (
     'Write files for Neuronpedia.',
-    ('model_id', 'title', 'creator'),
+    ('model_id', 'title', 'creator', 'json'),
   ),
 }
 
@@ -169,6 +194,9 @@ def flags(command: str) -> command_line.Flags:
   """The flags of one command, followed by the flags of all commands."""
   does, reads = COMMANDS[command]
   by_name = {flag.name: flag for flag in OPTIONS}
+  if command == 'steer':  # one prompt, or a file of them
+    for name in ('text', 'prompts'):
+      by_name[name] = dataclasses.replace(by_name[name], required=False)
   return command_line.Flags(
     does,
     *(by_name[name] for name in reads),

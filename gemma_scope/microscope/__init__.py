@@ -9,5 +9,6 @@ Reading order; a folder or module imports only from those above it:
   dashboard   static pages and the live view
   session     the SAEs, indexes and labels that a command works on
   notebook    features, tokens and curves displayed in a notebook
+  inputs      the flags of the commands, and what their text means
   commands    one function for each subcommand
 """

@@ -19,63 +19,45 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
+from typing import Any
 
 import numpy as np
 
-from gemma_scope import files, sites
-from gemma_scope.evaluation.saebench import probe, probe_inputs, suite
+from gemma_scope import files
+from gemma_scope.evaluation.saebench import (
+  probe,
+  probe_inputs,
+  probe_report,
+  suite,
+)
 from gemma_scope.language_model import generate
+from gemma_scope.microscope import inputs
 from gemma_scope.microscope.autointerp import labels, llm
 from gemma_scope.microscope.circuits import (
+  attention_scores,
   attribution,
   attribution_graph,
   card_plan,
   card_results,
   effects,
+  graph_files,
   intervene,
   readout,
+  steering,
 )
+from gemma_scope.microscope.circuits.replacement_model import Replacement
 from gemma_scope.microscope.dashboard import api, neuronpedia, server
+from gemma_scope.microscope.inputs import Options
 from gemma_scope.microscope.session import Session, spoken
 from gemma_scope.release import Released
 from gemma_scope.runtime import interrupt as interrupt_lib
 from gemma_scope.runtime import progress
 
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """The flags of launch/microscope.py; each command reads some of them."""
-
-  sae: str = ''
-  sequences: int = 1024
-  batch: int = 32
-  labels: str = 'rule'
-  outliers: bool = False
-  port: int = 8642
-  text: str = ''
-  logit: str = ''
-  change: tuple[str, ...] = ()
-  tokens: int = 48
-  temperature: float = 0.5
-  seed: int = 0
-  prompts: str = ''
-  pooling: str = 'last'
-  features: str = '200'
-  endpoint: str = ''
-  labeller: str = ''
-  most_questions: int = 10_000
-  model_id: str = ''
-  title: str = 'gemma-scope'
-  creator: str = ''
-  json: bool = False
-  all: bool = False
-  effects: bool = False
-  contexts: int = 4
-  scored: int = 3
-  alpha: float = card_results.ALPHA
+Result = dict[str, Any]  # plain JSON, printed with --json
 
 
-def build(session: Session, options: Options) -> None:
+def build(session: Session, options: Options) -> Result:
   """Indexes all SAEs in one pass, writes the pages and prints their URL."""
   with interrupt_lib.Interrupt() as interrupt:
     first = session.build(
@@ -86,15 +68,20 @@ def build(session: Session, options: Options) -> None:
       options.outliers,
     )
   if options.effects:
-    measure_effects(session, dataclasses.replace(options, all=True))
-    return
-  session.report(f'microscope  {first.resolve().as_uri()}')
+    return measure_effects(session, dataclasses.replace(options, all=True))
+  return _address(session, first)
 
 
-def pages(session: Session, options: Options) -> None:
+def pages(session: Session, options: Options) -> Result:
   """Rewrites the pages with the current labels."""
   del options
-  session.report(f'microscope  {session.pages().resolve().as_uri()}')
+  return _address(session, session.pages())
+
+
+def _address(session: Session, first: pathlib.Path) -> Result:
+  address = first.resolve().as_uri()
+  session.report(f'microscope  {address}')
+  return {'pages': address}
 
 
 def serve(session: Session, options: Options) -> None:
@@ -107,50 +94,80 @@ def serve(session: Session, options: Options) -> None:
   server.serve(questions, session.out / 'pages', options.port, session.report)
 
 
-def _ids(session: Session, options: Options) -> list[int]:
-  if not options.text:
-    raise ValueError('--text is required: the prompt to explain.')
-  return readout.with_bos(session.tokenizer, options.text)
-
-
-def why(session: Session, options: Options) -> None:
+def why(session: Session, options: Options) -> Result:
   """Attributes a logit to latents; transcoders and CLTs also get a graph."""
-  ids = _ids(session, options)
+  ids = inputs.ids(session, options)
   sae, tokenizer = session.find(options.sae), session.tokenizer
+  traced = sae.wiring.type in ('transcoder', 'clt')
+  for flag in ('head', 'target'):
+    if getattr(options, flag) and not traced:
+      raise ValueError(
+        f'--{flag} needs transcoders or a CLT; {sae.name} is neither.'
+      )
+  place = inputs.head(options.head, len(ids)) if options.head else None
   subject = session.subject(sae)
-  logit = _logit(session, options, ids)
+  logit = inputs.logit(session, options, ids)
   pieces = readout.logit_pieces(tokenizer, logit)
   session.report(f'{sae.name}: {spoken(pieces)} after {options.text[-60:]!r}')
   found = attribution.attribute(subject, ids, logit)
   session.report(attribution.report(found, session.named(sae)))
-  _keep(session, 'why', {'text': options.text, 'logit': pieces, **found})
-  if sites.wiring_of(sae.card).type in ('transcoder', 'clt'):
-    together = _together(session, sae)
-    traced = attribution_graph.trace(
-      [session.subject(one) for one in together], ids, logit
-    )
-    names = [session.named(one) for one in together]
-    session.report(
-      attribution_graph.report(
-        traced, tokenizer.pieces(ids), lambda m, feature: names[m](feature)
-      )
-    )
-    _keep(session, 'graph', attribution_graph.plain(traced))
+  result = {'why': {'text': options.text, 'logit': pieces, **found}}
+  if traced:
+    prompt = graph_files.Prompt(options.text, ids, tokenizer.pieces(ids), logit)
+    result |= _graph(session, sae, prompt, place, options.target)
+  for name, content in result.items():
+    _keep(session, name, content)
+  return result
 
 
-def steer(session: Session, options: Options) -> None:
+def _graph(
+  session: Session, sae, prompt: graph_files.Prompt, place, target: str
+) -> Result:
+  """The attribution graph; with a place, why a head attends.
+
+  Args:
+    target: what is traced instead of the logit, as in --target.
+  """
+  result, ids = {}, prompt.ids
+  together = _together(session, sae)
+  subjects = [session.subject(one) for one in together]
+  config, reading = session.model[0].config, None
+  if target:
+    widths = lambda site: site.check(config).width(config)
+    reading = inputs.target(target, subjects, widths)
+  traced = attribution_graph.trace(subjects, ids, prompt.logit, reading=reading)
+  names = [session.named(one) for one in together]
+  named = lambda member, feature: names[member](feature)
+  session.report(attribution_graph.report(traced, prompt.pieces, named))
+  plain = attribution_graph.plain(traced)
+  result['graph'] = plain
+  model = graph_files.Model(
+    session.config.lm.name,
+    config.num_layers,
+    [one.width // len(one.place.sites) for one in subjects],
+  )
+  content = graph_files.plain(plain, prompt, model, 'graph', named)
+  result['graph_neuronpedia'] = content
+  if place is not None:
+    found = attention_scores.decompose(Replacement(subjects, ids), place)
+    compared = attention_scores.compare(subjects, ids, found)
+    session.report(attention_scores.report(found, compared, named))
+    result['head'] = attention_scores.plain(found) | compared
+  return result
+
+
+def steer(session: Session, options: Options) -> Result:
   """Generates text with and without changes.
 
   With a single change, also reports its effect at several strengths.
   """
-  ids = _ids(session, options)
   if not options.change:
     raise ValueError(
       '--change is required: edits as LATENT:KIND:STRENGTH, such as 17:add:0.5 '
       'or 17:ablate, separated by commas. '
       f'The kinds are {", ".join(intervene.KINDS[1:])}.'
     )
-  changes = [_change(text) for text in options.change]
+  changes = [inputs.change(text) for text in options.change]
   subject = session.subject(session.find(options.sae))
   sampling = generate.Sampling(
     options.tokens,
@@ -159,6 +176,9 @@ def steer(session: Session, options: Options) -> None:
     stop=[session.tokenizer.eos_id],
     forbid=[session.tokenizer.bos_id],
   )
+  if options.prompts:
+    return _steer_many(session, options, changes, subject, sampling)
+  ids = inputs.ids(session, options)
   found = effects.steer(subject, ids, changes, sampling)
   for name, one in found.items():
     kl = f', KL {one["kl"]:.3f} nats per token' if one.get('kl') else ''
@@ -166,10 +186,11 @@ def steer(session: Session, options: Options) -> None:
       f'{name}: perplexity under the unchanged model '
       f'{one["perplexity"]:.2f}{kl}'
     )
-    session.report(options.text + session.tokenizer.decode(one['ids']))
+    one['text'] = session.tokenizer.decode(one['ids'])
+    session.report(options.text + one['text'])
   if len(changes) > 1:
-    return
-  logit = _logit(session, options, ids)
+    return found
+  logit = inputs.logit(session, options, ids)
   pieces = readout.logit_pieces(session.tokenizer, logit)
   strengths = (1.0,)
   if changes[0].kind in ('add', 'clamp'):
@@ -182,32 +203,29 @@ def steer(session: Session, options: Options) -> None:
     'controls of equal norm'
   )
   session.report(effects.curve_table(curve))
+  return {**found, 'curve': curve}
 
 
-def _change(text: str) -> intervene.Change:
-  feature, _, rest = text.partition(':')
-  kind, _, strength = rest.partition(':')
-  try:
-    return intervene.Change(
-      int(feature), kind or 'ablate', float(strength or 1)
-    )
-  except ValueError:
-    raise ValueError(
-      f'--change={text!r} must be LATENT:KIND:STRENGTH, such as 17:add:0.5.'
-    ) from None
-
-
-def _logit(session: Session, options: Options, ids) -> readout.Logit:
-  """The tokens of --logit=a,b; by default the two likeliest next tokens."""
-  if not options.logit:
-    return readout.likeliest(*session.model, ids)
-  words = options.logit.split(',')  # spaces belong to the tokens
-  if len(words) > 2:
-    raise ValueError(
-      '--logit must be one token, or two tokens separated by a comma.'
-    )
-  found = [readout.one_token(session.tokenizer, word) for word in words]
-  return readout.different(found[0], found[1] if len(found) > 1 else None)
+def _steer_many(session, options: Options, changes, subject, sampling):
+  """Steers the prompts of a file at several strengths; writes a table."""
+  if len(changes) > 1:
+    raise ValueError('--prompts steers with one change; found several.')
+  texts = probe_inputs.read_texts(options.prompts)
+  prompts = [readout.with_bos(session.tokenizer, text) for text in texts]
+  lines = steering.sweep(subject, prompts, changes[0], sampling)
+  rows = steering.summary(lines)
+  session.report(steering.table(rows))
+  decode = session.tokenizer.decode
+  lines = [
+    {**line, 'prompt': texts[line['prompt']], 'reply': decode(line['ids'])}
+    for line in lines
+  ]
+  result = {'summary': rows, 'replies': lines}
+  _keep(session, 'steer', result)
+  path = session.out / 'steer.csv'
+  files.write_text(path, steering.as_csv(rows))
+  session.report(f'written  {path}')
+  return result
 
 
 def _together(session: Session, sae: Released) -> list[Released]:
@@ -223,12 +241,12 @@ def _keep(session: Session, name: str, found: dict) -> None:
   session.report(f'written  {path}')
 
 
-def find_concept(session: Session, options: Options) -> None:
+def find_concept(session: Session, options: Options) -> Result:
   """Probes for a concept in labelled prompts, with controls."""
   if not options.prompts:
     raise ValueError(
-      '--prompts is required: a JSONL file with "text" and "label" (true or '
-      'false) on each line.'
+      '--prompts is required: a JSONL or CSV file with "text" and "label" '
+      '(true or false) on each line.'
     )
   sae = session.find(options.sae)
   prompts = probe_inputs.read_prompts(options.prompts)
@@ -237,7 +255,7 @@ def find_concept(session: Session, options: Options) -> None:
     session.tokenizer, options.pooling, options.batch,
   )  # fmt: skip
   found = probe.run(found_rows, prompts.label_N)
-  session.report(probe.report(found))
+  session.report(probe_report.report(found))
   best = probe.best(found, 'latents', 5) or probe.best(found, 'latents', 1)
   if best:
     name = session.named(sae)
@@ -245,9 +263,23 @@ def find_concept(session: Session, options: Options) -> None:
       session.report(f'  latent {feature:>7}  {weight:+.3f}  {name(feature)}')
   session.out.mkdir(parents=True, exist_ok=True)
   _keep(session, 'probe', found)
+  _keep_direction(session, sae, found_rows, prompts.label_N)
+  return found | {'conclusion': probe_report.conclusion(found)}
 
 
-def measure_effects(session: Session, options: Options) -> None:
+def _keep_direction(session: Session, sae, rows: probe.Rows, label_N) -> None:
+  """Writes the difference of means, as --target and other tools read it."""
+  if sae.wiring.several:
+    return
+  train = ~rows.test_B
+  found = probe.difference_of_means(rows.x_BD[train], label_N[train])
+  path = session.out / 'probe_direction.npy'
+  with files.whole_file(path) as file:
+    np.save(file, found.w_D.astype(np.float32))
+  session.report(f'written  {path}, a direction at {sae.wiring.sites[0]}')
+
+
+def measure_effects(session: Session, options: Options) -> Result:
   """Measures the exact effect of every latent, and rewrites the pages."""
   session.check_built()
   saes = session.saes if options.all else [session.find(options.sae)]
@@ -266,21 +298,18 @@ def measure_effects(session: Session, options: Options) -> None:
       )  # fmt: skip
       found = card_results.results(measured, index, options.alpha)
       summaries[sae.name] = found['summary']
-      if not options.json:
-        session.report(card_results.table(found['summary']))
+      session.report(card_results.table(found['summary']))
       path = card_results.write(path, found, index, settings)
       session.report(f'written  {path}')
-  if options.json:
-    session.report(json.dumps(summaries))
-  pages(session, options)
+  return {'effects': summaries} | pages(session, options)
 
 
-def label(session: Session, options: Options) -> None:
+def label(session: Session, options: Options) -> Result:
   """Labels latents by a language model or by rules and rewrites the pages."""
   session.check_built()
   sae = session.find(options.sae)
   one = session.index(sae)
-  features = _features(options.features, one)
+  features = inputs.features(options.features, one)
   model = None
   if options.endpoint:
     if not options.labeller:
@@ -302,39 +331,12 @@ def label(session: Session, options: Options) -> None:
     raise ValueError('--labeller must be "local" unless --endpoint is given.')
   found = labels.explain(one, features, session.tokenizer.pieces, model)
   path = session.keep_labels(sae, found)
-  if options.json:
-    session.report(json.dumps(labels.summary(found)))
-  else:
-    session.report(labels.table(found))
+  session.report(labels.table(found))
   session.report(f'written  {path}')
-  pages(session, options)
+  return labels.summary(found) | pages(session, options)
 
 
-def _features(given: str, one) -> list[int]:
-  """Indices from 'all', '200' (the 200 most frequent) or '3,17' or '3,'."""
-  alive = np.flatnonzero(one.fired_F)
-  order = alive[np.argsort(-one.fired_F[alive], kind='stable')]
-  if given == 'all':
-    return sorted(map(int, alive))
-  parts = [part for part in given.split(',') if part.strip()]
-  if not parts or not all(part.strip().isdigit() for part in parts):
-    raise ValueError(
-      '--features must be all, a number N (the N most frequent), or indices '
-      f'separated by commas, such as 3,17; found {given!r}.'
-    )
-  numbers = list(map(int, parts))
-  if len(numbers) == 1 and not given.endswith(','):
-    return sorted(map(int, order[: numbers[0]]))
-  wrong = [i for i in numbers if i >= len(one.max_F)]
-  if wrong:
-    raise ValueError(
-      f'--features: there is no latent {wrong[0]}; the SAE has '
-      f'{len(one.max_F):,}.'
-    )
-  return numbers
-
-
-def score(session: Session, options: Options) -> None:
+def score(session: Session, options: Options) -> Result:
   """Runs the SAEBench metrics, with labels derived from Python source code."""
   saes = [session.find(options.sae)] if options.sae else session.saes
   paths = suite.run(
@@ -342,18 +344,26 @@ def score(session: Session, options: Options) -> None:
     session.tokenizer, session.out / 'suite', report=session.report,
   )  # fmt: skip
   session.report(suite.table(paths))
+  return {
+    str(path): json.loads(pathlib.Path(path).read_text()) for path in paths
+  }
 
 
-def export(session: Session, options: Options) -> None:
+def export(session: Session, options: Options) -> Result:
   """Writes Neuronpedia's bulk-import files from the indexes."""
   naming = neuronpedia.Naming(
-    options.model_id or session.config.lm.name, options.title, options.creator
+    options.model_id or session.config.lm.name,
+    options.title,
+    options.creator,
+    *session.model_size,
+    session.date,
   )
   ids = {
     sae.name: neuronpedia.source_id(session.index(sae), naming.release)
     for sae in progress.track(session.saes, 'indexes')
   }
   neuronpedia.check_ids(ids)
+  result = {}
   for sae in session.saes:
     folder = session.out / 'neuronpedia' / ids[sae.name]
     count = neuronpedia.write(
@@ -364,6 +374,8 @@ def export(session: Session, options: Options) -> None:
       session.labels(sae),
     )
     session.report(f'{folder}: {count:,} features')
+    result[str(folder)] = {'features': count}
+  return result
 
 
 COMMANDS = {
@@ -391,4 +403,12 @@ def run(name: str, session: Session, options: Options) -> None:
     raise ValueError(
       f'Unknown command {name!r}; the commands are {", ".join(COMMANDS)}.'
     )
-  COMMANDS[name](session, options)
+  if not options.json:
+    COMMANDS[name](session, options)
+    return
+  report, session.report = session.report, lambda line: None
+  try:
+    result = COMMANDS[name](session, options)
+  finally:
+    session.report = report
+  report(json.dumps(result))

@@ -125,6 +125,18 @@ class Session:
     c = self.config.lm
     return weights.load(c.name, c.checkpoint, dtype=c.dtype, mesh=self.mesh)
 
+  @property
+  def model_size(self) -> tuple[int, int]:
+    """The model's layers, and the neurons in the MLP of each."""
+    c = weights.read_config(self.config.lm.name, self.config.lm.checkpoint)
+    return c.num_layers, c.d_ff
+
+  @property
+  def date(self) -> str:
+    """When the SAEs were indexed, as YYYY-MM-DD; today before that."""
+    today = datetime.date.today().isoformat()
+    return (self._built or {}).get('date') or today
+
   @functools.cached_property
   def tokenizer(self) -> tokenizers.Tokenizer:
     """The language model's tokenizer."""
@@ -356,7 +368,7 @@ class Session:
   def pages(self) -> pathlib.Path:
     """Rewrites the pages with the current labels; returns the first page."""
     self.check_built()
-    return self._write_pages((self._built or {}).get('date', ''))
+    return self._write_pages(self.date)
 
   def check_built(self) -> None:
     """Raises ValueError unless the pages exist and show these SAEs."""
@@ -376,6 +388,7 @@ class Session:
       self.tokenizer.pieces,
       f'Sparse autoencoders of {self.config.lm.name}',
       date,
+      weights.quantisation(self.config.lm.name, self.config.lm.checkpoint),
     )
     return self.out / 'pages' / 'index.html'
 

@@ -15,12 +15,15 @@ import pytest
 from configs import tiny
 from gemma_scope import files
 from gemma_scope import sae as sae_lib
+from gemma_scope.language_model import generate
 from gemma_scope.microscope import commands, session
 from gemma_scope.microscope.circuits import (
   card_plan,
   card_results,
   causal_card,
   effects,
+  graph_files,
+  intervene,
 )
 from gemma_scope.runtime import interrupt
 from launch import microscope
@@ -252,7 +255,90 @@ def test_effects_stop_go_on_and_reach_the_pages(workdir, said, tmp_path):
   ]
   said.clear()
   run('effects', folder, said, json=True, **few)  # nothing is measured again
-  assert json.loads(said[-2])[sae.name] == cards['summary']
+  (line,) = said
+  assert json.loads(line)['effects'][sae.name] == cards['summary']
+
+
+def test_steering_several_prompts_gives_a_table(workdir, said, tmp_path):
+  opened = run('build', workdir, said)
+  index = opened.index(opened.find(SAE))
+  latent = int(np.argmax(index.fired_F))
+  prompts = tmp_path / 'prompts.csv'
+  prompts.write_text('text\nthe cat\n"import os, sys"\n')
+  given = {
+    'sae': SAE, 'prompts': str(prompts), 'change': (f'{latent}:add',),
+    'tokens': 4,
+  }  # fmt: skip
+  said.clear()
+  run('steer', workdir, said, **given)
+  kept = json.loads((workdir / 'microscope' / 'steer.json').read_text())
+  table = (workdir / 'microscope' / 'steer.csv').read_text().splitlines()
+  strengths = [row['strength'] for row in kept['summary']]
+  assert len(table) == 1 + len(strengths) and 'concept' in said[0]
+  first, *_, last = kept['summary']
+  assert first['strength'] == 0 and first['kl'] == pytest.approx(0, abs=1e-5)
+  assert last['kl'] > 0.01  # the strongest change changes something
+  replies = [r for r in kept['replies'] if not r['control']]
+  assert {r['prompt'] for r in replies} == {'the cat', 'import os, sys'}
+  # A reply is that of the prompt alone, whoever shares its batch.
+  alone = effects.steer(
+    opened.subject(opened.find(SAE)),
+    [opened.tokenizer.bos_id, *opened.tokenizer.encode('the cat')],
+    [intervene.Change(latent, 'add', 1.0)],
+    generate.Sampling(
+      4, temperature=0.5, stop=[opened.tokenizer.eos_id],
+      forbid=[opened.tokenizer.bos_id],
+    ),
+  )  # fmt: skip
+  mine = next(
+    r for r in replies if r['prompt'] == 'the cat' and r['strength'] == 1
+  )
+  assert mine['ids'] == alone['steered']['ids']
+  said.clear()
+  run('steer', workdir, said, json=True, **given)
+  assert json.loads(*said)['summary'] == kept['summary']
+
+
+def test_transcoders_give_graph_files_and_heads(workdir, said, tmp_path):
+  saes = []
+  for layer in range(4):
+    params, card = random_saes.member(layer, f'mlp_in/{layer}', 40)
+    wiring = {'type': 'transcoder', 'targets': [f'mlp_out/{layer}']}
+    card = releases.card(f'mlp_in/{layer}', seed=layer) | card | wiring
+    params['W_dec'] /= 100
+    saes.append((params, card, None))
+  releases.save(tmp_path / 'release', saes)
+  given, out = str(tmp_path / 'release'), tmp_path / 'm'
+  session.Session(workdir, out, given=given, report=said.append).build(
+    8, 8, lambda: None, label=False
+  )
+  with pytest.raises(ValueError, match='must be LAYER.HEAD'):
+    run('why', workdir, said, given, out, sae='layer_1', text=TEXT, head='1:2')
+  said.clear()
+  run(
+    'why', workdir, said, given, out, sae='layer_1', text=TEXT, head='2.1:4:1'
+  )
+  assert any('largest of' in line and '(query | key)' in line for line in said)
+  read = graph_files.read(out / 'graph_neuronpedia.json')
+  own = json.loads((out / 'graph.json').read_text())
+  assert len(read['edges']) <= len(own['edges']) == len(own['heads'])
+  head = json.loads((out / 'head.json').read_text())
+  assert np.sum(head['terms']) == pytest.approx(head['score'], rel=1e-3)
+  np.save(tmp_path / 'v.npy', np.ones(128, np.float32))
+  for target in (f'resid_post/2:{tmp_path}/v.npy', 'feature:3/5'):
+    said.clear()
+    run(
+      'why', workdir, said, given, out, sae='layer_1', text=TEXT, target=target
+    )
+    assert 'Not tested' in ''.join(said)
+  for target in ('feature:3/99', 'feature:9/1', 'resid_post/2:none.npy', 'x'):
+    with pytest.raises(ValueError, match='--target='):
+      run(
+        'why', workdir, said, given, out, sae='layer_1', text=TEXT,
+        target=target,
+      )  # fmt: skip
+  with pytest.raises(ValueError, match='needs transcoders'):
+    run('why', workdir, said, sae=SAE, text=TEXT, head='2.1:4:1')
 
 
 def test_labels_reach_the_pages(workdir, said):
@@ -298,7 +384,7 @@ def test_export(workdir, said):
   (labelled,) = folder.rglob('explanations/*.jsonl.gz')  # of one SAE alone
   with gzip.open(labelled, 'rt') as file:
     line = json.loads(file.readline())
-  assert line['description'] and line['explanationModelName'] == 'rule'
+  assert line['description'] and line['notes'].endswith('by rule')
 
 
 def test_serve_serves_the_built_pages(workdir, said, monkeypatch):

@@ -10,12 +10,14 @@ layers are concatenated.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import functools
+import io
 import json
 import os
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -56,22 +58,23 @@ class Prompts:
 def read_prompts(path: str | os.PathLike[str], seed: int = 0) -> Prompts:
   """Reads a JSONL file of {"text", "label", "split"?, "group"?}.
 
-  A label is true or false (or 1 or 0), a split "train" or "test". Without
-  splits about a third of the groups is held out. Without "group" the text
-  itself is the group.
+  A file whose name ends with .csv has columns of these names. A label is true
+  or false (or 1 or 0), a split "train" or "test"; without splits a third of the
+  groups is held out. Without a group a prompt is its own, but the same text
+  twice is one group.
 
   Raises:
     ValueError: a line does not have this form.
   """
   texts, labels, splits, groups = [], [], [], []
-  for number, record in json_lines.records(path):
+  for number, record in _records(path):
     good = isinstance(record, dict) and isinstance(record.get('text'), str)
     good = good and record.get('label') in (0, 1)
     if not good or record.get('split', 'test') not in ('train', 'test'):
       raise ValueError(
-        f'{path}, line {number} is not a labelled prompt: expected a JSON '
-        'object with "text", "label" (true or false) and at most "split" '
-        '("train" or "test") and "group".'
+        f'{path}, line {number} is not a labelled prompt: expected "text", '
+        '"label" (true or false) and at most "split" ("train" or "test") and '
+        '"group", in a JSON object or in the columns of a .csv file.'
       )
     texts.append(record['text'])
     labels.append(bool(record['label']))
@@ -86,6 +89,46 @@ def read_prompts(path: str | os.PathLike[str], seed: int = 0) -> Prompts:
   if splits[0] is None:
     test_N = probe.split(group_N, seed=seed)
   return Prompts(texts, np.array(labels), test_N, group_N)
+
+
+def read_texts(path: str | os.PathLike[str]) -> list[str]:
+  """Texts of a file: .txt, one a line; .jsonl or .csv, the field "text".
+
+  Raises:
+    ValueError: a record has no text, or there are none.
+  """
+  if str(path).lower().endswith('.txt'):
+    texts = [text for _, text in json_lines.lines(path) if text.strip()]
+  else:
+    texts = []
+    for number, one in _records(path):
+      if not isinstance(one, dict) or not isinstance(one.get('text'), str):
+        raise ValueError(f'{path}, line {number} has no "text".')
+      texts.append(one['text'])
+  if not texts:
+    raise ValueError(f'{path} holds no prompts.')
+  return texts
+
+
+_CSV_LABELS = {'true': True, '1': True, 'false': False, '0': False}
+
+
+def _records(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
+  """Line number and fields of each prompt."""
+  if not str(path).lower().endswith(('.csv', '.csv.gz')):
+    yield from json_lines.records(path)
+    return
+  with json_lines.opened(path) as stream:
+    rows = csv.DictReader(io.TextIOWrapper(stream, 'utf-8-sig', newline=''))
+    try:
+      for row in rows:
+        label = str(row.pop('label', '')).strip().lower()
+        fields = {key: value for key, value in row.items() if value}
+        yield rows.line_num, fields | {'label': _CSV_LABELS.get(label)}
+    except (csv.Error, UnicodeDecodeError) as error:
+      raise ValueError(
+        f'{path}, line {rows.line_num + 1} is not CSV in UTF-8 ({error}).'
+      ) from error
 
 
 def activations(

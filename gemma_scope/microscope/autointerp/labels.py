@@ -34,6 +34,8 @@ from gemma_scope.microscope.index import store as index_lib
 _AT_ONCE = 5  # windows per question
 DASH = '-'
 _SHOWN = 12  # windows shown to the model that writes a label
+_MISTAKES = 2  # of each kind, kept for a label
+_WIDE = 100  # characters of a mistake in a table
 
 
 # Scores.
@@ -67,11 +69,37 @@ def balanced_accuracy(yes: Sequence[bool], no: Sequence[bool]):
 
 
 def detection_by_rule(label: examples.Rule, found: examples.Examples):
-  """Detection score of a rule: does it predict a token in each window?"""
-  return balanced_accuracy(
-    [bool(label.at(e).any()) for e in found.heldout_firing],
-    [bool(label.at(e).any()) for e in found.heldout_silent],
-  )
+  """Detection of a rule: does it predict a token in each window?
+
+  Returns:
+    The score, and the answers: truth -> [(window, answer)].
+  """
+  said = {
+    True: [(e, bool(label.at(e).any())) for e in found.heldout_firing],
+    False: [(e, bool(label.at(e).any())) for e in found.heldout_silent],
+  }
+  score = balanced_accuracy(*([a for _, a in said[t]] for t in (True, False)))
+  return score, said
+
+
+def mistakes(
+  said: dict[bool, list[tuple[examples.Example, bool]]], pieces
+) -> dict[str, list[str]]:
+  """Held-out windows on which a label is most wrong, as text.
+
+  Returns:
+    'missed', where the latent fires most strongly and the label says no, with
+    its tokens marked; and 'false', where it is silent and the label says yes.
+  """
+  missed = [e for e, answer in said[True] if not answer]
+  missed.sort(key=lambda e: -max(e.values))
+  false = [e for e, answer in said[False] if answer]
+  return {
+    'missed': [
+      _shown(e, pieces, np.flatnonzero(e.fires)) for e in missed[:_MISTAKES]
+    ],
+    'false': [_shown(e, pieces) for e in false[:_MISTAKES]],
+  }
 
 
 def fuzzing_by_rule(
@@ -160,7 +188,11 @@ def ask_which(
 def _score_by_model(
   model, label, found: examples.Examples, pieces, marked, seed
 ):
-  """Detection or fuzzing score; each question mixes windows of both kinds."""
+  """Detection or fuzzing score; each question mixes windows of both kinds.
+
+  Returns:
+    The score, and the answers: truth -> [(window, answer)].
+  """
   if marked:
     right, wrong = _marked(found.heldout_firing, seed)
   else:
@@ -177,10 +209,11 @@ def _score_by_model(
     if answers is None:
       lost += len(part)
       continue
-    for (_, truth), answer in zip(part, answers, strict=True):
-      said[truth].append(answer)
-  score = balanced_accuracy(said[True], said[False])
-  return score and {**score, 'unanswered': lost}
+    for ((e, _), truth), answer in zip(part, answers, strict=True):
+      said[truth].append((e, answer))
+  pairs = {truth: [answer for _, answer in said[truth]] for truth in said}
+  score = balanced_accuracy(pairs[True], pairs[False])
+  return score and {**score, 'unanswered': lost}, said
 
 
 # All of it.
@@ -204,9 +237,9 @@ def explain(
 
   Returns:
     For each latent {'feature', 'label', 'by', 'kind' ('rule' or 'model'),
-    'question', 'promoted', 'detection', 'fuzzing', 'shuffled', 'low_score'},
-    ready for JSON. If a latent fires on too few sequences, label is None and
-    'why' gives the reason. A rule also has 'offset' and 'ids'.
+    'question', 'promoted', 'detection', 'fuzzing', 'shuffled', 'low_score',
+    'mistakes'}, ready for JSON. If a latent fires on too few sequences, label
+    is None and 'why' gives the reason. A rule also has 'offset' and 'ids'.
   """
   labelled = []
   for feature in features:
@@ -238,15 +271,17 @@ def explain(
     # The control is the next latent's label, so that none keeps its own.
     other = labelled[known[(n + 1) % len(known)]][1]
     if model is None:
-      row['detection'] = detection_by_rule(label, found)
+      row['detection'], said = detection_by_rule(label, found)
       row['fuzzing'] = fuzzing_by_rule(label, found, seed)
-      shuffled = detection_by_rule(other, found)
+      shuffled, _ = detection_by_rule(other, found)
     else:
       those = lambda l, m, w=found: _score_by_model(
         model, l, w, pieces, m, seed
       )
-      row['detection'], row['fuzzing'] = those(label, False), those(label, True)
-      shuffled = those(other, False)
+      row['detection'], said = those(label, False)
+      row['fuzzing'], _ = those(label, True)
+      shuffled, _ = those(other, False)
+    row['mistakes'] = mistakes(said, pieces)
     row['shuffled'] = shuffled if len(known) > 1 else None
     row['low_score'] = _low(row['detection'], row['shuffled'])
   return [row for row, _, _ in labelled]
@@ -273,6 +308,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def table(rows: Sequence[dict[str, Any]], most: int = 40) -> str:
   """Labels and scores as a text table, the best first, with the means.
 
+  Below each label stand its worst mistakes: where the latent fires (<<>>) and
+  the label says no, and where the label says yes and the latent is silent.
+
   A '?' marks a label that does not clearly beat both chance and another
   feature's label.
   """
@@ -288,6 +326,9 @@ def table(rows: Sequence[dict[str, Any]], most: int = 40) -> str:
     mark = '?' if row.get('low_score') else ' '
     text = ' '.join(row['label'].split())
     lines.append(f'{row["feature"]:>8} {" ".join(scores)} {mark} {text[:70]}')
+    for kind, name in (('missed', 'missed'), ('false', 'wrong on')):
+      for window in row.get('mistakes', {}).get(kind, [])[:1]:
+        lines.append(f'{"":33}{name} {_around(window)!r}')
   if len(order) > most:
     lines.append(f'... and {len(order) - most:,} more')
   total = summary(rows)
@@ -298,6 +339,12 @@ def table(rows: Sequence[dict[str, Any]], most: int = 40) -> str:
     "not clearly beat chance and another feature's label."
   )
   return '\n'.join(lines)
+
+
+def _around(window: str) -> str:
+  """The part of a window around its first mark, or its start."""
+  start = max(window.find('<<') - _WIDE // 2, 0)
+  return window[start : start + _WIDE]
 
 
 def write(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> None:

@@ -27,21 +27,24 @@ from gemma_scope import files
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
 from gemma_scope.microscope.circuits import (
+  attention_heads,
   attribution,
+  graph_influence,
   intervene,
   permutation_test,
   replacement_model,
 )
+from gemma_scope.microscope.circuits.graph_influence import LOGIT
 from gemma_scope.microscope.circuits.intervene import Change, Subject
 from gemma_scope.microscope.circuits.replacement_model import (
   KINDS,
   Replacement,
   Sources,
+  Target,
 )
 from gemma_scope.runtime import progress
 
 _AT_ONCE = 32  # features expanded before influence is updated
-LOGIT = -1  # the logit, as the target of an edge
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,6 +65,9 @@ class Graph:
       and `passes`.
     agreement: of predicted and exact effects (`attribution.agreement`).
     shuffled: the largest effect of each shuffle.
+    scores: `graph_influence.scores`.
+    heads: for each edge between two tokens, the attention heads that carry it
+      (`attention_heads.shares`); [] for others.
   """
 
   sources: Sources
@@ -73,6 +79,8 @@ class Graph:
   features: list[dict[str, Any]]
   agreement: dict[str, float | None]
   shuffled: list[float]
+  scores: dict[str, float]
+  heads: list[list[dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +91,8 @@ class Settings:
     most: maximum number of features to expand, that is, to trace further.
     nodes, edges: fractions of the influence to keep.
     measured: maximum number of features to ablate, the most influential first.
+    carried: maximum number of sources whose edges are traced to attention
+      heads, the most influential first.
     shuffles: shuffles of the decoders; with fewer than 19 no feature can pass.
     seed: random seed of the shuffles.
   """
@@ -91,6 +101,7 @@ class Settings:
   nodes: float = 0.8
   edges: float = 0.98
   measured: int = 64
+  carried: int = 32
   shuffles: int = 19
   seed: int = 0
 
@@ -101,8 +112,9 @@ def trace(
   logit: tuple[int, int | None],
   position: int | None = None,
   settings: Settings | None = None,
+  reading: permutation_test.Reading | None = None,
 ) -> Graph:
-  """Traces the attribution graph of a logit or a logit difference.
+  """Traces the attribution graph of a logit, a difference, or a reading.
 
   Args:
     subjects: transcoders, at most one per layer, or one CLT; all of one model.
@@ -110,6 +122,8 @@ def trace(
     logit: tokens (a, b) of the logit difference; if b is None, logit a alone.
     position: the token after which the logit is read; by default the last.
     settings: how far to trace.
+    reading: traced instead of the logit. Its features are ablated, but not
+      tested by shuffles.
 
   Raises:
     ValueError: the SAEs are not transcoders or CLTs, two write to the same
@@ -122,12 +136,17 @@ def trace(
   tokens_T = [int(i) for i in tokens_T[: position + 1]]
   model = Replacement(subjects, tokens_T)
   sources = model.sources
-  target, value = _readout(subjects[0], model.last_TD, logit, position)
+  if reading is None:
+    target, value = _readout(subjects[0], model.last_TD, logit, position)
+  else:
+    settings = dataclasses.replace(settings, shuffles=0)
+    target = reading.site, position, np.asarray(reading.vector_D, np.float32)
+    value = model.read(target)
   (of_logit_n,) = model.rows([target])
   features = int((sources.kind == 0).sum())
   rows: dict[int, np.ndarray] = {}
   for start in progress.track(range(0, settings.most, _AT_ONCE), 'graph'):
-    influence_n = influence(of_logit_n, rows)
+    influence_n = graph_influence.influence(of_logit_n, rows)
     order = np.argsort(-influence_n[:features], kind='stable')
     chosen = [int(i) for i in order if i not in rows and influence_n[i] > 0]
     chosen = chosen[: min(_AT_ONCE, settings.most - start)]
@@ -135,13 +154,15 @@ def trace(
       break
     found = model.rows([model.target(i) for i in chosen])
     rows |= dict(zip(chosen, found, strict=True))
-  influence_n = influence(of_logit_n, rows)
-  kept, kept_edges = prune(sources, of_logit_n, rows, influence_n, settings)
+  influence_n = graph_influence.influence(of_logit_n, rows)
+  kept, kept_edges = graph_influence.prune(
+    sources, of_logit_n, rows, influence_n, settings
+  )
   mine = [i for i in kept if sources.kind[i] == 0]
   mine = sorted(mine, key=lambda i: -influence_n[i])[: settings.measured]
-  predicted_n = along_all_paths(sources, of_logit_n, rows)
+  predicted_n = graph_influence.along_all_paths(sources, of_logit_n, rows)
   queries = [
-    permutation_test.Query(subject, tuple(tokens_T), logit)
+    permutation_test.Query(subject, tuple(tokens_T), logit, reading)
     for subject in subjects
   ]
   measured = _measured(queries, sources, mine, predicted_n)
@@ -154,6 +175,8 @@ def trace(
     _ends(sources, influence_n, rows), measured,
     attribution.agreement(measured, 'predicted'),
     sorted(map(float, most_C), reverse=True),
+    graph_influence.scores(sources, of_logit_n, rows),
+    _heads(model, kept_edges, target, influence_n, settings.carried),
   )  # fmt: skip
 
 
@@ -175,6 +198,28 @@ def _readout(subject: Subject, last_TD, logit, position: int):
   return (splice.last(subject.gemma), position, vector_D), float(vector_D @ x_D)
 
 
+def _heads(model: Replacement, edges, target: Target, influence_n, most: int):
+  """The heads of each edge between two tokens; [] of others."""
+  s, last = model.sources, target[1]
+  between = [
+    (j, i, weight)
+    for j, i, weight in edges
+    if 0 <= s.position[j] != (last if i == LOGIT else s.position[i])
+  ]
+  order = sorted({j for j, _, _ in between}, key=lambda j: -influence_n[j])
+  between = [edge for edge in between if edge[0] in order[:most]]
+  if not between:
+    return [[] for _ in edges]
+  targets = {
+    i: target if i == LOGIT else model.target(i) for _, i, _ in between
+  }
+  found = attention_heads.shares(model, between, targets)
+  by_edge = {
+    edge[:2]: heads for edge, heads in zip(between, found, strict=True)
+  }
+  return [by_edge.get((j, i), []) for j, i, _ in edges]
+
+
 def _ends(sources, influence_n, rows) -> dict[str, float]:
   """Fractions of the influence that end in each kind of node."""
   unexpanded = [
@@ -187,86 +232,6 @@ def _ends(sources, influence_n, rows) -> dict[str, float]:
   } | {'unexpanded': float(influence_n[unexpanded].sum())}
   total = sum(found.values())
   return {key: value / total if total else 0.0 for key, value in found.items()}
-
-
-def influence(
-  of_logit_n: np.ndarray, rows: dict[int, np.ndarray]
-) -> np.ndarray:
-  """Influence of each source, along all paths through expanded features."""
-  share = lambda row: np.abs(row) / max(np.abs(row).sum(), 1e-30)
-  nodes = np.fromiter(rows, int, len(rows))
-  reach_n = share(of_logit_n)
-  total_n = reach_n.astype(np.float64)
-  if not len(nodes):
-    return total_n
-  share_En = np.stack([share(rows[i]) for i in nodes])
-  while True:  # once for each step of the longest path
-    reach_n = reach_n[nodes] @ share_En
-    if reach_n.sum() < 1e-9:
-      return total_n
-    total_n += reach_n
-
-
-def along_all_paths(
-  sources: Sources, of_logit_n: np.ndarray, rows: dict[int, np.ndarray]
-) -> np.ndarray:
-  """How much the logit falls in the linear model if a source is ablated.
-
-  A feature that loses a fraction of its pre-activation loses the same fraction
-  of what it writes.
-  """
-  total_n = of_logit_n.astype(np.float64)
-  # Features read only from earlier layers: go from the last to the first.
-  for i in sorted(rows, key=lambda i: -sources.layer[i]):
-    total_n += total_n[i] / sources.value[i] * rows[i]
-  return total_n
-
-
-def prune(
-  sources: Sources,
-  of_logit_n: np.ndarray,
-  rows: dict[int, np.ndarray],
-  influence_n: np.ndarray,
-  settings: Settings,
-) -> tuple[list[int], list[tuple[int, int, float]]]:
-  """The nodes and edges that carry the given fractions of the influence.
-
-  Features without incoming or without outgoing edges are removed as well.
-  """
-  kept = set(_most(influence_n, settings.nodes))
-  at = sorted(i for i in kept if i in rows)
-  targets = [LOGIT, *at]
-  weight_En = np.stack([of_logit_n, *(rows[i] for i in at)])
-  score_En = np.abs(weight_En)
-  score_En /= np.maximum(score_En.sum(1, keepdims=True), 1e-30)
-  score_En *= np.append(1.0, influence_n[at])[:, None]
-  score_En[:, sorted(set(range(len(influence_n))) - kept)] = 0
-  found = [
-    (int(j), targets[e], float(weight_En[e, j]))
-    for e, j in zip(
-      *np.unravel_index(
-        _most(score_En.ravel(), settings.edges), score_En.shape
-      ),
-      strict=True,
-    )
-  ]
-  while True:
-    leads, fed = {j for j, _, _ in found}, {t for _, t, _ in found}
-    good = {i for i in leads if sources.kind[i] != 0 or i in fed} | {LOGIT}
-    left = [edge for edge in found if edge[0] in good and edge[1] in good]
-    if len(left) == len(found):
-      return sorted(leads), found
-    found = left
-
-
-def _most(score_n: np.ndarray, share: float) -> np.ndarray:
-  """Indices of the largest scores that add up to `share` of the total."""
-  order = np.argsort(-score_n, kind='stable')
-  reached = np.cumsum(score_n[order])
-  if not len(order) or not reached[-1]:
-    return order[:0]
-  count = int(np.searchsorted(reached, share * reached[-1])) + 1
-  return order[:count][score_n[order[:count]] > 0]
 
 
 def _measured(
@@ -296,6 +261,8 @@ def _measured(
 def _shuffled(queries, sources, nodes, settings: Settings) -> np.ndarray:
   """The largest effect in each shuffle, over all subjects."""
   most_C = np.zeros(settings.shuffles)
+  if not settings.shuffles:
+    return most_C
   for n, query in enumerate(queries):
     count = sum(sources.member[i] == n for i in nodes)
     if count:
@@ -337,6 +304,8 @@ def plain(graph: Graph) -> dict[str, Any]:
     'verdict': verdict(graph),
     'agreement': graph.agreement,
     'shuffled': graph.shuffled,
+    'scores': graph.scores,
+    'heads': graph.heads,
   }
 
 
@@ -361,6 +330,8 @@ def report(
     f'logit {graph.value:.3f}; {len(graph.nodes)} nodes, {len(graph.edges)} '
     'edges; shares of influence by origin: '
     + ', '.join(f'{k} {v:.0%}' for k, v in graph.ends.items()),
+    'circuit-tracer scores: '
+    + ', '.join(f'{k} {v:.2f}' for k, v in graph.scores.items()),
     f'{"layer":>5} {"token":>12} {"feature":>8} {"influence":>9} '
     f'{"predicted":>9} {"exact":>8} {"p":>5}',
   ]

@@ -81,7 +81,7 @@ def edit_p(kl_FC: np.ndarray, control_FCM: np.ndarray) -> np.ndarray:
 def either_p(p_EF: np.ndarray) -> np.ndarray:
   """p-value of 'at least one of the edits has an effect' (Bonferroni)."""
   there_EF = np.isfinite(p_EF)
-  least_F = np.min(np.where(there_EF, p_EF, np.inf), 0)
+  least_F = np.min(np.where(there_EF, p_EF, 1), 0)
   p_F = np.minimum(there_EF.sum(0) * least_F, 1)
   return np.where(there_EF.any(0), p_F, np.nan)
 

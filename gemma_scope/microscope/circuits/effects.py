@@ -46,7 +46,7 @@ class Effects(NamedTuple):
   clean_loss_BT: np.ndarray
   logit_BT: np.ndarray
   clean_logit_BT: np.ndarray
-  counts_BT: np.ndarray  # tokens that may be changed: all but special
+  counts_BT: np.ndarray  # tokens that may be changed: not special, no outliers
 
 
 def effects(
@@ -66,7 +66,8 @@ def effects(
     given: the changes of B rows.
     prompt_B: the index of each row's text; by default the first text.
     logit: tokens (a, b) of the logit difference; if b is None, logit a alone.
-    where_BT: tokens that the changes apply to; by default all but special ones.
+    where_BT: tokens that the changes apply to; by default all but special ones
+      and outliers, which are never changed.
 
   Raises:
     ValueError: the text is too long (`budget`).
@@ -74,7 +75,7 @@ def effects(
   tokens_PT = padded(tokens_PT)
   rows_count = len(given.feature_BK)
   prompt_B = np.zeros(rows_count, int) if prompt_B is None else prompt_B
-  usual_PT = ~np.isin(tokens_PT, subject.special)
+  usual_PT, _ = intervene.counted(subject, tokens_PT)
   usual_BT = usual_PT[prompt_B]
   if where_BT is not None:
     wide = np.zeros(usual_BT.shape, bool)
@@ -335,15 +336,27 @@ def _predict(gemma, lm_params, tokens_1T, top: int):
 
 @dataclasses.dataclass(frozen=True)
 class _At:
-  """Edits for `generate`: all tokens but special ones are changed."""
+  """Edits for `generate`: special tokens and outliers are not changed."""
 
   place: sites.Wiring
   special: tuple[int, ...]
   projects: bool
 
-  def __call__(self, params, rows, tokens_BT):
+  def __call__(self, params, rows, norm_bounds, tokens_BT):
     where_BT = ~jnp.isin(tokens_BT, jnp.array(self.special))
-    return intervene.edits(self.place, params, rows, where_BT, self.projects)
+    return intervene.edits(
+      self.place, params, rows, where_BT, self.projects, norm_bounds
+    )
+
+
+def edits_of(subject: Subject, given: Rows) -> Partial:
+  """The changes of each row, as `generate` takes them."""
+  return Partial(
+    _At(subject.place, subject.special, given.projects),
+    subject.params,
+    given,
+    dict(subject.norm_bounds),
+  )
 
 
 def steer(
@@ -370,11 +383,7 @@ def steer(
     subject.lm_params,
     [prompt, prompt],
     dataclasses.replace(sampling, streams=[0, 0]),
-    edits=Partial(
-      _At(subject.place, subject.special, given.projects),
-      subject.params,
-      given,
-    ),
+    edits=edits_of(subject, given),
     passes=generate.Passes(prompt_len=padded_length(len(prompt))),
   )
   texts = padded([[*prompt, *map(int, reply)] for reply in found])

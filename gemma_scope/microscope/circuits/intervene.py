@@ -27,6 +27,7 @@ project_out, it projects out another latent's decoder.
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -87,8 +88,8 @@ class Subject:
     place: the sites that the SAE reads and writes.
     max_F: each latent's largest value, layer-major; 0 if it never fired.
     special: ids of tokens that are not edited.
-    norm_bounds: the card's outlier rule (`activations.outliers`). Readings and
-      attributions leave outlier tokens out; changes still apply to them.
+    norm_bounds: the card's outlier rule (`activations.outliers`). Outlier
+      tokens are left out of readings and attributions, and are not changed.
   """
 
   gemma: lm.Gemma
@@ -303,6 +304,7 @@ def edits(
   rows: Rows,
   where_BT: jax.Array,
   projects: bool = True,
+  norm_bounds: outliers.Bounds = types.MappingProxyType({}),
 ) -> dict[sites.Site, hooks.Edit]:
   """The edits of one forward pass; call this while the pass is traced.
 
@@ -312,6 +314,8 @@ def edits(
     where_BT: bool, the tokens that the changes apply to.
     projects: False if no change is project_out (`Rows.projects`): its matrix
       inverse is slow to compile.
+    norm_bounds: outlier tokens, at a site that is read or written, are not
+      changed there.
   """
   per = params['b_enc'].size // len(place.sites)
   layer_BK, own_BK = (
@@ -321,15 +325,19 @@ def edits(
   kind_B1K = rows.kind_BK[:, None]
   step = {}  # layer -> change of each latent's value [B, T, K]
 
+  def usual(site, x_BTD):
+    return ~outliers.is_outlier({site: x_BTD}, norm_bounds)
+
   def read(layer, x_BTD):
     x_BTD = x_BTD.astype(jnp.float32)
+    usual_BT = usual(place.sites[layer], x_BTD)
     f_BTK = _values(params, layer, own_BK, x_BTD)
     wanted = jnp.select(
       [kind_B1K == _ADD, kind_B1K == _CLAMP, kind_B1K == _ABLATE],
       [f_BTK + rows.value_BK[:, None], rows.value_BK[:, None], 0.0],
       f_BTK,
     )
-    here = where_BT[..., None] & (layer_BK == layer)[:, None]
+    here = (where_BT & usual_BT)[..., None] & (layer_BK == layer)[:, None]
     step[layer] = jnp.where(here, wanted - f_BTK, 0)
 
   def write(layer, y_BTD):
@@ -344,7 +352,9 @@ def edits(
       out_BK = (rows.kind_BK == _PROJECT) & there_BK
       part_BTK = _projected(jnp.where(out_BK[..., None], W_BKD, 0), y_BTD)
       total_BTK -= jnp.where(where_BT[..., None], part_BTK, 0)
-    return (y_BTD + jnp.einsum('btk,bkd->btd', total_BTK, W_BKD)).astype(dtype)
+    usual_BT1 = usual(place.targets[layer], y_BTD)[..., None]
+    change_BTD = jnp.einsum('btk,bkd->btd', total_BTK, W_BKD)
+    return (y_BTD + jnp.where(usual_BT1, change_BTD, 0)).astype(dtype)
 
   def reader(layer):
     def only(x_BTD):

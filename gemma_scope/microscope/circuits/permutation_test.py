@@ -17,11 +17,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from gemma_scope import sites
 from gemma_scope.microscope.circuits import effects, intervene
 from gemma_scope.microscope.circuits.intervene import Rows, Subject
+
+
+class Reading(NamedTuple):
+  """A number read from the model: x[site, last token] . vector.
+
+  Attributes:
+    site: where it is read.
+    vector_D: a direction there, such as a probe's or a feature's encoder.
+  """
+
+  site: sites.Site
+  vector_D: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,11 +48,13 @@ class Query:
     subject: the SAE in its model.
     tokens_T: ids, BOS first; the logit is read after the last.
     logit: tokens (a, b) of the logit difference; if b is None, logit a alone.
+    reading: read instead of the logit.
   """
 
   subject: Subject
   tokens_T: tuple[int, ...]
   logit: tuple[int, int | None]
+  reading: Reading | None = None
 
   @functools.cached_property
   def counts_1T(self) -> np.ndarray:
@@ -65,12 +83,14 @@ class Shuffles:
 def exact(
   query: Query, rows: Rows, where_BT: np.ndarray | None = None
 ) -> np.ndarray:
-  """How much the logit falls with each row of changes, [B]."""
+  """How much the logit (or the reading) falls with each row of changes, [B]."""
   counts_1T = query.counts_1T
   if where_BT is None:
     where_BT = counts_1T
   else:
     where_BT = where_BT & counts_1T[:, : where_BT.shape[1]]
+  if query.reading is not None:
+    return _read_change(query, rows, where_BT)
   found = effects.effects(
     query.subject,
     effects.padded([query.tokens_T]),
@@ -80,6 +100,40 @@ def exact(
   )
   last = len(query.tokens_T) - 1
   return (found.clean_logit_BT - found.logit_BT)[:, last]
+
+
+def _read_change(query: Query, rows: Rows, where_BT: np.ndarray) -> np.ndarray:
+  """How much the reading falls with each row of changes."""
+  subject, reading = query.subject, query.reading
+  tokens_1T = effects.padded([query.tokens_T])
+  beyond = tokens_1T.shape[1] - where_BT.shape[1]
+  wide_BT = np.pad(where_BT, ((0, 0), (0, beyond)))
+  wide_BT = np.broadcast_to(wide_BT, (len(rows.feature_BK), wide_BT.shape[1]))
+  where = subject.gemma, subject.place, reading.site, rows.projects
+  params, end = (subject.lm_params, subject.params), len(query.tokens_T) - 1
+  still = np.zeros_like(wide_BT[:1])  # no token is changed
+  parts = []
+  for b in range(-1, len(wide_BT)):
+    one = slice(max(b, 0), max(b, 0) + 1)
+    where_1T = still if b < 0 else wide_BT[one]
+    row = Rows(*(a[one] for a in rows))
+    parts.append(
+      _read(where, params, tokens_1T, row, where_1T, (end, reading.vector_D))
+    )
+  before, *after = map(float, parts)
+  return before - np.array(after)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(where, params, tokens_1T, row, where_1T, end):
+  gemma, place, site, projects = where
+  lm_params, sae_params = params
+  position, vector_D = end
+  edits = intervene.edits(place, sae_params, row, where_1T, projects)
+  taps = gemma.forward(
+    lm_params, tokens_1T, taps=(site,), edits=edits, logits=False
+  ).taps
+  return taps[site][0, position].astype(jnp.float32) @ vector_D
 
 
 def largest(

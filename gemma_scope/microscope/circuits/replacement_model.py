@@ -20,7 +20,7 @@ Ameisen et al., Circuit Tracing (2025), for transcoders and CLTs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -146,9 +146,17 @@ class Replacement:
     W_enc = W_enc[l] if one.place.several else W_enc
     return one.place.sites[l], int(s.position[node]), np.asarray(W_enc[:, i])
 
+  def read(self, target: Target) -> float:
+    """The value of a target in the model."""
+    site, position, vector_D = target
+    taps = splice.taps(self._gemma, self._lm_params, self._tokens_1T, (site,))
+    return float(np.asarray(taps[site][0, position], np.float32) @ vector_D)
+
   def rows(self, targets: Sequence[Target]) -> Iterator[np.ndarray]:
     """For each target, A of every source, float32 [n]."""
-    outputs = (*self._reads, self._last)
+    outputs = tuple(
+      sorted({*self._reads, self._last, *(t[0] for t in targets)})
+    )
     count = self._at_once
     for start in range(0, len(targets), count):
       part = list(targets[start : start + count])
@@ -179,6 +187,33 @@ class Replacement:
         1,
       )
       yield from rows[: len(part)]
+
+  def written(self, chosen: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """What the sources write together: embeddings [T, D] and MLPs [M, T, D]."""
+    s, first = self.sources, np.zeros_like(self._embedding_TD)
+    later = np.zeros_like(self._error_MTD)
+    for j in chosen:
+      t, kind = s.position[j], KINDS[s.kind[j]]
+      if kind == 'embedding':
+        first[t] += self._embedding_TD[t]
+      elif kind == 'error':
+        later[s.layer[j], t] += self._error_MTD[s.layer[j], t]
+      elif kind == 'bias':
+        later += self._bias_MTD
+      else:
+        one = self._subjects[s.member[j]]
+        l, i = divmod(int(s.feature[j]), one.width // len(one.place.sites))
+        W_dec = one.params['W_dec']
+        for m, target in enumerate(one.place.targets):
+          if not one.place.several or l <= m:
+            row_D = W_dec[l, i, m] if one.place.several else W_dec[i]
+            later[target.layer, t] += s.value[j] * np.asarray(row_D)
+    return first, later
+
+  @property
+  def frozen(self):
+    """Gemma, its parameters, the tokens [1, T] and the skips, for `linear`."""
+    return self._gemma, self._lm_params, self._tokens_1T, self._skips
 
   @functools.cached_property
   def _skips(self) -> dict[str, tuple[jax.Array, np.ndarray]]:
@@ -251,13 +286,20 @@ def _encoded(params, x, y):
     return f, y - sae.decode(params, f, x)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _slopes(where, lm_params, tokens_1T, skips: dict[str, Any], ends):
-  """Derivatives with respect to embeddings [n, T, D] and MLPs [n, M, T, D].
+def linear(
+  where, lm_params, tokens_1T, skips: dict[str, Any], heads_LTE=None
+) -> tuple[Callable[..., dict[sites.Site, jax.Array]], tuple[jax.Array, ...]]:
+  """The frozen model as a function of its embeddings and MLP outputs.
 
   Args:
-    where: Gemma, and the sites that targets read.
-    ends: of each target its site's number, its token and its vector.
+    where: Gemma, and the sites that are read.
+    skips: W_skip and tokens of each site that has one (`Replacement.frozen`).
+    heads_LTE: if given, it is added to each layer's heads (`attn_out`), through
+      which nothing else flows then.
+
+  Returns:
+    (embedding [1, T, D], MLP outputs [M, 1, T, D]) -> taps, linear about zero,
+    and zeros of these shapes.
   """
   gemma, outputs = where
   still = jax.lax.stop_gradient
@@ -278,6 +320,9 @@ def _slopes(where, lm_params, tokens_1T, skips: dict[str, Any], ends):
       through = (read[key] - still(read[key])) @ W_skip
       return y_BTD + keep_T[:, None] * through
 
+    def heads(layer, y_BTE):
+      return still(y_BTE) + heads_LTE[layer]
+
     by_layer = {sites.parse(key).layer: key for key in skips}
     for key in by_layer.values():
       edits[sites.parse(key)] = functools.partial(reader, key)
@@ -285,15 +330,30 @@ def _slopes(where, lm_params, tokens_1T, skips: dict[str, Any], ends):
       edits[sites.Site(m, 'mlp_out')] = functools.partial(
         writer, m, by_layer.get(m)
       )
+      if heads_LTE is not None:
+        edits[sites.Site(m, 'attn_out')] = functools.partial(heads, m)
     edits |= dict.fromkeys(_per_layer_inputs(gemma), still)
     taps = gemma.forward(
       lm_params, tokens_1T, taps=outputs, edits=edits, logits=False, frozen=True
     ).taps
-    return jnp.stack([taps[site][0].astype(jnp.float32) for site in outputs])
+    return {site: taps[site][0].astype(jnp.float32) for site in outputs}
 
   shape = (*tokens_1T.shape, gemma.config.d_model)
   zeros = jnp.zeros(shape), jnp.zeros((gemma.config.num_layers, *shape))
-  x_OTD, back = jax.vjp(stream, *zeros)
+  return stream, zeros
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _slopes(where, lm_params, tokens_1T, skips: dict[str, Any], ends):
+  """Derivatives with respect to embeddings [n, T, D] and MLPs [n, M, T, D].
+
+  Args:
+    where: Gemma, and the sites that targets read.
+    ends: of each target its site's number, its token and its vector.
+  """
+  stream, zeros = linear(where, lm_params, tokens_1T, skips)
+  stacked = lambda *given: jnp.stack(list(stream(*given).values()))
+  x_OTD, back = jax.vjp(stacked, *zeros)
 
   def one(output, position, vector_D):
     at = jnp.zeros_like(x_OTD).at[output, position].set(vector_D)

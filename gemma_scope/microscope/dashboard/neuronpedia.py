@@ -5,15 +5,18 @@
   activations/batch-N.jsonl.gz    one line an example
   explanations/batch-0.jsonl.gz   one line a label, where there are labels
 
-Fields are those of a feature's record there: fraction of tokens, largest value,
-top and bottom logits, histogram, nearest decoders, and examples with their
-tokens and values. Source: Neuronpedia's database schema and its export format.
+A line is a row of a table of Neuronpedia's database, with every column that has
+no default there: SourceRelease, Model, SourceSet, Source, Neuron, Activation,
+Explanation (schema.prisma of hijohnnylin/neuronpedia, apps/webapp). Labels
+name no explanation type and no model, since both must be rows of that database
+already; where a label comes from is in its notes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import os
 import pathlib
@@ -42,11 +45,24 @@ class Naming:
     model: Neuronpedia's name of the model, such as 'gemma-2-2b'.
     release: name of the set of SAEs: a-z, 0-9 and dashes.
     creator: who made the SAEs.
+    layers, neurons: of the model: layers, and neurons in the MLP of a layer.
+    date: when the features were indexed, as YYYY-MM-DD.
+    user: id of the database's user that owns the rows; by default that of a
+      local Neuronpedia.
   """
 
   model: str
   release: str
   creator: str = ''
+  layers: int = 0
+  neurons: int = 0
+  date: str = '1970-01-01'
+  user: str = 'clkht01d40000jv08hvalcvly'
+
+  @property
+  def own(self) -> dict[str, str]:
+    """Columns of every row that belongs to a user."""
+    return {'creatorId': self.user, 'createdAt': f'{self.date}T00:00:00.000Z'}
 
   def __post_init__(self):
     if not re.fullmatch(r'[a-z0-9][a-z0-9-]{0,63}', self.release):
@@ -118,14 +134,19 @@ def _write(folder: pathlib.Path, index, pieces, naming: Naming, labels) -> int:
       (
         common
         | {
+          'id': _id(source, j, 'label'),
           'index': str(j),
+          'authorId': naming.user,
           'description': label['text'],
-          'explanationModelName': label['by'],
-          'typeName': 'gemma_scope',
+          'typeName': None,
+          'explanationModelName': None,
+          'notes': f'gemma_scope, by {label["by"]}',
         }
         for j, label in sorted(labels.items())
       ),
     )
+  common |= naming.own
+  neuron = common | {'sourceSetName': source.partition('-')[2]}
   fired = np.flatnonzero(index.fired_F)
   for name in ('features', 'activations'):
     (folder / name).mkdir()
@@ -134,11 +155,15 @@ def _write(folder: pathlib.Path, index, pieces, naming: Naming, labels) -> int:
     part = fired[start : start + _BATCH]
     _lines(
       folder / f'features/batch-{batch}.jsonl.gz',
-      (common | _feature(index, j, pieces) for j in part),
+      (neuron | _feature(index, j, pieces) for j in part),
     )
     _lines(
       folder / f'activations/batch-{batch}.jsonl.gz',
-      (common | one for j in part for one in _examples(index, j, pieces)),
+      (
+        common | {'id': _id(source, j, e)} | example
+        for j in part
+        for e, example in enumerate(_examples(index, j, pieces))
+      ),
     )
   return len(fired)
 
@@ -147,21 +172,50 @@ def _write_about(folder, index: Index, naming: Naming, source: str) -> None:
   """The release, the model, the set and the source."""
   card, corpus = index.meta['card'], index.meta['corpus']
   source_set = source.partition('-')[2]
-  by = {'creatorName': naming.creator}
+  own, by = naming.own, {'creatorName': naming.creator}
+  public = {'visibility': 'PUBLIC'}
+  about = f'{card["type"]} of {sites.wiring_of(card)}'
   rows = {
-    'release': {'name': naming.release, **by},
-    'model': {'id': naming.model},
+    'release': {
+      'name': naming.release,
+      'description': naming.release,
+      'descriptionShort': naming.release,
+      'urls': [],
+      'creatorNameShort': naming.creator,
+      **by,
+      **own,
+      **public,
+    },
+    'model': {
+      'id': naming.model,
+      'displayName': naming.model,
+      'displayNameShort': naming.model,
+      'instruct': naming.model.endswith('-it'),
+      'layers': naming.layers,
+      'neuronsPerLayer': naming.neurons,
+      'owner': 'Google',
+      'updatedAt': own['createdAt'],
+      **own,
+      **public,
+    },
     'sourceset': {
       'modelId': naming.model,
       'name': source_set,
+      'description': about,
       'releaseName': naming.release,
+      'urls': [],
       **by,
       'type': card['type'],
+      **own,
+      **public,
     },
     'source': {
       'id': source,
       'modelId': naming.model,
       'setName': source_set,
+      'hasDashboards': True,
+      **own,
+      **public,
       'dataset': corpus.get('name', ''),
       'num_prompts': index.meta['sequences'],
       'num_tokens_in_prompt': int(index.sequences_NT.shape[1]),
@@ -171,10 +225,17 @@ def _write_about(folder, index: Index, naming: Naming, source: str) -> None:
     _lines(folder / f'{name}.jsonl.gz', [row])
 
 
+def _id(*parts) -> str:
+  """An id of the form that the database makes, always the same for a row."""
+  digest = hashlib.sha256('/'.join(map(str, parts)).encode()).hexdigest()
+  return 'c' + digest[:24]
+
+
 def _feature(index: Index, j: int, pieces) -> dict[str, Any]:
   used = np.flatnonzero(index.histogram_FH[j])
   low, high = (used[0], used[-1] + 1) if len(used) else (0, 0)
   middles = np.sqrt(index.edges_H[:-1] * index.edges_H[1:])
+  with_it = index.cofiring_FC[j] >= 0
   found = {
     'index': str(j),
     'maxActApprox': round(float(index.max_F[j]), 4),
@@ -183,8 +244,9 @@ def _feature(index: Index, j: int, pieces) -> dict[str, Any]:
     'freq_hist_data_bar_heights': index.histogram_FH[j, low:high].tolist(),
     'topkCosSimIndices': index.neighbour_FC[j].tolist(),
     'topkCosSimValues': _rounded(index.neighbour_value_FC[j]),
-    'correlated_features_indices': index.cofiring_FC[j].tolist(),
-    'correlated_features_l1': _rounded(index.cofiring_value_FC[j]),
+    'correlated_features_indices': index.cofiring_FC[j][with_it].tolist(),
+    'correlated_features_l1': _rounded(index.cofiring_value_FC[j][with_it]),
+    'hasVector': False,
   }
   if index.positive_FL is not None:
     found |= {
@@ -207,6 +269,7 @@ def _examples(index: Index, j: int, pieces) -> Iterator[dict[str, Any]]:
     best = int(np.argmax(values))
     yield {
       'index': str(j),
+      'dataIndex': str(index.top_sequence_FE[j, e]),
       'tokens': pieces(sequence[inside]),
       'values': _rounded(values),
       'maxValue': round(float(values[best]), 4),

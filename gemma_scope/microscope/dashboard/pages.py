@@ -53,6 +53,7 @@ def write(
   pieces: Callable[[Iterable[int]], list[str]],
   title: str = 'Sparse autoencoders',
   date: str = '',
+  quantisation: str = '',
 ) -> None:
   """Writes the pages, completely or not at all; replaces older pages.
 
@@ -62,6 +63,7 @@ def write(
     pieces: token ids -> their text.
     title: of the first page.
     date: when the indexes were built, as a reader writes it.
+    quantisation: of the model's weights, or ''.
 
   Raises:
     ValueError: the folder exists and holds something else.
@@ -70,7 +72,8 @@ def write(
   if target.exists() and not (target / 'data' / 'collection.js').exists():
     raise ValueError(f'{target} exists and is not a folder of pages.')
   with files.whole_folder(target, replace=True) as draft:
-    _Writer(draft, pieces).write(saes, {'title': title, 'date': date})
+    about = {'title': title, 'date': date, 'quantisation': quantisation}
+    _Writer(draft, pieces).write(saes, about)
 
 
 class _Writer:

@@ -116,7 +116,11 @@ class Features:
       ]
     )
     counts = sampled_QR.sum(1).tolist()
+    documents = {}
+    if index.document_NT is not None:
+      documents['documents'] = index.document_NT[at[:, 0], at[:, 1]].tolist()
     return {
+      **documents,
       'at': at.ravel().tolist(),
       'values': base64.b64encode(shares.astype('<f2').tobytes()).decode(),
       'top': int(there.sum()),

@@ -232,6 +232,7 @@ def build(
       meta=meta,
       sequences_NT=text.sequences_NT,
       keep_NT=keep_NT,
+      document_NT=text.documents_NT,
       **arrays,
       **around.shares(arrays['max_F']),
       **logit_lens.geometry(params),

@@ -71,6 +71,8 @@ class Index:
     window_top_FEW, window_sample_FQRW: float16, the latent's activations around
       each example as shares of max_F, W tokens from position - W // 2 (0
       outside of the sequence). `windows` gives the activations.
+    document_NT: int32, the number of each token's document in the text; None in
+      older indexes.
   """
 
   meta: dict[str, Any]
@@ -106,6 +108,7 @@ class Index:
   outlier_fired_F: np.ndarray
   window_top_FEW: np.ndarray
   window_sample_FQRW: np.ndarray
+  document_NT: np.ndarray | None = None
 
   @property
   def density_F(self) -> np.ndarray:
@@ -232,7 +235,8 @@ def _mapped(path: pathlib.Path) -> dict[str, np.ndarray]:
   }
 
 
-_SOME = ('positive', 'negative')  # missing where a latent moves no logits
+# Missing where a latent moves no logits, and in older indexes.
+_SOME = ('positive', 'negative', 'document')
 
 
 def _of_version_2(meta, arrays):

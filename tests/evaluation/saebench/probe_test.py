@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from gemma_scope.evaluation.saebench import (
   absorption,
   probe,
   probe_inputs,
+  probe_report,
   python_labels,
   scr_tpp,
 )
@@ -146,7 +150,18 @@ def test_a_planted_latent_is_found_and_no_control_passes():
   assert one['latents'] == [7] and one['auc']['low'] > 0.99
   for on in ('random_sae', 'shuffled_labels', 'coordinates', 'pca'):
     assert probe.best(found, on, 1)['auc']['value'] < 0.65, on
-  assert probe.report(found).endswith('the raw activation at k = 1, 3.')
+  said = probe_report.conclusion(found)
+  assert said in probe_report.report(found) and said.startswith(
+    'The latent (AUC 1.000)'
+  )
+  (beaten,) = re.findall(r'better than ([^;]*)', said)
+  for rival in (
+    'as many coordinates',
+    'as many components',
+    'dense',
+    'difference of means',
+  ):
+    assert rival in beaten
 
 
 def test_where_there_is_no_concept_no_interval_is_above_chance():
@@ -154,9 +169,19 @@ def test_where_there_is_no_concept_no_interval_is_above_chance():
   found = probe.run(some_rows(), y_B, ks=(1, 3))
   for one in found['probes']:
     assert one['auc']['low'] < 0.5, one
-  assert probe.report(found).endswith(
-    'No sparse probe on latents beats its controls.'
-  )
+  assert 'do not detect the concept' in probe_report.report(found)
+
+
+def test_a_dense_probe_that_is_better_is_said_to_be():
+  """The concept is a direction of x that a latent follows only in part."""
+  rng, given = np.random.default_rng(5), some_rows(f=300)
+  y_B = given.x_BD[:, 0] + given.x_BD[:, 1] > 0
+  f_BF = given.f_BF.copy()
+  f_BF[:, 3] = np.maximum(y_B + rng.normal(size=len(y_B)), 0) / 2
+  found = probe.run(dataclasses.replace(given, f_BF=f_BF), y_B, ks=(1,))
+  said = probe_report.conclusion(found)
+  (better,) = re.findall(r'worse than ([^;]*)', said)
+  assert 'a dense probe' in better and 'difference of means' in better
 
 
 def test_shuffles_keep_groups_whole_where_labels_are_by_group():
@@ -373,6 +398,29 @@ def test_prompts_of_a_file(tmp_path):
     path.write_text(wrong)
     with pytest.raises(ValueError, match='line 1 is not'):
       probe_inputs.read_prompts(path)
+
+
+def test_prompts_of_a_csv_file_are_those_of_jsonl(tmp_path):
+  """Commas, quotes and line breaks inside a text; splits and groups."""
+  prompts = [
+    {'text': 'one, "two"', 'label': True, 'split': 'train', 'group': 'a'},
+    {'text': 'two\nlines', 'label': False, 'split': 'test', 'group': 'b'},
+  ]
+  lines = tmp_path / 'prompts.jsonl'
+  lines.write_text('\n'.join(map(json.dumps, prompts)))
+  table = tmp_path / 'prompts.csv'
+  with open(table, 'w', newline='') as file:
+    writer = csv.DictWriter(file, ['text', 'label', 'split', 'group'])
+    writer.writeheader()
+    writer.writerows(prompts)
+  one, other = map(probe_inputs.read_prompts, (lines, table))
+  assert one.texts == other.texts
+  for name in ('label_N', 'test_N', 'group_N'):
+    np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+  for wrong in ('text,label\na,maybe', 'words,label\na,1', 'text\na'):
+    table.write_text(wrong)
+    with pytest.raises(ValueError, match='line 2 is not'):
+      probe_inputs.read_prompts(table)
 
 
 def test_prompts_with_a_def_are_told_apart(tokenizer, tmp_path):

@@ -130,6 +130,25 @@ def test_rules_are_found_and_are_right(index):
   assert labels.summary(rows)['labelled'] == 4
 
 
+def test_the_worst_mistakes_of_a_label_are_kept_and_shown(index):
+  rows = labels.explain(index, range(5), pieces)
+  assert rows[0]['mistakes'] == {'missed': [], 'false': []}  # it is right
+  mistakes, score = rows[2]['mistakes'], rows[2]['detection']
+  assert score['value'] < 1 and (mistakes['missed'] or mistakes['false'])
+  assert all('<<' in window for window in mistakes['missed'])
+  assert not any('<<' in window for window in mistakes['false'])
+  label = examples.Rule(0, (5,))
+  found = examples.of(index, 0)
+  _, said = labels.detection_by_rule(label, found)
+  missed = [e for e in found.heldout_firing if 5 not in e.ids]
+  worst = max(missed, key=lambda e: max(e.values))
+  (first, *_) = labels.mistakes(said, pieces)['missed']
+  marked = np.flatnonzero(worst.fires)
+  assert first == labels._shown(worst, pieces, marked)
+  table = labels.table(rows)
+  assert 'missed' in table or 'wrong on' in table
+
+
 def test_labels_do_not_depend_on_the_half_that_scores_them(index):
   found = examples.of(index, 1)
   without = examples.Examples(found.firing, found.silent, (), ())

@@ -6,12 +6,18 @@ import dataclasses
 import json
 
 import jax
+import jsonschema
 import numpy as np
 import pytest
 
 from gemma_scope import release, sae, sites
 from gemma_scope.language_model import splice
-from gemma_scope.microscope.circuits import attribution_graph
+from gemma_scope.microscope.circuits import (
+  attribution_graph,
+  graph_files,
+  graph_influence,
+  permutation_test,
+)
 from gemma_scope.microscope.circuits import intervene as iv
 from gemma_scope.microscope.circuits.replacement_model import (
   Replacement,
@@ -20,39 +26,9 @@ from gemma_scope.microscope.circuits.replacement_model import (
 )
 from tests.helpers import circuits, random_models, random_saes
 from tests.helpers.replacement import tiny
+from tests.helpers.transcoders import clt, transcoders
 
 TOKENS_T, T = circuits.TOKENS_T, circuits.T
-
-
-def transcoders(model, skip: bool, layers, d: int, width=60, threshold=14.0):
-  """Random transcoders of some layers; `d` the model's width."""
-  found = []
-  for layer in layers:
-    rng = np.random.default_rng(layer)
-    draw = lambda *shape, r=rng: r.normal(size=shape).astype(np.float32)
-    params = {
-      'W_enc': draw(d, width), 'b_enc': draw(width),
-      'W_dec': draw(width, d) / d, 'b_dec': draw(d) / d,
-      'threshold': np.full(width, threshold, np.float32),
-    }  # fmt: skip
-    if skip:
-      params['W_skip'] = draw(d, d) / d
-    card = {
-      'type': 'transcoder', 'sites': [f'mlp_in/{layer}'],
-      'targets': [f'mlp_out/{layer}'],
-    }  # fmt: skip
-    found.append(
-      iv.subject(model, release.in_memory(params, card), np.ones(width))
-    )
-  return found
-
-
-def clt():
-  params, card = circuits.MEMBERS['clt']
-  rng = np.random.default_rng(0)
-  skip = rng.normal(size=(3, 128, 128)).astype(np.float32) / 128
-  params = params | {'W_skip': skip, 'W_dec': params['W_dec'] / 128}
-  return [iv.subject(tiny(), release.in_memory(params, card), np.ones(48))]
 
 
 CASES = {
@@ -130,7 +106,7 @@ def by_hand():
 
 def test_influence_follows_all_paths():
   _, of_logit, rows = by_hand()
-  got = attribution_graph.influence(of_logit, rows)
+  got = graph_influence.influence(of_logit, rows)
   one = 3 / 5  # feature 1
   zero = 1 / 5 + one * 3 / 4  # feature 0, also through feature 1
   want = [zero, one, 0, 1 / 5 + one / 4 + zero / 4, zero * 3 / 4]
@@ -140,7 +116,7 @@ def test_influence_follows_all_paths():
 
 def test_a_source_acts_along_all_paths():
   sources, of_logit, rows = by_hand()
-  got = attribution_graph.along_all_paths(sources, of_logit, rows)
+  got = graph_influence.along_all_paths(sources, of_logit, rows)
   zero = 1 + 3 / 4 * 3  # direct, and three quarters of what feature 1 reads
   np.testing.assert_allclose(
     got, [zero, 3, 0, -1 + 3 / 4 * 1 + zero / 2 * 0.5, zero / 2 * 1.5]
@@ -149,8 +125,8 @@ def test_a_source_acts_along_all_paths():
 
 def test_pruning_keeps_paths_alone():
   sources, of_logit, rows = by_hand()
-  influence = attribution_graph.influence(of_logit, rows)
-  every = attribution_graph.prune(
+  influence = graph_influence.influence(of_logit, rows)
+  every = graph_influence.prune(
     sources,
     of_logit,
     rows,
@@ -158,10 +134,8 @@ def test_pruning_keeps_paths_alone():
     attribution_graph.Settings(nodes=1.0, edges=1.0),
   )
   assert every[0] == [0, 1, 3, 4]
-  assert (0, 1, 3.0) in every[1] and (1, attribution_graph.LOGIT, 3.0) in every[
-    1
-  ]
-  few, edges = attribution_graph.prune(
+  assert (0, 1, 3.0) in every[1] and (1, graph_influence.LOGIT, 3.0) in every[1]
+  few, edges = graph_influence.prune(
     sources,
     of_logit,
     rows,
@@ -171,15 +145,41 @@ def test_pruning_keeps_paths_alone():
   assert set(few) < set(every[0]) and len(edges) < len(every[1])
   # Without anything that leads into it, a feature goes, and what it led to.
   lonely = {1: np.array([3.0, 0, 0, 0, 0])}
-  influence = attribution_graph.influence(of_logit, lonely)
-  kept, edges = attribution_graph.prune(
+  influence = graph_influence.influence(of_logit, lonely)
+  kept, edges = graph_influence.prune(
     sources,
     of_logit,
     lonely,
     influence,
     attribution_graph.Settings(nodes=1.0, edges=1.0),
   )
-  assert kept == [3] and edges == [(3, attribution_graph.LOGIT, -1.0)]
+  assert kept == [3] and edges == [(3, graph_influence.LOGIT, -1.0)]
+
+
+def test_scores_are_those_of_dense_matrices():
+  """Replacement and completeness by their definition: (1 - A)^-1 over nodes."""
+  sources, of_logit, rows = by_hand()
+  unused = {2: np.array([0, 0, 0, 5.0, 0])}  # a feature without influence
+  for expanded in (rows, rows | unused):
+    nodes = [*sorted(expanded), 3, 4]  # features, an error, an embedding
+    size = len(nodes) + 1  # and the logit
+    A = np.zeros((size, size))
+    for n, node in enumerate(nodes):
+      if node in expanded:
+        A[n, :-1] = expanded[node][nodes]
+    A[-1, :-1] = of_logit[nodes]
+    A = np.abs(A)
+    A /= np.maximum(A.sum(1, keepdims=True), 1e-10)
+    start = np.eye(size)[-1]
+    influence = start @ np.linalg.inv(np.eye(size) - A) - start
+    error, embedding = size - 3, size - 2
+    output = influence + start
+    complete = ((1 - A[:, error]) * output).sum() / output.sum()
+    replaced = influence[embedding] / (influence[embedding] + influence[error])
+    got = graph_influence.scores(sources, of_logit, expanded)
+    assert 0 < replaced < 1 and 0 < complete < 1
+    assert got['replacement'] == pytest.approx(replaced)
+    assert got['completeness'] == pytest.approx(complete)
 
 
 def test_an_outlier_has_no_features_of_the_sae_whose_rule_it_breaks():
@@ -215,7 +215,7 @@ def test_a_graph_is_measured_and_written(name, tmp_path):
   assert min(found.ends.values()) >= 0 and len(found.shuffled) == 19
   assert {t for _, t, _ in found.edges} <= {
     *found.nodes,
-    attribution_graph.LOGIT,
+    graph_influence.LOGIT,
   }
   for line in found.features:
     i = line['node']
@@ -244,6 +244,131 @@ def test_a_graph_is_measured_and_written(name, tmp_path):
   assert 'shuffled' in attribution_graph.report(
     found, [str(t) for t in tokens_T]
   )
+  widths = [subject.width // len(subject.place.sites) for subject in subjects]
+  graph_is_read_back(attribution_graph.plain(found), tokens_T, widths, tmp_path)
+
+
+# What circuit-tracer's and Neuronpedia's graph files must have, by their types.
+_NODE = {
+  'node_id': {'type': 'string'},
+  'feature': {'type': ['integer', 'null']},
+  'layer': {'type': 'string'},
+  'ctx_idx': {'type': 'integer'},
+  'feature_type': {'type': 'string'},
+  'jsNodeId': {'type': 'string'},
+  'clerp': {'type': 'string'},
+}
+_LINK = {
+  'source': {'type': 'string'},
+  'target': {'type': 'string'},
+  'weight': {'type': 'number'},
+}
+_METADATA = {
+  'slug': {'type': 'string'},
+  'scan': {'type': 'string'},
+  'prompt': {'type': 'string'},
+  'prompt_tokens': {'type': 'array', 'items': {'type': 'string'}},
+  'transcoder_list': {'type': 'array'},
+}
+_PARAMETERS = {
+  'pinnedIds': {'type': 'array', 'items': {'type': 'string'}},
+  'supernodes': {'type': 'array'},
+  'linkType': {'type': 'string'},
+  'clickedId': {'type': 'string'},
+  'sg_pos': {'type': 'string'},
+}
+
+
+def whole(properties):
+  return {
+    'type': 'object', 'properties': properties, 'required': list(properties)
+  }  # fmt: skip
+
+
+SCHEMA = whole({
+    'metadata': whole(_METADATA),
+    'qParams': whole(_PARAMETERS),
+    'nodes': {'type': 'array', 'items': whole(_NODE)},
+    'links': {'type': 'array', 'items': whole(_LINK)},
+})  # fmt: skip
+
+
+def graph_is_read_back(plain, tokens_T, widths, tmp_path):
+  prompt = graph_files.Prompt(
+    'text', tokens_T, [str(t) for t in tokens_T], (7, 9), 0.25
+  )
+  model = graph_files.Model('gemma-tiny', 4, widths, 'transcoders')
+  content = graph_files.plain(plain, prompt, model, 'one', lambda m, i: f'f{i}')
+  jsonschema.validate(content, SCHEMA)
+  kept = [node for node in plain['nodes'] if node['kind'] != 'bias']
+  ids = [node['node_id'] for node in content['nodes']]
+  assert len(set(ids)) == len(ids) == len(kept)
+  for node in content['nodes']:
+    if node['feature_type'] == 'cross layer transcoder':
+      # The inverse of the pairing that circuit-tracer numbers features by.
+      w = int(((8 * node['feature'] + 1) ** 0.5 - 1) // 2)
+      i = node['feature'] - w * (w + 1) // 2
+      assert node['node_id'].startswith(f'{w - i}_{i}_')
+  path = tmp_path / 'one.json'
+  graph_files.write(path, content)
+  read = graph_files.read(path)
+  assert [n['kind'] for n in read['nodes']] == [n['kind'] for n in kept]
+  for got, want in zip(read['nodes'][:-1], kept[:-1], strict=True):
+    assert got['position'] == want['position']
+    if want['kind'] == 'feature':
+      assert got['value'] == want['value'] and got['layer'] == want['layer']
+  weights = [
+    w for a, _, w in plain['edges'] if plain['nodes'][a]['kind'] != 'bias'
+  ]
+  assert [w for _, _, w in read['edges']] == weights
+  assert max(n.get('reached', 0) for n in read['nodes']) <= 1 + 1e-6
+  path.write_text('{"nodes": []}')
+  with pytest.raises(ValueError, match='not a graph of circuit-tracer'):
+    graph_files.read(path)
+
+
+def test_a_graph_of_a_direction_or_of_a_feature():
+  """A probe's direction at a site; its features are ablated exactly."""
+  subjects, tokens_T = CASES['tiny']()
+  site = sites.parse('resid_post/2')
+  vector_D = np.random.default_rng(0).normal(size=128).astype(np.float32)
+  settings = attribution_graph.Settings(most=12, measured=6)
+  found = attribution_graph.trace(
+    subjects, tokens_T, (7, None), settings=settings,
+    reading=permutation_test.Reading(site, vector_D),
+  )  # fmt: skip
+  s = found.sources
+  assert s.layer[found.nodes].max() <= 2  # nothing after the site
+  tokens_BT, last = np.array([tokens_T]), len(tokens_T) - 1
+
+  def read(edits):
+    gemma, params = subjects[0].gemma, subjects[0].lm_params
+    taps = gemma.forward(
+      params, tokens_BT, taps=(site,), edits=edits, logits=False
+    ).taps
+    return float(taps[site][0, last] @ vector_D)
+
+  assert found.value == pytest.approx(read({}), rel=1e-4)
+  assert len(found.features) > 3
+  for line in found.features:
+    i = line['node']
+    subject = subjects[s.member[i]]
+    rows = iv.rows(subject, [[iv.Change(int(s.feature[i]))]])
+    where_BT = np.arange(len(tokens_T))[None] == s.position[i]
+    edits = iv.edits(subject.place, subject.params, rows, where_BT)
+    assert line['exact'] == pytest.approx(
+      found.value - read(edits), abs=1e-3 * abs(found.value)
+    )
+    assert not line['passes']
+  assert 'Not tested' in attribution_graph.verdict(found)
+  # A feature's encoder at its site: what it reads is its pre-activation.
+  model = Replacement(subjects, tokens_T)
+  late = int(np.flatnonzero(model.sources.kind == 0)[-1])
+  at, t, encoder_D = model.target(late)
+  params = subjects[model.sources.member[late]].params
+  bias = params['b_enc'][int(model.sources.feature[late])]
+  value = model.read((at, t, encoder_D)) + float(bias)
+  assert value == pytest.approx(float(model.sources.value[late]), rel=1e-3)
 
 
 def test_only_transcoders_one_a_layer():

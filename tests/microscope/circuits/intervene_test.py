@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +128,45 @@ def test_special_tokens_are_left_alone(model, subjects):
   rows = iv.rows(subject, [[iv.Change(0, 'clamp', 3.0)]])
   found = effects.effects(subject, np.array([[2, 0, 0, 0]]), rows)
   assert np.abs(found.kl_BT).max() < 1e-5
+
+
+@pytest.mark.parametrize('name', ['sae', 'transcoder'])
+def test_outlier_tokens_are_not_steered(model, subjects, name):
+  """Bounds between the norms of a text: tokens above them stay as they are."""
+  subject = subjects[name]
+  taps, _ = values(model, name)
+  site, target = subject.place.sites[0], subject.place.targets[0]
+  norm_T = np.linalg.norm(taps[site][0], axis=-1)
+  bound = 1.001 * float(np.median(norm_T[1:]))  # no token at the bound itself
+  bounded = dataclasses.replace(subject, norm_bounds={site: bound})
+  rows = iv.rows(bounded, [[iv.Change(0, 'clamp', 3.0)]])
+  where_1T = np.arange(T)[None] > 0
+  edits = iv.edits(
+    bounded.place, bounded.params, rows, where_1T, norm_bounds={site: bound}
+  )
+  tokens_1T = np.array([TOKENS_T])
+  after = subject.gemma.forward(
+    subject.lm_params, tokens_1T, taps=(target,), edits=edits
+  ).taps[target][0]
+  moved_T = np.abs(np.asarray(after) - taps[target][0]).max(-1) > 1e-3
+  wanted_T = (norm_T <= bound) & where_1T[0]
+  assert 3 < wanted_T.sum() < T - 3
+  np.testing.assert_array_equal(moved_T, wanted_T)
+  # Effects and steered text follow the same rule.
+  found = effects.effects(bounded, tokens_1T, rows)
+  first = int(np.flatnonzero(wanted_T)[0])
+  assert np.abs(found.kl_BT[0, 1:first]).max(initial=0) < 1e-4
+  np.testing.assert_array_equal(found.counts_BT[0, :T], wanted_T)
+  none = dataclasses.replace(subject, norm_bounds={site: 1e-3})
+  sampling = generate.Sampling(max_new_tokens=4, temperature=0.0)
+  steered = effects.steer(
+    none, TOKENS_T, [iv.Change(0, 'clamp', 9.0)], sampling
+  )
+  assert steered['steered']['ids'] == steered['default']['ids']
+  free = effects.steer(
+    subject, TOKENS_T, [iv.Change(0, 'clamp', 9.0)], sampling
+  )
+  assert free['steered']['ids'] != free['default']['ids']
 
 
 def test_losses_and_kl_are_those_of_the_logits(model, subjects):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import csv
 import dataclasses
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -86,7 +88,9 @@ def entries():
 @pytest.fixture(scope='module')
 def folder(entries, tmp_path_factory):
   out = tmp_path_factory.mktemp('pages') / 'out'
-  pages.write(out, entries, pieces, title='<i>Title</i>')
+  pages.write(
+    out, entries, pieces, title='<i>Title</i>', quantisation='GGUF <b>Q4</b>'
+  )
   return out
 
 
@@ -110,6 +114,7 @@ def test_a_features_record_is_its_index(folder, entries):
   for e, (n, t, values) in enumerate(shown[: record['top']]):
     assert (n, t) == (one.top_sequence_FE[j, e], one.top_position_FE[j, e])
     assert values[len(values) // 2] == pytest.approx(one.top_FE[j, e], rel=1e-2)
+    assert record['documents'][e] == n  # in this text, one a sequence
   first = record['top']
   for q, count in zip(reversed(range(10)), record['tenths'], strict=True):
     for _, _, values in shown[first : first + count]:
@@ -156,7 +161,10 @@ def test_matches_are_the_nearest_decoders(folder, entries):
 
 
 def test_equal_indexes_give_equal_bytes(folder, entries, tmp_path):
-  pages.write(tmp_path / 'again', entries, pieces, title='<i>Title</i>')
+  pages.write(
+    tmp_path / 'again', entries, pieces, title='<i>Title</i>',
+    quantisation='GGUF <b>Q4</b>',
+  )  # fmt: skip
   for path in folder.rglob('*'):
     if path.is_file():
       other = tmp_path / 'again' / path.relative_to(folder)
@@ -188,6 +196,7 @@ def go(page, route):
 def test_searching_opening_hovering_and_keys(page, entries, folder):
   go(page, '#/')
   assert page.text_content('h1') == '<i>Title</i>'
+  assert 'quantised: GGUF <b>Q4</b>' in page.text_content('main')
   assert page.locator('circle.dot').count() == 4
   go(page, '#/s/0')
   page.wait_for_selector('input[type=search]')
@@ -301,6 +310,26 @@ def test_pieces_keep_their_case_and_bytes_are_decoded(page):
   )
   assert set(transforms) == {'none'}
   assert 'null' not in page.text_content('main').split()
+
+
+def test_plots_and_tables_are_saved(page, entries):
+  go(page, '#/s/0')
+  page.fill('input[type=search]', '')
+  with page.expect_download() as started:
+    page.get_by_role('button', name='Save SVG').first.click()
+  svg = ElementTree.fromstring(started.value.path().read_text())
+  circles = svg.findall('.//{http://www.w3.org/2000/svg}circle')
+  assert len(circles) == int((entries[0].index.fired_F > 0).sum())
+  assert all(c.get('fill') and not c.get('class') for c in circles)
+  with page.expect_download() as started:
+    page.get_by_role('button', name='Save CSV').first.click()
+  with open(started.value.path(), newline='') as file:
+    header, *lines = csv.reader(file)
+  shown = page.locator('tbody td:first-child a').all_text_contents()
+  assert header[0] == 'feature' and 'density' in header
+  assert [f'#{line[0]}' for line in lines] == shown
+  cells = page.evaluate("[csvCell('=1+1'), csvCell(-2), csvCell('a\"b')]")
+  assert cells == ['"\'=1+1"', '"-2"', '"a""b"']
 
 
 def test_dead_features_say_so(page, entries):

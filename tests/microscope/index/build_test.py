@@ -384,6 +384,80 @@ def test_documents_are_those_of_the_stream(tmp_path):
   )
 
 
+# Columns without a default in Neuronpedia's database, and those that have one
+# and are written, by table; `*` marks an array.
+TABLES = {
+  'release': {
+    'name': str, 'description': str, 'descriptionShort': str, 'urls': '*',
+    'creatorName': str, 'creatorNameShort': str, 'creatorId': str,
+    'createdAt': str, 'visibility': str,
+  },
+  'model': {
+    'id': str, 'displayName': str, 'displayNameShort': str, 'instruct': bool,
+    'layers': int, 'neuronsPerLayer': int, 'owner': str, 'creatorId': str,
+    'createdAt': str, 'updatedAt': str, 'visibility': str,
+  },
+  'sourceset': {
+    'modelId': str, 'name': str, 'description': str, 'type': str,
+    'creatorName': str, 'urls': '*', 'creatorId': str, 'releaseName': str,
+    'createdAt': str, 'visibility': str,
+  },
+  'source': {
+    'id': str, 'modelId': str, 'setName': str, 'hasDashboards': bool,
+    'creatorId': str, 'createdAt': str, 'visibility': str, 'dataset': str,
+    'num_prompts': int, 'num_tokens_in_prompt': int,
+  },
+  'features/batch-0': {
+    'modelId': str, 'layer': str, 'index': str, 'sourceSetName': str,
+    'creatorId': str, 'createdAt': str, 'maxActApprox': float,
+    'frac_nonzero': float, 'hasVector': bool,
+    'freq_hist_data_bar_values': '*', 'freq_hist_data_bar_heights': '*',
+    'topkCosSimIndices': '*', 'topkCosSimValues': '*',
+    'correlated_features_indices': '*', 'correlated_features_l1': '*',
+    'pos_str': '*', 'pos_values': '*', 'neg_str': '*', 'neg_values': '*',
+  },
+  'activations/batch-0': {
+    'id': str, 'modelId': str, 'layer': str, 'index': str, 'creatorId': str,
+    'createdAt': str, 'dataIndex': str, 'tokens': '*', 'values': '*',
+    'maxValue': float, 'maxValueTokenIndex': int, 'minValue': float,
+  },
+  'explanations/batch-0': {
+    'id': str, 'modelId': str, 'layer': str, 'index': str, 'authorId': str,
+    'description': str, 'typeName': type(None),
+    'explanationModelName': type(None), 'notes': str,
+  },
+}  # fmt: skip
+
+
+def test_neuronpedia_gets_rows_of_its_tables(built, tmp_path):
+  naming = neuronpedia.Naming('gemma-x', 'mine', 'us', 4, 512, '2026-01-02')
+  labels = {0: {'text': 'a label', 'by': 'rule'}}
+  pieces = lambda ids: [f't{i}' for i in ids]
+  neuronpedia.write(tmp_path / 'out', built[0], pieces, naming, labels)
+  rows = {}
+  for table, columns in TABLES.items():
+    with gzip.open(tmp_path / 'out' / f'{table}.jsonl.gz', 'rt') as file:
+      rows[table] = list(map(json.loads, file))
+    for row in rows[table]:
+      assert set(row) == set(columns), table
+      for name, kind in columns.items():
+        assert isinstance(row[name], list if kind == '*' else kind), name
+  # References between tables, and unique keys.
+  (model,), (release,) = rows['model'], rows['release']
+  (source_set,), (source,) = rows['sourceset'], rows['source']
+  assert source_set['releaseName'] == release['name']
+  assert source['setName'] == source_set['name']
+  assert {model['id']} == {row['modelId'] for row in rows['features/batch-0']}
+  features = {row['index'] for row in rows['features/batch-0']}
+  assert len(features) == len(rows['features/batch-0'])
+  examples = rows['activations/batch-0']
+  assert len({row['id'] for row in examples}) == len(examples)
+  assert {row['index'] for row in examples} <= features
+  assert all(row['layer'] == source['id'] for row in examples)
+  for row in rows['features/batch-0']:
+    assert min(row['correlated_features_indices'], default=0) >= 0
+
+
 def test_neuronpedia_gets_a_line_a_feature_and_an_example(built, tmp_path):
   pieces = lambda ids: [f't{i}' for i in ids]
   one = built[0]

@@ -17,7 +17,12 @@ function page(title, crumbs, ...content) {
   document.getElementById('footer').textContent =
     `Read on ${whole(all.sequences)} sequences of ${corpus.name} ` +
     `(${corpus.split}, SHA-256 ${String(corpus.sha256).slice(0, 12)}). ` +
-    `Model ${all.model}, gemma_scope ${all.code}.`;
+    `Model ${all.model}${weightsOf()}, gemma_scope ${all.code}.`;
+}
+
+// What a quantised model's weights are, in brackets.
+function weightsOf() {
+  return all.quantisation ? ` (quantised: ${all.quantisation})` : '';
 }
 
 async function route(parts, stale) {

@@ -189,7 +189,7 @@ function collection() {
     [all.title],
     h('h1', {}, all.title),
     note(
-      `${all.model}, read on ${whole(all.sequences)} sequences of ` +
+      `${all.model}${weightsOf()}, read on ${whole(all.sequences)} sequences of ` +
         `${all.corpus.name} (${all.corpus.split})${all.date ? ', ' + all.date : ''}`,
     ),
     para(

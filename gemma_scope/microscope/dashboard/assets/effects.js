@@ -92,6 +92,7 @@ function effectColumns(data) {
         'Exact effect on the model beyond its controls: it moves what its ' +
         'logits say, something else, or nothing.',
       get: (r) => r.q,
+      text: (r) => r.verdict,
       show: (r) => {
         const name = VERDICT_NAMES[r.verdict];
         if (!name) return soft(DASH);

@@ -15,7 +15,9 @@ async function unpackExamples(f) {
     const [sequence, position] = f.at.slice(2 * e, 2 * e + 2);
     const start = position - Math.floor(width / 2);
     const own = shares.slice(e * width, (e + 1) * width).map((v) => v * f.max);
-    all_.push({ sequence, position, value: (t) => own[t - start] ?? 0 });
+    const document_ = (f.documents || [])[e];
+    const value = (t) => own[t - start] ?? 0;
+    all_.push({ sequence, position, document_, value });
   }
   const silent = f.silent.map((sequence) => ({
     sequence,
@@ -52,6 +54,7 @@ function exampleTokens(f, e) {
 function example(f, e) {
   const value = e.position === null ? 0 : e.value(e.position);
   const where =
+    (missing(e.document_) ? '' : `document ${e.document_}, `) +
     `sequence ${e.sequence}` +
     (e.position === null ? '' : `, token ${e.position}`);
   const label = h('span', { class: 'value', tabindex: '0' }, number(value));

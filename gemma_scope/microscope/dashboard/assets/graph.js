@@ -104,18 +104,57 @@ function graphPicture(g, words) {
   };
   const top = h('text', { x: width / 2 + 14, y: 28 }, difference(g.logit));
   const box = { viewBox: `0 0 ${width} ${height}`, role: 'img' };
-  return h(
-    'div',
-    { class: 'scroll', tabindex: '0' },
-    h(
-      'svg',
-      { ...box, 'aria-label': 'attribution graph' },
-      edges,
-      nodes,
-      columns.map(name),
-      top,
-    ),
+  const svg = h(
+    'svg',
+    { ...box, 'aria-label': 'attribution graph' },
+    edges,
+    nodes,
+    columns.map(name),
+    top,
   );
+  const scroll = { class: 'scroll', tabindex: '0' };
+  return h('div', scroll, figure(svg, 'attribution graph'));
+}
+
+// Edges between two tokens, by size, with the heads that carry them.
+function headTable(g, words) {
+  const name = (n) =>
+    n.kind === 'feature'
+      ? `${n.layer} #${n.feature} ${words(n)}`
+      : n.kind + (n.kind === 'error' ? ` of layer ${n.layer}` : '');
+  const end = (i) => {
+    const n = g.nodes[i];
+    const at = missing(n.position) ? '' : ` at ${named(g.pieces[n.position])}`;
+    return name(n) + at;
+  };
+  const listed = g.edges
+    .map(([a, b, w], e) => ({ a, b, w, heads: (g.heads || [])[e] || [] }))
+    .filter((line) => line.heads.length)
+    .sort((x, y) => Math.abs(y.w) - Math.abs(x.w))
+    .slice(0, 60);
+  if (!listed.length) return null;
+  const head = (one) => `${one.layer}.${one.head} ${percent(one.share, 2)}`;
+  const columns = [
+    { name: 'from', get: (line) => end(line.a) },
+    { name: 'to', get: (line) => end(line.b) },
+    {
+      name: 'adds',
+      get: (line) => line.w,
+      show: (line) => number(line.w),
+      number: true,
+    },
+    {
+      name: 'through heads',
+      hint:
+        'Layer and head, and the share of the edge whose last step through ' +
+        'attention is that head.',
+      get: (line) => line.heads.map(head).join(', '),
+    },
+  ];
+  return [
+    h('h3', {}, 'Edges through attention'),
+    table('heads', columns, listed, { by: 2, down: true }),
+  ];
 }
 
 function graphTable(g, words) {
@@ -159,9 +198,13 @@ function graph(g, words) {
     para(
       'Predicted against exact: rank correlation ' +
         `${number(g.agreement.spearman, 2)}, slope ${number(g.agreement.slope, 2)}. ` +
-        `The influence ends in ${ends.join(', ')}; rings are not features.`,
+        `The influence ends in ${ends.join(', ')}; rings are not features. ` +
+        `circuit-tracer\u2019s scores: replacement ` +
+        `${number(g.scores.replacement, 2)}, completeness ` +
+        `${number(g.scores.completeness, 2)}.`,
     ),
     graphPicture(g, words),
     graphTable(g, words),
+    headTable(g, words),
   ];
 }

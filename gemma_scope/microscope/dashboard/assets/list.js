@@ -56,11 +56,13 @@ function listColumns(query, { id, data }) {
       name: 'fires on',
       get: (r) => r.tokens,
       show: (r) => chips(r.words, query),
+      text: (r) => JSON.stringify(r.words.map(piece)),
     },
     {
       name: 'makes likelier',
       hint: 'The tokens whose logits it raises most, read off its decoder.',
       get: (r) => r.logits.map(piece).join(),
+      text: (r) => JSON.stringify(r.logits.map(piece)),
       show: (r) => chips(r.logits.slice(0, 4), query),
     },
     {

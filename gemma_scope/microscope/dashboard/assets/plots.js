@@ -115,17 +115,19 @@ function plot(points, lines, labels, onpick) {
   );
   const path = (line) =>
     'M' + line.map((p) => `${across(p.x)},${up(p.y)}`).join('L');
-  return h(
+  const name = `${labels.y} against ${labels.x}`;
+  const svg = h(
     'svg',
     {
       viewBox: `0 0 ${FRAME.width} ${FRAME.height}`,
       role: 'img',
-      'aria-label': `${labels.y} against ${labels.x}`,
+      'aria-label': name,
     },
     marks,
     lines.map((line) => h('path', { class: 'line', d: path(line) })),
     points.map((p) => dot(p, across, up, onpick)),
   );
+  return figure(svg, name);
 }
 
 // Counts in bins, on a logarithmic axis of values; `mark` draws a line there.
@@ -154,7 +156,7 @@ function histogram(counts, edges, { x, y, mark }) {
       ),
     );
   const line = { class: 'threshold', x1: across(mark), x2: across(mark) };
-  return h(
+  const svg = h(
     'svg',
     {
       viewBox: `0 0 ${FRAME.width} ${FRAME.height}`,
@@ -167,4 +169,5 @@ function histogram(counts, edges, { x, y, mark }) {
       ? h('line', { ...line, y1: 8, y2: FRAME.height - FRAME.bottom })
       : null,
   );
+  return figure(svg, `${y} against ${x}`);
 }

@@ -1,8 +1,8 @@
 'use strict';
 // Tables that sort by any column and remember the order.
 //
-// A column: {name, get, show?, number?, link?, hint?}. `get` gives what is
-// sorted by, `show` what stands there.
+// A column: {name, get, show?, text?, number?, link?, hint?}. `get` gives what
+// is sorted by, `show` what stands there, `text` what a CSV file says.
 
 const tableOrders = {}; // by the table's key
 
@@ -83,6 +83,9 @@ function sortable(key, columns, order, most = Infinity) {
           ),
         ),
         h('tbody', {}, sorted.slice(0, most).map(line)),
+      ),
+      saver('Save CSV', () =>
+        download(`${key}.csv`, 'text/csv', csvText(columns, sorted)),
       ),
     );
     return sorted;

@@ -1,0 +1,83 @@
+"""What the probes of a concept show, for a reader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_scope.evaluation.saebench import probe
+
+
+def report(result: Mapping[str, Any]) -> str:
+  """`run`'s result as lines of text; the last says what it shows."""
+  lines = [f'{"probe on":24}{"k":>4}  AUC, held out        balanced accuracy']
+  for fitted in result['probes']:
+    k = '' if fitted['k'] is None else fitted['k']
+    cells = [_cell(fitted[name]) for name in ('auc', 'balanced_accuracy')]
+    lines.append(f'{fitted["on"]:24}{k:>4}  ' + '  '.join(cells))
+  return '\n'.join([*lines, conclusion(result)])
+
+
+def conclusion(result: Mapping[str, Any]) -> str:
+  """What `run` shows, in a sentence or two.
+
+  Latents detect the concept where, at some k, their interval lies above that of
+  the random SAE's k latents and above all shuffles. The best such k (by AUC) is
+  compared with as many coordinates and components of the raw activation, and
+  with the dense probes on all of it: an interval that lies above another beats
+  it.
+  """
+
+  def above(fitted, controls):
+    others = [probe.best(result, on, fitted['k']) for on in controls]
+    low = fitted['auc']['low']
+    return low is not None and all(
+      other is None or low > (other['auc']['high'] or 1) for other in others
+    )
+
+  sparse = [fitted for fitted in result['probes'] if fitted['on'] == 'latents']
+  held = [o for o in sparse if above(o, ('random_sae', 'shuffled_labels'))]
+  if not held:
+    return (
+      'No sparse probe on latents beats a random SAE and shuffled labels: the '
+      'latents do not detect the concept.'
+    )
+  top = max(held, key=lambda fitted: fitted['auc']['value'])
+  rivals = (
+    ('as many coordinates of the activation', 'coordinates', top['k']),
+    ('as many components of it', 'pca', top['k']),
+    ('a dense probe of it', 'activations', None),
+    ('the difference of means', 'difference_of_means', None),
+  )
+  outcomes: dict[str, list[str]] = {}
+  for name, on, k in rivals:
+    other = probe.best(result, on, k)
+    if other is not None:
+      outcome = _outcome(top['auc'], other['auc'])
+      outcomes.setdefault(outcome, []).append(
+        f'{name} ({other["auc"]["value"]:.3f})'
+      )
+  parts = [
+    f'{outcome} {" and ".join(names)}' for outcome, names in outcomes.items()
+  ]
+  count = 'The latent' if top['k'] == 1 else f'The {top["k"]} latents'
+  verb = 's' if top['k'] == 1 else ''
+  return (
+    f'{count} (AUC {top["auc"]["value"]:.3f}) detect{verb} the concept beyond '
+    'a random SAE and shuffled labels. By the intervals: '
+    f'{"; ".join(parts)}.'
+  )
+
+
+def _outcome(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+  if own['low'] is None or other['low'] is None:
+    return 'not told apart from'
+  if own['low'] > other['high']:
+    return 'better than'
+  return 'worse than' if own['high'] < other['low'] else 'not told apart from'
+
+
+def _cell(figure: Mapping[str, float | None]) -> str:
+  if figure['low'] is None:
+    return f'{figure["value"]:.3f}{"":16}'
+  return f'{figure["value"]:.3f} ({figure["low"]:.3f}, {figure["high"]:.3f})'

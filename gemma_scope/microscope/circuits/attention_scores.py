@@ -1,0 +1,285 @@
+"""Why a head attends: its score, as pairs of sources of the query and the key.
+
+At token t the input of a head is, in the frozen model, a sum over sources
+(`replacement_model`), x_t = sum_i x_ti. With the denominators of the norms of
+queries and keys held too, queries and keys are linear in it:
+
+  q = scale R_t diag(1 + g_q) W_Q x_t / |W_Q x_t|_rms       k alike, no scale
+  score = q . k = sum_ij q_i . k_j
+
+Sources are single features (those that matter most to the score), and groups:
+the other features, errors, embeddings and biases. The terms of all pairs add up
+to the score before the soft-cap. R is the rotary embedding (arXiv 2104.09864).
+
+Ablating a feature at its token takes its row and its column out. The change of
+the score that this predicts is compared with the exact one, measured by
+ablating the feature in the whole model; the control is the same comparison with
+the predictions shuffled among the features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma_scope import sites
+from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import splice
+from gemma_scope.microscope.circuits import attention_heads, effects, intervene
+from gemma_scope.microscope.circuits.intervene import Change, Subject
+from gemma_scope.microscope.circuits.replacement_model import (
+  KINDS,
+  Replacement,
+)
+
+_SHUFFLES = 999
+_EPSILON = 1e-6  # of Gemma's norms
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """A score: of a query token for a key token, in a head."""
+
+  layer: int
+  head: int
+  query: int
+  key: int
+
+  @property
+  def site(self) -> sites.Site:
+    """What the head reads."""
+    return sites.Site(self.layer, 'attn_in')
+
+
+class Head:
+  """Queries and keys of one head, in float64 on the host.
+
+  Args:
+    gemma, lm_params: the model: Gemma 2 or 3.
+    layer, head: the head.
+
+  Raises:
+    ValueError: there is no such head.
+  """
+
+  def __init__(self, gemma: lm.Gemma, lm_params, layer: int, head: int):
+    c = gemma.config
+    if not (0 <= layer < c.num_layers and 0 <= head < c.num_heads):
+      raise ValueError(
+        f'There is no head {head} in layer {layer}: {c.name} has '
+        f'{c.num_layers} layers of {c.num_heads} heads.'
+      )
+    attn = lm_params[f'layer_{layer}']['attn']
+    wide = lambda a: np.asarray(a, np.float64)
+    if 'qkv_einsum' in attn:
+      self._q_DH, self._k_DH = wide(attn['qkv_einsum']['w'][:2, head])
+    else:
+      shared = head // (c.num_heads // c.num_kv_heads)
+      self._q_DH = wide(attn['q_einsum']['w'][head])
+      self._k_DH = wide(attn['kv_einsum']['w'][0, shared])
+    gains = [attn.get(f'_{name}_norm') for name in ('query', 'key')]
+    self._gain_2H = [None if g is None else 1 + wide(g['scale']) for g in gains]
+    local = c.pattern[layer % len(c.pattern)] == 'L'
+    self._base = 10_000 if local else c.global_rope_base
+    self._factor = 1.0 if local else c.global_rope_factor
+    width = c.d_model // c.num_heads if c.query_scale_by_heads else c.head_dim
+    self._scale = width**-0.5
+
+  def query(self, parts_ND: np.ndarray, position: int) -> np.ndarray:
+    """q of parts that add up to the head's input at a token, [N, H]."""
+    q_NH = self._rotated(parts_ND @ self._q_DH, self._gain_2H[0], position)
+    return q_NH * self._scale
+
+  def key(self, parts_ND: np.ndarray, position: int) -> np.ndarray:
+    """k of parts that add up to the head's input at a token, [N, H]."""
+    return self._rotated(parts_ND @ self._k_DH, self._gain_2H[1], position)
+
+  def _rotated(self, x_NH, gain_H, position: int):
+    if gain_H is not None:
+      whole_H = x_NH.sum(0)
+      norm = np.sqrt(np.mean(whole_H**2) + _EPSILON)
+      x_NH = x_NH / norm * gain_H
+    half = x_NH.shape[1] // 2
+    period_h = self._base ** (np.arange(half) / half) * self._factor
+    sin_h, cos_h = np.sin(position / period_h), np.cos(position / period_h)
+    a_Nh, b_Nh = x_NH[:, :half], x_NH[:, half:]
+    return np.concatenate(
+      [a_Nh * cos_h - b_Nh * sin_h, b_Nh * cos_h + a_Nh * sin_h], 1
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+  """A score as a sum over pairs.
+
+  Attributes:
+    place: the score.
+    score: q . k, before the soft-cap.
+    sources: the sources of the rows and of the columns: {'kind'}, and of a
+      feature 'member', 'feature', 'layer' and 'position'.
+    term_NN: q_i . k_j.
+  """
+
+  place: Place
+  score: float
+  sources: list[dict[str, Any]]
+  term_NN: np.ndarray
+
+
+def decompose(model: Replacement, place: Place, most: int = 12) -> Scores:
+  """The score of `place`, over the `most` features of each side and groups.
+
+  Raises:
+    ValueError: there is no such head, or the key comes after the query.
+  """
+  gemma, lm_params, tokens_1T, _ = model.frozen
+  if not 0 <= place.key <= place.query < tokens_1T.shape[1]:
+    raise ValueError(
+      f'Token {place.query} does not attend to token {place.key}: a key is at '
+      'or before its query.'
+    )
+  head = Head(gemma, lm_params, place.layer, place.head)
+  at = (place.site,)
+  input_TD = np.asarray(
+    splice.taps(gemma, lm_params, tokens_1T, at)[place.site][0], np.float64
+  )
+  # Which features matter: the score is linear in either side.
+  q_H = head.query(input_TD[place.query][None], place.query)[0]
+  k_H = head.key(input_TD[place.key][None], place.key)[0]
+  slope = lambda of, x_D, other_H, t: np.array(
+    [of(np.stack([d, x_D - d]), t)[0] @ other_H for d in np.eye(len(x_D))]
+  )
+  ends = [
+    (place.query, slope(head.query, input_TD[place.query], k_H, place.query)),
+    (place.key, slope(head.key, input_TD[place.key], q_H, place.key)),
+  ]
+  rows = model.rows([(place.site, t, v.astype(np.float32)) for t, v in ends])
+  single = sorted({j for row_n in rows for j in _largest(model, row_n, most)})
+  moved = attention_heads.tangents(model, _groups(model, single), at)
+  moved_GTD = np.stack([m[place.site] for m in moved]).astype(np.float64)
+  q_NH = head.query(moved_GTD[:, place.query], place.query)
+  k_NH = head.key(moved_GTD[:, place.key], place.key)
+  sources = _sources(model, single)
+  return Scores(place, float(q_H @ k_H), sources, q_NH @ k_NH.T)
+
+
+def _largest(model: Replacement, row_n: np.ndarray, most: int) -> list[int]:
+  """The features that add most, in absolute value."""
+  features = np.flatnonzero((model.sources.kind == 0) & (row_n != 0))
+  order = np.argsort(-np.abs(row_n[features]), kind='stable')
+  return features[order[:most]].tolist()
+
+
+def _groups(model: Replacement, single: Sequence[int]) -> list[list[int]]:
+  """Each of the features, then all other sources by kind."""
+  kinds = [np.flatnonzero(model.sources.kind == n) for n in range(len(KINDS))]
+  return [[j] for j in single] + [
+    [int(j) for j in kind if j not in single] for kind in kinds
+  ]
+
+
+def _sources(model: Replacement, single: Sequence[int]) -> list[dict[str, Any]]:
+  """The names of `_groups`."""
+  s = model.sources
+  fields = ('member', 'feature', 'layer', 'position')
+  names = [
+    {'kind': 'feature', **{name: int(getattr(s, name)[j]) for name in fields}}
+    for j in single
+  ]
+  return [*names, {'kind': 'other features'}, *({'kind': k} for k in KINDS[1:])]
+
+
+def compare(
+  subjects: Sequence[Subject], tokens_T: Sequence[int], found: Scores
+) -> dict[str, Any]:
+  """Predicted and exact changes of the score when its features are ablated.
+
+  Returns:
+    'features', each with `predicted` and `exact`; 'spearman', their rank
+    correlation; and 'p', the share of shuffled predictions with a correlation
+    at least as high. None where there are too few features.
+  """
+  from scipy import stats  # slow to import
+
+  term_NN, lines = found.term_NN, []
+  # A feature's row and column; where they cross, once.
+  lost_N = term_NN.sum(0) + term_NN.sum(1) - np.diag(term_NN)
+  for source, lost in zip(found.sources, lost_N, strict=True):
+    if source['kind'] == 'feature':
+      subject = subjects[source['member']]
+      left = _ablated(subject, tokens_T, found.place, source)
+      change = {'predicted': -float(lost), 'exact': left - found.score}
+      lines.append({**source, **change})
+  predicted = [line['predicted'] for line in lines]
+  exact = np.array([line['exact'] for line in lines])
+  if len(set(predicted)) < 3 or len(set(exact.tolist())) < 3:
+    return {'features': lines, 'spearman': None, 'p': None}
+  correlation = lambda p: float(stats.spearmanr(p, exact).statistic)
+  own, rng = correlation(predicted), np.random.default_rng(0)
+  shuffled = [correlation(rng.permutation(predicted)) for _ in range(_SHUFFLES)]
+  p = (1 + sum(value >= own for value in shuffled)) / (1 + _SHUFFLES)
+  return {'features': lines, 'spearman': own, 'p': p}
+
+
+def _ablated(subject: Subject, tokens_T, place: Place, source) -> float:
+  """The score in the whole model without a feature at its token."""
+  tokens_1T = effects.padded([tokens_T])
+  rows = intervene.rows(subject, [[Change(source['feature'])]])
+  where_1T = np.arange(tokens_1T.shape[1])[None] == source['position']
+  edits = intervene.edits(subject.place, subject.params, rows, where_1T, False)
+  taps = subject.gemma.forward(
+    subject.lm_params, tokens_1T, taps=(place.site,), edits=edits, logits=False
+  ).taps
+  input_TD = np.asarray(taps[place.site][0], np.float64)
+  head = Head(subject.gemma, subject.lm_params, place.layer, place.head)
+  q_H = head.query(input_TD[place.query][None], place.query)[0]
+  return float(q_H @ head.key(input_TD[place.key][None], place.key)[0])
+
+
+def plain(found: Scores) -> dict[str, Any]:
+  """The score for JSON."""
+  return {
+    'place': dataclasses.asdict(found.place),
+    'score': found.score,
+    'sources': found.sources,
+    'terms': found.term_NN.tolist(),
+  }
+
+
+def report(found: Scores, compared: Mapping[str, Any], named) -> str:
+  """The largest pairs, and how predictions compare with ablations.
+
+  Args:
+    named: label of (member, feature).
+  """
+  place = found.place
+
+  def name(source) -> str:
+    if source['kind'] != 'feature':
+      return source['kind']
+    label = named(source['member'], source['feature'])
+    return (
+      f'{source["layer"]}/{source["feature"]} at {source["position"]} {label}'
+    )
+
+  order = np.argsort(-np.abs(found.term_NN), axis=None, kind='stable')[:12]
+  lines = [
+    f'head {place.head} of layer {place.layer}, token {place.query} to '
+    f'{place.key}: score {found.score:.3f}; largest of '
+    f'{found.term_NN.size} terms (query | key):'
+  ]
+  for i, j in zip(*np.unravel_index(order, found.term_NN.shape), strict=True):
+    lines.append(
+      f'{found.term_NN[i, j]:>9.3f}  {name(found.sources[i])} | '
+      f'{name(found.sources[j])}'
+    )
+  if compared['spearman'] is not None:
+    lines.append(
+      f'{len(compared["features"])} features ablated: predicted against exact '
+      f'change of the score, rank correlation {compared["spearman"]:.2f}, '
+      f'p {compared["p"]:.3f} (shuffled predictions)'
+    )
+  return '\n'.join(lines)

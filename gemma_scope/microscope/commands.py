@@ -18,6 +18,7 @@ sentence if an input is wrong.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import pathlib
 from typing import Any
@@ -31,7 +32,7 @@ from gemma_scope.evaluation.saebench import (
   probe_report,
   suite,
 )
-from gemma_scope.language_model import generate
+from gemma_scope.language_model import generate, weights
 from gemma_scope.microscope import inputs
 from gemma_scope.microscope.autointerp import labels, llm
 from gemma_scope.microscope.circuits import (
@@ -351,12 +352,15 @@ def score(session: Session, options: Options) -> Result:
 
 def export(session: Session, options: Options) -> Result:
   """Writes Neuronpedia's bulk-import files from the indexes."""
+  c = session.config.lm
+  size = weights.read_config(c.name, c.checkpoint)
   naming = neuronpedia.Naming(
     options.model_id or session.config.lm.name,
     options.title,
     options.creator,
-    *session.model_size,
-    session.date,
+    size.num_layers,
+    size.d_ff,
+    datetime.date.today().isoformat(),
   )
   ids = {
     sae.name: neuronpedia.source_id(session.index(sae), naming.release)

@@ -125,18 +125,6 @@ class Session:
     c = self.config.lm
     return weights.load(c.name, c.checkpoint, dtype=c.dtype, mesh=self.mesh)
 
-  @property
-  def model_size(self) -> tuple[int, int]:
-    """The model's layers, and the neurons in the MLP of each."""
-    c = weights.read_config(self.config.lm.name, self.config.lm.checkpoint)
-    return c.num_layers, c.d_ff
-
-  @property
-  def date(self) -> str:
-    """When the SAEs were indexed, as YYYY-MM-DD; today before that."""
-    today = datetime.date.today().isoformat()
-    return (self._built or {}).get('date') or today
-
   @functools.cached_property
   def tokenizer(self) -> tokenizers.Tokenizer:
     """The language model's tokenizer."""
@@ -225,9 +213,8 @@ class Session:
 
   def indexed(self, sae: release.Released) -> Indexed:
     """The SAE with its index and labels; ValueError if it has no index."""
-    index = self.index(sae)
-    path, digest = self.effects_path(sae), index.meta['sae_sha256']
-    cards = card_results.read(path, digest)
+    index, path = self.index(sae), self.effects_path(sae)
+    cards = card_results.read(path, index.meta['sae_sha256'])
     return Indexed(sae, index, self.labels(sae), cards)
 
   def effects_path(self, sae: release.Released) -> pathlib.Path:
@@ -368,7 +355,7 @@ class Session:
   def pages(self) -> pathlib.Path:
     """Rewrites the pages with the current labels; returns the first page."""
     self.check_built()
-    return self._write_pages(self.date)
+    return self._write_pages((self._built or {}).get('date', ''))
 
   def check_built(self) -> None:
     """Raises ValueError unless the pages exist and show these SAEs."""

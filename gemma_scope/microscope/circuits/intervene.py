@@ -318,26 +318,23 @@ def edits(
       changed there.
   """
   per = params['b_enc'].size // len(place.sites)
-  layer_BK, own_BK = (
-    f(rows.feature_BK, per) for f in (jnp.floor_divide, jnp.mod)
-  )
+  layer_BK, own_BK = jnp.divmod(rows.feature_BK, per)
   writer_BK = jnp.mod(rows.writer_BK, per)
   kind_B1K = rows.kind_BK[:, None]
   step = {}  # layer -> change of each latent's value [B, T, K]
 
-  def usual(site, x_BTD):
-    return ~outliers.is_outlier({site: x_BTD}, norm_bounds)
+  usual = lambda site, x: ~outliers.is_outlier({site: x}, norm_bounds)
 
   def read(layer, x_BTD):
     x_BTD = x_BTD.astype(jnp.float32)
-    usual_BT = usual(place.sites[layer], x_BTD)
     f_BTK = _values(params, layer, own_BK, x_BTD)
     wanted = jnp.select(
       [kind_B1K == _ADD, kind_B1K == _CLAMP, kind_B1K == _ABLATE],
       [f_BTK + rows.value_BK[:, None], rows.value_BK[:, None], 0.0],
       f_BTK,
     )
-    here = (where_BT & usual_BT)[..., None] & (layer_BK == layer)[:, None]
+    here = (layer_BK == layer)[:, None] & where_BT[..., None]
+    here &= usual(place.sites[layer], x_BTD)[..., None]
     step[layer] = jnp.where(here, wanted - f_BTK, 0)
 
   def write(layer, y_BTD):

@@ -46,7 +46,7 @@ class Naming:
     release: name of the set of SAEs: a-z, 0-9 and dashes.
     creator: who made the SAEs.
     layers, neurons: of the model: layers, and neurons in the MLP of a layer.
-    date: when the features were indexed, as YYYY-MM-DD.
+    date: when the rows were made, as YYYY-MM-DD.
     user: id of the database's user that owns the rows; by default that of a
       local Neuronpedia.
   """

@@ -20,9 +20,11 @@ the predictions shuffled among the features.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from gemma_scope import sites
@@ -229,14 +231,24 @@ def _ablated(subject: Subject, tokens_T, place: Place, source) -> float:
   tokens_1T = effects.padded([tokens_T])
   rows = intervene.rows(subject, [[Change(source['feature'])]])
   where_1T = np.arange(tokens_1T.shape[1])[None] == source['position']
-  edits = intervene.edits(subject.place, subject.params, rows, where_1T, False)
-  taps = subject.gemma.forward(
-    subject.lm_params, tokens_1T, taps=(place.site,), edits=edits, logits=False
-  ).taps
-  input_TD = np.asarray(taps[place.site][0], np.float64)
+  where = subject.gemma, subject.place, place.site
+  params = subject.lm_params, subject.params
+  read_TD = _without(where, params, tokens_1T, rows, where_1T)
+  input_TD = np.asarray(read_TD, np.float64)
   head = Head(subject.gemma, subject.lm_params, place.layer, place.head)
   q_H = head.query(input_TD[place.query][None], place.query)[0]
   return float(q_H @ head.key(input_TD[place.key][None], place.key)[0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _without(where, params, tokens_1T, rows, where_1T):
+  gemma, wiring, site = where
+  lm_params, sae_params = params
+  edits = intervene.edits(wiring, sae_params, rows, where_1T, False)
+  taps = gemma.forward(
+    lm_params, tokens_1T, taps=(site,), edits=edits, logits=False
+  ).taps
+  return taps[site][0]
 
 
 def plain(found: Scores) -> dict[str, Any]:

@@ -29,7 +29,7 @@ import numpy as np
 
 from gemma_scope import sites
 from gemma_scope.language_model import gemma as lm
-from gemma_scope.language_model import splice
+from gemma_scope.language_model import gemma3, splice
 from gemma_scope.microscope.circuits import attention_heads, effects, intervene
 from gemma_scope.microscope.circuits.intervene import Change, Subject
 from gemma_scope.microscope.circuits.replacement_model import (
@@ -64,11 +64,15 @@ class Head:
     layer, head: the head.
 
   Raises:
-    ValueError: there is no such head.
+    ValueError: there is no such head, or the model is of another generation.
   """
 
   def __init__(self, gemma: lm.Gemma, lm_params, layer: int, head: int):
     c = gemma.config
+    if not isinstance(c, gemma3.Config):
+      raise ValueError(
+        f'Scores of heads are explained for Gemma 2 and 3; found {c.name}.'
+      )
     if not (0 <= layer < c.num_layers and 0 <= head < c.num_heads):
       raise ValueError(
         f'There is no head {head} in layer {layer}: {c.name} has '

@@ -1,20 +1,22 @@
-"""The tutorial runs from top to bottom, and says what it claims."""
+"""The tutorial runs from top to bottom; the cases compile and have outputs."""
 
 from __future__ import annotations
 
 import ast
 import copy
+import importlib
 import os
 import pathlib
 import re
+import sys
 
 import pytest
 
 import gemma_scope
 
-PATH = (
-  pathlib.Path(gemma_scope.__file__).parents[1] / 'notebooks' / 'tutorial.ipynb'
-)
+FOLDER = pathlib.Path(gemma_scope.__file__).parents[1] / 'notebooks'
+PATH = FOLDER / 'tutorial.ipynb'
+CASES = ('bias',)
 nbformat = pytest.importorskip('nbformat', reason='nbformat is not installed')
 
 
@@ -23,26 +25,82 @@ def written():
   return nbformat.read(PATH, as_version=4)
 
 
+@pytest.fixture(scope='module', params=CASES)
+def any_book(request):
+  return nbformat.read(FOLDER / f'{request.param}.ipynb', as_version=4)
+
+
 def code(book):
   return [cell for cell in book.cells if cell.cell_type == 'code']
 
 
 def said(cell) -> str:
-  return ''.join(
-    output.get('text', '') for output in cell.outputs if 'text' in output
-  )
+  """All text of a cell's outputs, HTML too."""
+  shown = [''.join(output.get('text', '')) for output in cell.outputs]
+  for output in cell.outputs:
+    data = output.get('data', {})
+    shown += [data[key] for key in data if key.startswith('text/')]
+  return ''.join(shown)
 
 
-def test_it_imports_and_defines_nothing(written):
-  for cell in code(written):
+def test_it_imports_and_defines_nothing(any_book):
+  for cell in code(any_book):
     for node in ast.walk(ast.parse(cell.source)):
       assert not isinstance(node, ast.FunctionDef | ast.ClassDef)
 
 
-def test_outputs_are_committed_and_name_no_machine(written):
+def test_outputs_are_committed_and_name_no_machine(any_book):
+  assert [cell.execution_count for cell in code(any_book)] == list(
+    range(1, len(code(any_book)) + 1)
+  )
+  for cell in code(any_book):
+    assert not [o for o in cell.outputs if o.output_type == 'error']
+    assert not [o for o in cell.outputs if o.get('name') == 'stderr']
+    assert not re.search(r'(?<!\w)/(home|root|work|tmp|Users)/', said(cell))
+  pictures = [
+    output
+    for cell in code(any_book)
+    for output in cell.outputs
+    if 'image/png' in output.get('data', {})
+  ]
+  assert len(pictures) >= 2
+  assert 'TODO' not in ''.join(cell.source for cell in any_book.cells)
+
+
+def test_everything_that_it_uses_exists(any_book):
+  """Modules, and the functions of modules, as the notebook names them."""
+  modules = {}
+  tree = ast.parse('\n'.join(cell.source for cell in code(any_book)))
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ImportFrom) and 'gemma_scope' in node.module:
+      parent = importlib.import_module(node.module)
+      for alias in node.names:
+        name = f'{node.module}.{alias.name}'
+        if not hasattr(parent, alias.name):
+          importlib.import_module(name)
+        modules[alias.asname or alias.name] = getattr(parent, alias.name)
+  assert len(modules) > 3
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+      module = modules.get(node.value.id)
+      if isinstance(module, type(ast)):
+        assert hasattr(module, node.attr), f'{node.value.id}.{node.attr}'
+
+
+def test_prompts_of_the_bias_are_distinct(monkeypatch):
+  monkeypatch.setattr(sys, 'path', [str(FOLDER), *sys.path])
+  professions = importlib.import_module('professions')
+  assert len(set(professions.PROFESSIONS)) == len(professions.PROFESSIONS)
+  assert not set(professions.HE) & set(professions.SHE)
+  assert all(text.count('{}') == 1 for text in professions.TEMPLATES)
+
+
+def test_the_tutorial_has_outputs_and_defines_nothing(written):
   for cell in code(written)[2:]:
     assert cell.execution_count
     assert not [o for o in cell.outputs if o.output_type == 'error']
+    for node in ast.walk(ast.parse(cell.source)):
+      assert not isinstance(node, ast.FunctionDef | ast.ClassDef)
   text = ''.join(said(cell) for cell in code(written))
   assert not re.search(r'(?<!\w)/(home|root|work|tmp|Users)/', text)
 

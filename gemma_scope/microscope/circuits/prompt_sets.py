@@ -1,7 +1,7 @@
 """Many prompts at once: logits and losses under an edit, and attributions.
 
   ablation     x' = x - sum_i f_i W_dec[i]      latents i of an SAE set to 0
-  projection   x' = x - (projection of x onto the span of given directions)
+  projection   x' = x - P (x - c)               P projects on given directions
   addition     x' = x + v
 
 An edit changes every token but the first (BOS) and applies to all prompts of a
@@ -59,7 +59,7 @@ def ablation(params: Mapping[str, np.ndarray], features: Sequence[int]):
       'set of prompts; use intervene for others.'
     )
   index, count = np.asarray(features, np.int32), len(features)
-  index = np.pad(index, (0, -count % _TOGETHER))
+  index = np.pad(index, (0, (-count % _TOGETHER) if count else _TOGETHER))
   part = {key: np.asarray(array) for key, array in params.items()}
   for key in ('b_enc', 'threshold', 'W_dec'):
     part[key] = part[key][index]
@@ -68,14 +68,22 @@ def ablation(params: Mapping[str, np.ndarray], features: Sequence[int]):
   return Partial(_without, part)
 
 
-def projection(directions_KD: np.ndarray):
-  """The edit that projects out the span of K directions."""
+def projection(directions_KD: np.ndarray, centre_D: np.ndarray | float = 0.0):
+  """The edit that projects out the span of K directions.
+
+  Args:
+    directions_KD: the directions.
+    centre_D: c, whose part along the directions stays. Where activations have a
+      large mean, as in a residual stream, give it: 0 removes it too.
+  """
   basis_DK, size_K, _ = np.linalg.svd(
     np.asarray(directions_KD, np.float64).T, full_matrices=False
   )
   basis_DK = basis_DK * (size_K > 1e-6 * size_K.max())
   padding = (0, 0), (0, -basis_DK.shape[1] % _TOGETHER)
-  return Partial(_projected, np.pad(basis_DK, padding).astype(np.float32))
+  centre_D = np.broadcast_to(centre_D, basis_DK.shape[:1])
+  arrays = np.pad(basis_DK, padding), centre_D
+  return Partial(_projected, *(array.astype(np.float32) for array in arrays))
 
 
 def addition(vector_D: np.ndarray):
@@ -89,8 +97,8 @@ def _without(params, x_BTD):
     return _spare_first(x_BTD, -f_BTK @ params['W_dec'])
 
 
-def _projected(basis_DK, x_BTD):
-  return _spare_first(x_BTD, -(x_BTD @ basis_DK) @ basis_DK.T)
+def _projected(basis_DK, centre_D, x_BTD):
+  return _spare_first(x_BTD, -((x_BTD - centre_D) @ basis_DK) @ basis_DK.T)
 
 
 def _added(vector_D, x_BTD):

@@ -89,6 +89,13 @@ def test_projection_and_addition():
   # What is orthogonal to the directions stays.
   q_D = np.linalg.svd(d_KD)[2][-1]
   np.testing.assert_allclose(out_BTD @ q_D, x_BTD @ q_D, atol=1e-5)
+  # The part of a centre along the directions stays.
+  centred_BTD = np.asarray(prompt_sets.projection(d_KD, q_D + d_KD[0])(x_BTD))
+  np.testing.assert_allclose(
+    centred_BTD[:, 1:] @ d_KD.T,
+    np.broadcast_to(d_KD[0] @ d_KD.T, (2, 3, 2)),
+    atol=1e-4,
+  )
   added_BTD = np.asarray(prompt_sets.addition(d_KD[0])(x_BTD))
   np.testing.assert_array_equal(added_BTD[:, 0], x_BTD[:, 0])
   np.testing.assert_allclose(

@@ -330,7 +330,8 @@ def test_transcoders_give_graph_files_and_heads(workdir, said, tmp_path):
     run(
       'why', workdir, said, given, out, sae='layer_1', text=TEXT, target=target
     )
-    assert 'Not tested' in ''.join(said)
+    assert 'circuit-tracer scores' in ''.join(said)
+    assert json.loads((out / 'graph.json').read_text())['shuffled'] == []
   for target in ('feature:3/99', 'feature:9/1', 'resid_post/2:none.npy', 'x'):
     with pytest.raises(ValueError, match='--target='):
       run(

@@ -239,13 +239,19 @@ def resolve_paths(config: ConfigDict) -> None:
   for name in _PATHS:
     section, _, field = name.partition('.')
     path = os.path.expanduser(config[section][field])
-    if name not in _ADDRESSES and files.scheme(path):
+    scheme = files.scheme(path)
+    if scheme and name not in _ADDRESSES:
       raise ConfigError(
         f'{name} must be a path on this machine; found the address '
         f'{files.show(path)}.'
       )
+    if scheme not in ('', 'gs', 's3'):
+      raise ConfigError(
+        f'{name} must be a path, or an address gs:// or s3://; found '
+        f'{files.show(path)}.'
+      )
     config[section][field] = path
-    local = path and not files.scheme(path)
+    local = path and not scheme
     if field == 'store' and local and not os.path.isdir(path):
       raise ConfigError(
         f'{name}: there is no folder {files.show(path)}.{files.near(path)}'

@@ -123,15 +123,18 @@ def test_paths_lose_their_tilde_and_stores_must_exist(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'name',
-  ('lm.tokenizer', 'text.store', 'activations.store', 'initialise.release'),
+  'name, address',
+  (
+    ('lm.tokenizer', 'gs://bucket/store'),
+    ('initialise.release', 'gs://bucket/store'),
+    ('text.store', 'http://bucket/store'),
+    ('activations.store', 'http://bucket/store'),
+  ),
 )
-def test_a_field_that_holds_a_path_refuses_an_address(name):
+def test_a_field_that_holds_a_path_refuses_an_address(name, address):
   config = tiny.get_config()
-  config_lib.override(config, name, 'gs://bucket/store')
-  with pytest.raises(
-    config_lib.ConfigError, match='gs://bucket/store'
-  ) as error:
+  config_lib.override(config, name, address)
+  with pytest.raises(config_lib.ConfigError, match=address) as error:
     config_lib.resolve_paths(config)
   assert name in str(error.value)
 
@@ -201,7 +204,7 @@ def test_a_checkpoint_may_be_in_a_bucket():
     ({'text.seq_len': 2}, 'Evaluation needs text.seq_len of at least 3'),
     ({'activations.lm_batch': 2**30}, 'in a forward pass'),
     ({'mesh.sae': -1}, 'At most one axis'),
-    ({'mesh.sae': 0}, 'at least 1, or -1'),
+    ({'mesh.sae': -2}, 'at least -1'),
     ({'train.b2': 1.0}, 'below 1'),
   ],
 )
@@ -224,7 +227,7 @@ def test_all_that_is_wrong_is_named_at_once():
       'train.batch': 0,
       'collection.sites': ('resid_pots',),
       'text.seq_len': 2,
-      'mesh.sae': 0,
+      'mesh.sae': -2,
     }
   )
   with pytest.raises(config_lib.ConfigError) as error:
@@ -297,6 +300,7 @@ ZERO = {
   'train.initial_l0', 'train.l0_steps', 'train.threshold_rate', 'train.b2',
   'train.clip', 'train.theta_decay', 'train.adaptive_rate',
   'train.resample_every', 'train.active_limit', 'evaluation.sequences',
+  'mesh.sae', 'mesh.data', 'mesh.latent',
 }  # fmt: skip
 MINUS_ONE = {
   'initialise.layer', 'mesh.data', 'mesh.sae', 'mesh.latent',

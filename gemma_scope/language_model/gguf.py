@@ -173,7 +173,7 @@ def _query_scalar(fields: Mapping[str, Any]) -> float:
   """By the model's size, as in llama.cpp: those of 27B scale by heads."""
   width, heads = fields['hidden_size'], fields['num_attention_heads']
   by_heads = any(
-    size.query_scale_by_heads
+    getattr(size, 'query_scale_by_heads', False)  # Gemma 4 has no such scale
     and (size.d_model, size.num_heads) == (width, heads)
     for size in lm.SIZES.values()
   )

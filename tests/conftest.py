@@ -13,6 +13,9 @@ os.environ.setdefault(
   'JAX_COMPILATION_CACHE_DIR',
   str(pathlib.Path(__file__).parents[1] / '.jax_cache'),
 )
+if worker := os.environ.get('PYTEST_XDIST_WORKER'):
+  # JAX writes a program in place: another worker that reads half of it aborts.
+  os.environ['JAX_COMPILATION_CACHE_DIR'] += f'/{worker}'
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 # Most of the suite's time is compilation: ask for less of it.
 os.environ['XLA_FLAGS'] = ' '.join(

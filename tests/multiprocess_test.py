@@ -126,7 +126,7 @@ def test_hosts_without_a_shared_disk_share_a_bucket(tmp_path, monkeypatch):
     flags = run_helpers.flags_of(config, address)[2:]
     saved = lambda step: store.names(f'checkpoints/{step}/commit.json')
     with Cluster(tmp_path, 2, on_its_own_disk, tmp_path, *flags) as two:
-      two.wait_for(lambda: saved(4))
+      two.wait_for(lambda: saved(4), 400)
       two.send(signal.SIGTERM, 1)
       assert two.codes(range(2)) == [0, 0], two.outputs()
       report, _ = two.outputs()

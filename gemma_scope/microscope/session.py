@@ -327,7 +327,7 @@ class Session:
       )
       built = build_lib.build(*self.model, saes, text, how)
       for number, (sae, index) in enumerate(zip(saes, built, strict=True), 1):
-        doing.append(f'logit lens and index {number + 1} of {len(saes)}')
+        doing.append(f'logit lenses: {number} of {len(saes)} are made')
         store_lib.write(self.out / 'indexes' / sae.name, index)
     if label:
       self._label_by_rule(poll)

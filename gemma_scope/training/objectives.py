@@ -25,9 +25,8 @@ is 0:
   auxk        c |e - e_hat|^2 / Var[e], e = y - y_hat, e_hat from the `auxk`
               largest dead latents (arXiv 2406.04093, appendix A.2)
 
-Gemma Scope 2 has an unpublished penalty on latents of high frequency.
-`frequency`
-is our own form of it: the L0 penalty on the excess over a limit.
+Gemma Scope 2 has an unpublished penalty on latents of high frequency; our own
+form of it is `frequency`: the L0 penalty on the excess over a limit.
 
 With `active_set` the error is the mean of two: |y - f W_dec - b_dec|^2, and the
 same after one gradient step on the active latents:

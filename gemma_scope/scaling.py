@@ -142,8 +142,11 @@ def _measured(
         **figures,
       }
     )
-    report('width {width:,}, {tokens:,} tokens: FVU {fvu:.4f}, L0 {l0:.1f}'
-           .format(**measured[-1]))  # fmt: skip
+    report(
+      'width {width:,}, {tokens:,} tokens: FVU {fvu:.4f}, L0 {l0:.1f}'.format(
+        **measured[-1]
+      )
+    )
   files.write_json(path, {'saes': measured}, indent=1)
   return measured
 

@@ -254,9 +254,12 @@ def run(command: str, given, workdir: pathlib.Path) -> None:
   remote.fetch(workdir)
   remote.fetch(workdir / 'microscope')
   opened = session.Session(
-      workdir, given.out and pathlib.Path(given.out), given.config,
-      ','.join(given.release or []), site=given.site,
-  )  # fmt: skip
+    workdir,
+    given.out and pathlib.Path(given.out),
+    given.config,
+    ','.join(given.release or []),
+    site=given.site,
+  )
   reads = COMMANDS[command][1]
   options = commands.Options(**{name: getattr(given, name) for name in reads})
   try:

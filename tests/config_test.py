@@ -302,9 +302,7 @@ ZERO = {
   'train.resample_every', 'train.active_limit', 'evaluation.sequences',
   'mesh.sae', 'mesh.data', 'mesh.latent',
 }  # fmt: skip
-MINUS_ONE = {
-  'initialise.layer', 'mesh.data', 'mesh.sae', 'mesh.latent',
-}  # fmt: skip
+MINUS_ONE = {'initialise.layer', 'mesh.data', 'mesh.sae', 'mesh.latent'}
 ANY_TEXT = {
   'lm.name', 'lm.checkpoint', 'lm.tokenizer', 'text.source', 'text.column',
   'text.store',

@@ -59,8 +59,11 @@ def test_the_site_builds_without_warnings(tmp_path):
   pytest.importorskip('mkdocstrings', reason='mkdocstrings is not installed')
   run = subprocess.run(
     [sys.executable, '-m', 'mkdocs', 'build', '--strict', '-d', tmp_path],
-    cwd=ROOT, capture_output=True, text=True, timeout=300,
-  )  # fmt: skip
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
   assert run.returncode == 0, run.stderr
   assert 'WARNING' not in run.stderr
   for name in ('library', 'training', 'microscope'):

@@ -108,9 +108,12 @@ def test_only_plain_files_under_the_cap_are_opened(tmp_path):
   with files.open_plain(path, 5) as (file, size):
     assert size == 5 and file.read() == b'12345'
   for name, why in {
-    'a': 'at most 4', 'link': 'symbolic link', 'pipe': 'not a plain file',
-    'none': 'does not exist', '.': 'not a plain file',
-  }.items():  # fmt: skip
+    'a': 'at most 4',
+    'link': 'symbolic link',
+    'pipe': 'not a plain file',
+    'none': 'does not exist',
+    '.': 'not a plain file',
+  }.items():
     with pytest.raises(files.Refused, match=why):
       with files.open_plain(tmp_path / name, 4):
         pass

@@ -55,9 +55,11 @@ def test_a_run_on_the_new_sites(tmp_path):
   assert set(cards) == set(SITES)
   widths = {site: card['d_in'] for site, card in cards.items()}
   assert widths == {
-    'ple_out/1': 16, 'experts_out/1': 16, 'router_logits/0': 8,
+    'ple_out/1': 16,
+    'experts_out/1': 16,
+    'router_logits/0': 8,
     'attn_out/2': 4 * 16,
-  }  # fmt: skip
+  }
   assert 'experts_out' in (run / 'release' / 'README.md').read_text()
   scope = session.Session(run, report=lambda _: None)
   scope.build(16, 8, lambda: None, label=False)

@@ -231,8 +231,10 @@ def test_a_cluster_is_given_by_hand(lone):
   lone.setenv('NUM_PROCESSES', '4')
   lone.setenv('PROCESS_ID', '2')
   assert cluster.find() == {
-    'coordinator_address': 'host:1', 'num_processes': 4, 'process_id': 2,
-  }  # fmt: skip
+    'coordinator_address': 'host:1',
+    'num_processes': 4,
+    'process_id': 2,
+  }
   lone.setenv('NUM_PROCESSES', '1')
   assert cluster.find() is None
 

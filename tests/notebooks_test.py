@@ -147,9 +147,11 @@ def test_it_runs(written, tmp_path):
   )
   try:
     client = nbclient.NotebookClient(
-      book, timeout=600, kernel_name='python3',
+      book,
+      timeout=600,
+      kernel_name='python3',
       resources={'metadata': {'path': str(PATH.parent)}},
-    )  # fmt: skip
+    )
     client.execute()
   finally:
     os.environ['XLA_FLAGS'] = flags
@@ -160,9 +162,10 @@ def test_it_runs(written, tmp_path):
   line = next(
     re.finditer(
       r'^ 1\.00 .*logit ([+-][\d.]+) .*\(([+-][\d.]+) to ([+-][\d.]+)\)',
-      text, re.MULTILINE,
+      text,
+      re.MULTILINE,
     )
-  )  # fmt: skip
+  )
   change, least, most = map(float, line.groups())
   assert change > most > least
   assert text.count('rank correlation') == 4

@@ -11,9 +11,10 @@ from gemma_scope import files, scaling
 from tests.helpers import releases, runs
 
 ONE_SITE = {
-  'collection.layers': (0,), 'collection.sites': ('resid_post',),
+  'collection.layers': (0,),
+  'collection.sites': ('resid_post',),
   'collection.sparsity': (2.0, 4.0),
-}  # fmt: skip
+}
 
 
 def plan(folder, widths=(8, 16, 32), predicted=(64,), steps=(10, 20)):

@@ -198,9 +198,13 @@ class Gemma:
     visits = self._hooks((), arguments.edits(edits))
     with nn.intercept_methods(visits.intercept):
       return self._model.apply(
-          {'params': params}, cache, tokens_BT, positions_BT, mask_BTC,
-          method=self._extend,
-      )  # fmt: skip
+        {'params': params},
+        cache,
+        tokens_BT,
+        positions_BT,
+        mask_BTC,
+        method=self._extend,
+      )
 
   def unembed(
     self, params: Params, x_BTD: jax.Array, tokens_K: Any = None

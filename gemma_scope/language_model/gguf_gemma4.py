@@ -41,9 +41,10 @@ _OPTIONAL = {
   'expert_feed_forward_length': 'moe_intermediate_size',
 }
 _BY_LAYER = (
-  'feed_forward_length', 'attention.head_count_kv',
+  'feed_forward_length',
+  'attention.head_count_kv',
   'attention.sliding_window_pattern',
-)  # fmt: skip
+)
 _EQUAL = {
   'attention.value_length': 'attention.key_length',
   'attention.value_length_swa': 'attention.key_length_swa',
@@ -68,9 +69,10 @@ NAMES = {
   'ffn_gate_up_exps': 'experts.gate_up_proj',
   'ffn_down_exps': 'experts.down_proj',
 }
-SCALES = {'ffn_gate_inp': 'router.scale', 'ffn_down_exps': (
-  'router.per_expert_scale'
-)}  # fmt: skip
+SCALES = {
+  'ffn_gate_inp': 'router.scale',
+  'ffn_down_exps': 'router.per_expert_scale',
+}
 BARE = 'layer_scalar', 'experts.gate_up_proj', 'experts.down_proj'
 
 

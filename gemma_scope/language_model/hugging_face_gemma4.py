@@ -26,8 +26,11 @@ _DEFAULTS = dict(
 )  # fmt: skip
 # What this project's forward pass computes, and no other.
 _FIXED = (
-  'hidden_activation', 'rms_norm_eps', 'attention_bias', 'tie_word_embeddings',
-)  # fmt: skip
+  'hidden_activation',
+  'rms_norm_eps',
+  'attention_bias',
+  'tie_word_embeddings',
+)
 _COUNTS = (
     'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers',
     'num_attention_heads', 'num_key_value_heads', 'head_dim',

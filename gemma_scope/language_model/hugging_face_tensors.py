@@ -76,7 +76,7 @@ _MATRICES = {
   'mlp/linear': ('mlp.down_proj',),
   'per_layer_input_gate/w': ('per_layer_input_gate',),
   'per_layer_projection/w': ('per_layer_projection',),
-}  # fmt: skip
+}
 _LAYER = {  # parameter of a layer -> tensors
   **{f'{name}/scale': (f'{norm}.weight',) for name, norm in _NORMS.items()},
   **{
@@ -109,9 +109,12 @@ _WHOLE = {  # of no layer
 }
 # Matrices that these files have the other way round.
 _TRANSPOSED = (
-  'mlp/linear', 'mlp2/linear', 'router_logits/w', 'per_layer_input_gate/w',
+  'mlp/linear',
+  'mlp2/linear',
+  'router_logits/w',
+  'per_layer_input_gate/w',
   'per_layer_projection/w',
-)  # fmt: skip
+)
 # Keys and values that some files have of layers that attend to another's.
 _UNREAD = r'layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.weight'
 

@@ -102,17 +102,21 @@ def test_a_chunk_is_a_function_of_settings_and_number():
   np.testing.assert_array_equal(first, again)
   (longer,) = rows_of(SMALL, rows=5000).values()  # past one block
   np.testing.assert_array_equal(longer[: len(first)], first)
-  for other in (rows_of(SMALL, chunk=1), rows_of(
-    dataclasses.replace(SMALL, seed=1)
-  )):  # fmt: skip
+  for other in (
+    rows_of(SMALL, chunk=1),
+    rows_of(dataclasses.replace(SMALL, seed=1)),
+  ):
     assert np.all(np.any(first != next(iter(other.values())), 1))
   f_RG = synthetic.latents(SMALL, 3, 5000)
   np.testing.assert_array_equal(f_RG[:50], synthetic.latents(SMALL, 3, 50))
 
 
 def test_layers_share_coefficients_and_features_persist():
-  at = tuple(f'{kind}/{l}' for kind in ('resid_post', 'mlp_in', 'mlp_out')
-             for l in range(3))  # fmt: skip
+  at = tuple(
+    f'{kind}/{l}'
+    for kind in ('resid_post', 'mlp_in', 'mlp_out')
+    for l in range(3)
+  )
   truth = synthetic.make_truth(dataclasses.replace(SMALL, sites=at))
   here = {str(s): d_GD.any(1) for s, d_GD in truth.directions.items()}
   reads = np.stack([here[f'mlp_in/{l}'] for l in range(3)])

@@ -69,8 +69,9 @@ def test_controls_meet_the_l0_and_are_ordered(kind):
       found, fvu = scores(arrays, test, place)
       assert found == pytest.approx(l0, rel=0.15), name
       assert (fvu < 1.02).all(), name  # the gain of 0 would leave 1
-      mean_l0 = controls.mean_l0(arrays, controls.beside(
-        test, place.sites, place.several))  # fmt: skip
+      mean_l0 = controls.mean_l0(
+        arrays, controls.beside(test, place.sites, place.several)
+      )
       assert mean_l0 == pytest.approx(found)
       if place.several:
         assert not np.asarray(arrays['W_dec'])[1, :, 0].any()

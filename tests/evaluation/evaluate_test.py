@@ -149,8 +149,10 @@ def test_kl_and_the_fvus_equal_plain_sums(model, saes, found):
   assert described['shares'][0] == pytest.approx(
     variance_D[largest[0]] / variance_D.sum(), rel=1e-4
   )
-  rest = np.delete(error_RD, largest, 1).sum() / np.delete(
-    square_RD, largest, 1).sum()  # fmt: skip
+  rest = (
+    np.delete(error_RD, largest, 1).sum()
+    / np.delete(square_RD, largest, 1).sum()
+  )
   assert got['fvu_rest']['value'] == pytest.approx(rest, rel=1e-4)
 
 

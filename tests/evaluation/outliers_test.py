@@ -20,8 +20,10 @@ def test_rows_of_outlying_norm_are_left_out_of_one_fvu(model, saes):
   x_NTD = np.asarray(gemma.forward(params, tokens_NT, taps=(site,)).taps[site])
   x_RD = x_NTD[keep_NT]
   bound = float(np.quantile(np.linalg.norm(x_RD, axis=1), 0.9))
-  ruled = {**card, 'outliers': {'max_norm': 1.0, 'norm_bounds': {
-    card['sites'][0]: bound}}}  # fmt: skip
+  ruled = {
+    **card,
+    'outliers': {'max_norm': 1.0, 'norm_bounds': {card['sites'][0]: bound}},
+  }
   (got,) = measure(model, [(arrays, ruled)], tokens_NT).values()
   inlier_R = np.linalg.norm(x_RD, axis=1) <= bound
   assert got['outliers']['rule'] == 'card'

@@ -215,9 +215,10 @@ def test_a_transcoder_is_asked_only_for_what_it_can_read():
   read, write = ((sites.parse(n),) for n in names[1:])
   x, f_RG = data(truth)
   params = sae_of(
-    truth.directions[read[0]].T, truth.directions[write[0]],
+    truth.directions[read[0]].T,
+    truth.directions[write[0]],
     truth.biases[read[0]],
-  )  # fmt: skip
+  )
   params['b_dec'] = truth.biases[write[0]]
   found = score((truth, x, f_RG), params, read, write)
   assert found['features'] == truth.directions[read[0]].any(1).sum() < 32

@@ -322,13 +322,17 @@ def _register(what: str, kept: Kept) -> None:
 
   few = what == 'checkpoint'
   fault(
-    f'flip-{what}', f'one bit flipped in a {what}',
-    full=500 if few else 2000, quick=12 if few else 100,
-  )(flips)  # fmt: skip
+    f'flip-{what}',
+    f'one bit flipped in a {what}',
+    full=500 if few else 2000,
+    quick=12 if few else 100,
+  )(flips)
   fault(
-    f'cut-{what}', f'a file of a {what} missing, empty or cut short',
-    full=1000, quick=8 if few else 40,
-  )(cuts)  # fmt: skip
+    f'cut-{what}',
+    f'a file of a {what} missing, empty or cut short',
+    full=1000,
+    quick=8 if few else 40,
+  )(cuts)
 
 
 for _what, _kept in KEPT.items():

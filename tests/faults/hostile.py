@@ -147,8 +147,9 @@ def _cases(folder: pathlib.Path) -> Iterator[tuple[str, Callable[[], object]]]:
     ).encode()  # fmt: skip
     yield sae(
       f'sae_weights.safetensors: {what}',
-      cfg__json=lens, sae_weights__safetensors=data,
-    )  # fmt: skip
+      cfg__json=lens,
+      sae_weights__safetensors=data,
+    )
     place = folder / f'model{len(os.listdir(folder))}'
     place.mkdir()
     (place / 'model.safetensors').write_bytes(data)

@@ -307,11 +307,15 @@ def building(folder: pathlib.Path) -> Job:
   _, source = trained_run(folder)
   return Job(
     lambda run: [
-      'microscope', 'build', f'--workdir={source}', f'--out={run}',
-      '--sequences=32', '--batch=4',
+      'microscope',
+      'build',
+      f'--workdir={source}',
+      f'--out={run}',
+      '--sequences=32',
+      '--batch=4',
     ],
     lambda run: tree_digest(run, ('run.lock',)),
-  )  # fmt: skip
+  )
 
 
 @fault(
@@ -408,9 +412,12 @@ def _terminations(name: str, what: str, job, full: int) -> None:
     yield from chains(folder, times, job(folder), end)
 
   fault(
-    f'term-{name}', f'SIGTERM during {what}: saved, and continued bitwise',
-    full=full, quick=0, may_refuse=False,
-  )(inject)  # fmt: skip
+    f'term-{name}',
+    f'SIGTERM during {what}: saved, and continued bitwise',
+    full=full,
+    quick=0,
+    may_refuse=False,
+  )(inject)
 
 
 _terminations('train', 'training', lambda f: training(tiny_run(f)), 20)

@@ -104,10 +104,12 @@ def _tokenising(folder: pathlib.Path) -> kills.Job:
   config = kills.tiny_run(folder)
   return kills.Job(
     lambda run: [
-      'prepare-text', f'--source={config.text.source}', f'--out={run}'
+      'prepare-text',
+      f'--source={config.text.source}',
+      f'--out={run}',
     ],
     kills.tree_digest,
-  )  # fmt: skip
+  )
 
 
 def _twice(name: str, job) -> None:

@@ -36,11 +36,15 @@ def chromium(address):
     browser = play.chromium.launch(
       executable_path=path,
       args=[
-        '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
-        '--disable-background-networking', '--disable-component-update',
+        '--no-sandbox',
+        '--disable-gpu',
+        '--disable-quic',
+        '--no-first-run',
+        '--disable-background-networking',
+        '--disable-component-update',
         '--disable-sync',
       ],
-    )  # fmt: skip
+    )
     page = browser.new_page(viewport={'width': 1200, 'height': 900})
     page.said, page.asked = [], []
     page.on('console', lambda m: page.said.append(m.text))

@@ -199,9 +199,11 @@ def _environment(scheme: str, url: str) -> dict[str, str]:
       'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'token',
     }
   return {
-    'AWS_ENDPOINT_URL_S3': url, 'AWS_REGION': 'us-east-1',
-    'AWS_ACCESS_KEY_ID': 'key', 'AWS_SECRET_ACCESS_KEY': 'secret',
-  }  # fmt: skip
+    'AWS_ENDPOINT_URL_S3': url,
+    'AWS_REGION': 'us-east-1',
+    'AWS_ACCESS_KEY_ID': 'key',
+    'AWS_SECRET_ACCESS_KEY': 'secret',
+  }
 
 
 def _free_port() -> int:

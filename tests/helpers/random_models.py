@@ -30,12 +30,16 @@ GEMMA4_E = gemma4.Config(
     shared_d_ff=32, ple_dim=24, **_GEMMA4,
 )  # fmt: skip
 GEMMA4_DENSE = gemma4.Config(
-    name='g4_dense', num_layers=2, num_kv_heads=2, pattern='LG', k_is_v=True,
-    **_GEMMA4,
-)  # fmt: skip
+  name='g4_dense',
+  num_layers=2,
+  num_kv_heads=2,
+  pattern='LG',
+  k_is_v=True,
+  **_GEMMA4,
+)
 GEMMA4_MOE = dataclasses.replace(
-    GEMMA4_DENSE, name='g4_moe', experts=8, top_experts=3, expert_d_ff=12,
-)  # fmt: skip
+  GEMMA4_DENSE, name='g4_moe', experts=8, top_experts=3, expert_d_ff=12
+)
 GEMMA4 = GEMMA4_E, GEMMA4_DENSE, GEMMA4_MOE
 HAS_GEMMA4 = int(importlib.metadata.version('gemma').split('.')[0]) >= 4
 needs_gemma4 = pytest.mark.skipif(

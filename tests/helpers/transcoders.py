@@ -17,16 +17,19 @@ def transcoders(model, skip: bool, layers, d: int, width=60, threshold=14.0):
     rng = np.random.default_rng(layer)
     draw = lambda *shape, r=rng: r.normal(size=shape).astype(np.float32)
     params = {
-      'W_enc': draw(d, width), 'b_enc': draw(width),
-      'W_dec': draw(width, d) / d, 'b_dec': draw(d) / d,
+      'W_enc': draw(d, width),
+      'b_enc': draw(width),
+      'W_dec': draw(width, d) / d,
+      'b_dec': draw(d) / d,
       'threshold': np.full(width, threshold, np.float32),
-    }  # fmt: skip
+    }
     if skip:
       params['W_skip'] = draw(d, d) / d
     card = {
-      'type': 'transcoder', 'sites': [f'mlp_in/{layer}'],
+      'type': 'transcoder',
+      'sites': [f'mlp_in/{layer}'],
       'targets': [f'mlp_out/{layer}'],
-    }  # fmt: skip
+    }
     found.append(
       iv.subject(model, release.in_memory(params, card), np.ones(width))
     )

@@ -66,7 +66,8 @@ def test_tokens_of_a_traced_pass_are_not_read(forward):
     (
       {
         'edits': {
-          'mlp_out/1': lambda x: x, sites.Site(1, 'mlp_out'): lambda x: x,
+          'mlp_out/1': lambda x: x,
+          sites.Site(1, 'mlp_out'): lambda x: x,
         }
       },
       'Two edits are given at mlp_out/1',
@@ -74,7 +75,7 @@ def test_tokens_of_a_traced_pass_are_not_read(forward):
     ({'mask_BTT': np.ones((2, 3, 3), bool)}, r'expected \[2, 4, 4\]'),
     ({'positions_BT': np.arange(4)}, r'positions_BT has shape \[4\]'),
   ],
-)  # fmt: skip
+)
 def test_mistakes_get_a_sentence(forward, arguments, words):
   with pytest.raises((ValueError, TypeError), match=words) as refusal:
     forward(**arguments)

@@ -237,9 +237,11 @@ def test_later_layers_are_not_computed():
   gemma, params = model()
 
   def flops(**arguments):
-    compiled = jax.jit(
-        lambda p: gemma.forward(p, TOKENS, **arguments)
-    ).lower(params).compile()  # fmt: skip
+    compiled = (
+      jax.jit(lambda p: gemma.forward(p, TOKENS, **arguments))
+      .lower(params)
+      .compile()
+    )
     cost = compiled.cost_analysis()
     return (cost[0] if isinstance(cost, list) else cost).get('flops', 0)
 

@@ -95,16 +95,20 @@ def write(path, name, kind='F32', change=()):
   writer.add_final_logit_softcapping(text['final_logit_softcapping'])
   writer.add_rope_freq_base(1e6)
   facts = {
-    'feed_forward_length': [d_ff * (wide if i >= first else 1)
-                            for i in range(layers)],
+    'feed_forward_length': [
+      d_ff * (wide if i >= first else 1) for i in range(layers)
+    ],
     'attention.head_count_kv': [kv if l else of_global for l in local],
     'attention.sliding_window_pattern': local,
     'attention.shared_kv_layers': text['num_kv_shared_layers'],
     'embedding_length_per_layer_input': text['hidden_size_per_layer_input'],
-    'attention.key_length': 8, 'attention.value_length': 8,
-    'attention.key_length_swa': 4, 'attention.value_length_swa': 4,
-    'rope.dimension_count': 8, 'rope.dimension_count_swa': 4,
-  }  # fmt: skip
+    'attention.key_length': 8,
+    'attention.value_length': 8,
+    'attention.key_length_swa': 4,
+    'attention.value_length_swa': 4,
+    'rope.dimension_count': 8,
+    'rope.dimension_count_swa': 4,
+  }
   if text['enable_moe_block']:
     facts |= {
       'expert_count': text['num_experts'],

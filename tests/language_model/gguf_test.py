@@ -265,10 +265,14 @@ def test_the_quantisation_is_named(tmp_path):
 # ------------------------------------------------------------------- tokenizer
 
 TEXTS = (
-    'def f(x):\n    return  x + 12\n\n\n\tpass', 'naïve 日本 🦊 a  b   c',
-    '<start_of_turn>user\nhi<end_of_turn>', ' leading', 'trailing  ', '\u3000',
-    '<bos><eos><pad>',
-)  # fmt: skip
+  'def f(x):\n    return  x + 12\n\n\n\tpass',
+  'naïve 日本 🦊 a  b   c',
+  '<start_of_turn>user\nhi<end_of_turn>',
+  ' leading',
+  'trailing  ',
+  '\u3000',
+  '<bos><eos><pad>',
+)
 
 
 def vocabulary_of(path) -> tuple[list, list, list]:
@@ -409,10 +413,13 @@ def packaged(tmp_path, monkeypatch):
     (package / '__init__.py').write_text('')
     (package / 'part').write_bytes(part)
   model = packages._Model(
-    title='A model', file='small.gguf', sha256=packages.files.sha256(path),
-    size=len(data), terms='https://terms',
+    title='A model',
+    file='small.gguf',
+    sha256=packages.files.sha256(path),
+    size=len(data),
+    terms='https://terms',
     parts=tuple((module, 'part') for module in modules),
-  )  # fmt: skip
+  )
   monkeypatch.setitem(packages.MODELS, 'small', model)
   packages._path.cache_clear()
   importlib.invalidate_caches()

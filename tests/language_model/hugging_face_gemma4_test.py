@@ -177,11 +177,12 @@ def test_googles_checkpoints_are_read(tmp_path, period, place):
 
 _ROPE = {
   'full_attention': {
-    'partial_rotary_factor': 0.25, 'rope_theta': 1000000.0,
+    'partial_rotary_factor': 0.25,
+    'rope_theta': 1000000.0,
     'rope_type': 'proportional',
   },
   'sliding_attention': {'rope_theta': 10000.0, 'rope_type': 'default'},
-}  # fmt: skip
+}
 
 
 def described(layers, every, **text):

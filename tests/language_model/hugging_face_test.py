@@ -246,13 +246,15 @@ def test_a_head_of_its_own_is_refused_and_a_copy_is_not(tmp_path, prefix):
     {
       'rope_parameters': {
         'full_attention': {
-          'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 1e6,
+          'rope_type': 'linear',
+          'factor': 8.0,
+          'rope_theta': 1e6,
         },
         'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
       }
     },
   ],
-)  # fmt: skip
+)
 def test_every_spelling_of_rotary_embeddings_is_read(fields):
   found = hugging_face.config(
     'small', {'model_type': 'gemma3_text', **fields}, 'config.json'

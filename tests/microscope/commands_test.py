@@ -266,9 +266,11 @@ def test_steering_several_prompts_gives_a_table(workdir, said, tmp_path):
   prompts = tmp_path / 'prompts.csv'
   prompts.write_text('text\nthe cat\n"import os, sys"\n')
   given = {
-    'sae': SAE, 'prompts': str(prompts), 'change': (f'{latent}:add',),
+    'sae': SAE,
+    'prompts': str(prompts),
+    'change': (f'{latent}:add',),
     'tokens': 4,
-  }  # fmt: skip
+  }
   said.clear()
   run('steer', workdir, said, **given)
   kept = json.loads((workdir / 'microscope' / 'steer.json').read_text())
@@ -286,10 +288,12 @@ def test_steering_several_prompts_gives_a_table(workdir, said, tmp_path):
     [opened.tokenizer.bos_id, *opened.tokenizer.encode('the cat')],
     [intervene.Change(latent, 'add', 1.0)],
     generate.Sampling(
-      4, temperature=0.5, stop=[opened.tokenizer.eos_id],
+      4,
+      temperature=0.5,
+      stop=[opened.tokenizer.eos_id],
       forbid=[opened.tokenizer.bos_id],
     ),
-  )  # fmt: skip
+  )
   mine = next(
     r for r in replies if r['prompt'] == 'the cat' and r['strength'] == 1
   )
@@ -363,10 +367,12 @@ def test_probe(workdir, said, tmp_path):
   rng, lines = np.random.default_rng(0), []
   for n in range(40):
     words = rng.choice(['self', 'return', 'import', 'None'], 4)
-    lines.append({
+    lines.append(
+      {
         'text': ' '.join(words) + (' class' if n % 2 else ' 17'),
         'label': bool(n % 2),
-    })  # fmt: skip
+      }
+    )
   path = tmp_path / 'prompts.jsonl'
   path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
   run('probe', workdir, said, sae=SAE, prompts=str(path))

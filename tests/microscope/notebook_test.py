@@ -63,7 +63,8 @@ def test_a_dose_response_is_drawn_beside_its_controls():
   ]
   (axes,) = notebook.dose_response(curve, 'kl').axes
   assert [line.get_ydata().tolist() for line in axes.lines] == [
-    [0.0, 0.0], [0.0, 1 / 9],
-  ]  # fmt: skip
+    [0.0, 0.0],
+    [0.0, 1 / 9],
+  ]
   band = axes.collections[0].get_paths()[0].vertices
   assert (band[:, 1].min(), band[:, 1].max()) == (-1.0, 1.0)

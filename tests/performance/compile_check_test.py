@@ -76,9 +76,11 @@ def command(out, *flags):
 def test_both_programs_of_a_config_compile_for_a_pod(tmp_path):
   out = tmp_path / 'out.jsonl'
   done = command(
-      out, '--config=configs/tiny.py:layers=1;sites=resid_post;sparsity=8',
-      '--config.mesh.latent=2', '--config.mesh.data=2',
-  )  # fmt: skip
+    out,
+    '--config=configs/tiny.py:layers=1;sites=resid_post;sparsity=8',
+    '--config.mesh.latent=2',
+    '--config.mesh.data=2',
+  )
   assert done.returncode == 0, done.stderr
   harvest, step = map(json.loads, out.read_text().splitlines())
   assert (harvest['program'], step['program']) == ('harvest', 'step')
@@ -98,9 +100,11 @@ def test_what_does_not_fit_says_so_and_what_to_change(tmp_path):
   out = tmp_path / 'out.jsonl'
   tiny = 'configs/tiny.py:layers=1;sites=resid_post;sparsity=8'
   done = command(
-      out, f'--config={tiny};widths=8388608', '--programs=step',
-      '--config.mesh.data=4',
-  )  # fmt: skip
+    out,
+    f'--config={tiny};widths=8388608',
+    '--programs=step',
+    '--config.mesh.data=4',
+  )
   assert done.returncode == 1
   record = json.loads(out.read_text())
   assert not record['fits'] and 'mesh.latent' in record['advice']

@@ -173,16 +173,20 @@ def rows(*kinds):
   [
     (
       'gemma_scope_1',
-      ['gemma-scope-2b-pt-res/layer_3/width_32/average_l0_10',
-       'gemma-scope-2b-pt-transcoders/layer_3/width_32/average_l0_20'],
+      [
+        'gemma-scope-2b-pt-res/layer_3/width_32/average_l0_10',
+        'gemma-scope-2b-pt-transcoders/layer_3/width_32/average_l0_20',
+      ],
     ),
     (
       'saelens',
-      ['blocks.3.hook_resid_post/width_32/average_l0_10',
-       'blocks.3.ln2.hook_normalized/width_32/average_l0_20'],
+      [
+        'blocks.3.hook_resid_post/width_32/average_l0_10',
+        'blocks.3.ln2.hook_normalized/width_32/average_l0_20',
+      ],
     ),
   ],
-)  # fmt: skip
+)
 def test_a_layout_is_read_back_and_complete(layout, paths, tmp_path):
   members = rows('jumprelu', 'transcoder')
   assert export.write(tmp_path / 'out', members, layout) == paths

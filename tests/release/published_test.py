@@ -63,9 +63,11 @@ def test_equal_names_are_told_apart_by_their_releases(tmp_path):
   first, second = (a_release(tmp_path / name / 'release') for name in 'ab')
   saes = published.open_all(f'{first},{second}')
   assert sorted(sae.name for sae in saes) == [
-    'a/release/jumprelu', 'a/release/other',
-    'b/release/jumprelu', 'b/release/other',
-  ]  # fmt: skip
+    'a/release/jumprelu',
+    'a/release/other',
+    'b/release/jumprelu',
+    'b/release/other',
+  ]
   (one, *_) = published.open_all(str(first))
   assert one.name == one.card['name']
   (alone,) = published.open_all(f'{first}/{one.path}')

@@ -67,21 +67,23 @@ CASES = {
     {'k': 5},
     'resid_post/layer_2/width_12/average_l0_5',
   ),
-  'transcoder': (
-    TRANSCODER, {}, 'transcoder/layer_2/width_12/average_l0_5'
-  ),
+  'transcoder': (TRANSCODER, {}, 'transcoder/layer_2/width_12/average_l0_5'),
   'affine': (
-    TRANSCODER, {'skip': True},
+    TRANSCODER,
+    {'skip': True},
     'transcoder/layer_2/width_12/average_l0_5_affine',
   ),
   'crosscoder': (
-    CROSSCODER, {}, 'crosscoder/layer_1_3_4/width_36/average_l0_5'
+    CROSSCODER,
+    {},
+    'crosscoder/layer_1_3_4/width_36/average_l0_5',
   ),
   'clt': (
-    CLT, {'skip': True, 'k': 7},
+    CLT,
+    {'skip': True, 'k': 7},
     'clt/layer_0_to_5/width_72/average_l0_5_affine',
   ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -145,8 +147,10 @@ def test_one_release_holds_all_types(tmp_path):
     '2 transcoders (jumprelu; jumprelu, affine)',
     '1 weakly causal crosscoder (jumprelu)',
     'Sparse autoencoders and transcoders for tiny',
-    '`W_dec` [L, F, L, d_out]', 'W_skip', 'k largest latents',
-  ):  # fmt: skip
+    '`W_dec` [L, F, L, d_out]',
+    'W_skip',
+    'k largest latents',
+  ):
     assert words in text, words
   entries = json.loads((tmp_path / 'out' / 'manifest.json').read_text())
   assert entries['members'][4]['targets'] == CLT['targets']

@@ -208,8 +208,11 @@ def test_a_flip_names_its_leaf_and_the_step_before_is_used(tmp_path, caplog):
     saves.save(3, make_state(3), {})
     saves.wait()
     assert {p.name for p in tmp_path.iterdir()} == {
-      '1', '3', '3.damaged', '2.damaged'
-    }  # fmt: skip
+      '1',
+      '3',
+      '3.damaged',
+      '2.damaged',
+    }
     flip(largest(tmp_path / '3'), 0.5)
     assert saves.restore(abstract(make_state(0))).step == 1
     assert (tmp_path / '3.damaged-2').exists()

@@ -93,10 +93,14 @@ def normalisations(case, with_centres):
 def stacked(normalisations, many):
   """Scale and centre as arrays that broadcast against rows."""
   scale, centre = (
-    np.stack([np.asarray(n[i] if n[i] is not None else 0.0, np.float64)
-              for n in normalisations])
+    np.stack(
+      [
+        np.asarray(n[i] if n[i] is not None else 0.0, np.float64)
+        for n in normalisations
+      ]
+    )
     for i in (0, 1)
-  )  # fmt: skip
+  )
   if not many:
     return scale[0], centre[0]
   return scale[:, None], centre.reshape(len(centre), -1)

@@ -122,10 +122,11 @@ def test_a_batch_on_a_mesh(shape, layers):
     def latents_of(z, v_F):
       f = jnp.where(z > 1.0, jax.nn.relu(z * jnp.exp(v_F)), 0)
       return (
-        f, lambda f: jnp.sum(f, 0),
+        f,
+        lambda f: jnp.sum(f, 0),
         lambda f, W: jnp.einsum(terms, f, W),
         lambda y, W: jnp.einsum(back, y, W),
-      )  # fmt: skip
+      )
 
     out = jax.value_and_grad(loss, has_aux=True)((z, v, W_dec), latents_of)
     into = 'blf,bld->lfd' if layers else 'bf,bd->fd'

@@ -156,10 +156,12 @@ def test_no_text_is_refused_and_leaves_nothing(
 
 
 def run_config(name: str, checkpoint: str, tokenizer: str, **text):
-  return ConfigDict({
-    'lm': {'name': name, 'checkpoint': checkpoint, 'tokenizer': tokenizer},
-    'text': {'source': 'python', 'store': '', 'column': ''} | text,
-  })  # fmt: skip
+  return ConfigDict(
+    {
+      'lm': {'name': name, 'checkpoint': checkpoint, 'tokenizer': tokenizer},
+      'text': {'source': 'python', 'store': '', 'column': ''} | text,
+    }
+  )
 
 
 def test_a_tokenizer_of_another_model_is_refused_before_a_token_is_read(
@@ -249,8 +251,11 @@ def test_command_answers_an_unknown_source_in_one_sentence(
   tmp_path, tokenizer, capsys
 ):
   done = commands.run(
-      capsys, 'prepare-text', '--source=c4', f'--tokenizer={tokenizer.path}',
-      f'--out={tmp_path / "x"}',
-  )  # fmt: skip
+    capsys,
+    'prepare-text',
+    '--source=c4',
+    f'--tokenizer={tokenizer.path}',
+    f'--out={tmp_path / "x"}',
+  )
   assert done.code == 1 and 'tfds:NAME' in done.err
   assert len(done.err.strip().splitlines()) == 1

@@ -131,18 +131,22 @@ def test_markers_in_a_prompt_are_letters():
 
 def test_special():
   reply = (6, 8)
-  rows = np.array([
-    [2, 6, 7, 5, 6, 8, 9, 107, 6, 8, 0],
-    [2, 6, 7, 5, 6, 9, 8, 107, 1, 8, 0],
-    [2, 6, 8, 1, 9, 2, 9, 9, 9, 6, 8],
-    [2, 5, 5, 5, 5, 5, 5, 5, 5, 6, 8],
-  ])  # fmt: skip
-  want = np.array([
-    [0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0],
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-    [0, 0, 0, 0, 1, 0, 1, 1, 1, 0, 0],
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-  ])  # fmt: skip
+  rows = np.array(
+    [
+      [2, 6, 7, 5, 6, 8, 9, 107, 6, 8, 0],
+      [2, 6, 7, 5, 6, 9, 8, 107, 1, 8, 0],
+      [2, 6, 8, 1, 9, 2, 9, 9, 9, 6, 8],
+      [2, 5, 5, 5, 5, 5, 5, 5, 5, 6, 8],
+    ]
+  )
+  want = np.array(
+    [
+      [0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0],
+      [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+      [0, 0, 0, 0, 1, 0, 1, 1, 1, 0, 0],
+      [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+  )
   special = tokenizers.Special((0, 2, 1), reply)
   np.testing.assert_array_equal(special.keep(rows), want)
   everywhere = tokenizers.Special((0, 2, 1)).keep(rows)
@@ -252,8 +256,10 @@ def test_every_row_is_one_conversation(tmp_path, answers):
     assert len(want) > 1
   store.verify()
   assert {p.name for p in store.folder.iterdir()} == {
-    'manifest.json', 'train.tokens', 'eval.tokens'
-  }  # fmt: skip
+    'manifest.json',
+    'train.tokens',
+    'eval.tokens',
+  }
   assert store.reply == rollouts.reply_opening(tokenizer())
   special = tokenizers.Special((0, 1, 2), store.reply)
   kept = special.keep(np.array(rows['train'] + rows['eval']))
@@ -266,8 +272,10 @@ def test_every_row_is_one_conversation(tmp_path, answers):
   assert answers[0].stop == (END, 1)
   assert answers[0].forbid == (2, 4096, 4097, 4098, 4099)
   assert [list(a.streams) for a in answers] == [
-    [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]
-  ]  # fmt: skip
+    [0, 1, 2, 3],
+    [4, 5, 6, 7],
+    [8, 9, 10],
+  ]
 
 
 def test_other_seq_lens_are_refused(tmp_path, answers):

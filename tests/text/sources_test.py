@@ -227,8 +227,12 @@ def tiny_tokenizer() -> tokenizers.Tokenizer:
 def test_specs_of_data_sets(spec, fields):
   parsed = hub_datasets.Spec.parse(spec)
   assert fields == (
-    parsed.name, parsed.config, parsed.revision, parsed.split, parsed.column,
-  )  # fmt: skip
+    parsed.name,
+    parsed.config,
+    parsed.revision,
+    parsed.split,
+    parsed.column,
+  )
 
 
 @pytest.mark.parametrize('spec', ['a/b', 'a/b/c/d:train', 'a b:train', ':x'])
@@ -242,14 +246,18 @@ def saved(tmp_path) -> pathlib.Path:
   """A DatasetDict on this disk: 300 rows of train, 5 of test."""
   datasets = needs('datasets')
   splits = {'train': 300, 'test': 5}
-  datasets.DatasetDict({
-    split: datasets.Dataset.from_dict({
-      'text': [f'{split} {i}' for i in range(n)],
-      'title': [f'title {i}' for i in range(n)],
-      'n': list(range(n)),
-    })
-    for split, n in splits.items()
-  }).save_to_disk(tmp_path / 'saved')  # fmt: skip
+  datasets.DatasetDict(
+    {
+      split: datasets.Dataset.from_dict(
+        {
+          'text': [f'{split} {i}' for i in range(n)],
+          'title': [f'title {i}' for i in range(n)],
+          'n': list(range(n)),
+        }
+      )
+      for split, n in splits.items()
+    }
+  ).save_to_disk(tmp_path / 'saved')
   return tmp_path / 'saved'
 
 

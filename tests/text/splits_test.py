@@ -29,9 +29,9 @@ def test_few_documents_are_held_out_by_parts_with_gaps(
   few = {1: 'a single document', 3: 'only 3 documents'}[count]
   assert f'The source has {few}, too few' in store.note
   assert store.documents_read == count
-  whole = np.concatenate([
-    np.append(tokenizer.encode(text), tokenizer.eos_id) for text in numbers
-  ])  # fmt: skip
+  whole = np.concatenate(
+    [np.append(tokenizer.encode(text), tokenizer.eos_id) for text in numbers]
+  )
   text = ' '.join(map(str, whole))
   kept = 0
   for split in ('train', 'eval'):
@@ -71,8 +71,11 @@ def rows_of(store, split):
 def test_the_command_says_that_parts_were_held_out(tmp_path, tokenizer, capsys):
   (tmp_path / 'book.txt').write_text(lines(900))
   done = commands.run(
-      capsys, 'prepare-text', f'--source=files:{tmp_path}/book.txt',
-      f'--tokenizer={tokenizer.path}', f'--out={tmp_path / "store"}',
-  )  # fmt: skip
+    capsys,
+    'prepare-text',
+    f'--source=files:{tmp_path}/book.txt',
+    f'--tokenizer={tokenizer.path}',
+    f'--out={tmp_path / "store"}',
+  )
   assert done.code == 0, done.err
   assert 'too few to hold some out' in done.out

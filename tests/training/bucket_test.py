@@ -59,13 +59,19 @@ def start(command: list[str], cache) -> subprocess.Popen:
   """A command on a host of its own: its copies of the bucket are its own."""
   one_device = os.environ['XLA_FLAGS'].replace('count=8', 'count=1')
   environment = {
-    **os.environ, 'XLA_FLAGS': one_device, 'GEMMA_SCOPE_CACHE': str(cache),
+    **os.environ,
+    'XLA_FLAGS': one_device,
+    'GEMMA_SCOPE_CACHE': str(cache),
     'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path]),
-  }  # fmt: skip
+  }
   return subprocess.Popen(
-    command, cwd=ROOT, env=environment, text=True,
-    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-  )  # fmt: skip
+    command,
+    cwd=ROOT,
+    env=environment,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+  )
 
 
 def finished(process: subprocess.Popen) -> str:
@@ -176,9 +182,11 @@ def test_a_run_in_a_bucket_ends_as_one_on_the_disk(server, whole, tmp_path):
 
 def check_commands(address, store, tmp_path):
   released = [
-    sys.executable, 'launch/release.py', f'--workdir={address}',
+    sys.executable,
+    'launch/release.py',
+    f'--workdir={address}',
     f'--out={tmp_path}/copy',
-  ]  # fmt: skip
+  ]
   finished(start(released, tmp_path / 'f'))
   (one,) = release.load_all(tmp_path / 'copy')
   with remote.folder(address) as local:
@@ -187,9 +195,13 @@ def check_commands(address, store, tmp_path):
     for name, value in one.load().items():
       np.testing.assert_array_equal(value, other.load()[name])
   build = [
-    sys.executable, 'launch/microscope.py', 'build', f'--workdir={address}',
-    '--sequences=4', '--batch=2',
-  ]  # fmt: skip
+    sys.executable,
+    'launch/microscope.py',
+    'build',
+    f'--workdir={address}',
+    '--sequences=4',
+    '--batch=2',
+  ]
   output = finished(start(build, tmp_path / 'g'))
   assert 'microscope/pages.complete.json' in store.names('microscope/'), output
   assert 'already built' in finished(start(build, tmp_path / 'h'))

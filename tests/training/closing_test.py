@@ -31,9 +31,8 @@ def make(base, layers=0, k=4.0):
   value, rate = jnp.asarray([k, 2 * k]), jnp.zeros(2)
   setting = stack.Setting(value, rate, at, at)
   one = stack.Stack(
-      module, objectives.Objective('k'), SITES, SITES, setting, (0, 1),
-      optimizer,
-  )  # fmt: skip
+    module, objectives.Objective('k'), SITES, SITES, setting, (0, 1), optimizer
+  )
   return one, one.init(jax.random.key(0))
 
 

@@ -76,8 +76,8 @@ def make(kind='sae', base='jumprelu', cls=stack.Stack, **changes):
   reads, writes = ((RESID, MLP),) * 2 if own else ((IN,), (OUT,))
   options = {'bandwidth': 0.2} if base == 'jumprelu' else {}
   module = architectures.ARCHITECTURES[base](
-      d_in=D, d_out=D, width=2 * D, pre_encoder_bias=own, tied=own, **options
-  )  # fmt: skip
+    d_in=D, d_out=D, width=2 * D, pre_encoder_bias=own, tied=own, **options
+  )
   penalty, value = PENALTIES[base]
   setting = stack.Setting(
     jnp.full(len(at), value), jnp.full(len(at), 0.01), *[jnp.array(at)] * 2
@@ -299,8 +299,8 @@ def test_the_feed_is_a_function_of_the_step():
   rows[:, 0] = 2
   rows[16:24] = 1  # nothing counts in step 2
   chunks = chunks_of(
-      gemma, params, RESID, rows, mesh, chunk_rows=64, batch=64, lm_batch=8
-  )  # fmt: skip
+    gemma, params, RESID, rows, mesh, chunk_rows=64, batch=64, lm_batch=8
+  )
   feed, ordinary = (
     end_to_end.Feed(chunks, 8, mesh),
     chunks_lib.Feed(chunks, 100),
@@ -379,9 +379,13 @@ def made_for(site, rate, steps, warm_up):
     128, 128, 128, bandwidth=0.02, initial_threshold=0.05
   )
   optimizer = dataclasses.replace(
-      OPTIMIZER, b2=0.999, warm_up=10, decay=steps // 2, steps=steps,
-      sparsity_warm_up=warm_up,
-  )  # fmt: skip
+    OPTIMIZER,
+    b2=0.999,
+    warm_up=10,
+    decay=steps // 2,
+    steps=steps,
+    sparsity_warm_up=warm_up,
+  )
   setting = stack.Setting(*map(jnp.array, ([16.0], [rate], [0], [0])))
   objective = objectives.Objective('target_l0')
   return stack.Stack(
@@ -401,8 +405,8 @@ def test_it_lowers_the_kl_at_the_same_l0():
   rows = np.pad(ids, ((0, 0), (1, 0)), constant_values=2).astype(np.int32)
   rows = np.random.default_rng(0).permutation(rows)
   chunks = chunks_of(
-      gemma, params, site, rows, mesh, chunk_rows=2**13, batch=256, lm_batch=32
-  )  # fmt: skip
+    gemma, params, site, rows, mesh, chunk_rows=2**13, batch=256, lm_batch=32
+  )
   feed, tokens = chunks_lib.Feed(chunks, 100), end_to_end.Feed(chunks, 4, mesh)
   normalisation = tokens.normalisation()
   plain, tuned = made_for(site, 1.2e-2, 80, 25), made_for(site, 3e-3, steps, 1)

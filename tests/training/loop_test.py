@@ -61,10 +61,14 @@ def whole(tmp_path_factory):
   folder = tmp_path_factory.mktemp('whole')
   config = small(folder)
   done = subprocess.run(
-      flags_of(config, folder / 'run'), cwd=ROOT, text=True, timeout=300,
-      env=os.environ | {'PYTHONPATH': str(ROOT)} | processes.one_device(),
-      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-  )  # fmt: skip
+    flags_of(config, folder / 'run'),
+    cwd=ROOT,
+    text=True,
+    timeout=300,
+    env=os.environ | {'PYTHONPATH': str(ROOT)} | processes.one_device(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+  )
   assert done.returncode == 0, done.stdout
   return config, folder, done.stdout, *states(config, folder / 'run')
 
@@ -233,12 +237,14 @@ def test_a_short_run_meets_its_target_l0(tmp_path):
 def test_the_closing_phase_is_done_again_where_it_was_stopped(tmp_path):
   """The same end, and a release whose decoders have norm 1."""
   config = small(
-      tmp_path,
-      **{
-          'train.steps': 20, 'train.meet_l0': True,
-          'train.refit_decoders': True, 'train.closing_batches': 5,
-      },
-  )  # fmt: skip
+    tmp_path,
+    **{
+      'train.steps': 20,
+      'train.meet_l0': True,
+      'train.refit_decoders': True,
+      'train.closing_batches': 5,
+    },
+  )
   config, whole = in_process(config, tmp_path / 'whole')
   norms = np.linalg.norm(whole.states[0].params['W_dec'], axis=-1)
   assert np.abs(norms - 1).max() > 0.01

@@ -53,8 +53,9 @@ def test_each_null_holds_its_part_and_trains_the_rest(run):
   for null in nulls:
     for name in ('W_dec', 'W_enc', 'b_enc', 'b_dec', 'log_threshold'):
       if (name, null) not in (
-        ('W_dec', 'frozen_decoder'), ('W_enc', 'frozen_encoder')
-      ):  # fmt: skip
+        ('W_dec', 'frozen_decoder'),
+        ('W_enc', 'frozen_encoder'),
+      ):
         assert moved(name, null) > 1e-3, (name, null)
 
 

@@ -28,9 +28,7 @@ def test_members_of_one_shape_share_a_stack():
   config = tiny.get_config('layers=3;sites=attn_out,resid_post;widths=16k,65k')
   stacks, groups = setup.make_stacks(config, lm.SIZES['gemma2-2b'])
   shapes = [(s.module.width, s.module.d_in) for s in stacks]
-  assert shapes == [
-    (16384, 2048), (16384, 2304), (65536, 2048), (65536, 2304),
-  ]  # fmt: skip
+  assert shapes == [(16384, 2048), (16384, 2304), (65536, 2048), (65536, 2304)]
   assert [m for group in groups for m in group] and sum(
     map(len, groups)
   ) == len(specs.members(config))

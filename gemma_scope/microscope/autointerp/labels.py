@@ -152,10 +152,12 @@ def question(
     words = f'\nWhere it fires, these tokens become likelier: {list(promoted)}'
   return (
     'A feature of a language model fires on the tokens between << and >> in '
-    'these texts, and nowhere else in them.\n\n' + '\n'.join(shown) + words
+    'these texts, and nowhere else in them.\n\n'
+    + '\n'.join(shown)
+    + words
     + '\n\nWhat do the marked tokens have in common that the others do not? '
     'Answer with one short phrase, no more than fifteen words.'
-  )  # fmt: skip
+  )
 
 
 def ask_which(
@@ -255,15 +257,22 @@ def explain(
     if model is None:
       label = examples.rule(found)
       row |= {
-        'label': label.text(pieces), 'by': 'rule', 'kind': 'rule',
-        'question': None, 'offset': label.offset, 'ids': list(label.ids),
-      }  # fmt: skip
+        'label': label.text(pieces),
+        'by': 'rule',
+        'kind': 'rule',
+        'question': None,
+        'offset': label.offset,
+        'ids': list(label.ids),
+      }
     else:
       asked = question(found, pieces, row['promoted'])
       label = ' '.join(model(asked).split())
       row |= {
-        'label': label, 'by': model.name, 'kind': 'model', 'question': asked
-      }  # fmt: skip
+        'label': label,
+        'by': model.name,
+        'kind': 'model',
+        'question': asked,
+      }
     labelled.append((row, label, found))
   known = [i for i, (_, label, _) in enumerate(labelled) if label is not None]
   for n, i in enumerate(known):

@@ -212,8 +212,11 @@ class Kept:
     answer = self._model(question)
     self._answers[key] = answer
     line = {
-      'key': key, 'model': self.name, 'question': question, 'answer': answer
-    }  # fmt: skip
+      'key': key,
+      'model': self.name,
+      'question': question,
+      'answer': answer,
+    }
     with open(self._path, 'a', encoding='utf-8') as file:
       file.write(json.dumps(line) + '\n')
     return answer

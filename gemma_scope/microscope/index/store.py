@@ -215,9 +215,12 @@ def read(folder: str | os.PathLike[str]) -> Index:
 
 # The types that an index has, as safetensors names them.
 _TYPES = {
-  'BOOL': np.bool_, 'F16': np.float16, 'F32': np.float32,
-  'I32': np.int32, 'I64': np.int64,
-}  # fmt: skip
+  'BOOL': np.bool_,
+  'F16': np.float16,
+  'F32': np.float32,
+  'I32': np.int32,
+  'I64': np.int64,
+}
 
 
 def _mapped(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -136,8 +136,9 @@ def test_intervals_hold_the_truth_where_rows_of_a_group_are_alike():
   for _ in range(200):
     common = np.repeat(rng.normal(size=30), 10)
     y_B = rng.random(300) < 0.5
-    found = probe.scores(common + rng.normal(size=300), y_B, np.repeat(
-      np.arange(30), 10))['auc']  # fmt: skip
+    found = probe.scores(
+      common + rng.normal(size=300), y_B, np.repeat(np.arange(30), 10)
+    )['auc']
     inside += found['low'] <= 0.5 <= found['high']
   assert 178 <= inside <= 199  # 95 % of 200, with four standard deviations
 
@@ -201,8 +202,9 @@ def test_shuffles_keep_groups_whole_where_labels_are_by_group():
 def test_rows_of_a_group_are_not_in_train_and_test():
   given = some_rows()
   with pytest.raises(ValueError, match='split by group'):
-    probe.Rows(given.x_BD, given.f_BF, None, ~given.test_B,
-               np.zeros_like(given.group_B))  # fmt: skip
+    probe.Rows(
+      given.x_BD, given.f_BF, None, ~given.test_B, np.zeros_like(given.group_B)
+    )
   with pytest.raises(ValueError, match='same number of rows'):
     probe.Rows(given.x_BD[1:], given.f_BF, None, given.test_B, given.group_B)
 
@@ -214,9 +216,12 @@ def random_sae(d=6, f=10, seed=0):
   rng = np.random.default_rng(seed)
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
   return {
-    'W_enc': draw(d, f), 'b_enc': draw(f), 'W_dec': draw(f, d),
-    'b_dec': draw(d), 'threshold': np.zeros(f, np.float32),
-  }  # fmt: skip
+    'W_enc': draw(d, f),
+    'b_enc': draw(f),
+    'W_dec': draw(f, d),
+    'b_dec': draw(d),
+    'threshold': np.zeros(f, np.float32),
+  }
 
 
 @pytest.mark.parametrize('k', [None, 3])
@@ -296,8 +301,9 @@ def test_absorption_is_the_share_that_another_latent_took():
   some = absorption.of_concept(given(taken_BF), both, y_B)
   assert none['main'] == some['main'] == [0]
   assert none['full']['value'] == 0 and none['fraction']['value'] < 0.02
-  expected = special_B[given(own_BF).test_B].sum() / y_B[
-    given(own_BF).test_B].sum()  # fmt: skip
+  expected = (
+    special_B[given(own_BF).test_B].sum() / y_B[given(own_BF).test_B].sum()
+  )
   assert some['full']['value'] == pytest.approx(expected, abs=0.01)
   # All of the concept on these rows is the absorber's, and nothing elsewhere.
   assert some['fraction']['value'] == pytest.approx(expected, abs=0.01)
@@ -393,8 +399,12 @@ def test_prompts_of_a_file(tmp_path):
   assert not set(found.group_N[found.test_N]) & set(
     found.group_N[~found.test_N]
   )
-  for wrong in ('{"text": 1, "label": 1}', '{', '{"text": "a", "label": 7}',
-                '{"text": "a", "label": 1, "split": "x"}'):  # fmt: skip
+  for wrong in (
+    '{"text": 1, "label": 1}',
+    '{',
+    '{"text": "a", "label": 7}',
+    '{"text": "a", "label": 1, "split": "x"}',
+  ):
     path.write_text(wrong)
     with pytest.raises(ValueError, match='line 1 is not'):
       probe_inputs.read_prompts(path)
@@ -428,13 +438,19 @@ def test_prompts_with_a_def_are_told_apart(tokenizer, tmp_path):
   rng = np.random.default_rng(7)
   texts = [f'{w} x{i}' for i in range(40) for w in ('def', 'import')]
   prompts = probe_inputs.Prompts(
-    texts, np.array([t.startswith('def') for t in texts]),
-    np.arange(80) >= 50, np.arange(80) // 2,
-  )  # fmt: skip
+    texts,
+    np.array([t.startswith('def') for t in texts]),
+    np.arange(80) >= 50,
+    np.arange(80) // 2,
+  )
   params = random_sae(128, 32)
   params['W_enc'] = rng.normal(size=(128, 32)).astype(np.float32) / 30
-  card = {'type': 'sae', 'sites': ['resid_post/1'],
-          'targets': ['resid_post/1'], 'name': 'a'}  # fmt: skip
+  card = {
+    'type': 'sae',
+    'sites': ['resid_post/1'],
+    'targets': ['resid_post/1'],
+    'name': 'a',
+  }
   (one,) = releases.saes([(params, card)])
   for pooling in probe_inputs.POOLINGS:
     given = probe_inputs.of_prompts(model, one, prompts, tokenizer, pooling)
@@ -451,9 +467,12 @@ def test_pooled_latents_are_those_of_all_tokens_and_few_at_a_time(monkeypatch):
   D, F = 8, 16
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
   params = {
-    'W_enc': draw(D, F), 'b_enc': draw(F), 'W_dec': draw(F, D),
-    'b_dec': draw(D), 'threshold': np.zeros(F, np.float32),
-  }  # fmt: skip
+    'W_enc': draw(D, F),
+    'b_enc': draw(F),
+    'W_dec': draw(F, D),
+    'b_dec': draw(D),
+    'threshold': np.zeros(F, np.float32),
+  }
   prompt_B = np.repeat(np.arange(6), [3, 9, 1, 4, 40, 2])
   x_BD = draw(len(prompt_B), D)
   every_BF = probe_inputs.latents(params, x_BD)

@@ -14,13 +14,20 @@ from gemma_scope.text import tokenizers
 from tests.helpers import releases
 
 SETTINGS = suite.Settings(
-  length=32, train_modules=12, train_windows=4, test_windows=6,
-  core_sequences=8, batch=8,
-)  # fmt: skip
+  length=32,
+  train_modules=12,
+  train_windows=4,
+  test_windows=6,
+  core_sequences=8,
+  batch=8,
+)
 CARD = {
-  'type': 'sae', 'sites': ['resid_post/2'], 'targets': ['resid_post/2'],
-  'name': 'perfect', 'model': 'tiny',
-}  # fmt: skip
+  'type': 'sae',
+  'sites': ['resid_post/2'],
+  'targets': ['resid_post/2'],
+  'name': 'perfect',
+  'model': 'tiny',
+}
 
 
 @pytest.fixture(scope='module')

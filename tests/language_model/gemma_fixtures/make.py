@@ -21,17 +21,24 @@ import torch
 import transformers
 
 SMALL = dict(
-    vocab_size=80, hidden_size=48, intermediate_size=64, num_attention_heads=4,
-    head_dim=16, sliding_window=5,
-)  # fmt: skip
+  vocab_size=80,
+  hidden_size=48,
+  intermediate_size=64,
+  num_attention_heads=4,
+  head_dim=16,
+  sliding_window=5,
+)
 
 
 def gemma2():
   config = transformers.Gemma2Config(
-      **SMALL, num_hidden_layers=4, num_key_value_heads=2,
-      query_pre_attn_scalar=12, attn_logit_softcapping=5.0,
-      final_logit_softcapping=3.0,
-  )  # fmt: skip
+    **SMALL,
+    num_hidden_layers=4,
+    num_key_value_heads=2,
+    query_pre_attn_scalar=12,
+    attn_logit_softcapping=5.0,
+    final_logit_softcapping=3.0,
+  )
   return transformers.Gemma2ForCausalLM(config)
 
 
@@ -62,13 +69,21 @@ def gemma3_multimodal():
     num_key_value_heads=4, query_pre_attn_scalar=12, rope_parameters=_rope(8.0)
   )
   vision = dict(
-      hidden_size=8, intermediate_size=8, num_hidden_layers=1, image_size=28,
-      num_attention_heads=2, patch_size=14,
-  )  # fmt: skip
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    image_size=28,
+    num_attention_heads=2,
+    patch_size=14,
+  )
   config = transformers.Gemma3Config(
-      text_config=text, vision_config=vision, mm_tokens_per_image=1,
-      image_token_index=79, boi_token_index=78, eoi_token_index=77,
-  )  # fmt: skip
+    text_config=text,
+    vision_config=vision,
+    mm_tokens_per_image=1,
+    image_token_index=79,
+    boi_token_index=78,
+    eoi_token_index=77,
+  )
   return transformers.Gemma3ForConditionalGeneration(config)
 
 

@@ -47,9 +47,12 @@ def gemma4_e():
       position_embedding_size=4,
   )  # fmt: skip
   audio = dict(
-      hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-      subsampling_conv_channels=[2, 2], output_proj_dims=8,
-  )  # fmt: skip
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    subsampling_conv_channels=[2, 2],
+    output_proj_dims=8,
+  )
   config = transformers.Gemma4Config(
     text_config=text, vision_config=vision, audio_config=audio
   )
@@ -58,10 +61,14 @@ def gemma4_e():
 
 def gemma4_dense():
   config = transformers.Gemma4TextConfig(
-      **SMALL, num_hidden_layers=4, num_key_value_heads=2,
-      num_global_key_value_heads=1, attention_k_eq_v=True,
-      layer_types=[LOCAL, GLOBAL] * 2, hidden_size_per_layer_input=0,
-  )  # fmt: skip
+    **SMALL,
+    num_hidden_layers=4,
+    num_key_value_heads=2,
+    num_global_key_value_heads=1,
+    attention_k_eq_v=True,
+    layer_types=[LOCAL, GLOBAL] * 2,
+    hidden_size_per_layer_input=0,
+  )
   return transformers.Gemma4ForCausalLM(config)
 
 

@@ -261,8 +261,10 @@ def test_a_busy_or_broken_server_is_asked_again(monkeypatch):
 def test_a_silent_server_and_a_refusal_are_errors_without_the_key(monkeypatch):
   monkeypatch.setenv('OPENAI_API_KEY', KEY)
   for replies, count in (
-    ([None], 2), ([(401, KEY, {})], 1), ([(200, '[]', {})], 2),
-  ):  # fmt: skip
+    ([None], 2),
+    ([(401, KEY, {})], 1),
+    ([(200, '[]', {})], 2),
+  ):
     with server(replies) as (url, seen):
       asked = endpoint(url, tries=2, timeout_s=0.3)
       with pytest.raises(llm.AskError) as error:

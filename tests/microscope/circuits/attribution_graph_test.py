@@ -95,10 +95,13 @@ def by_hand():
   """Embedding 4 -> feature 0 -> feature 1 -> logit; error 3 -> both."""
   column = lambda *values: np.array(values)
   sources = Sources(
-    kind=column(0, 0, 0, 1, 2), member=column(0, 0, 0, -1, -1),
-    feature=column(5, 6, 7, -1, -1), layer=column(0, 1, 1, 0, 0),
-    position=column(1, 1, 1, 1, 1), value=column(2.0, 4.0, 1.0, 1.0, 1.0),
-  )  # fmt: skip
+    kind=column(0, 0, 0, 1, 2),
+    member=column(0, 0, 0, -1, -1),
+    feature=column(5, 6, 7, -1, -1),
+    layer=column(0, 1, 1, 0, 0),
+    position=column(1, 1, 1, 1, 1),
+    value=column(2.0, 4.0, 1.0, 1.0, 1.0),
+  )
   of_logit = np.array([1.0, 3.0, 0.0, -1.0, 0.0])
   rows = {0: np.array([0, 0, 0, 0.5, 1.5]), 1: np.array([3.0, 0, 0, 1.0, 0])}
   return sources, of_logit, rows
@@ -281,16 +284,20 @@ _PARAMETERS = {
 
 def whole(properties):
   return {
-    'type': 'object', 'properties': properties, 'required': list(properties)
-  }  # fmt: skip
+    'type': 'object',
+    'properties': properties,
+    'required': list(properties),
+  }
 
 
-SCHEMA = whole({
+SCHEMA = whole(
+  {
     'metadata': whole(_METADATA),
     'qParams': whole(_PARAMETERS),
     'nodes': {'type': 'array', 'items': whole(_NODE)},
     'links': {'type': 'array', 'items': whole(_LINK)},
-})  # fmt: skip
+  }
+)
 
 
 def graph_is_read_back(plain, tokens_T, widths, tmp_path):
@@ -334,9 +341,12 @@ def test_a_graph_of_a_direction_or_of_a_feature():
   vector_D = np.random.default_rng(0).normal(size=128).astype(np.float32)
   settings = attribution_graph.Settings(most=12, measured=6)
   found = attribution_graph.trace(
-    subjects, tokens_T, (7, None), settings=settings,
+    subjects,
+    tokens_T,
+    (7, None),
+    settings=settings,
     reading=permutation_test.Reading(site, vector_D),
-  )  # fmt: skip
+  )
   s = found.sources
   assert s.layer[found.nodes].max() <= 2  # nothing after the site
   tokens_BT, last = np.array([tokens_T]), len(tokens_T) - 1

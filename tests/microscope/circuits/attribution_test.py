@@ -174,11 +174,13 @@ def test_a_shuffle_keeps_lengths_and_layers(model):
   query = permutation_test.Query(subject, tuple(TOKENS_T), LOGIT)
   one, again, two = (
     permutation_test.largest(
-      query, found['f'], slope,
+      query,
+      found['f'],
+      slope,
       permutation_test.Shuffles(3, 4, by_token=by_token),
     )
     for by_token in (False, False, True)
-  )  # fmt: skip
+  )
   np.testing.assert_array_equal(one, again)
   assert (one > 0).all() and (two > 0).all() and not np.allclose(one, two)
   assert permutation_test.p_value(0.0, one) == 1.0
@@ -235,8 +237,9 @@ def test_a_logit_in_the_middle_is_of_what_was_read(subjects):
 def test_agreement():
   lines = [{'gradient': g, 'exact': 2 * g} for g in (1.0, -2.0, 3.0)]
   assert attribution.agreement(lines, 'gradient') == {
-    'spearman': pytest.approx(1.0), 'slope': pytest.approx(2.0)
-  }  # fmt: skip
+    'spearman': pytest.approx(1.0),
+    'slope': pytest.approx(2.0),
+  }
   flat = [{'gradient': g, 'exact': 0.0} for g in (1.0, -2.0, 3.0)]
   assert attribution.agreement(flat, 'gradient')['spearman'] is None
 

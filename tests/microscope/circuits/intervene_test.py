@@ -288,9 +288,13 @@ def test_dose_response_starts_at_nothing_and_grows(model, subjects):
   subject = subjects['sae']
   one = firing(subject, model, 'sae', 1)[0]
   found = effects.dose_response(
-    subject, TOKENS_T, iv.Change(one, 'add'), strengths=(0.0, 0.5, 2.0),
-    logit=(7, None), controls=3,
-  )  # fmt: skip
+    subject,
+    TOKENS_T,
+    iv.Change(one, 'add'),
+    strengths=(0.0, 0.5, 2.0),
+    logit=(7, None),
+    controls=3,
+  )
   assert [line['strength'] for line in found] == [0.0, 0.5, 2.0]
   assert abs(found[0]['kl']) < 1e-5 and abs(found[0]['delta_logit']) < 1e-4
   assert found[0]['kl'] < found[1]['kl'] < found[2]['kl']

@@ -162,9 +162,12 @@ def test_matches_are_the_nearest_decoders(folder, entries):
 
 def test_equal_indexes_give_equal_bytes(folder, entries, tmp_path):
   pages.write(
-    tmp_path / 'again', entries, pieces, title='<i>Title</i>',
+    tmp_path / 'again',
+    entries,
+    pieces,
+    title='<i>Title</i>',
     quantisation='GGUF <b>Q4</b>',
-  )  # fmt: skip
+  )
   for path in folder.rglob('*'):
     if path.is_file():
       other = tmp_path / 'again' / path.relative_to(folder)

@@ -27,9 +27,10 @@ def transcoder(layer: int):
   params, card = random_saes.member(layer, f'mlp_in/{layer}')
   params['W_dec'] = params['W_dec'] / 128
   return params, card | {
-    'type': 'transcoder', 'targets': [f'mlp_out/{layer}'],
+    'type': 'transcoder',
+    'targets': [f'mlp_out/{layer}'],
     'name': f'transcoder_{layer}',
-  }  # fmt: skip
+  }
 
 
 @pytest.fixture(scope='module')
@@ -68,9 +69,11 @@ def server(asked, tmp_path_factory):
   one = uvicorn.Server(
     uvicorn.Config(
       server_lib.app(found, folder / 'pages', TOKEN),
-      host='127.0.0.1', port=port, log_level='warning',
+      host='127.0.0.1',
+      port=port,
+      log_level='warning',
     )
-  )  # fmt: skip
+  )
   thread = threading.Thread(target=one.run)
   thread.start()
   while not one.started:
@@ -167,7 +170,7 @@ def test_only_questions_are_posted(server):
     (b'{"text": "' + b'a b ' * 9000 + b'", "member": 0}', 400, 'give 1 to 4,'),
     (b'{"text": "' + b'a' * 2**20 + b'", "member": 0}', 413, 'too long'),
   ],
-)  # fmt: skip
+)
 def test_bad_questions_get_a_sentence(server, body, status, said):
   got, _, reply = request(server, '/api/read', 'POST', body)
   assert got == status and said in json.loads(reply)['error']
@@ -250,8 +253,12 @@ def test_changes_and_doses(server):
 def test_steering_is_of_a_seed(server):
   change = {'feature': a_feature(server), 'kind': 'add', 'strength': 3}
   question = {
-    'member': 0, 'text': TEXT, 'tokens': 8, 'temperature': 1.0, 'seed': 4
-  }  # fmt: skip
+    'member': 0,
+    'text': TEXT,
+    'tokens': 8,
+    'temperature': 1.0,
+    'seed': 4,
+  }
   _, one = answer(server, 'steer', **question, changes=[change])
   _, two = answer(server, 'steer', **question, changes=[change])
   _, none = answer(server, 'steer', **question, changes=[])

@@ -87,10 +87,11 @@ def test_equals_loops_over_every_activation(model, text, built):
       there = found.top_sequence_FE[j] >= 0
       at = list(
         zip(
-          found.top_sequence_FE[j][there], found.top_position_FE[j][there],
+          found.top_sequence_FE[j][there],
+          found.top_position_FE[j][there],
           strict=True,
         )
-      )  # fmt: skip
+      )
       assert at == order[: statistics.EXAMPLES]
       # Silent where it is said to be.
       for n in found.silent_FM[j]:
@@ -180,9 +181,11 @@ def test_a_stopped_pass_continues_to_the_same(model, text, built, tmp_path):
   assert state().load()[0] == 16
   done = []
   found = build.build(
-    *model, SAES, text,
+    *model,
+    SAES,
+    text,
     build.How(8, progress=lambda n, _: done.append(n), state=state()),
-  )  # fmt: skip
+  )
   for one, two in zip(built, found, strict=True):
     same(one, two)
   assert done[0] == 24  # only the last batch was left
@@ -239,9 +242,11 @@ def test_activations_beyond_float16_are_kept(model, text, tmp_path):
       np.testing.assert_allclose(peak, there, rtol=1e-3)
   assert not found.histogram_FH[:, -1].any()
   count = neuronpedia.write(
-    tmp_path / 'out', found, lambda ids: [f't{i}' for i in ids],
+    tmp_path / 'out',
+    found,
+    lambda ids: [f't{i}' for i in ids],
     neuronpedia.Naming('m', 'mine'),
-  )  # fmt: skip
+  )
   assert count
   with gzip.open(tmp_path / 'out/activations/batch-0.jsonl.gz', 'rt') as file:
     for line in file:

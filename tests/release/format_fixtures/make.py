@@ -298,10 +298,12 @@ def _evals(sae):
     train_batch_size_tokens=16, device='cpu', context_size=16,
   )  # fmt: skip
   config = EvalConfig(
-    batch_size_prompts=4, n_eval_reconstruction_batches=3,
-    n_eval_sparsity_variance_batches=3, compute_ce_loss=True,
+    batch_size_prompts=4,
+    n_eval_reconstruction_batches=3,
+    n_eval_sparsity_variance_batches=3,
+    compute_ce_loss=True,
     compute_sparsity_metrics=True,
-  )  # fmt: skip
+  )
   return run_evals(
     sae, store, model, eval_config=config, activation_scaler=ActivationScaler()
   )[0]

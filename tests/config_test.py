@@ -304,10 +304,16 @@ ZERO = {
 }  # fmt: skip
 MINUS_ONE = {'initialise.layer', 'mesh.data', 'mesh.sae', 'mesh.latent'}
 ANY_TEXT = {
-  'lm.name', 'lm.checkpoint', 'lm.tokenizer', 'text.source', 'text.column',
+  'lm.name',
+  'lm.checkpoint',
+  'lm.tokenizer',
+  'text.source',
+  'text.column',
   'text.store',
-  'activations.store', 'initialise.release', 'metrics.wandb_project',
-}  # fmt: skip
+  'activations.store',
+  'initialise.release',
+  'metrics.wandb_project',
+}
 UNBOUNDED = {
   'activations.max_norm', 'objective.strength',
   'objective.prefactor', 'objective.p0',
@@ -382,13 +388,18 @@ def test_a_typo_on_the_command_line_is_refused_within_seconds(
 ):
   started = time.time()
   done = subprocess.run(
-      [
-          sys.executable, str(ROOT / 'launch/train.py'),
-          *(['--config=tiny'] if not flag.startswith('--config=') else []),
-          flag, f'--workdir={tmp_path}',
-      ],
-      cwd=ROOT, capture_output=True, text=True, env={'PYTHONPATH': str(ROOT)},
-  )  # fmt: skip
+    [
+      sys.executable,
+      str(ROOT / 'launch/train.py'),
+      *(['--config=tiny'] if not flag.startswith('--config=') else []),
+      flag,
+      f'--workdir={tmp_path}',
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env={'PYTHONPATH': str(ROOT)},
+  )
   assert done.returncode != 0
   assert words in done.stderr, done.stderr
   assert 'Traceback' not in done.stderr

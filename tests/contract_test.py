@@ -90,9 +90,15 @@ def build(case: Case, values=None, seeds=(0, 1), reads=(0, 1), active_limit=0):
   own = case.type in ('sae', 'crosscoder')
   values = values or case.values
   module = architectures.ARCHITECTURES[case.base](
-      d_in=D, d_out=D, width=F, layers=L if several else 0,
-      pre_encoder_bias=own, tied=own, skip=case.skip, **dict(case.module),
-  )  # fmt: skip
+    d_in=D,
+    d_out=D,
+    width=F,
+    layers=L if several else 0,
+    pre_encoder_bias=own,
+    tied=own,
+    skip=case.skip,
+    **dict(case.module),
+  )
   objective = objectives.Objective(case.penalty, **dict(case.objective))
   if 'prefixes' in dict(case.objective) and not several:
     objective = dataclasses.replace(objective, prefixes=(6, 12, 24))
@@ -101,10 +107,20 @@ def build(case: Case, values=None, seeds=(0, 1), reads=(0, 1), active_limit=0):
     jnp.array(values), jnp.full((len(values),), 0.02), *[jnp.array(at)] * 2
   )
   optimizer = optimizer_lib.Optimizer(
-      b2=0.9, eps=1e-8, clip=0.0, warm_up=5, decay=0, sparsity_warm_up=10,
-      threshold_rate=2.0, steps=2000, dead_after=4 * B, theta_decay=0.9,
-      adaptive_rate=0.1, resample_every=1000, active_limit=active_limit,
-  )  # fmt: skip
+    b2=0.9,
+    eps=1e-8,
+    clip=0.0,
+    warm_up=5,
+    decay=0,
+    sparsity_warm_up=10,
+    threshold_rate=2.0,
+    steps=2000,
+    dead_after=4 * B,
+    theta_decay=0.9,
+    adaptive_rate=0.1,
+    resample_every=1000,
+    active_limit=active_limit,
+  )
   kinds = ('resid_post',) * 2 if own else ('mlp_in', 'mlp_out')
   places = [tuple(sites.Site(n, kind) for n in range(L)) for kind in kinds]
   return stack.Stack(module, objective, *places, setting, seeds, optimizer)

@@ -20,9 +20,16 @@ pytestmark = random_models.needs_gemma4
 # Per-layer inputs, shared keys and experts in one model, with the tokenizer of
 # the embedded one.
 MODEL = dataclasses.replace(
-    random_models.GEMMA4_E, name='small4', vocab_size=4096, experts=8,
-    top_experts=3, expert_d_ff=12, num_layers=3, kv_shared=0, shared_d_ff=0,
-)  # fmt: skip
+  random_models.GEMMA4_E,
+  name='small4',
+  vocab_size=4096,
+  experts=8,
+  top_experts=3,
+  expert_d_ff=12,
+  num_layers=3,
+  kv_shared=0,
+  shared_d_ff=0,
+)
 SITES = ('ple_out/1', 'experts_out/1', 'router_logits/0', 'attn_out/2')
 
 

@@ -211,9 +211,14 @@ def in_two_seconds(folder: pathlib.Path) -> None:
 
 
 VARIABLES = (
-    'COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'PROCESS_ID', 'SLURM_NTASKS',
-    'SLURM_PROCID', 'TPU_WORKER_HOSTNAMES', 'MEGASCALE_NUM_SLICES',
-)  # fmt: skip
+  'COORDINATOR_ADDRESS',
+  'NUM_PROCESSES',
+  'PROCESS_ID',
+  'SLURM_NTASKS',
+  'SLURM_PROCID',
+  'TPU_WORKER_HOSTNAMES',
+  'MEGASCALE_NUM_SLICES',
+)
 
 
 @pytest.fixture

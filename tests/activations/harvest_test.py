@@ -18,9 +18,18 @@ from gemma_scope.runtime import interrupt
 from gemma_scope.text import tokenizers
 
 CONFIG = lm.Config(
-    name='t', vocab_size=64, d_model=16, num_layers=3, num_heads=2,
-    num_kv_heads=1, head_dim=4, d_ff=32, window=8, pattern='LG', qk_norm=True,
-)  # fmt: skip
+  name='t',
+  vocab_size=64,
+  d_model=16,
+  num_layers=3,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=4,
+  d_ff=32,
+  window=8,
+  pattern='LG',
+  qk_norm=True,
+)
 AT = (sites.Site(0, 'attn_out'), sites.Site(1, 'resid_post'))
 SPECIAL = (0, 1, 2)
 KEEP = tokenizers.Special(SPECIAL).keep

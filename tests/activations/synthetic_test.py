@@ -14,9 +14,14 @@ from tests.helpers import commands
 
 ROWS = 20_000
 SMALL = synthetic.Settings(
-  features=48, d_model=16, l0=4.0, parents=4, children=2, groups=5,
+  features=48,
+  d_model=16,
+  l0=4.0,
+  parents=4,
+  children=2,
+  groups=5,
   max_frequency=0.2,
-)  # fmt: skip
+)
 
 
 def layout(rows=1, dtype='float32'):

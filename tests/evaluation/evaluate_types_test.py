@@ -18,10 +18,18 @@ from tests.helpers import releases
 
 LAYERS, D, F = 3, 16, 10
 CONFIG = lm.Config(
-    name='random', vocab_size=40, d_model=D, num_layers=LAYERS, num_heads=2,
-    num_kv_heads=1, head_dim=8, d_ff=24, window=4, pattern='LG',
-    final_softcap=30.0,
-)  # fmt: skip
+  name='random',
+  vocab_size=40,
+  d_model=D,
+  num_layers=LAYERS,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=8,
+  d_ff=24,
+  window=4,
+  pattern='LG',
+  final_softcap=30.0,
+)
 BATCH, TOKENS = 4, 9
 
 

@@ -28,12 +28,19 @@ def test_published_saes_are_evaluated_and_the_table_printed(tmp_path, capsys):
   config = small(tmp_path)
   paths = published(tmp_path / 'gemma-scope-2-tiny')
   out = tmp_path / 'results' / 'scores.json'
-  launch.main([
-    'evaluate', '--config=tiny', f'--config.text.source={config.text.source}',
-    '--config.text.seq_len=33', '--config.evaluation.sequences=8',
-    '--config.evaluation.batch=8', f'--release={",".join(paths)}',
-    f'--workdir={tmp_path / "run"}', f'--out={out}',
-  ])  # fmt: skip
+  launch.main(
+    [
+      'evaluate',
+      '--config=tiny',
+      f'--config.text.source={config.text.source}',
+      '--config.text.seq_len=33',
+      '--config.evaluation.sequences=8',
+      '--config.evaluation.batch=8',
+      f'--release={",".join(paths)}',
+      f'--workdir={tmp_path / "run"}',
+      f'--out={out}',
+    ]
+  )
   members = json.loads(out.read_text())['members']
   assert len(members) == 2
   for metrics in members.values():
@@ -50,8 +57,14 @@ def test_published_saes_are_evaluated_and_the_table_printed(tmp_path, capsys):
 
 def test_the_language_model_alone_is_enough_of_a_config(tmp_path):
   given = command.FLAGS.parse(
-    ['--lm=gemma3-270m', '--sequences=5', '--workdir=a', '--release=b',
-     '--out=c'])  # fmt: skip
+    [
+      '--lm=gemma3-270m',
+      '--sequences=5',
+      '--workdir=a',
+      '--release=b',
+      '--out=c',
+    ]
+  )
   with given as flags:
     config = command._default(flags)
   assert config.lm.name == 'gemma3-270m' and config.text.source == 'prose'

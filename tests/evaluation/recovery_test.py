@@ -16,9 +16,15 @@ SITE = sites.parse('resid_post/0')
 AT = (SITE,)
 # As many directions as features: they can be orthogonal, and scores exact.
 SETTINGS = synthetic.Settings(
-  features=32, d_model=32, l0=3.0, parents=3, children=2, groups=0,
-  max_frequency=0.3, noise=0.0,
-)  # fmt: skip
+  features=32,
+  d_model=32,
+  l0=3.0,
+  parents=3,
+  children=2,
+  groups=0,
+  max_frequency=0.3,
+  noise=0.0,
+)
 ROWS = 4000
 
 

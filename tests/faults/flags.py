@@ -17,9 +17,17 @@ from tests.helpers import processes
 
 # Any text is a value of these.
 FREE = {
-  'text', 'title', 'creator', 'model_id', 'labeller', 'license', 'revision',
-  'column', 'push', 'endpoint',
-}  # fmt: skip
+  'text',
+  'title',
+  'creator',
+  'model_id',
+  'labeller',
+  'license',
+  'revision',
+  'column',
+  'push',
+  'endpoint',
+}
 SECONDS = 20.0  # a command still at work then has accepted its flags
 
 

@@ -142,9 +142,14 @@ def _cases(folder: pathlib.Path) -> Iterator[tuple[str, Callable[[], object]]]:
     yield sae(f'params.npz: {what}', params__npz=data, config__json=_card())
   for what, data in _safetensors_files().items():
     lens = json.dumps(
-      {'architecture': 'standard', 'd_in': 4, 'd_sae': 8,
-       'hook_name': 'blocks.2.hook_resid_post', 'model_name': 'gemma-2-2b'}
-    ).encode()  # fmt: skip
+      {
+        'architecture': 'standard',
+        'd_in': 4,
+        'd_sae': 8,
+        'hook_name': 'blocks.2.hook_resid_post',
+        'model_name': 'gemma-2-2b',
+      }
+    ).encode()
     yield sae(
       f'sae_weights.safetensors: {what}',
       cfg__json=lens,
@@ -198,9 +203,17 @@ def _cases(folder: pathlib.Path) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def _card() -> bytes:
   return json.dumps(
-    {'type': 'sae', 'sites': ['resid_post/2'], 'targets': ['resid_post/2'],
-     'd_in': 4, 'd_out': 4, 'width': 8, 'name': 'x', 'model': 'tiny'}
-  ).encode()  # fmt: skip
+    {
+      'type': 'sae',
+      'sites': ['resid_post/2'],
+      'targets': ['resid_post/2'],
+      'd_in': 4,
+      'd_out': 4,
+      'width': 8,
+      'name': 'x',
+      'model': 'tiny',
+    }
+  ).encode()
 
 
 @fault(

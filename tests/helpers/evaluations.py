@@ -14,10 +14,18 @@ from gemma_scope.language_model import gemma as lm
 from tests.helpers import releases
 
 CONFIG = lm.Config(
-    name='random', vocab_size=48, d_model=16, num_layers=2, num_heads=2,
-    num_kv_heads=1, head_dim=8, d_ff=32, window=4, pattern='LG',
-    final_softcap=30.0,
-)  # fmt: skip
+  name='random',
+  vocab_size=48,
+  d_model=16,
+  num_layers=2,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=8,
+  d_ff=32,
+  window=4,
+  pattern='LG',
+  final_softcap=30.0,
+)
 
 
 SPECIAL = (0, 1, 2)  # padding, EOS, BOS

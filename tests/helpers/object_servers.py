@@ -169,11 +169,16 @@ def started(scheme: str) -> Iterator[tuple[Proxy, dict[str, str]]]:
   port = _free_port()
   command = {
     'gs': [
-      'gcp_storage_emulator', 'start', '--host=127.0.0.1', f'--port={port}',
-      '--in-memory', f'--default-bucket={BUCKET}', '--quiet',
+      'gcp_storage_emulator',
+      'start',
+      '--host=127.0.0.1',
+      f'--port={port}',
+      '--in-memory',
+      f'--default-bucket={BUCKET}',
+      '--quiet',
     ],
     's3': ['moto.server', '-H', '127.0.0.1', '-p', str(port)],
-  }[scheme]  # fmt: skip
+  }[scheme]
   server = subprocess.Popen(
     [sys.executable, '-m', *command],
     stdout=subprocess.DEVNULL,

@@ -14,21 +14,44 @@ from gemma_scope.language_model import gemma4
 
 # Windows shorter than prompt and reply, so that local layers forget.
 GEMMA2 = lm.Config(
-    name='g2', vocab_size=40, d_model=16, num_layers=2, num_heads=4,
-    num_kv_heads=2, head_dim=8, d_ff=24, window=4, pattern='LG',
-    attn_softcap=5.0, final_softcap=8.0, transpose_gating=False,
-)  # fmt: skip
+  name='g2',
+  vocab_size=40,
+  d_model=16,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  d_ff=24,
+  window=4,
+  pattern='LG',
+  attn_softcap=5.0,
+  final_softcap=8.0,
+  transpose_gating=False,
+)
 
 # The three kinds of Gemma 4; windows and heads as above. Per-layer inputs are
 # wide, or some token's gates are all closed and its norm divides by nothing.
 _GEMMA4 = dict(
-    vocab_size=40, d_model=16, num_heads=4, head_dim=8, d_ff=24, window=4,
-    global_kv_heads=1, global_head_dim=16, final_softcap=8.0,
-)  # fmt: skip
+  vocab_size=40,
+  d_model=16,
+  num_heads=4,
+  head_dim=8,
+  d_ff=24,
+  window=4,
+  global_kv_heads=1,
+  global_head_dim=16,
+  final_softcap=8.0,
+)
 GEMMA4_E = gemma4.Config(
-    name='g4_e', num_layers=6, num_kv_heads=1, pattern='LLG', kv_shared=3,
-    shared_d_ff=32, ple_dim=24, **_GEMMA4,
-)  # fmt: skip
+  name='g4_e',
+  num_layers=6,
+  num_kv_heads=1,
+  pattern='LLG',
+  kv_shared=3,
+  shared_d_ff=32,
+  ple_dim=24,
+  **_GEMMA4,
+)
 GEMMA4_DENSE = gemma4.Config(
   name='g4_dense',
   num_layers=2,

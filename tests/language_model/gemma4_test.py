@@ -324,13 +324,19 @@ def test_frozen_gradients_are_those_of_fixed_norms_and_weights():
   mlps = [out.taps[sites.Site(i, 'mlp_out')] for i in (0, 1)]
   _, through = jax.jvp(
     lambda z: gemma.forward(
-      params, TOKENS, taps=(last,), logits=False, frozen=True,
-      edits={sites.Site(1, 'resid_pre'): lambda _: z,
-             sites.Site(1, 'mlp_out'): lambda _: mlps[1]},
+      params,
+      TOKENS,
+      taps=(last,),
+      logits=False,
+      frozen=True,
+      edits={
+        sites.Site(1, 'resid_pre'): lambda _: z,
+        sites.Site(1, 'mlp_out'): lambda _: mlps[1],
+      },
     ).taps[last],
     (out.taps[sites.Site(1, 'resid_pre')],),
     (mlps[0] * scale[0],),
-  )  # fmt: skip
+  )
   close(change + through + mlps[1] * scale[1], y, scale=5)
 
 

@@ -19,16 +19,36 @@ from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import weights
 
 GEMMA2 = lm.Config(
-    name='random', vocab_size=48, d_model=16, num_layers=2, num_heads=4,
-    num_kv_heads=2, head_dim=8, d_ff=24, window=4, pattern='LG',
-    attn_softcap=50.0, final_softcap=30.0, transpose_gating=False,
-)  # fmt: skip
+  name='random',
+  vocab_size=48,
+  d_model=16,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  d_ff=24,
+  window=4,
+  pattern='LG',
+  attn_softcap=50.0,
+  final_softcap=30.0,
+  transpose_gating=False,
+)
 GEMMA3 = lm.Config(
-    name='random3', vocab_size=48, d_model=16, num_layers=2, num_heads=4,
-    num_kv_heads=1, head_dim=8, d_ff=24, window=4, pattern='LG', qk_norm=True,
-    global_rope_base=1_000_000, global_rope_factor=8.0,
-    query_scale_by_heads=True,
-)  # fmt: skip
+  name='random3',
+  vocab_size=48,
+  d_model=16,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=1,
+  head_dim=8,
+  d_ff=24,
+  window=4,
+  pattern='LG',
+  qk_norm=True,
+  global_rope_base=1_000_000,
+  global_rope_factor=8.0,
+  query_scale_by_heads=True,
+)
 LAYER = 1
 AT = tuple(sites.Site(LAYER, kind) for kind in sites.BLOCK_KINDS)
 TOKENS = np.random.default_rng(0).integers(3, 48, (2, 8)).astype(np.int32)
@@ -36,10 +56,15 @@ TOKENS[:, 0] = 2
 
 # Billions of parameters: shared by Gemma's model cards and its configs.
 COUNTS = {
-    'gemma2-2b': 2.615, 'gemma2-9b': 9.242, 'gemma2-27b': 27.228,
-    'gemma3-270m': 0.268, 'gemma3-1b': 1.000, 'gemma3-4b': 3.880,
-    'gemma3-12b': 11.766, 'gemma3-27b': 27.009,
-}  # fmt: skip
+  'gemma2-2b': 2.615,
+  'gemma2-9b': 9.242,
+  'gemma2-27b': 27.228,
+  'gemma3-270m': 0.268,
+  'gemma3-1b': 1.000,
+  'gemma3-4b': 3.880,
+  'gemma3-12b': 11.766,
+  'gemma3-27b': 27.009,
+}
 
 
 @functools.cache

@@ -167,12 +167,19 @@ def test_logits_are_those_of_transformers(name, kind, tmp_path):
 
 
 SMALL = {
-    'model_type': 'gemma3_text', 'vocab_size': 8, 'hidden_size': 256,
-    'intermediate_size': 512, 'num_hidden_layers': 1, 'num_attention_heads': 2,
-    'num_key_value_heads': 1, 'head_dim': 128, 'query_pre_attn_scalar': 128,
-    'sliding_window': 5, 'rms_norm_eps': 1e-6,
-    'layer_types': ['sliding_attention'],
-}  # fmt: skip
+  'model_type': 'gemma3_text',
+  'vocab_size': 8,
+  'hidden_size': 256,
+  'intermediate_size': 512,
+  'num_hidden_layers': 1,
+  'num_attention_heads': 2,
+  'num_key_value_heads': 1,
+  'head_dim': 128,
+  'query_pre_attn_scalar': 128,
+  'sliding_window': 5,
+  'rms_norm_eps': 1e-6,
+  'layer_types': ['sliding_attention'],
+}
 
 
 def small_shapes() -> dict[str, tuple[int, ...]]:

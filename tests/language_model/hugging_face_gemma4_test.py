@@ -193,14 +193,20 @@ def described(layers, every, **text):
     'image_token_id': 258880,
     'vision_config': {'model_type': 'gemma4_vision'},
     'text_config': {
-      'model_type': 'gemma4_text', 'vocab_size': 262144, 'head_dim': 256,
-      'global_head_dim': 512, 'num_hidden_layers': layers,
-      'layer_types': kinds * (layers // every), 'rope_parameters': _ROPE,
-      'vocab_size_per_layer_input': 262144, 'final_logit_softcapping': 30.0,
-      'tie_word_embeddings': True, 'hidden_activation': 'gelu_pytorch_tanh',
+      'model_type': 'gemma4_text',
+      'vocab_size': 262144,
+      'head_dim': 256,
+      'global_head_dim': 512,
+      'num_hidden_layers': layers,
+      'layer_types': kinds * (layers // every),
+      'rope_parameters': _ROPE,
+      'vocab_size_per_layer_input': 262144,
+      'final_logit_softcapping': 30.0,
+      'tie_word_embeddings': True,
+      'hidden_activation': 'gelu_pytorch_tanh',
       **text,
     },
-  }  # fmt: skip
+  }
 
 
 PUBLISHED = {
@@ -268,22 +274,28 @@ def test_newer_versions_spell_global_layers_another_way(name):
     ({'head_dim': None}, 'head_dim is None'),
     ({'rope_parameters': {'rope_theta': 1e6}}, 'does not tell global'),
     (
-      {'rope_parameters': {**_ROPE, 'sliding_attention': (
-        {'rope_type': 'default', 'rope_theta': 5e4}
-      )}},
+      {
+        'rope_parameters': {
+          **_ROPE,
+          'sliding_attention': ({'rope_type': 'default', 'rope_theta': 5e4}),
+        }
+      },
       'local rope_theta is 50000',
     ),
     (
-      {'rope_parameters': {**_ROPE, 'full_attention': (
-        {'rope_type': 'yarn', 'rope_theta': 1e6}
-      )}},
+      {
+        'rope_parameters': {
+          **_ROPE,
+          'full_attention': ({'rope_type': 'yarn', 'rope_theta': 1e6}),
+        }
+      },
       "of type 'yarn'",
     ),
     ({'per_layer_config': {'4': {'head_dim': 8}}}, 'config has layers 4; exp'),
     ({'laurel_rank': 64}, r'laurel_rank \(64\) is not known'),
     ({'quantization_config': {'quant_method': 'gptq'}}, r'quantised \(gptq\)'),
   ],
-)  # fmt: skip
+)
 def test_what_is_not_computed_here_is_refused(change, words):
   fields = PUBLISHED['gemma4-e2b']
   fields = {**fields, 'text_config': {**fields['text_config'], **change}}

@@ -205,9 +205,15 @@ def test_steer(workdir, said):
   index = opened.index(opened.find(SAE))
   latent = int(np.argmax(index.fired_F))
   run(
-    'steer', workdir, said, sae=SAE, text=TEXT, tokens=6, logit='self',
+    'steer',
+    workdir,
+    said,
+    sae=SAE,
+    text=TEXT,
+    tokens=6,
+    logit='self',
     change=(f'{latent}:add:2',),
-  )  # fmt: skip
+  )
   default, _, steered, _ = said[2:6]
   assert default.startswith('default: perplexity') and 'KL' in steered
   assert said[-1].count('\n') == len(effects.STRENGTHS)
@@ -339,9 +345,15 @@ def test_transcoders_give_graph_files_and_heads(workdir, said, tmp_path):
   for target in ('feature:3/99', 'feature:9/1', 'resid_post/2:none.npy', 'x'):
     with pytest.raises(ValueError, match='--target='):
       run(
-        'why', workdir, said, given, out, sae='layer_1', text=TEXT,
+        'why',
+        workdir,
+        said,
+        given,
+        out,
+        sae='layer_1',
+        text=TEXT,
         target=target,
-      )  # fmt: skip
+      )
   with pytest.raises(ValueError, match='needs transcoders'):
     run('why', workdir, said, sae=SAE, text=TEXT, head='2.1:4:1')
 

@@ -67,16 +67,33 @@ def test_pre_activations_stay_where_they_are(arch, branch):
 def test_the_command_writes_a_line_a_measurement(tmp_path, capsys):
   out = tmp_path / 'out.jsonl'
   command = [
-      'benchmark', '--d=32', '--width=256',
-      '--batch=64', '--k=4', '--branch=dense', '--repeats=1', f'--out={out}',
-      '--what=step,data', '--rows=2048',
-  ]  # fmt: skip
+    'benchmark',
+    '--d=32',
+    '--width=256',
+    '--batch=64',
+    '--k=4',
+    '--branch=dense',
+    '--repeats=1',
+    f'--out={out}',
+    '--what=step,data',
+    '--rows=2048',
+  ]
   done = commands.run(capsys, *command)
   assert done.code == 0, done.err
   step, chunk, store = map(json.loads, out.read_text().splitlines())
   assert set(step) >= {
-      'arch', 'd', 'width', 'batch', 'k', 'members', 'dtype', 'branch',
-      'device', 'tokens_per_s', 'matmul_share', 'peak_bytes',
-  }  # fmt: skip
+    'arch',
+    'd',
+    'width',
+    'batch',
+    'k',
+    'members',
+    'dtype',
+    'branch',
+    'device',
+    'tokens_per_s',
+    'matmul_share',
+    'peak_bytes',
+  }
   assert chunk['rows_per_s'] > 0 and store['bytes_per_s'] > 0
   assert len(done.out.splitlines()) == 3

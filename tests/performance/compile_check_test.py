@@ -34,9 +34,16 @@ def test_collectives_are_counted_by_kind():
 
 @pytest.mark.parametrize(
   'estimate, holds',
-  [(1.0, True), (0.95, True), (0.5, False), (-3.0, False), (0.0, False),
-   (float('nan'), False), (float('inf'), False)],
-)  # fmt: skip
+  [
+    (1.0, True),
+    (0.95, True),
+    (0.5, False),
+    (-3.0, False),
+    (0.0, False),
+    (float('nan'), False),
+    (float('inf'), False),
+  ],
+)
 def test_an_estimate_must_be_one_that_can_be(estimate, holds):
   assert compile_check.estimate_holds(estimate, 1.0) is holds
 

@@ -169,17 +169,26 @@ def config_of(tmp_path, name: str, change):
 @pytest.mark.parametrize(
   'name, change, words',
   [
-    ('saelens_topk', {'architecture': 'batchtopk', 'topk_threshold_lr': 0.01},
-     "architecture 'batchtopk'"),
+    (
+      'saelens_topk',
+      {'architecture': 'batchtopk', 'topk_threshold_lr': 0.01},
+      "architecture 'batchtopk'",
+    ),
     ('saelens_topk', {'twist': 1}, "the field 'twist', which SAELens"),
     ('saelens_v3_topk', {'activation_fn_str': 'tanh-relu'}, "'tanh-relu'"),
-    ('saelens_v3_topk', {'activation_fn_kwargs': {'k': 5, 'postact': 'id'}},
-     'only k can be read'),
+    (
+      'saelens_v3_topk',
+      {'activation_fn_kwargs': {'k': 5, 'postact': 'id'}},
+      'only k can be read',
+    ),
     ('saelens_v5_jumprelu', {'activation_fn_str': 'topk'}, "'topk'"),
     ('saelens_v3_topk', {'hook_head_index': 2}, 'one attention head'),
     ('saelens_v3_topk', {'finetuning_scaling_factor': True}, 'finetuning'),
-    ('saelens_v3_topk', {'normalize_activations': 'constant_norm_rescale'},
-     'no affine map'),
+    (
+      'saelens_v3_topk',
+      {'normalize_activations': 'constant_norm_rescale'},
+      'no affine map',
+    ),
     ('saelens_v3_topk', {'normalize_activations': True}, 'neither in it'),
     ('saelens_v3_topk', {'apply_b_dec_to_input': 'yes'}, 'apply_b_dec'),
     ('saelens_v3_topk', {'reshape_activations': 'hook_z'}, 'reshape'),
@@ -190,7 +199,7 @@ def config_of(tmp_path, name: str, change):
     ('sparsify_sae', {'num_latents': 31}, '31 of'),
     ('sparsify_sae', {'transcode': 'no'}, "transcode = 'no'"),
   ],
-)  # fmt: skip
+)
 def test_a_field_is_used_or_refused_by_name(name, change, words, tmp_path):
   folder = config_of(tmp_path, name, lambda config: config.update(change))
   with pytest.raises(release.ReleaseError, match=words) as refusal:

@@ -136,11 +136,22 @@ def test_one_release_holds_all_types(tmp_path):
   rows = [(member.card, member.metrics) for member in found]
   lines = table.table(rows, columns=300).split('\n')
   assert lines[0].split()[:6] == [
-    'type', 'site', 'writes', 'layer', 'width', 'architecture',
-  ]  # fmt: skip
+    'type',
+    'site',
+    'writes',
+    'layer',
+    'width',
+    'architecture',
+  ]
   assert lines[4].split()[:7] == [
-    'transcoder', 'mlp_in', 'mlp_out', '2', '12', 'jumprelu,', 'affine',
-  ]  # fmt: skip
+    'transcoder',
+    'mlp_in',
+    'mlp_out',
+    '2',
+    '12',
+    'jumprelu,',
+    'affine',
+  ]
   assert lines[6].split()[:5] == ['clt', 'mlp_in', 'mlp_out', '0-5', '72']
   text = (tmp_path / 'out' / 'README.md').read_text()
   for words in (

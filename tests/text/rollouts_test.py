@@ -35,11 +35,19 @@ def tokenizer() -> tokenizers.Tokenizer:
 @functools.cache
 def model():
   gemma = lm.Gemma(
-      lm.Config(
-          name='chatty', vocab_size=4100, d_model=8, num_layers=1, num_heads=1,
-          num_kv_heads=1, head_dim=8, d_ff=8, window=8, pattern='L',
-      )
-  )  # fmt: skip
+    lm.Config(
+      name='chatty',
+      vocab_size=4100,
+      d_model=8,
+      num_layers=1,
+      num_heads=1,
+      num_kv_heads=1,
+      head_dim=8,
+      d_ff=8,
+      window=8,
+      pattern='L',
+    )
+  )
   return gemma, gemma.init(jax.random.key(0))
 
 
@@ -200,9 +208,17 @@ def test_prompts_of_every_kind(tmp_path):
 
 @pytest.mark.parametrize(
   'line',
-  ['{"prompt": 3}', '[]', 'no', '{}', '{"messages": []}', '{"messages": [{}]}',
-   '{"conversation": [{"role": "user"}]}', '[' * 9999],
-)  # fmt: skip
+  [
+    '{"prompt": 3}',
+    '[]',
+    'no',
+    '{}',
+    '{"messages": []}',
+    '{"messages": [{}]}',
+    '{"conversation": [{"role": "user"}]}',
+    '[' * 9999,
+  ],
+)
 def test_a_bad_line_is_named(tmp_path, line):
   path = tmp_path / 'p.jsonl'
   path.write_text('{"prompt": "x"}\n' + line + '\n')
@@ -384,10 +400,20 @@ def test_refusals(tmp_path, answers):
     prepare(tmp_path / 's', heldout=1.0)
   with pytest.raises(ValueError, match='must be positive'):
     prepare(tmp_path / 's', max_new_tokens=0)
-  small = lm.Gemma(lm.Config(
-      name='small', vocab_size=99, d_model=8, num_layers=1, num_heads=1,
-      num_kv_heads=1, head_dim=8, d_ff=8, window=8, pattern='L',
-  ))  # fmt: skip
+  small = lm.Gemma(
+    lm.Config(
+      name='small',
+      vocab_size=99,
+      d_model=8,
+      num_layers=1,
+      num_heads=1,
+      num_kv_heads=1,
+      head_dim=8,
+      d_ff=8,
+      window=8,
+      pattern='L',
+    )
+  )
   with pytest.raises(ValueError, match='vocabulary of small has 99'):
     rollouts.prepare_rollouts(
       rollouts.Model(small, {}, tokenizer()),
@@ -400,9 +426,16 @@ def test_refusals(tmp_path, answers):
 
 @pytest.mark.parametrize(
   'change',
-  [{'chat': 1}, {'seq_len': 39}, {'reply': []}, {'reply': [True]},
-   {'reply': 'x'}, {'rollouts': None}, {'seq_len': None}],
-)  # fmt: skip
+  [
+    {'chat': 1},
+    {'seq_len': 39},
+    {'reply': []},
+    {'reply': [True]},
+    {'reply': 'x'},
+    {'rollouts': None},
+    {'seq_len': None},
+  ],
+)
 def test_hostile_manifests_are_refused(tmp_path, answers, change):
 
   store = prepare(tmp_path / 's')

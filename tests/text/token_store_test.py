@@ -18,9 +18,15 @@ def test_a_text_store_is_no_chat(store):
   assert not store.is_chat and store.reply == ()
   # What older checkpoints and cards hold of a store.
   assert set(store.fingerprint) == {
-      'source', 'source_sha256', 'tokenizer_sha256', 'vocab_size',
-      'limit_tokens', 'tokens', 'documents', 'sha256',
-  }  # fmt: skip
+    'source',
+    'source_sha256',
+    'tokenizer_sha256',
+    'vocab_size',
+    'limit_tokens',
+    'tokens',
+    'documents',
+    'sha256',
+  }
 
 
 def test_a_flipped_bit_is_found(tmp_path, store):

@@ -23,10 +23,18 @@ def make(base, layers=0, k=4.0):
     D, D, F * max(layers, 1), layers=layers
   )
   optimizer = optimizer_lib.Optimizer(
-      b2=0.9, eps=1e-8, clip=0.0, warm_up=0, decay=0, sparsity_warm_up=0,
-      threshold_rate=1.0, steps=1, dead_after=10**6, theta_decay=0.9,
-      adaptive_rate=0.1,
-  )  # fmt: skip
+    b2=0.9,
+    eps=1e-8,
+    clip=0.0,
+    warm_up=0,
+    decay=0,
+    sparsity_warm_up=0,
+    threshold_rate=1.0,
+    steps=1,
+    dead_after=10**6,
+    theta_decay=0.9,
+    adaptive_rate=0.1,
+  )
   at = jnp.asarray([list(range(L)) if layers else 1] * 2)
   value, rate = jnp.asarray([k, 2 * k]), jnp.zeros(2)
   setting = stack.Setting(value, rate, at, at)

@@ -30,9 +30,18 @@ from gemma_scope.training import optimizer as optimizer_lib
 
 N, T, D = 8, 9, 16
 MODEL = lm.Config(
-    name='random', vocab_size=48, d_model=D, num_layers=2, num_heads=4,
-    num_kv_heads=2, head_dim=4, d_ff=24, window=4, pattern='LG', qk_norm=True,
-)  # fmt: skip
+  name='random',
+  vocab_size=48,
+  d_model=D,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  d_ff=24,
+  window=4,
+  pattern='LG',
+  qk_norm=True,
+)
 RESID, MLP = sites.Site(0, 'resid_post'), sites.Site(1, 'mlp_out')
 IN, OUT = sites.Site(0, 'mlp_in'), sites.Site(0, 'mlp_out')
 AT = (RESID, MLP, IN, OUT)
@@ -45,10 +54,18 @@ NORMAL = {
 KEY = jax.random.key(3)
 SPECIAL = tokenizers.Special((0, 1, 2))
 OPTIMIZER = optimizer_lib.Optimizer(
-    b2=0.9, eps=1e-8, clip=0.0, warm_up=0, decay=0, sparsity_warm_up=1,
-    threshold_rate=2.0, steps=100, dead_after=300, theta_decay=0.999,
-    adaptive_rate=0.01,
-)  # fmt: skip
+  b2=0.9,
+  eps=1e-8,
+  clip=0.0,
+  warm_up=0,
+  decay=0,
+  sparsity_warm_up=1,
+  threshold_rate=2.0,
+  steps=100,
+  dead_after=300,
+  theta_decay=0.999,
+  adaptive_rate=0.01,
+)
 PENALTIES = {
   'relu': ('l1', 0.0),
   'jumprelu': ('target_l0', 4.0),
@@ -83,9 +100,14 @@ def make(kind='sae', base='jumprelu', cls=stack.Stack, **changes):
     jnp.full(len(at), value), jnp.full(len(at), 0.01), *[jnp.array(at)] * 2
   )
   return cls(
-      module, objectives.Objective(penalty), reads, writes, setting,
-      tuple(range(len(at))), dataclasses.replace(OPTIMIZER, **changes),
-  )  # fmt: skip
+    module,
+    objectives.Objective(penalty),
+    reads,
+    writes,
+    setting,
+    tuple(range(len(at))),
+    dataclasses.replace(OPTIMIZER, **changes),
+  )
 
 
 def step_of(stacks, gemma, mesh=None):

@@ -23,15 +23,23 @@ MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 
 def optimizer(**changes):
   return optimizer_lib.Optimizer(
-      **{
-          **dict(
-              b2=0.999, eps=1e-8, clip=0.0, warm_up=5, decay=5,
-              sparsity_warm_up=10, threshold_rate=3.0, steps=40,
-              dead_after=500, theta_decay=0.999, adaptive_rate=0.01,
-          ),
-          **changes,
-      }
-  )  # fmt: skip
+    **{
+      **dict(
+        b2=0.999,
+        eps=1e-8,
+        clip=0.0,
+        warm_up=5,
+        decay=5,
+        sparsity_warm_up=10,
+        threshold_rate=3.0,
+        steps=40,
+        dead_after=500,
+        theta_decay=0.999,
+        adaptive_rate=0.01,
+      ),
+      **changes,
+    }
+  )
 
 
 def make(penalty, values, at, seeds, **changes):
@@ -213,9 +221,14 @@ def test_a_target_falls_from_where_it_starts():
 @pytest.mark.parametrize('penalty', ['l1', 'adaptive_l1'])
 def test_only_the_adaptive_penalty_moves_its_coefficient(penalty):
   one = stack.Stack(
-    architectures.ReLU(D, D, F), objectives.Objective(penalty), SITES, SITES,
-    EIGHT.setting, EIGHT.seeds, optimizer(),
-  )  # fmt: skip
+    architectures.ReLU(D, D, F),
+    objectives.Objective(penalty),
+    SITES,
+    SITES,
+    EIGHT.setting,
+    EIGHT.seeds,
+    optimizer(),
+  )
   state = one.init(jax.random.key(0))
   x_NBD = next(data())
   after, _ = jax.jit(one.step)(state, x_NBD, x_NBD, jnp.int32(20), KEY)

@@ -27,25 +27,41 @@ import torch
 import transformers
 
 SMALL = dict(
-    vocab_size=72, hidden_size=16, intermediate_size=24, num_attention_heads=4,
-    head_dim=4, global_head_dim=8, sliding_window=5,
-    final_logit_softcapping=9.0,
-)  # fmt: skip
+  vocab_size=72,
+  hidden_size=16,
+  intermediate_size=24,
+  num_attention_heads=4,
+  head_dim=4,
+  global_head_dim=8,
+  sliding_window=5,
+  final_logit_softcapping=9.0,
+)
 LOCAL, GLOBAL = 'sliding_attention', 'full_attention'
 
 
 def gemma4_e():
   text = transformers.Gemma4TextConfig(
-      **SMALL, num_hidden_layers=9, num_key_value_heads=2,
-      layer_types=[LOCAL, LOCAL, GLOBAL, LOCAL, LOCAL, GLOBAL] + [LOCAL] * 2
-      + [GLOBAL], num_kv_shared_layers=4, use_double_wide_mlp=True,
-      hidden_size_per_layer_input=8, vocab_size_per_layer_input=72,
-  )  # fmt: skip
+    **SMALL,
+    num_hidden_layers=9,
+    num_key_value_heads=2,
+    layer_types=[LOCAL, LOCAL, GLOBAL, LOCAL, LOCAL, GLOBAL]
+    + [LOCAL] * 2
+    + [GLOBAL],
+    num_kv_shared_layers=4,
+    use_double_wide_mlp=True,
+    hidden_size_per_layer_input=8,
+    vocab_size_per_layer_input=72,
+  )
   vision = dict(
-      hidden_size=8, intermediate_size=8, num_hidden_layers=1, head_dim=4,
-      num_attention_heads=2, num_key_value_heads=2, patch_size=4,
-      position_embedding_size=4,
-  )  # fmt: skip
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    head_dim=4,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    patch_size=4,
+    position_embedding_size=4,
+  )
   audio = dict(
     hidden_size=8,
     num_hidden_layers=1,
@@ -74,12 +90,18 @@ def gemma4_dense():
 
 def gemma4_moe():
   config = transformers.Gemma4TextConfig(
-      **SMALL, num_hidden_layers=4, num_key_value_heads=2,
-      num_global_key_value_heads=1, attention_k_eq_v=True,
-      layer_types=[LOCAL, GLOBAL] * 2, hidden_size_per_layer_input=0,
-      enable_moe_block=True, num_experts=6, top_k_experts=2,
-      moe_intermediate_size=12,
-  )  # fmt: skip
+    **SMALL,
+    num_hidden_layers=4,
+    num_key_value_heads=2,
+    num_global_key_value_heads=1,
+    attention_k_eq_v=True,
+    layer_types=[LOCAL, GLOBAL] * 2,
+    hidden_size_per_layer_input=0,
+    enable_moe_block=True,
+    num_experts=6,
+    top_k_experts=2,
+    moe_intermediate_size=12,
+  )
   return transformers.Gemma4ForCausalLM(config)
 
 

@@ -65,13 +65,18 @@ def an_index(f_NTF, tokens_NT):
     never = np.flatnonzero(f_NT.max(1) == 0)[:M]
     silent_FM[f, : len(never)] = never
   return types.SimpleNamespace(
-    sequences_NT=tokens_NT, keep_NT=keep_NT,
-    top_FE=top, top_sequence_FE=top_at[0], top_position_FE=top_at[1],
-    sample_FQR=sample, sample_sequence_FQR=sample_at[0],
-    sample_position_FQR=sample_at[1], silent_FM=silent_FM,
+    sequences_NT=tokens_NT,
+    keep_NT=keep_NT,
+    top_FE=top,
+    top_sequence_FE=top_at[0],
+    top_position_FE=top_at[1],
+    sample_FQR=sample,
+    sample_sequence_FQR=sample_at[0],
+    sample_position_FQR=sample_at[1],
+    silent_FM=silent_FM,
     windows=lambda name, j: dict(top=window_top, sample=window_sample)[name][j],
     positive_FL=None,
-  )  # fmt: skip
+  )
 
 
 @pytest.fixture(scope='module')
@@ -89,8 +94,13 @@ def index():
   size_NT = rng.uniform(0.1, 1, (N, T)).astype(np.float32)
   after_NT = np.roll(tokens_NT == 7, 1, 1)
   common_NT = (rng.random((N, T)) < 0.05) & (np.arange(N) % 2 == 1)[:, None]
-  on = [np.isin(tokens_NT, [5, 6]), after_NT, common_NT, 0 * after_NT,
-        tokens_NT == 8]  # fmt: skip
+  on = [
+    np.isin(tokens_NT, [5, 6]),
+    after_NT,
+    common_NT,
+    0 * after_NT,
+    tokens_NT == 8,
+  ]
   return an_index(np.stack([size_NT * each for each in on], -1), tokens_NT)
 
 

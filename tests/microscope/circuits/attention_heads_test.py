@@ -24,10 +24,17 @@ from tests.helpers.replacement import tiny
 from tests.helpers.transcoders import clt, transcoders
 
 GEMMA3 = dataclasses.replace(
-  random_models.GEMMA2, name='g3', attn_softcap=None, final_softcap=None,
-  qk_norm=True, pattern='LLG', num_layers=3, transpose_gating=True,
-  global_rope_base=1000, global_rope_factor=2.0,
-)  # fmt: skip
+  random_models.GEMMA2,
+  name='g3',
+  attn_softcap=None,
+  final_softcap=None,
+  qk_norm=True,
+  pattern='LLG',
+  num_layers=3,
+  transpose_gating=True,
+  global_rope_base=1000,
+  global_rope_factor=2.0,
+)
 CASES = {
   'tiny': lambda: (
     transcoders(tiny(), False, range(4), 128),

@@ -21,10 +21,18 @@ from tests.helpers import random_saes
 from tests.helpers.browser import audit, chromium, data
 
 HOSTILE = [
-  '<script>window.hit=1</script>', '</script><img src=x onerror=hit()>',
-  '"><svg onload=hit()>', '\u2028', '\u202eevil', '\ud800', '<0xE2>', '\u2581a',
-  '\x00', '{{7*7}}', "');hit();('",
-]  # fmt: skip
+  '<script>window.hit=1</script>',
+  '</script><img src=x onerror=hit()>',
+  '"><svg onload=hit()>',
+  '\u2028',
+  '\u202eevil',
+  '\ud800',
+  '<0xE2>',
+  '\u2581a',
+  '\x00',
+  '{{7*7}}',
+  "');hit();('",
+]
 
 
 def pieces(ids):
@@ -37,10 +45,15 @@ def pieces(ids):
 def effects(index):
   """Causal cards: every second feature that fires has an effect."""
   part = {
-    'contexts': 4, 'kl': [0.2, 0.1, 0.3], 'loss': [0.1, None, None],
-    'times_shuffled': [3.0, 2.0, 4.0], 'times_random': [9.0, 4.0, 20.0],
-    'p': 0.01, 'lens_z': 2.5, 'tokens': [[15, 4], [16, 2]],
-  }  # fmt: skip
+    'contexts': 4,
+    'kl': [0.2, 0.1, 0.3],
+    'loss': [0.1, None, None],
+    'times_shuffled': [3.0, 2.0, 4.0],
+    'times_random': [9.0, 4.0, 20.0],
+    'p': 0.01,
+    'lens_z': 2.5,
+    'tokens': [[15, 4], [16, 2]],
+  }
   names = card_statistics.VERDICTS
   card = {'p': 0.01, 'q': 0.02, 'lens_p': 0.01, 'lens_q': 0.02}
   cards = {

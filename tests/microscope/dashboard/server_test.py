@@ -139,11 +139,19 @@ def test_only_from_its_own_pages(server, origin):
 @pytest.mark.parametrize(
   'path',
   [
-    '/../secret.txt', '/data/../../secret.txt', '/%2e%2e/secret.txt',
-    '/..%2fsecret.txt', '//etc/passwd', '/data//etc/passwd', '/etc/passwd',
-    '/..\\secret.txt', '/link', '/data/%00', '/assets/../../secret.txt',
+    '/../secret.txt',
+    '/data/../../secret.txt',
+    '/%2e%2e/secret.txt',
+    '/..%2fsecret.txt',
+    '//etc/passwd',
+    '/data//etc/passwd',
+    '/etc/passwd',
+    '/..\\secret.txt',
+    '/link',
+    '/data/%00',
+    '/assets/../../secret.txt',
   ],
-)  # fmt: skip
+)
 def test_nothing_outside_the_pages(server, path):
   status, _, body = request(server, path)
   assert status in (400, 404, 405) and b'secret' not in body

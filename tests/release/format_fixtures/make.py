@@ -282,21 +282,40 @@ def _evals(sae):
 
   model = HookedSAETransformer(
     HookedTransformerConfig(
-      n_layers=4, d_model=D, n_ctx=16, d_head=4, n_heads=3, d_mlp=16,
-      d_vocab=50, act_fn='relu', device='cpu',
+      n_layers=4,
+      d_model=D,
+      n_ctx=16,
+      d_head=4,
+      n_heads=3,
+      d_mlp=16,
+      d_vocab=50,
+      act_fn='relu',
+      device='cpu',
     )
-  )  # fmt: skip
+  )
   model.tokenizer = types.SimpleNamespace(
-    bos_token_id=1, eos_token_id=2, pad_token_id=0, sep_token_id=None,
-    cls_token_id=None, all_special_ids=[0, 1, 2], padding_side='right',
-    model_max_length=16, name_or_path='small',
-  )  # fmt: skip
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    sep_token_id=None,
+    cls_token_id=None,
+    all_special_ids=[0, 1, 2],
+    padding_side='right',
+    model_max_length=16,
+    name_or_path='small',
+  )
   tokens = torch.randint(3, 50, (200, 16)).tolist()
   store = ActivationsStore.from_sae(
-    model, sae, dataset=Dataset.from_list([{'tokens': row} for row in tokens]),
-    streaming=False, store_batch_size_prompts=4, n_batches_in_buffer=4,
-    train_batch_size_tokens=16, device='cpu', context_size=16,
-  )  # fmt: skip
+    model,
+    sae,
+    dataset=Dataset.from_list([{'tokens': row} for row in tokens]),
+    streaming=False,
+    store_batch_size_prompts=4,
+    n_batches_in_buffer=4,
+    train_batch_size_tokens=16,
+    device='cpu',
+    context_size=16,
+  )
   config = EvalConfig(
     batch_size_prompts=4,
     n_eval_reconstruction_batches=3,

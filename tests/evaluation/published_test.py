@@ -57,13 +57,7 @@ def test_published_saes_are_evaluated_and_the_table_printed(tmp_path, capsys):
 
 def test_the_language_model_alone_is_enough_of_a_config(tmp_path):
   given = command.FLAGS.parse(
-    [
-      '--lm=gemma3-270m',
-      '--sequences=5',
-      '--workdir=a',
-      '--release=b',
-      '--out=c',
-    ]
+    '--lm=gemma3-270m --sequences=5 --workdir=a --release=b --out=c'.split()
   )
   with given as flags:
     config = command._default(flags)

@@ -277,7 +277,7 @@ def test_newer_versions_spell_global_layers_another_way(name):
       {
         'rope_parameters': {
           **_ROPE,
-          'sliding_attention': ({'rope_type': 'default', 'rope_theta': 5e4}),
+          'sliding_attention': {'rope_type': 'default', 'rope_theta': 5e4},
         }
       },
       'local rope_theta is 50000',
@@ -286,7 +286,7 @@ def test_newer_versions_spell_global_layers_another_way(name):
       {
         'rope_parameters': {
           **_ROPE,
-          'full_attention': ({'rope_type': 'yarn', 'rope_theta': 1e6}),
+          'full_attention': {'rope_type': 'yarn', 'rope_theta': 1e6},
         }
       },
       "of type 'yarn'",

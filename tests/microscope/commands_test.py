@@ -344,16 +344,8 @@ def test_transcoders_give_graph_files_and_heads(workdir, said, tmp_path):
     assert json.loads((out / 'graph.json').read_text())['shuffled'] == []
   for target in ('feature:3/99', 'feature:9/1', 'resid_post/2:none.npy', 'x'):
     with pytest.raises(ValueError, match='--target='):
-      run(
-        'why',
-        workdir,
-        said,
-        given,
-        out,
-        sae='layer_1',
-        text=TEXT,
-        target=target,
-      )
+      asked = {'sae': 'layer_1', 'text': TEXT, 'target': target}
+      run('why', workdir, said, given, out, **asked)
   with pytest.raises(ValueError, match='needs transcoders'):
     run('why', workdir, said, sae=SAE, text=TEXT, head='2.1:4:1')
 

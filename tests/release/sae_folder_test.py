@@ -135,23 +135,12 @@ def test_one_release_holds_all_types(tmp_path):
   )
   rows = [(member.card, member.metrics) for member in found]
   lines = table.table(rows, columns=300).split('\n')
-  assert lines[0].split()[:6] == [
-    'type',
-    'site',
-    'writes',
-    'layer',
-    'width',
-    'architecture',
-  ]
-  assert lines[4].split()[:7] == [
-    'transcoder',
-    'mlp_in',
-    'mlp_out',
-    '2',
-    '12',
-    'jumprelu,',
-    'affine',
-  ]
+  assert lines[0].split()[:6] == (
+    'type site writes layer width architecture'.split()
+  )
+  assert lines[4].split()[:7] == (
+    'transcoder mlp_in mlp_out 2 12 jumprelu, affine'.split()
+  )
   assert lines[6].split()[:5] == ['clt', 'mlp_in', 'mlp_out', '0-5', '72']
   text = (tmp_path / 'out' / 'README.md').read_text()
   for words in (

@@ -44,9 +44,7 @@ def gemma4_e():
     **SMALL,
     num_hidden_layers=9,
     num_key_value_heads=2,
-    layer_types=[LOCAL, LOCAL, GLOBAL, LOCAL, LOCAL, GLOBAL]
-    + [LOCAL] * 2
-    + [GLOBAL],
+    layer_types=[LOCAL, LOCAL, GLOBAL] * 3,
     num_kv_shared_layers=4,
     use_double_wide_mlp=True,
     hidden_size_per_layer_input=8,

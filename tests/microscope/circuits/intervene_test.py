@@ -262,16 +262,10 @@ def test_a_residual_crosscoder_is_written_once(model):
   f_T = np.where(z_T > 14, z_T, 0)
   assert (f_T > 0).sum() > 5
   removed = lambda x: x - (f_T[:, None] * params['W_dec'][0, 0, 0])[None]
-  want = (
-    model[0]
-    .forward(
-      model[1],
-      np.array([TOKENS_T]),
-      taps=(last,),
-      edits={subject.place.targets[0]: removed},
-    )
-    .taps[last]
-  )
+  edits = {subject.place.targets[0]: removed}
+  tokens_1T = np.array([TOKENS_T])
+  out = model[0].forward(model[1], tokens_1T, taps=(last,), edits=edits)
+  want = out.taps[last]
   rows = iv.rows(subject, [[iv.Change(0)]])
   got = tapped(subject, rows, np.ones((1, T), bool), (last,))[last]
   np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-3)

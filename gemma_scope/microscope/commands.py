@@ -252,13 +252,9 @@ def find_concept(session: Session, options: Options) -> Result:
   sae = session.find(options.sae)
   prompts = probe_inputs.read_prompts(options.prompts)
   found_rows = probe_inputs.of_prompts(
-    session.model,
-    sae,
-    prompts,
-    session.tokenizer,
-    options.pooling,
-    options.batch,
-  )
+    session.model, sae, prompts,
+    session.tokenizer, options.pooling, options.batch,
+  )  # fmt: skip
   found = probe.run(found_rows, prompts.label_N)
   session.report(probe_report.report(found))
   best = probe.best(found, 'latents', 5) or probe.best(found, 'latents', 1)
@@ -298,12 +294,9 @@ def measure_effects(session: Session, options: Options) -> Result:
       session.report(sae.name)
       index, path = session.index(sae), session.effects_path(sae)
       measured = card_results.measure(
-        session.subject(sae),
-        index,
-        path,
-        settings,
+        session.subject(sae), index, path, settings,
         card_results.Watch(interrupt.check, session.report),
-      )
+      )  # fmt: skip
       found = card_results.results(measured, index, options.alpha)
       summaries[sae.name] = found['summary']
       session.report(card_results.table(found['summary']))
@@ -326,15 +319,15 @@ def label(session: Session, options: Options) -> Result:
       )
     model = llm.Kept(
       llm.Endpoint(options.labeller, options.endpoint),
-      session.out / 'answers.jsonl',
-      options.most_questions,
-    )
+      session.out / 'answers.jsonl', options.most_questions,
+    )  # fmt: skip
   elif options.labeller == 'local':
     model = llm.Kept(
-      llm.LocalGemma(session.config.lm.name, *session.model, session.tokenizer),
-      session.out / 'answers.jsonl',
-      options.most_questions,
-    )
+      llm.LocalGemma(
+        session.config.lm.name, *session.model, session.tokenizer
+      ),
+      session.out / 'answers.jsonl', options.most_questions,
+    )  # fmt: skip
   elif options.labeller:
     raise ValueError('--labeller must be "local" unless --endpoint is given.')
   found = labels.explain(one, features, session.tokenizer.pieces, model)
@@ -348,12 +341,9 @@ def score(session: Session, options: Options) -> Result:
   """Runs the SAEBench metrics, with labels derived from Python source code."""
   saes = [session.find(options.sae)] if options.sae else session.saes
   paths = suite.run(
-    session.model,
-    saes,
-    session.tokenizer,
-    session.out / 'suite',
-    report=session.report,
-  )
+    session.model, saes,
+    session.tokenizer, session.out / 'suite', report=session.report,
+  )  # fmt: skip
   session.report(suite.table(paths))
   return {
     str(path): json.loads(pathlib.Path(path).read_text()) for path in paths

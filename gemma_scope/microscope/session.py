@@ -138,12 +138,9 @@ class Session:
     self.workdir.mkdir(parents=True, exist_ok=True)
     tokenizer, store = prepare.open_text(self.config, self.workdir, self.report)
     return build_lib.spread(
-      store,
-      self.config.text.seq_len,
-      sequences,
-      setup.special(tokenizer, store).keep,
-      tokenizer.eos_id,
-    )
+      store, self.config.text.seq_len, sequences,
+      setup.special(tokenizer, store).keep, tokenizer.eos_id,
+    )  # fmt: skip
 
   @property
   def _built(self) -> dict[str, Any] | None:

@@ -3,6 +3,8 @@
   <start_of_turn>user\\n{prompt}<end_of_turn>\\n
   <start_of_turn>model\\n{answer}<end_of_turn>\\n
 
+In Gemma 4 the markers are <|turn> and <turn|>; the tokenizer says which.
+
   encode(tokenizer, prompt)   ids up to the beginning of the model's turn
   prepare_rollouts(...)       the model answers each prompt -> a token store
                               whose row i is conversation i, padded
@@ -66,7 +68,7 @@ def encode(tokenizer: tokenizers.Tokenizer, *texts: str) -> np.ndarray:
 
 
 def reply_opening(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
-  """The ids of '<start_of_turn>model\\n', for `tokenizers.Special.reply`."""
+  """The ids that open a model's turn, for `tokenizers.Special.reply`."""
   opening = tokenizer.start_of_turn, *tokenizer.encode('model\n')
   return tuple(int(token) for token in opening)
 

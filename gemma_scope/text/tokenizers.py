@@ -8,7 +8,8 @@ Control tokens that are typed in a text are read by one rule, in documents, in
 prompts and in questions alike:
   - `<bos>` at the start is taken off: a sequence has its own;
   - `<bos>` and `<eos>` elsewhere are those control tokens, as in transformers;
-  - user-defined pieces, such as `<start_of_turn>`, are one token each;
+  - user-defined pieces, such as `<start_of_turn>` (`<|turn>` in Gemma 4), are
+    one token each;
   - `<pad>` stays text: the language model does not read padding.
 Only the turns of a chat are read otherwise (`encode_literally`): what a user
 says cannot end his turn.
@@ -32,7 +33,11 @@ import numpy as np
 from gemma_scope import files
 from gemma_scope.text import corpus
 
-_MARKERS = re.compile(r'<(?:bos|eos|start_of_turn|end_of_turn)>')
+# What opens a turn of a chat -> what ends it.
+_TURNS = {
+  '<start_of_turn>': '<end_of_turn>',  # Gemma 2 and 3
+  '<|turn>': '<turn|>',  # Gemma 4
+}
 _PART_CHARS = 1 << 20  # longer documents are encoded in parts, cut at lines
 # Gemma 2's first ids: pad, eos, bos, unk, then these (see gm.text).
 _GEMMA2_SYMBOLS = (
@@ -59,7 +64,7 @@ class Tokenizer:
         f'No tokenizer at {self.path}: expected a SentencePiece model. For '
         'Gemma 2 it is tokenizer_gemma2.model from gs://gemma-data/tokenizers/ '
         '(tokenizer.model in the Kaggle and Hugging Face downloads), for '
-        'Gemma 3 tokenizer_gemma3.model.'
+        'Gemma 3 and 4 tokenizer_gemma3.model and tokenizer_gemma4.model.'
       )
     self._processor  # noqa: B018  a damaged file is refused here
 
@@ -105,13 +110,24 @@ class Tokenizer:
 
   @property
   def start_of_turn(self) -> int:
-    """106 in Gemma 2, 105 in Gemma 3; ValueError if there is none."""
-    return self.id_of('<start_of_turn>')
+    """106 in Gemma 2, 105 in Gemma 3 and 4; ValueError if there is none."""
+    return self.id_of(self.turn_markers[0])
 
   @property
   def end_of_turn(self) -> int:
-    """107 in Gemma 2, 106 in Gemma 3; ValueError if there is none."""
-    return self.id_of('<end_of_turn>')
+    """107 in Gemma 2, 106 in Gemma 3 and 4; ValueError if there is none."""
+    return self.id_of(self.turn_markers[1])
+
+  @functools.cached_property
+  def turn_markers(self) -> tuple[str, str]:
+    """The pieces that open and end a turn; ValueError if it has none."""
+    for markers in _TURNS.items():
+      if all(map(self._has, markers)):
+        return markers
+    raise ValueError(
+      f'{self.path} has neither {" nor ".join(_TURNS)}, with which a turn of a '
+      'chat begins; use the tokenizer that belongs to the model.'
+    )
 
   @property
   def vocab_size(self) -> int:
@@ -119,13 +135,16 @@ class Tokenizer:
 
   def id_of(self, piece: str) -> int:
     """The id of one piece of the vocabulary, spelt as `pieces` spells it."""
-    piece_id = self._processor.piece_to_id(piece)
-    if self._processor.id_to_piece(piece_id) != piece:
+    if not self._has(piece):
       raise ValueError(
         f'{self.path} has no piece {piece!r}; use the tokenizer that belongs '
         'to the model.'
       )
-    return piece_id
+    return self._processor.piece_to_id(piece)
+
+  def _has(self, piece: str) -> bool:
+    found = self._processor.piece_to_id(piece)
+    return self._processor.id_to_piece(found) == piece
 
   def encode(self, text: str) -> np.ndarray:
     """int32 [tokens], without BOS or EOS; a lone surrogate reads as '?'."""
@@ -142,7 +161,8 @@ class Tokenizer:
     whole one.
     """
     text = corpus.valid(text)
-    cuts = [0, *(m.start() + 1 for m in _MARKERS.finditer(text)), len(text)]
+    found = self._markers.finditer(text)
+    cuts = [0, *(marker.start() + 1 for marker in found), len(text)]
     pairs = zip(cuts, cuts[1:], strict=False)
     return self._encode([[p for a, b in pairs for p in _pieces(text[a:b])]])[0]
 
@@ -162,6 +182,12 @@ class Tokenizer:
     """BOS and EOS, as the vocabulary spells them."""
     ids = (self.bos_id, self.eos_id)
     return {i: self._processor.id_to_piece(i) for i in ids}
+
+  @functools.cached_property
+  def _markers(self) -> re.Pattern[str]:
+    """What a user must not be able to type within his turn."""
+    markers = *self._control.values(), *self.turn_markers
+    return re.compile('|'.join(map(re.escape, markers)))
 
   @functools.cached_property
   def _typed(self) -> re.Pattern[str]:
@@ -200,8 +226,8 @@ class Special:
     ids: tokens that never count: padding, BOS, EOS (arXiv 2408.05147, 3).
     reply: the ids that open the model's turn in a chat. Then nothing counts up
       to and including their first occurrence: the user's turn and the opening
-      (section 4.5). Everything after does, also the `<end_of_turn>` with which
-      the model ends its reply: it is its own token, like any other.
+      (section 4.5). Everything after does, also the token with which the model
+      ends its reply: it is its own, like any other.
   """
 
   ids: tuple[int, ...]
@@ -219,8 +245,8 @@ class Special:
     opens_NT[:, :starts] = True
     for i, token in enumerate(self.reply):
       opens_NT[:, :starts] &= tokens_NT[:, i : i + starts] == token
-    # The latest <start_of_turn>, the first id of an opening, says whose turn
-    # a token belongs to.
+    # The latest start of a turn, the first id of an opening, says whose turn a
+    # token belongs to.
     position_T = np.arange(length)
     turn_NT = np.where(tokens_NT == self.reply[0], position_T, -1)
     turn_NT = np.maximum.accumulate(turn_NT, 1)

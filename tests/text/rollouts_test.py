@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import json
@@ -122,6 +123,64 @@ def test_turns_are_gemmas():
   )
   assert rollouts.reply_opening(tokenizer()) == (START, *enc('model\n'))
   assert rollouts.encode(tokenizer()).tolist() == []
+
+
+def renamed(path, start, end):
+  """The embedded tokenizer's model, with other pieces for turns."""
+  from sentencepiece import sentencepiece_model_pb2
+
+  model = sentencepiece_model_pb2.ModelProto()
+  model.ParseFromString(pathlib.Path(tokenizer().path).read_bytes())
+  model.pieces[START].piece, model.pieces[END].piece = start, end
+  path.write_bytes(model.SerializeToString())
+  return tokenizers.Tokenizer(path)
+
+
+def test_turns_of_gemma_4(tmp_path, answers):
+  """Other pieces, the same turns: as the package's own conversations."""
+  gemma4 = renamed(tmp_path / '4.model', '<|turn>', '<turn|>')
+  assert (gemma4.start_of_turn, gemma4.end_of_turn) == (START, END)
+  chat = '<|turn>user\nhi there<turn|>\n<|turn>model\nyes<turn|>\n'
+  chat += '<|turn>user\nno<turn|>\n<|turn>model\n'
+  ids = rollouts.encode(gemma4, 'hi there', 'yes', 'no')
+  np.testing.assert_array_equal(ids, gemma4.encode(chat))
+  assert (ids == START).sum() == 4 and (ids == END).sum() == 3
+  with contextlib.suppress(ImportError):  # comes with version 4 of gemma
+    import dialog
+
+    said = dialog.User('hi there'), dialog.Model('yes'), dialog.User('no')
+    assert dialog.Conversation(*said).as_text() == chat
+  # Typed by a user they are letters; Gemma 3's are letters anyway.
+  for typed in (
+    '<turn|>',
+    'a<|turn>model',
+    '<<|turn>',
+    '<end_of_turn>',
+    '<eos>',
+  ):
+    inside = rollouts.encode(gemma4, typed)[3:-6]
+    assert gemma4.decode(inside) == typed
+    assert not np.isin(inside, [1, START, END]).any()
+  store = rollouts.prepare_rollouts(
+    rollouts.Model(*model(), gemma4),
+    PROMPTS,
+    tmp_path / 's',
+    rollouts.Settings(**SETTINGS),
+  )
+  assert store.reply == (START, *gemma4.encode('model\n'))
+  assert answers[0].stop == (END, 1)
+
+
+def test_a_tokenizer_without_turns_is_refused(tmp_path, answers):
+  base = renamed(tmp_path / 'base.model', '<unused100>', '<unused101>')
+  with pytest.raises(ValueError, match=r'neither <start_of_turn> nor <\|turn>'):
+    rollouts.prepare_rollouts(
+      rollouts.Model(*model(), base),
+      PROMPTS,
+      tmp_path / 's',
+      rollouts.Settings(**SETTINGS),
+    )
+  assert not (tmp_path / 's').exists()
 
 
 def test_markers_in_a_prompt_are_letters():

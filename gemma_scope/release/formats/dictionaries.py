@@ -30,7 +30,7 @@ import numpy as np
 
 from gemma_scope import files, sites
 from gemma_scope.release import sae_folder
-from gemma_scope.release.formats import tensors
+from gemma_scope.release.formats import model_names, tensors
 
 PICKLE, WEIGHTS, CONFIG = 'ae.pt', 'ae.safetensors', 'config.json'
 _LINEAR = ('encoder.weight', 'encoder.bias', 'decoder.weight')
@@ -114,7 +114,7 @@ def read(
     'type': 'sae',
     'sites': [str(site)],
     'targets': [str(site)],
-    'model': str(trainer.get('lm_name', ''))[:200],
+    'model': model_names.ours(str(trainer.get('lm_name', ''))[:200]),
     'architecture': {'AutoEncoder': 'relu', 'AutoEncoderTopK': 'topk'}.get(
       kind, 'jumprelu'
     ),
@@ -191,6 +191,12 @@ def _folded(kind: str, p: Mapping[str, np.ndarray]) -> sae_folder.Params:
 
 def _site(trainer: Mapping[str, Any]) -> sites.Site:
   layer, name = trainer.get('layer'), str(trainer.get('submodule_name'))
+  model = str(trainer.get('lm_name', ''))
+  if name.startswith('mlp_out') and model_names.has_experts(model):
+    raise files.Refused(
+      f'is of the MLP of {files.show(model)}, which has experts beside it: the '
+      'output of that branch alone is no site here'
+    )
   for start, kind in _KINDS.items():
     if name.startswith(start) and type(layer) is int and 0 <= layer < 1024:
       return sites.Site(layer, kind)

@@ -1,11 +1,14 @@
 """Hook names of other tools <-> `Site`.
 
-  transformers      model.layers.12.output, ...12.self_attn.o_proj.input
-  TransformerLens   blocks.12.hook_resid_post, blocks.12.attn.hook_z
-  sparsify          layers.12, layers.12.mlp (a module's output)
+  transformers       model.layers.12.output, ...12.self_attn.o_proj.input
+  TransformerLens    blocks.12.hook_resid_post, blocks.12.attn.hook_z
+  a module's output  layers.12, layers.12.mlp (sparsify, forward hooks)
 
-TransformerLens reads `hook_mlp_out` after the post-MLP norm in Gemma, and
-`ln2.hook_normalized` before the norm's gain.
+The layers of a multimodal model are below `language_model`, alone or beside
+`model`. TransformerLens reads `hook_mlp_out` after the post-MLP norm in Gemma,
+and `ln2.hook_normalized` before the norm's gain. From its version 3 on it also
+has the input and output of every module, as in `blocks.12.ln2.hook_out`; these
+names are read, and never written.
 
 In a mixture of experts, Gemma 4's 26B-A4B, transformers' `mlp` is the dense
 branch alone: its output is none of our sites, and mlp_raw has no name there.
@@ -42,6 +45,23 @@ _TRANSFORMER_LENS = {
   'ln2.hook_normalized': 'mlp_in_ungained',
   'hook_mlp_in': 'resid_mid',
 }
+# Of version 3, where each module of transformers is one of its own.
+_BRIDGED = {
+  'hook_in': 'resid_pre',
+  'hook_out': 'resid_post',
+  'attn.hook_out': 'attn_raw',
+  'attn.o.hook_in': 'attn_out',
+  'attn.o.hook_out': 'attn_raw',
+  'ln1_post.hook_out': 'attn_add',
+  'ln2.hook_in': 'resid_mid',
+  'ln2.hook_out': 'mlp_in',
+  'mlp.hook_in': 'mlp_in',
+  'mlp.hook_out': 'mlp_raw',
+  'ln2_post.hook_out': 'mlp_out',
+  'post_per_layer_input_norm.hook_out': 'ple_out',
+  'post_feedforward_layernorm_2.hook_out': 'experts_out',
+}
+_LAYERS = r'(?:(?:model|language_model)\.){0,2}layers'
 
 
 def parse(name: str, model: str = '') -> sites.Site:
@@ -51,24 +71,24 @@ def parse(name: str, model: str = '') -> sites.Site:
     model: its name, where known, ours or theirs.
 
   Raises:
-    files.Refused: it is none that is known.
+    files.Refused: the name is unknown, or is no site of this model.
   """
   text = str(name)
-  dense = re.search(r'layers\.\d+\.mlp(\.output)?$', text)
+  dense = re.search(r'\.mlp(\.output|\.hook_out)?$', text)
   if dense and model_names.has_experts(model):
     raise files.Refused(
       f'names the hook point {files.show(name)}, which is a part of the MLP of '
       'a mixture of experts, and no site here'
     )
   for pattern, kinds in (
-    (r'model\.(?:language_model\.)?layers\.(\d{1,4})\.(.+)', _TRANSFORMERS),
-    (r'blocks\.(\d{1,4})\.(.+)', _TRANSFORMER_LENS),
+    (rf'{_LAYERS}\.(\d{{1,4}})\.(.+)', _TRANSFORMERS),
+    (r'blocks\.(\d{1,4})\.(.+)', _TRANSFORMER_LENS | _BRIDGED),
   ):
     match = re.fullmatch(pattern, text)
     if match and match[2] in kinds:
       return sites.Site(int(match[1]), kinds[match[2]])
   # A module by its path, as forward hooks name it: its output.
-  match = re.fullmatch(r'(?:model\.)?layers\.(\d{1,4})((?:\.\w+)*)', text)
+  match = re.fullmatch(rf'{_LAYERS}\.(\d{{1,4}})((?:\.\w+)*)', text)
   if match:
     kind = _TRANSFORMERS.get(f'{match[2][1:]}.output'.lstrip('.'))
     if kind:

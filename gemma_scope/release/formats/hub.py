@@ -88,6 +88,10 @@ def fetch(
       f'{repository} has no SAE in {files.show(inside)}'
       f'{"; it has " + ", ".join(near) if near else ""}.'
     )
+  # The config of a run of sparsify, above its SAEs, names the model.
+  run = f'{inside.rpartition("/")[0]}/config.json'.lstrip('/')
+  if f'{inside}/sae.safetensors' in wanted and run in names:
+    wanted.append(run)
   fetched = [
     _retried(
       repository, _client().hf_hub_download, repository, name, revision=commit

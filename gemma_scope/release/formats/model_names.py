@@ -20,6 +20,15 @@ def of_hugging_face(name: str) -> str:
   return f'gemma{match[1]}-{match[2]}{match[3] or ""}' if match else ''
 
 
+def ours(name: str) -> str:
+  """'google/gemma-4-E2B' -> 'gemma4-e2b'; another name is left as it is.
+
+  Unlike `of_hugging_face` it takes no name of a model made from Gemma.
+  """
+  match = re.fullmatch(rf'(?:google/)?{_THEIRS}(?:-pt)?', name.lower())
+  return of_hugging_face(name) if match else name
+
+
 def to_transformer_lens(name: str) -> str:
   """'gemma3-1b' -> 'gemma-3-1b-pt'; another name is left as it is."""
   match = re.fullmatch(_OURS, name)

@@ -273,7 +273,7 @@ def _card(config: Mapping[str, Any], path: str) -> tuple[str, dict[str, Any]]:
     'type': 'sae' if reads == writes else 'transcoder',
     'sites': [str(reads)],
     'targets': [str(writes)],
-    'model': model,
+    'model': model_names.ours(model),
     'architecture': kind.split('_')[0] if reads == writes else 'jumprelu',
   }
   if kind == 'topk':

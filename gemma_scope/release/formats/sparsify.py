@@ -3,6 +3,9 @@
   encoder.weight [F, D]  encoder.bias [F]  W_dec [F, D_out]  b_dec [D_out]
   W_skip [D_out, D_in]   layers.12/, layers.12.mlp/: the module's output
 
+Of several seeds each has a folder in the module's, layers.12/seed0/. The run's
+own config.json, beside the modules, names the model, where it is there.
+
 The k largest of relu(encoder(x)) are kept; an SAE takes b_dec off its input, a
 transcoder (`transcode`), which reads the module's input, does not. `signed`
 (June to August 2024) keeps the k largest by absolute value, negative ones too:
@@ -21,9 +24,11 @@ import numpy as np
 
 from gemma_scope import files
 from gemma_scope.release import sae_folder
-from gemma_scope.release.formats import hook_points, tensors
+from gemma_scope.release.formats import hook_points, model_names, tensors
 
 CONFIG, WEIGHTS = 'cfg.json', 'sae.safetensors'
+_RUN = 'config.json'
+_SEED = re.compile(r'seed\d+')
 _KEYS = ('encoder.weight', 'encoder.bias', 'W_dec', 'b_dec')
 _FIELDS = frozenset(
   """activation d_in expansion_factor k multi_topk normalize_decoder num_latents
@@ -42,15 +47,20 @@ def read(
 
   Args:
     folder: holds cfg.json and the weights.
-    path: its name; the last part is the module.
+    path: its name, which ends with the module.
   """
   with tensors.naming(folder / CONFIG):
     config = tensors.read_json(folder / CONFIG)
     k, transcodes = _checked(config), config.get('transcode', False)
   file = folder / WEIGHTS
   shapes = tensors.shapes(file, required=_KEYS, optional=['W_skip'])
+  *above, module = re.split(r'[/\\]', path.rstrip('/'))
+  run = folder.parent
+  if above and _SEED.fullmatch(module):
+    module, run = above[-1], run.parent
+  model = _model(run)
   with tensors.naming(path):
-    reads = site = hook_points.parse(re.split(r'[/\\]', path.rstrip('/'))[-1])
+    reads = site = hook_points.parse(module, model)
     if transcodes:
       reads = hook_points.parse(f'model.layers.{site.layer}.mlp.input')
       if site.kind != 'mlp_raw':
@@ -61,11 +71,19 @@ def read(
     'type': 'transcoder' if transcodes else 'sae',
     'sites': [str(reads)],
     'targets': [str(site)],
-    'model': '',
+    'model': model,
     'architecture': 'topk',
     'sparsity': {'kind': 'k', 'value': k},
     **sizes,
   }, functools.partial(_params, file, k, transcodes)
+
+
+def _model(run: pathlib.Path) -> str:
+  """Name of the model that a run's config names, ours where it is a Gemma."""
+  if not (run / _RUN).is_file():
+    return ''
+  model = tensors.read_json(run / _RUN).get('model')
+  return model_names.ours(model[:200]) if isinstance(model, str) else ''
 
 
 def _checked(config: Mapping[str, Any]) -> int:

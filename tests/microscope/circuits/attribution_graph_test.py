@@ -41,10 +41,28 @@ CASES = {
     ),
     [2, *range(5, 16)],
   ),
+  'gemma4': lambda: (
+    transcoders(random_models.model(GEMMA4), True, (0, 2), 16, 20, 3.0),
+    [2, *range(5, 16)],
+  ),
 }
+# Two layers that share the keys of two others, and per-layer inputs.
+GEMMA4 = dataclasses.replace(
+  random_models.GEMMA4_E,
+  name='g4_graph',
+  num_layers=4,
+  pattern='LG',
+  kv_shared=2,
+)
+EACH = [
+  pytest.param(
+    name, marks=[random_models.needs_gemma4] if name == 'gemma4' else []
+  )
+  for name in CASES
+]
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', EACH)
 def test_what_sources_add_is_the_pre_activation(name):
   """z = b_enc + sum of A, of features of every layer; the logit's too."""
   subjects, tokens_T = CASES[name]()

@@ -1,12 +1,16 @@
-"""What other tools do with damaged files: flipped bits and cut files.
+"""What other tools do with damaged files, and with a disk that fills up.
 
   python docs/reliability_peers.py orbax 200      (this project's environment)
   python docs/reliability_peers.py saelens 300    (one with sae-lens)
   python docs/reliability_peers.py dictionary 300 (one with dictionary-learning)
   python docs/reliability_peers.py sparsify 300   (one with eai-sparsify)
+  python docs/reliability_peers.py gemma_scope 300 (this project)
 
 A line of JSON: tried, right (loaded, and the values are those that were saved),
-refused (any error), wrong (loaded with other values and no error).
+refused (any error), wrong (loaded with other values and no error). The last
+line is of a folder that is written again while files may not grow beyond a part
+of their size: told (the write raised an error), kept (what was there before is
+still loaded).
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import json
 import logging
 import pathlib
 import random
+import resource
 import shutil
 import sys
 import tempfile
@@ -25,9 +30,9 @@ import numpy as np
 D, F = 16, 64
 
 
-def values() -> dict[str, np.ndarray]:
+def values(seed: int = 0) -> dict[str, np.ndarray]:
   """An SAE's parameters."""
-  draw = np.random.default_rng(0).standard_normal
+  draw = np.random.default_rng(seed).standard_normal
   shapes = {'W_enc': (D, F), 'b_enc': (F,), 'W_dec': (F, D), 'b_dec': (D,)}
   return {name: draw(s).astype(np.float32) for name, s in shapes.items()}
 
@@ -43,6 +48,10 @@ class Orbax:
   def write(self, folder):
     with self.lib.StandardCheckpointer() as checkpointer:
       checkpointer.save(folder / 'step', values())
+
+  def rewrite(self, folder):
+    with self.lib.StandardCheckpointer() as checkpointer:
+      checkpointer.save(folder / 'step', values(1), force=True)
 
   def read(self, folder):
     with self.lib.StandardCheckpointer() as checkpointer:
@@ -67,6 +76,15 @@ class SaeLens:
     }  # fmt: skip
     (folder / 'cfg.json').write_text(json.dumps(config))
 
+  def rewrite(self, folder):
+    import torch
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(str(folder))
+    with torch.no_grad():
+      sae.W_enc.mul_(2)
+    sae.save_model(folder)
+
   def read(self, folder):
     import torch
     from sae_lens import SAE
@@ -90,6 +108,8 @@ class Sparsify(SaeLens):
 
     SparseCoder(D, SparseCoderConfig(num_latents=F, k=4)).save_to_disk(folder)
 
+  rewrite = write  # of other random values
+
   def read(self, folder):
     from sparsify import SparseCoder
 
@@ -105,10 +125,11 @@ class Dictionary(SaeLens):
     import torch
     from dictionary_learning import AutoEncoder
 
-    torch.manual_seed(0)
     torch.save(AutoEncoder(D, F).state_dict(), folder / 'ae.pt')
     config = {'trainer': {'dict_class': 'AutoEncoder', 'layer': 2}}
     (folder / 'config.json').write_text(json.dumps(config))
+
+  rewrite = write  # of other random values
 
   def read(self, folder):
     from dictionary_learning.utils import load_dictionary
@@ -117,7 +138,31 @@ class Dictionary(SaeLens):
     return {k: v.detach().numpy() for k, v in found.state_dict().items()}
 
 
+class GemmaScope:
+  """A release of one SAE of this project."""
+
+  def __init__(self):
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+    from tests.helpers import releases
+
+    self.lib = releases
+
+  def write(self, folder, seed=0):
+    sae = self.lib.params_of(seed), self.lib.card(), None
+    self.lib.save(folder / 'release', [sae], overwrite=True)
+
+  def rewrite(self, folder):
+    self.write(folder, 1)
+
+  def read(self, folder):
+    from gemma_scope import release
+
+    (sae,) = release.load_all(folder / 'release')
+    return {**sae.load(), 'card': np.array(json.dumps(sae.card))}
+
+
 PEERS = {
+  'gemma_scope': GemmaScope,
   'orbax': Orbax,
   'saelens': SaeLens,
   'sparsify': Sparsify,
@@ -143,6 +188,33 @@ def damage(folder: pathlib.Path, dice: random.Random, kind: str) -> None:
   else:
     data = data[: dice.choice((0, len(data) // 2, len(data) - 1))]
   path.write_bytes(data)
+
+
+def full(peer, whole: pathlib.Path, times: int) -> dict[str, int]:
+  """Writes again where files may not grow beyond a part of their size."""
+  counts = dict(tried=0, told=0, kept=0)
+  wanted, dice = peer.read(whole), random.Random(0)
+  largest = max(p.stat().st_size for p in whole.rglob('*') if p.is_file())
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  for _ in range(times):
+    copy = whole.with_name('copy')
+    shutil.copytree(whole, copy)
+    counts['tried'] += 1
+    resource.setrlimit(
+      resource.RLIMIT_FSIZE, (int(largest * dice.random()), hard)
+    )
+    try:
+      peer.rewrite(copy)
+    except Exception:
+      counts['told'] += 1
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+      counts['kept'] += same(wanted, peer.read(copy))
+    except Exception:
+      pass
+    shutil.rmtree(copy)
+  return counts
 
 
 def main() -> None:
@@ -171,6 +243,12 @@ def main() -> None:
           counts['right' if same(wanted, found) else 'wrong'] += 1
         shutil.rmtree(copy)
     print(json.dumps({'peer': name, 'fault': kind, **counts}), flush=True)
+  with tempfile.TemporaryDirectory() as place:
+    whole = pathlib.Path(place) / 'whole'
+    whole.mkdir()
+    peer.write(whole)
+    counts = full(peer, whole, times)
+  print(json.dumps({'peer': name, 'fault': 'full', **counts}), flush=True)
 
 
 if __name__ == '__main__':

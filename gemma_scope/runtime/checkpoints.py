@@ -31,6 +31,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ _log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _SLACK = 16 << 20  # bytes of indices and metadata, generously
+_PATIENCE_S = 60.0  # for a thread of a save that failed
 _STEP = re.compile(r'0|[1-9][0-9]*')
 _LEFTOVER = re.compile(r'\d+(\.orbax-checkpoint-tmp.*|\.todelete)')
 
@@ -110,13 +112,16 @@ class Checkpoints:
     self._pending: tuple[int, int] | None = None  # step, bytes it needs
     # AsyncCheckpointer, not CheckpointManager: the manager lists steps from
     # memory, deletes old ones in place and owns a preemption handler.
+    # Folders are made before `save` returns: threads that wait for a folder
+    # which cannot be made would wait for minutes.
+    options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     self._orbax = ocp.AsyncCheckpointer(
-      ocp.CompositeCheckpointHandler('state', 'meta'),
-      # The thread that makes the folder in the background is the one that
-      # hangs at exit when it could not.
-      async_options=ocp.options.AsyncOptions(
-        create_directories_asynchronously=False
+      ocp.CompositeCheckpointHandler(
+        'state',
+        'meta',
+        composite_options=ocp.CompositeOptions(async_options=options),
       ),
+      async_options=options,
     )
 
   def __enter__(self) -> Checkpoints:
@@ -208,6 +213,9 @@ class Checkpoints:
       return
     try:
       self._orbax.wait_until_finished()
+      # A thread that Orbax cancels ends the save without an error.
+      if jax.process_index() == 0 and not self._exists(self._pending[0]):
+        raise RuntimeError('Orbax reported no error and wrote no step')
     except Exception as error:
       raise self._failed(error) from error
     self._pending = None
@@ -215,20 +223,28 @@ class Checkpoints:
       for step in self.steps()[: -self._keep]:
         # Renamed first: a step half deleted must not look like a step.
         gone = self._folder / f'{step}.todelete'
-        (self._folder / str(step)).rename(gone)
-        gone.rmtree()
+        try:
+          (self._folder / str(step)).rename(gone)
+          gone.rmtree()
+        except OSError as error:
+          _log.warning('Step %d could not be deleted: %s.', step, error)
 
   def _prepare(self):
     """Makes the folder and removes what a killed run of ours left in it."""
     if self._cleaned:
       return
+    problem = None
     if jax.process_index() == 0:
-      self._folder.mkdir(parents=True, exist_ok=True)
-      for path in self._folder.iterdir():
-        if _LEFTOVER.fullmatch(path.name):
-          _log.info('Removing %s, left by a run that was killed.', path)
-          path.rmtree()
-    checksums.from_all(None)  # a barrier
+      try:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.iterdir():
+          if _LEFTOVER.fullmatch(path.name):
+            _log.info('Removing %s, left by a run that was killed.', path)
+            path.rmtree()
+      except OSError as error:
+        problem = f'{self._folder} cannot hold checkpoints: {error}.'
+    if problem := checksums.from_all(problem)[0]:
+      raise CheckpointError(problem)
     self._cleaned = True
 
   def _free(self) -> int | None:
@@ -249,6 +265,9 @@ class Checkpoints:
       or re.search(r'ENOSPC|No space left|[Qq]uota', str(e))
       for e in (error, error.__cause__, error.__context__)
     )
+    for thread in threading.enumerate():  # its threads may still be writing
+      if type(thread).__module__.startswith('orbax.'):
+        threading.Thread.join(thread, _PATIENCE_S)
     if jax.process_index() == 0 and self._local:
       for path in self._folder.glob(f'{step}.orbax-checkpoint-tmp*'):
         shutil.rmtree(path, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.faults import (
+  buckets,
   damage,
   disk,
   environment,
@@ -12,11 +13,13 @@ from tests.faults import (
   kills,
   several,
   soak,
+  storage,
 )
 from tests.faults.registry import FAULTS
 
 __all__ = [
   'FAULTS',
+  'buckets',
   'damage',
   'disk',
   'environment',
@@ -26,4 +29,5 @@ __all__ = [
   'kills',
   'several',
   'soak',
+  'storage',
 ]

@@ -20,7 +20,7 @@ import numpy as np
 from gemma_scope import files
 from gemma_scope.training import trained
 from tests.faults.registry import Trial, fault
-from tests.helpers import cluster, processes, runs
+from tests.helpers import processes, runs
 
 
 def tiny_run(folder: pathlib.Path, **changes):
@@ -101,11 +101,15 @@ def chain(
   for number in range(end.most):
     log = folder / f'{end.signal.name}{number}.log'
     process = processes.start(log, processes.command, words)
+    if end.phases:
+      wanted = end.phases[number % len(end.phases)]
+      while process.is_alive() and wanted not in phases(_text(log)):
+        process.join(0.01)
+      seconds = 0.3
     process.join(dice.uniform(0, seconds))
     if not process.is_alive():  # done: there is nothing left to end
       break
-    text = log.read_text() if log.exists() else ''
-    where = phase(last_line(text))
+    where = phase(last_line(_text(log)))
     if end.signal == signal.SIGKILL:
       process.kill()
       process.join()
@@ -138,32 +142,46 @@ class End(NamedTuple):
     signal: which signal.
     most: how often at most, one run.
     patience_s: how long it may take to end.
+    phases: each end waits for the next of these, over and over; without
+      phases it comes at a random moment.
   """
 
   signal: signal.Signals = signal.SIGKILL
   most: int = 10
   patience_s: float = 60
+  phases: tuple[str, ...] = ()
 
 
 def phase(line: str) -> str:
   """The phase that a command's last line tells."""
   for words, name in (
     ('Taking over', 'starting'),
+    ('processes with', 'starting'),
     ('tokenising', 'text'),
     ('documents,', 'text'),
-    ('loading', 'loading the model'),
-    ('compiling', 'compiling'),
     ('continuing', 'first chunk'),
     ('leaving out', 'first chunk'),
     ('train ', 'steps'),
     ('least squares', 'closing'),
+    ('closing', 'closing'),
     ('evaluat', 'evaluation'),
+    ('controls', 'evaluation'),
     ('harvest', 'harvest'),
+    ('chunks', 'harvest'),
+    ('index', 'index'),
+    ('labels', 'labels'),
+    ('loading', 'loading the model'),
+    ('compiling', 'compiling'),
     ('reading', 'store'),
   ):
     if words in line:
       return name
   return 'starting' if not line.strip() else 'other'
+
+
+def phases(text: str) -> list[str]:
+  """The phases that a command's output tells, in their order."""
+  return list(dict.fromkeys(map(phase, ['', *text.splitlines()])))
 
 
 class Job(NamedTuple):
@@ -203,6 +221,11 @@ def chains(
     job.before(run)
     trials, error, same = [], '', False
     most = end._replace(most=min(left, end.most))
+    if end.signal == signal.SIGTERM:
+      begun = phases(_text(folder / 'again.log'))
+      names = [name for name in begun if name != 'other']
+      start = number % len(names)
+      most = most._replace(phases=(*names[start:], *names[:start]))
     try:
       for trial in chain(job.command(run), logs, most, seconds, dice):
         trials.append(trial)
@@ -340,65 +363,8 @@ def kill_build(folder: pathlib.Path, times: int) -> Iterator[Trial]:
   yield from chains(folder, times, building(folder))
 
 
-@fault(
-  'kill-one-of-two',
-  'kill -9 of one of two processes: both end, and both go on bitwise',
-  full=10,
-  quick=0,
-  may_refuse=False,
-)
-def kill_one_of_two(folder: pathlib.Path, times: int) -> Iterator[Trial]:
-  config = tiny_run(folder)
-  silence_s = 10.0
-
-  def both(run, name):
-    (folder / name).mkdir()
-    return cluster.Cluster(
-      folder / name,
-      2,
-      processes.command,
-      train_words(config, run),
-      silence_s=silence_s,
-    )
-
-  def run_to_end(run, name):
-    started = time.monotonic()
-    with both(run, name) as two:
-      if two.codes(range(2), 300) != [0, 0]:
-        raise RuntimeError('\n'.join(two.outputs())[-2000:])
-    return time.monotonic() - started
-
-  run_to_end(folder / 'whole', 'warm')
-  wanted = state_digest(config, folder / 'whole')
-  seconds = run_to_end(folder / 'again', 'second')
-  if state_digest(config, folder / 'again') != wanted:
-    yield Trial('wrong', 'no kill', 'two runs without a kill differ')
-    return
-  dice = random.Random(2)
-  for number in range(times):
-    run, victim = folder / f'run{number}', number % 2
-    with both(run, f'kill{number}') as two:
-      two.processes[1 - victim].join(dice.uniform(seconds / 4, seconds))
-      if not two.processes[victim].is_alive():
-        continue  # it was done
-      two.send(signal.SIGKILL, victim)
-      killed = time.monotonic()
-      (code,) = two.codes([1 - victim], 8 * silence_s)
-      delay = time.monotonic() - killed
-      said = two.outputs()[1 - victim]
-      where = f'process {victim}, {phase(last_line(two.outputs()[0]))}'
-    if not code:
-      what = 'the other hung' if code is None else 'the other ended as if well'
-      if code is None or f'{two.name(victim)} is gone' in said:
-        yield Trial('broken', where, what, delay)
-        continue
-    try:
-      run_to_end(run, f'end{number}')
-      same = state_digest(config, run) == wanted
-      yield Trial('survived' if same else 'wrong', where, '', delay)
-    except (RuntimeError, ValueError, OSError) as error:
-      yield Trial('broken', where, str(error), delay)
-    shutil.rmtree(run)
+def _text(log: pathlib.Path) -> str:
+  return log.read_text() if log.exists() else ''
 
 
 def last_line(text: str) -> str:

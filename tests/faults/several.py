@@ -53,7 +53,14 @@ def race_lease(folder: pathlib.Path, times: int) -> Iterator[Trial]:
     ]
     for process in three:
       process.join()
-    said = [_text(log) for log in logs]
+    said = [
+      ''.join(
+        line
+        for line in _text(log).splitlines(keepends=True)
+        if not line.startswith('WARNING')  # that it takes over
+      )
+      for log in logs
+    ]
     held = sorted(
       tuple(float(line.split()[1]) for line in text.splitlines())
       for text in said
@@ -152,3 +159,66 @@ def hung_peer(folder: pathlib.Path, times: int) -> Iterator[Trial]:
       yield Trial('refused', where, kills.last_line(said), delay)
     else:
       yield Trial('broken', where, f'exit code {code}: {said[-300:]}', delay)
+
+
+@fault(
+  'kill-one-of-two',
+  'kill -9 of one of two processes: both end, and both go on bitwise',
+  full=10,
+  quick=0,
+  may_refuse=False,
+)
+def kill_one_of_two(folder: pathlib.Path, times: int) -> Iterator[Trial]:
+  config = kills.tiny_run(folder)
+  silence_s = 10.0
+
+  def both(run, name):
+    (folder / name).mkdir()
+    return cluster.Cluster(
+      folder / name,
+      2,
+      processes.command,
+      kills.train_words(config, run),
+      silence_s=silence_s,
+    )
+
+  def run_to_end(run, name):
+    started = time.monotonic()
+    with both(run, name) as two:
+      if two.codes(range(2), 300) != [0, 0]:
+        raise RuntimeError('\n'.join(two.outputs())[-2000:])
+    return time.monotonic() - started
+
+  run_to_end(folder / 'whole', 'warm')
+  wanted = kills.state_digest(config, folder / 'whole')
+  seconds = run_to_end(folder / 'again', 'second')
+  if kills.state_digest(config, folder / 'again') != wanted:
+    yield Trial('wrong', 'no kill', 'two runs without a kill differ')
+    return
+  dice = random.Random(2)
+  for number in range(times):
+    run, victim = folder / f'run{number}', number % 2
+    with both(run, f'kill{number}') as two:
+      two.processes[1 - victim].join(dice.uniform(seconds / 4, seconds))
+      if not two.processes[victim].is_alive():
+        continue  # it was done
+      two.send(signal.SIGKILL, victim)
+      killed = time.monotonic()
+      (code,) = two.codes([1 - victim], 8 * silence_s)
+      delay = time.monotonic() - killed
+      said = two.outputs()[1 - victim]
+      where = (
+        f'process {victim}, {kills.phase(kills.last_line(two.outputs()[0]))}'
+      )
+    if not code:
+      what = 'the other hung' if code is None else 'the other ended as if well'
+      if code is None or f'{two.name(victim)} is gone' in said:
+        yield Trial('broken', where, what, delay)
+        continue
+    try:
+      run_to_end(run, f'end{number}')
+      same = kills.state_digest(config, run) == wanted
+      yield Trial('survived' if same else 'wrong', where, '', delay)
+    except (RuntimeError, ValueError, OSError) as error:
+      yield Trial('broken', where, str(error), delay)
+    shutil.rmtree(run)

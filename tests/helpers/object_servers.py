@@ -36,8 +36,9 @@ class Proxy:
   """Passes requests on to a server; `fault` may spoil the answers.
 
   Attributes:
-    fault: '' passes a request on; '503' refuses it; 'lost' passes it on and
-      answers 503; 'cut' sends half of the answer's bytes; 'slow' waits 0.5 s.
+    fault: '' passes a request on; '503' refuses it, '403' for good; 'lost'
+      passes it on and answers 503; 'cut' sends half of the answer's bytes;
+      'slow' waits 0.5 s.
     requests: method and path of each request.
     spoiled: how many were not passed on as they are.
   """
@@ -76,8 +77,8 @@ class Proxy:
     self.requests.append((request.command, request.path))
     fault = self.fault(request.command, request.path)
     self.spoiled += bool(fault)
-    if fault == '503':
-      self._send(request, 503, [], b'try again')
+    if fault in ('503', '403'):
+      self._send(request, int(fault), [], b'not now')
       return
     if fault == 'slow':
       time.sleep(0.5)

@@ -6,8 +6,10 @@ import contextlib
 import json
 import logging
 import multiprocessing
+import os
 import pathlib
 import shutil
+import threading
 import time
 from typing import Any
 
@@ -300,6 +302,41 @@ def test_a_write_that_fails_is_a_sentence(tmp_path, monkeypatch):
     (tmp_path / '2').unlink()
     saves.save(3, make_state(3), {})
   assert saves.steps() == [1, 3]
+
+
+@pytest.mark.parametrize('item', ['state', 'meta'])
+def test_a_failed_save_leaves_nothing_behind(item, tmp_path, monkeypatch):
+  """Neither files nor threads, which would write into the next save."""
+  real = os.mkdir
+
+  def mkdir(path, *rest, **more):
+    if f'tmp/{item}' in os.fspath(path):
+      raise OSError(28, 'No space left on device', os.fspath(path))
+    return real(path, *rest, **more)
+
+  with checkpoints.Checkpoints(tmp_path) as saves:
+    saves.save(1, make_state(1), {})
+    saves.wait()
+    monkeypatch.setattr(os, 'mkdir', mkdir)
+    with pytest.raises(checkpoints.CheckpointError, match='Step 2 needs'):
+      saves.save(2, make_state(2), {})
+      saves.wait()
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ['1']
+    names = [type(thread).__name__ for thread in threading.enumerate()]
+    assert '_SignalingThread' not in names
+    saves.save(2, make_state(2), {})
+  with checkpoints.Checkpoints(tmp_path) as saves:
+    found = saves.restore(abstract(make_state(0)))
+  assert found.step == 2 and same(found.state, make_state(2))
+
+
+def test_a_save_that_ends_without_a_step_is_an_error(tmp_path, monkeypatch):
+  with checkpoints.Checkpoints(tmp_path) as saves:
+    monkeypatch.setattr(saves._orbax, 'save', lambda *unused, **also: None)
+    saves.save(1, make_state(1), {})
+    with pytest.raises(checkpoints.CheckpointError, match='wrote no step'):
+      saves.wait()
 
 
 def test_the_close_does_not_hide_the_sentence_of_a_save(tmp_path, monkeypatch):

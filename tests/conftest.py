@@ -4,18 +4,18 @@ import collections
 import os
 import pathlib
 
+import pytest
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # All compiled programs are kept, for the other processes of this run and for
-# the next run: to read one takes 3 ms, to compile the smallest 20. In the
-# repository and not in a folder that others may write to: what is in it is
-# executed.
+# the next run: to read one takes 3 ms, to compile the smallest 20. (JAX warns
+# of a program that another process has not written to its end, and compiles.)
+# In the repository and not in a folder that others may write to: what is in it
+# is executed.
 os.environ.setdefault(
   'JAX_COMPILATION_CACHE_DIR',
   str(pathlib.Path(__file__).parents[1] / '.jax_cache'),
 )
-if worker := os.environ.get('PYTEST_XDIST_WORKER'):
-  # JAX writes a program in place: another worker that reads half of it aborts.
-  os.environ['JAX_COMPILATION_CACHE_DIR'] += f'/{worker}'
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 # Most of the suite's time is compilation: ask for less of it.
 os.environ['XLA_FLAGS'] = ' '.join(
@@ -46,3 +46,22 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.section('NOT TESTED', red=True, bold=True)
     for reason, count in sorted(reasons.items()):
       terminalreporter.line(f'{count} skipped: {reason}', yellow=True)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _few_programs():
+  """Drops the compiled programs of earlier modules before they are too many.
+
+  Each compiled program is several mappings of memory. A process may have 65,530
+  (vm.max_map_count); XLA aborts at the next one.
+  """
+  yield
+  try:
+    with open('/proc/self/maps') as maps:
+      mappings = sum(1 for _ in maps)
+  except OSError:  # not Linux
+    return
+  if mappings > 20_000:
+    import jax
+
+    jax.clear_caches()

@@ -81,30 +81,23 @@ class Gemma:
     self._generation = _GENERATIONS[type(config)]
     self._model = self._generation.transformer(config)
 
-  @functools.cached_property
+  @property
   def param_shapes(self) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s (float32)."""
-    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    return traverse_util.unflatten_dict(_flat_shapes(self.config), sep='/')
+
+  def _initialised(self, key: jax.Array, tokens: jax.Array) -> Params:
+    """The parameters of the package's own initialisation, all of them."""
     caches = (None,) * self.config.num_layers
-    init = functools.partial(self._model.init, method=self._walk)
-    tree = jax.eval_shape(
-      lambda key, tokens: init(key, caches, tokens, None, None, True),
-      jax.random.key(0),
-      tokens,
+    return self._model.init(
+      key, caches, tokens, None, None, True, method=self._walk
     )['params']
-    flat = traverse_util.flatten_dict(tree, sep='/')
-    kept = {
-      name: shape
-      for name, shape in flat.items()
-      if self._generation.is_read(self.config, name)
-    }
-    return traverse_util.unflatten_dict(kept, sep='/')
 
   def init(self, key: jax.Array) -> Params:
     """Random float32 parameters: normal, variance 1 / fan-in, unit gains."""
-    flat = traverse_util.flatten_dict(self.param_shapes, sep='/')
     params = {}
-    for i, (name, shape) in enumerate(sorted(flat.items())):
+    shapes = sorted(_flat_shapes(self.config).items())
+    for i, (name, shape) in enumerate(shapes):
       start = self._generation.initial(self.config, name)
       if isinstance(start, float):
         params[name] = jnp.full(shape.shape, start)
@@ -276,3 +269,16 @@ def token_losses(
   )
   counts = (targets != pad_id) & (targets != bos_id)
   return losses, counts & (tokens_BT[:, :-1] != pad_id)
+
+
+@functools.cache  # to trace a deep model takes seconds
+def _flat_shapes(config: AnyConfig) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of the parameters that the generation's code reads, by path."""
+  model = Gemma(config)
+  tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+  tree = jax.eval_shape(model._initialised, jax.random.key(0), tokens)
+  return {
+    name: shape
+    for name, shape in traverse_util.flatten_dict(tree, sep='/').items()
+    if model._generation.is_read(config, name)
+  }

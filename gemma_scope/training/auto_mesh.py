@@ -20,9 +20,11 @@ largest member / latent, its activations, the batch, the language model /
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 import os
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -252,13 +254,20 @@ def _language_model_bytes(config) -> float:
     return 0.0
   layers = 1 + max(site.layer for site in specs.site_list(config))
   lm = config.lm
-  return _bytes_of(lm.name, lm.checkpoint, lm.dtype, layers)
+  by_layer = _bytes_by_layer(lm.name, lm.checkpoint, lm.dtype)
+  return sum(size for layer, size in by_layer.items() if layer < layers)
 
 
-@functools.cache
-def _bytes_of(name: str, checkpoint: str, dtype: str, layers: int) -> float:
-  _, wanted = weights.shapes(name, checkpoint, dtype, None, layers)
-  return sum(math.prod(w.shape) * w.dtype.itemsize for w in wanted.values())
+@functools.cache  # to trace a model takes seconds
+def _bytes_by_layer(name: str, checkpoint: str, dtype: str) -> dict[int, float]:
+  """Bytes of the parameters of each layer; at -1, of those outside."""
+  _, wanted = weights.shapes(name, checkpoint, dtype, None, None)
+  by_layer = collections.defaultdict(float)
+  for key, shape in wanted.items():
+    layer = re.match(r'layer_(\d+)/', key)
+    size = math.prod(shape.shape) * shape.dtype.itemsize
+    by_layer[int(layer[1]) if layer else -1] += size
+  return dict(by_layer)
 
 
 def _memory(device) -> float:

@@ -335,13 +335,11 @@ def test_transcoders_give_graph_files_and_heads(workdir, said, tmp_path):
   head = json.loads((out / 'head.json').read_text())
   assert np.sum(head['terms']) == pytest.approx(head['score'], rel=1e-3)
   np.save(tmp_path / 'v.npy', np.ones(128, np.float32))
-  for target in (f'resid_post/2:{tmp_path}/v.npy', 'feature:3/5'):
-    said.clear()
-    run(
-      'why', workdir, said, given, out, sae='layer_1', text=TEXT, target=target
-    )
-    assert 'circuit-tracer scores' in ''.join(said)
-    assert json.loads((out / 'graph.json').read_text())['shuffled'] == []
+  said.clear()
+  target = f'resid_post/2:{tmp_path}/v.npy'
+  run('why', workdir, said, given, out, sae='layer_1', text=TEXT, target=target)
+  assert 'circuit-tracer scores' in ''.join(said)
+  assert json.loads((out / 'graph.json').read_text())['shuffled'] == []
   for target in ('feature:3/99', 'feature:9/1', 'resid_post/2:none.npy', 'x'):
     with pytest.raises(ValueError, match='--target='):
       asked = {'sae': 'layer_1', 'text': TEXT, 'target': target}

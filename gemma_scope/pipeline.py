@@ -11,6 +11,7 @@ there. The same command therefore continues a run that was stopped anywhere:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -283,16 +284,12 @@ def _on_held_out_text(config, workdir, saes, interrupt, report):
   special = setup.special(tokenizer, store)
   text = _held_out(config, store, tokenizer.eos_id, special.keep)
   count = len(text.sequences_NT)
-  phases = ['measuring means and variances of the held-out text']
-  progress = progress_lib.Progress(
-    count, config.text.seq_len, label='evaluate', status=lambda: phases[-1]
-  )
-  watch = batches.Watch(poll=interrupt.check, says=phases.append)
+  progress = progress_lib.Progress(count, config.text.seq_len, label='evaluate')
+  progress.say('measuring means and variances of the held-out text')
+  watch = batches.Watch(poll=interrupt.check, says=progress.say)
   if cluster.first():
-    watch = batches.Watch(
-      lambda done, _: progress.update(round(done, 1), {}),
-      interrupt.check,
-      phases.append,
+    watch = dataclasses.replace(
+      watch, progress=lambda done, _: progress.update(round(done, 1))
     )
   try:
     return evaluate.evaluate(gemma, params, saes, text, config.seed, watch)

@@ -50,8 +50,6 @@ from gemma_scope.text import prepare, tokenizers
 from gemma_scope.training import setup
 
 _MEMBERS = 'members.json'
-
-
 _ACTIVE = 512  # latents of a token that are compared with their maximum
 
 
@@ -310,24 +308,19 @@ class Session:
       return first
     build_lib.check_room(self.out, saes)
     self.out.mkdir(parents=True, exist_ok=True)
-    doing = ['compiling']
     with progress_lib.Progress(
-      2 * len(text.sequences_NT),
-      self.config.text.seq_len,
-      label='index',
-      status=lambda: doing[-1],
+      2 * len(text.sequences_NT), self.config.text.seq_len, label='index'
     ) as progress:
-      how = build_lib.How(
-        batch,
-        self.mesh,
-        lambda done, _: (doing.append(''), progress.update(done, {})),
-        poll,
-        state,
-        outliers,
-      )
+      progress.say('compiling')
+
+      def show(done: int, _: int) -> None:
+        progress.say('')
+        progress.update(done)
+
+      how = build_lib.How(batch, self.mesh, show, poll, state, outliers)
       built = build_lib.build(*self.model, saes, text, how)
       for number, (sae, index) in enumerate(zip(saes, built, strict=True), 1):
-        doing.append(f'logit lenses: {number} of {len(saes)} are made')
+        progress.say(f'logit lenses: {number} of {len(saes)} are made')
         store_lib.write(self.out / 'indexes' / sae.name, index)
     if label:
       self._label_by_rule(poll)

@@ -144,6 +144,10 @@ class Progress:
       about = ' | '.join((*self._rates(), *_words(values)))
       self._bar.update(self._task, completed=step, about=about, refresh=True)
 
+  def say(self, doing: str) -> None:
+    """Sets what is shown while a step takes long; '' for the default."""
+    self._status = lambda: doing
+
   def line(self, step: int, metrics: Mapping[str, Any] | None) -> str:
     """The line for `step`, from the marks so far."""
     share = step / self._total if self._total else 1.0

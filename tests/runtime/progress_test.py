@@ -129,9 +129,15 @@ def test_a_step_that_takes_long_is_not_silent(clock):
     clock.now += 12
     wait_for(lambda: out.getvalue().count('\n') == 3)
     assert out.getvalue().endswith('train 3/8 38% | compiling, 12 s\n')
+    for doing, shown in (('logit lens', 'logit lens, 24'), ('', 'working, 36')):
+      progress.say(doing)
+      lines = out.getvalue().count('\n')
+      clock.now += 12
+      wait_for(lambda lines=lines: out.getvalue().count('\n') > lines)
+      assert out.getvalue().endswith(f'train 3/8 38% | {shown} s\n')
   clock.now += 60
   time.sleep(1.2)
-  assert out.getvalue().count('\n') == 3  # closed: nothing more is said
+  assert out.getvalue().count('\n') == 5  # closed: nothing more is said
 
 
 def test_a_progress_that_is_dropped_ends_its_thread():

@@ -7,7 +7,7 @@
 #
 # Sets up .venv, trains, evaluates and releases the SAEs of configs/tiny.py or
 # configs/gemma3_270m.py into runs/tiny, runs/gemma3-270m or FOLDER, and builds
-# the microscope on them. The same command continues what was stopped.
+# the microscope on them. The same command continues a run that was stopped.
 set -euo pipefail
 start="$PWD"
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
@@ -48,5 +48,10 @@ export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$workdir/compiled}"
 python="${GEMMA_SCOPE_VENV:-.venv}/bin/python"
 "$python" launch/train.py --config="$config" --workdir="$workdir"
+# After SIGTERM or Ctrl-C train.py saves and exits with 0, without a release.
+[[ -d "$workdir/release" ]] || {
+  echo "demo: stopped and saved in $workdir; the same command continues" >&2
+  exit 130
+}
 "$python" launch/microscope.py build --workdir="$workdir" --sequences="$sequences"
 echo "try it on your own text:  $python launch/microscope.py serve --workdir=$workdir"

@@ -31,9 +31,7 @@ from typing import Any
 
 import numpy as np
 
-_NAMES = (
-  'alpha', 'beta', 'nu', 'gamma', 'zeta', 'eta', 'tau', 'delta', 'kappa',
-)  # fmt: skip
+_NAMES = tuple('alpha beta nu gamma zeta eta tau delta kappa'.split())
 # Usual values of the exponents, and how far a fit may easily move.
 _PRIOR = np.array([0, -0.4, -0.2, 0, -1.5, -0.4, -1, 0.3, 0.5])
 _EASE = np.array([3, 0.5, 0.3, 0.1, 3, 0.5, 3, 0.5, 0.5])

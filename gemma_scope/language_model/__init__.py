@@ -6,6 +6,7 @@ Reading order; a module imports only from those above it:
   attention     causal attention in blocks of queries
   hooks         taps and edits of one forward pass
   gemma_package  the `gemma` package, imported without its side effects
+  gemma_shape   the shape that all generations have in common
   gemma3        what is particular to Gemma 2 and 3: shapes, blocks, attention
   experts       a mixture of experts
   gemma4        what is particular to Gemma 4

@@ -153,9 +153,14 @@ class Gemma:
     arguments.shape('mask_BTT', mask_BTT, both)
     with nn.intercept_methods(visits.intercept):
       logits_BTV = self._model.apply(
-          {'params': params}, (None,) * depth, tokens_BT, positions_BT,
-          mask_BTT, logits, method=self._walk,
-      )  # fmt: skip
+        {'params': params},
+        (None,) * depth,
+        tokens_BT,
+        positions_BT,
+        mask_BTT,
+        logits,
+        method=self._walk,
+      )
     values = {given: visits.values[site] for given, site in wanted.items()}
     return Output(logits_BTV, values)
 

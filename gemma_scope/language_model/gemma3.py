@@ -12,26 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from gemma_scope import sites
-from gemma_scope.language_model import attention, gemma_package
+from gemma_scope.language_model import attention, gemma_package, gemma_shape
 from gemma_scope.language_model import hooks as hooks_lib
 
 _SCORE_INPUTS = ('q_einsum', 'kv_einsum', 'qkv_einsum')
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  """The shape of a Gemma 2 or 3 text model, in this project's words."""
+class Config(gemma_shape.Shape):
+  """The shape of a Gemma 2 or 3 text model."""
 
-  name: str
-  vocab_size: int
-  d_model: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  d_ff: int
-  window: int
-  pattern: str  # one letter a layer, repeated: L local (sliding), G global
   attn_softcap: float | None = None
   final_softcap: float | None = None
   transpose_gating: bool = True
@@ -59,73 +49,60 @@ class Config:
     return self.d_model * (heads + 3 * self.d_ff)
 
 
-def _gemma2(name, d, layers, heads, kv, head_dim, d_ff, **more) -> Config:
-  return Config(
-      name, 256_128, d, layers, heads, kv, head_dim, d_ff, 4096, 'LG',
-      attn_softcap=50.0, final_softcap=30.0, **more,
-  )  # fmt: skip
-
-
-def _gemma3(name, d, layers, heads, kv, head_dim, d_ff, window, **more):
-  return Config(
-      name, 262_144, d, layers, heads, kv, head_dim, d_ff, window, 'LLLLLG',
-      qk_norm=True, global_rope_base=1_000_000, **more,
-  )  # fmt: skip
-
-
+_FAMILIES = {
+  'gemma2': {
+    'vocab_size': 256_128,
+    'pattern': 'LG',
+    'attn_softcap': 50.0,
+    'final_softcap': 30.0,
+  },
+  'gemma3': {
+    'vocab_size': 262_144,
+    'pattern': 'LLLLLG',
+    'qk_norm': True,
+    'global_rope_base': 1_000_000,
+  },
+}
+# d_model, layers, heads, key heads, their width, d_ff, window.
+_ROWS = {
+  'gemma2-2b': (2304, 26, 8, 4, 256, 9216, 4096),
+  'gemma2-9b': (3584, 42, 16, 8, 256, 14336, 4096),
+  'gemma2-27b': (4608, 46, 32, 16, 128, 36864, 4096),
+  'gemma3-270m': (640, 18, 4, 1, 256, 2048, 512),
+  'gemma3-1b': (1152, 26, 4, 1, 256, 6912, 512),
+  'gemma3-4b': (2560, 34, 8, 4, 256, 10240, 1024),
+  'gemma3-12b': (3840, 48, 16, 8, 256, 15360, 1024),
+  'gemma3-27b': (5376, 62, 32, 16, 128, 21504, 1024),
+}
+_MORE = {
+  'gemma2-2b': {'transpose_gating': False},
+  'gemma2-27b': {'query_scale_by_heads': True},
+  'gemma3-4b': {'global_rope_factor': 8.0},
+  'gemma3-12b': {'global_rope_factor': 8.0},
+  'gemma3-27b': {'global_rope_factor': 8.0, 'query_scale_by_heads': True},
+}
 SIZES = {
-    config.name: config
-    for config in (
-        _gemma2('gemma2-2b', 2304, 26, 8, 4, 256, 9216, transpose_gating=False),
-        _gemma2('gemma2-9b', 3584, 42, 16, 8, 256, 14336),
-        _gemma2(
-            'gemma2-27b', 4608, 46, 32, 16, 128, 36864,
-            query_scale_by_heads=True,
-        ),
-        _gemma3('gemma3-270m', 640, 18, 4, 1, 256, 2048, 512),
-        _gemma3('gemma3-1b', 1152, 26, 4, 1, 256, 6912, 512),
-        _gemma3(
-            'gemma3-4b', 2560, 34, 8, 4, 256, 10240, 1024,
-            global_rope_factor=8.0,
-        ),
-        _gemma3(
-            'gemma3-12b', 3840, 48, 16, 8, 256, 15360, 1024,
-            global_rope_factor=8.0,
-        ),
-        _gemma3(
-            'gemma3-27b', 5376, 62, 32, 16, 128, 21504, 1024,
-            global_rope_factor=8.0, query_scale_by_heads=True,
-        ),
-    )
-}  # fmt: skip
+  name: Config(
+    name,
+    **_FAMILIES[name.partition('-')[0]],
+    **gemma_shape.from_row(row),
+    **_MORE.get(name, {}),
+  )
+  for name, row in _ROWS.items()
+}
 
 
 def transformer(config: Config):
   """The package's module; its parameters are always passed in."""
   gm_nn = gemma_package.gemma3()
-  kinds = {
-    'L': gm_nn.AttentionType.LOCAL_SLIDING,
-    'G': gm_nn.AttentionType.GLOBAL,
-  }
   scales = gm_nn.config.QueryPreAttentionNormalisation
   c = config
   return gm_nn.Transformer(
     config=gm_nn.config.TransformerConfig(
-      num_embed=c.vocab_size,
-      embed_dim=c.d_model,
-      hidden_dim=c.d_ff,
-      num_heads=c.num_heads,
-      head_dim=c.head_dim,
-      num_kv_heads=c.num_kv_heads,
+      **c.for_package(gm_nn.AttentionType),
       final_logit_softcap=c.final_softcap,
       attn_logits_soft_cap=c.attn_softcap,
-      use_post_attn_norm=True,
-      use_post_ffw_norm=True,
       use_qk_norm=c.qk_norm,
-      attention_types=tuple(
-        kinds[c.pattern[i % len(c.pattern)]] for i in range(c.num_layers)
-      ),
-      sliding_window_size=c.window,
       transpose_gating_einsum=c.transpose_gating,
       query_pre_attn_norm=(
         scales.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS

@@ -34,26 +34,21 @@ import jax
 import jax.numpy as jnp
 
 from gemma_scope import sites
-from gemma_scope.language_model import attention, experts, gemma_package
+from gemma_scope.language_model import (
+  attention,
+  experts,
+  gemma_package,
+  gemma_shape,
+)
 from gemma_scope.language_model import hooks as hooks_lib
 
 _LOCAL_ROPE_BASE = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  """The shape of a Gemma 4 text model, in this project's words."""
+class Config(gemma_shape.Shape):
+  """The shape of a Gemma 4 text model."""
 
-  name: str
-  vocab_size: int
-  d_model: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int  # of sliding layers
-  head_dim: int  # of sliding layers
-  d_ff: int
-  window: int
-  pattern: str  # one letter a layer, repeated: L local (sliding), G global
   global_kv_heads: int
   global_head_dim: int = 512
   k_is_v: bool = False  # in global layers
@@ -69,9 +64,6 @@ class Config:
   family: str = 'gemma4'  # tells its JSON from that of other generations
 
   transpose_gating: ClassVar[bool] = True  # gating matrices are [2, d_ff, D]
-
-  def is_global(self, layer: int) -> bool:
-    return self.pattern[layer % len(self.pattern)] == 'G'
 
   def heads(self, layer: int) -> tuple[int, int]:
     """Number of key heads, and width of every head, in a layer."""
@@ -122,35 +114,45 @@ class Config:
     return self.d_model * (attn + mlp + self.experts + 3 * self.ple_dim)
 
 
-def _small(name, d, layers, kv, every, **more) -> Config:
-  return Config(
-      name, 262_144, d, layers, 8, kv, 256, 4 * d, 512, 'L' * every + 'G',
-      global_kv_heads=kv, ple_dim=256, **more,
-  )  # fmt: skip
-
-
+# d_model, layers, heads, key heads, their width, d_ff, window.
+_ROWS = {
+  'gemma4-e2b': (1536, 35, 8, 1, 256, 6144, 512),
+  'gemma4-e4b': (2560, 42, 8, 2, 256, 10240, 512),
+  'gemma4-31b': (5376, 60, 32, 16, 256, 21504, 1024),
+  'gemma4-26b-a4b': (2816, 30, 16, 8, 256, 2112, 1024),
+}
+_MORE = {
+  'gemma4-e2b': {
+    'pattern': 'LLLLG',
+    'global_kv_heads': 1,
+    'ple_dim': 256,
+    'kv_shared': 20,
+    'shared_d_ff': 12288,
+  },
+  'gemma4-e4b': {'global_kv_heads': 2, 'ple_dim': 256, 'kv_shared': 18},
+  'gemma4-31b': {'global_kv_heads': 4, 'k_is_v': True},
+  'gemma4-26b-a4b': {
+    'global_kv_heads': 2,
+    'k_is_v': True,
+    'experts': 128,
+    'top_experts': 8,
+    'expert_d_ff': 704,
+  },
+}
 SIZES = {
-    config.name: config
-    for config in (
-        _small('gemma4-e2b', 1536, 35, 1, 4, kv_shared=20, shared_d_ff=12288),
-        _small('gemma4-e4b', 2560, 42, 2, 5, kv_shared=18),
-        Config(
-            'gemma4-31b', 262_144, 5376, 60, 32, 16, 256, 21504, 1024,
-            'LLLLLG', global_kv_heads=4, k_is_v=True,
-        ),
-        Config(
-            'gemma4-26b-a4b', 262_144, 2816, 30, 16, 8, 256, 2112, 1024,
-            'LLLLLG', global_kv_heads=2, k_is_v=True, experts=128,
-            top_experts=8, expert_d_ff=704,
-        ),
-    )
-}  # fmt: skip
+  name: Config(
+    name,
+    262_144,
+    **gemma_shape.from_row(row),
+    **{'pattern': 'LLLLLG', **_MORE[name]},
+  )
+  for name, row in _ROWS.items()
+}
 
 
 def transformer(config: Config):
   """The package's module; its parameters are always passed in."""
   package, c = gemma_package.gemma4(), config
-  kinds = package.modules.AttentionType
   sharing = None
   if c.kv_shared:
     # The package rounds the number of layers that do not share down.
@@ -161,20 +163,8 @@ def transformer(config: Config):
     )
   return package.transformer.Transformer(
     config=package.config.TransformerConfig(
-      num_embed=c.vocab_size,
-      embed_dim=c.d_model,
-      hidden_dim=c.d_ff,
-      num_heads=c.num_heads,
-      head_dim=c.head_dim,
-      num_kv_heads=c.num_kv_heads,
+      **c.for_package(package.modules.AttentionType),
       final_logit_softcap=c.final_softcap,
-      use_post_attn_norm=True,
-      use_post_ffw_norm=True,
-      attention_types=tuple(
-        kinds.GLOBAL if c.is_global(i) else kinds.LOCAL_SLIDING
-        for i in range(c.num_layers)
-      ),
-      sliding_window_size=c.window,
       num_global_kv_heads=c.global_kv_heads,
       global_key_size=c.global_head_dim,
       k_eq_v_global=c.k_is_v,

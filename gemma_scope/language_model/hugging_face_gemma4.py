@@ -12,18 +12,35 @@ from typing import Any
 from gemma_scope.language_model import gemma4
 
 _DEFAULTS = dict(
-    vocab_size=262_144, hidden_size=2304, intermediate_size=9216,
-    num_hidden_layers=30, num_attention_heads=8, num_key_value_heads=4,
-    head_dim=256, global_head_dim=512, num_global_key_value_heads=None,
-    sliding_window=512, layer_types=None, final_logit_softcapping=None,
-    attention_k_eq_v=False, num_kv_shared_layers=0, use_double_wide_mlp=False,
-    hidden_size_per_layer_input=256, vocab_size_per_layer_input=262_144,
-    enable_moe_block=False, num_experts=None, top_k_experts=None,
-    moe_intermediate_size=None, hidden_activation='gelu_pytorch_tanh',
-    rms_norm_eps=1e-6, attention_bias=False, tie_word_embeddings=True,
-    use_bidirectional_attention=None, rope_parameters=None,
-    per_layer_config=None,
-)  # fmt: skip
+  vocab_size=262_144,
+  hidden_size=2304,
+  intermediate_size=9216,
+  num_hidden_layers=30,
+  num_attention_heads=8,
+  num_key_value_heads=4,
+  head_dim=256,
+  global_head_dim=512,
+  num_global_key_value_heads=None,
+  sliding_window=512,
+  layer_types=None,
+  final_logit_softcapping=None,
+  attention_k_eq_v=False,
+  num_kv_shared_layers=0,
+  use_double_wide_mlp=False,
+  hidden_size_per_layer_input=256,
+  vocab_size_per_layer_input=262_144,
+  enable_moe_block=False,
+  num_experts=None,
+  top_k_experts=None,
+  moe_intermediate_size=None,
+  hidden_activation='gelu_pytorch_tanh',
+  rms_norm_eps=1e-6,
+  attention_bias=False,
+  tie_word_embeddings=True,
+  use_bidirectional_attention=None,
+  rope_parameters=None,
+  per_layer_config=None,
+)
 # What this project's forward pass computes, and no other.
 _FIXED = (
   'hidden_activation',
@@ -32,10 +49,16 @@ _FIXED = (
   'tie_word_embeddings',
 )
 _COUNTS = (
-    'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers',
-    'num_attention_heads', 'num_key_value_heads', 'head_dim',
-    'global_head_dim', 'sliding_window',
-)  # fmt: skip
+  'vocab_size',
+  'hidden_size',
+  'intermediate_size',
+  'num_hidden_layers',
+  'num_attention_heads',
+  'num_key_value_heads',
+  'head_dim',
+  'global_head_dim',
+  'sliding_window',
+)
 _ROPE = {
   'sliding_attention': {'rope_type': 'default', 'rope_theta': 10_000},
   'full_attention': {

@@ -252,9 +252,13 @@ def find_concept(session: Session, options: Options) -> Result:
   sae = session.find(options.sae)
   prompts = probe_inputs.read_prompts(options.prompts)
   found_rows = probe_inputs.of_prompts(
-    session.model, sae, prompts,
-    session.tokenizer, options.pooling, options.batch,
-  )  # fmt: skip
+    session.model,
+    sae,
+    prompts,
+    session.tokenizer,
+    options.pooling,
+    options.batch,
+  )
   found = probe.run(found_rows, prompts.label_N)
   session.report(probe_report.report(found))
   best = probe.best(found, 'latents', 5) or probe.best(found, 'latents', 1)
@@ -287,16 +291,15 @@ def measure_effects(session: Session, options: Options) -> Result:
   settings = card_plan.Settings(options.contexts, options.scored)
   summaries = {}
   with interrupt_lib.Interrupt() as interrupt:
+    watch = card_results.Watch(interrupt.check, session.report)
     for sae in saes:
       if options.all and sae.wiring.several:
         session.report(f'{sae.name}: skipped, as it covers several layers')
         continue
       session.report(sae.name)
       index, path = session.index(sae), session.effects_path(sae)
-      measured = card_results.measure(
-        session.subject(sae), index, path, settings,
-        card_results.Watch(interrupt.check, session.report),
-      )  # fmt: skip
+      subject = session.subject(sae)
+      measured = card_results.measure(subject, index, path, settings, watch)
       found = card_results.results(measured, index, options.alpha)
       summaries[sae.name] = found['summary']
       session.report(card_results.table(found['summary']))
@@ -309,41 +312,42 @@ def label(session: Session, options: Options) -> Result:
   """Labels latents by a language model or by rules and rewrites the pages."""
   session.check_built()
   sae = session.find(options.sae)
-  one = session.index(sae)
-  features = inputs.features(options.features, one)
-  model = None
+  index = session.index(sae)
+  features = inputs.features(options.features, index)
+  model = _labeller(session, options)
+  rows = labels.explain(index, features, session.tokenizer.pieces, model)
+  path = session.keep_labels(sae, rows)
+  session.report(labels.table(rows))
+  session.report(f'written  {path}')
+  return labels.summary(rows) | pages(session, options)
+
+
+def _labeller(session: Session, options: Options) -> llm.Kept | None:
+  """The language model that labels; None for rules."""
   if options.endpoint:
     if not options.labeller:
       raise ValueError(
         "--labeller is required with --endpoint: the endpoint's model name."
       )
-    model = llm.Kept(
-      llm.Endpoint(options.labeller, options.endpoint),
-      session.out / 'answers.jsonl', options.most_questions,
-    )  # fmt: skip
+    model = llm.Endpoint(options.labeller, options.endpoint)
   elif options.labeller == 'local':
-    model = llm.Kept(
-      llm.LocalGemma(
-        session.config.lm.name, *session.model, session.tokenizer
-      ),
-      session.out / 'answers.jsonl', options.most_questions,
-    )  # fmt: skip
+    name = session.config.lm.name
+    model = llm.LocalGemma(name, *session.model, session.tokenizer)
   elif options.labeller:
     raise ValueError('--labeller must be "local" unless --endpoint is given.')
-  found = labels.explain(one, features, session.tokenizer.pieces, model)
-  path = session.keep_labels(sae, found)
-  session.report(labels.table(found))
-  session.report(f'written  {path}')
-  return labels.summary(found) | pages(session, options)
+  else:
+    return None
+  answers = session.out / 'answers.jsonl'
+  return llm.Kept(model, answers, options.most_questions)
 
 
 def score(session: Session, options: Options) -> Result:
   """Runs the SAEBench metrics, with labels derived from Python source code."""
   saes = [session.find(options.sae)] if options.sae else session.saes
+  out = session.out / 'suite'
   paths = suite.run(
-    session.model, saes,
-    session.tokenizer, session.out / 'suite', report=session.report,
-  )  # fmt: skip
+    session.model, saes, session.tokenizer, out, report=session.report
+  )
   session.report(suite.table(paths))
   return {
     str(path): json.loads(pathlib.Path(path).read_text()) for path in paths
@@ -370,12 +374,9 @@ def export(session: Session, options: Options) -> Result:
   result = {}
   for sae in session.saes:
     folder = session.out / 'neuronpedia' / ids[sae.name]
+    index, named = session.index(sae), session.labels(sae)
     count = neuronpedia.write(
-      folder,
-      session.index(sae),
-      session.tokenizer.pieces,
-      naming,
-      session.labels(sae),
+      folder, index, session.tokenizer.pieces, naming, named
     )
     session.report(f'{folder}: {count:,} features')
     result[str(folder)] = {'features': count}

@@ -88,7 +88,7 @@ class Head:
       self._k_DH = wide(attn['kv_einsum']['w'][0, shared])
     gains = [attn.get(f'_{name}_norm') for name in ('query', 'key')]
     self._gain_2H = [None if g is None else 1 + wide(g['scale']) for g in gains]
-    local = c.pattern[layer % len(c.pattern)] == 'L'
+    local = not c.is_global(layer)
     self._base = 10_000 if local else c.global_rope_base
     self._factor = 1.0 if local else c.global_rope_factor
     width = c.d_model // c.num_heads if c.query_scale_by_heads else c.head_dim

@@ -218,7 +218,7 @@ def _score_by_model(
   return score and {**score, 'unanswered': lost}, said
 
 
-# All of it.
+# Labels with their scores.
 
 
 def explain(

@@ -4,7 +4,7 @@ Reading order; a module imports only from those above it:
 
   neuronpedia  an index in Neuronpedia's format
   terms        the terms of the pages' help
-  records      what a page says of each feature
+  records      what a page shows about each feature
   pages        indexes -> a folder of static pages
   api          answers to questions about a text, in JSON
   server       the pages, with the live view

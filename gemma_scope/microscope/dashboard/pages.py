@@ -4,16 +4,17 @@
   data/collection.js          the SAEs, how they were measured, where to begin
   data/vocabulary.js          the pieces of the tokens that occur
   data/t5.js                  sequences 5 * 64 .. of the text
-  data/m3/list.js             what the search reads of SAE 3
+  data/m3/list.js             what the search needs about SAE 3
   data/m3/c7.js               features 7 * 64 .. : examples, histogram, logits
   data/m3/to5.js              its features' nearest decoders in SAE 5
   data/m3/outliers.js         tokens that its outlier rule left out
 
-Each data file calls scope(key, text) with gzipped JSON in base64: a page from a
-disk may load scripts and cannot fetch. An example is a sequence and a position;
-its activations are float16 shares of the feature's largest, in base64. Text
-reaches the page as text alone, and a content security policy forbids all else.
-Equal indexes give equal bytes. SAEs are written one after the other: at most
+Each data file calls scope(key, text) with gzipped JSON in base64: a page opened
+from a disk can load scripts but not fetch files. An example is a sequence and a
+position; its activations are float16 shares of the feature's largest, in
+base64. Text from corpora and models is inserted as text and never parsed as
+HTML; a content security policy forbids all but the page's own scripts and
+styles. Equal indexes give equal bytes. SAEs are written one after the other: at most
 one index is in memory, and the decoders of those that are compared.
 """
 
@@ -62,7 +63,7 @@ def write(
     saes: at least one, all indexed on the same text; read one at a time.
     pieces: token ids -> their text.
     title: of the first page.
-    date: when the indexes were built, as a reader writes it.
+    date: when the indexes were built, as the pages show it.
     quantisation: of the model's weights, or ''.
 
   Raises:
@@ -148,7 +149,7 @@ class _Writer:
     self._begin += _beginnings(indexed, i)
 
   def _listed(self, indexed: Indexed) -> dict[str, Any]:
-    """What the search reads of each feature."""
+    """What the search needs about each feature."""
     index, labels = indexed.index, indexed.labels
     latents = range(len(index.max_F))
     logits = index.positive_FL
@@ -270,7 +271,7 @@ def _beginnings(indexed: Indexed, i: int) -> list[tuple[float, dict[str, Any]]]:
 
 
 def _outliers(index: Index) -> dict[str, Any]:
-  """Outlier tokens by kind, and the largest ones in their place."""
+  """Outliers counted by token id, and the largest ones in context."""
   order = np.argsort(-index.outlier_norm_O, kind='stable')[:_OUTLIERS]
   sequence_O, position_O = index.outlier_sequence_O, index.outlier_position_O
   ids, count = np.unique(

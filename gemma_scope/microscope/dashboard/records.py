@@ -1,4 +1,4 @@
-"""What a page says of each feature of an SAE: one record of plain JSON each.
+"""What the pages show about each feature of an SAE: a record of plain JSON.
 
 An example is a sequence and a position; its activations are float16 shares of
 the feature's largest, in base64.
@@ -124,7 +124,7 @@ class Features:
       'at': at.ravel().tolist(),
       'values': base64.b64encode(shares.astype('<f2').tobytes()).decode(),
       'top': int(there.sum()),
-      'tenths': counts,  # of the last tenth first
+      'tenths': counts,  # the last tenth first
     }
 
 

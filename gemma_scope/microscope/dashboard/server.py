@@ -5,9 +5,10 @@
 
 The server listens on this machine only. It prints an address with a random
 token once; opening it sets a cookie that requests from other sites do not
-carry. A request without the cookie, with another Host header (a name made to
-point here) or from another origin is refused. Answers depend on the question
-alone and nothing is written. One question is answered at a time.
+carry. The server refuses a request without the cookie, with another Host header
+(a name that was made to point here) or from another origin. An answer depends
+on the question alone, and nothing is written. One question is answered at a
+time.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def app(questions: Questions, pages: str | os.PathLike[str], token: str):
   async def api(request):
     name, body = request.path_params['name'], b''
     if name not in questions.answers and name not in questions.instant:
-      return JSONResponse({'error': 'There is no such question.'}, 404)
+      return JSONResponse({'error': 'There is no question of this name.'}, 404)
     async for part in request.stream():
       body += part
       if len(body) > _MOST_BYTES:
@@ -56,7 +57,7 @@ def app(questions: Questions, pages: str | os.PathLike[str], token: str):
     try:
       asked = json.loads(body)
       if not isinstance(asked, dict):
-        raise ValueError('A question is a JSON object.')
+        raise ValueError('A question must be a JSON object.')
       asked.pop('ids', None)  # of `warm` alone
       return JSONResponse(await run_in_threadpool(answer, name, asked))
     except (ValueError, RecursionError) as error:
@@ -82,7 +83,7 @@ def app(questions: Questions, pages: str | os.PathLike[str], token: str):
 
 
 class _Guard:
-  """Lets a request in that has the token; says what a browser may do."""
+  """Refuses requests without the token, and sets the browser's policies."""
 
   def __init__(self, inner, token: str):
     self._inner, self._token = inner, token
@@ -118,7 +119,9 @@ class _Guard:
     origin = request.headers.get('origin')
     own = f'http://{request.headers.get("host", "")}'
     if origin is not None and origin != own:
-      inner = PlainTextResponse('From another site: refused.', 403)
+      inner = PlainTextResponse(
+        'Refused: the request comes from another site.', 403
+      )
     elif request.url.path == '/' and same(
       request.query_params.get('token', '')
     ):
@@ -143,7 +146,7 @@ def serve(
   port: int,
   report: Callable[[str], None] = print,
 ) -> None:
-  """Serves until interrupted; on 127.0.0.1 alone, whatever the network is."""
+  """Serves on 127.0.0.1 only, until it is interrupted."""
   import uvicorn
 
   token = secrets.token_urlsafe(24)

@@ -72,7 +72,7 @@ TERMS = (
   ),
   (
     'outlier tokens',
-    'Tokens whose activation is many times longer than any other. Nearly every '
-    'feature fires on them, so they are left out and listed apart.',
+    'Tokens whose activation has a norm many times that of any other. Nearly '
+    'every feature fires on them, so they are left out and listed apart.',
   ),
 )

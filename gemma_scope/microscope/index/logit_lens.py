@@ -9,11 +9,12 @@ writes into the residual stream as its target does:
   resid_*, attn_add, mlp_out, ple_out   as it is
   attn_out                              through W_O and the gain of its norm
   attn_raw, mlp_raw, experts_out        through the gain of the norm
-  others                                not so read: no effects
+  others                                not read: no effects
 
-The gain is exact up to the norm's denominator, which is the token's own: such
-directions are right up to a factor. Of several layers the last one written to
-is read. Logits are taken in blocks: F x V numbers are never there.
+The denominator of a norm differs from token to token and is left out, so that a
+direction through a norm is right up to a positive factor. Of an SAE that writes
+to several layers, the last one is read. Logits are computed in blocks of
+latents, so that F x V numbers never exist at once.
 """
 
 from __future__ import annotations

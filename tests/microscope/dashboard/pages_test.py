@@ -222,7 +222,7 @@ def test_searching_opening_hovering_and_keys(page, entries, folder):
     for w in pages.words(entries[0].index, fired)
     if pieces([w])[0] not in HOSTILE
   )
-  page.get_by_label('with dead and dense').check()
+  page.get_by_label('include dead and dense').check()
   page.fill('input[type=search]', pieces([word])[0].replace('\u2581', ' '))
   links = page.locator('tbody a').all_text_contents()
   assert f'#{fired}' in links and len(links) < 80
@@ -251,7 +251,7 @@ def test_searching_opening_hovering_and_keys(page, entries, folder):
 def test_the_is_one_question_with_and_without_its_space(page, entries):
   """Matches are marked; an exact piece is asked for by its own box."""
   go(page, '#/s/0')
-  page.get_by_label('with dead and dense').check()
+  page.get_by_label('include dead and dense').check()
   fired = int(np.argmax(entries[0].index.top_FE[:, 0]))
   word = next(
     w
@@ -274,7 +274,7 @@ def test_the_is_one_question_with_and_without_its_space(page, entries):
 def test_lists_sort_keep_their_place_and_the_theme_is_kept(page, entries):
   go(page, '#/s/0')
   page.fill('input[type=search]', '')
-  page.get_by_label('with dead and dense').check()
+  page.get_by_label('include dead and dense').check()
   page.get_by_role('button', name='feature').click()
   numbers = [
     int(t[1:])
@@ -299,7 +299,7 @@ def test_effects_are_shown_and_filter_the_list(page, entries):
   alive = np.flatnonzero(entries[0].index.fired_F)
   go(page, '#/s/0')
   page.fill('input[type=search]', '')
-  page.get_by_label('with dead and dense').check()
+  page.get_by_label('include dead and dense').check()
   page.get_by_label('Effect', exact=True).select_option('some')
   shown = page.locator('tbody td:first-child a').all_text_contents()
   odd = [int(j) for j in alive if j % 2]
@@ -383,7 +383,7 @@ def test_comparing_two(page):
 def test_what_is_not_there_is_said(page):
   for route in ('#/s/9', '#/s/0/f/99999'):
     go(page, route)
-    page.wait_for_selector('h1:has-text("Nothing here")')
+    page.wait_for_selector('h1:has-text("Page not found")')
 
 
 def test_text_is_shown_and_never_run(page):

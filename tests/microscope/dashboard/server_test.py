@@ -384,7 +384,7 @@ def test_a_server_that_has_ended_is_named(page):
 def test_a_bad_address_spoils_nothing(page):
   for route in ('#/live/0/f/99999', '#/live/0/f/x'):
     page.evaluate(f"location.hash = '{route}'")
-    page.wait_for_selector('h1:has-text("Nothing here")')
+    page.wait_for_selector('h1:has-text("Page not found")')
     page.evaluate("location.hash = '#/live/0'")
     page.wait_for_selector('textarea')
 

@@ -489,7 +489,7 @@ def test_neuronpedia_gets_a_line_a_feature_and_an_example(built, tmp_path):
     assert max(example['values']) == example['maxValue'] > 0
   # A second export replaces the first.
   assert neuronpedia.write(tmp_path / 'out', one, pieces, naming) == count
-  with pytest.raises(ValueError, match='may have a-z'):
+  with pytest.raises(ValueError, match='may only have a-z'):
     neuronpedia.Naming('m', '../x')
 
 

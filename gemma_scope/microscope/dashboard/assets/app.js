@@ -1,11 +1,11 @@
 'use strict';
-// Where we are, keys, theme.
+// Routes, keyboard shortcuts and the theme.
 
 const main = document.getElementById('main');
 const keys = {};
 const places = {}; // how far each page was scrolled
 let shows = 0; // a page that was left while it loaded is not shown
-let entry = ''; // of the history
+let entry = ''; // of the browser's history
 
 function page(title, crumbs, ...content) {
   document.title = title;
@@ -20,7 +20,7 @@ function page(title, crumbs, ...content) {
     `Model ${all.model}${weightsOf()}, gemma_scope ${all.code}.`;
 }
 
-// What a quantised model's weights are, in brackets.
+// How the model's weights are quantised, in brackets.
 function weightsOf() {
   return all.quantisation ? ` (quantised: ${all.quantisation})` : '';
 }
@@ -50,7 +50,7 @@ async function show() {
     page(
       'Not found',
       [link(to(), all.title)],
-      h('h1', {}, 'Nothing here'),
+      h('h1', {}, 'Page not found'),
       warning(error.message),
     );
   }

@@ -26,8 +26,8 @@ function field(name, node) {
   return h('label', { class: 'soft' }, name, ' ', node);
 }
 
-// Runs a question behind a button. What goes wrong is said where the answer
-// would be; of several questions the last one asked is shown.
+// Asks a question when a button is pressed. An error is shown in place of the
+// answer; of several questions only the last one's answer is shown.
 function run(target, work, clear = () => {}) {
   return async () => {
     const mine = (target.asked || 0) + 1;
@@ -45,7 +45,7 @@ function run(target, work, clear = () => {}) {
   };
 }
 
-// Says that programs are being compiled, until they are.
+// Shows that programs are being compiled, until all are.
 async function warm(id, node, stale) {
   try {
     for (;;) {

@@ -10,7 +10,7 @@ function causesCard(view, m) {
   const graphed = /^(transcoder|clt)/.test(m.place);
   return card(
     '',
-    'Why does it say that',
+    'Why does it say that?',
     h(
       'div',
       { class: 'bar' },
@@ -32,7 +32,7 @@ function causesCard(view, m) {
   );
 }
 
-// Of parts that cancel, shares say nothing.
+// Shares mean nothing where the parts cancel.
 function share(v, f) {
   const sum = f.value - f.without;
   const clear = Math.abs(sum) > (Math.abs(f.latents) + Math.abs(f.error)) / 10;
@@ -66,7 +66,7 @@ function causeColumns(view, f) {
     },
     figure('gradient', 'Predicted by the gradient.'),
     figure('integrated', 'Predicted along a path to zero.'),
-    figure('exact', 'The fall of the logit when it is ablated.'),
+    figure('exact', 'How much the logit falls when it is ablated.'),
     figure('control', 'The largest effect along other decoders.'),
     figure('p', 'Share of shuffles whose largest effect is as large.'),
     {
@@ -99,7 +99,7 @@ async function why(view) {
     para(
       `${difference(f.logit)}: ${number(f.value)}, without features and error ` +
         `${number(f.without)}. Integrated: features ${share(f.latents, f)}, ` +
-        `error ${share(f.error, f)}. Removed at once: features ` +
+        `error ${share(f.error, f)}. Ablated together: features ` +
         `${number(f.exact_latents)}, error ${number(f.exact_error)}.`,
     ),
     table(`why${view.id}`, causeColumns(view, f), chosen, {

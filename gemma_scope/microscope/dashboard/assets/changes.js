@@ -77,7 +77,7 @@ function changesCard(view) {
   const lines = h('div', {});
   const result = h('div', { id: 'result' });
   const { state: state_ } = view;
-  const empty = () => note('None yet: press change beside a feature.');
+  const empty = () => note('None yet: press "change" next to a feature.');
   const draw = () =>
     fill(
       lines,

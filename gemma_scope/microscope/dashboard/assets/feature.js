@@ -61,7 +61,7 @@ function example(f, e) {
   return h('div', { class: 'tokens' }, hint(label, where), exampleTokens(f, e));
 }
 
-// Examples that are drawn again when the reader widens or breaks them.
+// Examples, drawn again when the reader changes how they are shown.
 function examples(f, list_) {
   const node = h('div', {});
   const draw = () =>
@@ -87,7 +87,7 @@ function readingBar() {
 function labelLine(f) {
   const label = f.label;
   if (!label)
-    return note('No label yet: the tokens that it fires on stand above.');
+    return note('No label yet: the title shows the tokens that it fires on.');
   const other = missing(label.control)
     ? ''
     : `; another feature\u2019s label ${percent(label.control, 2)}`;

@@ -208,7 +208,7 @@ async function list(id, stale) {
     { class: 'bar' },
     search,
     check('exact piece (type a space for \u2423)', state, 'exact', made.draw),
-    check('with dead and dense', state, 'all', made.draw),
+    check('include dead and dense', state, 'all', made.draw),
     effectFilter(data, state, made.draw),
   );
   page(

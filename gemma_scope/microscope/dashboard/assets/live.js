@@ -58,7 +58,7 @@ function ranked(found, list_) {
   return best;
 }
 
-// The text as tokens, and what is said beside them.
+// The text as tokens, and the notes beside them.
 function reader(view, found, nodes) {
   const { state, list: list_ } = view;
   const best = ranked(found, list_);
@@ -184,9 +184,9 @@ function latentsPanel(view, every, dense, row, read) {
   return [
     h('h2', {}, 'Features of the text'),
     note(
-      'Point at one to see where it fires; by share of its largest ' +
-        'activation. ',
-      check(`with ${hidden} dense`, state, 'dense', read),
+      'By share of their largest activation; point at one to see where ' +
+        'it fires. ',
+      check(`include ${hidden} dense`, state, 'dense', read),
     ),
     h(
       'div',
@@ -268,7 +268,7 @@ async function live(id, first, stale) {
             'div',
             { class: 'bar' },
             button('Read', nodes.read),
-            soft('BOS stands before it; click a token to pin it.'),
+            soft('BOS is added in front; click a token to pin it.'),
           ),
           nodes.text,
         ),

@@ -1,8 +1,8 @@
 'use strict';
 // Tables that sort by any column and remember the order.
 //
-// A column: {name, get, show?, text?, number?, link?, hint?}. `get` gives what
-// is sorted by, `show` what stands there, `text` what a CSV file says.
+// A column: {name, get, show?, text?, number?, link?, hint?}. `get` returns
+// the value to sort by, `show` what the cell shows, `text` what a CSV file has.
 
 const tableOrders = {}; // by the table's key
 

@@ -27,12 +27,13 @@ def get_config(argument: str | None = None) -> ConfigDict:
 
   config.text = text = ConfigDict()
   text.source = 'python'  # prose, files:..., hf:... (text/sources.py)
-  text.column = ''  # of .jsonl, .parquet, data sets; '': text, or the only one
+  text.column = ''  # in .jsonl, .parquet, data sets; '': 'text' or the only one
   text.store = ''  # a folder by launch/prepare_text.py; '' makes one
   text.seq_len = 128  # tokens in a sequence, with BOS
 
-  # Sizes of its axes; -1 is what is left, 0 is chosen from the number of SAEs,
-  # their widths and the devices' memory (--config.mesh=auto sets all to 0).
+  # Devices on each axis: -1 takes those that are left, 0 is chosen from the
+  # number of SAEs, their widths and the devices' memory (--config.mesh=auto
+  # sets all three to 0).
   config.mesh = mesh = ConfigDict()
   mesh.sae = 1
   mesh.data = -1
@@ -43,13 +44,14 @@ def get_config(argument: str | None = None) -> ConfigDict:
   activations.chunk_rows = 2**16  # shuffled together; the paper has about 10^6
   activations.lm_batch = 32  # sequences in a forward pass
   activations.dtype = 'float32'  # of rows in a chunk and in a store
-  activations.centre = 'none'  # 'mean', 'geometric_median' are subtracted
-  # C of a site; also 'centred_rms', and 'sqrt_d' in the paper's transcoders
+  activations.centre = 'none'  # or 'mean', 'geometric_median': subtracted
+  # What a site's rows are divided by; also 'centred_rms', and 'sqrt_d' as for
+  # the paper's transcoders
   activations.scale = 'rms'
-  # Rows of norm above so many medians are outliers and left out; 0 keeps all.
+  # Rows with a norm above this many medians are outliers and left out; 0: none.
   activations.max_norm = 0.0
-  activations.memory = 'auto'  # where a chunk lives: 'device', 'host'
-  activations.ahead = 'auto'  # make the next while one is used: 'on', 'off'
+  activations.memory = 'auto'  # where a chunk is kept: 'device', 'host'
+  activations.ahead = 'auto'  # make the next chunk meanwhile: 'on', 'off'
 
   config.collection = collection = ConfigDict()  # all combinations of:
   collection.layers = (1, 2)
@@ -76,7 +78,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   sae.log_threshold = True
   sae.ste_to_input = False  # the estimator's gradient reaches the encoder
   sae.pre_encoder_bias = True
-  sae.unit_decoder = True  # False: decoders are free, sparsity weighs by norm
+  sae.unit_decoder = True  # False: norms are free, and weigh the penalty
   # Matryoshka prefixes, as shares of the width.
   sae.matryoshka = (0.0625, 0.125, 0.25, 0.5, 1.0)
   sae.matmul_dtype = 'float32'
@@ -91,7 +93,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   objective.pre_act = 0.0  # these two revive dead latents
   objective.auxk = 0.0  # 1/32 in the TopK paper
   objective.auxk_latents = 0  # 0: half of d
-  objective.active_set = False  # also train f after a step on what fires
+  objective.active_set = False  # also train on f after one gradient step
 
   config.initialise = initialise = ConfigDict()
   initialise.release = ''  # a release to start from; '' starts at random
@@ -123,7 +125,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   train.active_limit = 0
   train.meet_l0 = False  # after the last step, set thresholds to meet L0
   train.refit_decoders = False  # then fit the decoders by least squares
-  train.closing_batches = 64  # that both are measured on
+  train.closing_batches = 64  # batches for both
 
   config.checkpoint = checkpoint = ConfigDict()
   checkpoint.every = 200  # steps

@@ -2,7 +2,7 @@
 
 Reading order; a folder or module imports only from those above it:
 
-  uploads         who is told that a file or folder was written whole
+  uploads         subscribers to the files and folders that were written
   files           files and folders written whole, files opened warily
   sites           where an activation is read, and what an SAE reads and writes
   mesh            devices -> mesh, and how arrays lie on it
@@ -20,7 +20,7 @@ Reading order; a folder or module imports only from those above it:
   evaluation      L0, FVU, delta loss and the SAEBench metrics, with controls
   training        many SAEs trained from one pass of the model
   pipeline        train -> evaluate -> release
-  scaling         errors of narrow SAEs -> predictions of wide ones, results
+  scaling         predicts errors of wide SAEs from narrow ones; compares
   performance     benchmarks, and programs compiled for absent TPU pods
   microscope      features found, read, changed and checked
 

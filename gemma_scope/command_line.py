@@ -147,7 +147,7 @@ def words(name: str, default: Sequence[str], help_: str, **options) -> Flag:
 
 def folder(name: str, help_: str, **options) -> Flag:
   """A run's folder: a path, or an address in a bucket (gs://, s3://)."""
-  where = ' A folder of a bucket, gs://... or s3://..., will do as well.'
+  where = ' It may be in a bucket: gs://... or s3://...'
   return path(name, help_ + where, address=True, **options)
 
 

@@ -6,8 +6,8 @@ says what each field is for. Two ways of changing one:
   tiny:layers=1;widths=1k        fields of the collection, after a colon
   --config.train.batch=512       any field
 
-`check` refuses a config that cannot run, and names all that is wrong with it,
-before a model, a device or JAX is touched.
+`check` refuses a config that cannot run and lists everything that is wrong with
+it, before a model, a device or JAX is touched.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PATHS = (
 # Those that may hold an address: what can be read from a bucket.
 _ADDRESSES = ('lm.checkpoint', 'text.store', 'activations.store')
 
-# Fields that older versions did not have, with the values that they acted by.
+# Fields that older versions lack, with the values that they implied.
 _ADDED = {
   'collection': {'nulls': ()},
   'activations': {'centre': 'none', 'max_norm': 0.0},
@@ -198,7 +198,7 @@ def _parse(name: str, old: Any, text: str) -> Any:
     return _parse_list(name, text)
   if isinstance(old, bool):
     if text.lower() not in ('true', 'false'):
-      raise ValueError(f'it is true or false; found {text!r}')
+      raise ValueError(f'it must be true or false; found {text!r}')
     return text.lower() == 'true'
   if isinstance(old, str):
     return text
@@ -274,7 +274,7 @@ def check(
     mesh_shape: sizes of ('sae', 'data', 'latent'), when known.
 
   Raises:
-    ConfigError: all that is wrong, a sentence each.
+    ConfigError: everything that is wrong, one sentence each.
   """
   by_field = problems(config)
   refused = [sentence for wrong in by_field.values() for sentence in wrong]

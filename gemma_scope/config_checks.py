@@ -1,7 +1,7 @@
-"""What fits together in a config: each check yields a sentence a problem.
+"""Rules between the fields of a config, its language model and its devices.
 
-`config_fields` has looked at the fields one by one; here are the rules between
-them, and between a config, its language model and its devices.
+Each check yields one sentence for each problem. `config_fields` checks the
+fields one by one.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ process left behind is removed by the next writer of the same target.
 it refuses is `Refused`, an error of one sentence.
 
 An address ('gs://bucket/run') is no path: `pathlib` would make a local folder
-named 'gs:' of it. `refuse_address` stands wherever a path comes in, and every
-writer refuses what is left of one.
+named 'gs:' of it. `refuse_address` is called wherever a path
+comes in, and every writer refuses what is left of an address.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
         why += f', {shutil.disk_usage(above).free:,} bytes are free'
     sentence = NotWritten(
       f'{show(path)} could not be written ({why}); what was there before is '
-      'as it was.'
+      'unchanged.'
     )
     sentence.errno = error.errno
     raise sentence from error
@@ -283,7 +283,7 @@ def read_json(path: PathLike) -> dict[str, Any]:
     with open(path, encoding='utf-8') as file:
       found = json.load(file)
     if not isinstance(found, dict):
-      raise ValueError('it is no JSON object')
+      raise ValueError('it is not a JSON object')
   except (ValueError, RecursionError) as error:
     raise Refused(f'{show(path)} is damaged ({str(error)[:100]}).') from None
   return found

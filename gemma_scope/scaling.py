@@ -1,4 +1,4 @@
-"""Narrow SAEs -> a law -> predictions, kept before the wide ones are trained.
+"""Predicts the errors of wide SAEs from narrow ones, before training them.
 
   measure   runs of all widths at once, one for each number of steps: a run's
             schedule ends with it, so that its last step is comparable
@@ -66,10 +66,11 @@ class Plan:
         f'{sorted(set(self.widths) & set(self.predicted))} are both.'
       )
     if self.config.collection.type != 'sae':
-      raise ValueError('Scaling laws are of SAEs; collection.type must be sae.')
+      raise ValueError('Scaling laws are fitted to SAEs: set type=sae.')
     if len(names := list(map(str, specs.site_list(self.config)))) != 1:
       raise ValueError(
-        f'A law is of one site, and the config has {", ".join(names)}.'
+        'A scaling law is fitted at one site, and the config has '
+        f'{", ".join(names)}.'
       )
 
   def run_config(self, widths: Sequence[int], steps: int) -> ConfigDict:

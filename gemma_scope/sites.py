@@ -129,7 +129,7 @@ class Site:
         f'{", ".join(KINDS)}.'
       )
     if self.layer < 0:
-      raise ValueError(f'A layer counts from 0; found {self.layer}.')
+      raise ValueError(f'Layers count from 0; found {self.layer}.')
 
   def __str__(self) -> str:
     return f'{self.kind}/{self.layer}'
@@ -259,10 +259,10 @@ class Wiring:
 
 
 def wiring_of(card: Mapping[str, Any]) -> Wiring:
-  """The place that a card names under 'type', 'sites' and 'targets'.
+  """The wiring that a card names under 'type', 'sites' and 'targets'.
 
   Raises:
-    ValueError: one sentence, where these do not fit together.
+    ValueError: these do not fit together.
   """
   return Wiring(
     card.get('type'), _sites(card, 'sites'), _sites(card, 'targets')
@@ -283,7 +283,9 @@ def wiring_order(place: Wiring) -> tuple:
 def _sites(card: Mapping[str, Any], key: str) -> tuple[Site, ...]:
   names = card.get(key)
   if not isinstance(names, list | tuple) or len(names) > _MOST_LAYERS:
-    raise ValueError(f'{key} is no list of sites such as ["resid_post/12"].')
+    raise ValueError(
+      f'{key} must be a list of sites, such as ["resid_post/12"].'
+    )
   parsed = []
   for name in names:
     site = parse(name) if isinstance(name, str) else None

@@ -1,6 +1,7 @@
-"""What is told when a file or folder was written whole (`files`).
+"""Subscribers to the files and folders that `files` has written whole.
 
-The copy of a bucket's folder is uploaded by this (`runtime.remote`).
+`runtime.remote` subscribes to upload what is written into its local copy of a
+folder in a bucket.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator
 
-# Folder -> what is called with the folder and a path below it.
+# Folder -> its subscriber, which is called with the folder and a path below.
 published: dict[pathlib.Path, Callable[[pathlib.Path, pathlib.Path], None]] = {}
 _quiet = contextvars.ContextVar('quiet', default=False)
 
 
 def publish(path: str | os.PathLike[str]) -> None:
-  """Tells whose folder `path` lies in that it was written whole."""
+  """Tells the subscribers of folders above `path` that it was written."""
   if not published or _quiet.get():
     return
   path = pathlib.Path(os.path.realpath(path))
   for root, call in list(published.items()):
-    # Not the files of a draft: the folder is published when it is whole.
+    # Files of a draft do not count: its folder is published when it is whole.
     if path.is_relative_to(root) and not any(
       '.partial-' in part for part in path.relative_to(root).parts
     ):
@@ -31,7 +32,7 @@ def publish(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-  """A block in which what is written is not published."""
+  """A block in which writes are not published."""
   token = _quiet.set(True)
   try:
     yield

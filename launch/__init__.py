@@ -1,4 +1,4 @@
-"""gemma-scope COMMAND: what launch/ can do, under one name.
+"""gemma-scope COMMAND: every command of launch/ under one name.
 
 Each command is one module here; `gemma-scope train` and `launch/train.py` are
 the same.

@@ -27,10 +27,10 @@ FLAGS = command_line.Flags(
   words('width', ('16384',), 'Number of latents.'),
   words('batch', ('1024',), 'Rows of a training step.'),
   words('k', ('64',), 'Latents that fire on a row.'),
-  whole('limit', 0, 'Candidates of a row (sparse); 0: from k.', low=0),
+  whole('limit', 0, 'Latents a sparse step has room for; 0: from k.', low=0),
   words('members', ('1',), 'SAEs that train together.'),
   words(
-    'dtype', ('float32',), 'Of the product with the latents: float32, bfloat16.'
+    'dtype', ('float32',), 'Type of the matrix products: float32, bfloat16.'
   ),
   words('branch', ('dense', 'auto'), 'Kinds of step: dense, auto, sparse.'),
   words('mesh', ('1', '1', '1'), 'Sizes of the axes sae, data, latent.'),
@@ -54,10 +54,11 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     mesh_sizes = whole_numbers(given, 'mesh')
     if len(mesh_sizes) != 3:
-      raise ValueError('--mesh is three sizes: sae, data, latent.')
+      raise ValueError('--mesh must be three sizes: sae, data, latent.')
     if wrong := set(given.what) - set(WHATS):
       raise ValueError(
-        f'--what is of {", ".join(WHATS)}; found {", ".join(sorted(wrong))}.'
+        f'--what must be of {", ".join(WHATS)}; found '
+        f'{", ".join(sorted(wrong))}.'
       )
     if given.out:
       pathlib.Path(given.out).parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ def whole_numbers(given, name: str) -> list[int]:
   values = getattr(given, name)
   if not all(value.isdigit() and int(value) for value in values):
     raise ValueError(
-      f'--{name} is whole numbers above 0, separated by commas; found '
+      f'--{name} must be whole numbers above 0, separated by commas; found '
       f'{",".join(values)!r}.'
     )
   return list(map(int, values))

@@ -5,9 +5,9 @@ r"""Compiles a config's programs for a TPU pod, on a machine without one.
       --config='configs/gemma_scope_2b.py:set=1m;layers=12' \
       --config.mesh.data=1 --config.mesh.latent=16 --out=check.jsonl
 
-Shows per device: memory beside the chip's, FLOPs, bytes, collectives, and the
-compiler's own estimate of the time beside the roofline. An estimate is no
-measurement. Ends with code 1 when a program does not fit.
+Shows for each device: memory next to the chip's, FLOPs, bytes, collectives, and
+the compiler's estimate of the time next to the roofline. An estimate is not a
+measurement. Exits with code 1 if a program does not fit.
 """
 
 from __future__ import annotations

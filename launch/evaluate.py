@@ -28,7 +28,7 @@ FLAGS = command_line.Flags(
     'lm',
     None,
     'The language model, such as gemma3-270m or tiny, in place of --config; '
-    "its weights are the ones that the model's name finds.",
+    'its weights are found by this name.',
   ),
   command_line.whole(
     'sequences', 64, 'With --lm: how many sequences to evaluate on.', low=1

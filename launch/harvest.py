@@ -31,7 +31,7 @@ FLAGS = command_line.Flags(
   command_line.whole(
     'chunks',
     None,
-    'Chunks of activations.chunk_rows rows that the store shall hold.',
+    'Number of chunks to write, of activations.chunk_rows rows each.',
     required=True,
     low=1,
   ),

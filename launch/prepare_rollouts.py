@@ -43,11 +43,11 @@ FLAGS = command_line.Flags(
     'tokenizer', "SentencePiece model; by default the checkpoint's.", default=''
   ),
   command_line.choice(
-    'dtype', 'float32', ('float32', 'bfloat16'), 'Of the parameters.'
+    'dtype', 'float32', ('float32', 'bfloat16'), 'Type of the parameters.'
   ),
-  whole('seq_len', 1024, 'Tokens of a conversation, with BOS.', low=2),
-  whole('max_new_tokens', 512, 'Most tokens of an answer.', low=1),
-  number('temperature', 1.0, 'Of sampling; 0 is greedy.', low=0.0),
+  whole('seq_len', 1024, 'Length of a conversation, with BOS.', low=2),
+  whole('max_new_tokens', 512, 'Maximum length of an answer.', low=1),
+  number('temperature', 1.0, 'Sampling temperature; 0 is greedy.', low=0.0),
   whole('top_k', 0, 'Sample from the k likeliest tokens; 0: from all.', low=0),
   whole('seed', 0, 'Seed of the sampling.', low=0),
   whole('batch', 32, 'Conversations generated together.', low=1),

@@ -40,7 +40,9 @@ FLAGS = command_line.Flags(
     "tokenizer is used; without it, the embedded model's.",
   ),
   command_line.path(
-    'checkpoint', "The language model's, as in lm.checkpoint.", address=True
+    'checkpoint',
+    'Checkpoint of the language model, as lm.checkpoint.',
+    address=True,
   ),
   command_line.path(
     'tokenizer', "SentencePiece model; without it, the language model's own."

@@ -36,7 +36,9 @@ FLAGS = command_line.Flags(
     'Site of a params.npz that has no card: resid_post/12, or of a transcoder '
     'mlp_in/12:mlp_out/12.',
   ),
-  command_line.text('model', '', 'Language model of such a file: gemma2-2b.'),
+  command_line.text(
+    'model', '', 'Language model of such a params.npz: gemma2-2b.'
+  ),
   command_line.path(
     'out', 'Folder to write; with --workdir, by default <workdir>/release.'
   ),

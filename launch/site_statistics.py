@@ -29,7 +29,7 @@ FLAGS = command_line.Flags(
   command_line.number(
     'max_norm',
     None,
-    'A row is an outlier when its norm is above so many medians; the default '
+    'A row is an outlier if its norm is above this many medians; the default '
     "is the config's activations.max_norm, or 10 where that is 0.",
     low=1.0,
   ),

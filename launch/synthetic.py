@@ -21,7 +21,7 @@ from gemma_scope.command_line import number, whole
 
 SETTINGS = (
   # A flag for each field of synthetic.Settings, whose defaults hold.
-  whole('features', None, 'Features in all.'),
+  whole('features', None, 'Number of features.'),
   whole('d_model', None, 'Width of every site.'),
   number('l0', None, 'Mean number of features active on a row.'),
   number('zipf', None, 'Exponent of the frequencies by rank; 0: all equal.'),
@@ -42,15 +42,13 @@ FLAGS = command_line.Flags(
   command_line.path(
     'out', 'Folder of the activation store to write.', required=True
   ),
-  whole(
-    'chunks', None, 'Chunks that the store shall hold.', required=True, low=1
-  ),
+  whole('chunks', None, 'Number of chunks to write.', required=True, low=1),
   # As in configs/tiny.py; rows are independent, and a sequence is a count.
   whole('chunk_rows', 2**16, 'Rows of a chunk, at least.', low=1),
   whole('seq_len', 128, 'Tokens of a sequence, with BOS.', low=2),
   whole('lm_batch', 32, 'Sequences of a forward pass.', low=1),
   command_line.choice(
-    'dtype', 'float32', ('float32', 'bfloat16'), 'Of the rows.'
+    'dtype', 'float32', ('float32', 'bfloat16'), 'Type of the rows.'
   ),
   *SETTINGS,
   name='synthetic',

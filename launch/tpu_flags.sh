@@ -46,7 +46,7 @@ read_flags() {
       --spot) spot=1 ;;
       --dry-run) dry_run=1 ;;
       --) shift; (($# == 0)) || train_flags="$(printf ' %q' "$@")"; break ;;
-      *) die "what is '$1'? Flags are written --flag=value; see --help." ;;
+      *) die "unexpected argument '$1'; write --flag=value, see --help." ;;
     esac
     shift
   done

@@ -97,5 +97,5 @@ case "$command" in
   state) state ;;
   log | stop) on_hosts "$command" ;;
   delete) delete ;;
-  *) die "what is '$command'? See --help." ;;
+  *) die "unknown command '$command'; see --help." ;;
 esac

@@ -53,5 +53,5 @@ case "$command" in
   delete)
     run gcloud compute tpus tpu-vm delete "$name" "${where[@]}" --quiet
     ;;
-  *) die "what is '$command'? See --help." ;;
+  *) die "unknown command '$command'; see --help." ;;
 esac

@@ -141,5 +141,5 @@ case "${1:?prepare, start, run, queued, stop or log}" in
     fi
     ;;
   log) tail -n "${LINES_OF_LOG:-40}" -- "$log" ;;
-  *) echo "tpu_worker: what is '$1'?" >&2; exit 2 ;;
+  *) echo "tpu_worker: unknown argument '$1'" >&2; exit 2 ;;
 esac

@@ -185,8 +185,8 @@ def test_watch_replaces_a_slice_that_was_taken_away(gcloud):
     (['up', '--name=n', '--zone=z', '--type=x9'], 'no image is known'),
     (['up', *TPU], '--workdir is missing'),
     (['up', *TPU, '--workdir=/w'], 'no --config'),
-    (['up', *TPU, '--workdri=/w'], "what is '--workdri=/w'"),
-    (['fly', *TPU], "what is 'fly'"),
+    (['up', *TPU, '--workdri=/w'], "unexpected argument '--workdri=/w'"),
+    (['fly', *TPU], "unknown command 'fly'"),
   ],
 )
 def test_pod_flags_are_checked(gcloud, flags, said):

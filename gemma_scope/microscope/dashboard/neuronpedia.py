@@ -67,8 +67,8 @@ class Naming:
   def __post_init__(self):
     if not re.fullmatch(r'[a-z0-9][a-z0-9-]{0,63}', self.release):
       raise ValueError(
-        'The name of a release (--title) may only have a-z, 0-9 and dashes; found '
-        f'{self.release!r}.'
+        'The name of a release (--title) may only have a-z, 0-9 and dashes; '
+        f'found {self.release!r}.'
       )
 
 

@@ -14,8 +14,8 @@ from a disk can load scripts but not fetch files. An example is a sequence and a
 position; its activations are float16 shares of the feature's largest, in
 base64. Text from corpora and models is inserted as text and never parsed as
 HTML; a content security policy forbids all but the page's own scripts and
-styles. Equal indexes give equal bytes. SAEs are written one after the other: at most
-one index is in memory, and the decoders of those that are compared.
+styles. Equal indexes give equal bytes. SAEs are written one after the other: at
+most one index is in memory, and the decoders of those that are compared.
 """
 
 from __future__ import annotations

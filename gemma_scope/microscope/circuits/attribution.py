@@ -49,10 +49,7 @@ from gemma_scope.sae import released
 _AT_ONCE = 8  # maximum number of rows in a pass with a gradient
 LEVEL = 0.05
 _WAYS = ('gradient', 'integrated')
-_FACTS = (
-  'value', 'without', 'latents', 'error', 'other', 'exact_latents',
-  'exact_error',
-)  # fmt: skip
+_FACTS = 'value without latents error other exact_latents exact_error'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,15 +117,16 @@ def attribute(
   exact, control_CN = _exact(query, measured, len(chosen), settings)
   shuffled = np.zeros(0)
   if chosen:
-    shuffled = permutation_test.largest(
-      query, found['f'], [found['slope'][way] for way in _WAYS],
-      permutation_test.Shuffles(settings.top, settings.shuffles, settings.seed),
-    )  # fmt: skip
+    slopes = [found['slope'][way] for way in _WAYS]
+    shuffles = permutation_test.Shuffles(
+      settings.top, settings.shuffles, settings.seed
+    )
+    shuffled = permutation_test.largest(query, found['f'], slopes, shuffles)
   features = []
   for n, i in enumerate(measured):
     mine = n < len(chosen)
     p = permutation_test.p_value(exact[n], shuffled) if mine else None
-    features.append({
+    line = {
       'feature': i,
       **{way: float(found[way][i]) for way in _WAYS},
       'exact': float(exact[n]),
@@ -137,11 +135,12 @@ def attribute(
       'p': p,
       'passes': mine and p <= LEVEL,
       'chosen': mine,
-    })  # fmt: skip
+    }
+    features.append(line)
   passing = [line['feature'] for line in features if line['passes']]
   features.sort(key=lambda line: (not line['chosen'], -abs(line['exact'])))
   return {
-    **{key: found[key] for key in _FACTS},
+    **{key: found[key] for key in _FACTS.split()},
     'features': features,
     'agreement': {way: agreement(features, way) for way in _WAYS},
     'shuffled': sorted(map(float, shuffled), reverse=True),
@@ -224,10 +223,10 @@ def search(
   """
   tokens_1T, length = effects.padded([tokens_T]), len(tokens_T)
   keep_T = intervene.counted(subject, tokens_1T)[0][0]
+  model = subject.gemma, subject.lm_params
   f_TF, path, error = _parts(
-    subject.gemma, subject.lm_params, subject.params, subject.place, tokens_1T,
-    keep_T,
-  )  # fmt: skip
+    *model, subject.params, subject.place, tokens_1T, keep_T
+  )
   f_TF = np.asarray(f_TF)[:length]
   # The path; then y, the offset, y without the error, y without latents.
   s_S = (np.arange(steps) + 0.5) / steps

@@ -148,11 +148,14 @@ def _measure_part(subject, plan, measured, sequence, edits, below_TD) -> None:
   while rows < len(edits) * ways:
     rows *= 2
   before_RSD, after_RSD = packed_edits.run(
-    gemma, subject.lm_params, subject.place.targets[0], below_TD,
+    gemma,
+    subject.lm_params,
+    subject.place.targets[0],
+    below_TD,
     _filled(np.repeat(position_E, ways), rows),
     _filled(change_EWD.reshape(-1, change_EWD.shape[-1]), rows),
     settings.scored,
-  )  # fmt: skip
+  )
   after_EWSD = after_RSD[: len(edits) * ways].reshape(
     len(edits), ways, *after_RSD.shape[1:]
   )
@@ -169,9 +172,12 @@ def _measure_part(subject, plan, measured, sequence, edits, below_TD) -> None:
   for e, edit in enumerate(edits):
     clean_SV, chosen_SK = clean_USV[own_E[e]], chosen_USK[own_E[e]]
     kl_WS = _among(
-      gemma, subject.lm_params, after_EWSD[e],
-      np.take_along_axis(clean_SV, chosen_SK, 1), chosen_SK,
-    )  # fmt: skip
+      gemma,
+      subject.lm_params,
+      after_EWSD[e],
+      np.take_along_axis(clean_SV, chosen_SK, 1),
+      chosen_SK,
+    )
     inside_S = edit.position + np.arange(settings.scored) < len(tokens_T)
     kl_W = np.asarray(kl_WS)[:, inside_S].mean(1)
     controls = 1 + settings.controls
@@ -236,20 +242,27 @@ def _whole_vocabulary(
   falls_E = np.array([edit.amount < 0 for edit in edits])
   found = []
   for chunk in _chunks(len(edits)):
-    kl_ES, loss_ES, z_EQ, token_EK, value_EK = map(np.asarray, _wide(
-        subject.gemma, subject.lm_params, clean_USV[own_E[chunk]],
-        after_ESD[chunk], np.maximum(next_ES[chunk], 0), lists_EQ2L[chunk],
-        np.where(falls_E[chunk], -1.0, 1.0),
-    ))  # fmt: skip
+    measured = _wide(
+      subject.gemma,
+      subject.lm_params,
+      clean_USV[own_E[chunk]],
+      after_ESD[chunk],
+      np.maximum(next_ES[chunk], 0),
+      lists_EQ2L[chunk],
+      np.where(falls_E[chunk], -1.0, 1.0),
+    )
+    kl_ES, loss_ES, z_EQ, token_EK, value_EK = map(np.asarray, measured)
     for k, e in enumerate(chunk[: len(edits) - chunk[0]]):
       losses = loss_ES[k][next_ES[e] >= 0]
-      found.append({
+      found.append(
+        {
           'kl': kl_ES[k][inside_ES[e]].mean(),
           'loss': losses.mean() if len(losses) else np.nan,
           'lens': z_EQ[k] if lens else np.nan,
           'promoted': token_EK[k],
           'promoted_value': value_EK[k],
-      })  # fmt: skip
+        }
+      )
   return found
 
 

@@ -182,11 +182,12 @@ def summary(found: Effects) -> list[dict]:
     losses_T = counts_T[1:] & counts_T[:-1]
     delta_T = found.loss_BT[b] - found.clean_loss_BT[b]
     mean = float(delta_T[losses_T].mean()) if losses_T.any() else 0.0
-    lines.append({
-        'kl': float(found.kl_BT[b][counts_T].mean()),
-        'delta_loss': mean,
-        'delta_logit': float((found.logit_BT - found.clean_logit_BT)[b, last]),
-    })  # fmt: skip
+    line = {
+      'kl': float(found.kl_BT[b][counts_T].mean()),
+      'delta_loss': mean,
+      'delta_logit': float((found.logit_BT - found.clean_logit_BT)[b, last]),
+    }
+    lines.append(line)
   return lines
 
 

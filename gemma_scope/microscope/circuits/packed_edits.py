@@ -79,11 +79,16 @@ def run(
   else:
     edits[target] = change
   at = splice.last(gemma)
-  last_UD = gemma.forward(
-    lm_params, jnp.ones((1, length + rows * scored), jnp.int32), taps=(at,),
-    edits=edits, logits=False, positions_BT=positions_1U,
+  out = gemma.forward(
+    lm_params,
+    jnp.ones((1, length + rows * scored), jnp.int32),
+    taps=(at,),
+    edits=edits,
+    logits=False,
+    positions_BT=positions_1U,
     mask_BTT=_mask(length, position_R, scored)[None],
-  ).taps[at][0]  # fmt: skip
+  )
+  last_UD = out.taps[at][0]
   return (
     last_UD[position_RS],
     last_UD[length:].reshape(rows, scored, -1),

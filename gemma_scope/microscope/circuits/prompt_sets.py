@@ -225,10 +225,10 @@ def _attributions(where, params, texts, logit):
   end = splice.last(gemma)
 
   def measure(shift_BTD):
+    edits = {site: lambda x: x + shift_BTD}
     found = gemma.forward(
-      lm_params, tokens_BT, taps=(site, end),
-      edits={site: lambda x: x + shift_BTD}, logits=False,
-    ).taps  # fmt: skip
+      lm_params, tokens_BT, taps=(site, end), edits=edits, logits=False
+    ).taps
     x_B1D = jnp.take_along_axis(found[end], last_B[:, None, None], 1)
     both_B2 = gemma.unembed(lm_params, x_B1D, pair)[:, 0]
     return jnp.sum(both_B2[:, 0] - sign * both_B2[:, 1]), found[site]

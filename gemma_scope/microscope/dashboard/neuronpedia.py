@@ -32,9 +32,12 @@ from gemma_scope.runtime import progress
 
 _BATCH = 1024
 _KINDS = {
-  'resid_post': 'res', 'mlp_out': 'mlp', 'attn_out': 'att',
-  'mlp_in': 'transcoder', 'mlp_in_ungained': 'transcoder',
-}  # fmt: skip
+  'resid_post': 'res',
+  'mlp_out': 'mlp',
+  'attn_out': 'att',
+  'mlp_in': 'transcoder',
+  'mlp_in_ungained': 'transcoder',
+}
 
 
 @dataclasses.dataclass(frozen=True)

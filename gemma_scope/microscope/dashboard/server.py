@@ -158,8 +158,12 @@ def serve(
   questions.warm({'member': 0})
   try:
     uvicorn.run(
-      app(questions, pages, token), host='127.0.0.1', port=port,
-      log_level='warning', access_log=False, server_header=False,
-    )  # fmt: skip
+      app(questions, pages, token),
+      host='127.0.0.1',
+      port=port,
+      log_level='warning',
+      access_log=False,
+      server_header=False,
+    )
   finally:
     questions.close()

@@ -5,8 +5,8 @@
   add     at tokens where the feature is silent; the tokens are drawn once and
           shared by all features
 
-A feature keeps its controls in all contexts: the decoders of other living
-features (shuffled), and random directions, all of its decoder's norm.
+A feature has the same controls in all contexts: the decoders of other features
+that fire (shuffled) and random directions, all with its own decoder's norm.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
   <path>.npz    what was measured so far; a later call continues from it
   <path>.json   the cards and their summary, once all is measured
 
-A card belongs to the SAE's parameters, the index and the settings; files of
-others are measured again.
+A card belongs to the SAE's parameters, the index and the settings; a file that
+was written for others is measured again.
 """
 
 from __future__ import annotations

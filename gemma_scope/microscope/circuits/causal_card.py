@@ -40,7 +40,7 @@ CONTROLS = ('shuffled', 'random')
 PROMOTED = 10  # tokens kept in each context
 _PASS = 192  # edits and controls in one pass
 _SMALLEST = 24  # in the smallest pass
-_HEADS = 8  # contexts whose logits are there at once
+_HEADS = 8  # contexts whose logits are in memory at once
 
 
 class Measured:
@@ -75,7 +75,7 @@ class Measured:
     }
 
   def put(self, edit: Edit, values: Mapping[str, Any]) -> None:
-    """Stores what one edit does."""
+    """Stores the effect of one edit."""
     for name, value in values.items():
       self.arrays[name][edit.kind, edit.feature, edit.slot] = value
 
@@ -87,11 +87,11 @@ def measure(
 
   Args:
     subject, plan: the SAE, and its edits.
-    measured: is filled.
-    done: sequences that were measured before.
+    measured: where the results go.
+    done: number of sequences that were measured before.
 
   Yields:
-    The sequences that are done, after each.
+    The number of sequences that are done, after each of them.
   """
   for number, sequence in enumerate(sorted(plan.by_sequence)):
     if number < done:

@@ -163,39 +163,39 @@ class Session:
   @functools.cached_property
   def saes(self) -> list[release.Released]:
     """The SAEs of `given`, or else those that were indexed, in page order."""
-    found, model = [], self.config.lm.name if self._site else ''
+    opened, model = [], self.config.lm.name if self._site else ''
     about = published.described(self._site, model)
     for path in self._paths:
       here = self.workdir / path
       path = str(here) if here.exists() else path
-      for one in published.open_all(path, about=about):
-        found.append((build_lib.name_of(one.path), path, one))
-    names = [name for name, _, _ in found]
+      for sae in published.open_all(path, about=about):
+        opened.append((build_lib.name_of(sae.path), path, sae))
+    names = [name for name, _, _ in opened]
     several = {name for name in names if names.count(name) > 1}
     saes = [
       dataclasses.replace(
-        one,
+        sae,
         name=f'{build_lib.name_of(path).replace("/", "_")}/{name}'
         if name in several
         else name,
       )
-      for name, path, one in found
+      for name, path, sae in opened
     ]
-    if len({one.name for one in saes}) < len(saes):
+    if len({sae.name for sae in saes}) < len(saes):
       raise ValueError('--release names the same SAE twice.')
     return saes
 
   def find(self, name: str) -> release.Released:
     """The SAE with this name, or the only one whose name contains it."""
-    found = [one for one in self.saes if name in one.name]
-    found = [one for one in found if one.name == name] or found
-    if len(found) != 1:
-      shown = [one.name for one in found or self.saes]
+    matches = [sae for sae in self.saes if name in sae.name]
+    matches = [sae for sae in matches if sae.name == name] or matches
+    if len(matches) != 1:
+      shown = [sae.name for sae in matches or self.saes]
       raise ValueError(
-        f'--sae={name!r} must match one SAE but matches {len(found)}; choose '
+        f'--sae={name!r} must match one SAE but matches {len(matches)}; choose '
         f'from {", ".join(shown[:8])}{", ..." if len(shown) > 8 else ""}.'
       )
-    return found[0]
+    return matches[0]
 
   def index(self, sae: release.Released) -> Index:
     """The SAE's index; ValueError if it has not been built.
@@ -241,7 +241,7 @@ class Session:
     """
     ids = readout.with_bos(self.tokenizer, text)
     max_F = np.maximum(self.index(sae).max_F, 1e-12)
-    found = effects.read(self.subject(sae), ids, min(len(max_F), _ACTIVE))
+    reading = effects.read(self.subject(sae), ids, min(len(max_F), _ACTIVE))
     label = self.named(sae)
 
     def strongest(feature_K, value_K):
@@ -259,9 +259,9 @@ class Session:
       )
       for piece, feature_K, value_K, counts in zip(
         self.tokenizer.pieces(ids),
-        found.feature_TK,
-        found.value_TK,
-        found.counts_T,
+        reading.feature_TK,
+        reading.value_TK,
+        reading.counts_T,
         strict=True,
       )
     ]
@@ -397,12 +397,12 @@ class Session:
     By its label, or by its top tokens where the label does not predict where it
     fires.
     """
-    labels, one = self.labels(sae), self.index(sae)
+    labels, index = self.labels(sae), self.index(sae)
 
     def name(feature: int) -> str:
       if feature in labels and not labels[feature]['low']:
         return labels[feature]['text']
-      words = self.tokenizer.pieces(pages.words(one, feature)[:4])
+      words = self.tokenizer.pieces(pages.words(index, feature)[:4])
       return ' '.join(repr(word.replace('▁', ' ')) for word in words)
 
     return name

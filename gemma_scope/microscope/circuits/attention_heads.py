@@ -42,12 +42,12 @@ def tangents(
 ) -> list[dict[sites.Site, np.ndarray]]:
   """What each group of sources adds at the sites `at`, [T, D of the site]."""
   gemma, *frozen = model.frozen
-  found = []
+  moved_by_group = []
   for group in groups:
     first_TD, later_MTD = model.written(group)
     moved = _moved((gemma, at), *frozen, first_TD[None], later_MTD[:, None])
-    found.append(jax.device_get(moved))
-  return found
+    moved_by_group.append(jax.device_get(moved))
+  return moved_by_group
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -89,18 +89,18 @@ def terms(
 ) -> np.ndarray:
   """A_j(l, h) of every source and target: [targets, sources, L, heads]."""
   c = model.frozen[0].config
-  at = tuple(sites.Site(l, 'attn_out') for l in range(c.num_layers))
+  heads = tuple(sites.Site(l, 'attn_out') for l in range(c.num_layers))
   slope_nLE = slopes(model, targets)
-  found = np.zeros(
+  terms_njlh = np.zeros(
     (len(targets), len(sources), c.num_layers, c.num_heads), np.float32
   )
   for j, source in enumerate(progress.track(sources, 'heads')):
-    (moved,) = tangents(model, [[source]], at)
-    for l, site in enumerate(at):
+    (moved,) = tangents(model, [[source]], heads)
+    for l, site in enumerate(heads):
       for n, (_, position, _) in enumerate(targets):
         product_E = moved[site][position] * slope_nLE[n, l]
-        found[n, j, l] = product_E.reshape(c.num_heads, -1).sum(1)
-  return found
+        terms_njlh[n, j, l] = product_E.reshape(c.num_heads, -1).sum(1)
+  return terms_njlh
 
 
 def shares(
@@ -121,16 +121,16 @@ def shares(
   sources = sorted({source for source, _, _ in edges})
   numbers = list(targets)
   of_all = terms(model, sources, list(targets.values()))
-  found = []
+  carriers = []
   for source, target, weight in edges:
     own_LH = of_all[numbers.index(target), sources.index(source)]
     share_LH = own_LH / weight if weight else np.zeros_like(own_LH)
     order = np.argsort(-np.abs(share_LH), axis=None, kind='stable')[:_SHOWN]
-    found.append(
+    carriers.append(
       [
         {'layer': int(l), 'head': int(h), 'share': float(share_LH[l, h])}
         for l, h in zip(*np.unravel_index(order, share_LH.shape), strict=True)
         if abs(share_LH[l, h]) >= _LEAST
       ]
     )
-  return found
+  return carriers

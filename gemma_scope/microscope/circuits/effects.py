@@ -89,22 +89,22 @@ def effects(
   )
   parts = []
   for start in progress.track(range(0, rows_count, batch), 'passes'):
-    at = np.arange(start, min(start + batch, rows_count))
-    filled = np.resize(at, min(batch, _power(rows_count)))
+    chosen = np.arange(start, min(start + batch, rows_count))
+    filled = np.resize(chosen, min(batch, _power(rows_count)))
     part = Rows(*(a[filled] for a in given))
     texts = _Texts(
       tokens_PT[prompt_B[filled]],
       before_PTD[prompt_B[filled]],
       usual_BT[filled],
     )
-    found = _effects(
+    outputs = _effects(
       (subject.gemma, subject.place, given.projects),
       (subject.lm_params, subject.params),
       texts,
       part,
       (np.int32(logit[0]), np.int32(minus)),
     )
-    parts.append([np.asarray(a)[: len(at)] for a in found])
+    parts.append([np.asarray(a)[: len(chosen)] for a in outputs])
   kl, loss, clean, logit_BT, clean_logit = (
     np.concatenate(column) for column in zip(*parts, strict=True)
   )
@@ -124,16 +124,18 @@ def padded_length(count: int) -> int:
 def padded(tokens: Sequence[Sequence[int]]) -> np.ndarray:
   """Texts as int32 [P, T], padded to a power of two."""
   length = padded_length(max(map(len, tokens)))
-  found = np.zeros((len(tokens), length), np.int32)
+  padded_PT = np.zeros((len(tokens), length), np.int32)
   for i, row in enumerate(tokens):
-    found[i, : len(row)] = row
-  return found
+    padded_PT[i, : len(row)] = row
+  return padded_PT
 
 
 @functools.partial(jax.jit, static_argnames='gemma')
 def _last(gemma, lm_params, tokens_PT):
-  at = splice.last(gemma)
-  return gemma.forward(lm_params, tokens_PT, taps=(at,), logits=False).taps[at]
+  end = splice.last(gemma)
+  return gemma.forward(lm_params, tokens_PT, taps=(end,), logits=False).taps[
+    end
+  ]
 
 
 class _Texts(NamedTuple):
@@ -149,11 +151,11 @@ def _effects(subject, params, texts: _Texts, rows: Rows, logit):
   gemma, place, projects = subject
   lm_params, sae_params = params
   plus, minus = logit
-  at = splice.last(gemma)
+  end = splice.last(gemma)
   edits = intervene.edits(place, sae_params, rows, texts.where_BT, projects)
   after_BTD = gemma.forward(
-    lm_params, texts.tokens_BT, taps=(at,), edits=edits, logits=False
-  ).taps[at]
+    lm_params, texts.tokens_BT, taps=(end,), edits=edits, logits=False
+  ).taps[end]
   next_BT = jnp.roll(texts.tokens_BT, -1, 1)
 
   def of_slice(after_BtD, before_BtD, next_Bt):
@@ -164,12 +166,14 @@ def _effects(subject, params, texts: _Texts, rows: Rows, logit):
     of = lambda a: a[..., plus] - jnp.where(minus < 0, 0, a[..., minus])
     return kl_Bt, take(logq), take(logp), of(logits[0]), of(logits[1])
 
-  found = splice.by_slices(of_slice, None, after_BTD, texts.before_BTD, next_BT)
-  kl_BT, loss_BT, clean_BT, logit_BT, clean_logit_BT = map(splice.join, found)
+  slices = splice.by_slices(
+    of_slice, None, after_BTD, texts.before_BTD, next_BT
+  )
+  kl_BT, loss_BT, clean_BT, logit_BT, clean_logit_BT = map(splice.join, slices)
   return kl_BT, loss_BT[:, :-1], clean_BT[:, :-1], logit_BT, clean_logit_BT
 
 
-def summary(found: Effects) -> list[dict]:
+def summary(result: Effects) -> list[dict]:
   """For each row: mean KL, mean change in loss, change in logit; for JSON.
 
   The mean KL is over the tokens that may be changed, the mean loss over those
@@ -177,15 +181,15 @@ def summary(found: Effects) -> list[dict]:
   token that may be changed.
   """
   lines = []
-  for b, counts_T in enumerate(found.counts_BT):
+  for b, counts_T in enumerate(result.counts_BT):
     last = int(np.flatnonzero(counts_T)[-1])
     losses_T = counts_T[1:] & counts_T[:-1]
-    delta_T = found.loss_BT[b] - found.clean_loss_BT[b]
+    delta_T = result.loss_BT[b] - result.clean_loss_BT[b]
     mean = float(delta_T[losses_T].mean()) if losses_T.any() else 0.0
     line = {
-      'kl': float(found.kl_BT[b][counts_T].mean()),
+      'kl': float(result.kl_BT[b][counts_T].mean()),
       'delta_loss': mean,
-      'delta_logit': float((found.logit_BT - found.clean_logit_BT)[b, last]),
+      'delta_logit': float((result.logit_BT - result.clean_logit_BT)[b, last]),
     }
     lines.append(line)
   return lines
@@ -222,16 +226,16 @@ def dose_response(
     part = slice((i + 1) * len(series), (i + 2) * len(series))
     both.writer_BK[part] = both.writer_BK[part.start]
     both.gain_BK[part] = both.gain_BK[part.start]
-  found = summary(effects(subject, padded([tokens_T]), both, logit=logit))
+  means = summary(effects(subject, padded([tokens_T]), both, logit=logit))
   lines = []
   for i, strength in enumerate(strengths):
-    others = found[i + len(series) :: len(series)]
+    others = means[i + len(series) :: len(series)]
     spread = {
       key: [float(f([o[key] for o in others])) for f in (np.mean, min, max)]
-      for key in found[i]
+      for key in means[i]
       if others
     }
-    lines.append({'strength': strength, **found[i], 'control': spread})
+    lines.append({'strength': strength, **means[i], 'control': spread})
   return lines
 
 
@@ -271,16 +275,16 @@ def read(subject: Subject, tokens_T: Sequence[int], top: int = 10) -> Reading:
   """The `top` latents of each token, and the fraction unexplained."""
   tokens_PT, length = padded([tokens_T]), len(tokens_T)
   place = subject.place
-  at = tuple(sorted({*place.sites, *place.targets}))
-  taps = splice.taps(subject.gemma, subject.lm_params, tokens_PT, at)
-  found = _read(
+  tapped = tuple(sorted({*place.sites, *place.targets}))
+  taps = splice.taps(subject.gemma, subject.lm_params, tokens_PT, tapped)
+  arrays = _read(
     subject.params,
     tuple(taps[s] for s in place.sites),
     tuple(taps[s] for s in place.targets),
     min(top, subject.width),
   )
   marks = (mark_PT[0] for mark_PT in intervene.counted(subject, tokens_PT))
-  return Reading(*(np.asarray(a)[:length] for a in (*found, *marks)))
+  return Reading(*(np.asarray(a)[:length] for a in (*arrays, *marks)))
 
 
 @functools.partial(jax.jit, static_argnames='top')
@@ -310,8 +314,8 @@ def predict(
 ) -> Prediction:
   """The `top` likeliest next tokens at each position."""
   tokens_1T, length = padded([tokens_T]), len(tokens_T)
-  found = _predict(gemma, lm_params, tokens_1T, top)
-  token_TK, probability_TK, loss_T = (np.asarray(a)[0] for a in found)
+  arrays = _predict(gemma, lm_params, tokens_1T, top)
+  token_TK, probability_TK, loss_T = (np.asarray(a)[0] for a in arrays)
   return Prediction(
     token_TK[:length], probability_TK[:length], loss_T[: length - 1]
   )
@@ -319,8 +323,10 @@ def predict(
 
 @functools.partial(jax.jit, static_argnames=('gemma', 'top'))
 def _predict(gemma, lm_params, tokens_1T, top: int):
-  at = splice.last(gemma)
-  x_1TD = gemma.forward(lm_params, tokens_1T, taps=(at,), logits=False).taps[at]
+  end = splice.last(gemma)
+  x_1TD = gemma.forward(lm_params, tokens_1T, taps=(end,), logits=False).taps[
+    end
+  ]
 
   def of_slice(x_1tD, next_1t):
     logp = jax.nn.log_softmax(gemma.unembed(lm_params, x_1tD))
@@ -379,7 +385,7 @@ def steer(
     mean of KL(without || with changes) over its tokens, in nats.
   """
   given = intervene.rows(subject, [[], list(changes)])
-  found = generate.generate(
+  replies = generate.generate(
     subject.gemma,
     subject.lm_params,
     [prompt, prompt],
@@ -387,14 +393,14 @@ def steer(
     edits=edits_of(subject, given),
     passes=generate.Passes(prompt_len=padded_length(len(prompt))),
   )
-  texts = padded([[*prompt, *map(int, reply)] for reply in found])
+  texts = padded([[*prompt, *map(int, reply)] for reply in replies])
   cost = effects(subject, texts, given, np.arange(2))
   result = {}
   for b, name in enumerate(('default', 'steered')):
-    reply = slice(len(prompt) - 1, len(prompt) - 1 + len(found[b]))
+    reply = slice(len(prompt) - 1, len(prompt) - 1 + len(replies[b]))
     loss_T = cost.clean_loss_BT[b, reply]
     result[name] = {
-      'ids': list(map(int, found[b])),
+      'ids': list(map(int, replies[b])),
       'perplexity': float(np.exp(loss_T.mean())) if len(loss_T) else None,
     }
   kl_T = cost.kl_BT[1, reply]

@@ -87,15 +87,17 @@ class Replacement:
       budget.gradient, self._gemma, self._tokens_1T.shape[1], _TARGETS
     )
     self._keep_NT = [
-      intervene.counted(one, self._tokens_1T)[0][0] for one in subjects
+      intervene.counted(subject, self._tokens_1T)[0][0] for subject in subjects
     ]
     depth = self._gemma.config.num_layers
     self._last = splice.last(self._gemma)
-    self._reads = sorted({s for one in subjects for s in one.place.sites})
+    self._reads = sorted(
+      {s for subject in subjects for s in subject.place.sites}
+    )
     writes = [sites.Site(m, 'mlp_out') for m in range(depth)]
     ples = _per_layer_inputs(self._gemma)
-    at = tuple({*writes, *ples, *self._reads, _FIRST, self._last})
-    taps = splice.taps(self._gemma, self._lm_params, self._tokens_1T, at)
+    tapped = tuple({*writes, *ples, *self._reads, _FIRST, self._last})
+    taps = splice.taps(self._gemma, self._lm_params, self._tokens_1T, tapped)
     self.last_TD = np.asarray(taps[self._last][0], np.float32)
     self._embedding_TD = np.asarray(taps[_FIRST][0], np.float32)
     self._error_MTD = np.stack(
@@ -140,11 +142,17 @@ class Replacement:
   def target(self, node: int) -> Target:
     """The target of a feature in `sources`: its encoder, at its token."""
     s = self.sources
-    one = self._subjects[s.member[node]]
-    l, i = divmod(int(s.feature[node]), one.width // len(one.place.sites))
-    W_enc = one.params['W_enc']
-    W_enc = W_enc[l] if one.place.several else W_enc
-    return one.place.sites[l], int(s.position[node]), np.asarray(W_enc[:, i])
+    subject = self._subjects[s.member[node]]
+    l, i = divmod(
+      int(s.feature[node]), subject.width // len(subject.place.sites)
+    )
+    W_enc = subject.params['W_enc']
+    W_enc = W_enc[l] if subject.place.several else W_enc
+    return (
+      subject.place.sites[l],
+      int(s.position[node]),
+      np.asarray(W_enc[:, i]),
+    )
 
   def read(self, target: Target) -> float:
     """The value of a target in the model."""
@@ -201,12 +209,14 @@ class Replacement:
       elif kind == 'bias':
         later += self._bias_MTD
       else:
-        one = self._subjects[s.member[j]]
-        l, i = divmod(int(s.feature[j]), one.width // len(one.place.sites))
-        W_dec = one.params['W_dec']
-        for m, target in enumerate(one.place.targets):
-          if not one.place.several or l <= m:
-            row_D = W_dec[l, i, m] if one.place.several else W_dec[i]
+        subject = self._subjects[s.member[j]]
+        l, i = divmod(
+          int(s.feature[j]), subject.width // len(subject.place.sites)
+        )
+        W_dec = subject.params['W_dec']
+        for m, target in enumerate(subject.place.targets):
+          if not subject.place.several or l <= m:
+            row_D = W_dec[l, i, m] if subject.place.several else W_dec[i]
             later[target.layer, t] += s.value[j] * np.asarray(row_D)
     return first, later
 
@@ -218,49 +228,51 @@ class Replacement:
   @functools.cached_property
   def _skips(self) -> dict[str, tuple[jax.Array, np.ndarray]]:
     """W_skip of each site that has one, and the tokens it applies to."""
-    found = {}
-    for one, keep_T in zip(self._subjects, self._keep_NT, strict=True):
-      W_skip = one.params.get('W_skip')
+    skips = {}
+    for subject, keep_T in zip(self._subjects, self._keep_NT, strict=True):
+      W_skip = subject.params.get('W_skip')
       if W_skip is not None:
-        parts = W_skip if one.place.several else [W_skip]
-        for site, part in zip(one.place.sites, parts, strict=True):
-          found[str(site)] = part, keep_T
-    return found
+        parts = W_skip if subject.place.several else [W_skip]
+        for site, part in zip(subject.place.sites, parts, strict=True):
+          skips[str(site)] = part, keep_T
+    return skips
 
   def _written(self, n: int, g_nMTD) -> np.ndarray:
     """A of one subject's features, [n, J]."""
-    one, s = self._subjects[n], self.sources
+    subject, s = self._subjects[n], self.sources
     mine = np.flatnonzero((s.kind == 0) & (s.member == n))
-    l, i = np.divmod(s.feature[mine], one.width // len(one.place.sites))
+    l, i = np.divmod(s.feature[mine], subject.width // len(subject.place.sites))
     total = np.zeros((self._at_once, len(mine)), np.float32)
     for start in range(0, len(mine), _CHUNK):
-      at = np.arange(start, min(start + _CHUNK, len(mine)))
-      j = np.resize(at, _CHUNK)
-      for m, target in enumerate(one.place.targets):
-        at_J = (l[j], i[j], m) if one.place.several else (i[j],)
+      chunk = np.arange(start, min(start + _CHUNK, len(mine)))
+      j = np.resize(chunk, _CHUNK)
+      for m, target in enumerate(subject.place.targets):
+        at_J = (l[j], i[j], m) if subject.place.several else (i[j],)
         part = _decoded(
-          one.params['W_dec'],
+          subject.params['W_dec'],
           at_J,
           s.position[mine][j],
           s.value[mine][j].astype(np.float32),
           g_nMTD[:, target.layer],
         )
-        reaches = l[at] <= m if one.place.several else True
-        total[:, at] += np.where(reaches, np.asarray(part)[:, : len(at)], 0)
+        reaches = l[chunk] <= m if subject.place.several else True
+        total[:, chunk] += np.where(
+          reaches, np.asarray(part)[:, : len(chunk)], 0
+        )
     return total
 
 
 def check(subjects: Sequence[Subject]) -> None:
   """Raises ValueError unless a graph can be built from these SAEs."""
   written = []
-  for one in subjects:
-    reads, writes = one.place.kind, one.place.targets[0].kind
+  for subject in subjects:
+    reads, writes = subject.place.kind, subject.place.targets[0].kind
     if not reads.startswith('mlp_in') or writes != 'mlp_out':
       raise ValueError(
         'An attribution graph needs transcoders or CLTs, which read MLP inputs '
-        f'and write MLP outputs; found {one.place}.'
+        f'and write MLP outputs; found {subject.place}.'
       )
-    written += [site.layer for site in one.place.targets]
+    written += [site.layer for site in subject.place.targets]
   if not written:
     raise ValueError('An attribution graph needs at least one transcoder.')
   if len(set(written)) < len(written):
@@ -355,12 +367,12 @@ def _slopes(where, lm_params, tokens_1T, skips: dict[str, Any], ends):
   stacked = lambda *given: jnp.stack(list(stream(*given).values()))
   x_OTD, back = jax.vjp(stacked, *zeros)
 
-  def one(output, position, vector_D):
-    at = jnp.zeros_like(x_OTD).at[output, position].set(vector_D)
-    embedding_1TD, added_M1TD = back(at)
+  def pulled_back(output, position, vector_D):
+    cotangent = jnp.zeros_like(x_OTD).at[output, position].set(vector_D)
+    embedding_1TD, added_M1TD = back(cotangent)
     return embedding_1TD[0], added_M1TD[:, 0]
 
-  return jax.vmap(one)(*ends)
+  return jax.vmap(pulled_back)(*ends)
 
 
 @jax.jit

@@ -83,14 +83,14 @@ def spread(store, seq_len: int, count: int, keep, eos_id: int) -> Text:
     eos_id: the token that ends a document.
   """
   rows = store.sequences(seq_len)
-  at = np.unique(np.linspace(0, len(rows) - 1, count).astype(int))
-  sequences_NT = np.stack([rows[i] for i in at])
+  chosen = np.unique(np.linspace(0, len(rows) - 1, count).astype(int))
+  sequences_NT = np.stack([rows[i] for i in chosen])
   about = {
     'name': files.shortened(store.manifest['source']),
     'sha256': store.manifest['sha256']['train'],
     'split': 'train',
   }
-  documents_NT = rows.documents(at, eos_id)
+  documents_NT = rows.documents(chosen, eos_id)
   return Text(sequences_NT, keep(sequences_NT), documents_NT, about)
 
 
@@ -256,9 +256,9 @@ def _first_pass(reader: _Reader, text: Text, how: How) -> list[Statistics]:
   start = 0
   if kept:
     start, states = kept
-    for one, arrays in zip(statistics, states, strict=True):
-      one.restore(arrays)
-  arrays = lambda: [one.arrays() for one in statistics]
+    for counts, arrays in zip(statistics, states, strict=True):
+      counts.restore(arrays)
+  arrays = lambda: [counts.arrays() for counts in statistics]
   for first in range(start, count, how.batch):
     try:
       how.poll()
@@ -266,24 +266,26 @@ def _first_pass(reader: _Reader, text: Text, how: How) -> list[Statistics]:
       if how.state and first > start:
         how.state.save(first, arrays, now=True)
       raise
-    at = np.arange(first, min(first + how.batch, count))
-    for one, (fires, left_out) in zip(statistics, reader(at), strict=True):
-      one.add(fires, text.documents_NT)
-      one.add_outliers(left_out)
-    how.progress(at[-1] + 1, 2 * count)
+    chosen = np.arange(first, min(first + how.batch, count))
+    for counts, (fires, left_out) in zip(
+      statistics, reader(chosen), strict=True
+    ):
+      counts.add(fires, text.documents_NT)
+      counts.add_outliers(left_out)
+    how.progress(chosen[-1] + 1, 2 * count)
     if how.state:
-      how.state.save(at[-1] + 1, arrays)
+      how.state.save(chosen[-1] + 1, arrays)
   return statistics
 
 
 def _second_pass(reader, windows: Sequence[_Windows], count: int, how: How):
   """Reads the sequences that hold an example again, for the windows."""
-  wanted = np.unique(np.concatenate([one.sequences() for one in windows]))
+  wanted = np.unique(np.concatenate([around.sequences() for around in windows]))
   for first in range(0, len(wanted), how.batch):
     how.poll()
-    at = wanted[first : first + how.batch]
-    for one, (fires, _) in zip(windows, reader(at), strict=True):
-      one.add(fires)
+    chosen = wanted[first : first + how.batch]
+    for around, (fires, _) in zip(windows, reader(chosen), strict=True):
+      around.add(fires)
     done = min(first + how.batch, len(wanted))
     how.progress(count + round(count * done / len(wanted)), 2 * count)
 
@@ -316,12 +318,12 @@ class _Reader:
       map(encode.Encoder, released.on_demand(arrays, how.mesh), self.widths)
     )
 
-  def __call__(self, at: np.ndarray) -> Iterator[tuple[Firings, Outliers]]:
-    filled = np.resize(at, self._how.batch)  # one shape, one program
+  def __call__(self, chosen: np.ndarray) -> Iterator[tuple[Firings, Outliers]]:
+    filled = np.resize(chosen, self._how.batch)  # one shape, one program
     tokens_BT = _on_data(self._text.sequences_NT[filled], self._how.mesh)
     taps = splice.taps(*self._model, tokens_BT, self._sites)
     keep_BT = self._text.keep_NT[filled].copy()
-    keep_BT[len(at) :] = False
+    keep_BT[len(chosen) :] = False
     for wiring, bounds, encoder in zip(
       self._wirings, self.bounds, self._encoders, strict=True
     ):
@@ -342,27 +344,34 @@ def _on_data(tokens_BT, mesh: Mesh | None):
 class _Windows:
   """Activations around the examples, filled by the second pass."""
 
-  def __init__(self, found: Mapping[str, np.ndarray], length: int):
+  def __init__(self, arrays: Mapping[str, np.ndarray], length: int):
     width = min(WINDOW, length)
-    at = {  # examples: latent, sequence, first position of the window
-      'top': (found['top_sequence_FE'], found['top_position_FE'] - width // 2),
+    examples = {  # latent, sequence, first position of the window
+      'top': (
+        arrays['top_sequence_FE'],
+        arrays['top_position_FE'] - width // 2,
+      ),
       'sample': (
-        found['sample_sequence_FQR'],
-        found['sample_position_FQR'] - width // 2,
+        arrays['sample_sequence_FQR'],
+        arrays['sample_position_FQR'] - width // 2,
       ),
     }
-    self._shapes = {name: sequence.shape for name, (sequence, _) in at.items()}
-    self._width, self._latents = width, len(found['max_F'])
+    self._shapes = {
+      name: sequence.shape for name, (sequence, _) in examples.items()
+    }
+    self._width, self._latents = width, len(arrays['max_F'])
     latent = np.concatenate(
       [
         np.broadcast_to(
           np.arange(s.shape[0]).reshape(-1, *[1] * (s.ndim - 1)), s.shape
         ).ravel()
-        for s, _ in at.values()
+        for s, _ in examples.values()
       ]
     )
-    self._sequence = np.concatenate([s.ravel() for s, _ in at.values()])
-    self._start = np.concatenate([start.ravel() for _, start in at.values()])
+    self._sequence = np.concatenate([s.ravel() for s, _ in examples.values()])
+    self._start = np.concatenate(
+      [start.ravel() for _, start in examples.values()]
+    )
     key = self._sequence.astype(np.int64) * self._latents + latent
     self._order = np.argsort(key, kind='stable')
     self.key = key[self._order]
@@ -370,8 +379,8 @@ class _Windows:
 
   def sequences(self) -> np.ndarray:
     """The sequences that hold an example."""
-    found = np.unique(self._sequence)
-    return found[found >= 0]
+    sequences = np.unique(self._sequence)
+    return sequences[sequences >= 0]
 
   def add(self, fires: Firings) -> None:
     """Fills the windows that these firings fall into."""

@@ -68,15 +68,15 @@ def balanced_accuracy(yes: Sequence[bool], no: Sequence[bool]):
   }
 
 
-def detection_by_rule(label: examples.Rule, found: examples.Examples):
+def detection_by_rule(label: examples.Rule, windows: examples.Examples):
   """Detection of a rule: does it predict a token in each window?
 
   Returns:
     The score, and the answers: truth -> [(window, answer)].
   """
   said = {
-    True: [(e, bool(label.at(e).any())) for e in found.heldout_firing],
-    False: [(e, bool(label.at(e).any())) for e in found.heldout_silent],
+    True: [(e, bool(label.at(e).any())) for e in windows.heldout_firing],
+    False: [(e, bool(label.at(e).any())) for e in windows.heldout_silent],
   }
   score = balanced_accuracy(*([a for _, a in said[t]] for t in (True, False)))
   return score, said
@@ -103,10 +103,10 @@ def mistakes(
 
 
 def fuzzing_by_rule(
-  label: examples.Rule, found: examples.Examples, seed: int = 0
+  label: examples.Rule, windows: examples.Examples, seed: int = 0
 ):
   """Fuzzing score of a rule: does it predict half of the marked tokens?"""
-  right, wrong = _marked(found.heldout_firing, seed)
+  right, wrong = _marked(windows.heldout_firing, seed)
 
   def says(example, marks):
     return bool(label.at(example)[list(marks)].mean() >= 0.5)
@@ -140,12 +140,12 @@ def _shown(example: examples.Example, pieces, marks: Iterable[int] = ()) -> str:
 
 
 def question(
-  found: examples.Examples, pieces, promoted: Sequence[str] = ()
+  windows: examples.Examples, pieces, promoted: Sequence[str] = ()
 ) -> str:
   """The prompt that asks a language model for a label."""
   shown = [
     f'{i}. {_shown(e, pieces, np.flatnonzero(e.fires))!r}'
-    for i, e in enumerate(found.firing[:_SHOWN], 1)
+    for i, e in enumerate(windows.firing[:_SHOWN], 1)
   ]
   words = ''
   if promoted:
@@ -188,7 +188,7 @@ def ask_which(
 
 
 def _score_by_model(
-  model, label, found: examples.Examples, pieces, marked, seed
+  model, label, windows: examples.Examples, pieces, marked, seed
 ):
   """Detection or fuzzing score; each question mixes windows of both kinds.
 
@@ -196,10 +196,10 @@ def _score_by_model(
     The score, and the answers: truth -> [(window, answer)].
   """
   if marked:
-    right, wrong = _marked(found.heldout_firing, seed)
+    right, wrong = _marked(windows.heldout_firing, seed)
   else:
-    right = [(e, ()) for e in found.heldout_firing]
-    wrong = [(e, ()) for e in found.heldout_silent]
+    right = [(e, ()) for e in windows.heldout_firing]
+    wrong = [(e, ()) for e in windows.heldout_silent]
   both = [(each, True) for each in right] + [(each, False) for each in wrong]
   order = np.random.default_rng(seed).permutation(len(both))
   said = {True: [], False: []}
@@ -245,17 +245,17 @@ def explain(
   """
   labelled = []
   for feature in features:
-    found = examples.of(index, feature)
+    windows = examples.of(index, feature)
     row = {'feature': int(feature), 'label': None, 'promoted': []}
     if index.positive_FL is not None:
       ids = index.positive_FL[feature]
       row['promoted'] = [p.replace('▁', ' ') for p in pieces(ids[ids >= 0])]
-    if not found.firing or not found.heldout_firing:
+    if not windows.firing or not windows.heldout_firing:
       row['why'] = 'The feature fires on too few sequences to be scored.'
-      labelled.append((row, None, found))
+      labelled.append((row, None, windows))
       continue
     if model is None:
-      label = examples.rule(found)
+      label = examples.rule(windows)
       row |= {
         'label': label.text(pieces),
         'by': 'rule',
@@ -265,7 +265,7 @@ def explain(
         'ids': list(label.ids),
       }
     else:
-      asked = question(found, pieces, row['promoted'])
+      asked = question(windows, pieces, row['promoted'])
       label = ' '.join(model(asked).split())
       row |= {
         'label': label,
@@ -273,23 +273,23 @@ def explain(
         'kind': 'model',
         'question': asked,
       }
-    labelled.append((row, label, found))
+    labelled.append((row, label, windows))
   known = [i for i, (_, label, _) in enumerate(labelled) if label is not None]
   for n, i in enumerate(known):
-    row, label, found = labelled[i]
+    row, label, windows = labelled[i]
     # The control is the next latent's label, so that none keeps its own.
     other = labelled[known[(n + 1) % len(known)]][1]
     if model is None:
-      row['detection'], said = detection_by_rule(label, found)
-      row['fuzzing'] = fuzzing_by_rule(label, found, seed)
-      shuffled, _ = detection_by_rule(other, found)
+      row['detection'], said = detection_by_rule(label, windows)
+      row['fuzzing'] = fuzzing_by_rule(label, windows, seed)
+      shuffled, _ = detection_by_rule(other, windows)
     else:
-      those = lambda l, m, w=found: _score_by_model(
+      scored = lambda l, m, w=windows: _score_by_model(
         model, l, w, pieces, m, seed
       )
-      row['detection'], said = those(label, False)
-      row['fuzzing'], _ = those(label, True)
-      shuffled, _ = those(other, False)
+      row['detection'], said = scored(label, False)
+      row['fuzzing'], _ = scored(label, True)
+      shuffled, _ = scored(other, False)
     row['mistakes'] = mistakes(said, pieces)
     row['shuffled'] = shuffled if len(known) > 1 else None
     row['low_score'] = _low(row['detection'], row['shuffled'])
@@ -305,13 +305,13 @@ def _low(score, shuffled) -> bool:
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """Mean scores over the labelled latents, and counts; for JSON."""
-  found = {'features': len(rows)}
+  means = {'features': len(rows)}
   for name in ('detection', 'fuzzing', 'shuffled'):
     values = [r[name]['value'] for r in rows if r.get(name)]
-    found[name] = float(np.mean(values)) if values else None
-  found['labelled'] = sum(r['label'] is not None for r in rows)
-  found['low_score'] = sum(r.get('low_score', False) for r in rows)
-  return found
+    means[name] = float(np.mean(values)) if values else None
+  means['labelled'] = sum(r['label'] is not None for r in rows)
+  means['low_score'] = sum(r.get('low_score', False) for r in rows)
+  return means
 
 
 def table(rows: Sequence[dict[str, Any]], most: int = 40) -> str:

@@ -107,9 +107,9 @@ def attribute(
   check(subject, tokens_T, logit, position)
   tokens_T = [int(i) for i in tokens_T[: position + 1]]
   settings = settings or Search()
-  found = search(subject, tokens_T, logit, settings.steps)
-  fires = np.flatnonzero(found['fires'])
-  chosen = _largest(found, settings.top)
+  predicted = search(subject, tokens_T, logit, settings.steps)
+  fires = np.flatnonzero(predicted['fires'])
+  chosen = _largest(predicted, settings.top)
   rng = np.random.default_rng(settings.seed)
   rest = rng.permutation(np.setdiff1d(fires, chosen))[: settings.others]
   measured = [*chosen, *map(int, rest)]
@@ -117,20 +117,20 @@ def attribute(
   exact, control_CN = _exact(query, measured, len(chosen), settings)
   shuffled = np.zeros(0)
   if chosen:
-    slopes = [found['slope'][way] for way in _WAYS]
+    slopes = [predicted['slope'][way] for way in _WAYS]
     shuffles = permutation_test.Shuffles(
       settings.top, settings.shuffles, settings.seed
     )
-    shuffled = permutation_test.largest(query, found['f'], slopes, shuffles)
+    shuffled = permutation_test.largest(query, predicted['f'], slopes, shuffles)
   features = []
   for n, i in enumerate(measured):
     mine = n < len(chosen)
     p = permutation_test.p_value(exact[n], shuffled) if mine else None
     line = {
       'feature': i,
-      **{way: float(found[way][i]) for way in _WAYS},
+      **{way: float(predicted[way][i]) for way in _WAYS},
       'exact': float(exact[n]),
-      'by_token': found['by_token'][i].tolist(),
+      'by_token': predicted['by_token'][i].tolist(),
       'control': float(np.abs(control_CN[:, n]).max()) if mine else None,
       'p': p,
       'passes': mine and p <= LEVEL,
@@ -140,7 +140,7 @@ def attribute(
   passing = [line['feature'] for line in features if line['passes']]
   features.sort(key=lambda line: (not line['chosen'], -abs(line['exact'])))
   return {
-    **{key: found[key] for key in _FACTS.split()},
+    **{key: predicted[key] for key in _FACTS.split()},
     'features': features,
     'agreement': {way: agreement(features, way) for way in _WAYS},
     'shuffled': sorted(map(float, shuffled), reverse=True),
@@ -149,11 +149,13 @@ def attribute(
   }
 
 
-def _largest(found, top: int) -> list[int]:
+def _largest(predicted, top: int) -> list[int]:
   """The `top` latents of each prediction, if they fire."""
-  order = [np.argsort(-np.abs(found[k]), kind='stable')[:top] for k in _WAYS]
+  order = [
+    np.argsort(-np.abs(predicted[k]), kind='stable')[:top] for k in _WAYS
+  ]
   both = dict.fromkeys(np.concatenate(order).tolist())
-  return [i for i in both if found['fires'][i]]
+  return [i for i in both if predicted['fires'][i]]
 
 
 def check(subject, tokens_T, logit, position) -> None:
@@ -239,32 +241,32 @@ def search(
     budget.gradient, subject.gemma, tokens_1T.shape[1], _AT_ONCE
   )
   for start in progress.track(range(0, steps + 4, batch), 'gradients'):
-    at = np.arange(start, min(start + batch, steps + 4))
+    chunk = np.arange(start, min(start + batch, steps + 4))
     value_S, slope = _slopes(
       (subject.gemma, subject.place.targets),
       subject.lm_params,
       tokens_1T,
-      tuple(a[np.resize(at, batch)] for a in shifts),
+      tuple(a[np.resize(chunk, batch)] for a in shifts),
       (length - 1, logit[0], -1 if logit[1] is None else logit[1]),
     )
-    values.append(np.asarray(value_S)[: len(at)])
-    slopes.append([np.asarray(g)[: len(at)] for g in slope])
+    values.append(np.asarray(value_S)[: len(chunk)])
+    slopes.append([np.asarray(g)[: len(chunk)] for g in slope])
   value_S = np.concatenate(values)
   slope = [np.concatenate(column) for column in zip(*slopes, strict=True)]
   W_dec, once = subject.params['W_dec'], subject.carried
-  found = {'f': f_TF, 'fires': (f_TF > 0).any(0), 'slope': {}}
+  predicted = {'f': f_TF, 'fires': (f_TF > 0).any(0), 'slope': {}}
   of_way = {
     'gradient': tuple(g[steps] for g in slope),
     'integrated': tuple(g[:steps].mean(0) for g in slope),
   }
   for way, g in of_way.items():
     slope_TF, missed = map(np.asarray, _contracted(W_dec, error, g, once))
-    found['slope'][way] = slope_TF[:length]
-    found[way] = (f_TF * slope_TF[:length]).sum(0)
-  found['by_token'] = (f_TF * found['slope']['gradient']).T
+    predicted['slope'][way] = slope_TF[:length]
+    predicted[way] = (f_TF * slope_TF[:length]).sum(0)
+  predicted['by_token'] = (f_TF * predicted['slope']['gradient']).T
   value, without, no_error, no_latents = map(float, value_S[steps:])
-  latents, missed = float(found['integrated'].sum()), float(missed)
-  return found | {
+  latents, missed = float(predicted['integrated'].sum()), float(missed)
+  return predicted | {
     'value': value,
     'without': without,
     'latents': latents,
@@ -278,8 +280,8 @@ def search(
 @functools.partial(jax.jit, static_argnames=('gemma', 'place'))
 def _parts(gemma, lm_params, params, place, tokens_1T, keep_T):
   """f [T, F]; y - offset and the error at each target, 0 where not kept."""
-  at = tuple(sorted({*place.sites, *place.targets}))
-  taps = gemma.forward(lm_params, tokens_1T, taps=at, logits=False).taps
+  tapped = tuple(sorted({*place.sites, *place.targets}))
+  taps = gemma.forward(lm_params, tokens_1T, taps=tapped, logits=False).taps
   x, y = (
     released.stacked([taps[s] for s in where], place.several)[0]
     for where in (place.sites, place.targets)
@@ -377,28 +379,28 @@ def _exact(query: permutation_test.Query, features, chosen: int, settings):
 
 
 def report(
-  found: dict[str, Any], named: Callable[[int], str] = lambda feature: ''
+  result: dict[str, Any], named: Callable[[int], str] = lambda feature: ''
 ) -> str:
   """`attribute`'s result as lines of text.
 
   Args:
     named: returns a feature's label, or ''.
   """
-  whole = found['value'] - found['without']
+  whole = result['value'] - result['without']
   # Percentages mean nothing if the parts cancel.
-  clear = abs(whole) > (abs(found['latents']) + abs(found['error'])) / 10
+  clear = abs(whole) > (abs(result['latents']) + abs(result['error'])) / 10
   share = lambda v: f'{v:.3f} ({v / whole:.0%})' if clear else f'{v:.3f}'
   lines = [
-    f'value {found["value"]:.3f}; without latents and SAE error '
-    f'{found["without"]:.3f}',
-    f'integrated gradients: latents {share(found["latents"])}, SAE error '
-    f'{share(found["error"])}, integration error {share(found["other"])}',
-    f'ablated: all latents {found["exact_latents"]:.3f}, SAE error '
-    f'{found["exact_error"]:.3f}',
+    f'value {result["value"]:.3f}; without latents and SAE error '
+    f'{result["without"]:.3f}',
+    f'integrated gradients: latents {share(result["latents"])}, SAE error '
+    f'{share(result["error"])}, integration error {share(result["other"])}',
+    f'ablated: all latents {result["exact_latents"]:.3f}, SAE error '
+    f'{result["exact_error"]:.3f}',
     f'{"feature":>8} {"gradient":>9} {"integrated":>10} {"exact":>8} '
     f'{"control":>8} {"p":>5}',
   ]
-  for line in found['features']:
+  for line in result['features']:
     if line['chosen']:
       lines.append(
         f'{line["feature"]:>8} {line["gradient"]:>9.3f} '
@@ -407,10 +409,10 @@ def report(
         f'{"passes" if line["passes"] else "":6} '
         f'{named(line["feature"])}'.rstrip()
       )
-  for way, one in found['agreement'].items():
-    if one['slope'] is not None:
+  for way, agreed in result['agreement'].items():
+    if agreed['slope'] is not None:
       lines.append(
-        f'{way} against exact, {len(found["features"])} latents: rank '
-        f'correlation {one["spearman"]:.2f}, slope {one["slope"]:.2f}'
+        f'{way} against exact, {len(result["features"])} latents: rank '
+        f'correlation {agreed["spearman"]:.2f}, slope {agreed["slope"]:.2f}'
       )
-  return '\n'.join([*lines, found['verdict']])
+  return '\n'.join([*lines, result['verdict']])

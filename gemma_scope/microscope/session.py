@@ -136,9 +136,12 @@ class Session:
     self.workdir.mkdir(parents=True, exist_ok=True)
     tokenizer, store = prepare.open_text(self.config, self.workdir, self.report)
     return build_lib.spread(
-      store, self.config.text.seq_len, sequences,
-      setup.special(tokenizer, store).keep, tokenizer.eos_id,
-    )  # fmt: skip
+      store,
+      self.config.text.seq_len,
+      sequences,
+      setup.special(tokenizer, store).keep,
+      tokenizer.eos_id,
+    )
 
   @property
   def _built(self) -> dict[str, Any] | None:

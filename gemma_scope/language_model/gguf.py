@@ -129,21 +129,13 @@ def _fields(file: gguf_file.File) -> dict[str, Any]:
   }
   if architecture == gguf_gemma4.ARCHITECTURE:
     return gguf_gemma4.fields(file, given)
-  if missing := [key for key in _FIELDS if key not in given]:
-    raise gguf_file.BadFile(
-      f'{where!r} lacks the metadata {architecture}.{missing[0]}.'
-    )
-  known = (*_FIELDS, *_OPTIONAL, *_EQUAL, *_FREE, *_SCALING)
-  if more := [key for key in given if key not in known]:
-    raise gguf_file.BadFile(
-      f'{where!r} has metadata {architecture}.{more[0]}, which this forward '
-      'pass does not know.'
-    )
-  for key, other in _EQUAL.items():
-    if given.get(key, given[other]) != given[other]:
-      raise gguf_file.BadFile(
-        f'{where!r}: {key} is {given[key]}, and {other} is {given[other]}.'
-      )
+  gguf_file.check_metadata(
+    file,
+    given,
+    needed=_FIELDS,
+    known=(*_FIELDS, *_OPTIONAL, *_EQUAL, *_FREE, *_SCALING),
+    equal=_EQUAL,
+  )
   fields = {
     field: given[key]
     for key, field in {**_FIELDS, **_OPTIONAL}.items()

@@ -17,6 +17,7 @@ import functools
 import math
 import pathlib
 import struct
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -214,3 +215,36 @@ def _tensor(path, data, name, shape, code) -> Tensor:
       'again.'
     )
   return Tensor(name, shape, kind.name, data[:count].reshape(-1, row_bytes))
+
+
+def check_metadata(
+  file: File,
+  given: Mapping[str, Any],
+  *,
+  needed: Collection[str],
+  known: Collection[str],
+  equal: Mapping[str, str],
+) -> None:
+  """Refuses metadata of a model that its forward pass does not compute.
+
+  Args:
+    given: the metadata after the name of the architecture.
+    needed, known: the keys that must occur, and those that may.
+    equal: key -> another key, whose value it must have if it occurs.
+
+  Raises:
+    BadFile: a key is missing, unknown, or contradicts another.
+  """
+  where, prefix = str(file.path), file.metadata['general.architecture']
+  if missing := [key for key in needed if key not in given]:
+    raise BadFile(f'{where!r} lacks the metadata {prefix}.{missing[0]}.')
+  if unknown := [key for key in given if key not in known]:
+    raise BadFile(
+      f'{where!r} has metadata {prefix}.{unknown[0]}, which this forward pass '
+      'does not know.'
+    )
+  for key, other in equal.items():
+    if given.get(key, given[other]) != given[other]:
+      raise BadFile(
+        f'{where!r}: {key} is {given[key]}, and {other} is {given[other]}.'
+      )

@@ -85,23 +85,14 @@ def fields(file: gguf_file.File, given: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     gguf_file.BadFile: something is missing, unknown or contradicts another.
   """
-  where = str(file.path)
-  for key in (*_FIELDS, *_BY_LAYER):
-    if key not in given:
-      raise gguf_file.BadFile(
-        f'{where!r} lacks the metadata {ARCHITECTURE}.{key}.'
-      )
-  known = (*_FIELDS, *_OPTIONAL, *_BY_LAYER, *_EQUAL, *_BASES, *_FREE)
-  if more := [key for key in given if key not in known]:
-    raise gguf_file.BadFile(
-      f'{where!r} has metadata {ARCHITECTURE}.{more[0]}, which this forward '
-      'pass does not know.'
-    )
-  for key, other in _EQUAL.items():
-    if given.get(key, given[other]) != given[other]:
-      raise gguf_file.BadFile(
-        f'{where!r}: {key} is {given[key]}, and {other} is {given[other]}.'
-      )
+  where, needed = str(file.path), (*_FIELDS, *_BY_LAYER)
+  gguf_file.check_metadata(
+    file,
+    given,
+    needed=needed,
+    known=(*needed, *_OPTIONAL, *_EQUAL, *_BASES, *_FREE),
+    equal=_EQUAL,
+  )
   layers = given['block_count']
   local = np.broadcast_to(given['attention.sliding_window_pattern'], layers)
   shared = np.arange(layers) >= layers - given['attention.shared_kv_layers']

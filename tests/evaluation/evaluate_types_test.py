@@ -330,7 +330,7 @@ def test_what_does_not_fit_is_a_sentence(model, members):
 
   refused(r'has W_dec .* L = 3 and F = 10', W_dec=params['W_dec'][:, :, :2])
   refused('another kind', card={**card, 'sites': card['targets']})
-  refused('no list', card={**card, 'sites': None})
+  refused('must be a list of sites', card={**card, 'sites': None})
   refused('There is no type', card={**card, 'type': None})
   refused(
     'as in random at crosscoder resid_post/0,1',

@@ -191,24 +191,12 @@ class Checkpoints:
     except Exception as error:
       raise self._failed(error) from error
 
-  def _sealed(
-    self, step: int, leaves: Mapping, sums: Mapping, meta: Mapping
-  ) -> dict[str, Any]:
-    """The JSON saved beside the leaves, with a CRC32 of its own.
-
-    Args:
-      step, leaves, meta: see `save`; leaves by name.
-      sums: CRC32s of the regions that this process saves, by leaf.
-    """
-    parts = checksums.from_all(sums)
+  def _sealed(self, step: int, leaves, sums, meta: Mapping) -> dict[str, Any]:
+    """The JSON saved beside the leaves, with a CRC32 of its own."""
     body = {
       'format': _FORMAT,
       'step': step,
-      'leaves': {
-        name: checksums.spelling(leaf)
-        | {'crc32': {k: v for p in parts for k, v in p[name].items()}}
-        for name, leaf in leaves.items()
-      },
+      'leaves': checksums.described(leaves, sums),
       'meta': dict(meta),
     }
     try:

@@ -44,7 +44,7 @@ from gemma_scope.runtime import checksums
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1  # of the JSON beside the leaves, on a disk or in a bucket
+_FORMAT = 1
 _SLACK = 16 << 20  # bytes of indices and metadata, generously
 _PATIENCE_S = 60.0  # for a thread of a save that failed
 _STEP = re.compile(r'0|[1-9][0-9]*')
@@ -175,7 +175,23 @@ class Checkpoints:
     free = checksums.from_all(self._free())  # all must decide alike
     if self._local and min(free) < need:
       raise CheckpointError(self._full(step, need, min(free)))
-    sealed = self._sealed(step, leaves, checksums.of(leaves), meta)
+    parts = checksums.from_all(checksums.of(leaves))
+    body = {
+      'format': _FORMAT,
+      'step': step,
+      'leaves': {
+        name: checksums.spelling(leaf)
+        | {'crc32': {k: v for p in parts for k, v in p[name].items()}}
+        for name, leaf in leaves.items()
+      },
+      'meta': dict(meta),
+    }
+    try:
+      sealed = checksums.seal(body)
+    except (TypeError, ValueError) as error:
+      raise CheckpointError(
+        f'The dict saved beside a checkpoint must be JSON: {error}.'
+      ) from error
     self._pending = step, need
     try:
       self._orbax.save(
@@ -190,21 +206,6 @@ class Checkpoints:
       )
     except Exception as error:
       raise self._failed(error) from error
-
-  def _sealed(self, step: int, leaves, sums, meta: Mapping) -> dict[str, Any]:
-    """The JSON saved beside the leaves, with a CRC32 of its own."""
-    body = {
-      'format': _FORMAT,
-      'step': step,
-      'leaves': checksums.described(leaves, sums),
-      'meta': dict(meta),
-    }
-    try:
-      return checksums.seal(body)
-    except (TypeError, ValueError) as error:
-      raise CheckpointError(
-        f'The dict saved beside a checkpoint must be JSON: {error}.'
-      ) from error
 
   def wait(self) -> None:
     """Waits until the save in flight is committed; raises its error."""
@@ -362,15 +363,15 @@ class Checkpoints:
       raise _Damaged(
         f'its metadata cannot be read ({_sentence(error)})'
       ) from error
-    return self._of_this_version(step, body)
+    return self._of_this_version(step, body, _FORMAT)
 
-  def _of_this_version(self, step: int, body: dict) -> dict:
+  def _of_this_version(self, step: int, body: dict, format_: int) -> dict:
     if body['step'] != step:
       raise _Damaged(f'its metadata belongs to step {body["step"]}')
-    if body['format'] != _FORMAT:
+    if body['format'] != format_:
       raise CheckpointError(
         f'Step {step} in {self._folder} has format {body["format"]}, and'
-        f' this version reads {_FORMAT}.'
+        f' this version reads {format_}.'
       )
     return body
 

@@ -126,6 +126,12 @@ OPTIONS = (
     'With transcoders: trace this instead of the logit, a direction as '
     'SITE:FILE.npy or a feature as feature:LAYER/FEATURE.',
   ),
+  text(
+    'supernodes',
+    '',
+    'With transcoders: features to ablate together, either similar (those with '
+    'similar edges) or a graph.json whose supernodes were made in the pages.',
+  ),
   switch('all', False, 'Measure all SAEs.'),
   switch('effects', False, 'Also measure the effect of every feature.'),
   whole(
@@ -154,7 +160,7 @@ COMMANDS = {
   ),
   'why': (
     'Attribute a logit to features.',
-    ('text', 'sae', 'logit', 'head', 'target', 'json'),
+    ('text', 'sae', 'logit', 'head', 'target', 'supernodes', 'json'),
   ),
   'steer': (
     'Generate text with and without edits to features.',

@@ -10,5 +10,6 @@ Reading order; a folder or module imports only from those above it:
   session     the SAEs, indexes and labels that a command works on
   notebook    features, tokens and curves displayed in a notebook
   inputs      the flags of the commands, and what their text means
+  graphs      the graph of `why`: traced, measured, kept as files
   commands    one function for each subcommand
 """

@@ -33,12 +33,10 @@ from gemma_scope.evaluation.saebench import (
   suite,
 )
 from gemma_scope.language_model import generate, weights
-from gemma_scope.microscope import inputs
+from gemma_scope.microscope import graphs, inputs
 from gemma_scope.microscope.autointerp import labels, llm
 from gemma_scope.microscope.circuits import (
-  attention_scores,
   attribution,
-  attribution_graph,
   card_plan,
   card_results,
   effects,
@@ -47,11 +45,9 @@ from gemma_scope.microscope.circuits import (
   readout,
   steering,
 )
-from gemma_scope.microscope.circuits.replacement_model import Replacement
 from gemma_scope.microscope.dashboard import api, neuronpedia, server
 from gemma_scope.microscope.inputs import Options
 from gemma_scope.microscope.session import Session, spoken
-from gemma_scope.release import Released
 from gemma_scope.runtime import interrupt as interrupt_lib
 from gemma_scope.runtime import progress
 
@@ -100,7 +96,7 @@ def why(session: Session, options: Options) -> Result:
   ids = inputs.ids(session, options)
   sae, tokenizer = session.find(options.sae), session.tokenizer
   traced = sae.wiring.type in ('transcoder', 'clt')
-  for flag in ('head', 'target'):
+  for flag in ('head', 'target', 'supernodes'):
     if getattr(options, flag) and not traced:
       raise ValueError(
         f'--{flag} needs transcoders or a CLT; {sae.name} is neither.'
@@ -115,45 +111,10 @@ def why(session: Session, options: Options) -> Result:
   result = {'why': {'text': options.text, 'logit': pieces, **found}}
   if traced:
     prompt = graph_files.Prompt(options.text, ids, tokenizer.pieces(ids), logit)
-    result |= _graph(session, sae, prompt, place, options.target)
+    wanted = graphs.Wanted(place, options.target, options.supernodes)
+    result |= graphs.trace(session, sae, prompt, wanted)
   for name, content in result.items():
     _keep(session, name, content)
-  return result
-
-
-def _graph(
-  session: Session, sae, prompt: graph_files.Prompt, place, target: str
-) -> Result:
-  """The attribution graph; with a place, why a head attends.
-
-  Args:
-    target: what is traced instead of the logit, as in --target.
-  """
-  result, ids = {}, prompt.ids
-  together = _together(session, sae)
-  subjects = [session.subject(one) for one in together]
-  config, reading = session.model[0].config, None
-  if target:
-    widths = lambda site: site.check(config).width(config)
-    reading = inputs.target(target, subjects, widths)
-  traced = attribution_graph.trace(subjects, ids, prompt.logit, reading=reading)
-  names = [session.named(one) for one in together]
-  named = lambda member, feature: names[member](feature)
-  session.report(attribution_graph.report(traced, prompt.pieces, named))
-  plain = attribution_graph.plain(traced)
-  result['graph'] = plain
-  model = graph_files.Model(
-    session.config.lm.name,
-    config.num_layers,
-    [one.width // len(one.place.sites) for one in subjects],
-  )
-  content = graph_files.plain(plain, prompt, model, 'graph', named)
-  result['graph_neuronpedia'] = content
-  if place is not None:
-    found = attention_scores.decompose(Replacement(subjects, ids), place)
-    compared = attention_scores.compare(subjects, ids, found)
-    session.report(attention_scores.report(found, compared, named))
-    result['head'] = attention_scores.plain(found) | compared
   return result
 
 
@@ -227,13 +188,6 @@ def _steer_many(session, options: Options, changes, subject, sampling):
   files.write_text(path, steering.as_csv(rows))
   session.report(f'written  {path}')
   return result
-
-
-def _together(session: Session, sae: Released) -> list[Released]:
-  """The SAEs of one graph: a CLT, or one transcoder for each layer."""
-  every = [session.indexed(one) for one in session.saes]
-  first = session.saes.index(sae)
-  return [session.saes[i] for i in readout.together(every, first)]
 
 
 def _keep(session: Session, name: str, found: dict) -> None:

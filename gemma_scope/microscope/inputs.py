@@ -46,6 +46,7 @@ class Options:
   json: bool = False
   head: str = ''
   target: str = ''
+  supernodes: str = ''
   all: bool = False
   effects: bool = False
   contexts: int = 4

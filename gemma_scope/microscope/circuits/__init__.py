@@ -13,6 +13,7 @@ Reading order; a module imports only from those above it:
   attention_heads    the attention heads that carry an edge of a graph
   attention_scores   why a head attends: pairs of query and key features
   graph_influence    influence of a graph's nodes, pruning, scores
+  supernodes         features of a graph that are read and ablated as one
   attribution_graph  the paths that lead to a logit
   prompt_sets        many prompts under one edit: logits, losses, attributions
   graph_files        graphs as files of circuit-tracer and Neuronpedia

@@ -33,6 +33,7 @@ from gemma_scope.microscope.circuits import (
   intervene,
   permutation_test,
   replacement_model,
+  supernodes,
 )
 from gemma_scope.microscope.circuits.graph_influence import LOGIT
 from gemma_scope.microscope.circuits.intervene import Change, Subject
@@ -281,7 +282,11 @@ def _shuffled(queries, sources, nodes, settings: Settings) -> np.ndarray:
 
 
 def plain(graph: Graph) -> dict[str, Any]:
-  """The graph for JSON; edges refer to nodes by index in the list."""
+  """The graph for JSON; edges and groups refer to nodes by index in the list.
+
+  'similar' has groups of features that could be supernodes, and 'supernodes' is
+  empty.
+  """
   s, lines = graph.sources, {line['node']: line for line in graph.features}
   index = {i: n for n, i in enumerate(graph.nodes)} | {LOGIT: len(graph.nodes)}
   nodes = [
@@ -297,7 +302,7 @@ def plain(graph: Graph) -> dict[str, Any]:
     }
     for i in graph.nodes
   ]
-  return {
+  found = {
     'nodes': [*nodes, {'kind': 'logit', 'value': graph.value}],
     'edges': [[index[a], index[b], w] for a, b, w in graph.edges],
     'ends': graph.ends,
@@ -306,7 +311,9 @@ def plain(graph: Graph) -> dict[str, Any]:
     'shuffled': graph.shuffled,
     'scores': graph.scores,
     'heads': graph.heads,
+    'supernodes': [],
   }
+  return found | {'similar': supernodes.similar(found)}
 
 
 def write(path: str | os.PathLike[str], graph: Graph) -> None:

@@ -11,6 +11,7 @@ One JSON object with `metadata`, `qParams`, `nodes` and `links` serves both:
                  logit
   influence      the share of all influence that nodes at least as influential
                  have together, so that a threshold of it prunes the graph
+  supernodes     of qParams: a name, and then the node_ids of its nodes
 
 These files have no nodes for biases: edges from biases are left out.
 """
@@ -110,7 +111,11 @@ def plain(
   return {
     'metadata': metadata,
     'qParams': {
-      'pinnedIds': [], 'supernodes': graph.get('supernodes', []),
+      'pinnedIds': [],
+      'supernodes': [
+        [group['name'], *(ids[n] for n in group['nodes'] if n in ids)]
+        for group in graph.get('supernodes', [])
+      ],
       'linkType': 'both', 'clickedId': '', 'sg_pos': '',
     },
     'nodes': nodes,
@@ -209,7 +214,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
       'prompt': str(metadata['prompt']),
       'pieces': list(map(str, metadata['prompt_tokens'])),
       'model': str(metadata['scan']),
-      'supernodes': list(content.get('qParams', {}).get('supernodes', [])),
+      'supernodes': [
+        {'name': str(name), 'nodes': [index[i] for i in ids if i in index]}
+        for name, *ids in content.get('qParams', {}).get('supernodes', [])
+      ],
       'nodes': nodes,
       'edges': edges,
     }

@@ -311,7 +311,8 @@ def edits(
   Args:
     place, params: as in `Subject`.
     rows: the changes, one row for each row of the pass.
-    where_BT: bool, the tokens that the changes apply to.
+    where_BT: bool, the tokens that the changes apply to; [B, T, K] where they
+      differ between the changes of a row.
     projects: False if no change is project_out (`Rows.projects`): its matrix
       inverse is slow to compile.
     norm_bounds: outlier tokens, at a site that is read or written, are not
@@ -321,6 +322,7 @@ def edits(
   layer_BK, own_BK = jnp.divmod(rows.feature_BK, per)
   writer_BK = jnp.mod(rows.writer_BK, per)
   kind_B1K = rows.kind_BK[:, None]
+  where_BTK = where_BT if where_BT.ndim == 3 else where_BT[..., None]
   step = {}  # layer -> change of each latent's value [B, T, K]
 
   usual = lambda site, x: ~outliers.is_outlier({site: x}, norm_bounds)
@@ -333,7 +335,7 @@ def edits(
       [f_BTK + rows.value_BK[:, None], rows.value_BK[:, None], 0.0],
       f_BTK,
     )
-    here = (layer_BK == layer)[:, None] & where_BT[..., None]
+    here = (layer_BK == layer)[:, None] & where_BTK
     here &= usual(place.sites[layer], x_BTD)[..., None]
     step[layer] = jnp.where(here, wanted - f_BTK, 0)
 
@@ -348,7 +350,7 @@ def edits(
       there_BK = layer_BK == layer if carried(place) else layer_BK <= layer
       out_BK = (rows.kind_BK == _PROJECT) & there_BK
       part_BTK = _projected(jnp.where(out_BK[..., None], W_BKD, 0), y_BTD)
-      total_BTK -= jnp.where(where_BT[..., None], part_BTK, 0)
+      total_BTK -= jnp.where(where_BTK, part_BTK, 0)
     usual_BT1 = usual(place.targets[layer], y_BTD)[..., None]
     change_BTD = jnp.einsum('btk,bkd->btd', total_BTK, W_BKD)
     return (y_BTD + jnp.where(usual_BT1, change_BTD, 0)).astype(dtype)

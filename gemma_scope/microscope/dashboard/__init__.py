@@ -6,6 +6,7 @@ Reading order; a module imports only from those above it:
   terms        the terms of the pages' help
   records      what a page shows about each feature
   pages        indexes -> a folder of static pages
+  fields       the fields of a question, checked
   api          answers to questions about a text, in JSON
   server       the pages, with the live view
 """

@@ -6,6 +6,7 @@
   steer     a continuation with changes, beside the default one
   why       attribution of a logit to latents
   graph     attribution through several layers
+  ablate    exact effect of features of a graph, ablated together
   warm      compiles the programs of an SAE in the background
   complete  pieces of the vocabulary that begin with a text
 
@@ -30,15 +31,14 @@ from gemma_scope.language_model import generate
 from gemma_scope.microscope.circuits import (
   attribution,
   effects,
+  graph_files,
   intervene,
   readout,
+  supernodes,
 )
 from gemma_scope.microscope.circuits import attribution_graph as graph_lib
-from gemma_scope.microscope.circuits.intervene import (
-  STRONGEST,
-  Change,
-  Subject,
-)
+from gemma_scope.microscope.circuits.intervene import Change, Subject
+from gemma_scope.microscope.dashboard import fields
 from gemma_scope.microscope.index.store import Indexed
 from gemma_scope.runtime import progress
 from gemma_scope.text import tokenizers
@@ -86,6 +86,7 @@ class Questions:
     self.answers = {
       'read': self.read, 'change': self.change, 'dose': self.dose,
       'steer': self.steer, 'why': self.why, 'graph': self.graph,
+      'ablate': self.ablate,
     }  # fmt: skip
     # Answered at once, also while another question is.
     self.instant = {'warm': self.warm, 'complete': self.complete}
@@ -93,7 +94,7 @@ class Questions:
   # What a question holds.
 
   def _subject(self, asked: Mapping, key: str = 'member') -> Subject:
-    return self._loaded(_integer(asked, key, 0, len(self._saes) - 1))
+    return self._loaded(fields.integer(asked, key, 0, len(self._saes) - 1))
 
   def _loaded(self, i: int) -> Subject:
     if i not in self._subjects:
@@ -126,7 +127,7 @@ class Questions:
     given = asked.get('changes')
     if not isinstance(given, list) or len(given) > _MOST_CHANGES:
       raise ValueError(f'"changes" is a list of at most {_MOST_CHANGES}.')
-    return [_change(one) for one in given]
+    return [fields.change(one) for one in given]
 
   def _logit(self, asked: Mapping, ids: Sequence[int]) -> readout.Logit:
     """Two tokens: as given, else the two likeliest ones at the end."""
@@ -161,7 +162,7 @@ class Questions:
     Returns:
       `done` and `total` steps, and `what` is being compiled.
     """
-    i = _integer(asked, 'member', 0, len(self._saes) - 1)
+    i = fields.integer(asked, 'member', 0, len(self._saes) - 1)
     if i not in self._warming:
       self._warming[i] = {'done': 0, 'total': 1, 'what': 'the SAE'}
       warmer = threading.Thread(target=self._warm, args=(i,), daemon=True)
@@ -232,7 +233,11 @@ class Questions:
     found = effects.read(subject, ids, _SHOWN)
     after = effects.predict(self._gemma, self._lm_params, ids, _NEXT)
     latents = [
-      [[int(i), _short(v)] for i, v in zip(i_K, v_K, strict=True) if v > 0]
+      [
+        [int(i), fields.short(v)]
+        for i, v in zip(i_K, v_K, strict=True)
+        if v > 0
+      ]
       for i_K, v_K in zip(found.feature_TK, found.value_TK, strict=True)
     ]
     counts_T = found.counts_T
@@ -246,10 +251,10 @@ class Questions:
         for row, counts in zip(latents, counts_T, strict=True)
       ],
       'l0': found.l0_T.tolist(),
-      'unexplained': list(map(_short, found.unexplained_T)),
-      'loss': [None, *map(_short, after.loss_T)],
+      'unexplained': list(map(fields.short, found.unexplained_T)),
+      'loss': [None, *map(fields.short, after.loss_T)],
       'next': [
-        [[piece, _short(p)] for piece, p in zip(pieces, p_K, strict=True)]
+        [[piece, fields.short(p)] for piece, p in zip(pieces, p_K, strict=True)]
         for pieces, p_K in zip(
           map(self._tokenizer.pieces, after.token_TK.tolist()),
           after.probability_TK,
@@ -275,13 +280,13 @@ class Questions:
     return {
       'pieces': self._tokenizer.pieces(ids),
       'logit': self._pieces(logit),
-      'kl': list(map(_short, found.kl_BT[0, :length])),
-      'delta_loss': [None, *map(_short, loss_BT[0])],
-      'delta_logit': list(map(_short, logit_BT[0])),
+      'kl': list(map(fields.short, found.kl_BT[0, :length])),
+      'delta_loss': [None, *map(fields.short, loss_BT[0])],
+      'delta_logit': list(map(fields.short, logit_BT[0])),
       'control': {
-        'kl': list(map(_short, found.kl_BT[1:, :length].max(0))),
-        'delta_loss': [None, *map(_short, np.abs(loss_BT[1:]).max(0))],
-        'delta_logit': list(map(_short, np.abs(logit_BT[1:]).max(0))),
+        'kl': list(map(fields.short, found.kl_BT[1:, :length].max(0))),
+        'delta_loss': [None, *map(fields.short, np.abs(loss_BT[1:]).max(0))],
+        'delta_logit': list(map(fields.short, np.abs(logit_BT[1:]).max(0))),
       },
       'mean': said[0],
       'control_mean': {
@@ -309,9 +314,9 @@ class Questions:
     """The continuation by default and with changes, from the same seed."""
     subject, ids = self._subject(asked), self._tokens(asked)
     sampling = generate.Sampling(
-      _integer(asked, 'tokens', 1, 256, 48),
-      temperature=_number(asked, 'temperature', 0.0, 5.0, 0.5),
-      seed=_integer(asked, 'seed', 0, 2**32 - 1, 0),
+      fields.integer(asked, 'tokens', 1, 256, 48),
+      temperature=fields.number(asked, 'temperature', 0.0, 5.0, 0.5),
+      seed=fields.integer(asked, 'seed', 0, 2**32 - 1, 0),
       stop=[self._tokenizer.eos_id],
       forbid=[self._tokenizer.bos_id],
     )
@@ -327,53 +332,53 @@ class Questions:
     logit = self._logit(asked, ids)
     found = attribution.attribute(subject, ids, logit)
     for line in found['features']:
-      line['by_token'] = list(map(_short, line['by_token']))
+      line['by_token'] = list(map(fields.short, line['by_token']))
     return found | {
       'pieces': self._tokenizer.pieces(ids),
       'logit': self._pieces(logit),
     }
 
   def graph(self, asked: Mapping) -> dict[str, Any]:
-    """The graph over transcoders of several layers, or a CLT."""
-    first = _integer(asked, 'member', 0, len(self._saes) - 1)
-    chosen = readout.together(self._saes, first)
-    subjects = [self._loaded(i) for i in chosen]
+    """The graph over transcoders of several layers, or a CLT.
+
+    `neuronpedia` is the same as a file of circuit-tracer and Neuronpedia.
+    """
+    chosen, subjects = self._graphed(asked)
     ids = self._tokens(asked)
     logit = self._logit(asked, ids)
-    found = graph_lib.plain(graph_lib.trace(subjects, ids, logit))
-    return found | {
+    traced = graph_lib.trace(subjects, ids, logit)
+    found = graph_lib.plain(traced) | {
+      'text': asked.get('text', ''),
       'members': chosen,
+      'saes': [self._saes[i].sae.name for i in chosen],
       'pieces': self._tokenizer.pieces(ids),
       'logit': self._pieces(logit),
     }
+    config = self._gemma.config
+    content = graph_files.plain(
+      found,
+      graph_files.Prompt(found['text'], ids, found['pieces'], logit),
+      graph_files.Model(
+        config.name,
+        config.num_layers,
+        [one.width // len(one.place.sites) for one in subjects],
+      ),
+      'graph',
+    )
+    return found | {'neuronpedia': content}
 
+  def ablate(self, asked: Mapping) -> dict[str, Any]:
+    """How much the logit falls without some features of a graph.
 
-# Shared with the commands.
+    `nodes` is a list of [index of the SAE in the graph, feature, token].
+    """
+    _, subjects = self._graphed(asked)
+    ids = self._tokens(asked)
+    nodes = fields.nodes(asked, subjects, len(ids))
+    return supernodes.exact(subjects, ids, self._logit(asked, ids), nodes)
 
-
-def _short(value) -> float | None:
-  return float(f'{value:.4g}') if np.isfinite(value) else None
-
-
-def _integer(asked, key, least, most, default=None) -> int:
-  value = asked.get(key, default)
-  if type(value) is not int or not least <= value <= most:
-    raise ValueError(f'"{key}" is a whole number from {least:,} to {most:,}.')
-  return value
-
-
-def _number(asked, key, least, most, default=None) -> float:
-  value = asked.get(key, default)
-  if type(value) not in (int, float) or not least <= value <= most:
-    raise ValueError(f'"{key}" is a number from {least:g} to {most:g}.')
-  return float(value)
-
-
-def _change(given) -> Change:
-  if not isinstance(given, dict) or not isinstance(given.get('kind'), str):
-    raise ValueError('A change has "feature", "kind" and "strength".')
-  return Change(
-    _integer(given, 'feature', 0, 2**31 - 1),
-    given['kind'],
-    _number(given, 'strength', -STRONGEST, STRONGEST, 1.0),
-  )
+  def _graphed(self, asked: Mapping) -> tuple[list[int], list[Subject]]:
+    """The SAEs of a graph: their numbers, and in their model."""
+    first = fields.integer(asked, 'member', 0, len(self._saes) - 1)
+    chosen = readout.together(self._saes, first)
+    return chosen, [self._loaded(i) for i in chosen]

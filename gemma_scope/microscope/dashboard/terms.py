@@ -71,6 +71,11 @@ TERMS = (
     'of the same norm along other decoders and random directions.',
   ),
   (
+    'supernode',
+    'Features of an attribution graph that are read, and ablated, as one, '
+    'grouped by hand or because they have similar edges.',
+  ),
+  (
     'outlier tokens',
     'Tokens whose activation has a norm many times that of any other. Nearly '
     'every feature fires on them, so they are left out and listed apart.',

@@ -14,7 +14,7 @@ import pytest
 from gemma_scope import release
 from gemma_scope.evaluation import estimates
 from gemma_scope.language_model import weights
-from gemma_scope.microscope.circuits import card_statistics
+from gemma_scope.microscope.circuits import card_statistics, supernodes
 from gemma_scope.microscope.dashboard import pages
 from gemma_scope.microscope.index import build, logit_lens, store
 from tests.helpers import random_saes
@@ -346,6 +346,50 @@ def test_plots_and_tables_are_saved(page, entries):
   assert [f'#{line[0]}' for line in lines] == shown
   cells = page.evaluate("[csvCell('=1+1'), csvCell(-2), csvCell('a\"b')]")
   assert cells == ['"\'=1+1"', '"-2"', '"a""b"']
+
+
+def test_a_saved_graph_is_opened_and_grouped(page, tmp_path):
+  """Without a server: effects are predicted, and what is grouped is saved."""
+  feature = {'kind': 'feature', 'member': 0, 'position': 1, 'exact': 0.2,
+             'p': 0.5, 'label': HOSTILE[0]}  # fmt: skip
+  graph = {
+    'nodes': [
+      feature | {'feature': 3, 'layer': 0, 'value': 2.0, 'influence': 0.5},
+      feature | {'feature': 5, 'layer': 1, 'value': 4.0, 'influence': 0.3},
+      {'kind': 'logit', 'value': 5.0},
+    ],
+    'edges': [[0, 1, 3.0], [0, 2, 1.0], [1, 2, 3.0]],
+    'ends': {'embedding': 1.0}, 'verdict': 'None.', 'similar': [[0, 1]],
+    'agreement': {'spearman': 1.0, 'slope': 1.0}, 'supernodes': [],
+    'scores': {'replacement': 0.5, 'completeness': 0.5},
+    'pieces': ['<bos>', '\u2581a'], 'logit': ['x'], 'text': HOSTILE[1],
+    'saes': ['resid_post/0'],
+  }  # fmt: skip
+  path = tmp_path / 'graph.json'
+  path.write_text(json.dumps(graph))
+  go(page, '#/graph')
+  page.set_input_files('input[type=file]', path)
+  page.wait_for_selector('#saved circle.dot')
+  page.locator('#saved circle.dot').first.click()
+  alone = supernodes.predicted(graph, [0])
+  assert f'1 chosen: predicted {alone:g}' in page.text_content('#saved')
+  page.get_by_role('button', name='Group similar').click()
+  row = page.locator('#saved tr:has(button:text("ungroup")) td.number')
+  together = supernodes.predicted(graph, [0, 1])
+  assert row.nth(2).text_content() == f'{together:g}' != f'{alone:g}'
+  assert page.get_by_role('button', name='ablate').count() == 0
+  with page.expect_download() as started:
+    page.get_by_role('button', name='Save graph').click()
+  saved = json.loads(started.value.path().read_text())
+  assert saved['supernodes'] == [{'name': HOSTILE[0], 'nodes': [0, 1]}]
+  assert saved['edges'] == graph['edges'] and 'members' not in saved
+  assert not audit(page)
+  for wrong in ('no JSON', '{"nodes": []}', json.dumps(graph | {'nodes': [1]})):
+    path.write_text(wrong)
+    page.set_input_files('input[type=file]', [])
+    page.set_input_files('input[type=file]', path)
+    page.wait_for_selector('#saved .warn:has-text("no graph.json")')
+  assert page.evaluate('window.hit') is None
 
 
 def test_dead_features_say_so(page, entries):

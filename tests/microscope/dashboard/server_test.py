@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gemma_scope.language_model import weights
-from gemma_scope.microscope.circuits import effects, readout
+from gemma_scope.microscope.circuits import effects, readout, supernodes
 from gemma_scope.microscope.dashboard import api, pages
 from gemma_scope.microscope.dashboard import server as server_lib
 from gemma_scope.microscope.index import build, store
@@ -295,12 +295,28 @@ def test_ids_from_outside_are_not_taken(server):
   assert status == 400 and 'has a "text"' in found['error']
 
 
+def an_ablation(server, graph):
+  """Of the first two features of a graph, at once."""
+  nodes = [n for n in graph['nodes'] if n['kind'] == 'feature'][:2]
+  keys = ('member', 'feature', 'position')
+  question = {'member': 2, 'text': TEXT, 'logit': [7, 9]}
+  asked = [[node[key] for key in keys] for node in nodes]
+  status, found = answer(server, 'ablate', **question, nodes=asked)
+  assert status == 200
+  for wrong in ([], [[0, 1]], [[2, 0, 1]], [[0, 10**6, 1]], [[0, 0, 999]]):
+    status, refused = answer(server, 'ablate', **question, nodes=wrong)
+    assert status == 400 and 'ode' in refused['error']
+  return found
+
+
 def test_causes(server):
   status, found = answer(server, 'why', member=0, text=TEXT)
   assert status == 200 and found['verdict'] and len(found['logit']) == 2
   status, found = answer(server, 'graph', member=2, text=TEXT, logit=[7, 9])
   assert status == 200 and found['members'] == [2, 3]
   assert found['nodes'][-1]['kind'] == 'logit'
+  ablated = an_ablation(server, found)
+  assert ablated['exact'] != 0 and len(ablated['controls']) == 8
   status, found = answer(server, 'graph', member=0, text=TEXT)
   assert status == 400 and 'transcoders or CLTs' in found['error']
 
@@ -401,8 +417,34 @@ def test_the_last_question_is_the_one_shown(page):
   assert 'import' not in page.text_content('#text')
 
 
-def test_a_graph_is_drawn(page):
+def test_a_graph_is_drawn_and_its_features_are_grouped(page):
   page.evaluate("location.hash = '#/live/2'")
   page.wait_for_selector('h1:has-text("transcoder")')
   page.get_by_role('button', name='Graph').click()
   page.wait_for_selector('#cause svg circle.dot', timeout=60_000)
+  boxes = page.locator('#cause input[type=checkbox]')
+  boxes.nth(0).check()
+  boxes.nth(1).check()
+  page.wait_for_selector('#cause :text("2 chosen: predicted")')
+  page.get_by_role('button', name='Ablate chosen').click()
+  page.wait_for_selector('#cause [role=status]:has-text("exact")')
+  page.get_by_label('name', exact=True).fill('two')
+  page.get_by_role('button', name='Group chosen').click()
+  page.get_by_role('button', name='ablate', exact=True).click()
+  page.wait_for_function("!document.querySelector('#cause .chosen')")
+  files = []
+  for name in ('Save graph', 'Save for Neuronpedia'):
+    page.wait_for_selector('#cause td:has-text("two")')
+    with page.expect_download() as started:
+      page.get_by_role('button', name=name).click()
+    files.append(json.loads(started.value.path().read_text()))
+  (group,) = files[0]['supernodes']
+  assert group['name'] == 'two' and group['exact'] != 0
+  row = page.locator('#cause tr:has(td:has-text("two")) td.number')
+  shown = [float(text) for text in row.all_text_contents()]
+  want = supernodes.predicted(files[0], group['nodes'])
+  assert shown[2:4] == pytest.approx([want, group['exact']], rel=1e-2)
+  ((name, *ids),) = files[1]['qParams']['supernodes']
+  known = {node['node_id'] for node in files[1]['nodes']}
+  assert name == 'two' and len(ids) == 2 and set(ids) <= known
+  assert not browser.audit(page)

@@ -28,6 +28,7 @@ function weightsOf() {
 async function route(parts, stale) {
   const [kind, a, what, b] = parts;
   const id = Number(a);
+  if (kind === 'graph') return savedGraph();
   if (kind && !all.members[id]) throw new Error('There is no such SAE here.');
   if (!kind) return collection();
   if (kind === 'c') return comparison(id, Number(what), stale);

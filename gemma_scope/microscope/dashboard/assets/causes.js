@@ -7,7 +7,6 @@ function causesCard(view, m) {
   const set = (key) => (text) => {
     state_[key] = text;
   };
-  const graphed = /^(transcoder|clt)/.test(m.place);
   return card(
     '',
     'Why does it say that?',
@@ -21,7 +20,7 @@ function causesCard(view, m) {
         'Why',
         run(cause, () => why(view)),
       ),
-      graphed
+      graphed(m)
         ? button(
             'Graph',
             run(cause, () => trace(view)),
@@ -126,7 +125,16 @@ async function why(view) {
 }
 
 async function trace(view) {
-  const g = await ask('graph', view.question());
+  const question = view.question();
+  const g = await ask('graph', question);
   const lists = await Promise.all(g.members.map((i) => load(`m${i}/list`)));
-  return graph(g, (n) => callNamed(lists[n.member], n.feature));
+  const node = (i) => {
+    const n = g.nodes[i];
+    return [n.member, n.feature, n.position];
+  };
+  return graph({
+    g,
+    words: (n) => callNamed(lists[n.member], n.feature),
+    measure: (nodes) => ask('ablate', { ...question, nodes: nodes.map(node) }),
+  });
 }

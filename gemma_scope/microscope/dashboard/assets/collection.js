@@ -211,5 +211,8 @@ function collection() {
         table('all', collectionColumns(), all.members, { by: 0 }),
       ),
     ),
+    all.members.some(graphed)
+      ? para(link(to('graph'), 'Open a saved attribution graph'))
+      : null,
   );
 }

@@ -3,6 +3,7 @@
 // top. Pointing at a node marks all that leads to it and all that it leads to.
 
 const LEVEL = 84;
+const graphed = (m) => /^(transcoder|clt)/.test(m.place);
 
 function graphPlaces(g) {
   const features = g.nodes.filter((n) => n.kind !== 'logit');
@@ -57,23 +58,26 @@ function nodeTitle(n, words) {
   return `layer ${n.layer} #${n.feature} ${words(n)}: influence ${number(n.influence)}${exact}`;
 }
 
-function graphNode(g, n, [x, y], words) {
+function graphNode(view, i, [x, y]) {
+  const { g, words, chosen } = view;
+  const n = g.nodes[i];
   const kinds = { feature: 'dot open', logit: 'fill' };
-  const open = () => goTo('s', g.members[n.member], 'f', n.feature);
+  const mark = chosen.has(i) ? ' chosen' : '';
   return h(
     'circle',
     {
-      class: kinds[n.kind] || 'control',
+      class: (kinds[n.kind] || 'control') + mark,
       cx: x,
       cy: y,
       r: n.kind === 'logit' ? 7 : 2.5 + 9 * Math.sqrt(n.influence),
-      onclick: n.kind === 'feature' ? open : null,
+      onclick: n.kind === 'feature' ? () => view.choose(i) : null,
     },
     h('title', {}, nodeTitle(n, words)),
   );
 }
 
-function graphPicture(g, words) {
+function graphPicture(view) {
+  const { g } = view;
   const { columns, width, height, place } = graphPlaces(g);
   const most = Math.max(...g.edges.map((e) => Math.abs(e[2])), 1e-9);
   const edges = g.edges.map(([a, b, w]) =>
@@ -87,7 +91,8 @@ function graphPicture(g, words) {
       'stroke-opacity': (0.1 + (0.7 * Math.abs(w)) / most).toFixed(2),
     }),
   );
-  const nodes = g.nodes.map((n, i) => graphNode(g, n, place[i], words));
+  const nodes = g.nodes.map((n, i) => graphNode(view, i, place[i]));
+  const groups = g.supernodes.map((s) => supernodeShape(s, place));
   nodes.forEach((node, i) => {
     const on = connected(g, i);
     node.addEventListener('pointerenter', () =>
@@ -107,6 +112,7 @@ function graphPicture(g, words) {
   const svg = h(
     'svg',
     { ...box, 'aria-label': 'attribution graph' },
+    groups,
     edges,
     nodes,
     columns.map(name),
@@ -157,11 +163,23 @@ function headTable(g, words) {
   ];
 }
 
-function graphTable(g, words) {
+function graphTable(view) {
+  const { g, words, chosen } = view;
   const lines = g.nodes
+    .map((n, i) => ({ ...n, i }))
     .filter((n) => n.kind === 'feature')
     .sort((a, b) => b.influence - a.influence)
     .slice(0, 40);
+  const box = (n) => {
+    const node = h('input', {
+      type: 'checkbox',
+      'aria-label': `choose #${n.feature} of layer ${n.layer}`,
+      onchange: () => view.choose(n.i, true),
+    });
+    node.checked = chosen.has(n.i);
+    return node;
+  };
+  const known_ = g.members.every((id) => id >= 0);
   const figures = ['influence', 'predicted', 'exact', 'p'].map((key) => ({
     name: key,
     get: (n) => n[key],
@@ -169,6 +187,7 @@ function graphTable(g, words) {
     number: true,
   }));
   const columns = [
+    { name: '', get: (n) => chosen.has(n.i), show: box },
     { name: 'layer', get: (n) => n.layer, number: true },
     {
       name: 'token',
@@ -179,16 +198,31 @@ function graphTable(g, words) {
       name: 'feature',
       get: (n) => n.feature,
       show: (n) => `#${n.feature}`,
-      link: (n) => to('s', g.members[n.member], 'f', n.feature),
+      link: known_ && ((n) => to('s', g.members[n.member], 'f', n.feature)),
     },
     { name: 'is called', get: words },
     ...figures,
     { name: '', get: (n) => n.passes, show: (n) => (n.passes ? 'passes' : '') },
   ];
-  return table('graph', columns, lines, { by: 4, down: true });
+  return table('graph', columns, lines, { by: 5, down: true });
 }
 
-function graph(g, words) {
+// `given` has g, words, and measure where there is a server.
+function graph(given) {
+  const { g, words } = given;
+  const view = { ...given, chosen: new Set() };
+  const nodes = ['groups', 'picture', 'lines'].map(() => h('div', {}));
+  const drawn = (lines) => {
+    fill(nodes[0], supernodeCard(view));
+    fill(nodes[1], graphPicture(view));
+    if (lines) fill(nodes[2], graphTable(view));
+  };
+  view.draw = () => drawn(true);
+  view.choose = (i, listed) => {
+    if (!view.chosen.delete(i)) view.chosen.add(i);
+    drawn(!listed);
+  };
+  view.draw();
   const ends = Object.entries(g.ends).map(
     ([kind, v]) => `${kind} ${percent(v, 2)}`,
   );
@@ -203,8 +237,9 @@ function graph(g, words) {
         `${number(g.scores.replacement, 2)}, completeness ` +
         `${number(g.scores.completeness, 2)}.`,
     ),
-    graphPicture(g, words),
-    graphTable(g, words),
+    nodes[1],
+    nodes[0],
+    nodes[2],
     headTable(g, words),
   ];
 }

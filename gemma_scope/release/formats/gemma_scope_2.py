@@ -69,14 +69,12 @@ def read(
   config, parts = tensors.read_json(folder / 'config.json'), _files(folder)
   with tensors.naming(folder / 'config.json'):
     card = _card(config, path, len(parts))
-  shapes = tensors.shapes(parts[0], **_TENSORS)
-  if any(tensors.shapes(part, **_TENSORS) != shapes for part in parts):
+  sizes = shapes(parts[0])
+  if any(shapes(part) != sizes for part in parts):
     raise files.Refused(f'{files.show(folder)} has layers of different shapes.')
   several = card['type'] in sites.SEVERAL
   lead = (len(parts),) * several
-  ours = {
-    key: (*lead, *shapes[_KEYS[key]]) for key in _KEYS if _KEYS[key] in shapes
-  }
+  ours = {key: (*lead, *size) for key, size in sizes.items()}
   with tensors.naming(parts[0]):
     card |= sae_folder.sizes_of(ours)
     _check_sizes(config, card, len(parts) if several else 1)
@@ -102,16 +100,25 @@ def _check_sizes(config: Mapping[str, Any], card, layers: int) -> None:
     )
 
 
-def _params(parts: Sequence[pathlib.Path], several: bool) -> sae_folder.Params:
-  read = [tensors.read(part, **_TENSORS) for part in parts]
-  params = {
-    ours: [part[theirs] for part in read]
-    for ours, theirs in _KEYS.items()
-    if theirs in read[0]
+def of_file(part: pathlib.Path) -> sae_folder.Params:
+  """The parameters in one file, of a single layer or of one of several."""
+  read = tensors.read(part, **_TENSORS)
+  return {
+    ours: read[theirs] for ours, theirs in _KEYS.items() if theirs in read
   }
+
+
+def shapes(part: pathlib.Path) -> dict[str, tuple[int, ...]]:
+  """Their shapes, from the file's header."""
+  found = tensors.shapes(part, **_TENSORS)
+  return {key: found[name] for key, name in _KEYS.items() if name in found}
+
+
+def _params(parts: Sequence[pathlib.Path], several: bool) -> sae_folder.Params:
+  read = [of_file(part) for part in parts]
   if not several:
-    return {key: values[0] for key, values in params.items()}
-  params = {key: np.stack(values) for key, values in params.items()}
+    return read[0]
+  params = {key: np.stack([part[key] for part in read]) for key in read[0]}
   for layer in range(len(parts)):
     params['W_dec'][layer, :, :layer] = 0
   return params

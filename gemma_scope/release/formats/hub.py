@@ -101,6 +101,26 @@ def fetch(
   return pathlib.Path(fetched[0]).parent, f'{repository}/{inside}'
 
 
+def file(address: str) -> pathlib.Path:
+  """Fetches one file, `hf://owner/name/path` with or without `?revision=`.
+
+  Raises:
+    files.Refused: it is no such address, or cannot be fetched.
+  """
+  path, _, query = address.removeprefix('hf://').partition('?')
+  revision = query.removeprefix('revision=')
+  if query and (not query.startswith('revision=') or not _is_plain(revision)):
+    raise files.Refused(f'{files.show(address)} is no address of a file.')
+  repository, inside = _parts(path)
+  every, commit = _list(repository, revision)
+  if inside not in every:
+    raise files.Refused(f'{repository} has no file {files.show(inside)}.')
+  fetch = _client().hf_hub_download
+  return pathlib.Path(
+    _retried(repository, fetch, repository, inside, revision=commit)
+  )
+
+
 def push(
   folder: pathlib.Path,
   repository: str,

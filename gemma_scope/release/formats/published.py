@@ -33,6 +33,7 @@ from gemma_scope.release.formats import (
   saelens,
   sparsify,
   tensors,
+  transcoder_sets,
 )
 from gemma_scope.release.released import Released
 
@@ -86,6 +87,8 @@ def open_sae(
   """
   path = os.path.expanduser(path)
   try:
+    if (found := _of_set(path)) is not None:
+      return found
     folder = _folder(pathlib.Path(path))
     if folder is None:
       try:
@@ -135,6 +138,8 @@ def open_all(
         raise folder_lib.ReleaseError(
           f'{files.show(path)} is not in the manifest of its release.'
         )
+    elif transcoder_sets.is_there(folder):
+      opened += [(str(folder), open_sae(one)) for one in _members(path)]
     else:
       opened.append((str(folder), open_sae(path, revision, about)))
   return _uniquely_named(opened)
@@ -156,6 +161,45 @@ def described(site: str, model: str = '') -> dict[str, Any] | None:
   reads, _, writes = site.partition(':')
   reads, writes = sites.parse(reads), sites.parse(writes or reads)
   return {'sites': [str(reads)], 'targets': [str(writes)], 'model': model}
+
+
+def _members(path: str) -> list[str]:
+  """The paths of the transcoders of a set of circuit-tracer."""
+  folder = pathlib.Path(os.path.expanduser(path))
+  try:
+    layers = transcoder_sets.layers(folder)
+  except files.Refused as error:
+    raise folder_lib.ReleaseError(str(error)) from None
+  return [str(folder / f'layer_{layer}') for layer in layers]
+
+
+def _of_set(path: str) -> Released | None:
+  """The transcoder that the path names in a set of circuit-tracer, or None.
+
+  Raises:
+    files.Refused: the path names a set of several.
+  """
+  folder = pathlib.Path(path)
+  if transcoder_sets.is_there(folder) and not _is_release(folder):
+    first, *more = _members(path)
+    if more:
+      raise files.Refused(
+        f'{files.show(path)} is a set of several transcoders; name one, such '
+        f'as {files.show(first)}.'
+      )
+    folder = pathlib.Path(first)
+  layer = transcoder_sets.layer_of(folder.name)
+  if layer is None or not transcoder_sets.is_there(folder.parent):
+    return None
+  card, read = transcoder_sets.read(folder.parent, str(folder.parent), layer)
+  sae_folder.check_card(card, card['name'], None)
+  card = manifest.public(card)
+  return Released(
+    card,
+    functools.partial(_checked, card, read),
+    path=str(folder),
+    folder=folder.parent,
+  )
 
 
 def _uniquely_named(opened: Sequence[tuple[str, Released]]) -> list[Released]:
@@ -293,7 +337,13 @@ def listed(path: str, revision: str = '') -> list[Entry]:
   except files.Refused as error:
     raise folder_lib.ReleaseError(str(error)) from None
   of_files = [name.rpartition('/') for name in names]
-  folders = sorted({above for above, _, name in of_files if name in _FILES})
+  folders = {above for above, _, name in of_files if name in _FILES}
+  if folder is not None:
+    for above, _, name in of_files:
+      if name == transcoder_sets.CONFIG:
+        members = _members(str(folder / above))
+        folders |= {os.path.relpath(one, folder) for one in members}
+  folders = sorted(folders)
   if not folders:
     raise folder_lib.ReleaseError(
       f'{files.show(path)} holds no SAE in a format that is known.'

@@ -4,6 +4,8 @@
 #
 #   bash launch/demo.sh [FOLDER]                the embedded Gemma, minutes
 #   bash launch/demo.sh gemma3-270m [FOLDER]    Gemma 3 270M, half an hour
+#   bash launch/demo.sh 'gemma3-270m:layers=9;sites=resid_post;sparsity=32' FOLDER
+#                                               one SAE of these, and its pages
 #
 # Sets up .venv, trains, evaluates and releases the SAEs of configs/tiny.py or
 # configs/gemma3_270m.py into runs/tiny, runs/gemma3-270m or FOLDER, and builds
@@ -12,8 +14,10 @@ set -euo pipefail
 start="$PWD"
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 model=tiny
-if [[ "${1:-}" == gemma3-270m ]]; then
-  model="$1"
+fields=
+if [[ "${1:-}" == gemma3-270m || "${1:-}" == gemma3-270m:* ]]; then
+  model=gemma3-270m
+  fields="${1#gemma3-270m}"
   shift
 fi
 [[ "${1:-}" != gemma[0-9]-* ]] || {
@@ -36,7 +40,7 @@ if [[ "$model" == tiny ]]; then
   echo '  bash launch/demo.sh gemma3-270m'
   bash launch/setup.sh
 else
-  config=configs/gemma3_270m.py
+  config="configs/gemma3_270m.py$fields"
   sequences=128
   echo 'This demo trains on Gemma 3 270M, a quantised copy from the package index,'
   echo 'under the Gemma Terms of Use (https://ai.google.dev/gemma/terms).'

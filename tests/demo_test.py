@@ -74,6 +74,7 @@ def demo(tmp_path, arguments, *, stop: bool):
     ([], 'bash launch/demo.sh gemma3-270m', 'runs/tiny'),
     (['out'], 'trains on the embedded model', 'out'),
     (['gemma3-270m', 'out'], 'Gemma Terms of Use', 'out'),
+    (['gemma3-270m:layers=9', 'out'], 'Gemma Terms of Use', 'out'),
   ],
 )
 def test_it_says_what_it_trains_on_and_runs_every_stage(
@@ -82,11 +83,13 @@ def test_it_says_what_it_trains_on_and_runs_every_stage(
   (setup, train, build), done = demo(tmp_path, arguments, stop=False)
   assert done.returncode == 0, done.stderr
   assert words in done.stdout
-  real = arguments[:1] == ['gemma3-270m']
+  name, *_ = arguments or ['']
+  real = name.startswith('gemma3-270m')
   assert setup == f'setup {"gemma3-270m" if real else ""}'
-  config = 'gemma3_270m' if real else 'tiny'
+  config = 'gemma3_270m.py' if real else 'tiny.py'
+  config += name.removeprefix('gemma3-270m') if real else ''
   where = tmp_path / (folder if arguments else f'project/{folder}')
-  assert train.endswith(f'--config=configs/{config}.py --workdir={where}')
+  assert train.endswith(f'--config=configs/{config} --workdir={where}')
   assert f'microscope.py build --workdir={where}' in build
 
 

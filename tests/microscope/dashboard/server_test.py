@@ -431,16 +431,16 @@ def test_a_graph_is_drawn_and_its_features_are_grouped(page):
   page.get_by_label('name', exact=True).fill('two')
   page.get_by_role('button', name='Group chosen').click()
   page.get_by_role('button', name='ablate', exact=True).click()
-  page.wait_for_function("!document.querySelector('#cause .chosen')")
+  mine = '#cause tr:has(td:text-is("two")) td'
+  page.wait_for_selector(mine + ':nth-child(6):not(:has-text("\u2013"))')
   files = []
   for name in ('Save graph', 'Save for Neuronpedia'):
-    page.wait_for_selector('#cause td:has-text("two")')
     with page.expect_download() as started:
       page.get_by_role('button', name=name).click()
     files.append(json.loads(started.value.path().read_text()))
   (group,) = files[0]['supernodes']
   assert group['name'] == 'two' and group['exact'] != 0
-  row = page.locator('#cause tr:has(td:has-text("two")) td.number')
+  row = page.locator(mine + '.number')
   shown = [float(text) for text in row.all_text_contents()]
   want = supernodes.predicted(files[0], group['nodes'])
   assert shown[2:4] == pytest.approx([want, group['exact']], rel=1e-2)

@@ -1,0 +1,103 @@
+"""How long the live view takes to answer: docs/microscope.md has the figures.
+
+  python docs/live_times.py WORKDIR SAE TEXT
+
+Starts the server of `launch/microscope.py serve` on a free port, waits until it
+has warmed up, and asks each question five times over HTTP, about texts that
+begin with TEXT and differ at the end. Prints the median and the longest time of
+each. WORKDIR has an index of the SAE.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import pathlib
+import socket
+import statistics
+import sys
+import threading
+import time
+
+import uvicorn
+
+from gemma_scope.microscope import session
+from gemma_scope.microscope.dashboard import api, server
+
+_TIMES = 5
+_TOKEN = 'a' * 32
+_ENDINGS = ('.', ' and', ' the', ' of', ' is')
+
+
+class Asker:
+  """Asks the server on a port."""
+
+  def __init__(self, port: int):
+    self._port = port
+
+  def __call__(self, name: str, **question) -> dict:
+    connection = http.client.HTTPConnection('127.0.0.1', self._port)
+    headers = {'Cookie': f'microscope_{self._port}={_TOKEN}'}
+    body = json.dumps(question | {'member': 0}).encode()
+    connection.request('POST', f'/api/{name}', body, headers)
+    reply = connection.getresponse()
+    answer = json.loads(reply.read())
+    if reply.status != 200:
+      raise SystemExit(f'{name}: {answer["error"]}')
+    return answer
+
+
+def started(questions: api.Questions, pages: pathlib.Path):
+  """The server, running in the background, and its port."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  config = uvicorn.Config(
+    server.app(questions, pages, _TOKEN), port=port, log_level='warning'
+  )
+  one = uvicorn.Server(config)
+  threading.Thread(target=one.run, daemon=True).start()
+  while not one.started:
+    time.sleep(0.01)
+  return one, port
+
+
+def warmed_up(ask: Asker) -> float:
+  """Seconds until all programs are compiled."""
+  start = time.monotonic()
+  while True:
+    state = ask('warm')
+    if state['done'] >= state['total'] > 1:
+      return time.monotonic() - start
+    time.sleep(0.2)
+
+
+def main(workdir: str, name: str, text: str) -> None:
+  opened = session.Session(workdir)
+  sae = opened.indexed(opened.find(name))
+  questions = api.Questions(opened.model, opened.tokenizer, [sae])
+  one, port = started(questions, opened.out / 'pages')
+  ask = Asker(port)
+  print(f'warmed up after {warmed_up(ask):.0f} s')
+  read = ask('read', text=text)
+  feature = next(row[0][0] for row in reversed(read['latents']) if row)
+  change = {'feature': feature, 'kind': 'ablate', 'strength': 1.0}
+  asked = {
+    'read': {}, 'change': {'changes': [change]},
+    'steer': {'changes': [change], 'tokens': 48}, 'why': {},
+  }  # fmt: skip
+  tokens = len(read['ids'])
+  print(f'{tokens} tokens; seconds over {_TIMES} texts: median (longest)')
+  for question, fields in asked.items():
+    times = []
+    for ending in _ENDINGS:
+      start = time.monotonic()
+      ask(question, text=text + ending, **fields)
+      times.append(time.monotonic() - start)
+    print(f'{question:8} {statistics.median(times):.2f} ({max(times):.2f})')
+  one.should_exit = True
+  questions.close()
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])

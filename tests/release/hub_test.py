@@ -113,6 +113,39 @@ def test_one_sae_of_a_repository_is_fetched_and_no_more(fake, tmp_path):
   assert not outside
 
 
+def test_a_set_of_transcoders_fetches_the_files_that_it_names(fake, tmp_path):
+  paths = [f'layer_{i}/width_16k/average_l0_{9 + i}' for i in (0, 1)]
+  publish(fake, *paths)
+  folder = tmp_path / 'set'
+  folder.mkdir()
+
+  def listed(*names):
+    addresses = [f'hf://{REPOSITORY}/{name}' for name in names]
+    (folder / 'config.yaml').write_text(
+      'model_name: google/gemma-2-2b\n'
+      'feature_input_hook: ln2.hook_normalized\n'
+      'feature_output_hook: hook_mlp_out\n'
+      f'transcoders: {json.dumps(addresses)}\n'
+    )
+    return published.open_all(str(folder))
+
+  saes = listed(*(f'{path}/params.npz?revision=v1' for path in paths))
+  assert [str(one.wiring) for one in saes] == [
+    f'transcoder mlp_in_ungained/{layer}' for layer in (0, 1)
+  ]
+  peer_formats.same(saes[1].load(), peer_formats.make_member('jumprelu')[0])
+  wanted = [f'get {path}/params.npz' for path in paths]
+  assert [call for call in fake.calls if call.startswith('get')] == wanted
+  for name, words in (
+    ('layer_9/params.npz', 'has no file'),
+    ('../../secret.npz', 'looks like OWNER/NAME'),
+    ('a.npz?revision=../x', 'no address'),
+    ('a.npz?token=1', 'no address'),
+  ):
+    with pytest.raises(release.ReleaseError, match=words):
+      listed(name)
+
+
 def test_a_failure_on_the_way_is_tried_again(fake):
   publish(fake, 'layer_1/width_16k/average_l0_9')
   fake.failures = [OSError('reset'), OSError('reset')]

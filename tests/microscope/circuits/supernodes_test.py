@@ -13,7 +13,7 @@ from tests.helpers import circuits
 from tests.helpers.replacement import tiny
 from tests.helpers.transcoders import transcoders
 
-TOKENS_T = circuits.TOKENS_T
+TOKENS_T, LAST = circuits.TOKENS_T, circuits.T - 1
 
 
 def feature(layer, number, position, value=1.0, influence=0.1):
@@ -120,11 +120,11 @@ def subjects():
 
 
 def active(subjects):
-  """The features that fire at tokens 4 and 7, two of each SAE and token."""
+  """Features that fire at token 4 and at the last, two of each SAE."""
   model = Replacement(subjects, TOKENS_T).sources
   nodes = []
   for member in (0, 1):
-    for position in (4, 7):
+    for position in (4, LAST):
       mine = (model.kind == 0) & (model.member == member)
       mine = np.flatnonzero(mine & (model.position == position))[:2]
       nodes += [Node(member, int(model.feature[i]), position) for i in mine]
@@ -149,7 +149,7 @@ def test_several_fall_together_each_at_its_own_token(subjects):
   assert len({(n.member, n.position) for n in nodes}) == 4
   nodes.append(nodes[0]._replace(position=9))  # a feature at two tokens
   edits = {}
-  for position in (4, 7, 9):
+  for position in (4, 9, LAST):
     for member, subject in enumerate(subjects):
       here = [
         iv.Change(n.feature)

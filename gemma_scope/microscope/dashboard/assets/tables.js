@@ -33,6 +33,7 @@ function cell(column, row) {
 }
 
 function heading(column, i, order, change) {
+  if (!column.name) return h('td', {}); // of buttons: nothing to sort by
   const mine = order.by === i;
   const arrow = mine ? (order.down ? ' \u2193' : ' \u2191') : '';
   const sorted = { 'aria-sort': order.down ? 'descending' : 'ascending' };

@@ -17,8 +17,8 @@ import gemma_scope
 
 FOLDER = pathlib.Path(gemma_scope.__file__).parents[1] / 'notebooks'
 PATH = FOLDER / 'tutorial.ipynb'
-CASES = ('bias', 'entities')
-DATA = ('professions', 'entities')
+CASES = ('bias', 'entities', 'wrong_answer')
+DATA = ('professions', 'entities', 'capitals')
 nbformat = pytest.importorskip('nbformat', reason='nbformat is not installed')
 
 
@@ -116,6 +116,10 @@ def test_prompts_of_cases_are_distinct(data):
   assert len(set(professions.PROFESSIONS)) == len(professions.PROFESSIONS)
   assert not set(professions.HE) & set(professions.SHE)
   assert all(text.count('{}') == 1 for text in professions.TEMPLATES)
+  capitals = data['capitals']
+  places, right, wrong = zip(*capitals.CAPITALS, strict=True)
+  assert len(set(places)) == 21 and not set(right) & set(wrong)
+  assert not any(p in text for p in places for text in capitals.UNRELATED)
 
 
 def test_two_lines_change_the_model(written):

@@ -3,9 +3,9 @@
   python docs/live_times.py WORKDIR SAE TEXT
 
 Starts the server of `launch/microscope.py serve` on a free port, waits until it
-has warmed up, and asks each question five times over HTTP, about texts that
-begin with TEXT and differ at the end. Prints the median and the longest time of
-each. WORKDIR has an index of the SAE.
+has warmed up for texts of this length, and asks each question five times over
+HTTP, about texts that begin with TEXT and differ at the end. Prints the median
+and the longest time of each. WORKDIR has an index of the SAE.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 import uvicorn
 
 from gemma_scope.microscope import session
+from gemma_scope.microscope.circuits import effects, readout
 from gemma_scope.microscope.dashboard import api, server
 
 _TIMES = 5
@@ -76,6 +77,8 @@ def main(workdir: str, name: str, text: str) -> None:
   opened = session.Session(workdir)
   sae = opened.indexed(opened.find(name))
   questions = api.Questions(opened.model, opened.tokenizer, [sae])
+  ids = readout.with_bos(opened.tokenizer, text + _ENDINGS[0])
+  questions.warm_lengths = (effects.padded_length(len(ids)),)
   one, port = started(questions, opened.out / 'pages')
   ask = Asker(port)
   print(f'warmed up after {warmed_up(ask):.0f} s')

@@ -311,8 +311,7 @@ def edits(
   Args:
     place, params: as in `Subject`.
     rows: the changes, one row for each row of the pass.
-    where_BT: bool, the tokens that the changes apply to; [B, T, K] where they
-      differ between the changes of a row.
+    where_BT: bool, tokens that the changes apply to; [B, T, K] for each change.
     projects: False if no change is project_out (`Rows.projects`): its matrix
       inverse is slow to compile.
     norm_bounds: outlier tokens, at a site that is read or written, are not
@@ -320,8 +319,7 @@ def edits(
   """
   per = params['b_enc'].size // len(place.sites)
   layer_BK, own_BK = jnp.divmod(rows.feature_BK, per)
-  writer_BK = jnp.mod(rows.writer_BK, per)
-  kind_B1K = rows.kind_BK[:, None]
+  writer_BK, kind_B1K = jnp.mod(rows.writer_BK, per), rows.kind_BK[:, None]
   where_BTK = where_BT if where_BT.ndim == 3 else where_BT[..., None]
   step = {}  # layer -> change of each latent's value [B, T, K]
 

@@ -20,6 +20,7 @@ def gemma_scope_1(model: str) -> ConfigDict:
         'checkpoint': '',
         'tokenizer': '',
         'dtype': 'bfloat16',
+        'second': {'name': '', 'checkpoint': ''},
       },
       'text': {
         'source': '',  # a store by launch/prepare_text.py is expected

@@ -67,7 +67,7 @@ def cost(config: ConfigDict, model: sites.Dimensions) -> tuple[float, float]:
   """Chip-hours of all members, and gigabytes of their state; see above."""
   flops = parameters = 0.0
   for m in specs.members(config):
-    d_in, d_out = m.sites[0].width(model), m.targets[0].width(model)
+    d_in, d_out = m.widths(model)
     layers = max(m.layers, 1)
     flops += 6 * (d_in + d_out * (layers + 1) / 2) * m.width
     # Decoders to all layers are kept, those to earlier ones as zeros.

@@ -24,6 +24,11 @@ def get_config(argument: str | None = None) -> ConfigDict:
   lm.checkpoint = ''  # folder of the checkpoint; '' is the embedded one
   lm.tokenizer = ''  # SentencePiece file; '' is the embedded one
   lm.dtype = 'float32'
+  # A model to compare with this one, by crosscoders of the two: its name ('':
+  # the same) and its checkpoint ('': its own). Both '': there is none.
+  lm.second = second = ConfigDict()
+  second.name = ''
+  second.checkpoint = ''
 
   config.text = text = ConfigDict()
   text.source = 'python'  # prose, files:..., hf:... (text/sources.py)
@@ -58,7 +63,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
   # Also 'mlp_out/2': at that layer alone.
   collection.sites = ('attn_out', 'mlp_out', 'resid_post')
   collection.widths = (512, 1024)
-  collection.type = 'sae'  # 'transcoder', 'crosscoder', 'clt'
+  # 'transcoder', 'clt', 'crosscoder' (over layers, or of two models)
+  collection.type = 'sae'
   collection.skip = False  # an affine path past a transcoder's latents
   # 'topk', 'batch_topk', 'gated', 'relu'; each also after 'matryoshka_'
   collection.architectures = ('jumprelu',)

@@ -21,6 +21,7 @@ Reading order; a folder or module imports only from those above it:
   training        many SAEs trained from one pass of the model
   pipeline        train -> evaluate -> release
   scaling         predicts errors of wide SAEs from narrow ones; compares
+  diffing         two models compared by crosscoders
   performance     benchmarks, and programs compiled for absent TPU pods
   microscope      features found, read, changed and checked
 

@@ -34,16 +34,23 @@ from gemma_scope.config_fields import (
 # Fields that hold a path of this machine.
 _PATHS = (
   'lm.checkpoint',
+  'lm.second.checkpoint',
   'lm.tokenizer',
   'text.store',
   'activations.store',
   'initialise.release',
 )
 # Those that may hold an address: what can be read from a bucket.
-_ADDRESSES = ('lm.checkpoint', 'text.store', 'activations.store')
+_ADDRESSES = (
+  'lm.checkpoint',
+  'lm.second.checkpoint',
+  'text.store',
+  'activations.store',
+)
 
 # Fields that older versions lack, with the values that they implied.
 _ADDED = {
+  'lm': {'second': {'name': '', 'checkpoint': ''}},
   'collection': {'nulls': ()},
   'activations': {'centre': 'none', 'max_norm': 0.0},
   'objective': {'active_set': False},
@@ -182,14 +189,21 @@ def override(
     hint = f' Did you mean {near!r}?' if near else ''
     hint = f' Its fields are {", ".join(below)}.' if below else hint
     raise ConfigError(f'The config has no field {name!r}.{hint}')
-  section, _, field = name.rpartition('.')
-  holder = config[section] if section else config
+  holder, field = _holder(config, name)
   try:
     holder[field] = _parse(name, values[name], text)
   except (ValueError, TypeError, SyntaxError) as error:
     raise ConfigError(
       f'{shown or f"--config.{name}={text}"!r} does not parse: {error}.'
     ) from error
+
+
+def _holder(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:
+  """The section of the field 'train.steps', and its name there."""
+  *sections, field = name.split('.')
+  for section in sections:
+    config = config[section]
+  return config, field
 
 
 def _parse(name: str, old: Any, text: str) -> Any:
@@ -237,8 +251,8 @@ def resolve_paths(config: ConfigDict) -> None:
       address (gs://...) where none can be read.
   """
   for name in _PATHS:
-    section, _, field = name.partition('.')
-    path = os.path.expanduser(config[section][field])
+    holder, field = _holder(config, name)
+    path = os.path.expanduser(holder[field])
     scheme = files.scheme(path)
     if scheme and name not in _ADDRESSES:
       raise ConfigError(
@@ -250,7 +264,7 @@ def resolve_paths(config: ConfigDict) -> None:
         f'{name} must be a path, or an address gs:// or s3://; found '
         f'{files.show(path)}.'
       )
-    config[section][field] = path
+    holder[field] = path
     local = path and not scheme
     if field == 'store' and local and not os.path.isdir(path):
       raise ConfigError(

@@ -86,7 +86,7 @@ def _collection(config: ConfigDict) -> Iterator[str]:
       f'collection.skip is for transcoders and CLTs; found it on a {c.type}, '
       'which would copy its input.'
     )
-  if c.type in sites.SEVERAL:
+  if specs.over_layers(config):
     if layered := specs.own_layer(c.sites):
       yield (
         f'A {c.type} reads all of collection.layers; found {layered[0]!r} in '
@@ -105,6 +105,27 @@ def _collection(config: ConfigDict) -> Iterator[str]:
     yield (
       f'A target L0 of {max(c.sparsity):g} in collection.sparsity cannot be '
       f'met by {min(c.widths)} latents.'
+    )
+
+
+def _two_models(config: ConfigDict) -> Iterator[str]:
+  """A second model and what it cannot be combined with."""
+  if specs.second_model(config) is None:
+    return
+  if config.collection.type != 'crosscoder':
+    yield (
+      'lm.second is compared with lm.name by crosscoders: set collection.type '
+      f'to crosscoder; found {config.collection.type!r}.'
+    )
+  if config.activations.store:
+    yield (
+      'An activation store holds the rows of one model: leave '
+      'activations.store empty to compare two (lm.second).'
+    )
+  if config.initialise.release:
+    yield (
+      'Crosscoders of two models (lm.second) start at random: leave '
+      'initialise.release empty.'
     )
 
 
@@ -225,9 +246,10 @@ def _axes(config: ConfigDict) -> Iterator[str]:
 # (sections read, check)
 CHECKS = (
   (('collection', 'sae', 'objective', 'train'), _architectures),
-  (('collection',), _collection),
+  (('lm', 'collection'), _collection),
+  (('lm', 'collection', 'activations', 'initialise'), _two_models),
   (('collection', 'objective', 'train', 'initialise'), _options),
-  (('collection',), _names),
+  (('lm', 'collection'), _names),
   (('train', 'activations', 'text', 'evaluation'), _training),
   (
     ('end_to_end', 'collection', 'activations', 'text', 'train'),
@@ -290,7 +312,7 @@ def mesh(
         f"{name} ({size}) must be divisible by the mesh's data axis "
         f'({data_size}).'
       )
-  layers = len(c.layers) if c.type in sites.SEVERAL else 1
+  layers = len(c.layers) if specs.over_layers(config) else 1
   for width in c.widths:
     if width // layers % latent_size:
       yield (

@@ -159,6 +159,8 @@ FIELDS: Mapping[str, Field] = {
   'lm.checkpoint': _TEXT,
   'lm.tokenizer': _TEXT,
   'lm.dtype': _choice(*DTYPES),
+  'lm.second.name': _TEXT,
+  'lm.second.checkpoint': _TEXT,
   'text.source': _TEXT,
   'text.column': _TEXT,
   'text.store': _TEXT,

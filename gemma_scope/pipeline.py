@@ -4,7 +4,8 @@ Each stage leaves its result in the run's folder and is skipped if the result is
 there. The same command therefore continues a run that was stopped anywhere:
 
   checkpoints/      the training state
-  evaluation.json   metrics of every SAE, with intervals and controls
+  evaluation.json   metrics of every SAE, with intervals and controls; `diffing`
+                    has those of crosscoders of two models
   release/          the SAEs, for other tools
   frontier.png      sparsity against fidelity
 """
@@ -89,7 +90,11 @@ def _run(
       del result  # frees the optimiser's memory
       try:
         scores = {}
-        if config.evaluation.sequences:
+        if specs.second_model(config):
+          report(
+            'crosscoders of two models are measured by gemma-scope diffing'
+          )
+        elif config.evaluation.sequences:
           scores = evaluate_saes(
             config,
             workdir,
@@ -282,7 +287,7 @@ def _on_held_out_text(config, workdir, saes, interrupt, report):
     mesh=mesh_lib.make(config.mesh),
   )
   special = setup.special(tokenizer, store)
-  text = _held_out(config, store, tokenizer.eos_id, special.keep)
+  text = held_out(config, store, tokenizer.eos_id, special.keep)
   count = len(text.sequences_NT)
   progress = progress_lib.Progress(count, config.text.seq_len, label='evaluate')
   progress.say('measuring means and variances of the held-out text')
@@ -297,7 +302,7 @@ def _on_held_out_text(config, workdir, saes, interrupt, report):
     progress.close()
 
 
-def _held_out(config, store, eos_id: int, keep) -> batches.Text:
+def held_out(config, store, eos_id: int, keep) -> batches.Text:
   """Held-out sequences with their documents, and some to fit controls on."""
 
   def rows(split, count):

@@ -37,9 +37,13 @@ What an SAE reads and writes is its `Wiring`:
   transcoder  one site                   another site of its layer
   crosscoder  several layers, one kind   the same sites
   clt         several layers, one kind   another kind, in each of these layers
+  crosscoder  one site of two models     the same site of both: a `pair`
 
 A latent of a crosscoder or of a cross-layer transcoder (CLT) belongs to one
-layer, reads there, and writes to that layer and to those after it.
+layer, reads there, and writes to that layer and to those after it. Where two
+models are compared, every latent reads and writes both; the site of the second
+model is written second:resid_post/12, and its activation stands to the right
+of the first model's in the rows [x, x'] of such a crosscoder.
 """
 
 from __future__ import annotations
@@ -117,10 +121,14 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Site:
-  """A layer (counted from zero) and a kind from `KINDS`."""
+  """A layer (counted from zero) and a kind from `KINDS`.
+
+  `second`: in the second of two models that are compared.
+  """
 
   layer: int
   kind: str
+  second: bool = False
 
   def __post_init__(self):
     if self.kind not in KINDS:
@@ -132,7 +140,16 @@ class Site:
       raise ValueError(f'Layers count from 0; found {self.layer}.')
 
   def __str__(self) -> str:
-    return f'{self.kind}/{self.layer}'
+    model = 'second:' if self.second else ''
+    return f'{model}{self.kind}/{self.layer}'
+
+  def of_first(self) -> Site:
+    """The same site of the first model."""
+    return Site(self.layer, self.kind)
+
+  def of_second(self) -> Site:
+    """The same site of the second model."""
+    return Site(self.layer, self.kind, second=True)
 
   def width(self, model: Dimensions) -> int:
     """Width D of the activation here; raises where the model has none."""
@@ -155,12 +172,12 @@ class Site:
 
 def parse(text: str) -> Site:
   """`'resid_post/12'` -> `Site(12, 'resid_post')`."""
-  match = re.fullmatch(r'(\w+)/(\d+)', text)
+  match = re.fullmatch(r'(second:)?(\w+)/(\d+)', text)
   if not match:
     raise ValueError(
       f'A site is written kind/layer, as in resid_post/12; found {text!r}.'
     )
-  return Site(int(match[2]), match[1])
+  return Site(int(match[3]), match[2], match[1] is not None)
 
 
 def width_name(width: int) -> str:
@@ -213,6 +230,9 @@ class Wiring:
         f'There is no type {str(self.type)[:40]!r}; the types are '
         f'{", ".join(TYPES)}.'
       )
+    if self.pair:
+      self._check_pair()
+      return
     reads = [site.layer for site in self.sites]
     writes = [site.layer for site in self.targets]
     kinds = {s.kind for s in self.sites}, {s.kind for s in self.targets}
@@ -230,10 +250,34 @@ class Wiring:
         f'found {_listed(self.sites)} and {_listed(self.targets)}.'
       )
 
+  def _check_pair(self) -> None:
+    first = self.sites[:1]
+    both = (*first, *(site.of_second() for site in first))
+    same = self.sites == self.targets == both and len(set(both)) == 2
+    if not (same and self.type == 'crosscoder'):
+      raise ValueError(
+        'A crosscoder of two models reads and writes one site of both, such as '
+        'resid_post/2 and second:resid_post/2; found '
+        f'{_listed(self.sites)} and {_listed(self.targets)} in a member of '
+        f'type {self.type}.'
+      )
+
+  @property
+  def pair(self) -> bool:
+    """Whether it reads and writes one site of two models, side by side."""
+    return any(site.second for site in (*self.sites, *self.targets))
+
+  def check_one_model(self, name: str) -> None:
+    """Refuses a crosscoder of two models where there is one."""
+    if self.pair:
+      raise ValueError(
+        f'{name} is a {self}; gemma-scope diffing is what measures it.'
+      )
+
   @property
   def several(self) -> bool:
     """Whether parameters have an axis of layers."""
-    return self.type in SEVERAL
+    return self.type in SEVERAL and not self.pair
 
   @property
   def kind(self) -> str:
@@ -247,7 +291,7 @@ class Wiring:
 
   def layers(self, between: str = ',', through: str = '-') -> str:
     """'12', '7,13,17,22', or '0-25' for more than three layers in a row."""
-    numbers = [site.layer for site in self.sites]
+    numbers = list(dict.fromkeys(site.layer for site in self.sites))
     if len(numbers) > _LISTED and numbers[-1] - numbers[0] == len(numbers) - 1:
       return f'{numbers[0]}{through}{numbers[-1]}'
     return between.join(map(str, numbers))
@@ -255,6 +299,8 @@ class Wiring:
   def __str__(self) -> str:
     """'resid_post/12', 'transcoder mlp_in/3', 'crosscoder resid_post/0-5'."""
     where = f'{self.kind}/{self.layers()}'
+    if self.pair:
+      return f'{self.type} {where} of two models'
     return where if self.type == 'sae' else f'{self.type} {where}'
 
 

@@ -47,16 +47,32 @@ class SaeSpec:
     return self.trained_as.removeprefix(MATRYOSHKA)
 
   @property
+  def pair(self) -> bool:
+    """Whether it reads and writes one site of two models, side by side."""
+    return any(site.second for site in self.sites)
+
+  @property
   def layers(self) -> int:
-    """Layers of a crosscoder or CLT; 0 for one that reads a single site."""
-    return len(self.sites) if self.type in sites.SEVERAL else 0
+    """Layers of a crosscoder or CLT; 0 for one without an axis of layers."""
+    several = self.type in sites.SEVERAL and not self.pair
+    return len(self.sites) if several else 0
+
+  def widths(self, model: sites.Dimensions) -> tuple[int, int]:
+    """(d_in, d_out), of the rows of two models both together."""
+    read, written = (
+      [site.width(model) for site in wired]
+      for wired in (self.sites, self.targets)
+    )
+    if self.pair:
+      return sum(read), sum(written)
+    return read[0], written[0]
 
   @property
   def name(self) -> str:
     """Unique in a collection:
     resid_post/12/jumprelu/width_16k/target_l0_50/seed_0.
     """
-    layers = '_'.join(str(site.layer) for site in self.sites)
+    layers = '_'.join(dict.fromkeys(str(site.layer) for site in self.sites))
     kind = '' if self.type == 'sae' else f'{self.type}/'
     return (
       f'{kind}{self.sites[0].kind}/{layers}/{self.architecture}/'
@@ -76,11 +92,12 @@ def members(config: ConfigDict) -> list[SaeSpec]:
 
   Each SAE is followed by its nulls, with the same seed and sparsity.
 
-  A crosscoder or CLT reads all layers of the collection at once. A site such as
-  'mlp_out/9' is at that layer alone, 'mlp_out' at all layers of the collection.
+  A crosscoder or CLT reads all layers of the collection at once; a crosscoder
+  of two models reads one site of both. A site such as 'mlp_out/9' is at that
+  layer alone, 'mlp_out' at all layers of the collection.
   """
   c = config.collection
-  several = c.type in sites.SEVERAL
+  several = over_layers(config)
   groups = [tuple(sorted(c.layers))] if several else [(n,) for n in c.layers]
   layered = own_layer(c.sites)
   kinds = [item for item in c.sites if item not in layered]
@@ -90,7 +107,7 @@ def members(config: ConfigDict) -> list[SaeSpec]:
   return [
     SaeSpec(
       c.type,
-      *_places(c.type, group, kind),
+      *_places(config, group, kind),
       f'{prefix}{architecture}',
       width,
       c.penalty,
@@ -110,14 +127,37 @@ def members(config: ConfigDict) -> list[SaeSpec]:
   ]
 
 
+def second_model(config: ConfigDict) -> tuple[str, str] | None:
+  """(name, checkpoint) of the model that the first is compared with, if any."""
+  second = config.lm.second
+  if not (second.name or second.checkpoint):
+    return None
+  return second.name or config.lm.name, second.checkpoint
+
+
+def over_layers(config: ConfigDict) -> bool:
+  """Whether an SAE of the run reads all layers of the collection at once."""
+  return config.collection.type in sites.SEVERAL and not _compares(config)
+
+
+def _compares(config: ConfigDict) -> bool:
+  """Whether the SAEs of the run are crosscoders of two models."""
+  second = second_model(config)
+  return config.collection.type == 'crosscoder' and second is not None
+
+
 def own_layer(items: Sequence[str]) -> list[str]:
   """The entries of collection.sites with a layer, such as 'mlp_out/9'."""
   return [item for item in items if '/' in item]
 
 
-def _places(type_: str, layers: Sequence[int], kind: str):
+def _places(config: ConfigDict, layers: Sequence[int], kind: str):
   """Sites read and written."""
-  target = kind if type_ in sites.ITSELF else TARGETS[kind]
+  if _compares(config):
+    site = sites.Site(layers[0], kind)
+    return ((site, site.of_second()),) * 2
+  itself = config.collection.type in sites.ITSELF
+  target = kind if itself else TARGETS[kind]
   return (
     tuple(sites.Site(layer, kind) for layer in layers),
     tuple(sites.Site(layer, target) for layer in layers),
@@ -133,10 +173,10 @@ def prefixes(config: ConfigDict, member: SaeSpec) -> tuple[int, ...]:
 
 
 def site_list(config: ConfigDict) -> tuple[sites.Site, ...]:
-  """Every site that an SAE reads or writes, in the order of the model."""
+  """Every site that an SAE reads or writes, by model, in its order."""
   used = {s for m in members(config) for s in (*m.sites, *m.targets)}
   order = sites.KINDS.index
-  return tuple(sorted(used, key=lambda s: (s.layer, order(s.kind))))
+  return tuple(sorted(used, key=lambda s: (s.second, s.layer, order(s.kind))))
 
 
 def stacks(
@@ -145,9 +185,6 @@ def stacks(
   """(architecture, width, d_in, d_out) -> the members that share them."""
   groups: dict[tuple[str, int, int, int], list[SaeSpec]] = {}
   for member in members(config):
-    d_in, d_out = (
-      wired[0].width(model) for wired in (member.sites, member.targets)
-    )
-    key = member.trained_as, member.width, d_in, d_out
+    key = member.trained_as, member.width, *member.widths(model)
     groups.setdefault(key, []).append(member)
   return groups

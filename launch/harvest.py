@@ -66,12 +66,17 @@ def harvest(config, workdir: pathlib.Path, out: pathlib.Path, chunks: int):
 
   from gemma_scope import config as config_lib
   from gemma_scope import mesh as mesh_lib
+  from gemma_scope import specs
   from gemma_scope.activations import store
   from gemma_scope.runtime import cluster, opened
   from gemma_scope.runtime import interrupt as interrupt_lib
   from gemma_scope.runtime import progress as progress_lib
   from gemma_scope.training import setup
 
+  if specs.second_model(config):
+    raise config_lib.ConfigError(
+      'An activation store holds the rows of one model: leave lm.second empty.'
+    )
   mesh = mesh_lib.make(config.mesh, jax.local_devices())
   config_lib.check(config, setup.dimensions(config), mesh.devices.shape)
   workdir.mkdir(parents=True, exist_ok=True)

@@ -63,6 +63,7 @@ def test_a_wrong_argument_is_a_sentence(argument, words):
     ('collection.architectures', "('topk', 'relu')", ('topk', 'relu')),
     ('sae.matryoshka', '0.5,1', (0.5, 1.0)),
     ('text.source', 'files:a=b/*.txt', 'files:a=b/*.txt'),
+    ('lm.second.checkpoint', '/a/b', '/a/b'),
   ],
 )
 def test_an_override_has_the_type_of_its_field(name, text, value):
@@ -111,10 +112,16 @@ def test_paths_lose_their_tilde_and_stores_must_exist(monkeypatch, tmp_path):
   monkeypatch.setenv('HOME', str(tmp_path))
   (tmp_path / 'tokens').mkdir()
   config = tiny.get_config()
-  for name in ('text.store', 'lm.checkpoint', 'initialise.release'):
+  for name in (
+    'text.store',
+    'lm.checkpoint',
+    'lm.second.checkpoint',
+    'initialise.release',
+  ):
     config_lib.override(config, name, '~/tokens')
   config_lib.resolve_paths(config)
   assert config.text.store == config.lm.checkpoint == f'{tmp_path}/tokens'
+  assert config.lm.second.checkpoint == f'{tmp_path}/tokens'
   assert config.initialise.release == f'{tmp_path}/tokens'
   config_lib.override(config, 'text.store', '~/token')
   with pytest.raises(config_lib.ConfigError) as error:

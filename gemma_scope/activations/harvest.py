@@ -5,9 +5,9 @@
   counts    which rows count: not BOS, EOS, padding, or a chat's user turns
 
 `ModelSource` runs the language model; `store.StoreSource` reads rows from disk.
-Both give the same rows and therefore the same batches (`chunks`). A thread
-reads tokens or files one chunk ahead, because that takes time on the host
-(`Ahead`).
+Both give the same rows and therefore the same batches (`chunks`). `Pair` runs
+two models on the same tokens. A thread reads tokens or files one chunk ahead,
+because that takes time on the host (`Ahead`).
 """
 
 from __future__ import annotations
@@ -206,6 +206,32 @@ class ModelSource:
     """See `Raw`."""
     (tokens_NT,) = self._tokens(chunk)
     return self.text.keep(tokens_NT)[:, 1:].reshape(-1)
+
+
+class Pair:
+  """Rows of two models on the same tokens.
+
+  Args:
+    first, second: sources of the same text and layout; the sites of the second
+      become those `of_second`. Which rows count depends on the tokens alone.
+  """
+
+  def __init__(self, first: ModelSource, second: ModelSource):
+    self.layout, self.parts = first.layout, first.parts
+    self.widths = first.widths | {
+      site.of_second(): width for site, width in second.widths.items()
+    }
+    self.text, self._models = first.text, (first, second)
+
+  def passes(self, chunk: int, poll: Poll = never) -> Iterator[Part]:
+    """See `Raw`: each part is a forward pass of both models."""
+    each = [model.passes(chunk, poll) for model in self._models]
+    for first, second in zip(*each, strict=True):
+      yield {**first, **{site.of_second(): x for site, x in second.items()}}
+
+  def counts(self, chunk: int) -> np.ndarray:
+    """See `Raw`."""
+    return self._models[0].counts(chunk)
 
 
 def _over(mesh: Mesh, lm_batch: int) -> str | tuple[str, ...]:

@@ -215,6 +215,7 @@ def _members(config: lm.Config, given, mesh: Mesh | None) -> list[Replacement]:
 def _fitting_wiring(config: lm.Config, name: str, arrays, card) -> sites.Wiring:
   """What an SAE reads and writes, if its parameters fit this model there."""
   wiring = sites.wiring_of(card)
+  wiring.check_one_model(name)
   for site in (*wiring.sites, *wiring.targets):
     site.check(config)
   known = {*sae_folder.KEYS, *sae_folder.OPTIONAL_KEYS}

@@ -62,6 +62,10 @@ class Hooks:
     self.edits = dict(edits)
     self.values: dict[sites.Site, jax.Array] = {}
     for site in self.taps | set(self.edits):
+      if site.second:
+        raise ValueError(
+          f'{site} is in the second of two models, and there is one here.'
+        )
       site.check(config)
     for site in self.edits:
       if site.kind in sites.READ_ONLY:

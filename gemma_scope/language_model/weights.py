@@ -112,6 +112,15 @@ def read_config(name: str, checkpoint: str = '') -> lm.AnyConfig:
   )
 
 
+def check_there(name: str, checkpoint: str = '') -> None:
+  """Refuses a checkpoint that does not exist, without reading it.
+
+  Raises:
+    CheckpointNotFound: with what was looked for.
+  """
+  _refuse_missing(name, _folder(name, checkpoint))
+
+
 def tokenizer(name: str, checkpoint: str = '') -> pathlib.Path:
   """The model's own tokenizer: a SentencePiece model file.
 

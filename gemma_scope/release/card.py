@@ -89,8 +89,8 @@ def model_card(
 def _counted(rows: Sequence[table_lib.Row]) -> str:
   """'3 sparse autoencoders (jumprelu, topk), 1 transcoder (jumprelu)'."""
   parts = []
-  for kind, name in table_lib.TYPE_NAMES.items():
-    of_kind = [row for row in rows if row[0]['type'] == kind]
+  for name in (*table_lib.TYPE_NAMES.values(), table_lib.PAIR):
+    of_kind = [row for row in rows if table_lib.type_name(row[0]) == name]
     if of_kind:
       architectures = sorted(
         {table_lib.architecture(card) for card, _ in of_kind} - {''}
@@ -107,13 +107,20 @@ def _counted(rows: Sequence[table_lib.Row]) -> str:
 def _more_keys(rows: Sequence[table_lib.Row]) -> list[str]:
   """Paragraphs on what Gemma Scope 1's form leaves open, where it is there."""
   paragraphs = []
-  if any(sites.wiring_of(card).several for card, _ in rows):
+  wirings = [sites.wiring_of(card) for card, _ in rows]
+  if any(wiring.several for wiring in wirings):
     paragraphs.append(
       'Crosscoders and cross-layer transcoders have a leading axis of their L '
       'layers, in the order of `sites` and `targets` in `config.json`: `W_enc` '
       '[L, d_in, F], `W_dec` [L, F, L, d_out]; x is [..., L, d_in], f is '
       '[..., L, F]. A latent writes to its own layer and those after it, so '
       '`W_dec[l, :, m]` is zero for m < l. Their width is L times F.'
+    )
+  if any(wiring.pair for wiring in wirings):
+    paragraphs.append(
+      'A model-diffing crosscoder reads and writes one site of two models, of '
+      "which x holds the activations side by side: the first model's in x[..., "
+      ":d_in // 2], the second model's after it."
     )
   if any(card.get('affine') for card, _ in rows):
     paragraphs.append(
@@ -154,6 +161,7 @@ def _provenance(rows: Sequence[table_lib.Row]) -> list[str]:
   lines = []
   for label, key in (
     ('Language model', 'model'),
+    ('Second language model', 'second_model'),
     ('Quantisation of its weights', 'quantisation'),
     ('Training tokens', 'tokens'),
     ('Training steps', 'steps'),

@@ -9,6 +9,9 @@ transcoders have a leading axis of L layers, and F latents in each:
   W_skip [d_in, d_out], or [L, d_in, d_out]   if there is an affine skip
   k []                                latents that a TopK keeps on each token
 
+Of a crosscoder of two models d_in and d_out are twice the width of the site:
+the first half of a row is the first model's.
+
 A latent writes to no layer before its own, so W_dec[l, :, m] is zero for m < l.
 The card (config.json) says type, sites, targets, d_in, d_out and width; it
 bounds how many bytes params.npz may have before that file is opened.
@@ -168,7 +171,7 @@ def check_card(
     raise files.Refused(
       f'{where} does not name the sites of an SAE: {str(error)[:300]}'
     ) from None
-  layers = len(place.sites)
+  layers = len(place.sites) if place.several else 1
   if card['width'] % layers:
     raise files.Refused(
       f'{where} has width = {card["width"]}, which is no '
@@ -178,6 +181,11 @@ def check_card(
     raise files.Refused(
       f'{where} has d_in = {card["d_in"]} and d_out = {card["d_out"]}, and '
       f'a {place.type} writes what it reads.'
+    )
+  if place.pair and card['d_in'] % 2:
+    raise files.Refused(
+      f'{where} has d_in = {card["d_in"]}, which two models of one width '
+      'cannot share.'
     )
   if type(card.get('affine', False)) is not bool:
     raise files.Refused(

@@ -22,6 +22,7 @@ TYPE_NAMES = {
   'crosscoder': 'weakly causal crosscoder',
   'clt': 'cross-layer transcoder',
 }
+PAIR = 'model-diffing crosscoder'  # of one site of two models
 
 
 def value(metric: object) -> float | None:
@@ -93,6 +94,11 @@ def order(row: Row) -> tuple:
     str(card.get('seed', '')),
     str(card.get('name', '')),
   )
+
+
+def type_name(card: dict) -> str:
+  """What an SAE is called in the model card of a release."""
+  return PAIR if sites.wiring_of(card).pair else TYPE_NAMES[card['type']]
 
 
 def architecture(card: dict) -> str:

@@ -128,6 +128,46 @@ def unfold(
   }
 
 
+def side_by_side(
+  params: Mapping[str, np.ndarray], of_models: Sequence[Normalisation]
+) -> tuple[Params, Normalisation]:
+  """A crosscoder of two models, with one normalisation of its rows [x, x'].
+
+  It was trained on (x - m) / C and (x' - m') / C'. With u, the geometric mean
+  of C and C', and r, the vector that is C / u in the first half and C' / u in
+  the second,
+
+    ([x, x'] - [m, m']) / [C, C'] = ([x, x'] - [m, m']) / u / r
+
+  so that W_enc / r, r W_dec and r b_dec are the same crosscoder on rows that
+  are divided by u alone. Then `fold` applies.
+
+  Args:
+    params: W_enc [2 D, F], W_dec [F, 2 D], b_dec [2 D], ...
+    of_models: the normalisation of each model's rows [B, D].
+
+  Returns:
+    The parameters, and the normalisation of rows [B, 2 D] that they are for.
+  """
+  p = _float32(params)
+  width = p['b_dec'].shape[-1] // len(of_models)
+  scales = np.asarray([n.scale for n in of_models], np.float64)
+  u = float(np.exp(np.log(scales).mean()))
+  r_D = np.repeat(scales / u, width).astype(np.float32)
+  centre = None
+  if any(n.centre is not None for n in of_models):
+    zeros = np.zeros(width, np.float32)
+    centre = np.concatenate(
+      [zeros if n.centre is None else n.centre for n in of_models]
+    )
+  p |= {
+    'W_enc': p['W_enc'] / r_D[:, None],
+    'W_dec': p['W_dec'] * r_D,
+    'b_dec': p['b_dec'] * r_D,
+  }
+  return p, Normalisation(u, centre)
+
+
 def fold_decoder_norm(params: Mapping[str, np.ndarray]) -> Params:
   """Scales each latent's decoder to norm 1, over all layers together.
 

@@ -10,6 +10,7 @@ Reading order; a module imports only from those above it:
   end_to_end  fine-tuning by the KL of the spliced model
   setup       a config -> text, activations, stacks
   auto_mesh   sizes of the mesh's axes, by arithmetic
+  two_models  whether two models can be compared
   trained     parameters and cards of trained SAEs
   initialise  SAEs that start from a release
   loop        the training loop

@@ -122,7 +122,7 @@ def split(
   config: ConfigDict, model: sites.Dimensions, devices: int, hbm: float
 ) -> list[str]:
   """The layers in as few groups as fit, ['0-12', '13-25']; [] if none do."""
-  if config.collection.type in sites.SEVERAL:
+  if specs.over_layers(config):
     return []  # one SAE needs all of its layers
   layers = tuple(config.collection.layers)
   part = config.copy_and_resolve_references()
@@ -254,8 +254,11 @@ def _language_model_bytes(config) -> float:
     return 0.0
   layers = 1 + max(site.layer for site in specs.site_list(config))
   lm = config.lm
-  by_layer = _bytes_by_layer(lm.name, lm.checkpoint, lm.dtype)
-  return sum(size for layer, size in by_layer.items() if layer < layers)
+  total = 0.0
+  for model in ((lm.name, lm.checkpoint), specs.second_model(config)):
+    by_layer = _bytes_by_layer(*model, lm.dtype) if model else {}
+    total += sum(size for layer, size in by_layer.items() if layer < layers)
+  return total
 
 
 @functools.cache  # to trace a model takes seconds

@@ -113,7 +113,7 @@ def meet_l0(
   def of_batch(state, rows):
     def of_member(member):
       params, setting = member
-      x_BD = _at(rows, one.sites, setting.reads)
+      x_BD = _at(rows, one.sites, setting.reads, one.module)
       return one.module.threshold_at(params, x_BD, setting.value)
 
     return jax.lax.map(of_member, (state.params, one.setting))
@@ -192,8 +192,8 @@ def _empty(module, by_latent) -> Sums:
 def _add(one, by_latent, sums, params, setting, rows) -> Sums:
   """The sums with a batch added."""
   N, M = _sizes(one.module)
-  x_BD = _at(rows, one.sites, setting.reads)
-  y_BD = _at(rows, one.targets, setting.writes)
+  x_BD = _at(rows, one.sites, setting.reads, one.module)
+  y_BD = _at(rows, one.targets, setting.writes, one.module)
   bound = one.module.bind({'params': params})
   f_BF = bound.latents(x_BD, setting.value).f_BF
   e_BM = (y_BD - bound.write(f_BF) - bound.offset(x_BD)).reshape(-1, M)
@@ -281,8 +281,9 @@ def conjugate_gradients(apply, right_NM, diagonal_N1) -> jax.Array:
   return jax.lax.while_loop(going, iterate, start)[1]
 
 
-def _at(rows: Rows, at: tuple[sites.Site, ...], index) -> jax.Array:
-  return stack.rows_at(jnp.stack([rows[site] for site in at]), index)
+def _at(rows: Rows, at: tuple[sites.Site, ...], index, module) -> jax.Array:
+  stacked_NBD = jnp.stack([rows[site] for site in at])
+  return stack.rows_at(stacked_NBD, index, module)
 
 
 def _matmul(a, b):

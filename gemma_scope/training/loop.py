@@ -45,6 +45,7 @@ from gemma_scope.training import (
   setup,
   stack,
   trained,
+  two_models,
 )
 
 _PATIENCE = 100  # steps in a row without a finite gradient
@@ -65,6 +66,7 @@ def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     changes.refuse_changes(was, json.loads(config.to_json()), _MAY_CHANGE)
   model, mesh = setup.dimensions(config), auto_mesh.make(config)
   config_lib.check(config, model, mesh.devices.shape)
+  two_models.check(config)
   if not path.exists():
     # Raises where the release to start from is missing or does not fit.
     initialise.plan(config, specs.stacks(config, model).values())

@@ -69,44 +69,50 @@ def layout(config: ConfigDict, share: float = 1.0) -> harvest.Layout:
 
 def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
   """The source of rows, and the facts that must be the same on resuming."""
-  a = config.activations
-  read = specs.site_list(config)
-  if a.store:
-    return _open_store(config, read, report)
+  if config.activations.store:
+    return _open_store(config, specs.site_list(config), report)
   tokenizer, store = prepare.open_text(config, workdir, report)
-  sequences = store.sequences(config.text.seq_len)
-  report(f'loading {config.lm.name}')
-  gemma, params = weights.load(
-    config.lm.name,
-    config.lm.checkpoint,
-    dtype=config.lm.dtype,
-    mesh=mesh,
-    num_layers=(
-      None if config.end_to_end.beta else 1 + max(site.layer for site in read)
-    ),
+  rows = prepare.shuffled(store.sequences(config.text.seq_len), config.seed)
+  text = harvest.Text(
+    functools.partial(prepare.batch, rows), special(tokenizer, store).keep
   )
-  rows = prepare.shuffled(sequences, config.seed)
-  source = harvest.ModelSource(
-    gemma,
-    params,
-    read,
-    harvest.Text(
-      functools.partial(prepare.batch, rows), special(tokenizer, store).keep
-    ),
-    layout(config, store.share),
-    mesh,
+  of_model = functools.partial(
+    _model_source, config, text, layout(config, store.share), mesh, report
   )
+  source = of_model(config.lm.name, config.lm.checkpoint)
   facts = {
     'model': config.lm.name,
     'model_dtype': config.lm.dtype,
-    'parameters': int(_checksum(params)),
+    'parameters': int(_checksum(source.params)),
     'seed': config.seed,
     'text': store.fingerprint,
   }
   kind = weights.quantisation(config.lm.name, config.lm.checkpoint)
   if kind:
     facts['quantisation'] = kind
+  if second := specs.second_model(config):
+    other = of_model(*second)
+    source = harvest.Pair(source, other)
+    facts['second_model'] = second[0]
+    facts['second_parameters'] = int(_checksum(other.params))
   return source, facts
+
+
+def _model_source(
+  config: ConfigDict, text, sizes, mesh, report, *model: str
+) -> harvest.ModelSource:
+  """Rows of the model (name, checkpoint) at the sites of the run."""
+  read = [site for site in specs.site_list(config) if not site.second]
+  report(f'loading {" from ".join(filter(None, model))}')
+  gemma, params = weights.load(
+    *model,
+    dtype=config.lm.dtype,
+    mesh=mesh,
+    num_layers=(
+      None if config.end_to_end.beta else 1 + max(site.layer for site in read)
+    ),
+  )
+  return harvest.ModelSource(gemma, params, read, text, sizes, mesh)
 
 
 def _open_store(config, read, report):
@@ -183,9 +189,9 @@ def _nulls(group: Sequence[specs.SaeSpec]) -> jax.Array | None:
 
 
 def _index(sites_of_stack, wanted, layers: int):
-  """Place of a site in the stack's list; with several layers one of each."""
+  """Place in the stack's list of the site, or of each layer's or model's."""
   index = [sites_of_stack.index(site) for site in wanted]
-  return index if layers else index[0]
+  return index if layers or len(index) > 1 else index[0]
 
 
 def _fields_of(cls: type, section: ConfigDict) -> dict[str, Any]:

@@ -87,7 +87,8 @@ class Setting(NamedTuple):
 
   value: jax.Array  # [S] sparsity, see `objectives`
   learning_rate: jax.Array  # [S]
-  reads: jax.Array  # [S] index into the stack's sites; [S, L] for L layers
+  # [S] index into the stack's sites; [S, L] for L layers, [S, 2] for two models
+  reads: jax.Array
   writes: jax.Array  # index into the stack's targets
   null: jax.Array | None = None  # [S] 0, or 1 + the index in `specs.NULLS`
 
@@ -193,8 +194,8 @@ class Stack:
           Member(state, setting, seeds),
         )
         rows = (
-          rows_at(x_NBD, member.setting.reads),
-          rows_at(y_MBD, member.setting.writes),
+          rows_at(x_NBD, member.setting.reads, self.module),
+          rows_at(y_MBD, member.setting.writes, self.module),
         )
         stepped = self.step_member(member, rows, step, key, gradient_of)
         return jax.tree.map(
@@ -370,10 +371,15 @@ class Stack:
     )
 
 
-def rows_at(x_NBD: jax.Array, index: jax.Array) -> jax.Array:
-  """Rows of one site [B, D], or of several [B, L, D]."""
+def rows_at(
+  x_NBD: jax.Array, index: jax.Array, module: sae.Autoencoder
+) -> jax.Array:
+  """Rows of one site [B, D], of L layers [B, L, D], of two models [B, 2 D]."""
   x = x_NBD[index]
-  return x if index.ndim == 0 else jnp.moveaxis(x, 0, 1)
+  if index.ndim == 0:
+    return x
+  x = jnp.moveaxis(x, 0, 1)
+  return x if module.layers else x.reshape(len(x), -1)
 
 
 def init_all(stacks: Sequence[Stack], key: jax.Array, mesh: Mesh):

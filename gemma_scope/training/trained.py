@@ -121,12 +121,7 @@ def saes(
         name: np.asarray(value)
         for name, value in trained.member_params(host, i).items()
       }
-      params = fold.fold(
-        params,
-        [normalisation[site] for site in member.sites],
-        [normalisation[site] for site in member.targets],
-        pre_encoder_bias=module.pre_encoder_bias,
-      )
+      params = _folded(params, member, normalisation, module)
       if not module.unit_decoder or config.train.refit_decoders:
         params = fold.fold_decoder_norm(params)
       both = {
@@ -150,8 +145,9 @@ def saes(
         'text': facts['text'],
         'code': gemma_scope.__version__,
       }
-      if quantisation := facts.get('quantisation'):
-        card['quantisation'] = quantisation
+      for key in ('quantisation', 'second_model'):
+        if key in facts:
+          card[key] = facts[key]
       if ends := specs.prefixes(config, member):
         card['matryoshka'] = list(ends)
       if member.null:
@@ -167,3 +163,15 @@ def saes(
         card['initialised_from'] = config.initialise.release
       out.append(release.in_memory(params, card))
   return out
+
+
+def _folded(params, member: specs.SaeSpec, normalisation, module):
+  """Parameters that take raw rows; those of two models stand side by side."""
+  read = [normalisation[site] for site in member.sites]
+  written = [normalisation[site] for site in member.targets]
+  if member.pair:
+    params, both = fold.side_by_side(params, read)
+    read = written = [both]
+  return fold.fold(
+    params, read, written, pre_encoder_bias=module.pre_encoder_bias
+  )

@@ -9,6 +9,7 @@ import pytest
 
 from gemma_scope import release, sites
 from gemma_scope.release import frontier, paths, table
+from gemma_scope.release.formats import export
 from tests.helpers import releases
 
 D, OUT, F = 8, 6, 12
@@ -320,3 +321,44 @@ def test_layers_are_named_shortly():
   assert table.architecture({'architecture': 'relu', 'affine': True}) == (
     'relu, affine'
   )
+
+
+def test_a_crosscoder_of_two_models_is_one_sae_of_rows_side_by_side(tmp_path):
+  both = ['resid_post/2', 'second:resid_post/2']
+  card = releases.card(
+      type='crosscoder', sites=both, targets=both, d_in=16, d_out=16,
+      width=25, second_model='tiny-it',
+  )  # fmt: skip
+  params = releases.params_of(d_in=16, width=25)
+  releases.save(tmp_path / 'out', [(params, card, {'l0': 5.2})])
+  (found,) = release.load_all(tmp_path / 'out')
+  assert found.path == 'crosscoder/layer_2/width_25/average_l0_5'
+  assert found.card == card and found.wiring.pair
+  assert str(found.wiring) == 'crosscoder resid_post/2 of two models'
+  np.testing.assert_array_equal(found.load()['W_dec'], params['W_dec'])
+  readme = (tmp_path / 'out' / 'README.md').read_text()
+  assert '1 model-diffing crosscoder (jumprelu)' in readme
+  assert 'Second language model: tiny-it' in readme
+  with pytest.raises(ValueError, match='gemma-scope diffing'):
+    found.wiring.check_one_model(found.name)
+  for layout in export.LAYOUTS:
+    with pytest.raises(release.ReleaseError, match='of two models'):
+      export.write(tmp_path / layout, [found], layout)
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'sites': ['second:resid_post/2', 'resid_post/2']},
+    {'sites': ['resid_post/2', 'second:resid_post/3']},
+    {'sites': ['resid_post/2', 'second:mlp_out/2']},
+    {'sites': ['second:resid_post/2']},
+    {'targets': ['resid_post/2']},
+    {'type': 'sae'},
+  ],
+)
+def test_other_sites_of_two_models_are_refused(change):
+  both = ['resid_post/2', 'second:resid_post/2']
+  card = {'type': 'crosscoder', 'sites': both, 'targets': both} | change
+  with pytest.raises(ValueError, match='one site of both'):
+    sites.wiring_of(card)

@@ -224,3 +224,35 @@ def test_fold_decoder_norm_silences_a_latent_that_writes_nothing(params):
 def test_latents_that_are_ranked_keep_their_norms():
   with pytest.raises(ValueError, match='TopK'):
     fold.fold_decoder_norm(single(k=3))
+
+
+@pytest.mark.parametrize('with_centres', [False, True])
+def test_two_models_side_by_side_have_a_normalisation_each(with_centres):
+  rng = np.random.default_rng(4)
+  params = {
+    'W_enc': rng.normal(size=(2 * D, F)),
+    'b_enc': 0.1 * rng.normal(size=F),
+    'W_dec': rng.normal(size=(F, 2 * D)),
+    'b_dec': 0.3 * rng.normal(size=2 * D),
+    'threshold': rng.uniform(0.05, 0.5, F),
+  }
+  params = {key: array.astype(np.float32) for key, array in params.items()}
+  of_models = centred([3.0, 7.0], D, 5) if with_centres else scales(3.0, 7.0)
+  moved, both = fold.side_by_side(params, of_models)
+  raw = fold.fold(moved, [both], [both], pre_encoder_bias=True)
+  x = 4 * rng.normal(size=(20, 2 * D))
+  halves = np.split(x, 2, 1)
+  normal = np.concatenate(
+    [n.apply(half) for n, half in zip(of_models, halves, strict=True)], 1
+  )
+  f, y = forward(params, normal, params['b_dec'])
+  f_raw, y_raw = forward(raw, x)
+  unit = np.sqrt(3.0 * 7.0)
+  np.testing.assert_allclose(f_raw, unit * f, rtol=1e-4, atol=1e-4)
+  undone = np.concatenate(
+    [
+      n.undo(half) for n, half in zip(of_models, np.split(y, 2, 1), strict=True)
+    ],
+    1,
+  )
+  np.testing.assert_allclose(y_raw, undone, rtol=1e-4, atol=1e-3)

@@ -61,7 +61,8 @@ def latents(one, state, i, rows):
   """Of a member on a batch of normalised rows, as they are released."""
   params = {name: value[i] for name, value in state.params.items()}
   released = one.module.released(params, state.theta[i], one.setting.value[i])
-  x = stack.rows_at(jnp.stack([rows[s] for s in SITES]), one.setting.reads[i])
+  rows_NBD = jnp.stack([rows[s] for s in SITES])
+  x = stack.rows_at(rows_NBD, one.setting.reads[i], one.module)
   x -= params['b_dec']
   terms = 'bld,ldf->blf' if one.module.layers else 'bd,df->bf'
   z = jnp.einsum(terms, x, released['W_enc']) + released['b_enc']

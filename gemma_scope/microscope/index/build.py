@@ -205,6 +205,8 @@ def build(
     An `Index` for each SAE, in their order.
   """
   how = how or How()
+  for sae in saes:
+    sae.wiring.check_one_model(sae.name)
   saes = [sae.loaded() for sae in saes]
   reader = _Reader((gemma, lm_params), saes, text, how)
   finished = [counts.finish() for counts in _first_pass(reader, text, how)]

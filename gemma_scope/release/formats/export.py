@@ -107,6 +107,10 @@ def check_free(target: pathlib.Path, overwrite: bool) -> None:
 
 def _write_one(folder: pathlib.Path, sae: Released, layout: str) -> None:
   try:
+    if sae.wiring.pair:
+      raise files.Refused(
+        f'is a {sae.wiring}, for which no other layout has a place'
+      )
     params, card = sae_folder.fit(sae.load(), sae.card), sae.card
     if layout == 'saelens':
       saelens.write(folder, params, card)

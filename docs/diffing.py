@@ -203,7 +203,7 @@ def score(out: pathlib.Path, run: pathlib.Path, length: int = 128) -> None:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--out', type=pathlib.Path, default='runs/implant')
-  parser.add_argument('--steps', type=int, default=400)
+  parser.add_argument('--steps', type=int, default=300)
   parser.add_argument('--score', type=pathlib.Path)
   given = parser.parse_args()
   if given.score:
@@ -212,8 +212,8 @@ def main() -> None:
   write_texts(given.out / 'texts', logs=400, modules=400)
   gemma, params = weights.load('tiny')
   tokenizer = tokenizers.Tokenizer(weights.tokenizer('tiny'))
-  batches = mixture(given.out / 'texts', tokenizer, (16, 128), given.steps)
-  params, losses = fine_tune(gemma, params, batches, 1e-3)
+  batches = mixture(given.out / 'texts', tokenizer, (8, 96), given.steps)
+  params, losses = fine_tune(gemma, params, batches, 2e-3)
   weights.save_safetensors(given.out / 'model', gemma.config, params, {})
   first, last = np.mean(losses[:10]), np.mean(losses[-10:])
   print(f'loss {first:.3f} -> {last:.3f} in {len(losses)} steps')

@@ -313,6 +313,8 @@ MINUS_ONE = {'initialise.layer', 'mesh.data', 'mesh.sae', 'mesh.latent'}
 ANY_TEXT = {
   'lm.name',
   'lm.checkpoint',
+  'lm.second.name',
+  'lm.second.checkpoint',
   'lm.tokenizer',
   'text.source',
   'text.column',
@@ -370,7 +372,10 @@ def test_every_wrong_value_of_every_field_is_a_sentence(name):
   section, _, field = name.rpartition('.')
   for wrong in wrong_values(name, value):
     plain = copy.deepcopy(right.to_dict())
-    (plain[section] if section else plain)[field] = wrong
+    holder = plain
+    for part in filter(None, section.split('.')):
+      holder = holder[part]
+    holder[field] = wrong
     started = time.monotonic()
     with pytest.raises(config_lib.ConfigError) as error:
       config_lib.check(ConfigDict(plain))

@@ -1,20 +1,14 @@
-"""Two models compared: nothing where they are one, the domain where one was
-taught it."""
+"""A model against itself: nothing differs, and what was stopped continues."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
-import numpy as np
 import pytest
 
-from docs import diffing as implant
 from gemma_scope import config as config_lib
 from gemma_scope import diffing, release
-from gemma_scope.language_model import weights
 from gemma_scope.runtime import interrupt
-from gemma_scope.text import tokenizers
 from tests.helpers import runs
 
 PAIR = {
@@ -107,71 +101,3 @@ def test_a_comparison_of_nothing_is_refused(changes, words, tmp_path):
   with pytest.raises(config_lib.ConfigError, match=words):
     diffing.run(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
-
-
-@pytest.fixture(scope='module')
-def taught(tmp_path_factory):
-  """A copy that has learned the logs of ships, and the comparison."""
-  folder = tmp_path_factory.mktemp('taught')
-  implant.write_texts(folder / 'texts', logs=40, modules=60)
-  gemma, params = weights.load('tiny')
-  tokenizer = tokenizers.Tokenizer(weights.tokenizer('tiny'))
-  batches = implant.mixture(folder / 'texts', tokenizer, (8, 48), 200)
-  tuned, losses = implant.fine_tune(gemma, params, batches, 2e-3)
-  named = dataclasses.replace(gemma.config, name='sailor')
-  weights.save_safetensors(folder / 'model', named, tuned, {})
-  config = runs.small(
-    folder,
-    **PAIR
-    | {
-      'lm.second.name': 'sailor',
-      'lm.second.checkpoint': str(folder / 'model'),
-      'collection.layers': (2,),
-      'collection.widths': (256,),
-      'collection.sparsity': (8.0,),
-      'train.steps': 600,
-      'train.decay': 200,
-      'train.learning_rate': 8e-3,
-      'train.b2': 0.99,
-      'train.batch': 128,
-      'train.dead_after': 5000,
-      'train.active_limit': 0,
-      'activations.chunk_rows': 8192,
-      'activations.lm_batch': 16,
-      'metrics.every': 50,
-      'checkpoint.every': 600,
-      'evaluation.sequences': 32,
-    },
-  )
-  diffing.run(config, folder / 'run', 4, lambda line: None)
-  (each,) = release.load_all(folder / 'run' / 'release')
-  result = json.loads((folder / 'run' / diffing.RESULT).read_text())
-  models = (gemma, params), (gemma, tuned)
-  return losses, models, each, result, tokenizer
-
-
-def test_specific_latents_find_the_domain_that_a_copy_was_taught(taught):
-  losses, models, each, result, tokenizer = taught
-  assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
-  assert not result['same_parameters']
-  (compared,) = result['crosscoders']
-  latents, controls = implant.specific(compared)
-  texts = ''.join(implant.log(900 + i) for i in range(4)), _library()
-  rows = [implant.rows_of(text, tokenizer, 48) for text in texts]
-  found = implant.recall(models, each, latents, *rows)
-  beside = implant.recall(models, each, controls, *rows)
-  assert latents and found['inside'] > 0.5 > found['outside']
-  assert found['auc'] > beside['auc'] + 0.1
-  # They do something in the model that has them, and less in the other.
-  for row in compared['ablations']['specific']:
-    kl = {m: row['effect'][m]['kl']['value'] for m in ('first', 'second')}
-    assert kl['second'] > kl['first']
-
-
-def _library() -> str:
-  return '\n'.join(
-    (runs.pathlib.Path(runs.os.__file__).parent / f'{name}.py').read_text()[
-      :6000
-    ]
-    for name in ('queue', 'shelve')
-  )

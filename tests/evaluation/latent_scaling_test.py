@@ -140,8 +140,8 @@ def test_controls_fire_as_often_and_serve_once(measured):
     rho_F=np.array([0.5, 0.5, 0.5, 1.0, 1.0]),
     fired_F=np.array([10.0, 100.0, 1000.0, 90.0, 120.0]),
   )
-  assert latent_scaling.alike(scaled, [3, 4]) == [1, 0]
-  assert latent_scaling.alike(scaled, [3, 4, 3, 4]) == [1, 0, 2]
+  assert latent_scaling.alike(scaled, [3, 4]) == [1, 2]
+  assert latent_scaling.alike(scaled, [3, 4, 3, 4]) == [1, 2, 0]
 
 
 def test_a_latent_that_never_fires_is_of_no_kind(measured):

@@ -209,6 +209,25 @@ class Autoencoder(nn.Module):
         axis=1,
       )
 
+  def write_blocks(self, f: jax.Array, count: int) -> jax.Array:
+    """`write` of each of `count` equal parts of a layer's latents, [K, B, D].
+
+    A part that lies in one shard of the latents is written there.
+    """
+    width = self.latent_shape[-1] // count
+    f = f.reshape(*f.shape[:-1], count, width)
+    W_dec = self.W_dec.reshape(*self.W_dec.shape[:-2], count, width, self.d_out)
+    with jax.named_scope('decoder'):
+      if not self.layers:
+        return self._matmul('bkf,kfd->kbd', f, W_dec)
+      return jnp.stack(
+        [
+          self._matmul('blkf,lkfd->kbd', f[:, : m + 1], W_dec[: m + 1, m])
+          for m in range(self.layers)
+        ],
+        axis=2,
+      )
+
   def read(
     self, y: jax.Array, candidates: sparse.Candidates | None = None
   ) -> jax.Array:

@@ -2,6 +2,7 @@
 
 Reading order; a module imports only from those above it:
 
+  prefixes    of a Matryoshka SAE, on latents that devices share
   objectives  the loss of one SAE
   resampling  dead latents begun anew
   optimizer   Adam and the schedules of a run

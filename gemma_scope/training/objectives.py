@@ -56,6 +56,7 @@ from jax.sharding import Mesh
 
 from gemma_scope import sae
 from gemma_scope.sae import activation_functions, sparse
+from gemma_scope.training import prefixes
 
 # The penalties whose value is a target L0.
 _TINY = 1e-12
@@ -79,6 +80,7 @@ class Objective:
       latents.
     prefixes: ends of the Matryoshka prefixes, of each layer's latents; the
       last is all of them.
+    shards: number of devices that share the latents of each layer.
   """
 
   penalty: str
@@ -93,6 +95,7 @@ class Objective:
   auxk_latents: int = 0
   active_set: bool = False
   prefixes: tuple[int, ...] = ()
+  shards: int = 1
 
   @property
   def needs_all(self) -> bool:
@@ -183,9 +186,8 @@ def loss(
   with jax.named_scope('objective'):
     left_BD = y_BD - bound.offset(x_BD)
     errors = []
-    for start, stop in _parts(objective, module):
-      part = slice(start, stop) if objective.prefixes else slice(None)
-      left_BD = left_BD - bound.write(latents.f_BF, part, candidates)
+    for added_BD in _added(bound, objective, latents.f_BF, candidates):
+      left_BD = left_BD - added_BD
       errors.append(_mean_square(left_BD))
     squared_error = errors[-1]
     reconstruction, more = sum(errors) / len(errors), {}
@@ -293,10 +295,12 @@ def _mean_square(x_BD) -> jax.Array:
   return jnp.sum(jnp.square(x_BD)) / x_BD.shape[0]
 
 
-def _parts(objective: Objective, module: sae.Autoencoder):
-  """Start and end of the latents that each Matryoshka prefix adds."""
-  ends = objective.prefixes or (module.latent_shape[-1],)
-  return list(zip((0, *ends), ends, strict=False))
+def _added(bound, objective, f_BF, candidates):
+  """What each Matryoshka prefix adds, or all latents at once."""
+  if not objective.prefixes:
+    return [bound.write(f_BF, candidates=candidates)]
+  ends, shards = objective.prefixes, objective.shards
+  return prefixes.added(bound, ends, shards, f_BF, candidates)
 
 
 def _penalty(objective, latents, p_F, norms, batch) -> jax.Array:

@@ -215,8 +215,11 @@ class Stack:
       room = room._replace(
         agree=lambda fits: jax.lax.pmin(fits.astype(jnp.int32), 'place') > 0
       )
+    objective = self.objective
+    if mesh:
+      objective = dataclasses.replace(objective, shards=mesh.shape['latent'])
     gradient_of = functools.partial(
-      objectives.value_and_grad, self.module, self.objective, room=room
+      objectives.value_and_grad, self.module, objective, room=room
     )
     if places == 1:
       return of_place(*members)

@@ -216,6 +216,8 @@ class Flags:
     debug = '--debug' in arguments
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
+    if not debug:
+      logging.get_absl_handler().addFilter(_is_not_told)
     with contextlib.suppress(absl_flags.Error):
       absl_flags.FLAGS.mark_as_parsed()  # libraries have flags of their own
     if '--help' in arguments or '-h' in arguments:
@@ -315,6 +317,14 @@ class Flags:
         )
       )
     return examples('\n'.join(lines))
+
+
+def _is_not_told(record: Any) -> bool:
+  """Whether a log record is no traceback of Orbax.
+
+  It logs several for a save that failed, which a sentence tells.
+  """
+  return not (record.exc_info and '/orbax/' in record.pathname)
 
 
 def _end(message: str) -> NoReturn:

@@ -1,16 +1,14 @@
 """Files and folders written whole, and files opened warily.
 
 A writer works on a hidden draft beside the target, `.NAME.partial-HOST-PID-N`,
-syncs it to disk and renames it: readers meet the old file or the new one, and
-never half of one, whenever a process or a machine stops. A draft that a killed
-process left behind is removed by the next writer of the same target.
+syncs it to disk and renames it: readers meet the old file or the new one, never
+half of one. A draft that a killed process left is removed by the next writer.
 
 `open_plain` opens a file of unknown origin: a plain file under a size cap. What
 it refuses is `Refused`, an error of one sentence.
 
 An address ('gs://bucket/run') is no path: `pathlib` would make a local folder
-named 'gs:' of it. `refuse_address` is called wherever a path
-comes in, and every writer refuses what is left of an address.
+named 'gs:' of it. `refuse_address` is called wherever a path comes in.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -85,24 +84,21 @@ def show(name: object) -> str:
 def near(path: PathLike) -> str:
   """' Did you mean ...?' for a path that does not exist; '' without a guess.
 
-  The first part of the path that does not exist is compared with the names
-  beside it.
+  The first part that does not exist is compared with the names beside it.
   """
-  parts = pathlib.Path(path).parts
-  for i in range(1, len(parts) + 1):
-    part = pathlib.Path(*parts[:i])
+  path = pathlib.Path(path)
+  for part in (*reversed(path.parents), path):
     if part.exists():
       continue
     try:
-      names = sorted(entry.name for entry in part.parent.iterdir())
+      names = sorted(os.listdir(part.parent))
     except OSError:
       return ''
-    guess = difflib.get_close_matches(part.name, names, 1)
-    if not guess:
-      return ''
-    found = part.parent / guess[0]
-    whole = found.joinpath(*parts[i:])
-    return f' Did you mean {show(whole if whole.exists() else found)}?'
+    for guess in difflib.get_close_matches(part.name, names, 1):
+      found = part.with_name(guess)
+      whole = found / path.relative_to(part)
+      return f' Did you mean {show(whole if whole.exists() else found)}?'
+    break
   return ''
 
 
@@ -121,8 +117,7 @@ def shortened(source: str) -> str:
       return source
   elif kind not in ('files', 'arrayrecord'):
     return source
-  short = shortened_path(path)
-  name, space, digest = short.partition(' (')
+  name, space, digest = shortened_path(path).partition(' (')
   return f'{kind}{colon}{name}{suffix}{space}{digest}'
 
 
@@ -185,8 +180,7 @@ def whole_folder(
 
   Args:
     path: of the folder; the folders above it are made.
-    replace: whether a folder that has files may be replaced. If False,
-      FileExistsError is raised where one is there when the block ends.
+    replace: whether one that has files is replaced; else FileExistsError.
 
   Yields:
     An empty folder to write into.
@@ -196,8 +190,9 @@ def whole_folder(
   aside = path.with_name(f'.{path.name}.replaced')
   with _naming(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    if replace and aside.exists() and not path.exists():
-      os.rename(aside, path)  # the last writer stopped between two renames
+    with _turn(path.parent):
+      if replace and aside.exists() and not path.exists():
+        os.rename(aside, path)  # the last writer stopped between two renames
     with _draft(path) as draft:
       os.mkdir(draft)
       yield draft
@@ -205,20 +200,21 @@ def whole_folder(
         for name in names:
           _sync(os.path.join(folder, name))
         _sync(folder)
-      if replace and path.exists():
-        _remove(aside)
-        os.rename(path, aside)
-      try:
-        os.rename(draft, path)
-      except OSError as error:
-        if path.exists():
-          raise FileExistsError(f'{show(path)} is not empty') from error
-        if aside.exists():
-          os.rename(aside, path)
-        raise
-    _sync(path.parent)
-  if replace:
-    _remove(aside)
+      with _turn(path.parent):
+        if replace and path.exists():
+          _remove(aside)
+          os.rename(path, aside)
+        try:
+          os.rename(draft, path)
+        except OSError as error:
+          if path.exists():
+            raise FileExistsError(f'{show(path)} is not empty') from error
+          if aside.exists():
+            os.rename(aside, path)
+          raise
+        _sync(path.parent)
+        if replace:
+          _remove(aside)
   uploads.publish(path)
 
 
@@ -227,10 +223,9 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
   """Turns an error of the system into a sentence that names the target."""
   try:
     yield
-  except (NotWritten, FileExistsError):
-    raise
   except OSError as error:
-    if not _is_of_writing(error, path):
+    told = isinstance(error, (NotWritten, FileExistsError))
+    if told or not _is_of_writing(error, path):
       raise
     why = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -238,8 +233,7 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
         above = next(p for p in path.parents if p.exists())
         why += f', {shutil.disk_usage(above).free:,} bytes are free'
     sentence = NotWritten(
-      f'{show(path)} could not be written ({why}); what was there before is '
-      'unchanged.'
+      f'{show(path)} could not be written ({why}); what was there is unchanged.'
     )
     sentence.errno = error.errno
     raise sentence from error
@@ -250,7 +244,7 @@ def _is_of_writing(error: OSError, path: pathlib.Path) -> bool:
   if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
     return True
   if error.filename is None:  # of an open file
-    return error.errno in (errno.EIO, errno.ESTALE)
+    return error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
   name = os.path.abspath(error.filename)
   target = os.path.abspath(path)
   draft = os.path.join(os.path.dirname(target), f'.{path.name}.')
@@ -284,6 +278,9 @@ def read_json(path: PathLike) -> dict[str, Any]:
       found = json.load(file)
     if not isinstance(found, dict):
       raise ValueError('it is not a JSON object')
+  except OSError as error:
+    error.filename = os.fspath(path)  # a read that fails names no file
+    raise
   except (ValueError, RecursionError) as error:
     raise Refused(f'{show(path)} is damaged ({str(error)[:100]}).') from None
   return found
@@ -291,8 +288,12 @@ def read_json(path: PathLike) -> dict[str, Any]:
 
 def sha256(path: PathLike) -> str:
   """SHA-256 of a file's bytes, in hexadecimal."""
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
+  try:
+    with open(path, 'rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
+  except OSError as error:
+    error.filename = os.fspath(path)  # a read that fails names no file
+    raise
 
 
 def json_sha256(value: Any, **options: Any) -> str:
@@ -324,21 +325,21 @@ def open_plain(
   except FileNotFoundError:
     raise Refused('does not exist') from None
   except (OSError, ValueError) as error:
-    why = f'cannot be opened ({error})'
     if os.path.islink(path):
-      why = 'is a symbolic link'
-    raise Refused(why) from None
+      raise Refused('is a symbolic link') from None
+    raise Refused(f'cannot be opened ({error})') from None
   try:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
       raise Refused('is not a plain file')
     if status.st_size > max_bytes:
       raise Refused(
-        f'has {status.st_size:,} bytes, and at most {max_bytes:,} are '
-        'expected here'
+        f'has {status.st_size:,} bytes, and at most {max_bytes:,} are expected'
       )
     with open(descriptor, 'rb', buffering=0, closefd=False) as file:
       yield file, status.st_size
+  except OSError as error:
+    raise Refused(f'cannot be read ({error})') from None
   finally:
     os.close(descriptor)
 
@@ -353,9 +354,8 @@ def _cached(path: PathLike) -> PathLike:
   real = pathlib.Path(os.path.realpath(path))
   for above in pathlib.Path(os.path.abspath(path)).parents:
     if above.name == 'snapshots':
-      if real.parent == (above.parent / 'blobs').resolve():
-        return real
-      break
+      is_blob = real.parent == (above.parent / 'blobs').resolve()
+      return real if is_blob else path
   return path
 
 
@@ -366,7 +366,8 @@ def _draft(path: pathlib.Path) -> Iterator[pathlib.Path]:
   for name in os.listdir(path.parent):
     if name.startswith(start) and name not in _in_flight:
       process = name.removeprefix(start).split('-')[0]
-      if process.isdigit() and not _other_is_alive(int(process)):
+      ours = process == str(os.getpid())  # of one that had our number
+      if process.isdigit() and (ours or not is_alive(int(process))):
         _remove(path.with_name(name))
   name = f'{start}{os.getpid()}-{next(_numbers)}'
   _in_flight.add(name)
@@ -375,11 +376,6 @@ def _draft(path: pathlib.Path) -> Iterator[pathlib.Path]:
   finally:
     _remove(path.with_name(name))
     _in_flight.discard(name)
-
-
-def _other_is_alive(process: int) -> bool:
-  """Whether a process other than this one has the number."""
-  return process != os.getpid() and is_alive(process)
 
 
 def is_alive(process: int) -> bool:
@@ -391,6 +387,18 @@ def is_alive(process: int) -> bool:
   except OSError:  # it belongs to another user
     return True
   return True
+
+
+@contextlib.contextmanager
+def _turn(folder: pathlib.Path) -> Iterator[None]:
+  """Processes take turns to replace a folder's entries, if it has locks."""
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    with contextlib.suppress(OSError):
+      fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(descriptor)
 
 
 def _sync(path: PathLike) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
+from absl import logging as absl_logging
 
 import launch
 from gemma_scope import command_line
@@ -150,6 +152,18 @@ def test_an_error_of_the_work_is_shown_as_its_sentence(capsys):
   with pytest.raises(KeyError):  # a mistake of ours
     with flags.parse([]):
       raise KeyError('x')
+
+
+def test_orbax_shows_no_tracebacks_of_a_save_that_failed(capsys):
+  with command_line.Flags('x', name='x', needs_flags=False).parse([]):
+    handler = absl_logging.get_absl_handler()
+  error = OSError, OSError(5, 'Input/output error'), None
+  for path, shown in (
+    ('/lib/orbax/checkpoint/_src/futures/future.py', False),
+    ('/lib/gemma_scope/runtime/checkpoints.py', True),
+  ):
+    record = logging.LogRecord('absl', 40, path, 1, 'failed', None, error)
+    assert bool(handler.filter(record)) is shown
 
 
 def test_a_path_that_does_not_exist_is_suggested(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import os
 import pathlib
@@ -66,6 +67,17 @@ def test_a_stop_between_two_renames_loses_nothing(tmp_path):
   with pytest.raises(KeyError), files.whole_folder(path, replace=True):
     raise KeyError
   assert names(path) == ['old'] and names(tmp_path) == ['a']
+
+
+def test_writers_that_replace_one_folder_at_once_take_turns(tmp_path):
+  def write(writer):
+    for number in range(25):
+      with files.whole_folder(tmp_path / 'a', replace=True) as draft:
+        (draft / f'{writer}-{number}').touch()
+
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    list(pool.map(write, range(4)))  # raises what a writer raised
+  assert len(names(tmp_path / 'a')) == 1 and names(tmp_path) == ['a']
 
 
 @pytest.mark.parametrize('what', ['whole_file', 'whole_folder'])

@@ -32,6 +32,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _SLACK = 16 << 20  # bytes of indices and metadata, generously
-_PATIENCE_S = 60.0  # for a thread of a save that failed
+_STUMBLE = re.compile('Input/output error|Stale file|[Tt]imed out')
 _STEP = re.compile(r'0|[1-9][0-9]*')
 _LEFTOVER = re.compile(r'\d+(\.orbax-checkpoint-tmp.*|\.todelete)')
 
@@ -112,15 +113,11 @@ class Checkpoints:
     self._pending: tuple[int, int] | None = None  # step, bytes it needs
     # AsyncCheckpointer, not CheckpointManager: the manager lists steps from
     # memory, deletes old ones in place and owns a preemption handler.
-    # Folders are made before `save` returns: threads that wait for a folder
-    # which cannot be made would wait for minutes.
+    # A thread that waits for a folder which cannot be made waits for minutes.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    items = ocp.CompositeOptions(async_options=options)
     self._orbax = ocp.AsyncCheckpointer(
-      ocp.CompositeCheckpointHandler(
-        'state',
-        'meta',
-        composite_options=ocp.CompositeOptions(async_options=options),
-      ),
+      ocp.CompositeCheckpointHandler('state', 'meta', composite_options=items),
       async_options=options,
     )
 
@@ -169,7 +166,6 @@ class Checkpoints:
     leaves, _ = checksums.named(state)
     self._prepare()
     if step in self.steps():
-      _log.info('Step %d is already saved in %s.', step, self._folder)
       return
     need = sum(map(checksums.num_bytes, leaves.values())) * 21 // 20 + _SLACK
     free = checksums.from_all(self._free())  # all must decide alike
@@ -239,7 +235,6 @@ class Checkpoints:
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in self._folder.iterdir():
           if _LEFTOVER.fullmatch(path.name):
-            _log.info('Removing %s, left by a run that was killed.', path)
             path.rmtree()
       except OSError as error:
         problem = f'{self._folder} cannot hold checkpoints: {error}.'
@@ -267,10 +262,12 @@ class Checkpoints:
     )
     for thread in threading.enumerate():  # its threads may still be writing
       if type(thread).__module__.startswith('orbax.'):
-        threading.Thread.join(thread, _PATIENCE_S)
+        threading.Thread.join(thread, 60.0)
     if jax.process_index() == 0 and self._local:
-      for path in self._folder.glob(f'{step}.orbax-checkpoint-tmp*'):
-        shutil.rmtree(path, ignore_errors=True)
+      for pause_s in (0, 0.1, 0.4):  # Orbax may still be making folders
+        time.sleep(pause_s)
+        for path in self._folder.glob(f'{step}.orbax-checkpoint-tmp*'):
+          shutil.rmtree(path, ignore_errors=True)
     if self._local and (full or free < need):
       return CheckpointError(self._full(step, need, free))
     return CheckpointError(
@@ -316,17 +313,20 @@ class Checkpoints:
     self.wait()
     damaged = []
     for step in reversed(checksums.from_all(self.steps())[0]):
-      value, problem = None, None
-      try:
-        value = load(step)
-      except _Damaged as error:
-        problem = str(error)
-      # One process's damage is everyone's: all must take the same step.
-      problem = next(filter(None, checksums.from_all(problem)), None)
-      if problem is None:
-        for bad in damaged:
-          self._set_aside(bad)
-        return step, value
+      for _ in range(2):
+        value, problem = None, None
+        try:
+          value = load(step)
+        except _Damaged as error:
+          problem = str(error)
+        # One process's damage is everyone's: all must take the same step.
+        problem = next(filter(None, checksums.from_all(problem)), None)
+        if problem is None:
+          for bad in damaged:
+            self._set_aside(bad)
+          return step, value
+        if not _STUMBLE.search(problem):
+          break
       value = None  # before the next step needs the memory
       if not self._exists(step):
         continue  # pruned by the run that owns the folder, while we read

@@ -144,10 +144,15 @@ class Lease:
     self._stop.set()
     self._thread.join()
     self._thread = None
-    with self._mutex():
-      holder = self._read()
-      if holder and holder.get('token') == self._token:
-        self._path.unlink()
+    try:
+      with self._mutex():
+        holder = self._read()
+        if holder and holder.get('token') == self._token:
+          self._path.unlink()
+    except OSError as error:  # the next run finds that this process is gone
+      _log.warning(
+        'The lease of %s could not be given back: %s.', self._folder, error
+      )
 
   def check(self):
     """Raises LeaseError when another run took the folder (call per save).

@@ -57,6 +57,11 @@ def watched(
         tell('read', None)
       return super().readinto(buffer)
 
+    def read(self, size=-1):
+      if 'r' in kinds:
+        tell('read', None)
+      return super().read(size)
+
     def readall(self):
       if 'r' in kinds:
         tell('read', None)

@@ -83,9 +83,9 @@ def written(
   if first.outcome == 'broken':
     shutil.rmtree(target, ignore_errors=True)
     return first
-  left = _drafts(target)
-  if first.outcome == 'refused' and left:
-    first = Trial('broken', where, f'left behind: {left}')
+  if first.outcome == 'refused' and (left := _drafts(target)):
+    shutil.rmtree(target)
+    return Trial('broken', where, f'left behind: {left}')
   try:
     if first.outcome == 'refused':
       target.mkdir(exist_ok=True)
@@ -170,26 +170,60 @@ def full_disks(
       run, log = disk / 'run', folder / f'disk{number}.log'
       job.before(run)
       process = processes.start(log, processes.command, job.command(run))
-      process.join(300)
-      code, said = process.exitcode, log.read_text()
-      if code is None:
-        process.kill()
-        process.join()
-        yield Trial('broken', where, f'hangs: {said[-300:]}')
-        continue
-      last = kills.last_line(said)
-      if 'Traceback' in said or code < 0:
-        yield Trial('broken', where, f'exit code {code}: {said[-400:]}')
-        continue
-      grow(16 * need + 65536)
-      try:
-        kills.whole(job.command(run), log)
-        same = job.digest(run) == wanted
-      except (RuntimeError, ValueError, OSError) as error:
-        yield Trial('broken', where, f'with room again: {error}')
-        continue
-      good = 'refused' if code else 'survived'
-      yield Trial(good if same else 'wrong', where, last if code else '')
+      yield _judged(
+        process, job, disk, wanted, where, lambda: grow(16 * need + 65536)
+      )
+
+
+def filling_disks(
+  folder: pathlib.Path, times: int, job: kills.Job
+) -> Iterator[Trial]:
+  """Another program fills the disk at a random moment; then it has room."""
+  clean = folder / 'whole'
+  job.before(clean)
+  kills.whole(job.command(clean), folder / 'warm.log')
+  wanted = job.digest(clean)
+  shutil.rmtree(clean)
+  job.before(clean)
+  seconds = kills.whole(job.command(clean), folder / 'whole.log')
+  dice = random.Random(folder.name)
+  for number in range(times):
+    disk = folder / f'disk{number}'
+    with small_disk(disk, 65536):
+      run, log = disk / 'run', folder / f'disk{number}.log'
+      job.before(run)
+      process = processes.start(log, processes.command, job.command(run))
+      process.join(dice.uniform(0, seconds))
+      said = log.read_text() if log.exists() else ''
+      where = kills.phase(kills.last_line(said))
+      with contextlib.suppress(OSError), open(disk / 'other', 'wb') as file:
+        while True:
+          file.write(bytes(65536))
+      yield _judged(process, job, disk, wanted, where, (disk / 'other').unlink)
+
+
+def _judged(
+  process, job: kills.Job, disk: pathlib.Path, wanted: str, where, make_room
+) -> Trial:
+  """What came of a command on a full disk, and of the same with room."""
+  run, log = disk / 'run', disk.with_name(f'{disk.name}.log')
+  process.join(300)
+  code, said = process.exitcode, log.read_text() if log.exists() else ''
+  process.kill()
+  process.join()
+  if code is None:
+    return Trial('broken', where, f'hangs: {said[-300:]}')
+  if 'Traceback' in said or code < 0:
+    return Trial('broken', where, f'exit code {code}: {said[-400:]}')
+  make_room()
+  try:
+    kills.whole(job.command(run), log)
+    same = job.digest(run) == wanted
+  except (RuntimeError, ValueError, OSError) as error:
+    return Trial('broken', where, f'with room again: {error}')
+  good = 'refused' if code else 'survived'
+  detail = kills.last_line(said) if code else ''
+  return Trial(good if same else 'wrong', where, detail)
 
 
 def _disks(name: str, what: str, job: Callable[[pathlib.Path], kills.Job]):
@@ -199,6 +233,12 @@ def _disks(name: str, what: str, job: Callable[[pathlib.Path], kills.Job]):
     full=len(SHARES),
     quick=0,
   )(lambda folder, times: full_disks(folder, times, job(folder)))
+  fault(
+    f'fill-{name}',
+    f'a disk that another program fills during {what}; later the same end',
+    full=8,
+    quick=0,
+  )(lambda folder, times: filling_disks(folder, times, job(folder)))
 
 
 _disks('train', 'training', lambda f: kills.training(kills.tiny_run(f)))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 
 import pytest
 
-from gemma_scope import release
+from gemma_scope import files, release
 from gemma_scope.release.formats import export
 from gemma_scope.text import prepare
 from launch import faults
-from tests.faults import damage
+from tests.faults import calls, damage
 from tests.faults.catalogue import FAULTS
 from tests.faults.registry import Fault, Trial, attempt
 
@@ -58,6 +59,19 @@ def test_only_a_sentence_is_a_refusal(error, outcome):
   assert attempt(use, lambda value: True).outcome == outcome
   assert attempt(lambda: 3, lambda value: value == 3).outcome == 'survived'
   assert attempt(lambda: 4, lambda value: value == 3).outcome == 'wrong'
+
+
+def test_an_error_of_reading_names_its_file(tmp_path):
+  path = tmp_path / 'a'
+  path.write_bytes(b'x')
+  with calls.watched(tmp_path, 'r', calls.fails(1, errno.EIO)) as made:
+    with pytest.raises(OSError, match='Input/output error: .*/a'):
+      files.sha256(path)
+  assert made == ['open', 'read']
+  with calls.watched(tmp_path, 'r', calls.fails(0, errno.EIO)):
+    with pytest.raises(files.Refused, match='cannot be read'):
+      with files.open_plain(path, 5) as (file, _):
+        file.read()
 
 
 def test_the_command_lists_runs_and_refuses(capsys):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import random
 import signal
 import time
 from collections.abc import Iterator
@@ -115,7 +116,7 @@ class _Late(BaseException):
   """The command is at work."""
 
 
-def _try_all(folder: pathlib.Path, run: pathlib.Path, start: int, stop: int):
+def _try_all(folder: pathlib.Path, run: pathlib.Path, most: int):
   """Calls the commands one after the other; prints a line of JSON for each."""
   import launch
 
@@ -124,10 +125,9 @@ def _try_all(folder: pathlib.Path, run: pathlib.Path, start: int, stop: int):
 
   signal.signal(signal.SIGALRM, late)
   os.chdir(folder)
-  for number, case in enumerate(all_cases(folder, run)):
-    if not start <= number < stop:
-      continue
-    name, flag, what, words = case
+  cases = list(all_cases(folder, run))
+  random.Random(0).shuffle(cases)  # of every command, however few there are
+  for name, flag, what, words in cases[:most]:
     said, code, started = io.StringIO(), None, time.monotonic()
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
@@ -163,7 +163,7 @@ def flags(folder: pathlib.Path, times: int) -> Iterator[Trial]:
   (folder / 'a_file').write_text('x')
   (folder / 'an_empty_folder').mkdir()
   log = folder / 'flags.log'
-  process = processes.start(log, _try_all, folder, run, 0, times)
+  process = processes.start(log, _try_all, folder, run, times)
   process.join(1200)
   process.kill()
   process.join()

@@ -119,7 +119,7 @@ def chain(
     os.kill(process.pid, end.signal)
     process.join(end.patience_s)
     delay = time.monotonic() - started
-    code, said = process.exitcode, log.read_text()
+    code, said = process.exitcode, _text(log)
     process.kill()
     process.join()
     # Before Python runs the command, the signal ends the process as ever.

@@ -220,6 +220,22 @@ def test_a_flip_names_its_leaf_and_the_step_before_is_used(tmp_path, caplog):
     assert (tmp_path / '3.damaged-2').exists()
 
 
+def test_a_step_that_cannot_be_read_once_is_read_again(tmp_path, monkeypatch):
+  save_all(tmp_path, [1, 2])
+  with checkpoints.Checkpoints(tmp_path) as saves:
+    real, errors = saves._read, [OSError(5, 'Input/output error')]
+
+    def read(*given):
+      if errors:
+        raise errors.pop()
+      return real(*given)
+
+    monkeypatch.setattr(saves, '_read', read)
+    found = saves.restore(abstract(make_state(0)))
+    assert found.step == 2 and same(found.state, make_state(2))
+    assert saves.steps() == [1, 2] and not errors
+
+
 def test_all_damaged_is_an_error_and_moves_nothing(tmp_path):
   save_all(tmp_path, [1, 2])
   for step in '12':

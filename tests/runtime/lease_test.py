@@ -233,3 +233,16 @@ def test_refuse_changes_is_one_sentence():
   ) as e:
     changes.refuse_changes({'hash': 'x' * 200}, {'hash': 'y'}, what='text')
   assert len(str(e.value)) < 250 and '\n' not in str(e.value)
+
+
+def test_a_lease_that_cannot_be_given_back_hides_no_error(
+  tmp_path, monkeypatch, caplog
+):
+  def fail():
+    raise OSError(5, 'Input/output error')
+
+  with pytest.raises(KeyError, match='the first'):
+    with lease_lib.Lease(tmp_path) as held:
+      monkeypatch.setattr(held, '_read', fail)
+      raise KeyError('the first')
+  assert 'could not be given back' in caplog.text

@@ -37,7 +37,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   collection.sites = ('resid_post',)
   collection.architectures = ('batch_topk',)
   collection.sparsity = (32.0,) if model == 'gemma3-270m' else (16.0,)
-  collection.layers = (9,) if model == 'gemma3-270m' else (2,)
+  collection.layers = (9,) if model == 'gemma3-270m' else (2, 3)
   config.initialise.whitening = 0.0  # is for SAEs
   return suites.finish(config, argument)
 

@@ -28,6 +28,7 @@ import numpy as np
 import optax
 
 from gemma_scope import files, release, sae
+from gemma_scope.evaluation import latent_scaling
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice, weights
 from gemma_scope.text import sources, tokenizers
@@ -53,15 +54,22 @@ def log(seed: int, entries: int = 24) -> str:
   return '\n'.join(lines) + '\n'
 
 
+def library(count: int, split: str) -> list[str]:
+  """The beginnings of documents of Python's library."""
+  documents = zip(
+    range(count), sources.documents('python', split), strict=False
+  )
+  return [document.text[:4000] for _, document in documents]
+
+
 def write_texts(folder: pathlib.Path, logs: int, modules: int) -> None:
   """Files of the mixture: logs of ships, and documents of Python's library."""
   folder.mkdir(parents=True, exist_ok=True)
   for number in range(logs):
     (folder / f'log_{number:04}.txt').write_text(log(number))
-  library = sources.documents('python', 'train')
-  for number, document in zip(range(modules), library, strict=False):
+  for number, text in enumerate(library(modules, 'train')):
     name = f'library_{number:04}.txt'
-    (folder / name).write_text(document.text[:4000], encoding='utf-8')
+    (folder / name).write_text(text, encoding='utf-8')
 
 
 def rows_of(text: str, tokenizer, length: int) -> np.ndarray:
@@ -119,14 +127,6 @@ def mixture(texts: pathlib.Path, tokenizer, shape, steps: int, seed: int = 0):
     yield np.concatenate(half).astype(np.int32)
 
 
-def auc(inside: np.ndarray, outside: np.ndarray) -> float:
-  """P(a value inside is larger than one outside), ties counting half."""
-  order = np.sort(outside)
-  below = np.searchsorted(order, inside, 'left')
-  upto = np.searchsorted(order, inside, 'right')
-  return float((below + upto).mean() / 2 / len(order))
-
-
 def recall(models, each: release.Released, latents, inside, outside):
   """How well latents tell a domain's tokens from others.
 
@@ -138,11 +138,12 @@ def recall(models, each: release.Released, latents, inside, outside):
 
   Returns:
     The share of the domain's tokens, and of others, on which any of the latents
-    fires; the median of the latents' AUCs.
+    fires; of all their firings, the share that is on the domain's tokens, were
+    there as many of the others.
   """
   params, site = each.load(), each.wiring.sites[0]
   if not latents:
-    return {'inside': 0.0, 'outside': 0.0, 'auc': None}
+    return {'inside': 0.0, 'outside': 0.0, 'share': None}
 
   def of(tokens_NT):
     x = [
@@ -154,12 +155,12 @@ def recall(models, each: release.Released, latents, inside, outside):
       -1, len(latents)
     )
 
-  f_in, f_out = of(inside), of(outside)
-  aucs = [auc(a, b) for a, b in zip(f_in.T, f_out.T, strict=True)]
+  f_in, f_out = of(inside) > 0, of(outside) > 0
+  often = f_in.mean(), f_out.mean()
   return {
-    'inside': float((f_in > 0).any(1).mean()),
-    'outside': float((f_out > 0).any(1).mean()),
-    'auc': float(np.median(aucs)),
+    'inside': float(f_in.any(1).mean()),
+    'outside': float(f_out.any(1).mean()),
+    'share': float(often[0] / max(sum(often), 1e-12)),
   }
 
 
@@ -174,26 +175,33 @@ def specific(result: dict, model: str = 'second') -> tuple[list, list]:
 
 
 def score(out: pathlib.Path, run: pathlib.Path, length: int = 128) -> None:
-  """Prints recall and AUC of the run's crosscoders."""
+  """Prints where specific and shared latents of the run's crosscoders fire."""
   tokenizer = tokenizers.Tokenizer(weights.tokenizer('tiny'))
   logs = ''.join(log(10_000 + i) for i in range(24))
-  library = ''.join(
-    document.text[:4000]
-    for document, _ in zip(
-      sources.documents('python', 'eval'), range(24), strict=False
-    )
-  )
-  rows = [rows_of(text, tokenizer, length) for text in (logs, library)]
+  texts = logs, ''.join(library(24, 'eval'))
+  rows = [rows_of(text, tokenizer, length) for text in texts]
   models = [weights.load('tiny'), weights.load('tiny', str(out / 'model'))]
   result = files.read_json(run / 'diffing.json')
   saes = {each.name: each for each in release.load_all(run / 'release')}
-  print('| crosscoder | latents | fires on logs | on the library | AUC |')
+  print('| crosscoder | latents | fires on logs | on the library | share |')
   print('|---|---:|---:|---:|---:|')
   for each in result['crosscoders']:
-    kinds = zip(('specific', 'shared'), specific(each), strict=True)
-    for kind, latents in kinds:
-      found = recall(models, saes[each['name']], latents, *rows)
-      shown = '-' if found['auc'] is None else f'{found["auc"]:.3f}'
+    crosscoder = saes[each['name']]
+    scales = [
+      crosscoder.card['scales'][str(site)] for site in crosscoder.wiring.sites
+    ]
+    rho_F = latent_scaling.Decoders.of(
+      crosscoder.load(), scales
+    ).relative_norm()
+    order, middle = np.argsort(-rho_F).tolist(), len(rho_F) // 2
+    kinds = dict(
+      zip(('specific', 'shared, as often'), specific(each), strict=True)
+    )
+    kinds['of largest relative norm'] = order[:20]
+    kinds['of middle relative norm'] = order[middle - 10 : middle + 10]
+    for kind, latents in kinds.items():
+      found = recall(models, crosscoder, latents, *rows)
+      shown = '-' if found['share'] is None else f'{found["share"]:.0%}'
       print(
         f'| {each["name"]} | {len(latents)} {kind} | {found["inside"]:.1%} | '
         f'{found["outside"]:.1%} | {shown} |'

@@ -6,7 +6,6 @@ same ids and have sites of the same widths. Nothing of the weights is read here.
 
 from __future__ import annotations
 
-import functools
 import json
 
 from ml_collections import ConfigDict
@@ -71,7 +70,6 @@ def _named(model: Model) -> str:
   return f'{name} ({checkpoint})' if checkpoint else name
 
 
-@functools.lru_cache(maxsize=4)
 def _difference(first: str, second: str) -> str:
   """The first id at which two tokenizers differ; '' where none does."""
   was, now = tokenizers.Tokenizer(first), tokenizers.Tokenizer(second)

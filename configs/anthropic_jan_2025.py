@@ -11,6 +11,7 @@
 
 For comparison with Gemma Scope's SAEs at several L0; not a published suite.
 Chip-hours and GB of state: configs/suites.py; the model's pass adds 58 h.
+For v5p:2x2x1 (gemma-scope compile-check --suites=anthropic_jan_2025).
 
   L' = |x' - x_hat'|^2 + A sum_i tanh(4 f'_i n_i)
        + B sum_i max(theta'_i - z'_i, 0) n_i          n_i = |W_dec[i]|, free

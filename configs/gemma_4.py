@@ -29,6 +29,7 @@ What is particular to these models (gemma_scope/sites.py draws their blocks):
 Chip-hours and GB of state (configs/suites.py; the model's own passes come on
 top) grow with d and, in all_layers, with the number of layers. Narrow a set as
 usual, `set=all_layers;layers=0-5`.
+For v5p:2x2x4 or v6e:4x8 (gemma-scope compile-check --suites=gemma_4).
 """
 
 from ml_collections import ConfigDict

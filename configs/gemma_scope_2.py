@@ -29,6 +29,7 @@ of all layers, with their number. What a set starts from is
 runs/MODEL_TUNING_SET/release, or what --config.initialise.release names; IT
 SAEs and transcoders start from the PT ones. Narrow a set as usual,
 `set=all_layers;layers=0-5`. More seeds: `set=four_layers;widths=65k;seeds=1,2`.
+For v5p:2x2x4 (gemma-scope compile-check --suites=gemma_scope_2).
 
 Published: sites, layers, widths, target L0; Gemma Scope 1's rates, batch, theta
 and bandwidth; the quadratic L0 penalty, warm-up of 50,000 steps; that there is

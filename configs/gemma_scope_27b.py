@@ -11,7 +11,8 @@
 
 The one set of the paper: the residual stream of layers 10, 22 and 34 at 131k.
 Chip-hours and GB of state: configs/suites.py; the model's pass adds 600 h for
-8 B tokens, and its parameters in bfloat16 are 54 GB: 16 chips of 95 GB.
+8 B tokens, and its parameters in bfloat16 are 54 GB: 16 chips of 95 GB,
+v5p:2x2x4 (gemma-scope compile-check --suites=gemma_scope_27b).
 
 Published: the recipe of configs/gemma_scope_2b.py; 8 B tokens.
 Chosen here: target L0 instead of a coefficient, the published L0 of layer 22

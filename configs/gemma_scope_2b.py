@@ -19,7 +19,8 @@ Sets: 16k and 65k are all 26 layers of three sites; 32k to 524k the residual
 stream of layer 12, 1m that of layers 5, 12 and 19. Chip-hours and GB of state:
 configs/suites.py; the model's pass adds 29 h for each 4 B tokens. So 16k at one
 layer, the command above, fits 1 chip of 95 GB in 36 h, and 16k whole takes 8 or
-more, a third of the layers (layers=0-8) at a time.
+more, a third of the layers (layers=0-8) at a time. docs/scale.md has
+the memory of the sets on v5p:2x2x4 (compile-check --suites=gemma_scope_2b).
 
 Published: architecture, batch 4096, Adam (0, 0.999), eps 1e-8, rate 7e-5 after
 1000 steps of cosine warm-up, no decay, sparsity warm-up 10,000 steps, theta and

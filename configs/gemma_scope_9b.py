@@ -19,7 +19,8 @@ Sets: 16k and 131k are all 42 layers of three sites; 32k to 524k the residual
 stream of layer 20, 1m that of layers 9, 20 and 31. Chip-hours and GB of state:
 configs/suites.py; the model's pass adds 104 h for each 4 B tokens. The command
 above (18 SAEs of 131k) takes 8 chips of 95 GB; the paper's step at 131k took
-45 ms on 8 TPU v3.
+45 ms on 8 TPU v3. For v5p:2x2x4 or more of them (gemma-scope compile-check
+--suites=gemma_scope_9b).
 
 Published: the recipe of configs/gemma_scope_2b.py.
 Chosen here: target L0 instead of a coefficient (the paper: 6e-4 gives about 50

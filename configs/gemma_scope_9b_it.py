@@ -15,7 +15,8 @@
 
 Sets: the residual stream of layers 9, 20 and 31. Chip-hours and GB of state:
 configs/suites.py; the model's pass adds 104 h for each 4 B tokens. 16k fits
-one chip of 95 GB, 131k 8 of them.
+one chip of 95 GB, 131k 8 of them, v5p:2x2x2 (gemma-scope compile-check
+--suites=gemma_scope_9b_it).
 
 Published: see configs/gemma_scope_2b.py, the recipe is the same; the SAEs start
 at random (--config.initialise.release starts from those of 9B PT); positions of

@@ -14,7 +14,8 @@ SAEs of one site that differ in width alone, 16k to 524k, to see a feature of
 one become several of the next: the residual stream of layer 12 of 2B, of layer
 20 of 9B. One run, so that all see the same rows in the same order. Chip-hours
 and GB of state: configs/suites.py; the model's pass adds 58 h (2B) or 208 h.
-8 chips of 95 GB.
+8 chips of 95 GB, v5p:2x2x2
+(compile-check --suites=gemma_scope_feature_splitting).
 
 Published: the widths, the layers, one coefficient for all: the linear penalty,
 6e-4, which gave L0 near 50 on 9B at every width.

@@ -11,7 +11,8 @@
 
 The one set: every layer's MLP, from its input after the norm without the gain
 (mlp_in_ungained) to mlp_out, 16k. Chip-hours and GB of state:
-configs/suites.py; the model's pass adds 29 h. 8 chips of 95 GB.
+configs/suites.py; the model's pass adds 29 h. 8 chips of 95 GB, v5p:2x2x2
+(compile-check --suites=gemma_scope_transcoders).
 
 Published: trained as the SAEs of mlp_out (configs/gemma_scope_2b.py), but W_enc
 is not tied at the start, the encoder has no b_dec, and inputs and targets are

@@ -21,7 +21,11 @@ run together:
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+import importlib
+import pathlib
+import re
+from collections.abc import Collection, Iterator
 
 from ml_collections import ConfigDict
 
@@ -61,6 +65,29 @@ def finish(config: ConfigDict, argument: str) -> ConfigDict:
   """The config with the rest of the argument."""
   config_lib.apply_argument(config, argument)
   return config
+
+
+def published() -> Iterator[tuple[str, str, str]]:
+  """(suite, argument of a set, topology) of what a suite's docstring names.
+
+  A set of a model that has none is left out, and so are sets of IT models,
+  whose programs are those of PT ones.
+  """
+  for path in sorted(pathlib.Path(__file__).parent.glob('*.py')):
+    module = importlib.import_module(f'configs.{path.stem}')
+    topologies = re.findall(r'\bv\d\w*:\d+(?:x\d+)+', module.__doc__ or '')
+    for argument in _arguments(module) if topologies else ():
+      for topology in topologies:
+        yield path.stem, argument, topology
+
+
+def _arguments(module) -> Iterator[str]:
+  for model in getattr(module, 'MODELS', ('',)):
+    for name in module.SETS:
+      argument = f'model={model};set={name}' if model else f'set={name}'
+      with contextlib.suppress(config_lib.ConfigError):
+        module.get_config(argument)
+        yield argument
 
 
 def cost(config: ConfigDict, model: sites.Dimensions) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """The tables of docs/scale.md: programs compiled for pods that are not here.
 
 python docs/scale.py runs/scale.jsonl      # needs libtpu; goes on where it was
+python docs/scale.py --suites runs/suites.jsonl    # of compile-check --suites
 """
 
 from __future__ import annotations
@@ -133,6 +134,38 @@ def row(record) -> str:
   )
 
 
+SUITES = (
+  '| suite and set | topology | runs | sae x data x latent | by arithmetic | '
+  'step | pass | together, GiB |\n' + '|---|---|---|---|' + '---:|' * 4
+)
+
+
+def suite_rows(path: pathlib.Path):
+  """A row for every set: its memory on a device, by arithmetic and compiled."""
+  of_set: dict[tuple[str, str], dict[str, dict]] = {}
+  for line in path.read_text().splitlines():
+    record = json.loads(line)
+    key = record['config'], record['topology']
+    of_set.setdefault(key, {})[record.get('program', 'refused')] = record
+  gib = lambda n: '-' if n is None else f'{n / 2**30:.1f}'
+  for (config, topology), found in of_set.items():
+    name = f'| {config.replace(".py:", " ")} | {topology} '
+    if 'refused' in found:
+      yield f'{name}| {found["refused"]["refused"]} | | | | | |'
+      continue
+    step, harvest = found['step'], found['harvest']
+    runs = step['runs']
+    shown = f'{len(runs)}, `layers={runs[0]}` ...' if runs else '1'
+    size = ' x '.join(map(str, step['mesh'].values()))
+    together, room = step.get('together_bytes'), step['hbm_capacity_bytes']
+    fits = together is not None and together <= room
+    yield (
+      f'{name}| {shown} | {size} | {gib(step["arithmetic_bytes"])} | '
+      f'{gib(step["hbm_bytes"])} | {gib(harvest["hbm_bytes"])} | '
+      f'{gib(together)} of {gib(room)}{"" if fits else " **no**"} |'
+    )
+
+
 HEAD = (
   '| | program | topology | sae x data x latent | HBM, GiB | estimate, ms | '
   'roofline, ms | utilisation | collectives, MiB | chip-hours per 8 B tokens | '
@@ -141,6 +174,9 @@ HEAD = (
 
 
 def main() -> None:
+  if sys.argv[1] == '--suites':
+    print(SUITES, *suite_rows(pathlib.Path(sys.argv[2])), sep='\n')
+    return
   tables: dict[str, list[str]] = {}
   for record in records(pathlib.Path(sys.argv[1])):
     tables.setdefault(record['case'][0], []).append(row(record))

@@ -24,18 +24,16 @@ and every process dispatches the same programs in the same order.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gemma_scope import mesh as mesh_lib
 from gemma_scope import sites
-from gemma_scope.activations import harvest, normalise
+from gemma_scope.activations import chunk_memory, harvest, normalise
 from gemma_scope.sae import fold
 
 
@@ -139,20 +137,13 @@ class Chunks:
     self._mark = jax.jit(self._marks_of, out_shardings=mesh_lib.sharding(mesh))
 
   def _held(self, memory: str, ahead: str) -> tuple[bool, bool]:
-    """Whether chunks stay on the devices, and whether two are held."""
+    """`chunk_memory.held` of this run; never two chunks on a CPU by itself."""
     width = sum(self.source.widths.values())
     itemsize = jnp.dtype(self.layout.dtype).itemsize
-    size = self.layout.rows * width * itemsize
-    device, host = _memory()
-    device, host = device * self._mesh.size, host * jax.process_count()
-    chunks = 2 if ahead == 'on' else 1
-    on_device = memory == 'device' or (
-      memory == 'auto' and chunks * size <= device / 4
-    )
-    room = device if on_device else host
-    on_cpu = self._mesh.devices.flat[0].platform == 'cpu'
-    fits = not on_cpu and 2 * size <= room / 4
-    return on_device, ahead == 'on' or (ahead == 'auto' and fits)
+    sizes = chunk_memory.sizes(self._mesh, self.layout.rows * width * itemsize)
+    if ahead == 'auto' and self._mesh.devices.flat[0].platform == 'cpu':
+      ahead = 'off'
+    return chunk_memory.held(memory, ahead, sizes, chunk_memory.memory())
 
   def _shuffle_rows(self, parts, index_R):
     x_RD = jnp.concatenate([p.reshape(-1, p.shape[-1]) for p in parts])
@@ -287,19 +278,6 @@ class Chunks:
     order = np.random.default_rng((self._seed, chunk)).permutation(usable)
     count = self.layout.batches * self.layout.batch
     return np.resize(order, count).astype(np.int32)
-
-
-def _memory() -> tuple[float, float]:
-  """Bytes of memory of a device and of a host, the same in every process.
-
-  Infinity for a CPU device, which has no memory of its own.
-  """
-  stats = jax.local_devices()[0].memory_stats() or {}
-  host = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  sizes = np.asarray([stats.get('bytes_limit', np.inf), host])
-  if jax.process_count() > 1:  # all processes must decide alike
-    sizes = multihost_utils.process_allgather(sizes).min(0)
-  return tuple(map(float, sizes))
 
 
 class Feed:

@@ -104,8 +104,10 @@ def check(
 
   Yields:
     For each program the fields of `Program`, with `topology`, `devices`,
-    `chips`, `fits`, `hbm_capacity_bytes`, `utilisation` (of the estimate; of
-    the roofline where there is none) and `advice` where it does not fit.
+    `chips`, `fits`, `hbm_capacity_bytes`, `arithmetic_bytes` (of the whole run,
+    by `auto_mesh`), `utilisation` (of the estimate; of the roofline where there
+    is none) and `advice` where it does not fit; with the second of the programs
+    `together_bytes`, what the run holds at most.
 
   Raises:
     ValueError: the config or the mesh is not possible.
@@ -119,10 +121,48 @@ def check(
   model = setup.dimensions(config)
   config_lib.check(config, model, mesh.devices.shape)
   lower = {'harvest': _harvest, 'step': _step}
-  for program in programs:
-    yield _described(
-      _compiled(*lower[program](config, mesh), pod, mesh), pod, config, mesh
-    )
+  expected = auto_mesh.memory(config, model, mesh.devices.shape, pod.device.hbm)
+  compiled = {}
+  for name in programs:
+    program = _compiled(*lower[name](config, mesh), pod, mesh)
+    compiled[name] = program
+    record = _described(program, pod, config, mesh)
+    record['arithmetic_bytes'] = int(expected.all)
+    if len(compiled) == 2 and not any(p.error for p in compiled.values()):
+      record['together_bytes'] = int(
+        expected.chunks + _together(*compiled.values())
+      )
+    yield record
+
+
+def _together(a: Program, b: Program) -> int:
+  """Bytes that both keep, and what one of them needs while it runs."""
+  kept = a.arguments + b.arguments
+  return kept + max(p.hbm_bytes - p.arguments for p in (a, b))
+
+
+def job(config: ConfigDict, topology: str) -> tuple[ConfigDict, list[str]]:
+  """A config that fits a pod, and the layers of each run that it takes.
+
+  Where the pod cannot train all SAEs in one run, the config is that of the
+  largest of several; else it is the one given, and the list is empty.
+
+  Raises:
+    ConfigError: the pod cannot train them in several runs either.
+  """
+  pod = topologies.pod(topology)
+  where = setup.dimensions(config), len(pod.devices), pod.device.hbm
+  try:
+    auto_mesh.choose(config, *where)
+    return config, []
+  except config_lib.ConfigError:
+    if not (parts := auto_mesh.split(config, *where)):
+      raise
+  runs = [config.copy_and_resolve_references() for _ in parts]
+  for run, part in zip(runs, parts, strict=True):
+    config_lib.override(run, 'collection.layers', part)
+  layers = lambda run: run.collection.layers
+  return max(runs, key=lambda run: (len(layers(run)), layers(run))), parts
 
 
 def _harvest(config: ConfigDict, mesh):

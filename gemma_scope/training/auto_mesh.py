@@ -15,7 +15,9 @@ with less memory. Chips differ by less than a factor of two in these ratios.
 
 Memory of a device, in bytes: the state / (sae latent), two gradients of the
 largest member / latent, its activations, the batch, the language model /
-(data latent), and the chunk of rows where `activations.memory` is 'device'.
+(data latent), twice the rows of one of its passes / data, and the chunks of
+rows / data that stay on the devices (`chunk_memory.held`). docs/scale.md
+compares it with the compiler's.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from ml_collections import ConfigDict
 from gemma_scope import config as config_lib
 from gemma_scope import config_checks, sites, specs
 from gemma_scope import mesh as mesh_lib
+from gemma_scope.activations import chunk_memory
 from gemma_scope.language_model import weights
 from gemma_scope.runtime import checksums
 from gemma_scope.training import setup, stack
@@ -44,6 +47,13 @@ _FLOPS_A_BYTE = 200.0  # bfloat16 FLOP/s over bytes/s of HBM: 166 to 560
 _LINKS = 5.0  # rate of HBM over that of the links between chips
 _SHARE = 0.9  # of a device's memory; the compiler needs room
 _GIB = 2**30
+
+
+class Memory(NamedTuple):
+  """Bytes of a device: all that a run holds, and its chunks of rows."""
+
+  all: float
+  chunks: float
 
 
 class Way(NamedTuple):
@@ -91,7 +101,9 @@ def choose(
   Raises:
     ConfigError: nothing fits.
   """
-  ways = sorted(_ways(config, model, devices), key=lambda w: (w.cost, w.bytes))
+  ways = sorted(
+    _ways(config, model, devices, hbm), key=lambda w: (w.cost, w.bytes)
+  )
   if not ways:
     raise config_lib.ConfigError(
       f'No mesh of {devices} devices can split this config: the data axis must '
@@ -102,6 +114,19 @@ def choose(
   if not fitting:
     raise config_lib.ConfigError(_too_large(config, model, devices, hbm, ways))
   return fitting[0], ways
+
+
+def memory(
+  config: ConfigDict,
+  model: sites.Dimensions,
+  sizes: tuple[int, ...],
+  hbm: float,
+) -> Memory:
+  """Memory of a device, by arithmetic, on a mesh of these sizes."""
+  stacks, _ = setup.make_stacks(config, model)
+  sized = [_Sized.of(one) for one in stacks]
+  lm_bytes = _language_model_bytes(config)
+  return _memory_of(config, model, sized, lm_bytes, sizes, hbm)
 
 
 def _too_large(config, model, devices, hbm, ways) -> str:
@@ -129,7 +154,7 @@ def split(
 
   def fits(group) -> bool:
     part.collection.layers = group
-    ways = _ways(part, model, devices)
+    ways = _ways(part, model, devices, hbm)
     return any(way.bytes <= _SHARE * hbm for way in ways)
 
   for count in range(2, len(layers) + 1):
@@ -173,14 +198,14 @@ def _shown(sizes: tuple[int, ...]) -> str:
   )
 
 
-def _ways(config, model, devices: int) -> Iterator[Way]:
+def _ways(config, model, devices: int, hbm: float) -> Iterator[Way]:
   """Every split of the devices that the config can use."""
   stacks, _ = setup.make_stacks(config, model)
   sized = [_Sized.of(one) for one in stacks]
   lm_bytes = _language_model_bytes(config)
   for sizes in _sizes(config.mesh, devices):
     if not list(config_checks.mesh(config, model, sizes)):
-      yield _way(config, model, sized, lm_bytes, sizes)
+      yield _way(config, model, sized, lm_bytes, sizes, hbm)
 
 
 def _sizes(axes, devices: int) -> Iterator[tuple[int, ...]]:
@@ -222,7 +247,12 @@ class _Sized(NamedTuple):
     return cls(members, size * members, count, d, module.width)
 
 
-def _way(config, model, sized, lm_bytes, sizes) -> Way:
+def _way(config, model, sized, lm_bytes, sizes, hbm) -> Way:
+  size = _memory_of(config, model, sized, lm_bytes, sizes, hbm)
+  return Way(sizes, size.all, _cost(config, sized, sizes))
+
+
+def _cost(config, sized, sizes) -> float:
   sae, data, latent = sizes
   rows = config.train.batch / data
   cost = 0.0
@@ -236,6 +266,12 @@ def _way(config, model, sized, lm_bytes, sizes) -> Way:
       links += 16 * rows * one.d * (1 - 1 / latent)
     each = max(arithmetic, memory) + _LINKS * links
     cost += one.members / sae * each
+  return cost
+
+
+def _memory_of(config, model, sized, lm_bytes, sizes, hbm) -> Memory:
+  sae, data, latent = sizes
+  rows = config.train.batch / data
   widths = {s: s.width(model) for s in specs.site_list(config)}
   width = sum(widths.values())
   itemsize = jnp.dtype(config.activations.dtype).itemsize
@@ -244,9 +280,26 @@ def _way(config, model, sized, lm_bytes, sizes) -> Way:
     8 * one.params / latent + 24 * rows * one.width / latent for one in sized
   )
   size += 2 * rows * width * itemsize + lm_bytes / (data * latent)
-  if config.activations.memory == 'device':
-    size += config.activations.chunk_rows * width * itemsize / data
-  return Way(sizes, size, cost)
+  if not config.activations.store:
+    tokens = config.activations.lm_batch * config.text.seq_len / data
+    size += 2 * tokens * width * itemsize
+  chunks = _chunk_bytes(config, width, data, hbm)
+  return Memory(size + chunks, chunks)
+
+
+def _chunk_bytes(config, width: int, data: int, hbm: float) -> float:
+  """Bytes of a device that chunks of rows of all sites take.
+
+  Args:
+    width: of all sites together.
+    data: size of the axis that splits the rows.
+  """
+  a = config.activations
+  size = a.chunk_rows * width * jnp.dtype(a.dtype).itemsize / data
+  on_device, ahead = chunk_memory.held(
+    a.memory, a.ahead, (size, 0.0), (hbm, 0.0)
+  )
+  return on_device * (1 + ahead) * size
 
 
 def _language_model_bytes(config) -> float:

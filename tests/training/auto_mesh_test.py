@@ -12,9 +12,11 @@ from gemma_scope import config as config_lib
 from gemma_scope.training import auto_mesh, setup, stack
 
 
+# Chunks on the host, whatever its memory: they take none of the devices.
 def auto(argument: str = '', **fields):
   config = tiny.get_config(argument or None)
   config_lib.override(config, 'mesh', 'auto')
+  config.activations.memory = 'host'
   config.update_from_flattened_dict(fields)
   return config
 

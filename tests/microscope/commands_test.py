@@ -334,32 +334,26 @@ def test_transcoders_give_graph_files_and_heads(workdir, said, tmp_path):
   assert len(read['edges']) <= len(own['edges']) == len(own['heads'])
   head = json.loads((out / 'head.json').read_text())
   assert np.sum(head['terms']) == pytest.approx(head['score'], rel=1e-3)
-  # Supernodes: of similar features, then those that a page has saved.
+  # Supernodes: no feature of these random transcoders fires on the text.
   said.clear()
   run(
     'why', workdir, said, given, out, sae='layer_1', text=TEXT,
     supernodes='similar',
   )  # fmt: skip
   own = json.loads((out / 'graph.json').read_text())
-  assert [g['nodes'] for g in own['supernodes']] == own['similar']
-  assert any('upernodes' in line for line in said)
-  mine = [n for n, node in enumerate(own['nodes']) if node['kind'] == 'feature']
-  own['supernodes'] = [{'name': 'mine', 'nodes': mine[:2]}]
+  assert own['supernodes'] == own['similar'] == []
+  assert any('no supernodes' in line for line in said)
+  own['supernodes'] = [{'name': 'mine', 'nodes': []}]
   (tmp_path / 'saved.json').write_text(json.dumps(own))
-  run(
-    'why', workdir, said, given, out, sae='layer_1', text=TEXT,
-    supernodes=str(tmp_path / 'saved.json'),
-  )  # fmt: skip
-  (group,) = json.loads((out / 'graph.json').read_text())['supernodes']
-  assert group['name'] == 'mine' and group['nodes'] == mine[:2]
-  assert group['exact'] != 0 and len(group['controls']) == 8
-  read = graph_files.read(out / 'graph_neuronpedia.json')['supernodes']
-  assert [g['name'] for g in read] == ['mine'] and len(read[0]['nodes']) == 2
-  with pytest.raises(ValueError, match='must be similar, or a graph.json'):
-    run(
-      'why', workdir, said, given, out, sae='layer_1', text=TEXT,
-      supernodes=str(out / 'why.json'),
-    )  # fmt: skip
+  for path, words in (
+    (tmp_path / 'saved.json', 'no supernode with a feature of this graph'),
+    (out / 'why.json', 'must be similar, or a graph.json'),
+  ):
+    with pytest.raises(ValueError, match=words):
+      run(
+        'why', workdir, said, given, out, sae='layer_1', text=TEXT,
+        supernodes=str(path),
+      )  # fmt: skip
   np.save(tmp_path / 'v.npy', np.ones(128, np.float32))
   said.clear()
   target = f'resid_post/2:{tmp_path}/v.npy'

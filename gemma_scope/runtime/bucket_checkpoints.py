@@ -34,7 +34,6 @@ from gemma_scope.runtime.objects import PART, BucketError, Objects
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1
 _COMMIT, _DAMAGED = 'commit.json', 'damaged.json'
 _TRIES = 3  # for bytes that do not have their checksum
 _numbers = itertools.count()
@@ -89,27 +88,11 @@ class BucketCheckpoints(checkpoints.Checkpoints):
       _log.info('Step %d is already saved in %s.', step, self._folder)
       return
     copies = {name: dict(_blocks(leaf)) for name, leaf in leaves.items()}
-    parts = checksums.from_all(checksums.of_regions(copies))
-    body = {
-      'format': _FORMAT,
-      'step': step,
-      'leaves': {
-        name: checksums.spelling(leaf)
-        | {'crc32': {k: v for p in parts for k, v in p[name].items()}}
-        for name, leaf in leaves.items()
-      },
-      'meta': dict(meta),
-    }
-    try:
-      sealed = json.dumps(checksums.seal(body)).encode()
-    except (TypeError, ValueError) as error:
-      raise checkpoints.CheckpointError(
-        f'The dict saved beside a checkpoint must be JSON: {error}.'
-      ) from error
+    sealed = self._sealed(step, leaves, checksums.of_regions(copies), meta)
     self._step = step
     barrier = f'gemma_scope/save/{next(_numbers)}'
     self._saving = self._pool.submit(
-      self._upload, step, copies, sealed, barrier
+      self._upload, step, copies, json.dumps(sealed).encode(), barrier
     )
 
   def _upload(self, step: int, copies, sealed: bytes, barrier: str) -> None:
@@ -188,7 +171,7 @@ class BucketCheckpoints(checkpoints.Checkpoints):
       raise checkpoints._Damaged(
         f'its {_COMMIT} cannot be read ({type(error).__name__}: {error})'
       ) from error
-    return self._of_this_version(step, body, _FORMAT)
+    return self._of_this_version(step, body)
 
   def _leaves(self, step: int, body: Mapping, wanted: Mapping) -> dict:
     targets = checksums.targets(wanted)

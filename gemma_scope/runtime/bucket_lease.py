@@ -12,20 +12,17 @@ is taken over. A holder on this boot of this host is looked up instead.
 from __future__ import annotations
 
 import json
-import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from gemma_scope.runtime import cluster, lease, objects, progress
 
-_log = logging.getLogger(__name__)
 _NAME = 'run.lease'
 
 
-class BucketLease:
+class BucketLease(lease.Heartbeat):
   """Exclusive ownership of a folder in a bucket while a `with` block lasts.
 
   In a cluster the first process holds it for all.
@@ -48,14 +45,11 @@ class BucketLease:
     stale_s: float = 180.0,
     report: Callable[[str], None] = print,
   ):
+    super().__init__(store.address, beat_s)
     self._store, self._report = store, report
-    self._beat_s, self._stale_s = beat_s, stale_s
-    self._token = uuid.uuid4().hex
+    self._stale_s = stale_s
     self._beats, self._generation = 0, objects.ABSENT
     self._turn = threading.Lock()  # between heartbeat and check
-    self._stop = threading.Event()
-    self._thread: threading.Thread | None = None
-    self.lost = False
 
   def __enter__(self) -> BucketLease:
     if not cluster.first():
@@ -63,44 +57,22 @@ class BucketLease:
     holder, generation = self._read()
     if holder is not None:
       generation = self._watched(holder, generation)
-      _log.warning(
-        'Taking over %s from process %s on host %s, which is gone.',
-        self._store.address,
-        holder.get('pid'),
-        holder.get('host'),
-      )
+      self._warn_of_taking_over(holder)
     self._generation = generation
-    if not self._write():
+    if not self._beat():
       holder, _ = self._read()
       raise lease.LeaseError(self._in_use(holder or {}, 'just now'))
-    self.lost = False
-    self._stop.clear()
-    self._thread = threading.Thread(
-      target=self._beat, name='lease-heartbeat', daemon=True
-    )
-    self._thread.start()
+    self._start_beating()
     return self
 
   def __exit__(self, *unused):
-    if self._thread is None:
-      return
-    self._stop.set()
-    self._thread.join()
-    self._thread = None
-    if not self.lost:
+    if self._stop_beating() and not self.lost:
       self._store.replace(_NAME, None, self._generation)
 
-  def check(self):
-    """Raises LeaseError when another run took the folder (call per save)."""
-    if self._thread is not None and not self.lost:
-      with self._turn:
-        holder, _ = self._read()
-        self.lost = (holder or {}).get('token') != self._token
-    if self.lost:
-      raise lease.LeaseError(
-        f'Another run took over {self._store.address} while this one was not'
-        ' running; this one must stop without writing there.'
-      )
+  def _is_ours(self) -> bool:
+    with self._turn:
+      holder, _ = self._read()
+    return (holder or {}).get('token') == self._token
 
   def _watched(self, holder: Mapping[str, Any], generation: bytes) -> bytes:
     """The generation of a lease whose holder is gone; raises if it lives."""
@@ -116,13 +88,13 @@ class BucketLease:
     )
     while time.monotonic() - since < self._stale_s:
       time.sleep(min(self._beat_s, self._stale_s) / 5)
-      found, now = self._read()
-      if found is None:
+      holder, now = self._read()
+      if holder is None:
         return now  # it has just ended
       if now != generation:
         seconds = progress.duration(time.monotonic() - since)
         raise lease.LeaseError(
-          self._in_use(found, f'seen alive within {seconds}')
+          self._in_use(holder, f'seen alive within {seconds}')
         )
     return generation
 
@@ -142,8 +114,8 @@ class BucketLease:
       holder = {}
     return holder if isinstance(holder, dict) else {}, generation
 
-  def _write(self) -> bool:
-    """Writes the lease over the generation that is known; False: not ours."""
+  def _beat(self) -> bool:
+    """Writes the lease over the generation that is known."""
     self._beats += 1
     holder = {**lease.this_process(), 'token': self._token}
     holder['beat'] = self._beats
@@ -156,12 +128,3 @@ class BucketLease:
           return False
       self._generation = written
     return True
-
-  def _beat(self):
-    while not self._stop.wait(self._beat_s):
-      try:
-        if not self._write():
-          self.lost = True
-          return
-      except objects.BucketError as error:
-        _log.warning('No heartbeat could be written: %s', error)

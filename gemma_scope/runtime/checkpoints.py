@@ -45,7 +45,7 @@ from gemma_scope.runtime import checksums
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 1  # of the JSON beside the leaves, on a disk or in a bucket
 _SLACK = 16 << 20  # bytes of indices and metadata, generously
 _STUMBLE = re.compile('Input/output error|Stale file|[Tt]imed out')
 _STEP = re.compile(r'0|[1-9][0-9]*')
@@ -171,23 +171,7 @@ class Checkpoints:
     free = checksums.from_all(self._free())  # all must decide alike
     if self._local and min(free) < need:
       raise CheckpointError(self._full(step, need, min(free)))
-    parts = checksums.from_all(checksums.of(leaves))
-    body = {
-      'format': _FORMAT,
-      'step': step,
-      'leaves': {
-        name: checksums.spelling(leaf)
-        | {'crc32': {k: v for p in parts for k, v in p[name].items()}}
-        for name, leaf in leaves.items()
-      },
-      'meta': dict(meta),
-    }
-    try:
-      sealed = checksums.seal(body)
-    except (TypeError, ValueError) as error:
-      raise CheckpointError(
-        f'The dict saved beside a checkpoint must be JSON: {error}.'
-      ) from error
+    sealed = self._sealed(step, leaves, checksums.of(leaves), meta)
     self._pending = step, need
     try:
       self._orbax.save(
@@ -202,6 +186,21 @@ class Checkpoints:
       )
     except Exception as error:
       raise self._failed(error) from error
+
+  def _sealed(self, step: int, leaves, sums, meta: Mapping) -> dict[str, Any]:
+    """The JSON saved beside the leaves, with a CRC32 of its own."""
+    body = {
+      'format': _FORMAT,
+      'step': step,
+      'leaves': checksums.described(leaves, sums),
+      'meta': dict(meta),
+    }
+    try:
+      return checksums.seal(body)
+    except (TypeError, ValueError) as error:
+      raise CheckpointError(
+        f'The dict saved beside a checkpoint must be JSON: {error}.'
+      ) from error
 
   def wait(self) -> None:
     """Waits until the save in flight is committed; raises its error."""
@@ -363,15 +362,15 @@ class Checkpoints:
       raise _Damaged(
         f'its metadata cannot be read ({_sentence(error)})'
       ) from error
-    return self._of_this_version(step, body, _FORMAT)
+    return self._of_this_version(step, body)
 
-  def _of_this_version(self, step: int, body: dict, format_: int) -> dict:
+  def _of_this_version(self, step: int, body: dict) -> dict:
     if body['step'] != step:
       raise _Damaged(f'its metadata belongs to step {body["step"]}')
-    if body['format'] != format_:
+    if body['format'] != _FORMAT:
       raise CheckpointError(
         f'Step {step} in {self._folder} has format {body["format"]}, and'
-        f' this version reads {format_}.'
+        f' this version reads {_FORMAT}.'
       )
     return body
 

@@ -65,6 +65,22 @@ def spelling(leaf: Any) -> dict[str, Any]:
   return {'shape': list(leaf.shape), 'dtype': leaf.dtype.name}
 
 
+def described(
+  leaves: Mapping[str, Any], sums: Mapping[str, Mapping[str, list[int]]]
+) -> dict[str, dict[str, Any]]:
+  """Shape, dtype and sums of every leaf, in JSON; the same on all processes.
+
+  Args:
+    sums: {leaf: {region: sums}} of the regions that this process has.
+  """
+  parts = from_all(sums)
+  return {
+    name: spelling(leaf)
+    | {'crc32': {k: v for p in parts for k, v in p[name].items()}}
+    for name, leaf in leaves.items()
+  }
+
+
 def targets(wanted: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
   """Where to put the leaves; one without a sharding, on the first device."""
   first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -83,7 +83,83 @@ def is_running(holder: Mapping[str, Any]) -> bool:
   return start is not None and start == holder.get('start')
 
 
-class Lease:
+class Heartbeat:
+  """A lease that a thread keeps alive while this process holds it.
+
+  Subclasses write a heartbeat (`_beat`) and compare the holder (`_is_ours`).
+
+  Args:
+    where: the folder, as messages name it.
+    beat_s: seconds between heartbeats.
+
+  Attributes:
+    lost: whether another run was seen to hold the folder.
+  """
+
+  def __init__(self, where: str, beat_s: float):
+    self._where, self._beat_s = where, beat_s
+    self._token = uuid.uuid4().hex
+    self._stop = threading.Event()
+    self._thread: threading.Thread | None = None
+    self.lost = False
+
+  def check(self):
+    """Raises LeaseError when another run took the folder (call per save).
+
+    It can happen only to a process that did not run for a while: a laptop that
+    slept, a machine that was paused.
+    """
+    if self._thread is not None and not self.lost:
+      self.lost = not self._is_ours()
+    if self.lost:
+      raise LeaseError(
+        f'Another run took over {self._where} while this one was not'
+        ' running; this one must stop without writing there.'
+      )
+
+  def _beat(self) -> bool:
+    """Writes a heartbeat; False if another run holds the folder."""
+    raise NotImplementedError
+
+  def _is_ours(self) -> bool:
+    raise NotImplementedError
+
+  def _warn_of_taking_over(self, holder: Mapping[str, Any]) -> None:
+    _log.warning(
+      'Taking over %s from process %s on host %s, which is gone.',
+      self._where,
+      holder.get('pid'),
+      holder.get('host'),
+    )
+
+  def _start_beating(self) -> None:
+    self.lost = False
+    self._stop.clear()
+    self._thread = threading.Thread(
+      target=self._beat_until_stopped, name='lease-heartbeat', daemon=True
+    )
+    self._thread.start()
+
+  def _stop_beating(self) -> bool:
+    """Ends the thread; False if this process has none."""
+    if self._thread is None:
+      return False
+    self._stop.set()
+    self._thread.join()
+    self._thread = None
+    return True
+
+  def _beat_until_stopped(self) -> None:
+    while not self._stop.wait(self._beat_s):
+      try:
+        if not self._beat():
+          self.lost = True
+          return
+      except OSError as error:  # a network file system may stumble
+        _log.warning('No heartbeat could be written: %s', error)
+
+
+class Lease(Heartbeat):
   """Exclusive ownership of a folder while a `with` block lasts.
 
   `run.lease` names the holder. `run.lock` is locked (flock) only while the
@@ -99,13 +175,9 @@ class Lease:
   """
 
   def __init__(self, folder, *, beat_s: float = 30.0, stale_s: float = 300.0):
-    self._folder = pathlib.Path(folder)
+    super().__init__(str(folder), beat_s)
+    self._folder, self._stale_s = pathlib.Path(folder), stale_s
     self._path = self._folder / 'run.lease'
-    self._beat_s, self._stale_s = beat_s, stale_s
-    self._token = uuid.uuid4().hex
-    self._stop = threading.Event()
-    self._thread: threading.Thread | None = None
-    self.lost = False
 
   def __enter__(self) -> Lease:
     if not cluster.first():
@@ -124,49 +196,22 @@ class Lease:
             f' {progress.duration(max(0.0, beat))} ago); stop that run or'
             ' choose another folder.'
           )
-        _log.warning(
-          'Taking over %s from process %s on host %s, which is gone.',
-          self._folder,
-          holder.get('pid'),
-          holder.get('host'),
-        )
-      self._write(now)
-    self._stop.clear()
-    self._thread = threading.Thread(
-      target=self._beat, name='lease-heartbeat', daemon=True
-    )
-    self._thread.start()
+        self._warn_of_taking_over(holder)
+      holder = {**this_process(), 'taken': now, 'token': self._token}
+      files.write_json(self._path, holder)
+    self._start_beating()
     return self
 
   def __exit__(self, *unused):
-    if self._thread is None:
+    if not self._stop_beating():
       return
-    self._stop.set()
-    self._thread.join()
-    self._thread = None
     try:
       with self._mutex():
-        holder = self._read()
-        if holder and holder.get('token') == self._token:
+        if self._is_ours():
           self._path.unlink()
     except OSError as error:  # the next run finds that this process is gone
       _log.warning(
         'The lease of %s could not be given back: %s.', self._folder, error
-      )
-
-  def check(self):
-    """Raises LeaseError when another run took the folder (call per save).
-
-    It can happen only to a process that did not run for `stale_s`: a laptop
-    that slept, a machine that was paused.
-    """
-    if self._thread is not None and not self.lost:
-      holder = self._read()
-      self.lost = not holder or holder.get('token') != self._token
-    if self.lost:
-      raise LeaseError(
-        f'Another run took over {self._folder} while this one was not'
-        ' running; this one must stop without writing there.'
       )
 
   @contextlib.contextmanager
@@ -199,23 +244,15 @@ class Lease:
     except ValueError:  # damaged: only its heartbeat can speak for it
       return {}
 
-  def _write(self, now: float):
-    holder = {**this_process(), 'taken': now, 'token': self._token}
-    files.write_json(self._path, holder)
-    self.lost = False
-
   def _stale(self, holder: Mapping[str, Any], beat_age_s: float) -> bool:
     if is_of_this_boot(holder):
       return not is_running(holder)
     return beat_age_s > self._stale_s
 
-  def _beat(self):
-    while not self._stop.wait(self._beat_s):
-      try:
-        holder = self._read()
-        if not holder or holder.get('token') != self._token:
-          self.lost = True
-          return
-        os.utime(self._path)
-      except OSError as error:  # a network file system may stumble
-        _log.warning('No heartbeat could be written: %s.', error)
+  def _is_ours(self) -> bool:
+    return (self._read() or {}).get('token') == self._token
+
+  def _beat(self) -> bool:
+    if ours := self._is_ours():
+      os.utime(self._path)
+    return ours

@@ -153,10 +153,9 @@ def _sums(folder: pathlib.Path, chunk: int) -> dict[str, int] | None:
   store = remote.objects(folder)
   if store is not None:
     text = store.read(f'{_name(chunk)}/{_SUMS}')
-  else:
-    path = folder / _name(chunk) / _SUMS
-    text = path.read_bytes() if path.exists() else None
-  return None if text is None else json.loads(text)
+    return None if text is None else json.loads(text)
+  path = folder / _name(chunk) / _SUMS
+  return files.read_json(path) if path.exists() else None
 
 
 def _difference(key: str, stored, wanted) -> str:
@@ -202,7 +201,13 @@ def _read_manifest(folder: pathlib.Path) -> dict | None:
     ValueError: it is damaged.
   """
   path = folder / 'manifest.json'
-  return _parsed(str(path), path.read_bytes()) if path.exists() else None
+  if not path.exists():
+    return None
+  try:
+    return _parsed(str(path), path.read_bytes())
+  except OSError as error:
+    error.filename = str(path)  # a read that fails names no file
+    raise
 
 
 def _parsed(name: str, text: bytes) -> dict:

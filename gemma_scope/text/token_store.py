@@ -174,7 +174,7 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
   try:
     if path.stat().st_size > _MANIFEST_BYTES:
       raise ValueError('it is too large')
-    manifest = json.loads(path.read_text(encoding='utf-8'))
+    manifest = files.read_json(path)
     _check_manifest(manifest)
     if manifest.pop('manifest_sha256', None) != files.json_sha256(manifest):
       raise ValueError('it does not have its own hash')

@@ -17,7 +17,6 @@ ids that open the model's turn (`tokenizers.Special`).
 from __future__ import annotations
 
 import functools
-import json
 import os
 import pathlib
 import re

@@ -217,7 +217,7 @@ class Flags:
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     if not debug:
-      logging.get_absl_handler().addFilter(_is_not_told)
+      logging.get_absl_logger().addFilter(_is_not_told)
     with contextlib.suppress(absl_flags.Error):
       absl_flags.FLAGS.mark_as_parsed()  # libraries have flags of their own
     if '--help' in arguments or '-h' in arguments:

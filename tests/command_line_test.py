@@ -156,14 +156,14 @@ def test_an_error_of_the_work_is_shown_as_its_sentence(capsys):
 
 def test_orbax_shows_no_tracebacks_of_a_save_that_failed(capsys):
   with command_line.Flags('x', name='x', needs_flags=False).parse([]):
-    handler = absl_logging.get_absl_handler()
+    logger = absl_logging.get_absl_logger()
   error = OSError, OSError(5, 'Input/output error'), None
   for path, shown in (
     ('/lib/orbax/checkpoint/_src/futures/future.py', False),
     ('/lib/gemma_scope/runtime/checkpoints.py', True),
   ):
     record = logging.LogRecord('absl', 40, path, 1, 'failed', None, error)
-    assert bool(handler.filter(record)) is shown
+    assert bool(logger.filter(record)) is shown
 
 
 def test_a_path_that_does_not_exist_is_suggested(tmp_path):

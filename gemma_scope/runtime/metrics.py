@@ -9,6 +9,7 @@ makes it again.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import logging
 import math
@@ -105,8 +106,9 @@ class Writer:
     }
     # One write per line, so that only the last line can be incomplete.
     text = json.dumps(line, allow_nan=False) + '\n'
-    self._file.write(text)
-    self._file.flush()
+    with self._named():
+      self._file.write(text)
+      self._file.flush()
     if self._store is not None:
       self._lines.append(text)
       if time.monotonic() - self._uploaded > _PART_S:
@@ -128,7 +130,8 @@ class Writer:
 
   def close(self):
     """Closes the files and the wandb run."""
-    self._file.close()
+    with self._named():
+      self._file.close()
     if self._board is not None:
       self._board.close()
     self.flush_last()
@@ -166,5 +169,18 @@ class Writer:
   def __enter__(self) -> Writer:
     return self
 
-  def __exit__(self, *unused):
-    self.close()
+  def __exit__(self, kind, error, trace):
+    try:
+      self.close()
+    except OSError:
+      if error is None:  # else the first error is the one to report
+        raise
+
+  @contextlib.contextmanager
+  def _named(self):
+    """Names the file in an error of a write, which names none."""
+    try:
+      yield
+    except OSError as error:
+      error.filename = str(self._path)
+      raise

@@ -117,3 +117,20 @@ def test_writer_feeds_wandb_and_tensorboard(tmp_path, monkeypatch):
   assert wandb.logged == [(3, {'a/loss': 1.0}), 'finished']
   events = list((tmp_path / 'tensorboard').iterdir())
   assert len(events) == 1 and events[0].stat().st_size > 0
+
+
+def test_a_full_disk_names_the_file_and_hides_no_other_error(tmp_path):
+  class Full:
+    """A file on a full disk."""
+
+    def write(self, text):
+      raise OSError(28, 'No space left on device')
+
+    close = flush = lambda self: self.write('')
+
+  writer = metrics.Writer(tmp_path)
+  writer._file = Full()
+  with pytest.raises(OSError, match=r"left on device: '.*metrics\.jsonl'"):
+    writer.write_scalars(1, {'loss': 1.0})
+  with pytest.raises(KeyError, match='the first'), writer:
+    raise KeyError('the first')

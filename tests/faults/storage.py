@@ -78,7 +78,7 @@ def _of_kept(what: str, kept: damage.Kept) -> None:
     f'unread-{what}',
     f'a call that reads a {what} fails, or all from one on; then none does',
     full=40 if slow else 200,
-    quick=8 if what in ('release', 'index') else 0,
+    quick=0 if slow else 8,
   )(unread)
 
 

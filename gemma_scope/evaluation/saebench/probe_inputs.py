@@ -31,6 +31,7 @@ from gemma_scope.release import sae_folder
 from gemma_scope.text import json_lines, tokenizers
 
 _ROWS = 1024  # rows encoded at once
+_CONTROL_VALUES = 2**26  # rows x latents that a control is fitted on
 POOLINGS: dict[str, Callable] = {
   'last': lambda a_TD: a_TD[-1],
   'mean': lambda a_TD: a_TD.mean(0),
@@ -216,11 +217,18 @@ def control(
   params: sae_folder.Params,
   seed: int = 0,
 ) -> sae_folder.Params:
-  """A random SAE with the same wiring, width and L0 on these rows."""
+  """A random SAE with the same wiring, width and L0 on these rows.
+
+  Of many rows, on evenly spread ones: memory does not grow with the text.
+  """
   width = params['b_enc'].size
-  rows = {site: x[keep_NT] for site, x in x_by_site.items()}
-  x_BD = read_at(x_by_site, wiring, keep_NT)
-  l0 = controls.mean_l0(dict(params), x_BD)
+  kept = np.flatnonzero(keep_NT)
+  most = max(_ROWS, _CONTROL_VALUES // width)
+  if len(kept) > most:
+    kept = kept[np.linspace(0, len(kept) - 1, most).astype(int)]
+  where = np.unravel_index(kept, keep_NT.shape)
+  rows = {site: x[where] for site, x in x_by_site.items()}
+  l0 = controls.mean_l0(dict(params), read_at(x_by_site, wiring, where))
   shape = controls.Shape(wiring, width, seed)
   (made,) = controls.fit(shape, [l0], rows, kinds=('random',))
   return {name: np.asarray(array) for name, array in made['random']().items()}

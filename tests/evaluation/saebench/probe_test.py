@@ -11,7 +11,8 @@ import re
 import numpy as np
 import pytest
 
-from gemma_scope import sae
+from gemma_scope import sae, sites
+from gemma_scope.evaluation import controls
 from gemma_scope.evaluation.saebench import (
   absorption,
   probe,
@@ -459,6 +460,38 @@ def test_prompts_with_a_def_are_told_apart(tokenizer, tmp_path):
     assert probe.best(found, 'activations')['auc']['value'] > 0.95, pooling
   with pytest.raises(ValueError, match='must be one of last, mean, max'):
     probe_inputs.of_prompts(model, one, prompts, tokenizer, 'sum')
+
+
+def test_a_control_is_fitted_on_a_bounded_number_of_rows(monkeypatch):
+  """However long the text: rows over all of it, and the L0 of the SAE."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  site = sites.parse('resid_post/0')
+  wiring = sites.Wiring('sae', (site,), (site,))
+  params = {
+    'W_enc': draw(8, 64),
+    'b_enc': np.full(64, -3, np.float32),
+    'W_dec': draw(64, 8),
+    'b_dec': np.zeros(8, np.float32),
+    'threshold': np.zeros(64, np.float32),
+  }
+  x_by_site = {site: draw(40, 60, 8)}
+  keep_NT = rng.random((40, 60)) < 0.9
+  fitted, fit = [], controls.fit
+
+  def counted(shape, l0, rows, **options):
+    fitted.append(len(rows[site]))
+    return fit(shape, l0, rows, **options)
+
+  monkeypatch.setattr(controls, 'fit', counted)
+  monkeypatch.setattr(probe_inputs, '_ROWS', 256)
+  every_BD = x_by_site[site][keep_NT]
+  wanted = controls.mean_l0(params, every_BD)
+  for values, most in ((2**26, len(every_BD)), (64 * 500, 500), (1, 256)):
+    monkeypatch.setattr(probe_inputs, '_CONTROL_VALUES', values)
+    made = probe_inputs.control(x_by_site, keep_NT, wiring, params)
+    assert fitted[-1] == most
+    assert controls.mean_l0(made, every_BD) == pytest.approx(wanted, rel=0.15)
 
 
 def test_pooled_latents_are_those_of_all_tokens_and_few_at_a_time(monkeypatch):

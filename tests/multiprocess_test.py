@@ -32,8 +32,8 @@ STEPS = 24
 LIMIT_S = 5  # a silent process is named after so long
 
 
-def small(folder: pathlib.Path):
-  """One member, 24 steps, four chunks, each made while the last is used."""
+def small(folder: pathlib.Path, steps: int = STEPS):
+  """One member; chunks of six steps, each made while the last is used."""
   return run_helpers.small(
     folder,
     **{
@@ -43,7 +43,7 @@ def small(folder: pathlib.Path):
       'train.resample_every': 0,
       'activations.chunk_rows': 384,
       'activations.ahead': 'on',
-      'train.steps': STEPS,
+      'train.steps': steps,
       'checkpoint.every': 4,
       'evaluation.sequences': 0,
     },
@@ -67,7 +67,8 @@ def alone(config, workdir: pathlib.Path, lines: list[str]):
       loop.train(config, workdir, lease, interrupt, lines.append)
   rows = (workdir / 'metrics.jsonl').read_text().splitlines()
   rows = [json.loads(row) for row in rows]
-  assert [row['step'] for row in rows] == list(range(1, STEPS + 1))
+  steps = list(range(1, config.train.steps + 1))
+  assert [row['step'] for row in rows] == steps
   return [row['mean/loss'] for row in rows]
 
 
@@ -118,7 +119,7 @@ def on_its_own_disk(folder: pathlib.Path, *flags: str) -> None:
 )
 def test_hosts_without_a_shared_disk_share_a_bucket(tmp_path, monkeypatch):
   """Two processes are stopped, four go on, one ends: the losses of one."""
-  config = small(tmp_path)
+  config = small(tmp_path, 96)  # long enough to be stopped in
   with object_servers.started('gs') as (_, environment):
     for name, value in environment.items():
       monkeypatch.setenv(name, value)

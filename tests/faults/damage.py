@@ -58,9 +58,14 @@ def _make_checkpoint(folder: pathlib.Path) -> None:
 
 
 def _use_checkpoint(folder: pathlib.Path):
-  logging.getLogger('gemma_scope').setLevel(logging.ERROR)
-  with checkpoints.Checkpoints(folder) as saves:
-    found = saves.restore(_state(0))
+  log = logging.getLogger('gemma_scope')
+  level = log.level
+  log.setLevel(logging.ERROR)  # hundreds of warnings are expected
+  try:
+    with checkpoints.Checkpoints(folder) as saves:
+      found = saves.restore(_state(0))
+  finally:
+    log.setLevel(level)
   if found.step < 2 and _right_checkpoint(found):
     raise ValueError('Step 2 was damaged; step 1, which is whole, was used.')
   return found

@@ -16,7 +16,7 @@ from configs import tiny
 from gemma_scope import files
 from gemma_scope import sae as sae_lib
 from gemma_scope.language_model import generate
-from gemma_scope.microscope import commands, session
+from gemma_scope.microscope import commands, graphs, session
 from gemma_scope.microscope.circuits import (
   card_plan,
   card_results,
@@ -150,7 +150,7 @@ def test_an_index_is_read_and_hashed_once(workdir, said, tmp_path, monkeypatch):
     files, 'sha256', lambda path: (hashed.append(path), sha256(path))[1]
   )
   opened = session.Session(workdir, out, given=given, report=said.append)
-  chosen = commands._together(opened, opened.saes[0])
+  chosen = graphs._together(opened, opened.saes[0])
   assert len(opened.saes) == 6 and len(chosen) == 3
   for sae in [*opened.saes, *chosen]:
     opened.named(sae)

@@ -31,7 +31,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   _, argument = suites.choose(argument, 'set', SETS)
   model, argument = suites.choose(argument, 'model', MODELS)
   config = gemma3_270m.short() if model == 'gemma3-270m' else embedded()
-  config.lm.second.name = model
+  config.lm.second.name = config.lm.get_oneway_ref('name')
   collection = config.collection
   collection.type = 'crosscoder'
   collection.sites = ('resid_post',)

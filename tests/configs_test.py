@@ -318,3 +318,13 @@ def test_anthropics_recipe_is_theirs_in_our_units():
   o, steps = stack.optimizer, config.train.steps
   assert float(o.rate_factor(0)) == float(o.rate_factor(steps * 4 // 5)) == 1
   assert abs(float(o.sparsity_factor(steps // 2)) - 0.5) < 1e-6
+
+
+def test_the_second_model_of_diffing_follows_the_first():
+  config = config_of('diffing')
+  assert specs.second_model(config) == ('gemma3-270m', '')  # the control
+  config_lib.override(config, 'lm.name', 'gemma3-1b')
+  assert specs.second_model(config) == ('gemma3-1b', '')
+  config_lib.override(config, 'lm.second.name', 'gemma3-4b')
+  assert specs.second_model(config) == ('gemma3-4b', '')
+  assert config.lm.name == 'gemma3-1b'

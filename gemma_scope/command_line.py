@@ -234,8 +234,9 @@ class Flags:
       self._refuse(str(error))
     try:
       yield given
-    except (ValueError, RuntimeError, OSError) as error:
-      if debug:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+      # A module that is not there at all is a fault of the installation.
+      if debug or isinstance(error, ModuleNotFoundError):
         raise
       sys.stdout.flush()
       _end(f'{type(error).__name__}: {error}')

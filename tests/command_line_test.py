@@ -142,7 +142,8 @@ def test_values_have_the_type_of_their_flag(monkeypatch):
 
 def test_an_error_of_the_work_is_shown_as_its_sentence(capsys):
   flags = command_line.Flags('Does it.', name='it')
-  for error in (ValueError('no'), RuntimeError('no'), OSError('no')):
+  kinds = ValueError, RuntimeError, OSError, ImportError
+  for error in (kind('no') for kind in kinds):
     with pytest.raises(SystemExit, match=f'{type(error).__name__}: no'):
       with flags.parse([]):
         raise error

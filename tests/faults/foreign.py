@@ -18,6 +18,7 @@ from gemma_scope.language_model import weights
 from gemma_scope.release.formats import published
 from tests.faults import damage
 from tests.faults.registry import Trial, attempt, fault
+from tests.helpers import random_models
 
 TESTS = pathlib.Path(__file__).parents[1]
 SAES = sorted(
@@ -26,6 +27,7 @@ SAES = sorted(
 MODELS = sorted(
   path.parent
   for path in TESTS.glob('language_model/gemma_fixtures/*/config.json')
+  if random_models.HAS_GEMMA4 or not path.parent.name.startswith('gemma4')
 )
 
 

@@ -140,7 +140,7 @@ def attempt(
   started = time.monotonic()
   try:
     value = use()
-  except (ValueError, RuntimeError, OSError) as error:
+  except (ValueError, RuntimeError, OSError, ImportError) as error:
     text = str(error)
     if is_sentence(text):
       return Trial('refused', where, text)

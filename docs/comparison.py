@@ -33,16 +33,20 @@ import time
 
 import numpy as np
 
-WIDTH, TARGETS, SEEDS, STEPS, BATCH = 4096, (32,), (0, 1), 450, 256
+WIDTH, TARGETS, STEPS, BATCH = 4096, (16, 32, 64), 450, 256
 CHUNKS, TRAIN, VALIDATION, TEST = 5, 900, 64, 32  # batches but the first
+BEST = {
+  'objective.active_set': True,
+  'train.refit_decoders': True,
+  'train.closing_batches': 128,  # of the 180 of its last chunk
+}
+# Name -> learning rate, changes to the recipe.
 OURS = {
-  'recipe': {},
-  'best': {
-    'objective.active_set': True,
-    'train.refit_decoders': True,
-    'train.closing_batches': 128,  # of the 180 of its last chunk
-    'collection.seeds': (0,),
-  },
+  'recipe 0.002': (2e-3, {'collection.seeds': (0, 1)}),
+  'recipe 0.003': (3e-3, {}),
+  'recipe 0.004': (4e-3, {}),
+  'best 0.002': (2e-3, BEST),
+  'best 0.003': (3e-3, BEST),
 }
 
 
@@ -64,7 +68,6 @@ class Comparison:
     config = gemma3_270m.get_config(f'layers={self.site.layer};widths={WIDTH}')
     config.collection.sites = (self.site.kind,)
     config.collection.sparsity = tuple(map(float, TARGETS))
-    config.collection.seeds = SEEDS
     config.text.source = self.source
     config.text.store = str(self.out / 'harvest' / 'tokens')
     config.activations.store = str(self.out / 'store')
@@ -142,9 +145,10 @@ def train_ours(comparison: Comparison) -> None:
   """Each variant at all L0 and seeds, in one run."""
   from gemma_scope import pipeline
 
-  for name, changes in OURS.items():
-    folder = comparison.folder / 'ours' / name
+  for name, (rate, changes) in OURS.items():
+    folder = comparison.folder / 'ours' / name.replace(' ', '_')
     config = comparison.config(**changes)
+    config.train.learning_rate = rate
     began = time.perf_counter(), time.process_time()
     if not pipeline.run(config, folder):
       return  # stopped on request
@@ -160,17 +164,17 @@ def all_saes(comparison: Comparison):
   """Yields (facts, parameters) of every SAE there is."""
   from gemma_scope import release
 
-  for name in OURS:
-    path = comparison.folder / 'ours' / name / 'release'
+  for name, (rate, _) in OURS.items():
+    path = comparison.folder / 'ours' / name.replace(' ', '_') / 'release'
     for sae in release.load_all(path) if path.exists() else ():
       card = sae.card
       target = int(card['sparsity']['value'])
       yield (
         {
-          'trainer': f'ours_{name}',
+          'trainer': f'ours_{name.partition(" ")[0]}',
           'target': target,
           'rows': 'ours',
-          'rate': 2e-3,
+          'rate': rate,
           'seed': card['seed'],
         },
         dict(sae.load()),
@@ -223,6 +227,7 @@ def score(comparison: Comparison) -> None:
   test_RD = np.load(folder / 'test.npy', mmap_mode='r')[: TEST * BATCH]
   last_RD = np.load(folder / 'train.npy', mmap_mode='r')[STEPS - 64 : STEPS]
   last_RD = last_RD.reshape(-1, last_RD.shape[-1])
+  validation_RD = np.load(folder / 'validation.npy', mmap_mode='r')
   for facts, params in all_saes(comparison):
     name = '{trainer} {rows} {target} {rate:g} {seed}'.format(**facts)
     if name in scores:
@@ -232,7 +237,9 @@ def score(comparison: Comparison) -> None:
     if facts['trainer'].endswith('_topk') and 'batch' not in facts['trainer']:
       as_trained['k'] = np.int32(facts['target'])
     found = {'as_trained': judge(as_trained, test_RD)}
-    if not ours:
+    if ours:  # peers have written theirs
+      found['validation_fvu'] = judge(params, validation_RD)['fvu']
+    else:
       params = with_target_l0(params, last_RD, facts['target'])
       found['at_target'] = judge(params, test_RD)
     scores[name] = facts | found
@@ -247,13 +254,14 @@ def score(comparison: Comparison) -> None:
 
 
 def chosen(comparison: Comparison, seeds: int):
-  """Ours, and each peer at the rate of lowest validation FVU at L0 32."""
+  """Each trainer at its rate of lowest validation FVU at L0 32."""
+  scores = json.loads((comparison.folder / 'scores.json').read_text()).values()
   best = {}
-  for facts, _ in all_saes(comparison):
-    key = facts['trainer'], facts['rows']
-    if facts['target'] == 32 and facts['seed'] == 0:
-      fvu = facts.get('validation_fvu', 0)
-      best[key] = min(best.get(key, (np.inf, 0)), (fvu, facts['rate']))
+  for s in scores:
+    if s['target'] == 32 and s['seed'] == 0:
+      key = s['trainer'], s['rows']
+      found = s['validation_fvu'], s['rate']
+      best[key] = min(best.get(key, found), found)
   for facts, params in all_saes(comparison):
     key = facts['trainer'], facts['rows']
     if facts['seed'] < seeds and facts['rate'] == best[key][1]:

@@ -29,7 +29,7 @@ import time
 import numpy as np
 import torch
 
-WIDTH, TARGETS, RATES = 4096, (32,), (1e-3, 2e-3, 4e-3)
+WIDTH, TARGETS, RATES = 4096, (16, 32, 64), (2e-3, 4e-3, 8e-3)
 STEPS, WARM_UP, DEAD_ROWS = 450, 16, 10_000
 TRAINERS = ('saelens_batch_topk', 'saelens_topk', 'saelens_matryoshka',
             'dictionary_batch_topk', 'sparsify_topk')  # fmt: skip

@@ -138,7 +138,7 @@ def pattern_is_the_models(gemma, lm_params, tokens_T, found):
     first = max(place.query - c.window + 1, 0)
   keys = range(first, place.query + 1)
   score_S = np.array([q_H @ head.key(x_TD[s][None], s)[0] for s in keys])
-  assert score_S[place.key - first] == pytest.approx(found.score, rel=1e-5)
+  assert score_S[place.key - first] == pytest.approx(found.score, rel=1e-4)
   if c.attn_softcap is not None:
     score_S = c.attn_softcap * np.tanh(score_S / c.attn_softcap)
   weight_S = np.asarray(jax.nn.softmax(score_S))

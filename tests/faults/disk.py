@@ -154,10 +154,8 @@ def full_disks(
   folder: pathlib.Path, times: int, job: kills.Job
 ) -> Iterator[Trial]:
   """A command on disks of shares of what it needs; then with room enough."""
-  clean = folder / 'whole'
-  job.before(clean)
-  kills.whole(job.command(clean), folder / 'whole.log')
-  wanted, need = job.digest(clean), _size_kib(clean)
+  _, wanted = job.clean(folder)
+  need = _size_kib(folder / 'whole')
   at_start = folder / 'start'
   job.before(at_start)
   begin = _size_kib(at_start) if at_start.exists() else 0
@@ -179,13 +177,8 @@ def filling_disks(
   folder: pathlib.Path, times: int, job: kills.Job
 ) -> Iterator[Trial]:
   """Another program fills the disk at a random moment; then it has room."""
-  clean = folder / 'whole'
-  job.before(clean)
-  kills.whole(job.command(clean), folder / 'warm.log')
-  wanted = job.digest(clean)
-  shutil.rmtree(clean)
-  job.before(clean)
-  seconds = kills.whole(job.command(clean), folder / 'whole.log')
+  job.clean(folder, 'warm')  # compiles into the cache
+  seconds, wanted = job.clean(folder)
   dice = random.Random(folder.name)
   for number in range(times):
     disk = folder / f'disk{number}'

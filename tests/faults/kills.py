@@ -197,6 +197,15 @@ class Job(NamedTuple):
   digest: Callable[[pathlib.Path], str]
   before: Callable[[pathlib.Path], None] = lambda run: None
 
+  def clean(
+    self, folder: pathlib.Path, name: str = 'whole'
+  ) -> tuple[float, str]:
+    """Seconds and digest of a run without faults, in `name` below a folder."""
+    run = folder / name
+    self.before(run)
+    seconds = whole(self.command(run), folder / f'{name}.log')
+    return seconds, self.digest(run)
+
 
 def chains(
   folder: pathlib.Path,
@@ -205,13 +214,9 @@ def chains(
   end: End = End(),  # noqa: B008
 ) -> Iterator[Trial]:
   """Chains of ends, each chain compared with a run without any."""
-  clean, again = folder / 'whole', folder / 'again'
-  job.before(clean)
-  whole(job.command(clean), folder / 'warm.log')  # compiles into the cache
-  wanted = job.digest(clean)
-  job.before(again)
-  seconds = whole(job.command(again), folder / 'again.log')
-  if job.digest(again) != wanted:
+  _, wanted = job.clean(folder)  # compiles into the cache
+  seconds, found = job.clean(folder, 'again')
+  if found != wanted:
     yield Trial('wrong', 'nothing injected', 'two whole runs differ')
     return
   dice, left, number = random.Random(folder.name), times, 0

@@ -79,10 +79,8 @@ def _text(log: pathlib.Path) -> str:
 
 def _both(folder: pathlib.Path, times: int, job: kills.Job) -> Iterator[Trial]:
   """A command twice at once; one of them may refuse."""
-  clean = folder / 'whole'
-  job.before(clean)
-  seconds = kills.whole(job.command(clean), folder / 'whole.log')
-  wanted, dice = job.digest(clean), random.Random(1)
+  seconds, wanted = job.clean(folder)
+  dice = random.Random(1)
   for number in range(times):
     run = folder / f'run{number}'
     job.before(run)

@@ -127,14 +127,10 @@ def failing_commands(
   folder: pathlib.Path, times: int, job: kills.Job
 ) -> Iterator[Trial]:
   """A command with one call that fails, or all from one on; then without."""
-  clean = folder / 'whole'
-  job.before(clean)
-  kills.whole(job.command(clean), folder / 'warm.log')
-  wanted = job.digest(clean)
-  shutil.rmtree(clean)
-  job.before(clean)
-  log = folder / 'count.log'
-  _ended(log, job.command(clean), clean, _nothing)
+  _, wanted = job.clean(folder)
+  counted, log = folder / 'counted', folder / 'count.log'
+  job.before(counted)
+  _ended(log, job.command(counted), counted, _nothing)
   count = int(kills.last_line(log.read_text()).split()[0])
   dice = random.Random(folder.name)
   for trial in range(times):
@@ -185,13 +181,8 @@ def slow_commands(
   folder: pathlib.Path, times: int, job: kills.Job
 ) -> Iterator[Trial]:
   """A command whose every file call takes up to 50 ms longer."""
-  clean = folder / 'whole'
-  job.before(clean)
-  kills.whole(job.command(clean), folder / 'warm.log')
-  wanted = job.digest(clean)
-  shutil.rmtree(clean)
-  job.before(clean)
-  quick_s = kills.whole(job.command(clean), folder / 'quick.log')
+  job.clean(folder, 'warm')  # compiles into the cache
+  quick_s, wanted = job.clean(folder)
   for trial in range(times):
     run, started = folder / f'run{trial}', time.monotonic()
     job.before(run)

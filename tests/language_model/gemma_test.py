@@ -17,21 +17,14 @@ from flax import traverse_util
 from gemma_scope import mesh, sites
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import weights
+from tests.helpers import random_models
 
-GEMMA2 = lm.Config(
+GEMMA2 = dataclasses.replace(
+  random_models.GEMMA2,
   name='random',
   vocab_size=48,
-  d_model=16,
-  num_layers=2,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=8,
-  d_ff=24,
-  window=4,
-  pattern='LG',
   attn_softcap=50.0,
   final_softcap=30.0,
-  transpose_gating=False,
 )
 GEMMA3 = lm.Config(
   name='random3',

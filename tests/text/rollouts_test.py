@@ -33,12 +33,11 @@ def tokenizer() -> tokenizers.Tokenizer:
   return tokenizers.Tokenizer(weights.TINY / 'tokenizer.model')
 
 
-@functools.cache
-def model():
-  gemma = lm.Gemma(
+def one_layer(name: str, vocab_size: int) -> lm.Gemma:
+  return lm.Gemma(
     lm.Config(
-      name='chatty',
-      vocab_size=4100,
+      name=name,
+      vocab_size=vocab_size,
       d_model=8,
       num_layers=1,
       num_heads=1,
@@ -49,6 +48,11 @@ def model():
       pattern='L',
     )
   )
+
+
+@functools.cache
+def model():
+  gemma = one_layer('chatty', 4100)
   return gemma, gemma.init(jax.random.key(0))
 
 
@@ -459,20 +463,7 @@ def test_refusals(tmp_path, answers):
     prepare(tmp_path / 's', heldout=1.0)
   with pytest.raises(ValueError, match='must be positive'):
     prepare(tmp_path / 's', max_new_tokens=0)
-  small = lm.Gemma(
-    lm.Config(
-      name='small',
-      vocab_size=99,
-      d_model=8,
-      num_layers=1,
-      num_heads=1,
-      num_kv_heads=1,
-      head_dim=8,
-      d_ff=8,
-      window=8,
-      pattern='L',
-    )
-  )
+  small = one_layer('small', 99)
   with pytest.raises(ValueError, match='vocabulary of small has 99'):
     rollouts.prepare_rollouts(
       rollouts.Model(small, {}, tokenizer()),

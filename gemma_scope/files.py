@@ -245,8 +245,7 @@ def _is_of_writing(error: OSError, path: pathlib.Path) -> bool:
     return True
   if error.filename is None:  # of an open file
     return error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-  name = os.path.abspath(error.filename)
-  target = os.path.abspath(path)
+  name, target = map(os.path.abspath, (error.filename, path))
   draft = os.path.join(os.path.dirname(target), f'.{path.name}.')
   return name in (target, os.path.dirname(target)) or name.startswith(draft)
 
@@ -267,6 +266,16 @@ def write_json(path: PathLike, value: Any, **options: Any) -> None:
   write_text(path, json.dumps(value, **options) + '\n')
 
 
+@contextlib.contextmanager
+def named(path: PathLike) -> Iterator[None]:
+  """Names the file in an error of an open file, which names none."""
+  try:
+    yield
+  except OSError as error:
+    error.filename = os.fspath(path)
+    raise
+
+
 def read_json(path: PathLike) -> dict[str, Any]:
   """Reads a JSON object that this project wrote.
 
@@ -274,13 +283,10 @@ def read_json(path: PathLike) -> dict[str, Any]:
     Refused: it is damaged.
   """
   try:
-    with open(path, encoding='utf-8') as file:
+    with named(path), open(path, encoding='utf-8') as file:
       found = json.load(file)
     if not isinstance(found, dict):
       raise ValueError('it is not a JSON object')
-  except OSError as error:
-    error.filename = os.fspath(path)  # a read that fails names no file
-    raise
   except (ValueError, RecursionError) as error:
     raise Refused(f'{show(path)} is damaged ({str(error)[:100]}).') from None
   return found
@@ -288,12 +294,8 @@ def read_json(path: PathLike) -> dict[str, Any]:
 
 def sha256(path: PathLike) -> str:
   """SHA-256 of a file's bytes, in hexadecimal."""
-  try:
-    with open(path, 'rb') as file:
-      return hashlib.file_digest(file, 'sha256').hexdigest()
-  except OSError as error:
-    error.filename = os.fspath(path)  # a read that fails names no file
-    raise
+  with named(path), open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def json_sha256(value: Any, **options: Any) -> str:
@@ -382,10 +384,8 @@ def is_alive(process: int) -> bool:
   """Whether a process of this machine has the number."""
   try:
     os.kill(process, 0)
-  except ProcessLookupError:
-    return False
-  except OSError:  # it belongs to another user
-    return True
+  except OSError as error:  # another is that it belongs to another user
+    return not isinstance(error, ProcessLookupError)
   return True
 
 

@@ -203,11 +203,8 @@ def _read_manifest(folder: pathlib.Path) -> dict | None:
   path = folder / 'manifest.json'
   if not path.exists():
     return None
-  try:
+  with files.named(path):
     return _parsed(str(path), path.read_bytes())
-  except OSError as error:
-    error.filename = str(path)  # a read that fails names no file
-    raise
 
 
 def _parsed(name: str, text: bytes) -> dict:

@@ -41,13 +41,7 @@ def _process_start(pid: int) -> str | None:
   else:
     fields = stat.rpartition(')')[2].split()
     return None if fields[0] in 'ZX' else fields[19]
-  try:  # no /proc: macOS
-    os.kill(pid, 0)
-  except ProcessLookupError:
-    return None
-  except OSError:
-    pass
-  return 'unknown'
+  return 'unknown' if files.is_alive(pid) else None  # no /proc: macOS
 
 
 def _boot() -> str:

@@ -9,7 +9,6 @@ makes it again.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import json
 import logging
 import math
@@ -106,7 +105,7 @@ class Writer:
     }
     # One write per line, so that only the last line can be incomplete.
     text = json.dumps(line, allow_nan=False) + '\n'
-    with self._named():
+    with files.named(self._path):
       self._file.write(text)
       self._file.flush()
     if self._store is not None:
@@ -130,7 +129,7 @@ class Writer:
 
   def close(self):
     """Closes the files and the wandb run."""
-    with self._named():
+    with files.named(self._path):
       self._file.close()
     if self._board is not None:
       self._board.close()
@@ -175,12 +174,3 @@ class Writer:
     except OSError:
       if error is None:  # else the first error is the one to report
         raise
-
-  @contextlib.contextmanager
-  def _named(self):
-    """Names the file in an error of a write, which names none."""
-    try:
-      yield
-    except OSError as error:
-      error.filename = str(self._path)
-      raise

@@ -22,11 +22,9 @@ compares it with the compiler's.
 
 from __future__ import annotations
 
-import collections
 import functools
 import math
 import os
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -307,23 +305,14 @@ def _language_model_bytes(config) -> float:
     return 0.0
   layers = 1 + max(site.layer for site in specs.site_list(config))
   lm = config.lm
-  total = 0.0
-  for model in ((lm.name, lm.checkpoint), specs.second_model(config)):
-    by_layer = _bytes_by_layer(*model, lm.dtype) if model else {}
-    total += sum(size for layer, size in by_layer.items() if layer < layers)
-  return total
+  models = (lm.name, lm.checkpoint), specs.second_model(config)
+  return sum(_bytes_of(*model, lm.dtype, layers) for model in models if model)
 
 
-@functools.cache  # to trace a model takes seconds
-def _bytes_by_layer(name: str, checkpoint: str, dtype: str) -> dict[int, float]:
-  """Bytes of the parameters of each layer; at -1, of those outside."""
-  _, wanted = weights.shapes(name, checkpoint, dtype, None, None)
-  by_layer = collections.defaultdict(float)
-  for key, shape in wanted.items():
-    layer = re.match(r'layer_(\d+)/', key)
-    size = math.prod(shape.shape) * shape.dtype.itemsize
-    by_layer[int(layer[1]) if layer else -1] += size
-  return dict(by_layer)
+@functools.cache
+def _bytes_of(name: str, checkpoint: str, dtype: str, layers: int) -> float:
+  _, wanted = weights.shapes(name, checkpoint, dtype, None, layers)
+  return sum(math.prod(w.shape) * w.dtype.itemsize for w in wanted.values())
 
 
 def _memory(device) -> float:

@@ -120,9 +120,9 @@ def get_config(argument: str | None = None) -> ConfigDict:
     suites.tokens(config, 0.1 if end_to_end else 1)
   suites.finish(config, argument)
   if not alone:
-    parts, most = SETS[STARTS[name]][-1], max(c.sparsity)
-    part = min(parts, key=lambda l0: abs(math.log(l0 / most)))
-    config.train.initial_l0 = float(len(c.layers) * part)
+    l0_of_parts, largest = SETS[STARTS[name]][-1], max(c.sparsity)
+    nearest = min(l0_of_parts, key=lambda l0: abs(math.log(l0 / largest)))
+    config.train.initial_l0 = float(len(c.layers) * nearest)
     config.train.l0_steps = 50_000
   if end_to_end:
     config.mesh.update(sae=1, data=config.end_to_end.sequences, latent=-1)

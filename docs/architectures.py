@@ -28,10 +28,10 @@ def scores_of(run: pathlib.Path) -> dict[str, dict]:
 def known(run: pathlib.Path, seeds: int) -> None:
   """One table: architectures, then the controls, means over seeds."""
   rows: dict[str, list[dict]] = {}
-  for name, found in scores_of(run).items():
+  for name, metrics in scores_of(run).items():
     architecture = name.partition('/width')[0].rpartition('/')[2]
-    rows.setdefault(architecture, []).append(found)
-    for kind, control in found['controls'].items():
+    rows.setdefault(architecture, []).append(metrics)
+    for kind, control in metrics['controls'].items():
       rows.setdefault(f'~{kind}', []).append(control)
   titles = {
     '~random': 'random SAE (control)',
@@ -45,27 +45,27 @@ def known(run: pathlib.Path, seeds: int) -> None:
   # By FVU, controls last.
   order = sorted(rows, key=lambda a: ('~' in a, mean(rows[a], 'fvu')))
   for architecture in order:
-    found = rows[architecture]
+    metrics = rows[architecture]
     several = seeds > 1 and '~' not in architecture
-    cells = [f'{mean(found, "l0"):.2f}', spread(found, 'fvu', several)]
-    cells.append(f'{mean(found, "dead"):.0%}')
-    parts = [each['recovery'] for each in found]
-    cells += [spread(parts, key, several) for key in SCORES]
+    cells = [f'{mean(metrics, "l0"):.2f}', spread(metrics, 'fvu', several)]
+    cells.append(f'{mean(metrics, "dead"):.0%}')
+    recoveries = [member['recovery'] for member in metrics]
+    cells += [spread(recoveries, key, several) for key in SCORES]
     print(f'| {titles.get(architecture, architecture)} | {" | ".join(cells)} |')
 
 
-def mean(found: list[dict], key: str) -> float:
-  values = [each[key] for each in found if each[key] is not None]
+def mean(members: list[dict], key: str) -> float:
+  values = [member[key] for member in members if member[key] is not None]
   return float(np.mean(values)) if values else float('nan')
 
 
-def spread(found: list[dict], key: str, several: bool) -> str:
+def spread(members: list[dict], key: str, several: bool) -> str:
   """Mean, and over several seeds their standard deviation."""
-  values = [each[key] for each in found if each[key] is not None]
+  values = [member[key] for member in members if member[key] is not None]
   if not values:
     return '-'
-  more = f' ± {np.std(values, ddof=1):.3f}' if several else ''
-  return f'{np.mean(values):.3f}{more}'
+  deviation = f' ± {np.std(values, ddof=1):.3f}' if several else ''
+  return f'{np.mean(values):.3f}{deviation}'
 
 
 def ladder(out: pathlib.Path, picture: pathlib.Path) -> None:
@@ -78,14 +78,17 @@ def ladder(out: pathlib.Path, picture: pathlib.Path) -> None:
       curve.setdefault(rate, []).append((member.card, member.metrics))
 
   def badness(rows) -> float:
-    return float(np.mean([np.log(table.value(m['fvu'])) for _, m in rows]))
+    return float(
+      np.mean([np.log(table.value(metrics['fvu'])) for _, metrics in rows])
+    )
 
   best = {
-    a: min(c, key=lambda rate: badness(c[rate])) for a, c in curves.items()
+    a: min(curve, key=lambda rate: badness(curve[rate]))
+    for a, curve in curves.items()
   }
   order = sorted(best, key=lambda a: badness(curves[a][best[a]]))
   targets = [
-    c['sparsity']['value'] for c, _ in curves[order[0]][best[order[0]]]
+    card['sparsity']['value'] for card, _ in curves[order[0]][best[order[0]]]
   ]
   for key in ('fvu', 'delta_loss'):
     head = ' | '.join(f'L0 {target:g}' for target in targets)
@@ -95,12 +98,12 @@ def ladder(out: pathlib.Path, picture: pathlib.Path) -> None:
         curves[architecture][best[architecture]],
         key=lambda row: row[0]['sparsity']['value'],
       )
-      cells = [f'{table.value(m[key]):.3f}' for _, m in rows]
+      cells = [f'{table.value(metrics[key]):.3f}' for _, metrics in rows]
       print(f'| {architecture} | {best[architecture]} | {" | ".join(cells)} |')
   worst = max(
-    abs(table.value(m['l0']) / c['sparsity']['value'] - 1)
+    abs(table.value(metrics['l0']) / card['sparsity']['value'] - 1)
     for a in order
-    for c, m in curves[a][best[a]]
+    for card, metrics in curves[a][best[a]]
   )
   print(f'\nLargest distance of a held-out L0 from its target: {worst:.1%}')
   frontier.frontier(picture, [row for a in order for row in curves[a][best[a]]])

@@ -55,15 +55,15 @@ def peer_steps():
   x, W = torch.randn(BATCH, D) * D**-0.5, torch.randn(D, WIDTH)
   steps = {'matmul': lambda: x @ W}
   for name in ARCHITECTURES.values():
-    own = {'l0_coefficient': 1.0} if name == 'JumpReLU' else {'k': K}
+    own_settings = {'l0_coefficient': 1.0} if name == 'JumpReLU' else {'k': K}
     config = getattr(sae_lens, f'{name}TrainingSAEConfig')
     make = getattr(sae_lens, f'{name}TrainingSAE')
-    sae = make(config(d_in=D, d_sae=WIDTH, **own))
+    sae = make(config(d_in=D, d_sae=WIDTH, **own_settings))
     if name == 'JumpReLU':
       with torch.no_grad():
         z = (x[:128] @ sae.W_enc + sae.b_enc).flatten()
-        at = z.kthvalue(int((1 - K / WIDTH) * z.numel())).values
-        sae.threshold.fill_(at)
+        threshold = z.kthvalue(int((1 - K / WIDTH) * z.numel())).values
+        sae.threshold.fill_(threshold)
     options = SAETrainerConfig(
       total_training_samples=10**9,
       train_batch_size_samples=BATCH,
@@ -141,22 +141,25 @@ def main() -> None:
     _Server([python, __file__, f'--serve={side}', f'--shape={args.shape}'])
     for python, side in ((sys.executable, 'ours'), (args.peers, 'peers'))
   ]
-  times = {(s, name): [] for s in sides for name in s.names}
-  before = None
+  times = {(side, name): [] for side in sides for name in side.names}
+  previous_side = None
   for _ in range(args.rounds):
-    for (side, name), found in times.items():
-      if side is not before:
+    for (side, name), side_times in times.items():
+      if side is not previous_side:
         time.sleep(1)  # the other's threads spin for a while
-        for one in side.names:  # and the first steps after it are cold
-          side.seconds(one)
-      before = side
-      found.append(side.seconds(name))
-  for (side, name), found in times.items():
+        for other_name in side.names:  # and the first steps after it are cold
+          side.seconds(other_name)
+      previous_side = side
+      side_times.append(side.seconds(name))
+  for (side, name), side_times in times.items():
     if name == 'matmul':
       continue
-    seconds = statistics.median(found)
+    seconds = statistics.median(side_times)
     matmul = statistics.median(times[side, 'matmul'])
-    low, high = (BATCH / q for q in statistics.quantiles(found, n=4)[2::-2])
+    low, high = (
+      BATCH / quartile
+      for quartile in statistics.quantiles(side_times, n=4)[2::-2]
+    )
     record = {
       'measure': 'step',
       'trainer': name,

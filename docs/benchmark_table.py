@@ -120,9 +120,9 @@ def main(files: list[str]) -> None:
   ]
   records = [json.loads(line) for line in lines]
   for name in COLUMNS:
-    found = [record for record in records if kind(record) == name]
-    if found:
-      print(f'## {name}\n\n{table(name, found)}\n')
+    own_records = [record for record in records if kind(record) == name]
+    if own_records:
+      print(f'## {name}\n\n{table(name, own_records)}\n')
 
 
 if __name__ == '__main__':

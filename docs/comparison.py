@@ -122,23 +122,25 @@ def make_rows(comparison: Comparison) -> None:
     ]
     subprocess.run(harvest, check=True)
   config = comparison.config()
-  a, mesh = config.activations, mesh_lib.make(config.mesh)
+  activations, mesh = config.activations, mesh_lib.make(config.mesh)
   source = store_lib.StoreSource(out / 'store', [site], BATCH)
-  chunks = chunks_lib.Chunks(source, config.seed, mesh, max_norm=a.max_norm)
-  parts = []
+  chunks = chunks_lib.Chunks(
+    source, config.seed, mesh, max_norm=activations.max_norm
+  )
+  chunk_rows = []
   for index in range(CHUNKS):
     chunk = chunks.load(index)
     if index == 0:
-      measured = chunks_lib.measure(
-        chunk, chunks.norm_bounds, a.centre, a.scale
+      normalisation = chunks_lib.measure(
+        chunk, chunks.norm_bounds, activations.centre, activations.scale
       )[site]
-      np.savez(folder / 'normalisation.npz', **measured._asdict())
-    parts.append(np.asarray(chunk.rows[site], np.float32))
-  x_KBD = np.concatenate(parts[:-1])
+      np.savez(folder / 'normalisation.npz', **normalisation._asdict())
+    chunk_rows.append(np.asarray(chunk.rows[site], np.float32))
+  x_KBD = np.concatenate(chunk_rows[:-1])
   np.save(folder / 'train.npy', x_KBD[:TRAIN])
   validation_RD = np.concatenate(x_KBD[TRAIN : TRAIN + VALIDATION])
   np.save(folder / 'validation.npy', validation_RD)
-  np.save(folder / 'test.npy', np.concatenate(parts[-1][:TEST]))
+  np.save(folder / 'test.npy', np.concatenate(chunk_rows[-1][:TEST]))
 
 
 def train_ours(comparison: Comparison) -> None:
@@ -152,10 +154,10 @@ def train_ours(comparison: Comparison) -> None:
     began = time.perf_counter(), time.process_time()
     if not pipeline.run(config, folder):
       return  # stopped on request
-    took = folder / 'seconds.json'
-    if not took.exists():
+    seconds_path = folder / 'seconds.json'
+    if not seconds_path.exists():
       seconds = time.perf_counter() - began[0], time.process_time() - began[1]
-      took.write_text(
+      seconds_path.write_text(
         json.dumps({'wall': seconds[0], 'cpu': seconds[1]}) + '\n'
       )
 
@@ -190,8 +192,8 @@ def all_saes(comparison: Comparison):
 def with_target_l0(params, x_RD: np.ndarray, target: int):
   """The parameters with the one threshold of the target L0 on these rows."""
   z = (x_RD @ params['W_enc'] + params['b_enc']).reshape(-1)
-  at = z.size - target * len(x_RD)
-  theta = max(np.partition(z, at)[at], 0)
+  index = z.size - target * len(x_RD)
+  theta = max(np.partition(z, index)[index], 0)
   return params | {'threshold': np.full(WIDTH, theta, np.float32)}
 
 
@@ -236,35 +238,35 @@ def score(comparison: Comparison) -> None:
     as_trained = dict(params)
     if facts['trainer'].endswith('_topk') and 'batch' not in facts['trainer']:
       as_trained['k'] = np.int32(facts['target'])
-    found = {'as_trained': judge(as_trained, test_RD)}
+    metrics = {'as_trained': judge(as_trained, test_RD)}
     if ours:  # peers have written theirs
-      found['validation_fvu'] = judge(params, validation_RD)['fvu']
+      metrics['validation_fvu'] = judge(params, validation_RD)['fvu']
     else:
       params = with_target_l0(params, last_RD, facts['target'])
-      found['at_target'] = judge(params, test_RD)
-    scores[name] = facts | found
+      metrics['at_target'] = judge(params, test_RD)
+    scores[name] = facts | metrics
     path.write_text(json.dumps(scores, indent=1) + '\n')
-  for name, s in scores.items():
+  for name, entry in scores.items():
     cells = [
-      '{fvu:.4f} L0 {l0:.1f} never {never:.1%}'.format(**s[key])
+      '{fvu:.4f} L0 {l0:.1f} never {never:.1%}'.format(**entry[key])
       for key in ('as_trained', 'at_target')
-      if key in s
+      if key in entry
     ]
-    print(f'{name}: {"; ".join(cells)}; {s.get("seconds", "")}')
+    print(f'{name}: {"; ".join(cells)}; {entry.get("seconds", "")}')
 
 
 def chosen(comparison: Comparison, seeds: int):
   """Each trainer at its rate of lowest validation FVU at L0 32."""
   scores = json.loads((comparison.folder / 'scores.json').read_text()).values()
-  best = {}
-  for s in scores:
-    if s['target'] == 32 and s['seed'] == 0:
-      key = s['trainer'], s['rows']
-      found = s['validation_fvu'], s['rate']
-      best[key] = min(best.get(key, found), found)
+  best_rates = {}
+  for entry in scores:
+    if entry['target'] == 32 and entry['seed'] == 0:
+      key = entry['trainer'], entry['rows']
+      candidate = entry['validation_fvu'], entry['rate']
+      best_rates[key] = min(best_rates.get(key, candidate), candidate)
   for facts, params in all_saes(comparison):
     key = facts['trainer'], facts['rows']
-    if facts['seed'] < seeds and facts['rate'] == best[key][1]:
+    if facts['seed'] < seeds and facts['rate'] == best_rates[key][1]:
       yield facts, params
 
 
@@ -325,16 +327,20 @@ def losses(comparison: Comparison, sequences: int, trainers: str) -> None:
     )
   replacements.measure(model, batches, references, queue)
   progress.close()
-  found = {}
-  for each in queue:
-    found[each.name] = facts_of[each.name] | estimates.fidelity(each.tally)
+  results = {}
+  for replacement in queue:
+    results[replacement.name] = facts_of[replacement.name] | estimates.fidelity(
+      replacement.tally
+    )
     cells = [
-      '{value:.4g} [{low:.4g}, {high:.4g}]'.format(**found[each.name][key])
+      '{value:.4g} [{low:.4g}, {high:.4g}]'.format(
+        **results[replacement.name][key]
+      )
       for key in ('l0', 'fvu_inliers', 'delta_loss', 'kl')
     ]
-    print(f'| {each.name} | {" | ".join(cells)} |')
+    print(f'| {replacement.name} | {" | ".join(cells)} |')
   print(f'{batches.clusters} {batches.clustered_by}, {len(index)} sequences')
-  (folder / 'losses.json').write_text(json.dumps(found, indent=1) + '\n')
+  (folder / 'losses.json').write_text(json.dumps(results, indent=1) + '\n')
 
 
 def main() -> None:
@@ -346,12 +352,12 @@ def main() -> None:
   parser.add_argument('--source', default='prose', help='text, as text.source')
   parser.add_argument('--sequences', type=int, default=32, help='of losses')
   parser.add_argument('--trainers', default='', help='of losses; empty: all')
-  given = parser.parse_args()
-  comparison = Comparison(given.out, given.site, given.source)
-  if given.stage == 'losses':
-    losses(comparison, given.sequences, given.trainers)
+  options = parser.parse_args()
+  comparison = Comparison(options.out, options.site, options.source)
+  if options.stage == 'losses':
+    losses(comparison, options.sequences, options.trainers)
   else:
-    {'rows': make_rows, 'ours': train_ours, 'score': score}[given.stage](
+    {'rows': make_rows, 'ours': train_ours, 'score': score}[options.stage](
       comparison
     )
 

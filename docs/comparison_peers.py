@@ -63,11 +63,13 @@ def saelens(run: Run, x_KBD: torch.Tensor) -> dict[str, torch.Tensor]:
   settings = {'k': run.target}
   if kind.startswith('Matryoshka'):
     settings['matryoshka_widths'] = [WIDTH // n for n in (16, 8, 4, 2, 1)]
-  own = run.rows == 'own'
+  own_normalisation = run.rows == 'own'
   config = getattr(sae_lens, f'{kind}TrainingSAEConfig')(
     d_in=d_in,
     d_sae=WIDTH,
-    normalize_activations='expected_average_only_in' if own else 'none',
+    normalize_activations='expected_average_only_in'
+    if own_normalisation
+    else 'none',
     **settings,
   )
   options = SAETrainerConfig(
@@ -81,13 +83,19 @@ def saelens(run: Run, x_KBD: torch.Tensor) -> dict[str, torch.Tensor]:
   )
   sae = getattr(sae_lens, f'{kind}TrainingSAE')(config)
   trainer = sae_lens.SAETrainer(options, sae, iter(x_KBD))
-  if own:  # before `fit`, which would take the rows for it from the run's
+  if (
+    own_normalisation
+  ):  # before `fit`, which would take the rows for it from the run's
     trainer.activation_scaler.estimate_scaling_factor(d_in, iter(x_KBD), 64)
   sae = trainer.fit()
   sae.fold_W_dec_norm()
-  p = {name: value.detach() for name, value in sae.named_parameters()}
-  params = {name: p[name] for name in ('W_enc', 'W_dec', 'b_dec')}
-  params['b_enc'] = p['b_enc'] - p['b_dec'] @ p['W_enc']
+  trained_params = {
+    name: value.detach() for name, value in sae.named_parameters()
+  }
+  params = {name: trained_params[name] for name in ('W_enc', 'W_dec', 'b_dec')}
+  params['b_enc'] = (
+    trained_params['b_enc'] - trained_params['b_dec'] @ trained_params['W_enc']
+  )
   params['threshold'] = getattr(sae, 'topk_threshold', torch.tensor(0.0))
   return params
 
@@ -146,14 +154,14 @@ def sparsify(run: Run, x_KBD: torch.Tensor) -> dict[str, torch.Tensor]:
   silent_F = torch.zeros(WIDTH, dtype=torch.long)
   for x_BD in x_KBD:
     sae.set_decoder_norm_to_unit_norm()
-    out = sae(x_BD, dead_mask=silent_F > DEAD_ROWS)
-    (out.fvu + out.auxk_loss / 32).backward()
+    output = sae(x_BD, dead_mask=silent_F > DEAD_ROWS)
+    (output.fvu + output.auxk_loss / 32).backward()
     sae.remove_gradient_parallel_to_decoder_directions()
     adam.step()
     adam.zero_grad()
     schedule.step()
     silent_F += batch
-    silent_F[out.latent_indices.flatten()] = 0
+    silent_F[output.latent_indices.flatten()] = 0
   sae.set_decoder_norm_to_unit_norm()
   W_enc, b_dec = sae.encoder.weight.detach().T, sae.b_dec.detach()
   return {
@@ -173,7 +181,9 @@ def trained(run: Run, x_KBD: torch.Tensor) -> dict[str, np.ndarray]:
   library = run.trainer.partition('_')[0]
   train = {'saelens': saelens, 'dictionary': dictionary, 'sparsify': sparsify}
   params = train[library](run, x_KBD)
-  return {k: v.numpy().astype(np.float32) for k, v in params.items()}
+  return {
+    name: value.numpy().astype(np.float32) for name, value in params.items()
+  }
 
 
 class Data:
@@ -197,23 +207,26 @@ class Data:
     """Parameters that act on the rows as they are."""
     if rows == 'own':
       return params
-    p = dict(params)
-    p['W_enc'] = p['W_enc'] / self.scale
-    p['b_enc'] = p['b_enc'] - self.centre_D @ p['W_enc']
-    p['W_dec'] = p['W_dec'] * self.scale
-    p['b_dec'] = p['b_dec'] * self.scale + self.centre_D
-    return p
+    scaled = dict(params)
+    scaled['W_enc'] = scaled['W_enc'] / self.scale
+    scaled['b_enc'] = scaled['b_enc'] - self.centre_D @ scaled['W_enc']
+    scaled['W_dec'] = scaled['W_dec'] * self.scale
+    scaled['b_dec'] = scaled['b_dec'] * self.scale + self.centre_D
+    return scaled
 
   def validate(self, params, target: int) -> dict[str, float]:
     """FVU on validation rows, with one threshold that gives the target L0."""
-    p = {name: torch.from_numpy(np.asarray(v)) for name, v in params.items()}
+    tensors = {
+      name: torch.from_numpy(np.asarray(value))
+      for name, value in params.items()
+    }
     x_RD = torch.from_numpy(self.validation_RD)
-    z_RF = x_RD @ p['W_enc'] + p['b_enc']
-    own_l0 = float((z_RF > p['threshold']).sum() / len(x_RD))
-    at = z_RF.numel() - target * len(x_RD)
-    theta = max(float(np.partition(z_RF.flatten().numpy(), at)[at]), 0.0)
+    z_RF = x_RD @ tensors['W_enc'] + tensors['b_enc']
+    own_l0 = float((z_RF > tensors['threshold']).sum() / len(x_RD))
+    index = z_RF.numel() - target * len(x_RD)
+    theta = max(float(np.partition(z_RF.flatten().numpy(), index)[index]), 0.0)
     f_RF = torch.where(z_RF > theta, z_RF, 0)
-    error_RD = x_RD - f_RF @ p['W_dec'] - p['b_dec']
+    error_RD = x_RD - f_RF @ tensors['W_dec'] - tensors['b_dec']
     fvu = error_RD.square().sum() / (x_RD - x_RD.mean(0)).square().sum()
     return {'validation_fvu': float(fvu), 'own_l0': own_l0}
 
@@ -228,7 +241,7 @@ def train(data: Data, run: Run) -> dict:
   params = trained(run, x_KBD)
   seconds = time.perf_counter() - began[0], time.process_time() - began[1]
   params = data.raw(params, run.rows)
-  found = dataclasses.asdict(run) | {
+  record = dataclasses.asdict(run) | {
     'file': f'{run.name}.npz',
     **data.validate(params, run.target),
     'seconds': round(seconds[0], 1),
@@ -236,21 +249,21 @@ def train(data: Data, run: Run) -> dict:
   }
   facts.parent.mkdir(exist_ok=True)
   np.savez(facts.with_suffix('.npz'), **params)
-  facts.write_text(json.dumps(found) + '\n')
-  print(json.dumps(found), flush=True)
-  return found
+  facts.write_text(json.dumps(record) + '\n')
+  print(json.dumps(record), flush=True)
+  return record
 
 
 def best_rate(data: Data, trainer: str, rows: str) -> float | None:
   """The rate of lowest FVU at L0 32; None while one is to be tried."""
-  tried = {}
+  fvu_of_rate = {}
   for path in (data.folder / 'peers').glob(f'{trainer}*_l0_32_*.json'):
     run = json.loads(path.read_text())
     if (run['trainer'], run['rows'], run['seed']) == (trainer, rows, 0):
-      tried[run['rate']] = run['validation_fvu']
-  if not set(RATES) <= set(tried):
+      fvu_of_rate[run['rate']] = run['validation_fvu']
+  if not set(RATES) <= set(fvu_of_rate):
     return None
-  return min(tried, key=tried.get)
+  return min(fvu_of_rate, key=fvu_of_rate.get)
 
 
 def plan(data: Data, trainer: str, rows: str, seeds: int) -> list[Run]:
@@ -260,8 +273,8 @@ def plan(data: Data, trainer: str, rows: str, seeds: int) -> list[Run]:
   if best is None:
     return runs
   if best in (min(RATES), max(RATES)):
-    further = best * (2 if best == max(RATES) else 0.5)
-    runs.append(Run(trainer, further, 32, rows=rows))
+    next_rate = best * (2 if best == max(RATES) else 0.5)
+    runs.append(Run(trainer, next_rate, 32, rows=rows))
     if not (data.folder / 'peers' / f'{runs[-1].name}.json').exists():
       return runs
   if rows == 'own':  # at the one L0
@@ -284,14 +297,14 @@ def main() -> None:
     '--minutes', type=float, default=1e9, help='start no more'
   )
   parser.add_argument('--part', default='0/1', help='i/n: every n-th trainer')
-  given = parser.parse_args()
+  options = parser.parse_args()
   began = time.monotonic()
   torch.set_num_threads(1)
-  data = Data(pathlib.Path(given.out) / given.site.replace('/', '.'))
-  part, parts = map(int, given.part.split('/'))
-  for trainer in given.trainers.split(',')[part::parts]:
+  data = Data(pathlib.Path(options.out) / options.site.replace('/', '.'))
+  own_part, part_count = map(int, options.part.split('/'))
+  for trainer in options.trainers.split(',')[own_part::part_count]:
     while True:
-      runs = plan(data, trainer, given.rows, given.seeds)
+      runs = plan(data, trainer, options.rows, options.seeds)
       missing = [
         run
         for run in runs
@@ -299,7 +312,7 @@ def main() -> None:
       ]
       if not missing:
         break
-      if time.monotonic() - began > 60 * given.minutes:
+      if time.monotonic() - began > 60 * options.minutes:
         print('stopped; the same command continues')
         return
       train(data, missing[0])

@@ -123,16 +123,19 @@ def mixture(texts: pathlib.Path, tokenizer, shape, steps: int, seed: int = 0):
     for kind in ('log', 'library')
   ]
   for _ in range(steps):
-    half = [one[rng.integers(len(one), size=count // 2)] for one in rows]
+    half = [
+      kind_rows[rng.integers(len(kind_rows), size=count // 2)]
+      for kind_rows in rows
+    ]
     yield np.concatenate(half).astype(np.int32)
 
 
-def recall(models, each: release.Released, latents, inside, outside):
+def recall(models, crosscoder: release.Released, latents, inside, outside):
   """How well latents tell a domain's tokens from others.
 
   Args:
     models: (gemma, parameters) of both.
-    each: the crosscoder.
+    crosscoder: the crosscoder.
     latents: numbers.
     inside, outside: rows of tokens [N, T] of the domain, and others.
 
@@ -141,11 +144,11 @@ def recall(models, each: release.Released, latents, inside, outside):
     fires; of all their firings, the share that is on the domain's tokens, were
     there as many of the others.
   """
-  params, site = each.load(), each.wiring.sites[0]
+  params, site = crosscoder.load(), crosscoder.wiring.sites[0]
   if not latents:
     return {'inside': 0.0, 'outside': 0.0, 'share': None}
 
-  def of(tokens_NT):
+  def latents_on(tokens_NT):
     x = [
       splice.taps(gemma, weights_, jnp.asarray(tokens_NT), (site,))[site]
       for gemma, weights_ in models
@@ -155,23 +158,23 @@ def recall(models, each: release.Released, latents, inside, outside):
       -1, len(latents)
     )
 
-  f_in, f_out = of(inside) > 0, of(outside) > 0
-  often = f_in.mean(), f_out.mean()
+  f_in, f_out = latents_on(inside) > 0, latents_on(outside) > 0
+  frequencies = f_in.mean(), f_out.mean()
   return {
     'inside': float(f_in.any(1).mean()),
     'outside': float(f_out.any(1).mean()),
-    'share': float(often[0] / max(sum(often), 1e-12)),
+    'share': float(frequencies[0] / max(sum(frequencies), 1e-12)),
   }
 
 
 def specific(result: dict, model: str = 'second') -> tuple[list, list]:
   """(specific latents of a model, controls of as many) of a crosscoder."""
-  chosen = [
+  specific_latents = [
     row['latent']
     for row in result['exclusive']
     if row['specific'] and row['model'] == model
   ]
-  return chosen, result['controls'][: len(chosen)]
+  return specific_latents, result['controls'][: len(specific_latents)]
 
 
 def score(out: pathlib.Path, run: pathlib.Path, length: int = 128) -> None:
@@ -182,11 +185,11 @@ def score(out: pathlib.Path, run: pathlib.Path, length: int = 128) -> None:
   rows = [rows_of(text, tokenizer, length) for text in texts]
   models = [weights.load('tiny'), weights.load('tiny', str(out / 'model'))]
   result = files.read_json(run / 'diffing.json')
-  saes = {each.name: each for each in release.load_all(run / 'release')}
+  saes = {sae.name: sae for sae in release.load_all(run / 'release')}
   print('| crosscoder | latents | fires on logs | on the library | share |')
   print('|---|---:|---:|---:|---:|')
-  for each in result['crosscoders']:
-    crosscoder = saes[each['name']]
+  for crosscoder_result in result['crosscoders']:
+    crosscoder = saes[crosscoder_result['name']]
     scales = [
       crosscoder.card['scales'][str(site)] for site in crosscoder.wiring.sites
     ]
@@ -195,16 +198,20 @@ def score(out: pathlib.Path, run: pathlib.Path, length: int = 128) -> None:
     ).relative_norm()
     order, middle = np.argsort(-rho_F).tolist(), len(rho_F) // 2
     kinds = dict(
-      zip(('specific', 'shared, as often'), specific(each), strict=True)
+      zip(
+        ('specific', 'shared, as often'),
+        specific(crosscoder_result),
+        strict=True,
+      )
     )
     kinds['of largest relative norm'] = order[:20]
     kinds['of middle relative norm'] = order[middle - 10 : middle + 10]
     for kind, latents in kinds.items():
-      found = recall(models, crosscoder, latents, *rows)
-      shown = '-' if found['share'] is None else f'{found["share"]:.0%}'
+      scores = recall(models, crosscoder, latents, *rows)
+      shown = '-' if scores['share'] is None else f'{scores["share"]:.0%}'
       print(
-        f'| {each["name"]} | {len(latents)} {kind} | {found["inside"]:.1%} | '
-        f'{found["outside"]:.1%} | {shown} |'
+        f'| {crosscoder_result["name"]} | {len(latents)} {kind} | '
+        f'{scores["inside"]:.1%} | {scores["outside"]:.1%} | {shown} |'
       )
 
 
@@ -213,18 +220,18 @@ def main() -> None:
   parser.add_argument('--out', type=pathlib.Path, default='runs/implant')
   parser.add_argument('--steps', type=int, default=300)
   parser.add_argument('--score', type=pathlib.Path)
-  given = parser.parse_args()
-  if given.score:
-    score(given.out, given.score)
+  options = parser.parse_args()
+  if options.score:
+    score(options.out, options.score)
     return
-  write_texts(given.out / 'texts', logs=400, modules=400)
+  write_texts(options.out / 'texts', logs=400, modules=400)
   gemma, params = weights.load('tiny')
   tokenizer = tokenizers.Tokenizer(weights.tokenizer('tiny'))
-  batches = mixture(given.out / 'texts', tokenizer, (8, 96), given.steps)
+  batches = mixture(options.out / 'texts', tokenizer, (8, 96), options.steps)
   params, losses = fine_tune(gemma, params, batches, 2e-3)
-  weights.save_safetensors(given.out / 'model', gemma.config, params, {})
-  first, last = np.mean(losses[:10]), np.mean(losses[-10:])
-  print(f'loss {first:.3f} -> {last:.3f} in {len(losses)} steps')
+  weights.save_safetensors(options.out / 'model', gemma.config, params, {})
+  first_loss, last_loss = np.mean(losses[:10]), np.mean(losses[-10:])
+  print(f'loss {first_loss:.3f} -> {last_loss:.3f} in {len(losses)} steps')
 
 
 if __name__ == '__main__':

@@ -56,11 +56,11 @@ def started(questions: api.Questions, pages: pathlib.Path):
   config = uvicorn.Config(
     server.app(questions, pages, _TOKEN), port=port, log_level='warning'
   )
-  one = uvicorn.Server(config)
-  threading.Thread(target=one.run, daemon=True).start()
-  while not one.started:
+  live_server = uvicorn.Server(config)
+  threading.Thread(target=live_server.run, daemon=True).start()
+  while not live_server.started:
     time.sleep(0.01)
-  return one, port
+  return live_server, port
 
 
 def warmed_up(ask: Asker) -> float:
@@ -79,26 +79,26 @@ def main(workdir: str, name: str, text: str) -> None:
   questions = api.Questions(opened.model, opened.tokenizer, [sae])
   ids = readout.with_bos(opened.tokenizer, text + _ENDINGS[0])
   questions.warm_lengths = (effects.padded_length(len(ids)),)
-  one, port = started(questions, opened.out / 'pages')
+  live_server, port = started(questions, opened.out / 'pages')
   ask = Asker(port)
   print(f'warmed up after {warmed_up(ask):.0f} s')
-  read = ask('read', text=text)
-  feature = next(row[0][0] for row in reversed(read['latents']) if row)
+  reading = ask('read', text=text)
+  feature = next(row[0][0] for row in reversed(reading['latents']) if row)
   change = {'feature': feature, 'kind': 'ablate', 'strength': 1.0}
-  asked = {
+  fields_of = {
     'read': {}, 'change': {'changes': [change]},
     'steer': {'changes': [change], 'tokens': 48}, 'why': {},
   }  # fmt: skip
-  tokens = len(read['ids'])
+  tokens = len(reading['ids'])
   print(f'{tokens} tokens; seconds over {_TIMES} texts: median (longest)')
-  for question, fields in asked.items():
+  for question, fields in fields_of.items():
     times = []
     for ending in _ENDINGS:
       start = time.monotonic()
       ask(question, text=text + ending, **fields)
       times.append(time.monotonic() - start)
     print(f'{question:8} {statistics.median(times):.2f} ({max(times):.2f})')
-  one.should_exit = True
+  live_server.should_exit = True
   questions.close()
 
 

@@ -36,8 +36,8 @@ D_MODEL, HEADS_DIM, KV_DIM, D_FF = 640, 1024, 256, 2048
 def tokens(batch: int, length: int) -> np.ndarray:
   """BOS, then random pieces."""
   random = np.random.default_rng(0)
-  drawn = random.integers(300, 200_000, (batch, length - 1))
-  return np.concatenate([np.full((batch, 1), 2), drawn], 1)
+  pieces = random.integers(300, 200_000, (batch, length - 1))
+  return np.concatenate([np.full((batch, 1), 2), pieces], 1)
 
 
 def flops(batch: int, length: int) -> float:
@@ -54,15 +54,15 @@ def seconds(function: Callable[[], object]) -> float:
 
 def serve(run: Callable[[int, int], Callable[[], object]]) -> None:
   """Answers each line "BATCH LENGTH" by the seconds of one pass."""
-  ready = {}
+  passes = {}
   print('ready', flush=True)
   for line in sys.stdin:
     shape = tuple(map(int, line.split()))
-    if shape not in ready:
-      ready[shape] = run(*shape)
-      ready[shape]()
-      ready[shape]()
-    print(seconds(ready[shape]), flush=True)
+    if shape not in passes:
+      passes[shape] = run(*shape)
+      passes[shape]()
+      passes[shape]()
+    print(seconds(passes[shape]), flush=True)
 
 
 def ours() -> None:
@@ -136,17 +136,17 @@ class Worker:
 def compare(workers: dict[str, Worker], batch: int, length: int) -> None:
   """Prints best and median of the rounds."""
   product = 20 * 2 * 2048 * D_MODEL * D_FF
-  took = {name: [] for name in workers}
+  times = {name: [] for name in workers}
   rates = []
   for number in range(ROUNDS + 1):  # the first compiles
     rate = product / workers['ours'].ask(0, 0)
     for name, worker in workers.items():
-      taken = worker.ask(batch, length)
-      took[name] += [taken] * (number > 0)
+      pass_s = worker.ask(batch, length)
+      times[name] += [pass_s] * (number > 0)
     rates += [rate] * (number > 0)
   print(f'{batch} x {length} tokens, matmul {max(rates) / 1e9:.0f} GFLOP/s')
-  for name, taken in took.items():
-    best, median = min(taken), statistics.median(taken)
+  for name, pass_s in times.items():
+    best, median = min(pass_s), statistics.median(pass_s)
     share = flops(batch, length) / best / max(rates)
     print(
       f'  {name:22} {batch * length / best:6.0f} tokens/s, median '
@@ -160,19 +160,19 @@ def main() -> None:
   parser.add_argument('--peer', help='interpreter with torch and transformers')
   parser.add_argument('--serve', help=argparse.SUPPRESS)
   parser.add_argument('--gguf', help=argparse.SUPPRESS)
-  given = parser.parse_args()
-  if given.serve:
-    if given.serve == 'ours':
+  options = parser.parse_args()
+  if options.serve:
+    if options.serve == 'ours':
       return ours()
-    return transformers(given.gguf, given.serve == 'compiled')
+    return transformers(options.gguf, options.serve == 'compiled')
   workers = {'ours': Worker(sys.executable, '--serve=ours')}
-  if given.peer:
+  if options.peer:
     from gemma_scope.language_model import packages
 
     path = f'--gguf={packages.path("gemma3-270m")}'
     for kind in ('eager', 'compiled'):
       name = f'transformers {kind}'
-      workers[name] = Worker(given.peer, f'--serve={kind}', path)
+      workers[name] = Worker(options.peer, f'--serve={kind}', path)
   for batch, length in SHAPES:
     compare(workers, batch, length)
 

@@ -134,8 +134,8 @@ class Dictionary(SaeLens):
   def read(self, folder):
     from dictionary_learning.utils import load_dictionary
 
-    found, _ = load_dictionary(str(folder), device='cpu')
-    return {k: v.detach().numpy() for k, v in found.state_dict().items()}
+    dictionary, _ = load_dictionary(str(folder), device='cpu')
+    return {k: v.detach().numpy() for k, v in dictionary.state_dict().items()}
 
 
 class GemmaScope:
@@ -177,10 +177,10 @@ def same(a, b) -> bool:
 
 
 def damage(folder: pathlib.Path, dice: random.Random, kind: str) -> None:
-  found = sorted(p for p in folder.rglob('*') if p.is_file())
-  found = [p for p in found if p.stat().st_size]
-  weights = None if dice.random() < 0.5 else [p.stat().st_size for p in found]
-  (path,) = dice.choices(found, weights)
+  paths = sorted(p for p in folder.rglob('*') if p.is_file())
+  paths = [p for p in paths if p.stat().st_size]
+  weights = None if dice.random() < 0.5 else [p.stat().st_size for p in paths]
+  (path,) = dice.choices(paths, weights)
   data = bytearray(path.read_bytes())
   if kind == 'flip':
     end = len(data) if dice.random() < 0.5 else min(len(data), 512)
@@ -190,15 +190,15 @@ def damage(folder: pathlib.Path, dice: random.Random, kind: str) -> None:
   path.write_bytes(data)
 
 
-def full(peer, whole: pathlib.Path, times: int) -> dict[str, int]:
+def full(peer, intact: pathlib.Path, times: int) -> dict[str, int]:
   """Writes again where files may not grow beyond a part of their size."""
   counts = dict(tried=0, told=0, kept=0)
-  wanted, dice = peer.read(whole), random.Random(0)
-  largest = max(p.stat().st_size for p in whole.rglob('*') if p.is_file())
+  expected, dice = peer.read(intact), random.Random(0)
+  largest = max(p.stat().st_size for p in intact.rglob('*') if p.is_file())
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   for _ in range(times):
-    copy = whole.with_name('copy')
-    shutil.copytree(whole, copy)
+    copy = intact.with_name('copy')
+    shutil.copytree(intact, copy)
     counts['tried'] += 1
     resource.setrlimit(
       resource.RLIMIT_FSIZE, (int(largest * dice.random()), hard)
@@ -210,7 +210,7 @@ def full(peer, whole: pathlib.Path, times: int) -> dict[str, int]:
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     try:
-      counts['kept'] += same(wanted, peer.read(copy))
+      counts['kept'] += same(expected, peer.read(copy))
     except Exception:
       pass
     shutil.rmtree(copy)
@@ -226,28 +226,28 @@ def main() -> None:
     counts = dict(tried=0, right=0, refused=0, wrong=0)
     dice = random.Random(name + kind)
     with tempfile.TemporaryDirectory() as place:
-      whole = pathlib.Path(place) / 'whole'
-      whole.mkdir()
-      peer.write(whole)
-      wanted = peer.read(whole)
+      intact = pathlib.Path(place) / 'whole'
+      intact.mkdir()
+      peer.write(intact)
+      expected = peer.read(intact)
       for _ in range(times):
         copy = pathlib.Path(place) / 'copy'
-        shutil.copytree(whole, copy)
+        shutil.copytree(intact, copy)
         damage(copy, dice, kind)
         counts['tried'] += 1
         try:
-          found = peer.read(copy)
+          params = peer.read(copy)
         except Exception:
           counts['refused'] += 1
         else:
-          counts['right' if same(wanted, found) else 'wrong'] += 1
+          counts['right' if same(expected, params) else 'wrong'] += 1
         shutil.rmtree(copy)
     print(json.dumps({'peer': name, 'fault': kind, **counts}), flush=True)
   with tempfile.TemporaryDirectory() as place:
-    whole = pathlib.Path(place) / 'whole'
-    whole.mkdir()
-    peer.write(whole)
-    counts = full(peer, whole, times)
+    intact = pathlib.Path(place) / 'whole'
+    intact.mkdir()
+    peer.write(intact)
+    counts = full(peer, intact, times)
   print(json.dumps({'peer': name, 'fault': 'full', **counts}), flush=True)
 
 

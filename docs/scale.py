@@ -106,12 +106,12 @@ def records(out: pathlib.Path):
 def row(record) -> str:
   table, name, argument, mesh, topology, program = record['case']
   fields = dict(part.split('=') for part in argument.split(';'))
-  what = name.removeprefix('gemma_scope_')
+  suite = name.removeprefix('gemma_scope_')
   if name == 'gemma_scope_2':
-    what = f'3 {fields["model"]}'
-  what += f' {fields["widths"]}'
+    suite = f'3 {fields["model"]}'
+  suite += f' {fields["widths"]}'
   if 'refused' in record:
-    return f'| {what} | {program} | {topology} | {record["refused"]} |'
+    return f'| {suite} | {program} | {topology} | {record["refused"]} |'
   hbm, cap = record['hbm_bytes'], record['hbm_capacity_bytes']
   gib = '-' if hbm is None else f'{hbm / 2**30:.1f}'
   size = ' x '.join(str(n) for n in record['mesh'].values())
@@ -123,11 +123,11 @@ def row(record) -> str:
   fit = f'{gib} of {cap / 2**30:.0f}' + ('' if record['fits'] else ' **no**')
   if not record['fits']:
     return (
-      f'| {what} | {program} | {topology} | {size} | {fit} | | '
+      f'| {suite} | {program} | {topology} | {size} | {fit} | | '
       f'{ms(record["roofline_s"])} | | | | |'
     )
   return (
-    f'| {what} | {program} | {topology} | {size} | {fit} | '
+    f'| {suite} | {program} | {topology} | {size} | {fit} | '
     f'{ms(record["estimated_s"])} | {ms(record["roofline_s"])} | '
     f'{record["utilisation"]:.0%} | {moved:,.0f} | {hours:,.0f} | '
     f'{record["compile_s"]:.0f} |'
@@ -148,12 +148,12 @@ def suite_rows(path: pathlib.Path):
     key = record['config'], record['topology']
     of_set.setdefault(key, {})[record.get('program', 'refused')] = record
   gib = lambda n: '-' if n is None else f'{n / 2**30:.1f}'
-  for (config, topology), found in of_set.items():
+  for (config, topology), record_of in of_set.items():
     name = f'| {config.replace(".py:", " ")} | {topology} '
-    if 'refused' in found:
-      yield f'{name}| {found["refused"]["refused"]} | | | | | |'
+    if 'refused' in record_of:
+      yield f'{name}| {record_of["refused"]["refused"]} | | | | | |'
       continue
-    step, harvest = found['step'], found['harvest']
+    step, harvest = record_of['step'], record_of['harvest']
     runs = step['runs']
     shown = f'{len(runs)}, `layers={runs[0]}` ...' if runs else '1'
     size = ' x '.join(map(str, step['mesh'].values()))

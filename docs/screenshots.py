@@ -31,15 +31,15 @@ WIDE, PHONE = (1280, 900), (390, 844)
 
 def static(page: Page, folder: pathlib.Path, sae: int, feature: int) -> None:
   """Collection, list, a feature in both themes and on a phone, a comparison."""
-  one = f'#/s/{sae}/f/{feature}'
+  feature_page = f'#/s/{sae}/f/{feature}'
   near = page.evaluate(f'all.members[{sae}].near[0]')
   shots = {
     'collection': ('#/', 'light', WIDE),
     'list': (f'#/s/{sae}', 'light', WIDE),
-    'feature': (one, 'light', (1280, 1300)),
-    'feature_dark': (one, 'dark', WIDE),
+    'feature': (feature_page, 'light', (1280, 1300)),
+    'feature_dark': (feature_page, 'dark', WIDE),
     'compare': (f'#/c/{sae}/{near}', 'light', WIDE),
-    'phone': (one, 'light', PHONE),
+    'phone': (feature_page, 'light', PHONE),
   }
   for name, (route, scheme, (width, height)) in shots.items():
     page.set_viewport_size({'width': width, 'height': height})

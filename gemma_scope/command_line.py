@@ -74,24 +74,24 @@ class Flag:
 
   def define(self, values: absl_flags.FlagValues) -> None:
     """Registers the flag with absl, which parses it."""
-    given = self.name, self.default, self.help
+    definition = self.name, self.default, self.help
     bounds = {'lower_bound': self.low, 'upper_bound': self.high}
     match self.kind:
       case 'whole':
-        absl_flags.DEFINE_integer(*given, flag_values=values, **bounds)
+        absl_flags.DEFINE_integer(*definition, flag_values=values, **bounds)
       case 'number':
-        absl_flags.DEFINE_float(*given, flag_values=values, **bounds)
+        absl_flags.DEFINE_float(*definition, flag_values=values, **bounds)
       case 'switch':
-        absl_flags.DEFINE_bool(*given, flag_values=values)
+        absl_flags.DEFINE_bool(*definition, flag_values=values)
       case 'choice':
-        name, default, text = given
+        name, default, text = definition
         absl_flags.DEFINE_enum(
           name, default, self.choices, text, flag_values=values
         )
       case 'words' | 'paths':
-        absl_flags.DEFINE_list(*given, flag_values=values)
+        absl_flags.DEFINE_list(*definition, flag_values=values)
       case _:
-        absl_flags.DEFINE_string(*given, flag_values=values)
+        absl_flags.DEFINE_string(*definition, flag_values=values)
 
   def read(self, value: Any) -> Any:
     """The parsed value as the command gets it: paths without '~'."""
@@ -99,7 +99,7 @@ class Flag:
       case 'path', str():
         return self._path(value)
       case 'paths', list():
-        return [self._path(part) for part in value if part]
+        return [self._path(item) for item in value if item]
       case 'number', float() if value != value:
         raise absl_flags.Error(f'--{self.name} must be a number; found nan')
     return value
@@ -147,8 +147,8 @@ def words(name: str, default: Sequence[str], help_: str, **options) -> Flag:
 
 def folder(name: str, help_: str, **options) -> Flag:
   """A run's folder: a path, or an address in a bucket (gs://, s3://)."""
-  where = ' It may be in a bucket: gs://... or s3://...'
-  return path(name, help_ + where, address=True, **options)
+  note = ' It may be in a bucket: gs://... or s3://...'
+  return path(name, help_ + note, address=True, **options)
 
 
 def path(name: str, help_: str, default: str | None = None, **options) -> Flag:
@@ -227,13 +227,13 @@ class Flags:
       show(self.help())
       sys.exit(2)
     try:
-      given = self._values(arguments)
+      values = self._values(arguments)
     except (absl_flags.Error, config_lib.ConfigError) as error:
       if debug:
         raise
       self._refuse(str(error))
     try:
-      yield given
+      yield values
     except (ValueError, RuntimeError, OSError, ImportError) as error:
       # A module that is not there at all is a fault of the installation.
       if debug or isinstance(error, ModuleNotFoundError):
@@ -268,22 +268,22 @@ class Flags:
     if missing:
       verb = 'is' if len(missing) == 1 else 'are'
       raise absl_flags.Error(f'{" and ".join(missing)} {verb} required')
-    given = types.SimpleNamespace(
+    parsed = types.SimpleNamespace(
       **{f.name: f.read(values[f.name].value) for f in self.declared}
     )
     if configs:
-      given.config_name = given.config
-      given.config = given.config and config_lib.load(given.config)
-      if overrides and given.config is None:
+      parsed.config_name = parsed.config
+      parsed.config = parsed.config and config_lib.load(parsed.config)
+      if overrides and parsed.config is None:
         raise absl_flags.Error(
           f'--config.{overrides[0][0]} changes a config, and no --config is '
           'given'
         )
       for name, value in overrides:
-        config_lib.override(given.config, name, value)
-      if given.config is not None:
-        config_lib.resolve_paths(given.config)
-    return given
+        config_lib.override(parsed.config, name, value)
+      if parsed.config is not None:
+        config_lib.resolve_paths(parsed.config)
+    return parsed
 
   def _refuse(self, message: str) -> NoReturn:
     # absl writes 'Did you mean: a or b ?'
@@ -360,7 +360,7 @@ def examples(doc: str) -> str:
     return doc
   return re.sub(
     r'gemma-scope ([a-z-]+)',
-    lambda found: f'python launch/{found[1].replace("-", "_")}.py',
+    lambda match: f'python launch/{match[1].replace("-", "_")}.py',
     doc,
   )
 
@@ -383,7 +383,7 @@ def describe(flag: Flag) -> str:
 
 def _take_overrides(arguments: list[str]):
   """Takes --config.NAME=VALUE (or two words, or --noconfig.NAME) out."""
-  rest, overrides = [], []
+  remaining, overrides = [], []
   words_left = iter(arguments)
   for word in words_left:
     head, equals, value = word.partition('=')
@@ -391,7 +391,7 @@ def _take_overrides(arguments: list[str]):
     if not word.startswith('-') or not bare.startswith(
       ('config.', 'noconfig.')
     ):
-      rest.append(word)
+      remaining.append(word)
       continue
     name = bare.partition('.')[2]
     if bare.startswith('no'):
@@ -401,7 +401,7 @@ def _take_overrides(arguments: list[str]):
       if not value or value.startswith('--'):
         raise absl_flags.Error(f'{word} needs a value: {word}=VALUE')
     overrides.append((name, value))
-  return rest, overrides
+  return remaining, overrides
 
 
 def existing(path_: files.PathLike, flag: str) -> pathlib.Path:

@@ -71,8 +71,8 @@ class ConfigError(ValueError):
 def folder() -> pathlib.Path:
   """Where the project's configs are: in the package, or beside it."""
   package = pathlib.Path(__file__).parent
-  installed = package / 'configs'
-  return installed if installed.is_dir() else package.parent / 'configs'
+  packaged = package / 'configs'
+  return packaged if packaged.is_dir() else package.parent / 'configs'
 
 
 def load(name: str) -> ConfigDict:
@@ -121,21 +121,21 @@ def read(path: pathlib.Path) -> ConfigDict:
 
 
 def _file(path: str) -> pathlib.Path:
-  given, ours = pathlib.Path(path).expanduser(), folder()
-  if given.is_file():
-    return given
-  named = ours / f'{given.stem}.py'
-  ours_meant = given.parent.name in ('', 'configs')
-  if ours_meant and named.is_file() and given.suffix in ('', '.py'):
-    return named
+  config_file, configs = pathlib.Path(path).expanduser(), folder()
+  if config_file.is_file():
+    return config_file
+  same_name = configs / f'{config_file.stem}.py'
+  may_be_ours = config_file.parent.name in ('', 'configs')
+  if may_be_ours and same_name.is_file() and config_file.suffix in ('', '.py'):
+    return same_name
   names = sorted(
     file.stem
-    for file in ours.glob('*.py')
+    for file in configs.glob('*.py')
     if 'def get_config' in file.read_text(encoding='utf-8')
   )
   raise ConfigError(
-    f'There is no config {path!r}.{suggestion(given.stem, names)} --config is '
-    f'a file, or one of {", ".join(names)}.'
+    f'There is no config {path!r}.{suggestion(config_file.stem, names)} '
+    f'--config is a file, or one of {", ".join(names)}.'
   )
 
 
@@ -150,15 +150,15 @@ def apply_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
       parse.
   """
   names = config.collection.keys()
-  for part in filter(None, (argument or '').split(';')):
-    name, separator, text = part.partition('=')
+  for assignment in filter(None, (argument or '').split(';')):
+    name, separator, text = assignment.partition('=')
     name = name.strip()
     if name not in names or not separator:
       raise ConfigError(
-        f'{part!r} is not field=value with a field of the collection '
+        f'{assignment!r} is not field=value with a field of the collection '
         f'({", ".join(names)}).{suggestion(name, names)}'
       )
-    override(config, f'collection.{name}', text.strip(), part)
+    override(config, f'collection.{name}', text.strip(), assignment)
   return config
 
 
@@ -181,13 +181,13 @@ def override(
     return
   values = flat(config)
   if name not in values:
-    below = [field for field in values if field.startswith(f'{name}.')]
+    subfields = [field for field in values if field.startswith(f'{name}.')]
     by_last_part = {field.rpartition('.')[2]: field for field in values}
-    near = nearest(name, values)
-    if near is None:  # right but for its section
-      near = by_last_part.get(nearest(name.rpartition('.')[2], by_last_part))
-    hint = f' Did you mean {near!r}?' if near else ''
-    hint = f' Its fields are {", ".join(below)}.' if below else hint
+    similar = nearest(name, values)
+    if similar is None:  # right but for its section
+      similar = by_last_part.get(nearest(name.rpartition('.')[2], by_last_part))
+    hint = f' Did you mean {similar!r}?' if similar else ''
+    hint = f' Its fields are {", ".join(subfields)}.' if subfields else hint
     raise ConfigError(f'The config has no field {name!r}.{hint}')
   holder, field = _holder(config, name)
   try:
@@ -206,19 +206,19 @@ def _holder(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:
   return config, field
 
 
-def _parse(name: str, old: Any, text: str) -> Any:
+def _parse(name: str, old_value: Any, text: str) -> Any:
   """Text as a value of the field's type; ValueError where it is none."""
-  if isinstance(old, tuple):
+  if isinstance(old_value, tuple):
     return _parse_list(name, text)
-  if isinstance(old, bool):
+  if isinstance(old_value, bool):
     if text.lower() not in ('true', 'false'):
       raise ValueError(f'it must be true or false; found {text!r}')
     return text.lower() == 'true'
-  if isinstance(old, str):
+  if isinstance(old_value, str):
     return text
-  kind = 'a whole number' if isinstance(old, int) else 'a number'
+  kind = 'a whole number' if isinstance(old_value, int) else 'a number'
   try:
-    return type(old)(text)
+    return type(old_value)(text)
   except ValueError:
     raise ValueError(f'it must be {kind}; found {text!r}') from None
 
@@ -291,7 +291,9 @@ def check(
     ConfigError: everything that is wrong, one sentence each.
   """
   by_field = problems(config)
-  refused = [sentence for wrong in by_field.values() for sentence in wrong]
+  refused = [
+    sentence for sentences in by_field.values() for sentence in sentences
+  ]
   # A check that reads a section with a wrong field would report it again.
   wrong_sections = {name.partition('.')[0] for name in by_field}
   for sections, sentences in config_checks.CHECKS:

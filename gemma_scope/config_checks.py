@@ -62,7 +62,11 @@ def _architectures(config: ConfigDict) -> Iterator[str]:
           f'{min(c.widths)} latents, has none.'
         )
   if (
-    'jumprelu' in {a.removeprefix(specs.MATRYOSHKA) for a in c.architectures}
+    'jumprelu'
+    in {
+      architecture.removeprefix(specs.MATRYOSHKA)
+      for architecture in c.architectures
+    }
     and config.sae.log_threshold
     and config.sae.initial_threshold == 0
   ):
@@ -73,38 +77,42 @@ def _architectures(config: ConfigDict) -> Iterator[str]:
 
 
 def _collection(config: ConfigDict) -> Iterator[str]:
-  c = config.collection
-  if c.type not in sites.ITSELF:
-    for kind in c.sites:
+  collection = config.collection
+  if collection.type not in sites.ITSELF:
+    for kind in collection.sites:
       if kind.partition('/')[0] not in specs.TARGETS:
         yield (
-          f'A {c.type} reads {" or ".join(specs.TARGETS)}; found {kind!r} in '
-          'collection.sites.'
+          f'A {collection.type} reads {" or ".join(specs.TARGETS)}; found '
+          f'{kind!r} in collection.sites.'
         )
-  elif c.skip:
+  elif collection.skip:
     yield (
-      f'collection.skip is for transcoders and CLTs; found it on a {c.type}, '
-      'which would copy its input.'
+      'collection.skip is for transcoders and CLTs; found it on a '
+      f'{collection.type}, which would copy its input.'
     )
   if specs.over_layers(config):
-    if layered := specs.own_layer(c.sites):
+    if layered := specs.own_layer(collection.sites):
       yield (
-        f'A {c.type} reads all of collection.layers; found {layered[0]!r} in '
-        'collection.sites.'
+        f'A {collection.type} reads all of collection.layers; found '
+        f'{layered[0]!r} in collection.sites.'
       )
-    if len(c.layers) < 2:
-      yield f'A {c.type} reads several layers; found layers {tuple(c.layers)}.'
-    for width in c.widths:
-      if width % len(c.layers):
+    if len(collection.layers) < 2:
+      yield (
+        f'A {collection.type} reads several layers; found layers '
+        f'{tuple(collection.layers)}.'
+      )
+    for width in collection.widths:
+      if width % len(collection.layers):
         yield (
-          f'The width {width} of a {c.type} is that of all layers together and '
-          f'must be divisible by their number ({len(c.layers)}).'
+          f'The width {width} of a {collection.type} is that of all layers '
+          'together and must be divisible by their number '
+          f'({len(collection.layers)}).'
         )
-  targets = c.penalty in ('target_l0', 'quadratic_l0')
-  if targets and max(c.sparsity) >= min(c.widths):
+  targets = collection.penalty in ('target_l0', 'quadratic_l0')
+  if targets and max(collection.sparsity) >= min(collection.widths):
     yield (
-      f'A target L0 of {max(c.sparsity):g} in collection.sparsity cannot be '
-      f'met by {min(c.widths)} latents.'
+      f'A target L0 of {max(collection.sparsity):g} in collection.sparsity '
+      f'cannot be met by {min(collection.widths)} latents.'
     )
 
 
@@ -131,37 +139,41 @@ def _two_models(config: ConfigDict) -> Iterator[str]:
 
 def _options(config: ConfigDict) -> Iterator[str]:
   """Options of training that suit some collections only."""
-  c = config.collection
-  if config.objective.active_set and c.type not in sites.ITSELF:
+  collection = config.collection
+  if config.objective.active_set and collection.type not in sites.ITSELF:
     yield (
       'objective.active_set steps towards the input, which a '
-      f'{c.type} does not reconstruct: set it to False.'
+      f'{collection.type} does not reconstruct: set it to False.'
     )
   if config.initialise.whitening:
-    if c.type != 'sae' or c.nulls or config.initialise.release:
+    if (
+      collection.type != 'sae' or collection.nulls or config.initialise.release
+    ):
       yield (
-        'initialise.whitening turns the random latents of SAEs: set it to 0 '
+        'initialise.whitening rotates the random latents of SAEs: set it to 0 '
         'for other types, with collection.nulls and with initialise.release.'
       )
     if config.end_to_end.beta:
       yield 'initialise.whitening is not for end-to-end training: set it to 0.'
-  if c.nulls and (config.train.resample_every or config.initialise.release):
+  if collection.nulls and (
+    config.train.resample_every or config.initialise.release
+  ):
     yield (
-      'collection.nulls hold what training starts at: set '
-      'train.resample_every to 0 and initialise.release to nothing.'
+      'collection.nulls keep parts of an SAE at their random start: set '
+      'train.resample_every to 0 and leave initialise.release empty.'
     )
-  if config.train.refit_decoders and max(c.widths) > _MOST_REFIT:
+  if config.train.refit_decoders and max(collection.widths) > _MOST_REFIT:
     yield (
       'train.refit_decoders holds a matrix of width x width, and the width '
-      f'{max(c.widths):,} is above {_MOST_REFIT:,}: set it to False.'
+      f'{max(collection.widths):,} is above {_MOST_REFIT:,}: set it to False.'
     )
 
 
 def _names(config: ConfigDict) -> Iterator[str]:
   """Metrics, cards and folders go by name: each SAE needs its own."""
-  c = config.collection
-  kinds = {item.partition('/')[0] for item in c.sites}
-  if c.type not in sites.ITSELF and kinds - set(specs.TARGETS):
+  collection = config.collection
+  kinds = {item.partition('/')[0] for item in collection.sites}
+  if collection.type not in sites.ITSELF and kinds - set(specs.TARGETS):
     return  # said already
   names = collections.Counter(spec.name for spec in specs.members(config))
   shared = [name for name, count in names.items() if count > 1]
@@ -175,27 +187,29 @@ def _names(config: ConfigDict) -> Iterator[str]:
 
 
 def _training(config: ConfigDict) -> Iterator[str]:
-  a, t = config.activations, config.train
+  activations, train = config.activations, config.train
   for name in ('warm_up', 'decay', 'sparsity_warm_up', 'l0_steps'):
-    if t[name] > t.steps:
-      yield f'train.{name} is {t[name]} steps, and the run has {t.steps}.'
-  if a.scale == 'centred_rms' and a.centre == 'none':
+    if train[name] > train.steps:
+      yield (
+        f'train.{name} is {train[name]} steps, and the run has {train.steps}.'
+      )
+  if activations.scale == 'centred_rms' and activations.centre == 'none':
     yield (
       'activations.scale is centred_rms, which needs a centre: set '
       'activations.centre to mean or geometric_median, or the scale to rms.'
     )
-  if 0 < a.max_norm <= 1:
+  if 0 < activations.max_norm <= 1:
     yield (
       'activations.max_norm is a number of median norms above 1, or 0 to keep '
-      f'all rows; found {a.max_norm:g}.'
+      f'all rows; found {activations.max_norm:g}.'
     )
-  if a.chunk_rows < t.batch:
+  if activations.chunk_rows < train.batch:
     yield (
-      f'activations.chunk_rows ({a.chunk_rows}) must hold at least one batch '
-      f'of train.batch ({t.batch}).'
+      f'activations.chunk_rows ({activations.chunk_rows}) must hold at least '
+      f'one batch of train.batch ({train.batch}).'
     )
   for name, sequences in (
-    ('activations.lm_batch', a.lm_batch),
+    ('activations.lm_batch', activations.lm_batch),
     ('evaluation.batch', config.evaluation.batch),
   ):
     if sequences * config.text.seq_len > MOST:
@@ -211,25 +225,25 @@ def _training(config: ConfigDict) -> Iterator[str]:
 
 
 def _end_to_end(config: ConfigDict) -> Iterator[str]:
-  e, c = config.end_to_end, config.collection
-  if not e.beta:
+  end_to_end, collection = config.end_to_end, config.collection
+  if not end_to_end.beta:
     return
   if config.train.meet_l0 or config.train.refit_decoders:
     yield (
       'End-to-end fine-tuning has no closing phase: set train.meet_l0 and '
       'train.refit_decoders to False.'
     )
-  if c.type in sites.SEVERAL:
+  if collection.type in sites.SEVERAL:
     yield (
-      f'End-to-end fine-tuning is for SAEs that write one site; a {c.type} '
-      'writes several: set end_to_end.beta to 0.'
+      'End-to-end fine-tuning is for SAEs that write one site; a '
+      f'{collection.type} writes several: set end_to_end.beta to 0.'
     )
   if config.activations.store:
     yield (
       'End-to-end fine-tuning runs the language model itself: leave '
       'activations.store empty or set end_to_end.beta to 0.'
     )
-  rows = e.sequences * (config.text.seq_len - 1)
+  rows = end_to_end.sequences * (config.text.seq_len - 1)
   if config.train.batch != rows:
     yield (
       'End-to-end fine-tuning has end_to_end.sequences * (text.seq_len - 1) '
@@ -260,10 +274,10 @@ CHECKS = (
 
 
 def model(config: ConfigDict, dimensions: sites.Dimensions) -> Iterator[str]:
-  c = config.collection
-  layered = [sites.parse(item) for item in specs.own_layer(c.sites)]
+  collection = config.collection
+  layered = [sites.parse(item) for item in specs.own_layer(collection.sites)]
   for field, layer in (
-    *(('layers', layer) for layer in c.layers),
+    *(('layers', layer) for layer in collection.layers),
     *(('sites', site.layer) for site in layered),
   ):
     if layer >= dimensions.num_layers:
@@ -281,12 +295,14 @@ def model(config: ConfigDict, dimensions: sites.Dimensions) -> Iterator[str]:
         yield f'collection.sites: {error}'
         return
     for kind in {kind for kind, _ in widths}:
-      of_kind = sorted(width for k, width in widths if k == kind)
-      if len(of_kind) > 1:
+      widths_of_kind = sorted(
+        width for other_kind, width in widths if other_kind == kind
+      )
+      if len(widths_of_kind) > 1:
         yield (
           f'A {config.collection.type} over layers needs one width, and {kind} '
-          f'of {config.lm.name} has {" and ".join(map(str, of_kind))} in its '
-          'layers; choose others with layers=.'
+          f'of {config.lm.name} has {" and ".join(map(str, widths_of_kind))} '
+          'in its layers; choose others with layers=.'
         )
         return
 
@@ -296,24 +312,24 @@ def mesh(
   dimensions: sites.Dimensions | None,
   mesh_shape: Sequence[int],
 ) -> Iterator[str]:
-  c, evaluation = config.collection, config.evaluation
+  collection, evaluation = config.collection, config.evaluation
   sae_size, data_size, latent_size = mesh_shape
-  divided = {
+  divisible = {
     'train.batch': config.train.batch,
     'activations.lm_batch': config.activations.lm_batch,
   }
   if evaluation.sequences and config.lm.name != 'synthetic':
-    divided['evaluation.batch'] = evaluation.batch
+    divisible['evaluation.batch'] = evaluation.batch
   if config.end_to_end.beta:
-    divided['end_to_end.sequences'] = config.end_to_end.sequences
-  for name, size in divided.items():
+    divisible['end_to_end.sequences'] = config.end_to_end.sequences
+  for name, size in divisible.items():
     if size % data_size:
       yield (
         f"{name} ({size}) must be divisible by the mesh's data axis "
         f'({data_size}).'
       )
-  layers = len(c.layers) if specs.over_layers(config) else 1
-  for width in c.widths:
+  layers = len(collection.layers) if specs.over_layers(config) else 1
+  for width in collection.widths:
     if width // layers % latent_size:
       yield (
         f'The width {width}, {width // layers} a layer, is not divisible by '

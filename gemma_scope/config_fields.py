@@ -67,9 +67,13 @@ class Field:
     if not isinstance(value, list | tuple) or not value:
       yield f'{name} must be a list with at least one item; found {value!r}.'
       return
-    wrong = [p for item in value for p in self._problems_of_one(name, item)]
-    yield from wrong
-    if not wrong and len(set(value)) != len(value):
+    sentences = [
+      sentence
+      for item in value
+      for sentence in self._problems_of_one(name, item)
+    ]
+    yield from sentences
+    if not sentences and len(set(value)) != len(value):
       yield f'{name} must be a list without repeats; found {_show(value)}.'
 
   def _problems_of_one(self, name: str, value: Any) -> Iterator[str]:
@@ -84,16 +88,20 @@ class Field:
           f'{suggestion(value, self.choices)}'
         )
     elif self.type in (int, float):
-      holds = self.low <= value <= self.high and self.above < value < self.below
-      if not holds:
+      in_range = (
+        self.low <= value <= self.high and self.above < value < self.below
+      )
+      if not in_range:
         yield f'{name} must be {self._range(value)}; found {_show(value)}.'
 
   def _range(self, value: float) -> str:
     low = f'at least {self.low:g}' if self.low > -math.inf else ''
     low = f'above {self.above:g}' if self.above > -math.inf else low
     # The bound of every counter is named only to those who pass it.
-    shown = value > self.high or self.high < MOST
-    high = f'at most {self.high:,}' if shown and self.high < math.inf else ''
+    show_high = value > self.high or self.high < MOST
+    high = (
+      f'at most {self.high:,}' if show_high and self.high < math.inf else ''
+    )
     high = f'below {self.below:g}' if self.below < math.inf else high
     return ' and '.join(filter(None, (low, high))) or 'a finite number'
 
@@ -119,20 +127,20 @@ def _show(value: Any) -> str:
 
 
 def _either(words: Iterable[str]) -> str:
-  *most, last = map(repr, words)
-  return f'{", ".join(most)} or {last}' if most else last
+  *first_words, last = map(repr, words)
+  return f'{", ".join(first_words)} or {last}' if first_words else last
 
 
 def suggestion(word: Any, words: Iterable[str]) -> str:
   """' Did you mean ...?', or '' where nothing is near."""
-  near = nearest(word, words)
-  return f' Did you mean {near!r}?' if near else ''
+  similar = nearest(word, words)
+  return f' Did you mean {similar!r}?' if similar else ''
 
 
 def nearest(word: Any, words: Iterable[str]) -> str | None:
   """The word that is spelled most alike, if any is."""
-  near = difflib.get_close_matches(str(word), list(words), 1)
-  return near[0] if near else None
+  matches = difflib.get_close_matches(str(word), list(words), 1)
+  return matches[0] if matches else None
 
 
 def _whole(low: int = 0, high: int = MOST, **more) -> Field:

@@ -126,18 +126,18 @@ def measure(
     models, batches_lib.Batches(text, mesh), tokenizer, ablated, poll
   )
   results = []
-  for number, each in enumerate(saes):
-    part = workdir / _PARTS / f'{number}.json'
-    if not part.exists():
-      report(f'{number + 1} of {len(saes)}: {each.name}')
-      result = comparison.of(each)
+  for number, sae in enumerate(saes):
+    part_path = workdir / _PARTS / f'{number}.json'
+    if not part_path.exists():
+      report(f'{number + 1} of {len(saes)}: {sae.name}')
+      result = comparison.of(sae)
       if cluster.first():
-        part.parent.mkdir(exist_ok=True)
-        files.write_json(part, result)
+        part_path.parent.mkdir(exist_ok=True)
+        files.write_json(part_path, result)
     else:
-      result = files.read_json(part)
+      result = files.read_json(part_path)
     results.append(result)
-  whole = {
+  comparison_result = {
     'first': config.lm.name,
     'second': second[0],
     'second_checkpoint': files.shortened_path(second[1]),
@@ -149,14 +149,14 @@ def measure(
     'crosscoders': results,
   }
   if cluster.first():
-    files.write_json(workdir / RESULT, whole, indent=1)
+    files.write_json(workdir / RESULT, comparison_result, indent=1)
     shutil.rmtree(workdir / _PARTS, ignore_errors=True)
 
 
 def _same(models: latent_ablation.Models) -> bool:
   """Whether the two models have equal parameters."""
   pairs = zip(*map(jax.tree.leaves, models.params), strict=True)
-  return all(bool(jnp.array_equal(a, b)) for a, b in pairs)
+  return all(bool(jnp.array_equal(first, second)) for first, second in pairs)
 
 
 class Comparison:
@@ -173,15 +173,15 @@ class Comparison:
     self.models, self.batches, self.poll = models, batches, poll
     self._tokenizer, self._ablated = tokenizer, ablated
 
-  def of(self, each: release.Released) -> dict[str, Any]:
+  def of(self, sae: release.Released) -> dict[str, Any]:
     """What one crosscoder says about the two models, plain for JSON."""
-    params, wiring = each.load(), each.wiring
-    scales = [each.card['scales'][str(site)] for site in wiring.sites]
+    params, wiring = sae.load(), sae.wiring
+    scales = [sae.card['scales'][str(site)] for site in wiring.sites]
     decoders = latent_scaling.Decoders.of(params, scales)
     pair = latent_ablation.Pair(
       released.put(params, self.models.mesh),
       wiring,
-      outliers.norm_bounds(each.card),
+      outliers.norm_bounds(sae.card),
     )
     total = self._sums(pair, decoders)
     scaled = latent_scaling.scaling(total, decoders)
@@ -189,25 +189,25 @@ class Comparison:
     specific = np.flatnonzero(scaled.specific)
     heaviest = specific[np.argsort(-weight_F[specific])].tolist()
     controls = latent_scaling.alike(scaled, heaviest)
-    chosen = heaviest[: self._ablated]
-    both = chosen + controls[: self._ablated]
-    effects = self._ablate(pair, decoders, scaled, both)
+    specific_latents = heaviest[: self._ablated]
+    ablated_latents = specific_latents + controls[: self._ablated]
+    effects = self._ablate(pair, decoders, scaled, ablated_latents)
     ablated = [
       _latent(scaled, i, total.rows) | effect
-      for i, effect in zip(both, effects, strict=True)
+      for i, effect in zip(ablated_latents, effects, strict=True)
     ]
     return {
-      'name': each.name,
+      'name': sae.name,
       'site': str(pair.site),
-      'width': each.card['width'],
+      'width': sae.card['width'],
       **_summary(scaled, total),
       'exclusive': [
         _latent(scaled, i, total.rows) for i in np.flatnonzero(scaled.exclusive)
       ],
       'controls': controls,
       'ablations': {
-        'specific': ablated[: len(chosen)],
-        'shared': ablated[len(chosen) :],
+        'specific': ablated[: len(specific_latents)],
+        'shared': ablated[len(specific_latents) :],
       },
     }
 
@@ -227,26 +227,26 @@ class Comparison:
         sums = latent_scaling.sums(
           pair.params, decoders, x, keep_BT, self.models.mesh
         )
-        sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
+        sums = jax.tree.map(lambda array: np.asarray(array, np.float64), sums)
         total = sums if total is None else total.add(sums)
         progress.update(done)
     return total
 
-  def _ablate(self, pair, decoders, scaled, chosen) -> list[dict[str, Any]]:
+  def _ablate(self, pair, decoders, scaled, latents) -> list[dict[str, Any]]:
     """Effects of taking out the chosen latents."""
-    if not chosen:
+    if not latents:
       return []
     vectors_MKD = (
-      scaled.beta_MF[:, chosen, None]
+      scaled.beta_MF[:, latents, None]
       * decoders.scale_M[:, None, None]
-      * decoders.own_FD[chosen]
+      * decoders.own_FD[latents]
     ).astype(np.float32)
     ablation = latent_ablation.Ablation(
-      self.models, pair, chosen, vectors_MKD, self._show
+      self.models, pair, latents, vectors_MKD, self._show
     )
     done = 0
     with progress_lib.Progress(
-      2 * len(chosen) * len(self.batches), label='ablations'
+      2 * len(latents) * len(self.batches), label='ablations'
     ) as progress:
 
       def tick():
@@ -259,22 +259,22 @@ class Comparison:
 
   def _show(self, ids: np.ndarray) -> str:
     """Token ids as text, spaces as spaces."""
-    return ''.join(self._tokenizer.pieces(ids)).replace('▁', ' ')
+    return tokenizers.readable(''.join(self._tokenizer.pieces(ids)))
 
 
 def _summary(scaled: latent_scaling.Scaling, total) -> dict[str, Any]:
   """How many latents are of which kind, and how nu is spread among them."""
 
-  def by_model(chosen_F) -> dict[str, int]:
+  def by_model(mask_F) -> dict[str, int]:
     return {
-      name: int((chosen_F & (scaled.own_F == m)).sum())
+      name: int((mask_F & (scaled.own_F == m)).sum())
       for m, name in enumerate(latent_scaling.MODELS)
     }
 
-  def quartiles(nu_F, chosen_F) -> list[float] | None:
-    known = nu_F[chosen_F & np.isfinite(nu_F)]
+  def quartiles(nu_F, mask_F) -> list[float] | None:
+    finite = nu_F[mask_F & np.isfinite(nu_F)]
     return (
-      np.quantile(known, (0.25, 0.5, 0.75)).tolist() if known.size else None
+      np.quantile(finite, (0.25, 0.5, 0.75)).tolist() if finite.size else None
     )
 
   edges = np.linspace(0, 1, 21)
@@ -306,7 +306,7 @@ def _summary(scaled: latent_scaling.Scaling, total) -> dict[str, Any]:
 
 def _latent(scaled, latent: int, rows: float) -> dict[str, Any]:
   """Figures of one latent."""
-  number = lambda x: float(x) if np.isfinite(x) else None  # noqa: E731
+  number = lambda value: float(value) if np.isfinite(value) else None  # noqa: E731
   return {
     'latent': int(latent),
     'model': latent_scaling.MODELS[scaled.own_F[latent]],
@@ -329,41 +329,45 @@ def table(result: dict[str, Any]) -> str:
     'shrunk | decoupled | specific: first, second |',
     '|---|---:|---:|---:|---:|---:|---:|---:|---:|',
   ]
-  for each in result['crosscoders']:
-    fvu, specific = each['fvu'], each['specific']
+  for result_of_sae in result['crosscoders']:
+    fvu, specific = result_of_sae['fvu'], result_of_sae['specific']
     lines.append(
-      f'| {each["name"]} | {each["l0"]:.1f} | {fvu["first"]:.3f}, '
-      f'{fvu["second"]:.3f} | {each["fired"]:,} | {each["shared"]:,} | '
-      f'{sum(each["exclusive_latents"].values()):,} | '
-      f'{sum(each["shrunk"].values()):,} | '
-      f'{sum(each["decoupled"].values()):,} | {specific["first"]:,}, '
+      f'| {result_of_sae["name"]} | {result_of_sae["l0"]:.1f} | '
+      f'{fvu["first"]:.3f}, {fvu["second"]:.3f} | {result_of_sae["fired"]:,} | '
+      f'{result_of_sae["shared"]:,} | '
+      f'{sum(result_of_sae["exclusive_latents"].values()):,} | '
+      f'{sum(result_of_sae["shrunk"].values()):,} | '
+      f'{sum(result_of_sae["decoupled"].values()):,} | {specific["first"]:,}, '
       f'{specific["second"]:,} |'
     )
-  for each in result['crosscoders']:
-    lines += _ablations(each)
+  for result_of_sae in result['crosscoders']:
+    lines += _ablations(result_of_sae)
   return '\n'.join(lines)
 
 
-def _ablations(each: dict[str, Any]) -> list[str]:
+def _ablations(crosscoder: dict[str, Any]) -> list[str]:
   """Lines about the latents of one crosscoder that were ablated."""
-  if not each['ablations']['specific']:
-    return ['', f'{each["name"]}: no specific latent to ablate']
+  if not crosscoder['ablations']['specific']:
+    return ['', f'{crosscoder["name"]}: no specific latent to ablate']
   lines = [
     '',
-    f'{each["name"]}: KL in nats at tokens where a latent fires, without it',
+    f'{crosscoder["name"]}: KL in nats at tokens where a latent fires, without '
+    'it',
     '',
     '| latent | in | fires on | nu error | nu reconstruction | KL first '
     '| KL second | on |',
     '|---|---|---:|---:|---:|---:|---:|---|',
   ]
-  for kind, rows in each['ablations'].items():
+  for kind, rows in crosscoder['ablations'].items():
     for row in rows:
-      kl = [row['effect'][m]['kl']['value'] for m in latent_scaling.MODELS]
-      place = row['model'] if kind == 'specific' else 'both'
+      kl = [
+        row['effect'][model]['kl']['value'] for model in latent_scaling.MODELS
+      ]
+      models = row['model'] if kind == 'specific' else 'both'
       examples = row['examples']
       text = repr(examples[0][1]) if examples else '-'
       lines.append(
-        f'| {row["latent"]} | {place} | {row["frequency"]:.2%} | '
+        f'| {row["latent"]} | {models} | {row["frequency"]:.2%} | '
         f'{_shown(row["nu_error"])} | {_shown(row["nu_reconstruction"])} | '
         f'{_shown(kl[0], 4)} | {_shown(kl[1], 4)} | {text} |'
       )

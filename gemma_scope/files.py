@@ -1,11 +1,11 @@
-"""Files and folders written whole, and files opened warily.
+"""Writes files and folders atomically, and opens untrusted files.
 
 A writer works on a hidden draft beside the target, `.NAME.partial-HOST-PID-N`,
 syncs it to disk and renames it: readers meet the old file or the new one, never
 half of one. A draft that a killed process left is removed by the next writer.
 
-`open_plain` opens a file of unknown origin: a plain file under a size cap. What
-it refuses is `Refused`, an error of one sentence.
+`open_plain` opens a file of unknown origin, which must be a plain file under a
+size limit. Otherwise it raises `Refused`, with one sentence.
 
 An address ('gs://bucket/run') is no path: `pathlib` would make a local folder
 named 'gs:' of it. `refuse_address` is called wherever a path comes in.
@@ -87,17 +87,17 @@ def near(path: PathLike) -> str:
   The first part that does not exist is compared with the names beside it.
   """
   path = pathlib.Path(path)
-  for part in (*reversed(path.parents), path):
-    if part.exists():
+  for ancestor in (*reversed(path.parents), path):
+    if ancestor.exists():
       continue
     try:
-      names = sorted(os.listdir(part.parent))
+      names = sorted(os.listdir(ancestor.parent))
     except OSError:
       return ''
-    for guess in difflib.get_close_matches(part.name, names, 1):
-      found = part.with_name(guess)
-      whole = found / path.relative_to(part)
-      return f' Did you mean {show(whole if whole.exists() else found)}?'
+    for guess in difflib.get_close_matches(ancestor.name, names, 1):
+      nearest = ancestor.with_name(guess)
+      file = nearest / path.relative_to(ancestor)
+      return f' Did you mean {show(file if file.exists() else nearest)}?'
     break
   return ''
 
@@ -109,16 +109,16 @@ def shortened(source: str) -> str:
   hash tells two paths apart and does not give them away; sources that name no
   path stay as they are.
   """
-  kind, colon, rest = source.partition(':')
-  path, suffix = rest, ''
+  kind, colon, argument = source.partition(':')
+  path = argument
   if kind == 'hf':
-    path, suffix = rest.partition(':')[0], ''.join(rest.partition(':')[1:])
+    path = argument.partition(':')[0]
     if not path.startswith(('./', '../', '/', '~')):
       return source
   elif kind not in ('files', 'arrayrecord'):
     return source
   name, space, digest = shortened_path(path).partition(' (')
-  return f'{kind}{colon}{name}{suffix}{space}{digest}'
+  return f'{kind}{colon}{name}{argument[len(path) :]}{space}{digest}'
 
 
 def shortened_path(path: str) -> str:
@@ -133,24 +133,24 @@ def shortened_path(path: str) -> str:
   return f'{name} (path sha256 {digest[:8]})'
 
 
-def check_room(path: PathLike, needed: int, what: str) -> None:
+def check_room(path: PathLike, needed: int, subject: str) -> None:
   """Refuses to begin to write what the disk has no room for.
 
   Args:
     path: where it will be; need not exist.
     needed: bytes.
-    what: the subject of the sentence.
+    subject: the subject of the sentence.
 
   Raises:
     NotWritten: fewer bytes are free.
   """
   path = pathlib.Path(os.path.abspath(path))
-  above = next(p for p in (path, *path.parents) if p.exists())
-  free = shutil.disk_usage(above).free
-  if needed > free:
+  existing = next(p for p in (path, *path.parents) if p.exists())
+  free_bytes = shutil.disk_usage(existing).free
+  if needed > free_bytes:
     raise NotWritten(
-      f'{what} needs {needed:,} bytes in {show(path)}, and {free:,} are free: '
-      'make room or choose another folder.'
+      f'{subject} needs {needed:,} bytes in {show(path)}, and {free_bytes:,} '
+      'are free: make room or choose another folder.'
     )
 
 
@@ -224,14 +224,14 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    told = isinstance(error, (NotWritten, FileExistsError))
-    if told or not _is_of_writing(error, path):
+    explained = isinstance(error, (NotWritten, FileExistsError))
+    if explained or not _is_of_writing(error, path):
       raise
     why = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
       with contextlib.suppress(OSError):
-        above = next(p for p in path.parents if p.exists())
-        why += f', {shutil.disk_usage(above).free:,} bytes are free'
+        existing = next(p for p in path.parents if p.exists())
+        why += f', {shutil.disk_usage(existing).free:,} bytes are free'
     sentence = NotWritten(
       f'{show(path)} could not be written ({why}); what was there is unchanged.'
     )
@@ -240,7 +240,7 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
 
 
 def _is_of_writing(error: OSError, path: pathlib.Path) -> bool:
-  """Whether it concerns the target, and not what its writer reads."""
+  """Whether the error is about the target, not a file its writer reads."""
   if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
     return True
   if error.filename is None:  # of an open file
@@ -284,12 +284,12 @@ def read_json(path: PathLike) -> dict[str, Any]:
   """
   try:
     with named(path), open(path, encoding='utf-8') as file:
-      found = json.load(file)
-    if not isinstance(found, dict):
+      content = json.load(file)
+    if not isinstance(content, dict):
       raise ValueError('it is not a JSON object')
   except (ValueError, RecursionError) as error:
     raise Refused(f'{show(path)} is damaged ({str(error)[:100]}).') from None
-  return found
+  return content
 
 
 def sha256(path: PathLike) -> str:
@@ -353,11 +353,11 @@ def _cached(path: PathLike) -> PathLike:
   """
   if not os.path.islink(path):
     return path
-  real = pathlib.Path(os.path.realpath(path))
-  for above in pathlib.Path(os.path.abspath(path)).parents:
-    if above.name == 'snapshots':
-      is_blob = real.parent == (above.parent / 'blobs').resolve()
-      return real if is_blob else path
+  target = pathlib.Path(os.path.realpath(path))
+  for ancestor in pathlib.Path(os.path.abspath(path)).parents:
+    if ancestor.name == 'snapshots':
+      is_blob = target.parent == (ancestor.parent / 'blobs').resolve()
+      return target if is_blob else path
   return path
 
 
@@ -368,8 +368,8 @@ def _draft(path: pathlib.Path) -> Iterator[pathlib.Path]:
   for name in os.listdir(path.parent):
     if name.startswith(start) and name not in _in_flight:
       process = name.removeprefix(start).split('-')[0]
-      ours = process == str(os.getpid())  # of one that had our number
-      if process.isdigit() and (ours or not is_alive(int(process))):
+      same_number = process == str(os.getpid())  # of one that had our number
+      if process.isdigit() and (same_number or not is_alive(int(process))):
         _remove(path.with_name(name))
   name = f'{start}{os.getpid()}-{next(_numbers)}'
   _in_flight.add(name)

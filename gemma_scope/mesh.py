@@ -32,9 +32,9 @@ def shape(axes: Mapping[str, int], devices: int) -> tuple[int, ...]:
   sizes = [axes[name] for name in AXES]
   if 0 in sizes:
     spare = AXES.index('data') if sizes[1] == 0 else sizes.index(0)
-    rest = 1 if -1 in sizes else -1
+    spare_size = 1 if -1 in sizes else -1
     sizes = [
-      (rest if i == spare else 1) if size == 0 else size
+      (spare_size if i == spare else 1) if size == 0 else size
       for i, size in enumerate(sizes)
     ]
   fixed = int(np.prod([size for size in sizes if size != -1]))
@@ -64,7 +64,7 @@ def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
   if sharding.is_fully_addressable:
     return jax.device_put(x, sharding)
   # `device_put` would first compare the arrays of all processes.
-  return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:

@@ -111,7 +111,9 @@ def _run(
           write_release(workdir, saes, scores)
   if not cluster.first():
     return True
-  rows = [(m.card, m.metrics) for m in release.load_all(workdir / 'release')]
+  rows = [
+    (sae.card, sae.metrics) for sae in release.load_all(workdir / 'release')
+  ]
   report(table.table(rows))
   if table.note(rows):
     report(table.note(rows))
@@ -140,16 +142,17 @@ def _check_memory(config: ConfigDict) -> None:
   mesh = auto_mesh.make(config)
   shards = mesh.shape['sae'] * mesh.shape['latent']
   device = mesh.local_devices[0]
-  room = (device.memory_stats() or {}).get('bytes_limit')
-  if room is None and device.platform == 'cpu':
+  memory = (device.memory_stats() or {}).get('bytes_limit')
+  if memory is None and device.platform == 'cpu':
     shards = 1  # all of this host's devices share one memory
-    room = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-  need = _state_bytes(config)[0] // shards
-  if room is not None and need > room:
+    memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  needed = _state_bytes(config)[0] // shards
+  if memory is not None and needed > memory:
     raise config_lib.ConfigError(
       f'The training state of the {len(specs.members(config))} SAEs needs '
-      f'{_size(need)} on a device, and it has {_size(room)}: train fewer or '
-      'narrower SAEs, or spread them over more devices (mesh.sae, mesh.latent).'
+      f'{_size(needed)} on a device, and it has {_size(memory)}: train fewer '
+      'or narrower SAEs, or spread them over more devices (mesh.sae, '
+      'mesh.latent).'
     )
 
 
@@ -157,15 +160,15 @@ def _check_disk(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Refuses a run whose checkpoints and release do not fit on the disk."""
   state, params = _state_bytes(config)
   # One more than are kept: the new one is written before the oldest goes.
-  need = (config.checkpoint.keep + 1) * state + params
+  needed = (config.checkpoint.keep + 1) * state + params
   if remote.address(workdir):
     return  # the bucket is as large as it is paid for
-  free = shutil.disk_usage(workdir).free
-  if need > free:
+  free_bytes = shutil.disk_usage(workdir).free
+  if needed > free_bytes:
     raise config_lib.ConfigError(
-      f'The run needs {_size(need)} of disk ({config.checkpoint.keep + 1} '
+      f'The run needs {_size(needed)} of disk ({config.checkpoint.keep + 1} '
       f'checkpoints of {_size(state)}, a release of {_size(params)}), and '
-      f'{str(workdir)!r} has {_size(free)} free: make room, lower '
+      f'{str(workdir)!r} has {_size(free_bytes)} free: make room, lower '
       'checkpoint.keep, or choose another folder.'
     )
 
@@ -173,10 +176,13 @@ def _check_disk(config: ConfigDict, workdir: pathlib.Path) -> None:
 def _state_bytes(config: ConfigDict) -> tuple[int, int]:
   """Bytes of the training state of all SAEs, and of their parameters."""
   stacks, _ = setup.make_stacks(config, setup.dimensions(config))
-  states = [jax.eval_shape(s.init, jax.random.key(0)) for s in stacks]
+  states = [jax.eval_shape(stack.init, jax.random.key(0)) for stack in stacks]
   params = [state.params for state in states]
   state_bytes, params_bytes = (
-    sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    sum(
+      math.prod(leaf.shape) * leaf.dtype.itemsize
+      for leaf in jax.tree.leaves(tree)
+    )
     for tree in (states, params)
   )
   return state_bytes, params_bytes

@@ -128,12 +128,14 @@ def _measured(
     config = plan.run_config(widths, steps)
     if not pipeline.run(config, folder, report):
       return None
-  saes = [sae for f in folders for sae in release.load_all(f / 'release')]
+  saes = [
+    sae for folder in folders for sae in release.load_all(folder / 'release')
+  ]
   rows_KBD = held_out(plan, folders[-1], saes[0].card, report)
   measured = []
-  for one in saes:
-    card = one.card
-    figures = on_rows(one.load(), rows_KBD)
+  for released in saes:
+    card = released.card
+    figures = on_rows(released.load(), rows_KBD)
     measured.append(
       {
         'width': card['width'],
@@ -206,13 +208,13 @@ def _predict(plan: Plan, measured, path: pathlib.Path) -> None:
     for m in measured
   ]
   batch = plan.config.train.batch
-  wanted = [
+  points_wanted = [
     scaling_law.Point(width, float(target), steps * batch)
     for width in plan.predicted
     for target in plan.config.collection.sparsity
     for steps in plan.steps
   ]
-  predictions = scaling_law.forecast(points, wanted, plan.config.seed)
+  predictions = scaling_law.forecast(points, points_wanted, plan.config.seed)
   law = scaling_law.fit(points, plan.config.seed)
   files.write_json(
     path,
@@ -233,11 +235,11 @@ def _predict(plan: Plan, measured, path: pathlib.Path) -> None:
 
 def _stored_prediction(plan: Plan, path: pathlib.Path) -> dict[str, Any]:
   """The prediction that was written, unchanged and of this plan."""
-  kept = path.with_suffix('.json.sha256').read_text().split()[0]
-  if files.sha256(path) != kept:
+  recorded = path.with_suffix('.json.sha256').read_text().split()[0]
+  if files.sha256(path) != recorded:
     raise ValueError(
       f'{path} was changed after it was written: its sha256 is no longer '
-      f'{kept}.'
+      f'{recorded}.'
     )
   stored = json.loads(path.read_text())
   for name in ('widths', 'steps', 'predicted'):

@@ -1,4 +1,4 @@
-"""Where an activation is read in a Gemma block: the one spelling of "where".
+"""Sites: the places in a Gemma block where activations are read.
 
 One block, with the sites in the order they are computed:
 
@@ -155,8 +155,8 @@ class Site:
     """Width D of the activation here; raises where the model has none."""
     widths = model.site_widths(self.layer)
     if self.kind not in widths:
-      has = 'experts' if self.kind in EXPERTS else 'per-layer inputs'
-      raise ValueError(f'There is no {self} in a model without {has}.')
+      feature = 'experts' if self.kind in EXPERTS else 'per-layer inputs'
+      raise ValueError(f'There is no {self} in a model without {feature}.')
     return widths[self.kind]
 
   def check(self, model: Dimensions) -> Site:
@@ -235,7 +235,10 @@ class Wiring:
       return
     reads = [site.layer for site in self.sites]
     writes = [site.layer for site in self.targets]
-    kinds = {s.kind for s in self.sites}, {s.kind for s in self.targets}
+    kinds = (
+      {site.kind for site in self.sites},
+      {site.kind for site in self.targets},
+    )
     itself = self.type in ITSELF
     if not (
       reads == writes == sorted(set(reads))
@@ -252,9 +255,9 @@ class Wiring:
 
   def _check_pair(self) -> None:
     first = self.sites[:1]
-    both = (*first, *(site.of_second() for site in first))
-    same = self.sites == self.targets == both and len(set(both)) == 2
-    if not (same and self.type == 'crosscoder'):
+    expected = (*first, *(site.of_second() for site in first))
+    matches = self.sites == self.targets == expected and len(set(expected)) == 2
+    if not (matches and self.type == 'crosscoder'):
       raise ValueError(
         'A crosscoder of two models reads and writes one site of both, such as '
         'resid_post/2 and second:resid_post/2; found '
@@ -271,7 +274,7 @@ class Wiring:
     """Refuses a crosscoder of two models where there is one."""
     if self.pair:
       raise ValueError(
-        f'{name} is a {self}; gemma-scope diffing is what measures it.'
+        f'{name} is a {self}; measure it with gemma-scope diffing.'
       )
 
   @property
@@ -289,19 +292,19 @@ class Wiring:
     """The first part of its path in a release."""
     return self.kind if self.type == 'sae' else self.type
 
-  def layers(self, between: str = ',', through: str = '-') -> str:
+  def layers(self, separator: str = ',', range_mark: str = '-') -> str:
     """'12', '7,13,17,22', or '0-25' for more than three layers in a row."""
     numbers = list(dict.fromkeys(site.layer for site in self.sites))
     if len(numbers) > _LISTED and numbers[-1] - numbers[0] == len(numbers) - 1:
-      return f'{numbers[0]}{through}{numbers[-1]}'
-    return between.join(map(str, numbers))
+      return f'{numbers[0]}{range_mark}{numbers[-1]}'
+    return separator.join(map(str, numbers))
 
   def __str__(self) -> str:
     """'resid_post/12', 'transcoder mlp_in/3', 'crosscoder resid_post/0-5'."""
-    where = f'{self.kind}/{self.layers()}'
+    place = f'{self.kind}/{self.layers()}'
     if self.pair:
-      return f'{self.type} {where} of two models'
-    return where if self.type == 'sae' else f'{self.type} {where}'
+      return f'{self.type} {place} of two models'
+    return place if self.type == 'sae' else f'{self.type} {place}'
 
 
 def wiring_of(card: Mapping[str, Any]) -> Wiring:
@@ -315,14 +318,14 @@ def wiring_of(card: Mapping[str, Any]) -> Wiring:
   )
 
 
-def wiring_order(place: Wiring) -> tuple:
+def wiring_order(wiring: Wiring) -> tuple:
   """Sort key: type, kind in the order of a block, number of layers, layers."""
   return (
-    TYPES.index(place.type),
-    KINDS.index(place.kind),
-    len(place.sites),
-    place.sites,
-    place.targets,
+    TYPES.index(wiring.type),
+    KINDS.index(wiring.kind),
+    len(wiring.sites),
+    wiring.sites,
+    wiring.targets,
   )
 
 
@@ -341,6 +344,6 @@ def _sites(card: Mapping[str, Any], key: str) -> tuple[Site, ...]:
   return tuple(parsed)
 
 
-def _listed(listed: tuple[Site, ...]) -> str:
-  shown = ', '.join(map(str, listed[:6])) or 'none'
-  return shown + (', ...' if len(listed) > 6 else '')
+def _listed(site_tuple: tuple[Site, ...]) -> str:
+  shown = ', '.join(map(str, site_tuple[:6])) or 'none'
+  return shown + (', ...' if len(site_tuple) > 6 else '')

@@ -59,13 +59,13 @@ class SaeSpec:
 
   def widths(self, model: sites.Dimensions) -> tuple[int, int]:
     """(d_in, d_out), of the rows of two models both together."""
-    read, written = (
-      [site.width(model) for site in wired]
-      for wired in (self.sites, self.targets)
+    d_ins, d_outs = (
+      [site.width(model) for site in wired_sites]
+      for wired_sites in (self.sites, self.targets)
     )
     if self.pair:
-      return sum(read), sum(written)
-    return read[0], written[0]
+      return sum(d_ins), sum(d_outs)
+    return d_ins[0], d_outs[0]
 
   @property
   def name(self) -> str:
@@ -83,8 +83,8 @@ class SaeSpec:
 
 def null_of(architecture: str) -> str:
   """Which of `NULLS` a card's architecture names, '' for none."""
-  named = [n for n in NULLS if str(architecture).startswith(f'{n}_')]
-  return named[0] if named else ''
+  nulls = [null for null in NULLS if str(architecture).startswith(f'{null}_')]
+  return nulls[0] if nulls else ''
 
 
 def members(config: ConfigDict) -> list[SaeSpec]:
@@ -96,31 +96,35 @@ def members(config: ConfigDict) -> list[SaeSpec]:
   of two models reads one site of both. A site such as 'mlp_out/9' is at that
   layer alone, 'mlp_out' at all layers of the collection.
   """
-  c = config.collection
+  collection = config.collection
   several = over_layers(config)
-  groups = [tuple(sorted(c.layers))] if several else [(n,) for n in c.layers]
-  layered = own_layer(c.sites)
-  kinds = [item for item in c.sites if item not in layered]
-  where = list(itertools.product(groups, kinds))
-  where += [((site.layer,), site.kind) for site in map(sites.parse, layered)]
-  prefixes_of_names = ('', *(f'{null}_' for null in c.nulls))
+  groups = (
+    [tuple(sorted(collection.layers))]
+    if several
+    else [(layer,) for layer in collection.layers]
+  )
+  layered = own_layer(collection.sites)
+  kinds = [item for item in collection.sites if item not in layered]
+  places = list(itertools.product(groups, kinds))
+  places += [((site.layer,), site.kind) for site in map(sites.parse, layered)]
+  prefixes_of_names = ('', *(f'{null}_' for null in collection.nulls))
   return [
     SaeSpec(
-      c.type,
+      collection.type,
       *_places(config, group, kind),
       f'{prefix}{architecture}',
       width,
-      c.penalty,
+      collection.penalty,
       value,
       seed,
     )
     for width, (group, kind), architecture, value, seed, prefix in (
       itertools.product(
-        c.widths,
-        where,
-        c.architectures,
-        c.sparsity,
-        c.seeds,
+        collection.widths,
+        places,
+        collection.architectures,
+        collection.sparsity,
+        collection.seeds,
         prefixes_of_names,
       )
     )
@@ -156,8 +160,8 @@ def _places(config: ConfigDict, layers: Sequence[int], kind: str):
   if _compares(config):
     site = sites.Site(layers[0], kind)
     return ((site, site.of_second()),) * 2
-  itself = config.collection.type in sites.ITSELF
-  target = kind if itself else TARGETS[kind]
+  writes_input = config.collection.type in sites.ITSELF
+  target = kind if writes_input else TARGETS[kind]
   return (
     tuple(sites.Site(layer, kind) for layer in layers),
     tuple(sites.Site(layer, target) for layer in layers),
@@ -174,9 +178,18 @@ def prefixes(config: ConfigDict, member: SaeSpec) -> tuple[int, ...]:
 
 def site_list(config: ConfigDict) -> tuple[sites.Site, ...]:
   """Every site that an SAE reads or writes, by model, in its order."""
-  used = {s for m in members(config) for s in (*m.sites, *m.targets)}
+  all_sites = {
+    site
+    for member in members(config)
+    for site in (*member.sites, *member.targets)
+  }
   order = sites.KINDS.index
-  return tuple(sorted(used, key=lambda s: (s.second, s.layer, order(s.kind))))
+  return tuple(
+    sorted(
+      all_sites,
+      key=lambda site: (site.second, site.layer, order(site.kind)),
+    )
+  )
 
 
 def stacks(

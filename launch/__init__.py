@@ -22,9 +22,9 @@ COMMANDS = {
   'prepare-text': 'Tokenise a text into a token store.',
   'prepare-rollouts': "Write a chat model's answers into a token store.",
   'scaling': 'Predict the error of wide SAEs from narrow ones, and compare.',
-  'diffing': 'Compare two models by crosscoders: PT against IT.',
+  'diffing': 'Compare two models with crosscoders: PT against IT.',
   'benchmark': 'Measure the speed of training steps and harvests here.',
-  'compile-check': 'Compile for a TPU pod without one; memory per device.',
+  'compile-check': 'Compile for an absent TPU pod: memory per device.',
 }
 
 

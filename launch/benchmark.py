@@ -27,7 +27,9 @@ FLAGS = command_line.Flags(
   words('width', ('16384',), 'Number of latents.'),
   words('batch', ('1024',), 'Rows of a training step.'),
   words('k', ('64',), 'Latents that fire on a row.'),
-  whole('limit', 0, 'Latents a sparse step has room for; 0: from k.', low=0),
+  whole(
+    'limit', 0, 'Latents per row in a sparse step; 0: derived from k.', low=0
+  ),
   words('members', ('1',), 'SAEs that train together.'),
   words(
     'dtype', ('float32',), 'Type of the matrix products: float32, bfloat16.'
@@ -47,21 +49,21 @@ FLAGS = command_line.Flags(
 
 
 def main(arguments: list[str] | None = None) -> None:
-  with FLAGS.parse(arguments) as given:
+  with FLAGS.parse(arguments) as parsed:
     sizes = [
-      whole_numbers(given, name)
+      whole_numbers(parsed, name)
       for name in ('d', 'width', 'batch', 'k', 'members')
     ]
-    mesh_sizes = whole_numbers(given, 'mesh')
+    mesh_sizes = whole_numbers(parsed, 'mesh')
     if len(mesh_sizes) != 3:
       raise ValueError('--mesh must be three sizes: sae, data, latent.')
-    if wrong := set(given.what) - set(WHATS):
+    if unknown := set(parsed.what) - set(WHATS):
       raise ValueError(
         f'--what must be of {", ".join(WHATS)}; found '
-        f'{", ".join(sorted(wrong))}.'
+        f'{", ".join(sorted(unknown))}.'
       )
-    if given.out:
-      pathlib.Path(given.out).parent.mkdir(parents=True, exist_ok=True)
+    if parsed.out:
+      pathlib.Path(parsed.out).parent.mkdir(parents=True, exist_ok=True)
     import jax
 
     from gemma_scope import mesh as mesh_lib
@@ -69,32 +71,33 @@ def main(arguments: list[str] | None = None) -> None:
 
     shape = dict(zip(mesh_lib.AXES, mesh_sizes, strict=True))
     mesh = mesh_lib.make(shape, jax.devices()[: math.prod(mesh_sizes)])
-    model = given.lm, given.seq_len, given.lm_batch, mesh, given.repeats
+    model = parsed.lm, parsed.seq_len, parsed.lm_batch, mesh, parsed.repeats
     for d, width, batch, k, members in itertools.product(*sizes):
       # What is compared is interleaved; sizes come one after the other.
       cases = [
         benchmark.Case(
-          arch, d, width, batch, k, given.limit, members, dtype, branch
+          arch, d, width, batch, k, parsed.limit, members, dtype, branch
         )
         for dtype, arch, branch in itertools.product(
-          given.dtype, given.arch, given.branch
+          parsed.dtype, parsed.arch, parsed.branch
         )
       ]
-      if 'step' in given.what:
-        show(benchmark.steps(cases, mesh, given.repeats), given.out)
-      if 'collection' in given.what:
-        show((benchmark.collection(case, *model) for case in cases), given.out)
-      if 'data' in given.what:
+      if 'step' in parsed.what:
+        show(benchmark.steps(cases, mesh, parsed.repeats), parsed.out)
+      if 'collection' in parsed.what:
+        show((benchmark.collection(case, *model) for case in cases), parsed.out)
+      if 'data' in parsed.what:
         show(
-          benchmark.data(cases[0], given.rows, mesh, given.repeats), given.out
+          benchmark.data(cases[0], parsed.rows, mesh, parsed.repeats),
+          parsed.out,
         )
-    if 'harvest' in given.what:
-      show([benchmark.harvest(*model)], given.out)
+    if 'harvest' in parsed.what:
+      show([benchmark.harvest(*model)], parsed.out)
 
 
-def whole_numbers(given, name: str) -> list[int]:
+def whole_numbers(parsed, name: str) -> list[int]:
   """A list flag as whole numbers above 0."""
-  values = getattr(given, name)
+  values = getattr(parsed, name)
   if not all(value.isdigit() and int(value) for value in values):
     raise ValueError(
       f'--{name} must be whole numbers above 0, separated by commas; found '

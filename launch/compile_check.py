@@ -44,61 +44,66 @@ FLAGS = command_line.Flags(
 
 
 def main(arguments: list[str] | None = None) -> None:
-  with FLAGS.parse(arguments) as given:
+  with FLAGS.parse(arguments) as parsed:
     os.environ['JAX_PLATFORMS'] = 'cpu'  # the pod's devices are descriptions
-    needed = given.config, given.topology
-    if any(needed) if given.suites else not all(needed):
+    required = parsed.config, parsed.topology
+    if any(required) if parsed.suites else not all(required):
       raise ValueError('Set --config and --topology, or --suites.')
-    if given.out:
-      pathlib.Path(given.out).parent.mkdir(parents=True, exist_ok=True)
+    if parsed.out:
+      pathlib.Path(parsed.out).parent.mkdir(parents=True, exist_ok=True)
     from gemma_scope.performance import compile_check
 
     fits = True
-    for record in _of_suites(given) if given.suites else _of_config(given):
+    for record in _of_suites(parsed) if parsed.suites else _of_config(parsed):
       fits &= record.get('fits', True)
       if refused := record.get('refused'):
         print(f'{record["config"]} on {record["topology"]}: {refused}')
       else:
         print('\n'.join(compile_check.lines(record)), flush=True)
-      if given.out:
-        with open(given.out, 'a') as file:
+      if parsed.out:
+        with open(parsed.out, 'a') as file:
           file.write(json.dumps(record) + '\n')
     sys.exit(0 if fits else 1)
 
 
-def _of_config(given) -> Iterator[dict[str, Any]]:
+def _of_config(parsed) -> Iterator[dict[str, Any]]:
   from gemma_scope.performance import compile_check
 
-  for topology in given.topology:
-    for record in compile_check.check(given.config, topology, given.programs):
-      yield {**record, 'config': given.config_name}
+  for topology in parsed.topology:
+    for record in compile_check.check(parsed.config, topology, parsed.programs):
+      yield {**record, 'config': parsed.config_name}
 
 
-def _of_suites(given) -> Iterator[dict[str, Any]]:
+def _of_suites(parsed) -> Iterator[dict[str, Any]]:
   """Records of every set; one with 'refused' where nothing is compiled."""
   from configs import suites
   from gemma_scope.performance import compile_check
 
-  every = list(suites.published())
-  if unknown := set(given.suites) - {suite for suite, *_ in every} - {'all'}:
+  published_sets = list(suites.published())
+  if (
+    unknown := set(parsed.suites)
+    - {suite for suite, *_ in published_sets}
+    - {'all'}
+  ):
     raise ValueError(
       f'There is no suite {", ".join(sorted(unknown))} that names a pod; those '
-      f'that do are {", ".join(dict.fromkeys(suite for suite, *_ in every))}.'
+      'that do are '
+      f'{", ".join(dict.fromkeys(suite for suite, *_ in published_sets))}.'
     )
-  done = set()
-  if given.out and os.path.exists(given.out):
-    for line in pathlib.Path(given.out).read_text().splitlines():
+  compiled = set()
+  if parsed.out and os.path.exists(parsed.out):
+    for line in pathlib.Path(parsed.out).read_text().splitlines():
       record = json.loads(line)
-      done.add((record['config'], record['topology']))
-  for suite, argument, topology in every:
+      compiled.add((record['config'], record['topology']))
+  for suite, argument, topology in published_sets:
     name = {'config': f'{suite}.py:{argument}', 'topology': topology}
-    chosen = suite in given.suites or 'all' in given.suites
-    if not chosen or tuple(name.values()) in done:
+    selected = suite in parsed.suites or 'all' in parsed.suites
+    if not selected or tuple(name.values()) in compiled:
       continue
     config = importlib.import_module(f'configs.{suite}').get_config(argument)
     try:
       job, runs = compile_check.job(config, topology)
-      records = compile_check.check(job, topology, given.programs)
+      records = compile_check.check(job, topology, parsed.programs)
       # Written together, so that none is missing where this is stopped.
       yield from [{**record, **name, 'runs': runs} for record in records]
     except ValueError as error:

@@ -62,27 +62,27 @@ FLAGS = command_line.Flags(
 
 
 def main(arguments: list[str] | None = None) -> None:
-  with FLAGS.parse(arguments) as given:
-    config = given.config if given.lm is None else _default(given)
-    if config is None or (given.lm and given.config):
+  with FLAGS.parse(arguments) as parsed:
+    config = parsed.config if parsed.lm is None else _default(parsed)
+    if config is None or (parsed.lm and parsed.config):
       raise ValueError('Give one of --config and --lm: the language model.')
     from gemma_scope import config as config_lib
 
     config_lib.check(config)
-    out = pathlib.Path(given.out)
+    out = pathlib.Path(parsed.out)
     if out.exists():
       raise ValueError(f'{out} exists; choose another file for --out.')
     # A folder that cannot be made is refused before the work.
     out.parent.mkdir(parents=True, exist_ok=True)
-    workdir = pathlib.Path(given.workdir)
+    workdir = pathlib.Path(parsed.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     from gemma_scope import pipeline
     from gemma_scope.release import table
     from gemma_scope.release.formats import published
     from gemma_scope.runtime import interrupt as interrupt_lib
 
-    about = published.described(given.site, given.config.lm.name)
-    saes = published.open_all(','.join(given.release), about=about)
+    about = published.described(parsed.site, parsed.config.lm.name)
+    saes = published.open_all(','.join(parsed.release), about=about)
     try:
       with interrupt_lib.Interrupt() as interrupt:
         scores = pipeline.evaluate_saes(config, workdir, saes, interrupt, out)
@@ -93,14 +93,14 @@ def main(arguments: list[str] | None = None) -> None:
     print(table.note(rows))
 
 
-def _default(given):
+def _default(parsed):
   """The settings of an evaluation on text that every machine has."""
   from gemma_scope import config as config_lib
 
   config = config_lib.load('tiny')
-  if given.lm != config.lm.name:
-    config.lm.name, config.text.source = given.lm, 'prose'
-  config.evaluation.sequences = given.sequences
+  if parsed.lm != config.lm.name:
+    config.lm.name, config.text.source = parsed.lm, 'prose'
+  config.evaluation.sequences = parsed.sequences
   return config
 
 

@@ -38,36 +38,36 @@ FLAGS = command_line.Flags(
 
 
 def main(arguments: list[str] | None = None) -> None:
-  with FLAGS.parse(arguments) as given:
+  with FLAGS.parse(arguments) as parsed:
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
     import tests.conftest  # noqa: F401 (the devices that the tests have)
     from tests.faults import catalogue
 
-    chosen = [
+    faults = [
       fault
       for name, fault in catalogue.FAULTS.items()
-      if not given.only or name.startswith(tuple(given.only))
+      if not parsed.only or name.startswith(tuple(parsed.only))
     ]
-    if not chosen:
+    if not faults:
       raise ValueError(
-        f'No fault begins with {", ".join(given.only)}; they are '
+        f'No fault begins with {", ".join(parsed.only)}; they are '
         f'{", ".join(catalogue.FAULTS)}.'
       )
-    bad = 0
-    for fault in chosen:
-      if given.list:
+    failed = 0
+    for fault in faults:
+      if parsed.list:
         print(f'{fault.name:20} {fault.what}')
         continue
-      times = given.times or (fault.quick if given.quick else fault.full)
+      times = parsed.times or (fault.quick if parsed.quick else fault.full)
       if not times:
         continue
-      with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        where = pathlib.Path(folder) / fault.name
-        result = fault.run(where, times, given.seconds or math.inf)
+      with tempfile.TemporaryDirectory(dir=parsed.folder) as folder:
+        trial_folder = pathlib.Path(folder) / fault.name
+        result = fault.run(trial_folder, times, parsed.seconds or math.inf)
       print(json.dumps(result), flush=True)
-      bad += 'bad' in result
-    if bad:
-      sys.exit(f'{bad} of {len(chosen)} faults did not end as they must')
+      failed += 'bad' in result
+    if failed:
+      sys.exit(f'{failed} of {len(faults)} faults did not end as they must')
 
 
 if __name__ == '__main__':

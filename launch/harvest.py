@@ -40,10 +40,10 @@ FLAGS = command_line.Flags(
 
 
 def main(arguments: list[str] | None = None) -> None:
-  with FLAGS.parse(arguments) as given:
+  with FLAGS.parse(arguments) as parsed:
     from gemma_scope import config as config_lib
 
-    config = given.config
+    config = parsed.config
     config_lib.check(config)
     if config.activations.store:
       raise ValueError(
@@ -54,10 +54,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     with (
       cluster.joined(),
-      remote.folder(given.workdir) as workdir,
-      remote.folder(given.out) as out,
+      remote.folder(parsed.workdir) as workdir,
+      remote.folder(parsed.out) as out,
     ):
-      harvest(config, workdir, out, given.chunks)
+      harvest(config, workdir, out, parsed.chunks)
 
 
 def harvest(config, workdir: pathlib.Path, out: pathlib.Path, chunks: int):

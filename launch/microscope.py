@@ -198,14 +198,14 @@ COMMANDS = {
 
 def flags(command: str) -> command_line.Flags:
   """The flags of one command, followed by the flags of all commands."""
-  does, reads = COMMANDS[command]
+  purpose, flag_names = COMMANDS[command]
   by_name = {flag.name: flag for flag in OPTIONS}
   if command == 'steer':  # one prompt, or a file of them
     for name in ('text', 'prompts'):
       by_name[name] = dataclasses.replace(by_name[name], required=False)
   return command_line.Flags(
-    does,
-    *(by_name[name] for name in reads),
+    purpose,
+    *(by_name[name] for name in flag_names),
     *COMMON,
     name=f'microscope {command}',
   )
@@ -213,7 +213,7 @@ def flags(command: str) -> command_line.Flags:
 
 def usage() -> str:
   """The docstring, then one line for each command."""
-  lines = [f'  {name:10} {does}' for name, (does, _) in COMMANDS.items()]
+  lines = [f'  {name:10} {purpose}' for name, (purpose, _) in COMMANDS.items()]
   return '\n'.join(
     [
       'Usage: gemma-scope microscope COMMAND --workdir=PATH [flags]',
@@ -242,16 +242,16 @@ def main(arguments: list[str] | None = None) -> None:
       file=sys.stderr,
     )
     sys.exit(2)
-  with flags(command).parse(arguments[1:]) as given:
+  with flags(command).parse(arguments[1:]) as parsed:
     from gemma_scope.runtime import remote
 
-    with remote.folder(given.workdir) as workdir:
-      if given.config is None:
+    with remote.folder(parsed.workdir) as workdir:
+      if parsed.config is None:
         command_line.existing(workdir, 'workdir')
-      run(command, given, workdir)
+      run(command, parsed, workdir)
 
 
-def run(command: str, given, workdir: pathlib.Path) -> None:
+def run(command: str, parsed, workdir: pathlib.Path) -> None:
   """Runs one command on the folder, or on the copy of a bucket's."""
   from gemma_scope.microscope import commands, session
   from gemma_scope.runtime import interrupt as interrupt_lib
@@ -261,13 +261,15 @@ def run(command: str, given, workdir: pathlib.Path) -> None:
   remote.fetch(workdir / 'microscope')
   opened = session.Session(
     workdir,
-    given.out and pathlib.Path(given.out),
-    given.config,
-    ','.join(given.release or []),
-    site=given.site,
+    parsed.out and pathlib.Path(parsed.out),
+    parsed.config,
+    ','.join(parsed.release or []),
+    site=parsed.site,
   )
-  reads = COMMANDS[command][1]
-  options = commands.Options(**{name: getattr(given, name) for name in reads})
+  flag_names = COMMANDS[command][1]
+  options = commands.Options(
+    **{name: getattr(parsed, name) for name in flag_names}
+  )
   try:
     commands.run(command, opened, options)
   except interrupt_lib.Interrupted:

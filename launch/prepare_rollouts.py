@@ -59,19 +59,19 @@ FLAGS = command_line.Flags(
 
 
 def main(arguments: list[str] | None = None) -> None:
-  with FLAGS.parse(arguments) as given:
+  with FLAGS.parse(arguments) as parsed:
     from gemma_scope.runtime import interrupt as interrupt_lib
     from gemma_scope.runtime import lease
 
     try:
-      with lease.Lease(given.out), interrupt_lib.Interrupt() as interrupt:
-        store = prepare(given, interrupt.check)
+      with lease.Lease(parsed.out), interrupt_lib.Interrupt() as interrupt:
+        store = prepare(parsed, interrupt.check)
     except (interrupt_lib.Interrupted, KeyboardInterrupt):
       sys.exit('stopped; the same command continues')
     facts = store.manifest
     rows, replies = sum(facts['documents'].values()), facts['replies']
     print(
-      f'{given.out}: {facts["documents"]["train"]:,} conversations, '
+      f'{parsed.out}: {facts["documents"]["train"]:,} conversations, '
       f'{facts["documents"]["eval"]:,} held out; '
       f'{facts["rollouts"]["too_long"]:,} prompts were too long; '
       f'{replies["tokens"] / rows:.1f} tokens an answer, '
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
 
-def prepare(given: types.SimpleNamespace, poll):
+def prepare(parsed: types.SimpleNamespace, poll):
   """Loads the model and lets it answer; returns the token store."""
   import jax
 
@@ -91,21 +91,21 @@ def prepare(given: types.SimpleNamespace, poll):
   from gemma_scope.text import prompts as prompts_lib
   from gemma_scope.text import rollouts, tokenizers
 
-  prompts = prompts_lib.read(given.prompts)
+  prompts = prompts_lib.read(parsed.prompts)
   tokenizer = tokenizers.Tokenizer(
-    given.tokenizer or weights.tokenizer(given.model, given.checkpoint)
+    parsed.tokenizer or weights.tokenizer(parsed.model, parsed.checkpoint)
   )
-  prepare_lib.check_tokenizer(tokenizer, given.model, given.checkpoint)
+  prepare_lib.check_tokenizer(tokenizer, parsed.model, parsed.checkpoint)
   mesh = None
   if jax.device_count() > 1:
     mesh = mesh_lib.make({'sae': 1, 'data': -1, 'latent': 1})
-    if given.batch % jax.device_count():
+    if parsed.batch % jax.device_count():
       raise ValueError(
-        f'--batch={given.batch} must be a multiple of the '
+        f'--batch={parsed.batch} must be a multiple of the '
         f'{jax.device_count()} devices.'
       )
   gemma, params = weights.load(
-    given.model, given.checkpoint, dtype=given.dtype, mesh=mesh
+    parsed.model, parsed.checkpoint, dtype=parsed.dtype, mesh=mesh
   )
   sums = checksums.of(checksums.named(params)[0])
   sums = hashlib.sha256(json.dumps(sums, sort_keys=True).encode())
@@ -114,24 +114,24 @@ def prepare(given: types.SimpleNamespace, poll):
   def progress(done: int, total: int) -> None:
     nonlocal line
     if line is None:
-      per_part = given.batch * given.max_new_tokens
+      tokens_per_part = parsed.batch * parsed.max_new_tokens
       line = progress_lib.Progress(
-        total, per_part, first_step=done, label='rollouts'
+        total, tokens_per_part, first_step=done, label='rollouts'
       )
       return
     line.update(done)
 
   facts = {
-    'model': given.model,
-    'dtype': given.dtype,
+    'model': parsed.model,
+    'dtype': parsed.dtype,
     'parameters_sha256': sums.hexdigest(),
   }
   fields = [field.name for field in dataclasses.fields(rollouts.Settings)]
   store = rollouts.prepare_rollouts(
     rollouts.Model(gemma, params, tokenizer, facts),
     prompts,
-    given.out,
-    rollouts.Settings(**{name: getattr(given, name) for name in fields}),
+    parsed.out,
+    rollouts.Settings(**{name: getattr(parsed, name) for name in fields}),
     progress,
     poll,
   )

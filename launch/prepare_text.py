@@ -58,36 +58,36 @@ FLAGS = command_line.Flags(
 
 
 def main(arguments: list[str] | None = None) -> None:
-  with FLAGS.parse(arguments) as given:
+  with FLAGS.parse(arguments) as parsed:
     from gemma_scope.language_model import weights
     from gemma_scope.runtime import remote
     from gemma_scope.text import prepare, token_store, tokenizers
 
     try:
-      name, checkpoint = given.lm or 'tiny', given.checkpoint or ''
+      name, checkpoint = parsed.lm or 'tiny', parsed.checkpoint or ''
       tokenizer = tokenizers.Tokenizer(
-        given.tokenizer or weights.tokenizer(name, checkpoint)
+        parsed.tokenizer or weights.tokenizer(name, checkpoint)
       )
-      if given.lm:
+      if parsed.lm:
         prepare.check_tokenizer(tokenizer, name, checkpoint)
-      with remote.place(given.out) as out:
+      with remote.place(parsed.out) as out:
         remote.fetch(out)
         exists = (out / token_store.MANIFEST).exists()
         store = prepare.prepare(
-          given.source,
+          parsed.source,
           tokenizer,
           out,
-          column=given.column,
+          column=parsed.column,
           progress=lambda state: print(state, file=sys.stderr, flush=True),
-          limit_tokens=given.limit_tokens,
+          limit_tokens=parsed.limit_tokens,
         )
     except KeyboardInterrupt:
-      sys.exit(f'Interrupted; {given.out} was not written.')
+      sys.exit(f'Interrupted; {parsed.out} was not written.')
     counts = ', '.join(
       f'{split} {count:,}' for split, count in store.manifest['tokens'].items()
     )
     state = 'was already done' if exists else 'written'
-    print(f'{given.out} {state}: {counts} tokens.')
+    print(f'{parsed.out} {state}: {counts} tokens.')
     if store.note:
       print(store.note)
 

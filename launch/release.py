@@ -59,51 +59,53 @@ FLAGS = command_line.Flags(
 
 
 def main(arguments: list[str] | None = None) -> None:
-  with FLAGS.parse(arguments) as given:
-    sources = [n for n in ('workdir', 'release', 'list') if getattr(given, n)]
+  with FLAGS.parse(arguments) as parsed:
+    sources = [
+      name for name in ('workdir', 'release', 'list') if getattr(parsed, name)
+    ]
     if len(sources) != 1:
       raise ValueError(
         'release needs one of --workdir, --release and --list; found '
         f'{" and ".join("--" + name for name in sources) or "none"}.'
       )
-    if given.list:
-      show(given.list, given.revision)
+    if parsed.list:
+      show(parsed.list, parsed.revision)
       return
-    if given.layout != OURS and not given.out:
-      raise ValueError(f'--layout={given.layout} needs --out, a new folder.')
+    if parsed.layout != OURS and not parsed.out:
+      raise ValueError(f'--layout={parsed.layout} needs --out, a new folder.')
     from gemma_scope.runtime import remote
 
-    with remote.folder(given.workdir or '') as workdir:
-      if given.workdir:
+    with remote.folder(parsed.workdir or '') as workdir:
+      if parsed.workdir:
         remote.fetch(workdir)
         command_line.existing(workdir, 'workdir')
         command_line.existing(workdir / 'config.json', 'workdir')
-      out = pathlib.Path(given.out or given.release or workdir / 'release')
-      if given.workdir or given.out:
-        write(given, workdir, out)
-      if given.push:
+      out = pathlib.Path(parsed.out or parsed.release or workdir / 'release')
+      if parsed.workdir or parsed.out:
+        write(parsed, workdir, out)
+      if parsed.push:
         from gemma_scope.release.formats import hub
 
-        hub.push(out, given.push, not given.dry_run, print)
+        hub.push(out, parsed.push, not parsed.dry_run, print)
       else:
         show(str(out))
 
 
-def write(given, workdir: pathlib.Path, out: pathlib.Path) -> None:
+def write(parsed, workdir: pathlib.Path, out: pathlib.Path) -> None:
   """Writes the SAEs of a run or a release into `out`, in the layout asked."""
-  if given.layout != OURS:
-    export.check_free(out, given.overwrite)  # before anything is loaded
-  if given.workdir:
+  if parsed.layout != OURS:
+    export.check_free(out, parsed.overwrite)  # before anything is loaded
+  if parsed.workdir:
     saes = trained(workdir)
   else:
     from gemma_scope.release.formats import published
 
-    about = published.described(given.site, given.model)
-    saes = published.open_all(given.release, about=about)
-  options = {'license_name': given.license, 'overwrite': given.overwrite}
-  if given.layout != OURS:
-    export.write(out, saes, given.layout, **options)
-    print(f'{out}: written, in the layout {given.layout}')
+    about = published.described(parsed.site, parsed.model)
+    saes = published.open_all(parsed.release, about=about)
+  options = {'license_name': parsed.license, 'overwrite': parsed.overwrite}
+  if parsed.layout != OURS:
+    export.write(out, saes, parsed.layout, **options)
+    print(f'{out}: written, in the layout {parsed.layout}')
     return
   written = release.save(out, saes, **options)
   print(f'{out}: {"written" if written else "exists already, equal"}')
@@ -130,7 +132,7 @@ def show(path: str, revision: str = '') -> None:
 
   if (pathlib.Path(path) / 'manifest.json').exists():
     try:
-      rows = [(m.card, m.metrics) for m in release.load_all(path)]
+      rows = [(sae.card, sae.metrics) for sae in release.load_all(path)]
       print(table.table(rows))
       return
     except release.ReleaseError:

@@ -8,8 +8,8 @@ r"""Predicts the error of wide SAEs from narrow ones, then trains and compares.
 Trains SAEs of all --widths and of every target L0 of the config, in one run for
 each number of --steps, and fits the error as a law of width, L0 and tokens. The
 prediction for the widths of --predict is written with its sha256 before these
-are trained. Then prints prediction and result, beside the guesses that the
-widest SAE and a straight line would make. The same command continues.
+are trained. Then prints prediction and result, next to two baselines: the error
+of the widest SAE, and a straight line. The same command continues.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ FLAGS = command_line.Flags(
 
 
 def main(arguments: list[str] | None = None) -> None:
-  with FLAGS.parse(arguments) as given:
+  with FLAGS.parse(arguments) as parsed:
     from gemma_scope import config as config_lib
 
-    config_lib.check(given.config)
+    config_lib.check(parsed.config)
     numbers = {
-      name: _numbers(name, getattr(given, name))
+      name: _numbers(name, getattr(parsed, name))
       for name in ('widths', 'steps', 'predict')
     }
     from gemma_scope import scaling
 
     plan = scaling.Plan(
-      given.config, numbers['widths'], numbers['steps'], numbers['predict']
+      parsed.config, numbers['widths'], numbers['steps'], numbers['predict']
     )
-    scaling.run(plan, pathlib.Path(given.workdir))
+    scaling.run(plan, pathlib.Path(parsed.workdir))
 
 
 def _numbers(name: str, words: list[str]) -> tuple[int, ...]:

@@ -39,31 +39,31 @@ FLAGS = command_line.Flags(
 
 
 def main(arguments: list[str] | None = None) -> None:
-  with FLAGS.parse(arguments) as given:
+  with FLAGS.parse(arguments) as parsed:
     from gemma_scope import config as config_lib
 
-    config_lib.check(given.config)
+    config_lib.check(parsed.config)
     from gemma_scope import files
     from gemma_scope.activations import statistics
     from gemma_scope.runtime import cluster
     from gemma_scope.runtime import interrupt as interrupt_lib
 
     try:
-      tables = measure(given)
+      tables = measure(parsed)
     except interrupt_lib.Interrupted:
       print('stopped; nothing was written')
       return
     if not cluster.first():
       return
-    if given.json:
+    if parsed.json:
       files.write_json(
-        given.json, {str(site): table for site, table in tables.items()}
+        parsed.json, {str(site): table for site, table in tables.items()}
       )
     for site, table in tables.items():
       print(statistics.to_text(str(site), table))
 
 
-def measure(given):
+def measure(parsed):
   """The tables by site, the outliers' tokens with their pieces."""
   from gemma_scope import mesh as mesh_lib
   from gemma_scope.activations import statistics
@@ -72,14 +72,14 @@ def measure(given):
   from gemma_scope.runtime import progress as progress_lib
   from gemma_scope.training import setup
 
-  config, workdir = given.config, pathlib.Path(given.workdir)
+  config, workdir = parsed.config, pathlib.Path(parsed.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   with lease.Lease(workdir), interrupt_lib.Interrupt() as interrupt:
     mesh = mesh_lib.make(config.mesh)
     source, _ = setup.make_source(config, workdir, mesh, print)
     tokenizer, tokens = text_of(config, workdir, source)
     progress = progress_lib.Progress(
-      given.chunks * source.parts,
+      parsed.chunks * source.parts,
       source.layout.rows / source.parts,
       label='statistics',
     )
@@ -87,7 +87,7 @@ def measure(given):
       source,
       mesh,
       statistics.Request(
-        given.chunks, given.max_norm or config.activations.max_norm or 10.0
+        parsed.chunks, parsed.max_norm or config.activations.max_norm or 10.0
       ),
       tokens,
       interrupt.check,

@@ -56,35 +56,37 @@ FLAGS = command_line.Flags(
 
 
 def main(arguments: list[str] | None = None) -> None:
-  with FLAGS.parse(arguments) as given:
+  with FLAGS.parse(arguments) as parsed:
     from gemma_scope.activations import harvest, store, synthetic
     from gemma_scope.runtime import interrupt as interrupt_lib
     from gemma_scope.runtime import lease
     from gemma_scope.runtime import progress as progress_lib
 
-    out = pathlib.Path(given.out)
+    out = pathlib.Path(parsed.out)
     fields = [field.name for field in dataclasses.fields(synthetic.Settings)]
-    settings = {name: getattr(given, name) for name in fields}
+    settings = {name: getattr(parsed, name) for name in fields}
     settings['sites'] = tuple(settings['sites']) or None
-    settings = {n: value for n, value in settings.items() if value is not None}
+    settings = {
+      name: value for name, value in settings.items() if value is not None
+    }
     layout = harvest.Layout.of(
-      chunk_rows=given.chunk_rows,
-      seq_len=given.seq_len,
+      chunk_rows=parsed.chunk_rows,
+      seq_len=parsed.seq_len,
       batch=1,
-      lm_batch=given.lm_batch,
-      dtype=given.dtype,
+      lm_batch=parsed.lm_batch,
+      dtype=parsed.dtype,
     )
     source = synthetic.Source(synthetic.Settings(**settings), layout)
     out.mkdir(parents=True, exist_ok=True)
     try:
       with lease.Lease(out), interrupt_lib.Interrupt() as interrupt:
         progress = progress_lib.Progress(
-          given.chunks, layout.rows, label='synthetic'
+          parsed.chunks, layout.rows, label='synthetic'
         )
         store.write_store(
           out,
           source,
-          given.chunks,
+          parsed.chunks,
           synthetic.facts(source.truth, layout.dtype),
           interrupt.check,
           lambda chunk: progress.update(chunk + 1),

@@ -25,15 +25,15 @@ FLAGS = command_line.Flags(
 
 
 def main(arguments: list[str] | None = None) -> None:
-  with FLAGS.parse(arguments) as given:
+  with FLAGS.parse(arguments) as parsed:
     from gemma_scope import config as config_lib
 
-    config_lib.check(given.config)  # before JAX, a model or a device
+    config_lib.check(parsed.config)  # before JAX, a model or a device
     from gemma_scope import pipeline
     from gemma_scope.runtime import cluster
 
     with cluster.joined():
-      pipeline.run(given.config, given.workdir)
+      pipeline.run(parsed.config, parsed.workdir)
 
 
 if __name__ == '__main__':

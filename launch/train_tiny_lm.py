@@ -89,11 +89,11 @@ def bigram_losses(train: np.ndarray, heldout_NT: np.ndarray, vocab: int):
 
 
 def main(arguments: list[str] | None = None) -> None:
-  with FLAGS.parse(arguments) as given:
-    out = pathlib.Path(given.out)
+  with FLAGS.parse(arguments) as parsed:
+    out = pathlib.Path(parsed.out)
     out.mkdir(parents=True, exist_ok=True)
     store = text(out)
-    heldout = store.sequences(given.seq_len, 'eval')
+    heldout = store.sequences(parsed.seq_len, 'eval')
     heldout_NT = np.stack(
       [heldout[i] for i in range(min(len(heldout), 512) // 16 * 16)]
     )
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
       parts = np.split(heldout_NT, 16)
       return float(np.mean([loss_of(params, part) for part in parts]))
 
-    params = train(given, out, store, heldout_loss)
+    params = train(parsed, out, store, heldout_loss)
     params = jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16)), params)
     rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     score = {
@@ -116,8 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
       'unigram_loss': round(unigram, 4),
       'bigram_loss': round(bigram, 4),
       'heldout_tokens': int(heldout_NT[:, 1:].size),
-      'trained_tokens': given.steps * given.batch * given.seq_len,
-      'steps': given.steps,
+      'trained_tokens': parsed.steps * parsed.batch * parsed.seq_len,
+      'steps': parsed.steps,
       'python': '.'.join(map(str, sys.version_info[:3])),
       'text': store.fingerprint,
     }
@@ -137,12 +137,12 @@ def text(out: pathlib.Path) -> token_store.Tokens:
   return token_store.Tokens(out / 'tokens')
 
 
-def train(given, out: pathlib.Path, store, heldout_loss):
+def train(parsed, out: pathlib.Path, store, heldout_loss):
   """The parameters after all steps, from the last checkpoint on."""
   gemma = lm.Gemma(CONFIG)
-  params = gemma.init(jax.random.key(given.seed))
+  params = gemma.init(jax.random.key(parsed.seed))
   schedule = optax.warmup_cosine_decay_schedule(
-    0.0, given.learning_rate, min(100, given.steps // 10), given.steps
+    0.0, parsed.learning_rate, min(100, parsed.steps // 10), parsed.steps
   )
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0),
@@ -158,16 +158,16 @@ def train(given, out: pathlib.Path, store, heldout_loss):
     updates, state = optimizer.update(gradient, state, params)
     return optax.apply_updates(params, updates), state, loss
 
-  rows = prepare.shuffled(store.sequences(given.seq_len, 'train'), given.seed)
+  rows = prepare.shuffled(store.sequences(parsed.seq_len, 'train'), parsed.seed)
   with checkpoints.Checkpoints(out / 'checkpoints', keep=1) as saves:
     first = 0
     if restored := saves.restore((params, state)):
       first, (params, state) = restored.step, restored.state
     with progress_lib.Progress(
-      given.steps, given.batch * given.seq_len, first_step=first
+      parsed.steps, parsed.batch * parsed.seq_len, first_step=first
     ) as progress:
-      for i in range(first, given.steps):
-        batch_BT = prepare.batch(rows, i * given.batch, given.batch)
+      for i in range(first, parsed.steps):
+        batch_BT = prepare.batch(rows, i * parsed.batch, parsed.batch)
         params, state, loss = step(params, state, batch_BT)
         progress.update(i + 1, lambda loss=loss: {'loss': loss})
         if (i + 1) % SAVED_EVERY == 0:

@@ -1,4 +1,4 @@
-"""Where chunks of rows stay: on the devices or on the hosts, one or two.
+"""Decides whether chunks of rows stay on devices or hosts, and how many.
 
 Rows are split over the mesh's axis 'data' alone: devices that differ in the
 other axes hold the same rows, and each of them needs the memory.
@@ -36,13 +36,13 @@ def held(
   return on_device, ahead == 'on' or (ahead == 'auto' and fits)
 
 
-def sizes(mesh: Mesh, whole: float) -> tuple[float, float]:
-  """Bytes of a chunk of `whole` bytes on a device, and on a host."""
-  parts: dict[int, set[int]] = {}  # of the axis 'data', by process
+def sizes(mesh: Mesh, chunk_bytes: float) -> tuple[float, float]:
+  """Bytes of a chunk on each device and on each host."""
+  data_indices: dict[int, set[int]] = {}  # of the axis 'data', by process
   for (_, data, _), device in np.ndenumerate(mesh.devices):
-    parts.setdefault(device.process_index, set()).add(data)
-  part = whole / mesh.shape['data']
-  return part, part * max(map(len, parts.values()))
+    data_indices.setdefault(device.process_index, set()).add(data)
+  device_bytes = chunk_bytes / mesh.shape['data']
+  return device_bytes, device_bytes * max(map(len, data_indices.values()))
 
 
 def memory() -> tuple[float, float]:
@@ -51,8 +51,8 @@ def memory() -> tuple[float, float]:
   Infinity for a CPU device, which has no memory of its own.
   """
   stats = jax.local_devices()[0].memory_stats() or {}
-  host = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  found = np.asarray([stats.get('bytes_limit', np.inf), host])
+  host_bytes = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  memory_bytes = np.asarray([stats.get('bytes_limit', np.inf), host_bytes])
   if jax.process_count() > 1:  # all processes must decide alike
-    found = multihost_utils.process_allgather(found).min(0)
-  return tuple(map(float, found))
+    memory_bytes = multihost_utils.process_allgather(memory_bytes).min(0)
+  return tuple(map(float, memory_bytes))

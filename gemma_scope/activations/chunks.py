@@ -49,9 +49,9 @@ class OnHost:
   def of(cls, x: jax.Array) -> OnHost:
     pieces = {}
     for shard in x.addressable_shards:
-      place = _place_in(shard.index, x.shape)
-      if place not in pieces:  # several devices may hold copies
-        pieces[place] = np.asarray(shard.data)
+      position = _place_in(shard.index, x.shape)
+      if position not in pieces:  # several devices may hold copies
+        pieces[position] = np.asarray(shard.data)
     return cls(x.shape, x.sharding, pieces)
 
   def up(self) -> jax.Array:
@@ -68,12 +68,14 @@ class OnHost:
     return OnHost(
       self.shape[1:],
       mesh_lib.sharding(self.sharding.mesh, *spec),
-      {place[1:]: piece[index] for place, piece in self.pieces.items()},
+      {position[1:]: piece[index] for position, piece in self.pieces.items()},
     )
 
 
 def _place_in(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple:
-  return tuple(s.indices(n) for s, n in zip(index, shape, strict=True))
+  return tuple(
+    part.indices(size) for part, size in zip(index, shape, strict=True)
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +148,7 @@ class Chunks:
     return chunk_memory.held(memory, ahead, sizes, chunk_memory.memory())
 
   def _shuffle_rows(self, parts, index_R):
-    x_RD = jnp.concatenate([p.reshape(-1, p.shape[-1]) for p in parts])
+    x_RD = jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
     return x_RD[index_R].reshape(self.layout.batches, self.layout.batch, -1)
 
   def _marks_of(self, part):
@@ -177,8 +179,8 @@ class Chunks:
     Raises:
       ValueError: the chunk has no usable row.
     """
-    *_, made = self.building(chunk, poll)
-    return made
+    *_, chunk_made = self.building(chunk, poll)
+    return chunk_made
 
   def building(
     self, chunk: int, poll: harvest.Poll = harvest.never
@@ -219,7 +221,9 @@ class Chunks:
       if self._on_device:
         rows[site] = self._shuffle(x, index_R)
       else:
-        rows[site] = OnHost.of(self._shuffle([p.up() for p in x], index_R))
+        rows[site] = OnHost.of(
+          self._shuffle([part.up() for part in x], index_R)
+        )
       del x
       if parts_of:
         yield None
@@ -251,7 +255,10 @@ class Chunks:
         norms[site].append(np.asarray(norm_r))
     if not self._max_norm:
       return finite_R, {}
-    return finite_R, {site: np.concatenate(n) for site, n in norms.items()}
+    return finite_R, {
+      site: np.concatenate(norms_of_site)
+      for site, norms_of_site in norms.items()
+    }
 
   def _ordinary(self, norms, usable_R: np.ndarray) -> np.ndarray:
     """Which rows are outliers at no site, [R]; measures the bounds first."""
@@ -337,10 +344,10 @@ class Feed:
     try:
       for done in range(jobs):
         self.status = f'reading activations, part {done + 1} of {jobs}'
-        made = next(building)
+        made_chunk = next(building)
     finally:
       self.status = ''
-    return made
+    return made_chunk
 
   def _build(self, chunk: int, steps: int, poll: harvest.Poll) -> None:
     """Does some of the jobs for `chunk`; `steps` calls do all of them."""
@@ -358,7 +365,7 @@ class Feed:
     return measure(self._chunk, self.chunks.norm_bounds, centre, scale)
 
   def covariance(self, site: sites.Site, normalisation) -> np.ndarray:
-    """Of a site's normalised rows in the present chunk, [D, D]."""
+    """Covariance of a site's normalised rows in this chunk, [D, D]."""
     x_KBD = self._chunk.rows[site]
     x_KBD = x_KBD.up() if isinstance(x_KBD, OnHost) else x_KBD
     return np.asarray(normalise.covariance(x_KBD, normalisation))
@@ -371,10 +378,10 @@ def measure(
   scale: str = 'rms',
 ) -> dict[sites.Site, fold.Normalisation]:
   """The normalisation of each site, measured on a chunk."""
-  measured = {}
+  normalisations = {}
   for site, x_KBD in chunk.rows.items():
     x_KBD = x_KBD.up() if isinstance(x_KBD, OnHost) else x_KBD
-    measured[site] = normalise.measure(x_KBD, centre, scale)._replace(
+    normalisations[site] = normalise.measure(x_KBD, centre, scale)._replace(
       norm_bound=norm_bounds.get(site)
     )
-  return measured
+  return normalisations

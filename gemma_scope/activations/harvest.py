@@ -112,8 +112,10 @@ class Ahead:
       poll()
       yield future.result()
     self._start(chunk + 1)
-    near = chunk, chunk + 1
-    self._futures = {i: f for i, f in self._futures.items() if i in near}
+    kept_chunks = chunk, chunk + 1
+    self._futures = {
+      i: futures for i, futures in self._futures.items() if i in kept_chunks
+    }
 
   def _start(self, chunk: int) -> None:
     if chunk in self._futures:
@@ -159,13 +161,13 @@ class ModelSource:
     self,
     gemma: lm.Gemma,
     params: lm.Params,
-    at: Sequence[sites.Site],
+    read_sites: Sequence[sites.Site],
     text: Text,
     layout: Layout,
     mesh: Mesh,
   ):
     self.layout = layout
-    self.sites = tuple(at)
+    self.sites = tuple(read_sites)
     self.widths = {site: site.width(gemma.config) for site in self.sites}
     self.parts = layout.sequences // layout.lm_batch
     self.gemma, self.params = gemma, params
@@ -225,8 +227,8 @@ class Pair:
 
   def passes(self, chunk: int, poll: Poll = never) -> Iterator[Part]:
     """See `Raw`: each part is a forward pass of both models."""
-    each = [model.passes(chunk, poll) for model in self._models]
-    for first, second in zip(*each, strict=True):
+    passes_of_both = [model.passes(chunk, poll) for model in self._models]
+    for first, second in zip(*passes_of_both, strict=True):
       yield {**first, **{site.of_second(): x for site, x in second.items()}}
 
   def counts(self, chunk: int) -> np.ndarray:
@@ -236,8 +238,8 @@ class Pair:
 
 def _over(mesh: Mesh, lm_batch: int) -> str | tuple[str, ...]:
   """The axes that split the sequences of a pass."""
-  both = mesh.shape['sae'] * mesh.shape['data']
-  return 'data' if lm_batch % both else ('sae', 'data')
+  devices = mesh.shape['sae'] * mesh.shape['data']
+  return 'data' if lm_batch % devices else ('sae', 'data')
 
 
 def rows(
@@ -253,13 +255,13 @@ def rows(
 
 def one_late(parts: Iterator[Part], fetch: Callable[[Any], Any]):
   """Fetches each part to the host while the devices compute the next."""
-  last = None
+  previous = None
   for part in parts:
     for x in part.values():
       if isinstance(x, jax.Array):
         x.copy_to_host_async()
-    if last is not None:
-      yield {name: fetch(x) for name, x in last.items()}
-    last = part
-  if last is not None:
-    yield {name: fetch(x) for name, x in last.items()}
+    if previous is not None:
+      yield {name: fetch(x) for name, x in previous.items()}
+    previous = part
+  if previous is not None:
+    yield {name: fetch(x) for name, x in previous.items()}

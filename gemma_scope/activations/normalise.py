@@ -65,12 +65,12 @@ def _replicated(function):
   """jit, with the same result on every device of the rows' mesh."""
 
   @functools.wraps(function)
-  def call(x_KBD, *more):
-    place = getattr(x_KBD.sharding, 'mesh', None)
-    if place is None:
-      return jax.jit(function)(x_KBD, *more)
-    whole = jax.sharding.NamedSharding(place, jax.sharding.PartitionSpec())
-    return jax.jit(function, out_shardings=whole)(x_KBD, *more)
+  def call(x_KBD, *arguments):
+    mesh = getattr(x_KBD.sharding, 'mesh', None)
+    if mesh is None:
+      return jax.jit(function)(x_KBD, *arguments)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.jit(function, out_shardings=replicated)(x_KBD, *arguments)
 
   return call
 
@@ -105,7 +105,7 @@ def geometric_median(x_KBD: jax.Array) -> jax.Array:
   def distance(m_D):
     return jnp.sqrt(jnp.sum(jnp.square(x_KBD - m_D), -1))
 
-  def going_on(carry):
+  def unfinished(carry):
     i, _, moved = carry
     return (i < _ITERATIONS) & (moved > _MOVED)
 
@@ -120,4 +120,4 @@ def geometric_median(x_KBD: jax.Array) -> jax.Array:
     return i + 1, m_D + step_D, moved / jnp.maximum(typical, 1e-30)
 
   start = jnp.int32(0), _mean_D(x_KBD), jnp.float32(jnp.inf)
-  return jax.lax.while_loop(going_on, move, start)[1]
+  return jax.lax.while_loop(unfinished, move, start)[1]

@@ -87,7 +87,7 @@ class Moments:
     covariance_DD = self.gram_DD / self.rows - np.outer(mean_D, mean_D)
     l_D = np.maximum(np.linalg.eigvalsh(covariance_DD)[::-1], 0)
     p_D = l_D / max(l_D.sum(), 1e-300)
-    seen = p_D[p_D > 0]
+    positive = p_D[p_D > 0]
     largest = np.argsort(-variance_D, kind='stable')[:_SHOWN]
     return {
       'rows': int(self.rows),
@@ -104,7 +104,7 @@ class Moments:
         for d in largest
       ],
       'components_90': int(np.searchsorted(np.cumsum(p_D), 0.9) + 1),
-      'effective_rank': float(np.exp(-(seen * np.log(seen)).sum())),
+      'effective_rank': float(np.exp(-(positive * np.log(positive)).sum())),
     }
 
 
@@ -158,9 +158,9 @@ class _Meter:
   def __init__(self, width: int, max_norm: float, mesh: Mesh):
     self._max_norm, self._mesh = max_norm, mesh
     # Replicated, so that every process of a pod can read them.
-    whole = mesh_lib.sharding(mesh)
-    self._norms_of = jax.jit(_norms, out_shardings=whole)
-    self._sums_of = jax.jit(_sums, out_shardings=whole)
+    replicated = mesh_lib.sharding(mesh)
+    self._norms_of = jax.jit(_norms, out_shardings=replicated)
+    self._sums_of = jax.jit(_sums, out_shardings=replicated)
     self._bound: float | None = None
     self._shift_D: np.ndarray | None = None
     self._all, self._ordinary = Moments(), Moments()
@@ -183,10 +183,10 @@ class _Meter:
     ordinary_R = usable_R & ~(norm_R > (self._bound or np.inf))
     start = 0
     for x in parts:
-      part = slice(start, start + x.size // x.shape[-1])
-      start = part.stop
-      if self._shift_D is None and ordinary_R[part].any():
-        weight_R = ordinary_R[part].astype(np.float32)
+      part_rows = slice(start, start + x.size // x.shape[-1])
+      start = part_rows.stop
+      if self._shift_D is None and ordinary_R[part_rows].any():
+        weight_R = ordinary_R[part_rows].astype(np.float32)
         sums = self._sums_of(x, weight_R, np.zeros(x.shape[-1], np.float32))
         self._shift_D = np.asarray(sums[1] / sums[0])
       if self._shift_D is None:
@@ -195,18 +195,18 @@ class _Meter:
         (self._ordinary, ordinary_R),
         (self._all, usable_R & ~ordinary_R),
       ):
-        if chosen_R[part].any():
-          weight_R = chosen_R[part].astype(np.float32)
+        if chosen_R[part_rows].any():
+          weight_R = chosen_R[part_rows].astype(np.float32)
           sums = jax.device_get(self._sums_of(x, weight_R, self._shift_D))
           moments.add(sums)
           if moments is self._ordinary:
             self._all.add(sums)
-    for kept, values in (
+    for recorded, values in (
       (self._norm, norm_R),
       (self._token, token_R),
       (self._position, position_R),
     ):
-      kept.append(values[usable_R])
+      recorded.append(values[usable_R])
 
   def describe(self) -> dict[str, Any]:
     """See `measure`."""
@@ -215,13 +215,13 @@ class _Meter:
       np.concatenate(values) if values else np.zeros(0)
       for values in (self._norm, self._token, self._position)
     )
-    every, ordinary = (
+    all_rows, ordinary = (
       moments.describe(shift_D) for moments in (self._all, self._ordinary)
     )
     table = {
       'special': self._special,
       'not_finite': self._not_finite,
-      'all': every,
+      'all': all_rows,
       'ordinary': ordinary,
     }
     if norm_R.size:
@@ -231,21 +231,21 @@ class _Meter:
       }
       table['outliers'] = self._outliers(norm_R, token_R, position_R)
       table['outliers']['variance_share'] = (
-        1 - _total(ordinary) / _total(every) if _total(every) else 0.0
+        1 - _total(ordinary) / _total(all_rows) if _total(all_rows) else 0.0
       )
     return table
 
   def _outliers(self, norm_R, token_R, position_R) -> dict[str, Any]:
-    above_R = norm_R > self._bound
-    tokens, counts = np.unique(token_R[above_R], return_counts=True)
+    outlier_R = norm_R > self._bound
+    tokens, counts = np.unique(token_R[outlier_R], return_counts=True)
     order = np.argsort(-counts, kind='stable')[:_SHOWN]
-    places, at_places = np.unique(position_R[above_R], return_counts=True)
+    places, at_places = np.unique(position_R[outlier_R], return_counts=True)
     common = np.argsort(-at_places, kind='stable')[:_SHOWN]
     return {
       'max_norm': self._max_norm,
       'norm_bound': self._bound,
-      'rows': int(above_R.sum()),
-      'share': float(above_R.mean()),
+      'rows': int(outlier_R.sum()),
+      'share': float(outlier_R.mean()),
       'tokens': [
         {
           'token': int(tokens[i]),
@@ -283,34 +283,37 @@ def _sums(x, weight_R, shift_D):
 
 def to_text(name: str, table: dict[str, Any]) -> str:
   """One site's statistics as a text table; see `measure`."""
-  every, ordinary = table['all'], table['ordinary']
-  if not every:
+  all_rows, ordinary = table['all'], table['ordinary']
+  if not all_rows:
     return f'{name}\n  no usable row'
   outliers, norm = table['outliers'], table['norm']
 
-  def both(label, key, form):
-    return f'  {label:42} {every[key]:>12{form}} {ordinary[key]:>12{form}}'
+  def table_row(label, key, number_format):
+    return (
+      f'  {label:42} {all_rows[key]:>12{number_format}} '
+      f'{ordinary[key]:>12{number_format}}'
+    )
 
   lines = [
     name,
     f'  {"":42} {"all rows":>12} {"ordinary":>12}',
-    both('rows', 'rows', ',d'),
-    both('root mean square norm', 'rms', '.5g'),
-    both('share of E|x|^2 that is the mean', 'mean_share', '.1%'),
-    both('variance', 'variance', '.4g'),
-    both('kurtosis of a dimension, median', 'kurtosis', '.1f'),
-    both('components for 90 % of the variance', 'components_90', 'd'),
-    both('effective rank', 'effective_rank', '.1f'),
+    table_row('rows', 'rows', ',d'),
+    table_row('root mean square norm', 'rms', '.5g'),
+    table_row('share of E|x|^2 that is the mean', 'mean_share', '.1%'),
+    table_row('variance', 'variance', '.4g'),
+    table_row('kurtosis of a dimension, median', 'kurtosis', '.1f'),
+    table_row('components for 90 % of the variance', 'components_90', 'd'),
+    table_row('effective rank', 'effective_rank', '.1f'),
   ]
-  for label, figures in (('all rows', every), ('ordinary', ordinary)):
+  for label, figures in (('all rows', all_rows), ('ordinary', ordinary)):
     shown = ', '.join(
-      f'{d["dimension"]}: {d["variance_share"]:.1%} (kurtosis '
-      f'{d["kurtosis"]:.0f})'
-      for d in figures['dimensions'][:4]
+      f'{dimension["dimension"]}: {dimension["variance_share"]:.1%} (kurtosis '
+      f'{dimension["kurtosis"]:.0f})'
+      for dimension in figures['dimensions'][:4]
     )
     lines.append(f'  dimensions by share of variance, {label}: {shown}')
   quantiles = ', '.join(
-    f'{float(q):.2%} {value:.4g}' for q, value in norm.items()
+    f'{float(quantile):.2%} {value:.4g}' for quantile, value in norm.items()
   )
   lines += [
     f'  quantiles of the norm: {quantiles}',
@@ -330,7 +333,7 @@ def to_text(name: str, table: dict[str, Any]) -> str:
       f'{row["position"]} ({row["rows"]})' for row in outliers['positions']
     )
     lines.append(f'  their commonest positions: {shown}')
-  left = f'{table["special"]:,} special tokens'
+  left_out = f'{table["special"]:,} special tokens'
   if table['not_finite']:
-    left += f', {table["not_finite"]:,} rows with NaN or infinity'
-  return '\n'.join([*lines, f'  left out: {left}'])
+    left_out += f', {table["not_finite"]:,} rows with NaN or infinity'
+  return '\n'.join([*lines, f'  left out: {left_out}'])

@@ -122,7 +122,7 @@ def _write_chunk(folder, source, chunk: int, poll) -> dict[str, int]:
   arrays = {'counts.npy': source.counts(chunk)}
   for site in source.sites:
     x_RD = np.concatenate(
-      [p[site].reshape(-1, p[site].shape[-1]) for p in parts]
+      [part[site].reshape(-1, part[site].shape[-1]) for part in parts]
     )
     arrays[_file(site)] = _to_disk(x_RD)
   checksums = {}
@@ -161,10 +161,10 @@ def _sums(folder: pathlib.Path, chunk: int) -> dict[str, int] | None:
 def _difference(key: str, stored, wanted) -> str:
   """Describes the first field in which two manifests differ."""
   if isinstance(stored, dict) and isinstance(wanted, dict):
-    for inner in (*stored, *wanted):
-      if stored.get(inner) != wanted.get(inner):
+    for field in (*stored, *wanted):
+      if stored.get(field) != wanted.get(field):
         return _difference(
-          f'{key}.{inner}', stored.get(inner), wanted.get(inner)
+          f'{key}.{field}', stored.get(field), wanted.get(field)
         )
   return f'its {key} is {stored}, and this run needs {wanted}.'
 
@@ -185,9 +185,9 @@ def _save(path: pathlib.Path, array: np.ndarray) -> None:
 
 def _bytes(source: harvest.ModelSource) -> int:
   """The size of a chunk on disk."""
-  item = 2 if source.layout.dtype == 'bfloat16' else 4
-  row = 1 + item * sum(source.widths[site] for site in source.sites)
-  return source.layout.rows * row
+  item_bytes = 2 if source.layout.dtype == 'bfloat16' else 4
+  row_bytes = 1 + item_bytes * sum(source.widths[site] for site in source.sites)
+  return source.layout.rows * row_bytes
 
 
 _KEYS = ('chunks', 'facts', 'format', 'layout', 'sites')
@@ -274,7 +274,7 @@ class StoreSource:
   def __init__(
     self,
     folder: str | os.PathLike[str],
-    at: Sequence[sites.Site],
+    read_sites: Sequence[sites.Site],
     batch: int,
   ):
     self._folder, self._cached = folder, None
@@ -282,14 +282,14 @@ class StoreSource:
       self._cached = host_cache.Store(os.fspath(folder))
     self._manifest = _opened(folder)
     self.facts = self._manifest['facts']
-    missing = {str(site) for site in at} - set(self._manifest['sites'])
+    missing = {str(site) for site in read_sites} - set(self._manifest['sites'])
     if missing:
       raise ValueError(
         f'The store {str(folder)!r} has no rows of '
         f'{", ".join(sorted(missing))}; it has '
         f'{", ".join(self._manifest["sites"])}.'
       )
-    self.sites = tuple(at)
+    self.sites = tuple(read_sites)
     self.layout = harvest.Layout(batch=batch, **self._manifest['layout'])
     self.parts = len(self.sites)
     self._files = harvest.Ahead(self._read, 1 + self.parts)

@@ -96,7 +96,7 @@ class Settings:
 
   def __post_init__(self):
     shares = ('max_frequency', 'child_share')
-    within = {
+    rules = {
       'd_model, features and parents a count': (
         min(self.features, self.d_model) >= 1
         and min(self.parents, self.children, self.groups, self.seed) >= 0
@@ -115,16 +115,16 @@ class Settings:
         0 < len(self.sites) == len(set(self.sites))
       ),
     }
-    for rule, holds in within.items():
+    for rule, holds in rules.items():
       if not holds:
         raise ValueError(
           f'Synthetic data need {rule}; found {dataclasses.asdict(self)}.'
         )
-    most = self.max_frequency * float(self._weights.sum())
-    if not 0 < self.l0 < most:
+    highest_l0 = self.max_frequency * float(self._weights.sum())
+    if not 0 < self.l0 < highest_l0:
       raise ValueError(
         f'With these features and max_frequency {self.max_frequency:g} a mean '
-        f'L0 is above 0 and below {most:.3g}; found {self.l0:g}.'
+        f'L0 is above 0 and below {highest_l0:.3g}; found {self.l0:g}.'
       )
     for site in self.at:
       if site.kind in sites.READ_ONLY:
@@ -200,8 +200,10 @@ def make_truth(settings: Settings) -> Truth:
     rng = _site_stream(settings, _DIRECTIONS, site)
     d_GD = rng.standard_normal((settings.features, settings.d_model))
     d_GD /= np.linalg.norm(d_GD, axis=1, keepdims=True)
-    here = layers.index(site.layer)
-    present = born_G == here if site.kind in _READ else born_G <= here
+    layer_index = layers.index(site.layer)
+    present = (
+      born_G == layer_index if site.kind in _READ else born_G <= layer_index
+    )
     directions[site] = (d_GD * present[:, None]).astype(np.float32)
     b_D = rng.standard_normal(settings.d_model)
     b_D *= settings.bias / np.linalg.norm(b_D)
@@ -246,7 +248,9 @@ def _block(settings: Settings, chunk: int, block: int) -> np.ndarray:
   normal = statistics.NormalDist()
   p_G = settings.frequency_G.copy()
   p_G[roots:] = settings.child_share
-  fires_RG = u_RG > np.float32([-normal.inv_cdf(p) for p in p_G])
+  fires_RG = u_RG > np.float32(
+    [-normal.inv_cdf(probability) for probability in p_G]
+  )
   fires_RG[:, roots:] &= fires_RG[:, parent_G[roots:]]
   f_RG = np.zeros_like(u_RG)
   count = int(np.count_nonzero(fires_RG))
@@ -354,7 +358,9 @@ def truth(folder: str | os.PathLike[str]) -> Truth:
       settings = Settings(**{**fields, 'sites': tuple(fields['sites'])})
 
       def per_site(name, *shape):
-        arrays = {s: file[f'{name}.{s.kind}.{s.layer}'] for s in settings.at}
+        arrays = {
+          site: file[f'{name}.{site.kind}.{site.layer}'] for site in settings.at
+        }
         if any(array.shape != shape for array in arrays.values()):
           raise ValueError(f'the shapes of {name} are not {shape}')
         return arrays

@@ -1,4 +1,4 @@
-"""Held-out text in batches of one size, with what counts and whose it is."""
+"""Held-out text in batches of equal size, with masks and document numbers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Text:
     batch: sequences a forward pass; need not divide N.
     documents_NT: the number of each token's document: the clusters of the
       intervals. None: each sequence is one.
-    fit_NT: other sequences, on which controls are fitted; None: the first ones
-      themselves, which flatters the controls.
-    loss_every: losses and KL are measured at every n-th position, with another
-      offset in each batch: logits of a wide vocabulary cost more than a small
-      model's layers.
+    fit_NT: sequences on which controls are fitted; None fits them on
+      `sequences_NT`, which flatters the controls.
+    loss_every: losses and KL are measured at every n-th position, with a
+      different offset in each batch. Logits of a large vocabulary cost more
+      than the layers of a small model.
   """
 
   sequences_NT: np.ndarray
@@ -41,13 +41,13 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-  """What a long evaluation tells.
+  """Callbacks of a long evaluation.
 
   Attributes:
     progress: called often, as progress(sequences done, N); a fraction is done
       between two batches.
     poll: called often; may raise to stop.
-    says: called with what a longer phase before the batches does.
+    says: called with a description of each phase before the batches.
   """
 
   progress: Callable[[float, int], None] = lambda done, total: None
@@ -56,12 +56,12 @@ class Watch:
 
 
 class Batch(NamedTuple):
-  """One batch; rows that only fill it up do not count anywhere."""
+  """One batch; padding rows do not count in any metric."""
 
   tokens_BT: jax.Array
   keep_BT: jax.Array
   cluster_BT: np.ndarray  # on the host, 0 .. clusters - 1
-  rows: int  # that are real
+  rows: int  # sequences without padding rows
 
 
 class Batches:
@@ -69,7 +69,8 @@ class Batches:
 
   Attributes:
     size, length: sequences, and tokens of each.
-    clusters, clustered_by: how many 'documents' or 'sequences'.
+    clusters, clustered_by: number of clusters, and what they are: 'documents'
+      or 'sequences'.
   """
 
   def __init__(self, text: Text, mesh: Mesh | None):
@@ -99,17 +100,17 @@ class Batches:
     return self._of(np.arange(self.size))
 
   def loss_positions(self, number: int) -> np.ndarray:
-    """Where losses are computed in a batch: as many in each batch."""
-    every = min(self._loss_every, self.length - 1)
-    count = (self.length - 1) // every
-    return number % every + every * np.arange(count)
+    """Positions where a batch's losses are computed; equally many per batch."""
+    stride = min(self._loss_every, self.length - 1)
+    count = (self.length - 1) // stride
+    return number % stride + stride * np.arange(count)
 
   def sample(self) -> Iterator[Batch]:
-    """A sample spread evenly over the sequences of which some token counts."""
+    """A sample, spread evenly over the sequences with a token that counts."""
     (index_n,) = np.nonzero(self._keep_NT.any(1))
     count = min(fit_sequences(self.length), len(index_n))
-    chosen = np.linspace(0, len(index_n) - 1, count).round().astype(int)
-    return self._of(index_n[chosen])
+    rows = np.linspace(0, len(index_n) - 1, count).round().astype(int)
+    return self._of(index_n[rows])
 
   def _of(self, index_n: np.ndarray) -> Iterator[Batch]:
     for start in range(0, len(index_n), self._batch):
@@ -144,8 +145,8 @@ def _sequences(sequences) -> np.ndarray:
   shape = tokens_NT.shape
   if len(shape) != 2 or shape[0] < 1 or shape[1] < 3:
     raise ValueError(
-      'Sequences to evaluate on are [N, T], at least one of at least three '
-      f'tokens; found {list(shape)}.'
+      'Evaluation sequences must have shape [N, T], with N at least 1 and T at '
+      f'least 3; found {list(shape)}.'
     )
   return tokens_NT
 
@@ -157,12 +158,13 @@ def _kept(text: Text, tokens_NT: np.ndarray) -> np.ndarray:
       f'`keep` gave {keep_NT.dtype} {list(keep_NT.shape)}; expected bool '
       f'{list(tokens_NT.shape)}.'
     )
-  wrong = np.flatnonzero(keep_NT[:, 0])
-  if wrong.size:
+  misplaced = np.flatnonzero(keep_NT[:, 0])
+  if misplaced.size:
     raise ValueError(
-      f'Sequences start with BOS, which does not count; sequence {wrong[0]} '
-      f'starts with token {tokens_NT[wrong[0], 0]}, which does.'
+      'Sequences start with BOS, which does not count; sequence '
+      f'{misplaced[0]} starts with token {tokens_NT[misplaced[0], 0]}, which '
+      'does.'
     )
   if not (keep_NT[:, 1:] & keep_NT[:, :-1]).any():
-    raise ValueError('No token counts: all to evaluate on are special.')
+    raise ValueError('No token counts: all tokens of the text are special.')
   return keep_NT

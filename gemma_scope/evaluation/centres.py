@@ -1,4 +1,4 @@
-"""What squared errors are measured against: means, inliers, dimensions.
+"""References for squared errors: means, outlier rules, largest dimensions.
 
 Before the evaluation proper, one pass over all of the text without logits
 gives at each site the mean vector over the tokens that count, the mean over
@@ -31,18 +31,18 @@ MAX_NORM = 4.0  # medians; the rule of a card that has none
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-  """The language model of an evaluation, where it lies, and who watches."""
+  """The language model of an evaluation, its mesh and its callbacks."""
 
   gemma: lm.Gemma
   params: lm.Params
   mesh: Mesh | None
   watch: batches_lib.Watch
 
-  def taps(self, tokens_BT, at: Sequence[sites.Site]) -> splice.Taps:
+  def taps(self, tokens_BT, sites_read: Sequence[sites.Site]) -> splice.Taps:
     """Activations at the sites, by a pass without logits."""
     self.watch.poll()
-    at = tuple(sorted(set(at)))
-    return splice.taps(self.gemma, self.params, tokens_BT, at)
+    sites_read = tuple(sorted(set(sites_read)))
+    return splice.taps(self.gemma, self.params, tokens_BT, sites_read)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class References:
   """What all SAEs of an evaluation are measured against.
 
   Attributes:
-    bounds: the distinct rules of outliers.
+    bounds: the distinct outlier rules.
     rule_of: the index of each SAE's rule, by name, and whether it is the
       card's.
     centres: of each site.
@@ -63,14 +63,16 @@ class References:
   centres: dict[sites.Site, passes.Centres]
   largest: dict[sites.Site, list[tuple[int, float]]]
 
-  def weights(self, at: Sequence[sites.Site]) -> np.ndarray:
+  def weights(self, targets: Sequence[sites.Site]) -> np.ndarray:
     """[M, D]: 0 for the dimensions left out at each site, else 1."""
-    return np.stack([self.centres[site].weight_D for site in at])
+    return np.stack([self.centres[site].weight_D for site in targets])
 
-  def describe(self, name: str, at: Sequence[sites.Site]) -> dict[str, Any]:
-    """For the metrics of an SAE: its rule, and the largest dimensions."""
+  def describe(
+    self, name: str, targets: Sequence[sites.Site]
+  ) -> dict[str, Any]:
+    """Metrics entries: an SAE's outlier rule and the largest dimensions."""
     index, of_card = self.rule_of[name]
-    bounds = {str(site): b for site, b in self.bounds[index].items()}
+    bounds = {str(site): bound for site, bound in self.bounds[index].items()}
     return {
       'outliers': {
         'rule': 'card' if of_card else f'{MAX_NORM:g} medians',
@@ -82,7 +84,7 @@ class References:
           'dimensions': [dimension for dimension, _ in self.largest[site]],
           'shares': [share for _, share in self.largest[site]],
         }
-        for site in at
+        for site in targets
       ],
     }
 
@@ -94,57 +96,71 @@ def measure(
   batches: batches_lib.Batches,
 ) -> References:
   """Means, rules and dimensions of all sites that the SAEs read or write."""
-  at = {s for w in wirings.values() for s in (*w.sites, *w.targets)}
+  all_sites = {
+    site
+    for wiring in wirings.values()
+    for site in (*wiring.sites, *wiring.targets)
+  }
   rules = {name: outliers.norm_bounds(card) for name, card in cards.items()}
   missing = [wirings[name] for name, rule in rules.items() if not rule]
-  unruled = {s for wiring in missing for s in (*wiring.sites, *wiring.targets)}
-  measured = _medians(model, unruled, batches) if unruled else {}
+  unruled = {
+    site for wiring in missing for site in (*wiring.sites, *wiring.targets)
+  }
+  medians = _medians(model, unruled, batches) if unruled else {}
   bounds, rule_of = [], {}
   for name, rule in rules.items():
     of_card = bool(rule)
     if not rule:
       wiring = wirings[name]
       ends = sorted({*wiring.sites, *wiring.targets})
-      rule = {site: MAX_NORM * measured[site] for site in ends}
+      rule = {site: MAX_NORM * medians[site] for site in ends}
     if rule not in bounds:
       bounds.append(rule)
     rule_of[name] = bounds.index(rule), of_card
-  return References(bounds, rule_of, *_centres(model, at, batches, bounds))
+  return References(
+    bounds, rule_of, *_centres(model, all_sites, batches, bounds)
+  )
 
 
-def _medians(model: Model, at, batches) -> dict[sites.Site, float]:
+def _medians(model: Model, sites_read, batches) -> dict[sites.Site, float]:
   """The median norm of the rows that count, on a sample."""
-  found: dict[sites.Site, list] = {site: [] for site in at}
+  norms_by_site: dict[sites.Site, list] = {site: [] for site in sites_read}
   for batch in batches.sample():
-    taps = model.taps(batch.tokens_BT, at)
-    norms = {s: passes.norms(taps[s], model.mesh) for s in at}
+    taps = model.taps(batch.tokens_BT, sites_read)
+    norms = {site: passes.norms(taps[site], model.mesh) for site in sites_read}
     keep = jax.device_get(passes.fetched(batch.keep_BT, model.mesh)) > 0
     for site, norms_BT in jax.device_get(norms).items():
-      found[site].append(norms_BT[keep])
-  return {s: float(np.median(np.concatenate(n))) for s, n in found.items()}
+      norms_by_site[site].append(norms_BT[keep])
+  return {
+    site: float(np.median(np.concatenate(parts)))
+    for site, parts in norms_by_site.items()
+  }
 
 
-def _centres(model: Model, at, batches, bounds):
-  total: dict[sites.Site, list] = {site: [0.0, 0.0, 0.0] for site in at}
+def _centres(model: Model, all_sites, batches, bounds):
+  total: dict[sites.Site, list] = {site: [0.0, 0.0, 0.0] for site in all_sites}
   counts: Any = 0
   for batch in batches:
-    taps = model.taps(batch.tokens_BT, at)
-    sums, new = jax.device_get(
+    taps = model.taps(batch.tokens_BT, all_sites)
+    sums, batch_counts = jax.device_get(
       passes.moments(taps, batch.keep_BT, bounds, model.mesh)
     )
-    counts = counts + new.astype(np.int64)
-    for site, parts in sums.items():
-      for i, part in enumerate(parts):
-        total[site][i] = total[site][i] + part.astype(np.float64)
+    counts = counts + batch_counts.astype(np.int64)
+    for site, site_sums in sums.items():
+      for i, batch_sum in enumerate(site_sums):
+        total[site][i] = total[site][i] + batch_sum.astype(np.float64)
   centres, largest = {}, {}
   for site, (sum_D, square_D, inlier_RD) in total.items():
     mean_D = sum_D / counts[0]
     variance_D = np.maximum(square_D / counts[0] - mean_D**2, 0)
     shares_D = variance_D / max(variance_D.sum(), 1e-30)
-    first = np.argsort(-shares_D, kind='stable')[:DIMENSIONS]
+    largest_dimensions = np.argsort(-shares_D, kind='stable')[:DIMENSIONS]
     weight_D = np.ones(len(mean_D), np.float32)
-    weight_D[first] = 0
-    largest[site] = [(int(d), float(shares_D[d])) for d in first]
+    weight_D[largest_dimensions] = 0
+    largest[site] = [
+      (int(dimension), float(shares_D[dimension]))
+      for dimension in largest_dimensions
+    ]
     centres[site] = passes.Centres(
       mean_D.astype(np.float32),
       (inlier_RD / np.maximum(counts[1:, None], 1)).astype(np.float32),

@@ -9,21 +9,20 @@
 m and m' are the means of what is read and what is written, s the root mean
 square of x - m at each site. theta is one number for all latents, chosen so
 that the mean L0 is that of the SAE. For `pca` this keeps the largest absolute
-scores of all rows together, of which no other choice of as many components has
-less squared error; in particular neither the same number in each row nor the
-first components have.
+scores of all rows together. No other choice of as many components has a smaller
+squared error: neither the same number in each row nor the first components.
 
-In `random`, W_dec = W_enc^T where the sites read are written (SAEs and
-crosscoders, in these towards every later layer too), and rows of norm 1 of
-their own otherwise; g, one for each target, leaves the least squared error.
-The ridge of `least_squares` is the best of a few on a fifth of the rows that
-the others were fitted without. Principal components of several layers are
-those of each layer and write to its own target. An affine skip is zero.
+In `random`, W_dec = W_enc^T if the control writes the sites that it reads (SAEs
+and crosscoders; in a crosscoder also for every later layer). Otherwise W_dec
+has random rows of norm 1. g, one number for each target, minimises the squared
+error. The ridge of `least_squares` is the best of a few on a held-out fifth of
+the rows. With several layers, the principal components are computed for each
+layer and write to its own target. An affine skip is zero.
 
 Controls are fitted on rows in host memory, which should not be the rows that
 they are measured on: `least_squares` has as many parameters as an SAE's
-decoder. Within this module there is always an axis L or M of layers, 1 where an
-SAE reads one site.
+decoder. Arrays of this module always have an axis L or M of layers, of size 1
+if an SAE reads one site.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ MOST_DECODER_BYTES = 2**30  # a larger least-squares decoder is not fitted
 
 
 class Setting(NamedTuple):
-  """What a random control is made of, beside its key and the means."""
+  """The numbers of a random control, besides its key and the means."""
 
   scale: tuple[float, ...]  # s of each site, in its units
   threshold: float
@@ -109,8 +108,8 @@ def make(
   params = _released(params, wiring)
   if mesh is None:
     return params
-  where = released_lib.shardings(mesh, params)
-  return jax.lax.with_sharding_constraint(params, where)
+  placement = released_lib.shardings(mesh, params)
+  return jax.lax.with_sharding_constraint(params, placement)
 
 
 class Shape(NamedTuple):
@@ -122,7 +121,7 @@ class Shape(NamedTuple):
 
   @property
   def key(self) -> jax.Array:
-    """Of the random directions: the same whatever else is evaluated."""
+    """Key of the random directions; independent of other SAEs evaluated."""
     name = zlib.crc32(f'{self.wiring}/{self.width}'.encode())
     return jax.random.fold_in(jax.random.key(self.seed), name)
 
@@ -138,36 +137,40 @@ def fit(
 
   Args:
     shape: what the controls read and write, and their width.
-    l0: mean number of latents to meet on these rows. Where it is more than a
-      threshold of 0 leaves, the threshold is 0.
+    l0: the target mean L0 on these rows. If a threshold of 0 leaves fewer
+      latents, the threshold is 0.
     rows: raw activations, at least at the sites and targets.
-    mesh: where the language model lies.
-    kinds: some of `KINDS`, 'random' among them with 'least_squares'.
+    mesh: the mesh of the language model.
+    kinds: some of `KINDS`; 'least_squares' needs 'random'.
 
   Returns:
     For each l0: kind -> a function that puts the released parameters on the
     devices. `least_squares` is left out where its decoder is too large.
   """
   wiring, width = shape.wiring, shape.width
-  ends = dict.fromkeys((*wiring.sites, *wiring.targets))
-  rows = {site: np.asarray(rows[site], np.float32) for site in ends}
-  means = {s: x.mean(0, dtype=np.float64) for s, x in rows.items()}
+  all_sites = dict.fromkeys((*wiring.sites, *wiring.targets))
+  rows = {site: np.asarray(rows[site], np.float32) for site in all_sites}
+  means = {
+    site: rows_RD.mean(0, dtype=np.float64) for site, rows_RD in rows.items()
+  }
   means = {site: mean.astype(np.float32) for site, mean in means.items()}
-  squares = [_square(rows[s] - means[s]) / len(rows[s]) for s in wiring.sites]
+  squares = [
+    _square(rows[site] - means[site]) / len(rows[site]) for site in wiring.sites
+  ]
   scale = tuple(float(np.sqrt(max(square, 1e-30))) for square in squares)
   x = beside(rows, wiring.sites, wiring.several)
-  counts = [round(each * len(x)) for each in l0]
+  counts = [round(mean_active * len(x)) for mean_active in l0]
   controls: list[dict[str, Callable]] = [{} for _ in counts]
   if 'random' in kinds:
     unscaled = Setting(scale, 0.0, (1.0,) * len(wiring.targets))
-    made = functools.partial(make, shape.key, wiring, means, width)
-    found = _largest(made(unscaled, mesh), x, max(counts), mesh)
+    control_at = functools.partial(make, shape.key, wiring, means, width)
+    largest = _largest(control_at(unscaled, mesh), x, max(counts), mesh)
     for control, count in zip(controls, counts, strict=True):
-      theta, f_RF = found.first(count)
+      theta, f_RF = largest.first(count)
       setting = unscaled._replace(threshold=theta)
-      gain = _gains(made(setting, mesh), x, rows, wiring, mesh)
+      gain = _gains(control_at(setting, mesh), x, rows, wiring, mesh)
       control['random'] = functools.partial(
-        made, setting._replace(gain=gain), mesh
+        control_at, setting._replace(gain=gain), mesh
       )
       bytes_needed = decoder_bytes(wiring, width, rows)
       if 'least_squares' in kinds and bytes_needed <= MOST_DECODER_BYTES:
@@ -178,9 +181,9 @@ def fit(
   if 'pca' in kinds:
     params = _pca(rows, wiring, means, scale)
     put = functools.partial(released_lib.put, mesh=mesh)
-    found = _largest(put(_released(params, wiring)), x, max(counts), mesh)
+    largest = _largest(put(_released(params, wiring)), x, max(counts), mesh)
     for control, count in zip(controls, counts, strict=True):
-      theta, _ = found.first(count)
+      theta, _ = largest.first(count)
       threshold = np.full_like(params['b_enc'], theta)
       released = _released({**params, 'threshold': threshold}, wiring)
       control['pca'] = functools.partial(put, released)
@@ -205,32 +208,34 @@ def _by_chunks(function, params, x: np.ndarray, mesh):
   """(first row, function's rows) for chunks of rows of one size."""
   chunk = max(1, min(len(x), _CHUNK // params['b_enc'].size))
   for start in range(0, len(x), chunk):
-    part = x[start : start + chunk]
-    filled = np.resize(part, (chunk, *part.shape[1:]))
-    yield start, np.asarray(function(params, filled, mesh))[: len(part)]
+    rows_BD = x[start : start + chunk]
+    filled = np.resize(rows_BD, (chunk, *rows_BD.shape[1:]))
+    yield start, np.asarray(function(params, filled, mesh))[: len(rows_BD)]
 
 
 def decoder_bytes(wiring: sites.Wiring, width: int, rows: Rows) -> int:
-  """Of one least-squares decoder, float32."""
+  """Bytes of one least-squares decoder in float32."""
   return 4 * width * sum(rows[site].shape[-1] for site in wiring.targets)
 
 
-def beside(rows: Rows, at: Sequence[sites.Site], several: bool) -> np.ndarray:
-  """Rows at `at` as parameters read them: [R, D], or `several`: [R, L, D]."""
-  parts = [np.asarray(rows[site], np.float32) for site in at]
+def beside(
+  rows: Rows, targets: Sequence[sites.Site], several: bool
+) -> np.ndarray:
+  """Rows of `targets` as parameters read them: [R, D]; `several`: [R, L, D]."""
+  columns = [np.asarray(rows[site], np.float32) for site in targets]
   if several:
-    return np.stack(parts, 1)
-  if len(parts) != 1:
+    return np.stack(columns, 1)
+  if len(columns) != 1:
     raise ValueError(
-      f'Parameters of one layer read or write one site; found {len(parts)}.'
+      f'Parameters of one layer read or write one site; found {len(columns)}.'
     )
-  return parts[0]
+  return columns[0]
 
 
 def _released(
   params: Mapping[str, Any], wiring: sites.Wiring
 ) -> dict[str, Any]:
-  """Without the axes of layers where the SAE reads one site."""
+  """Removes the axes of layers if the SAE reads one site."""
   if wiring.several:
     return dict(params)
   params = {key: array[0] for key, array in params.items()}
@@ -265,32 +270,32 @@ class _Largest(NamedTuple):
   shape: tuple[int, int]  # [R, F] of all
 
   def first(self, count: int):
-    """theta above which `count` lie, and these alone as a sparse [R, F]."""
+    """theta above which `count` values lie, and these as a sparse [R, F]."""
     from scipy import sparse  # slow to import
 
     theta = 0.0 if count >= len(self.value) else float(self.value[count])
     if count <= 0:
       theta = float('inf')
-    there = slice(0, int(np.searchsorted(-self.value, -theta)))
-    at = self.row[there], self.latent[there]
-    return theta, sparse.csr_array((self.value[there], at), self.shape)
+    above = slice(0, int(np.searchsorted(-self.value, -theta)))
+    coordinates = self.row[above], self.latent[above]
+    return theta, sparse.csr_array((self.value[above], coordinates), self.shape)
 
 
 def _largest(params, x: np.ndarray, count: int, mesh) -> _Largest:
   """The `count` + 1 largest pre-activations, or all above 0."""
   width = params['b_enc'].size
-  some = x[:: max(1, len(x) * width // _ROUGH)]
+  sample = x[:: max(1, len(x) * width // _ROUGH)]
   z = np.concatenate(
-    [z.reshape(-1) for _, z in _by_chunks(_z, params, some, mesh)]
+    [z.reshape(-1) for _, z in _by_chunks(_z, params, sample, mesh)]
   )
   share = min(1.3 * count / (len(x) * width) + 2 / z.size, 1.0)
   bound = max(0.0, float(np.quantile(z, 1 - share)))
   while True:
-    parts = []
+    batches = []
     for start, z in _by_chunks(_z, params, x, mesh):
       row, latent = np.nonzero(z > bound)
-      parts.append((row + start, latent, z[row, latent]))
-    row, latent, value = map(np.concatenate, zip(*parts, strict=True))
+      batches.append((row + start, latent, z[row, latent]))
+    row, latent, value = map(np.concatenate, zip(*batches, strict=True))
     if len(value) > count or not bound:
       break
     bound = bound / 2 if bound > 1e-3 else 0.0  # the guess was too high
@@ -323,9 +328,9 @@ def _gains(params, x, rows: Rows, wiring, mesh) -> tuple[float, ...]:
 
 def _with_decoder(encoder: Callable[[], Params], decoder, mesh) -> Params:
   params = encoder()
-  like = np.zeros(params['b_enc'].shape, np.float32)  # says how latents lie
-  placed = released_lib.put({'b_enc': like, **decoder}, mesh)
-  return {**params, 'W_dec': placed['W_dec'], 'b_dec': placed['b_dec']}
+  b_enc = np.zeros(params['b_enc'].shape, np.float32)  # says how latents lie
+  on_devices = released_lib.put({'b_enc': b_enc, **decoder}, mesh)
+  return {**params, 'W_dec': on_devices['W_dec'], 'b_dec': on_devices['b_dec']}
 
 
 def _least_squares(f_RF, rows: Rows, wiring) -> dict[str, np.ndarray]:
@@ -339,14 +344,14 @@ def _least_squares(f_RF, rows: Rows, wiring) -> dict[str, np.ndarray]:
     missing = f_RF.shape[1] - len(W_FD)
     W_dec.append(np.pad(W_FD, ((0, missing), (0, 0))))
     b_dec.append(b_D)
-  made = np.stack(W_dec, 1).reshape(layers, width, layers, -1)
-  released = _released({'W_dec': made, 'b_dec': np.stack(b_dec)}, wiring)
+  decoders = np.stack(W_dec, 1).reshape(layers, width, layers, -1)
+  released = _released({'W_dec': decoders, 'b_dec': np.stack(b_dec)}, wiring)
   return {key: np.float32(array) for key, array in released.items()}
 
 
 def _pca(rows: Rows, wiring, means, scale) -> dict[str, np.ndarray]:
   """Two latents a component, one for each sign; [L, ...], threshold 0."""
-  layers, made = len(wiring.sites), []
+  layers, by_layer = len(wiring.sites), []
   for l, (reads, writes) in enumerate(
     zip(wiring.sites, wiring.targets, strict=True)
   ):
@@ -358,7 +363,7 @@ def _pca(rows: Rows, wiring, means, scale) -> dict[str, np.ndarray]:
     W_enc = np.concatenate([v_DC, -v_DC], 1) / scale[l]
     W_dec = np.zeros((W_enc.shape[1], layers, y_RD.shape[1]))
     W_dec[:, l] = np.concatenate([w_CD, -w_CD])
-    made.append(
+    by_layer.append(
       {
         'W_enc': W_enc,
         'b_enc': -means[reads] @ W_enc,
@@ -368,6 +373,6 @@ def _pca(rows: Rows, wiring, means, scale) -> dict[str, np.ndarray]:
       }
     )
   return {
-    key: np.stack([params[key] for params in made]).astype(np.float32)
-    for key in made[0]
+    key: np.stack([params[key] for params in by_layer]).astype(np.float32)
+    for key in by_layer[0]
   }

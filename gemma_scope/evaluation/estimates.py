@@ -1,9 +1,9 @@
-"""Values of single tokens -> figures with their intervals, plain for JSON.
+"""Values per token -> figures with intervals, as plain JSON.
 
 Documents are the independent draws of a text: tokens of one document are
 alike, whichever sequence they are in. Values are therefore summed for each
 document n (where a text is given without documents, for each sequence), and for
-each target m. Of an SAE that writes several layers a figure is the mean over
+each target m. For an SAE that writes several layers, a figure is the mean over
 its targets:
 
   FVU         1/M sum_m r_m,  r_m = E_m / V_m,  E_m = sum_n |y - y_hat|^2
@@ -59,11 +59,11 @@ class Tally:
       ],
       -1,
     )
-    for sums, new in (
+    for sums, addend in (
       (self._by_cluster, by_cluster),
       (self._by_position, value.sum(0)),
     ):
-      sums[name] = sums[name] + new if name in sums else new
+      sums[name] = sums[name] + addend if name in sums else addend
 
   def __contains__(self, name: str) -> bool:
     return name in self._by_cluster
@@ -78,62 +78,66 @@ class Tally:
 
 
 def figure(a_n, b_n, tokens: float) -> dict[str, Any]:
-  """sum(a) / sum(b) with its interval; what is not finite is None (JSON).
+  """sum(a) / sum(b) with its interval; None (JSON) if not finite.
 
-  Clusters without a token that counts are no draws: they are left out.
+  Clusters without a token that counts are left out: they are not draws.
   """
   a_n, b_n = np.asarray(a_n, np.float64), np.asarray(b_n, np.float64)
   drawn_n = (a_n != 0) | (b_n != 0)
   if not drawn_n.any():
     return {'value': None, 'low': None, 'high': None, 'tokens': int(tokens)}
   limits = ratio_interval(a_n[drawn_n], b_n[drawn_n])
-  value, low, high = (x if math.isfinite(x) else None for x in limits)
+  value, low, high = (
+    limit if math.isfinite(limit) else None for limit in limits
+  )
   return {'value': value, 'low': low, 'high': high, 'tokens': int(tokens)}
 
 
 def _mean_ratio(e_nM, v_nM, tokens: float) -> dict[str, Any]:
   """Mean over M of sum(e) / sum(v), with its interval; see above."""
   with np.errstate(divide='ignore', invalid='ignore'):
-    whole_M = v_nM.sum(0)
-    ratio_M = e_nM.sum(0) / whole_M
-    a_nM = (e_nM + (ratio_M.mean() - ratio_M) * v_nM) / whole_M
-    return figure(a_nM.sum(1), (v_nM / whole_M).sum(1), tokens)
+    variance_M = v_nM.sum(0)
+    ratio_M = e_nM.sum(0) / variance_M
+    a_nM = (e_nM + (ratio_M.mean() - ratio_M) * v_nM) / variance_M
+    return figure(a_nM.sum(1), (v_nM / variance_M).sum(1), tokens)
 
 
-def fidelity(own: Tally, targets: Sequence[str] = ()) -> dict[str, Any]:
+def fidelity(tally: Tally, targets: Sequence[str] = ()) -> dict[str, Any]:
   """L0, delta loss, KL and FVU of one dictionary, an SAE or a control.
 
   Args:
-    own: by token `tokens`, `replaced` with `l0` there, and, over targets,
+    tally: by token `tokens`, `replaced` with `l0` there, and, over targets,
       `error` and `variance`, each also `_inlier` and `_rest`; by loss `counts`,
       `delta` and `kl`.
     targets: names for `by_target`, where there are several.
   """
-  tokens = own['tokens'].sum()
-  counts = own['counts'].sum()
+  tokens = tally['tokens'].sum()
+  counts = tally['counts'].sum()
 
-  def of_targets(which) -> dict[str, Any]:
-    found = {}
+  def of_targets(columns) -> dict[str, Any]:
+    figures = {}
     for key, name in (('delta_loss', 'delta'), ('kl', 'kl')):
-      sums_n = own[name][:, which].mean(1)
-      found[key] = figure(sums_n, own['counts'][:, 0], counts)
-    for key, part, seen in (
+      sums_n = tally[name][:, columns].mean(1)
+      figures[key] = figure(sums_n, tally['counts'][:, 0], counts)
+    for key, suffix, tokens_seen in (
       ('fvu', '', tokens),
-      ('fvu_inliers', '_inlier', own['inliers'].sum()),
+      ('fvu_inliers', '_inlier', tally['inliers'].sum()),
       ('fvu_rest', '_rest', tokens),
     ):
-      error, variance = own[f'error{part}'], own[f'variance{part}']
-      found[key] = _mean_ratio(error[:, which], variance[:, which], seen)
-    return found
+      error, variance = tally[f'error{suffix}'], tally[f'variance{suffix}']
+      figures[key] = _mean_ratio(
+        error[:, columns], variance[:, columns], tokens_seen
+      )
+    return figures
 
-  replaced_n = own['replaced'][:, 0]
-  found = {'l0': figure(own['l0'][:, 0], replaced_n, replaced_n.sum())}
-  found |= of_targets(slice(None))
+  replaced_n = tally['replaced'][:, 0]
+  metrics = {'l0': figure(tally['l0'][:, 0], replaced_n, replaced_n.sum())}
+  metrics |= of_targets(slice(None))
   if targets:
-    found['by_target'] = [
+    metrics['by_target'] = [
       {'target': target, **of_targets([m])} for m, target in enumerate(targets)
     ]
-  return found
+  return metrics
 
 
 def of_sae(
@@ -160,10 +164,10 @@ def of_sae(
   def regained(ablated_nM, own_nM):
     # Of the mean loss over targets, not the mean of the shares: a target
     # where an ablation hardly costs anything has a share of no meaning.
-    lost_n = ablated_nM.sum(1)
-    return figure(lost_n - own_nM.sum(1), lost_n, counts)
+    ablated_n = ablated_nM.sum(1)
+    return figure(ablated_n - own_nM.sum(1), ablated_n, counts)
 
-  found = {
+  metrics = {
     **fidelity(own, targets),
     'fvu_elementwise': _mean_ratio(own['error'], own['flat'], tokens),
     'loss_recovered_zero': regained(ablations['zero'], own['delta']),
@@ -174,8 +178,8 @@ def of_sae(
     'l1': figure(own['l1'][:, 0], replaced_n, replaced),
   }
   for name in ('cosine', 'norm_ratio'):
-    found[name] = figure(own[name].mean(1), replaced_n, replaced)
-  return found | {
+    metrics[name] = figure(own[name].mean(1), replaced_n, replaced)
+  return metrics | {
     'dead': float(np.mean(frequency_F == 0)),
     'dense': float(np.mean(frequency_F > DENSE)),
     'tokens': int(replaced),
@@ -191,45 +195,47 @@ def of_sae(
 def strongest(
   controls: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-  """The control that is hardest to beat, by each figure.
+  """The strongest control for each figure.
 
   Returns:
-    `l0` (of the control of least FVU), each figure at its least over the
-    controls, and `kinds`: whose it is.
+    `l0` of the control with the smallest FVU, the smallest value of each figure
+    over the controls, and `kinds`: which control has it.
   """
   value = lambda figure: (
     math.inf if figure['value'] is None else figure['value']
   )
-  found, kinds = {}, {}
+  least, kinds = {}, {}
   for key in ERRORS:
     kinds[key] = min(controls, key=lambda kind: value(controls[kind][key]))
-    found[key] = controls[kinds[key]][key]
-  best = controls[kinds['fvu']]
-  found = {'l0': best['l0'], **found, 'kinds': kinds}
-  if 'by_target' in best:
-    found['by_target'] = best['by_target']
-  return found
+    least[key] = controls[kinds[key]][key]
+  control = controls[kinds['fvu']]
+  least = {'l0': control['l0'], **least, 'kinds': kinds}
+  if 'by_target' in control:
+    least['by_target'] = control['by_target']
+  return least
 
 
-def _by_position(own: Tally) -> dict[str, list[float]]:
+def _by_position(tally: Tally) -> dict[str, list[float]]:
   """Curves over bins of position, three to a doubling; empty bins left out."""
-  tokens_T = own.by_position('tokens')[:, 0]
-  counts_T = own.by_position('counts')[:, 0]
-  delta_T = own.by_position('delta').mean(1)
+  tokens_T = tally.by_position('tokens')[:, 0]
+  counts_T = tally.by_position('counts')[:, 0]
+  delta_T = tally.by_position('delta').mean(1)
   length = len(tokens_T)
   edges = 2 ** np.arange(0, np.log2(length), 1 / 3)
   edges = np.unique(edges.round().astype(int))
   curves = {'position': [], 'delta_loss': [], 'fvu': []}
   for start, stop in zip(edges, [*edges[1:], length], strict=True):
-    here = slice(start, stop)
-    tokens, counts = tokens_T[here].sum(), counts_T[here].sum()
-    spread_M = own.by_position('variance')[here].sum(0)
+    bin_slice = slice(start, stop)
+    tokens, counts = tokens_T[bin_slice].sum(), counts_T[bin_slice].sum()
+    spread_M = tally.by_position('variance')[bin_slice].sum(0)
     if not (tokens and counts and spread_M.all()):
       continue
-    where = (tokens_T[here] * np.arange(start, stop)).sum() / tokens
-    error_M = own.by_position('error')[here].sum(0)
-    curves['position'].append(float(where))
-    curves['delta_loss'].append(float(delta_T[here].sum() / counts))
+    mean_position = (
+      tokens_T[bin_slice] * np.arange(start, stop)
+    ).sum() / tokens
+    error_M = tally.by_position('error')[bin_slice].sum(0)
+    curves['position'].append(float(mean_position))
+    curves['delta_loss'].append(float(delta_T[bin_slice].sum() / counts))
     curves['fvu'].append(float((error_M / spread_M).mean()))
   return curves
 

@@ -1,4 +1,4 @@
-"""What SAEs keep and what they lose: a whole collection in one pass.
+"""Metrics of SAEs on held-out text: a whole collection in one pass.
 
   L0          mean number of latents with f > 0, of all layers
   delta loss  loss with y_hat in the place of y - clean loss, nats a token
@@ -6,19 +6,20 @@
   FVU         sum |y - y_hat|^2 / sum |y - m|^2,  m the mean vector
   recovered   (L_ablated - L_sae) / (L_ablated - L_clean); ablated: y is 0, or m
 
-y is the activation at an SAE's target, which is the one it reads unless it is
-a transcoder. Of an SAE with several targets a figure is the mean over them,
-each replaced alone, the others clean. Two more FVUs say what the first rests
+y is the activation at an SAE's target: the activation that it reads, unless it
+is a transcoder. For an SAE with several targets, a figure is the mean over the
+targets, each replaced on its own. Two more FVUs show what the first one depends
 on: `fvu_inliers` leaves out rows of outlying norm (by the card's rule, or by
 one measured here) and takes the mean of the others; `fvu_rest` leaves out the
 few dimensions of largest variance.
 
-All over tokens that count: not BOS, EOS or padding (arXiv 2408.05147, section
-4), nor a chat's user turn. Where a token does not count y stays as it is: BOS
-is like no other, and to replace it costs more than all others together. So do
-outliers by the rule of an SAE's own card, for it and its controls: it was not
-trained on them. A loss counts where both the token it is computed at and the
-one it predicts do.
+Figures are over the tokens that count: not BOS, EOS or padding (arXiv
+2408.05147, section 4), and not a chat's user turn. At other tokens y is not
+replaced: BOS is unlike all others, and replacing it would cost more than all
+others together. Tokens that are outliers by the rule of an SAE's card are not
+replaced either, by the SAE and by its controls, because it was not trained on
+them. A loss counts if the token it is computed at and the token it predicts
+both count.
 
 Two passes without logits come first: one over all of the text, for means and
 variances, and one over the text that the controls are fitted on. Then, for each
@@ -29,8 +30,8 @@ batch of sequences:
                   L0, errors, the last residual stream from the target on
   losses       -> of several such streams at once, beside the clean one
 
-Each control goes through the model on every third batch only: it then costs as
-much as a single control would, and its interval says what that leaves.
+Each control goes through the model on every third batch only, so that three
+controls cost as much as one; their intervals are wider for it.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ def evaluate(
     layers are written, `by_target` lists the figures of each.
 
   Raises:
-    ValueError: an SAE does not fit the sites its card names, or the text is not
-      what it should be.
+    ValueError: an SAE does not fit the sites that its card names, or the text
+      is malformed.
   """
   model = centres.Model(gemma, params, _mesh_of(params), watch)
   saes = _members(gemma.config, members, model.mesh)
@@ -100,41 +101,41 @@ def evaluate(
   wirings = {sae.name: sae.wiring for sae in saes}
   cards = {sae.name: sae.card for sae in members}
   references = centres.measure(model, wirings, cards, batches)
+  rule_of = references.rule_of
   for sae in saes:
-    sae.rule, sae.spares = references.rule_of[sae.name]
-  twins = _controls(model, saes, references, text, seed)
+    sae.rule, sae.spares = rule_of[sae.name]
+  controls_of = _controls(model, saes, references, text, seed)
 
-  targets = sorted({t for sae in saes for t in sae.wiring.targets})
-  zeros = {t: ablation(t, 'zero', 0.0) for t in targets}
-  means = {t: ablation(t, 'm', references.centres[t].mean_D) for t in targets}
+  targets = sorted({target for sae in saes for target in sae.wiring.targets})
+  zeros = {target: ablation(target, 'zero', 0.0) for target in targets}
+  means = {
+    target: ablation(target, 'm', references.centres[target].mean_D)
+    for target in targets
+  }
   for target in targets:  # as the SAEs there, if these agree
-    rules = {
-      references.rule_of[sae.name]
-      for sae in saes
-      if target in sae.wiring.targets
-    }
+    rules = {rule_of[sae.name] for sae in saes if target in sae.wiring.targets}
     if len(rules) == 1:
-      for each in (zeros[target], means[target]):
-        each.rule, each.spares = next(iter(rules))
+      for replacement in (zeros[target], means[target]):
+        replacement.rule, replacement.spares = next(iter(rules))
   queue = [*zeros.values(), *means.values()]
   for sae in saes:
-    queue += [sae, *twins[sae].values()]
+    queue += [sae, *controls_of[sae].values()]
   watch.says('measuring each SAE and its controls')
   measure(model, batches, references, queue)
 
-  found = {}
+  metrics = {}
   for sae in saes:
-    found[sae.name] = _metrics(sae, twins[sae], zeros, means) | {
+    metrics[sae.name] = _metrics(sae, controls_of[sae], zeros, means) | {
       'sequences': batches.size,
       'clusters': batches.clusters,
       'clustered_by': batches.clustered_by,
       **references.describe(sae.name, sae.wiring.targets),
     }
-    found[sae.name]['outliers']['tokens'] = int(
+    metrics[sae.name]['outliers']['tokens'] = int(
       (sae.tally['tokens'] - sae.tally['inliers']).sum()
     )
-  _add_nulls(found, members)
-  return found
+  _add_nulls(metrics, members)
+  return metrics
 
 
 def _metrics(
@@ -144,48 +145,55 @@ def _metrics(
   means: Mapping[sites.Site, Replacement],
 ) -> dict[str, Any]:
   """Figures of an SAE and of its controls, from what was tallied."""
-  at = sae.wiring.targets
-  names = list(map(str, at)) if sae.wiring.several else []
+  targets = sae.wiring.targets
+  names = list(map(str, targets)) if sae.wiring.several else []
 
   def ablated(by_target, name):
-    return np.concatenate([by_target[t].tally[name] for t in at], 1)
+    return np.concatenate(
+      [by_target[target].tally[name] for target in targets], 1
+    )
 
   ablations = {
     'zero': ablated(zeros, 'delta'),
     'mean': ablated(means, 'delta'),
     'zero_kl': ablated(zeros, 'kl'),
   }
-  beside = {
+  control_figures = {
     kind: estimates.fidelity(twin.tally, names) for kind, twin in twins.items()
   }
   return {
     **estimates.of_sae(sae.tally, sae.fired_F, ablations, names),
-    'control': estimates.strongest(beside),
-    'controls': beside,
+    'control': estimates.strongest(control_figures),
+    'controls': control_figures,
   }
 
 
 def _add_nulls(
-  found: dict[str, dict[str, Any]], members: Sequence[release.Released]
+  metrics_of: dict[str, dict[str, Any]], members: Sequence[release.Released]
 ) -> None:
-  """`nulls` of an SAE: figures of those trained beside it with parts frozen."""
+  """Adds to each SAE the figures of its nulls: SAEs with frozen parts."""
 
   def key_of(card):
     null = card.get('null') or ''
-    kept = {k: card.get(k) for k in ('sites', 'targets', 'width', 'sparsity')}
+    fields = {
+      field: card.get(field)
+      for field in ('sites', 'targets', 'width', 'sparsity')
+    }
     trained = str(card.get('architecture')).removeprefix(f'{null}_')
-    return null, repr((kept, trained, card.get('seed')))
+    return null, repr((fields, trained, card.get('seed')))
 
   nulls: dict[str, dict] = collections.defaultdict(dict)
   for sae in members:
     null, key = key_of(sae.card)
     if null:
-      metrics = found[sae.name]
-      nulls[key][null] = {k: metrics[k] for k in ('l0', *estimates.ERRORS)}
+      metrics = metrics_of[sae.name]
+      nulls[key][null] = {
+        key: metrics[key] for key in ('l0', *estimates.ERRORS)
+      }
   for sae in members:
     null, key = key_of(sae.card)
     if not null and key in nulls:
-      found[sae.name]['nulls'] = nulls[key]
+      metrics_of[sae.name]['nulls'] = nulls[key]
 
 
 def _mesh_of(params: lm.Params) -> Mesh | None:
@@ -193,14 +201,16 @@ def _mesh_of(params: lm.Params) -> Mesh | None:
   return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
-def _members(config: lm.Config, given, mesh: Mesh | None) -> list[Replacement]:
+def _members(
+  config: lm.Config, members, mesh: Mesh | None
+) -> list[Replacement]:
   """The SAEs, checked; their parameters on the devices when they fit."""
-  if not given:
+  if not members:
     raise ValueError('There is nothing to evaluate: no SAE was given.')
-  for name, count in collections.Counter(sae.name for sae in given).items():
+  for name, count in collections.Counter(sae.name for sae in members).items():
     if count > 1:
       raise ValueError(f'{count} of the SAEs are named {name}.')
-  loaded = [(sae.name, sae.load(), sae.card) for sae in given]
+  loaded = [(sae.name, sae.load(), sae.card) for sae in members]
   loads = released.on_demand([arrays for _, arrays, _ in loaded], mesh)
   saes = []
   for (name, arrays, card), load in zip(loaded, loads, strict=True):
@@ -261,19 +271,19 @@ def _controls(
     fit = dataclasses.replace(
       text, sequences_NT=text.fit_NT, documents_NT=None, fit_NT=None
     )
-  chosen = list(batches_lib.Batches(fit, model.mesh).sample())
-  size = sum(batch.keep_BT.size for batch in chosen)
+  samples = list(batches_lib.Batches(fit, model.mesh).sample())
+  size = sum(batch.keep_BT.size for batch in samples)
   groups = collections.defaultdict(lambda: collections.defaultdict(list))
   for sae in saes:
     width = sae.params()['b_enc'].size
     groups[sae.wiring][width, sae.rule if sae.spares else None].append(sae)
   twins, room = {}, _DECODER_BYTES
-  for at, together in _fitting(
+  for sites_read, wirings in _fitting(
     sorted(groups, key=sites.wiring_order), model.gemma.config, 4 * size
   ):
     model.watch.says('reading the rows that controls are fitted on')
-    all_rows = _rows(model, chosen, at)
-    for wiring in together:
+    all_rows = _rows(model, samples, sites_read)
+    for wiring in wirings:
       for (width, rule), group in groups[wiring].items():
         model.watch.says(
           f'fitting controls: {len(twins)} of {len(saes)} SAEs have theirs'
@@ -291,10 +301,14 @@ def _controls(
         x = controls.beside(rows, wiring.sites, wiring.several)
         l0 = [controls.mean_l0(sae.params(), x, model.mesh) for sae in group]
         room -= len(group) * controls.decoder_bytes(wiring, width, rows)
-        kinds = [k for k in controls.KINDS if k != 'least_squares' or room >= 0]
+        kinds = [
+          kind
+          for kind in controls.KINDS
+          if kind != 'least_squares' or room >= 0
+        ]
         shape = controls.Shape(wiring, width, seed)
-        made = controls.fit(shape, l0, rows, model.mesh, kinds)
-        for sae, by_kind in zip(group, made, strict=True):
+        fitted = controls.fit(shape, l0, rows, model.mesh, kinds)
+        for sae, by_kind in zip(group, fitted, strict=True):
           twins[sae] = {
             kind: _control(sae, kind, params)
             for kind, params in by_kind.items()
@@ -314,30 +328,34 @@ def _control(sae: Replacement, kind: str, params) -> Replacement:
   )
 
 
-def _rows(model: centres.Model, chosen, at) -> dict[sites.Site, np.ndarray]:
+def _rows(
+  model: centres.Model, samples, sites_read
+) -> dict[sites.Site, np.ndarray]:
   """Raw activations [R, D] of the tokens that count, on the host."""
-  parts = collections.defaultdict(list)
-  for batch in chosen:
-    taps = model.taps(batch.tokens_BT, at)
+  rows_by_site = collections.defaultdict(list)
+  for batch in samples:
+    taps = model.taps(batch.tokens_BT, sites_read)
     taps, keep = jax.device_get(
-      passes.fetched(({s: taps[s] for s in at}, batch.keep_BT), model.mesh)
+      passes.fetched(
+        ({site: taps[site] for site in sites_read}, batch.keep_BT), model.mesh
+      )
     )
     for site, x_BTD in taps.items():
-      parts[site].append(x_BTD[keep > 0])
-  return {site: np.concatenate(x) for site, x in parts.items()}
+      rows_by_site[site].append(x_BTD[keep > 0])
+  return {site: np.concatenate(rows) for site, rows in rows_by_site.items()}
 
 
 def _fitting(
   ordered: Sequence[sites.Wiring], config, bytes_a_value: int
 ) -> Iterator[tuple[tuple[sites.Site, ...], list[sites.Wiring]]]:
   """Groups of wirings whose activations fit in `_SAMPLE_BYTES`; their sites."""
-  at, group = set(), []
+  sites_read, group = set(), []
   for wiring in ordered:
-    more = at | {*wiring.sites, *wiring.targets}
-    size = bytes_a_value * sum(site.width(config) for site in more)
+    extended = sites_read | {*wiring.sites, *wiring.targets}
+    size = bytes_a_value * sum(site.width(config) for site in extended)
     if group and size > _SAMPLE_BYTES:
-      yield tuple(sorted(at)), group
-      more, group = {*wiring.sites, *wiring.targets}, []
-    at = more
+      yield tuple(sorted(sites_read)), group
+      extended, group = {*wiring.sites, *wiring.targets}, []
+    sites_read = extended
     group.append(wiring)
-  yield tuple(sorted(at)), group
+  yield tuple(sorted(sites_read)), group

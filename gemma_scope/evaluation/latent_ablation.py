@@ -42,14 +42,16 @@ class Models:
   @classmethod
   def of(cls, loaded: Sequence[tuple[lm.Gemma, lm.Params]], mesh) -> Models:
     """Models of equal shape share one module: one compilation serves both."""
-    (gemma, params), (other, other_params) = loaded
-    named = dataclasses.replace(other.config, name=gemma.config.name)
-    other = gemma if named == gemma.config else other
-    return cls((gemma, other), (params, other_params), mesh)
+    (gemma, params), (second, second_params) = loaded
+    renamed = dataclasses.replace(second.config, name=gemma.config.name)
+    second = gemma if renamed == gemma.config else second
+    return cls((gemma, second), (params, second_params), mesh)
 
-  def taps(self, model: int, tokens_BT, at: tuple[sites.Site, ...]):
+  def taps(self, model: int, tokens_BT, sites_read: tuple[sites.Site, ...]):
     """site -> [B, T, D] in one of the models."""
-    return splice.taps(self.gemmas[model], self.params[model], tokens_BT, at)
+    return splice.taps(
+      self.gemmas[model], self.params[model], tokens_BT, sites_read
+    )
 
 
 class Pair(NamedTuple):
@@ -81,7 +83,9 @@ def latents(params, chosen_K, x, keep_BT, mesh) -> jax.Array:
   """Some latents of a crosscoder, [B, T, K]; 0 where a row does not count."""
 
   def of_slice(keep_Bt, *parts):
-    x_BtD = jnp.concatenate([part.astype(jnp.float32) for part in parts], -1)
+    x_BtD = jnp.concatenate(
+      [x_BtD_.astype(jnp.float32) for x_BtD_ in parts], -1
+    )
     return sae.encode(params, x_BtD)[..., chosen_K] * keep_Bt[..., None]
 
   with jax.default_matmul_precision('highest'):
@@ -148,11 +152,13 @@ class Ablation:
       {
         'effect': {
           name: _figures(tally)
-          for name, tally in zip(latent_scaling.MODELS, both, strict=True)
+          for name, tally in zip(
+            latent_scaling.MODELS, models_tallies, strict=True
+          )
         },
-        'examples': [list(example) for example in kept],
+        'examples': [list(example) for example in examples],
       }
-      for both, kept in zip(tallies, self._examples, strict=True)
+      for models_tallies, examples in zip(tallies, self._examples, strict=True)
     ]
 
   def _of_batch(
@@ -164,8 +170,8 @@ class Ablation:
     x = tuple(tap[pair.site] for tap in taps)
     keep_BT = pair.keep(x, batch.keep_BT)
     f_BTK = latents(pair.params, self._chosen_K, x, keep_BT, mesh)
-    here = passes.fetched((f_BTK, batch.tokens_BT, batch.keep_BT), mesh)
-    host_BTK, tokens_BT, counts_BT = jax.device_get(here)
+    host_arrays = passes.fetched((f_BTK, batch.tokens_BT, batch.keep_BT), mesh)
+    host_BTK, tokens_BT, counts_BT = jax.device_get(host_arrays)
     self._keep_examples(host_BTK, tokens_BT.astype(np.int32))
     counts_Bt = (counts_BT[:, positions_t] > 0) & (
       counts_BT[:, positions_t + 1] > 0
@@ -212,15 +218,15 @@ class Ablation:
 
   def _keep_examples(self, f_BTK: np.ndarray, tokens_BT: np.ndarray) -> None:
     """Adds this batch's tokens that the latents fire on most."""
-    for k, kept in enumerate(self._examples):
+    for k, examples in enumerate(self._examples):
       f_BT = f_BTK[..., k]
-      for place in np.argsort(f_BT, axis=None)[::-1][:_EXAMPLES]:
-        b, t = np.unravel_index(place, f_BT.shape)
+      for flat_index in np.argsort(f_BT, axis=None)[::-1][:_EXAMPLES]:
+        b, t = np.unravel_index(flat_index, f_BT.shape)
         if f_BT[b, t] > 0:
           ids = tokens_BT[b, max(0, t - _CONTEXT) : t + 1]
-          kept.append((float(f_BT[b, t]), self._show(ids)))
-      kept.sort(reverse=True)
-      del kept[_EXAMPLES:]
+          examples.append((float(f_BT[b, t]), self._show(ids)))
+      examples.sort(reverse=True)
+      del examples[_EXAMPLES:]
 
 
 def _figures(tally: estimates.Tally) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Which latents of a crosscoder of two models belong to one of them.
 
-Latent j writes f_j d_j to the first model and f_j d'_j to the second. Where its
-decoders are, the relative norm says:
+Latent j writes f_j d_j to the first model and f_j d'_j to the second. The
+relative norm compares its two decoders:
 
   rho_j = (1 + (|d'_j| - |d_j|) / max(|d_j|, |d'_j|)) / 2
 
@@ -102,8 +102,8 @@ class Sums(NamedTuple):
   norm_M: Any  # |x|^2
   x_MD: Any  # x
 
-  def add(self, other: Sums) -> Sums:
-    return Sums(*(a + b for a, b in zip(self, other, strict=True)))
+  def add(self, more_sums: Sums) -> Sums:
+    return Sums(*(a + b for a, b in zip(self, more_sums, strict=True)))
 
   def fvu(self) -> np.ndarray:
     """Fraction of variance unexplained in each model, [M]."""
@@ -132,14 +132,14 @@ def sums(
   scale_M, own_FD = decoders.scale_M, decoders.own_FD
 
   def of_slice(keep_Bt, *parts):
-    parts = [part.astype(jnp.float32) for part in parts]
+    parts = [model_x.astype(jnp.float32) for model_x in parts]
     x_BtD = jnp.concatenate(parts, -1)
     f_BtF = sae.encode(params, x_BtD) * keep_Bt[..., None]
-    made = jnp.split(sae.decode(params, f_BtF), len(parts), -1)
+    reconstructed = jnp.split(sae.decode(params, f_BtF), len(parts), -1)
     scaled, errors, along = [], [], []
-    for m, (part, made_BtD) in enumerate(zip(parts, made, strict=True)):
-      scaled.append(part * keep_Bt[..., None] / scale_M[m])
-      error_BtD = (part - made_BtD) * keep_Bt[..., None] / scale_M[m]
+    for m, (x_m, made_BtD) in enumerate(zip(parts, reconstructed, strict=True)):
+      scaled.append(x_m * keep_Bt[..., None] / scale_M[m])
+      error_BtD = (x_m - made_BtD) * keep_Bt[..., None] / scale_M[m]
       written_BtD = f_BtF @ decoders.d_MFD[m]
       errors.append(error_BtD)
       along.append(
@@ -148,7 +148,9 @@ def sums(
           for y_BtD in (error_BtD, written_BtD)
         ]
       )
-    error_MF, written_MF = (jnp.stack(a) for a in zip(*along, strict=True))
+    error_MF, written_MF = (
+      jnp.stack(column) for column in zip(*along, strict=True)
+    )
     x_MBtD, error_MBtD = jnp.stack(scaled), jnp.stack(errors)
     return Sums(
       jnp.sum(keep_Bt.astype(jnp.float32)),
@@ -163,7 +165,7 @@ def sums(
 
   with jax.default_matmul_precision('highest'):
     slices = splice.by_slices(of_slice, mesh, keep_BT, *x)
-  total = jax.tree.map(lambda a: jnp.sum(a, 0), slices)
+  total = jax.tree.map(lambda array: jnp.sum(array, 0), slices)
   return splice.everywhere(total, mesh)
 
 
@@ -194,8 +196,8 @@ class Scaling(NamedTuple):
   @property
   def exclusive(self) -> np.ndarray:
     """Which latents have a decoder in one model only."""
-    away_F = np.maximum(self.rho_F, 1 - self.rho_F)
-    return self.fired & (away_F > EXCLUSIVE)
+    distance_F = np.maximum(self.rho_F, 1 - self.rho_F)
+    return self.fired & (distance_F > EXCLUSIVE)
 
   @property
   def shared(self) -> np.ndarray:
@@ -227,8 +229,8 @@ def scaling(total: Sums, decoders: Decoders) -> Scaling:
   latents = np.arange(len(own_F))
 
   def ratio(beta_MF):
-    of_own, of_other = beta_MF[own_F, latents], beta_MF[1 - own_F, latents]
-    return np.where(of_own > 0, of_other / of_own, np.nan)
+    own_beta, other_beta = beta_MF[own_F, latents], beta_MF[1 - own_F, latents]
+    return np.where(own_beta > 0, other_beta / own_beta, np.nan)
 
   with np.errstate(divide='ignore', invalid='ignore'):
     bottom_F = np.square(own_FD).sum(-1) * square_F
@@ -244,18 +246,20 @@ def scaling(total: Sums, decoders: Decoders) -> Scaling:
 
 
 def alike(scaled: Scaling, chosen: Sequence[int]) -> list[int]:
-  """A shared latent for each of `chosen` that fires about as often; no twice.
+  """For each of `chosen`, another shared latent that fires about as often.
 
   Returns:
     Fewer where there are fewer shared latents.
   """
-  left = list(np.flatnonzero(scaled.shared))
+  unmatched = list(np.flatnonzero(scaled.shared))
   log_F = np.log(np.maximum(scaled.fired_F, 1))
-  found = []
+  matches = []
   for latent in chosen:
-    if not left:
+    if not unmatched:
       break
-    nearest = min(left, key=lambda i: abs(log_F[i] - log_F[latent]))
-    left.remove(nearest)
-    found.append(int(nearest))
-  return found
+    nearest = min(
+      unmatched, key=lambda candidate: abs(log_F[candidate] - log_F[latent])
+    )
+    unmatched.remove(nearest)
+    matches.append(int(nearest))
+  return matches

@@ -1,13 +1,13 @@
-"""The compiled steps of an evaluation; each returns one value a token.
+"""The compiled steps of an evaluation; each returns one value per token.
 
-  clean        activations at every site, and what an FVU is a share of
+  clean        activations at every site, and the denominators of the FVUs
   reconstruct  y_hat, the latents that fire, squared errors
   residual     the last residual stream with y_hat in the place of y
   losses       next-token losses of several such streams, and
                KL(clean || spliced) of the next token's distribution
 
-What the host adds up (`estimates.Tally`) are these values: a token belongs to
-one document, one position, and is an outlier or not.
+The host adds up these values (`estimates.Tally`): each token belongs to one
+document and one position, and is an outlier or not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LOGITS = 2**25  # of one stream at once, on a device
 
 
 class Centres(NamedTuple):
-  """What errors are measured against, at one site.
+  """References for the errors at one site.
 
   Attributes:
     mean_D: over all tokens that count.
@@ -60,17 +60,19 @@ def moments(
     in all and by each rule: [1 + R].
   """
   inlier = [keep_BT & ~outliers.is_outlier(taps, rule) for rule in rules]
-  kept = [where[..., None] for where in (keep_BT, *inlier)]
+  masks = [counted_BT[..., None] for counted_BT in (keep_BT, *inlier)]
 
   def sums(x_BTD):
     x = x_BTD.astype(jnp.float32)
-    whole, *parts = (jnp.sum(jnp.where(w, x, 0), (0, 1)) for w in kept)
-    square = jnp.sum(jnp.where(kept[0], x * x, 0), (0, 1))
-    return whole, square, jnp.stack(parts)
+    total, *inlier_sums = (
+      jnp.sum(jnp.where(mask, x, 0), (0, 1)) for mask in masks
+    )
+    square = jnp.sum(jnp.where(masks[0], x * x, 0), (0, 1))
+    return total, square, jnp.stack(inlier_sums)
 
-  found = {site: sums(x_BTD) for site, x_BTD in taps.items()}
-  counts = jnp.stack([jnp.sum(where) for where in kept])
-  return splice.everywhere((found, counts), mesh)
+  moments_of = {site: sums(x_BTD) for site, x_BTD in taps.items()}
+  counts = jnp.stack([jnp.sum(mask) for mask in masks])
+  return splice.everywhere((moments_of, counts), mesh)
 
 
 @functools.partial(jax.jit, static_argnames='mesh')
@@ -82,8 +84,8 @@ def norms(x_BTD: jax.Array, mesh: Mesh | None) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames='mesh')
 def fetched(x, mesh: Mesh | None):
-  """Arrays whole on every process, float32."""
-  x = jax.tree.map(lambda a: a.astype(jnp.float32), x)
+  """Replicates arrays on every process, as float32."""
+  x = jax.tree.map(lambda array: array.astype(jnp.float32), x)
   return splice.everywhere(x, mesh)
 
 
@@ -94,7 +96,7 @@ def spread(
   rules: Sequence[outliers.Bounds],
   mesh: Mesh | None,
 ) -> tuple[jax.Array, dict[sites.Site, Values]]:
-  """What errors are a share of, at each site in `centres`.
+  """The denominators of relative errors, at each site in `centres`.
 
   Returns:
     Where a token is an outlier by each rule, [R, B, T]; and squared distances
@@ -103,18 +105,18 @@ def spread(
     and to the mean of the inliers by each rule (`variance_inlier`, [B, T, R]).
   """
   outlier_RBT = jnp.stack([outliers.is_outlier(taps, rule) for rule in rules])
-  found = {}
+  values = {}
   for site, centre in centres.items():
     x_BTD = taps[site].astype(jnp.float32)
     square_BTD = (x_BTD - centre.mean_D) ** 2
-    inlier = [jnp.sum((x_BTD - m) ** 2, -1) for m in centre.inlier_RD]
-    found[site] = {
+    inlier = [jnp.sum((x_BTD - mean_D) ** 2, -1) for mean_D in centre.inlier_RD]
+    values[site] = {
       'variance': jnp.sum(square_BTD, -1),
       'flat': jnp.sum((x_BTD - jnp.mean(centre.mean_D)) ** 2, -1),
       'variance_rest': square_BTD @ centre.weight_D,
       'variance_inlier': jnp.stack(inlier, -1),
     }
-  return splice.everywhere((outlier_RBT, found), mesh)
+  return splice.everywhere((outlier_RBT, values), mesh)
 
 
 @functools.partial(jax.jit, static_argnames='mesh')
@@ -152,7 +154,9 @@ def reconstruct(
     # Summed as float32: XLA's CPU is many times slower at summing booleans.
     active_BtF = (f_BtF > 0).astype(jnp.float32)
     latents = tuple(range(2, f_BtF.ndim))
-    y_BtMD, made_BtMD = (a if several else a[:, :, None] for a in (y32, y_hat))
+    y_BtMD, made_BtMD = (
+      array if several else array[:, :, None] for array in (y32, y_hat)
+    )
     square_BtMD = (y_BtMD - made_BtMD) ** 2
     norm_y, norm_made = (
       jnp.maximum(jnp.linalg.norm(a, axis=-1), 1e-12)
@@ -167,8 +171,12 @@ def reconstruct(
       'norm_ratio': norm_made / norm_y,
     }
     y_hats = tuple(
-      jnp.where(keep_Bt[..., None], each.astype(one.dtype), one)
-      for each, one in zip(jnp.moveaxis(made_BtMD, 2, 0), clean, strict=True)
+      jnp.where(
+        keep_Bt[..., None], made_BtD.astype(clean_values.dtype), clean_values
+      )
+      for made_BtD, clean_values in zip(
+        jnp.moveaxis(made_BtMD, 2, 0), clean, strict=True
+      )
     )
     counted = jnp.where(released.beside(keep_Bt, active_BtF), active_BtF, 0)
     return y_hats, values, jnp.sum(counted, (0, 1))
@@ -184,7 +192,7 @@ def reconstruct(
 
 @jax.jit
 def without(keep_BT: jax.Array, outlier_RBT: jax.Array, rule) -> jax.Array:
-  """`keep_BT` without the tokens that are outliers by the rule of a number."""
+  """`keep_BT` without the tokens that are outliers by rule number `rule`."""
   return keep_BT & ~jnp.take(outlier_RBT, rule, axis=0)
 
 
@@ -225,7 +233,7 @@ def losses(
   def of_slice(next_Bt, *ends_BtD):
     clean_BtV = gemma.unembed(params, ends_BtD[0]).astype(jnp.float32)
     log_p = jax.nn.log_softmax(clean_BtV)
-    p_BtV, found = jnp.exp(log_p), []
+    p_BtV, results = jnp.exp(log_p), []
     for k, end_BtD in enumerate(ends_BtD):
       log_q = log_p
       if k:
@@ -233,13 +241,13 @@ def losses(
           gemma.unembed(params, end_BtD).astype(jnp.float32)
         )
       loss = -jnp.take_along_axis(log_q, next_Bt[..., None], -1)[..., 0]
-      found.append((loss, jnp.sum(p_BtV * (log_p - log_q), -1)))
-    losses, kl = zip(*found, strict=True)
+      results.append((loss, jnp.sum(p_BtV * (log_p - log_q), -1)))
+    losses, kl = zip(*results, strict=True)
     return jnp.stack(losses, -1), jnp.stack(kl, -1)
 
   with jax.named_scope('losses'):
     next_Bt = tokens_BT[:, positions_t + 1]
     ends = [end_BTD[:, positions_t] for end_BTD in ends]
     rows = min(512, max(16, _LOGITS // gemma.config.vocab_size))
-    found = splice.by_slices(of_slice, mesh, next_Bt, *ends, rows=rows)
-  return splice.everywhere(jax.tree.map(splice.join, found), mesh)
+    slices = splice.by_slices(of_slice, mesh, next_Bt, *ends, rows=rows)
+  return splice.everywhere(jax.tree.map(splice.join, slices), mesh)

@@ -122,10 +122,10 @@ def _forward(params, x, y) -> tuple[np.ndarray, float]:
 
   fires, error = [], 0.0
   for start in range(0, len(x), _ROWS):
-    part = slice(start, start + _ROWS)
-    active, y_hat = jax.device_get(run(x[part]))
+    rows = slice(start, start + _ROWS)
+    active, y_hat = jax.device_get(run(x[rows]))
     fires.append(active.reshape(len(active), -1))
-    error = error + np.sum((y[part] - y_hat).astype(np.float64) ** 2, (0, -1))
+    error = error + np.sum((y[rows] - y_hat).astype(np.float64) ** 2, (0, -1))
   total = np.sum((y - y.mean(0, dtype=np.float64)) ** 2, (0, -1))
   return np.concatenate(fires), float(np.mean(error / total))
 
@@ -156,25 +156,29 @@ def _absorption(
   """Absorption; `directions` are cosines, feature directions and decoders."""
   c_GF, d_GD, w_FD = directions
   pairs = [
-    (p, q) for q, p in enumerate(truth.parent_G) if p >= 0 and scored_G[q]
+    (parent, child)
+    for child, parent in enumerate(truth.parent_G)
+    if parent >= 0 and scored_G[child]
   ]
   enough, absorbed, missed = 0, [], {}
-  for p, q in pairs:
-    siblings = truth.parent_G == p
-    alone_R = truly_RG[:, p] & ~truly_RG[:, siblings].any(1)
-    both_R = truly_RG[:, p] & truly_RG[:, q]
+  for parent, child in pairs:
+    siblings = truth.parent_G == parent
+    alone_R = truly_RG[:, parent] & ~truly_RG[:, siblings].any(1)
+    both_R = truly_RG[:, parent] & truly_RG[:, child]
     if min(alone_R.sum(), both_R.sum()) < _LEAST:
       continue
     enough += 1
-    main_F = c_GF[p] > FOUND
-    main_F[np.argmax(c_GF[p])] = True
+    main_F = c_GF[parent] > FOUND
+    main_F[np.argmax(c_GF[parent])] = True
     silent_R = ~fires_RF[:, main_F].any(1)
     missed_alone = float(silent_R[alone_R].mean())
-    if missed_alone > 0.5 or c_GF[p].max() < _MAIN:
+    if missed_alone > 0.5 or c_GF[parent].max() < _MAIN:
       continue
-    missed[int(p)] = missed_alone
-    c = float(d_GD[p] @ d_GD[q])
-    parts_2D = _unit([d_GD[p] - c * d_GD[q], d_GD[q] - c * d_GD[p]])
+    missed[int(parent)] = missed_alone
+    cosine = float(d_GD[parent] @ d_GD[child])
+    parts_2D = _unit(
+      [d_GD[parent] - cosine * d_GD[child], d_GD[child] - cosine * d_GD[parent]]
+    )
     leans_F = (parts_2D @ w_FD.T >= _LEANS).all(0) & ~main_F
     by_others_R = fires_RF[:, leans_F].any(1)
     absorbed.append(float((silent_R & by_others_R)[both_R].mean()))
@@ -234,8 +238,8 @@ def score(
 
     own = metrics(released.load())
     shape = controls.Shape(wiring, released.card['width'])
-    (made,) = controls.fit(shape, [own['l0']], fitted_on)
-    of_controls = {kind: metrics(make()) for kind, make in made.items()}
+    (fitted,) = controls.fit(shape, [own['l0']], fitted_on)
+    of_controls = {kind: metrics(make()) for kind, make in fitted.items()}
     scores[released.name] = {
       **own,
       'tokens': layout.rows,

@@ -25,7 +25,7 @@ _FEW_BATCHES = 3  # with fewer, controls go through the model on each
 
 @dataclasses.dataclass(eq=False)
 class Replacement:
-  """Something to put in the place of y: an SAE's y_hat, or an ablation."""
+  """A replacement for y: an SAE's reconstruction, or an ablation."""
 
   wiring: sites.Wiring
   name: str
@@ -98,36 +98,48 @@ def measure(
   queue: Sequence[Replacement],
 ) -> None:
   """Fills the tallies of all replacements, batch by batch."""
-  for each in queue:
-    each.tally = estimates.Tally(batches.clusters, batches.length)
-  at = {s for r in queue for s in (*r.wiring.sites, *r.wiring.targets)}
-  targets = {t for r in queue for t in r.wiring.targets}
+  for replacement in queue:
+    replacement.tally = estimates.Tally(batches.clusters, batches.length)
+  all_sites = {
+    site
+    for replacement in queue
+    for site in (*replacement.wiring.sites, *replacement.wiring.targets)
+  }
+  targets = {
+    target for replacement in queue for target in replacement.wiring.targets
+  }
   last = splice.last(model.gemma)
-  wanted = {*at, *map(splice.before, targets), last}
+  taps_needed = {*all_sites, *map(splice.before, targets), last}
   all_turns = len(batches) < _FEW_BATCHES
   done = 0
   for number, batch in enumerate(batches):
-    taps = model.taps(batch.tokens_BT, wanted)
-    seen = {site: taps[site] for site in at}
-    there = {site: references.centres[site] for site in targets}
-    found = passes.spread(seen, there, references.bounds, model.mesh)
-    outlier_RBT, spread = jax.device_get(found)
+    taps = model.taps(batch.tokens_BT, taps_needed)
+    activations = {site: taps[site] for site in all_sites}
+    centres_at = {site: references.centres[site] for site in targets}
+    measured = passes.spread(
+      activations, centres_at, references.bounds, model.mesh
+    )
+    outlier_RBT, spread = jax.device_get(measured)
     keep_BT = np.asarray(passes.fetched(batch.keep_BT, model.mesh)) > 0
     positions_t = batches.loss_positions(number)
     token = _Tokens(batch, keep_BT, outlier_RBT, spread)
     streams = _Streams(model, batch.tokens_BT, taps[last], positions_t)
     turns, waiting = [], []
-    for i, each in enumerate(queue):
+    for i, replacement in enumerate(queue):
       model.watch.poll()
       replaced_BT = batch.keep_BT
-      if each.spares:
-        replaced_BT = passes.without(replaced_BT, found[0], each.rule)
-      y_hats, values, fired_F = each.of(
+      if replacement.spares:
+        replaced_BT = passes.without(replaced_BT, measured[0], replacement.rule)
+      y_hats, values, fired_F = replacement.of(
         taps, replaced_BT, references, model.mesh
       )
-      if all_turns or each.turn is None or each.turn == number % 3:
-        turns.append(each)
-        for target, y_hat_BTD in zip(each.wiring.targets, y_hats, strict=True):
+      if (
+        all_turns or replacement.turn is None or replacement.turn == number % 3
+      ):
+        turns.append(replacement)
+        for target, y_hat_BTD in zip(
+          replacement.wiring.targets, y_hats, strict=True
+        ):
           end_BTD = passes.residual(
             model.gemma,
             model.params,
@@ -136,18 +148,18 @@ def measure(
             y_hat_BTD,
             taps[splice.before(target)],
           )
-          streams.add((each, target), end_BTD)
-      # Fetched one late: the devices do not wait, and do not run far ahead.
+          streams.add((replacement, target), end_BTD)
+      # Fetched one iteration late, so that the devices do not wait.
       for late in waiting:
         token.add_values(*late)
-      waiting = [(each, values, fired_F)]
+      waiting = [(replacement, values, fired_F)]
       share = (i + 1) / len(queue)
       model.watch.progress(done + share * batch.rows, batches.size)
     streams.flush()
     for late in waiting:
       token.add_values(*late)
-    for each in turns:
-      token.add_losses(each, streams, positions_t)
+    for replacement in turns:
+      token.add_losses(replacement, streams, positions_t)
     done += batch.rows
   model.watch.progress(batches.size, batches.size)
 
@@ -165,35 +177,37 @@ class _Tokens:
     for name, value in values.items():
       tally.add(name, value, where_BT, self._cluster_BT)
 
-  def add_values(self, each: Replacement, values, fired_F) -> None:
+  def add_values(self, replacement: Replacement, values, fired_F) -> None:
     """Squared errors and firing counts, beside what they are a share of."""
     if not values:
       return
     values, fired_F = jax.device_get((values, fired_F))
-    each.fired_F = each.fired_F + np.asarray(fired_F, np.float64)
-    spread = [self._spread[target] for target in each.wiring.targets]
-    beside = lambda name: np.stack([s[name] for s in spread], -1)
-    inlier_BT = self._inlier_RBT[each.rule]
-    variance_inlier = beside('variance_inlier')[..., each.rule, :]
+    replacement.fired_F = replacement.fired_F + np.asarray(fired_F, np.float64)
+    spread = [self._spread[target] for target in replacement.wiring.targets]
+    by_target = lambda name: np.stack(
+      [target_spread[name] for target_spread in spread], -1
+    )
+    inlier_BT = self._inlier_RBT[replacement.rule]
+    variance_inlier = by_target('variance_inlier')[..., replacement.rule, :]
     ones_BT = np.ones(inlier_BT.shape)
     errors = {k: values.pop(k) for k in ('error', 'error_rest')}
     self._add(
-      each.tally,
+      replacement.tally,
       self._keep_BT,
       tokens=ones_BT,
-      variance=beside('variance'),
-      variance_rest=beside('variance_rest'),
-      flat=beside('flat'),
+      variance=by_target('variance'),
+      variance_rest=by_target('variance_rest'),
+      flat=by_target('flat'),
       **errors,
     )
     self._add(
-      each.tally,
-      inlier_BT if each.spares else self._keep_BT,
+      replacement.tally,
+      inlier_BT if replacement.spares else self._keep_BT,
       replaced=ones_BT,
       **values,
     )
     self._add(
-      each.tally,
+      replacement.tally,
       inlier_BT,
       inliers=ones_BT,
       variance_inlier=variance_inlier,
@@ -201,23 +215,23 @@ class _Tokens:
     )
 
   def add_losses(
-    self, each: Replacement, streams: _Streams, positions_t: np.ndarray
+    self, replacement: Replacement, streams: _Streams, positions_t: np.ndarray
   ) -> None:
     """Losses at the positions where they were computed."""
     where_BT = np.zeros_like(self._both_BT)
     where_BT[:, positions_t] = self._both_BT[:, positions_t]
 
     def placed(*columns):
-      whole = np.zeros((*where_BT.shape, len(columns)))
-      whole[:, positions_t] = np.stack(columns, -1)
-      return whole
+      full = np.zeros((*where_BT.shape, len(columns)))
+      full[:, positions_t] = np.stack(columns, -1)
+      return full
 
-    targets = each.wiring.targets
+    targets = replacement.wiring.targets
     self._add(
-      each.tally,
+      replacement.tally,
       where_BT,
       counts=np.ones(where_BT.shape),
       clean=placed(streams.loss_Bt),
-      delta=placed(*(streams.delta[each, target] for target in targets)),
-      kl=placed(*(streams.kl[each, target] for target in targets)),
+      delta=placed(*(streams.delta[replacement, target] for target in targets)),
+      kl=placed(*(streams.kl[replacement, target] for target in targets)),
     )

@@ -77,7 +77,7 @@ class Law:
 
 
 def _logs(points: Sequence[Point]) -> np.ndarray:
-  return np.log([[p.width, p.l0, p.tokens] for p in points])
+  return np.log([[point.width, point.l0, point.tokens] for point in points])
 
 
 def _log_law(constants, logs_P3) -> np.ndarray:
@@ -114,7 +114,7 @@ def fit(points: Sequence[Point], seed: int = 0) -> Law:
       than the constants, or an error is not positive.
   """
   for name in ('width', 'tokens'):
-    if len({getattr(p, name) for p in points}) < 2:
+    if len({getattr(point, name) for point in points}) < 2:
       raise ValueError(
         f'A scaling law needs SAEs that differ in {name}; all {len(points)} '
         'have the same.'
@@ -124,7 +124,7 @@ def fit(points: Sequence[Point], seed: int = 0) -> Law:
       f'A scaling law has {len(_NAMES)} constants, and {len(points)} SAEs are '
       'too few to fit them.'
     )
-  fvu_P = np.array([p.fvu for p in points])
+  fvu_P = np.array([point.fvu for point in points])
   if not (np.isfinite(fvu_P) & (fvu_P > 0)).all():
     raise ValueError('Every error (FVU) must be positive and finite.')
   logs_P3, log_fvu_P = _logs(points), np.log(fvu_P)
@@ -156,7 +156,7 @@ def forecast(
     through ln F and ln L at this L0 and number of tokens), None where none was
     measured there.
   """
-  widths = sorted({p.width for p in points})
+  widths = sorted({point.width for point in points})
   if len(widths) < 3:
     raise ValueError(
       f'A prediction needs SAEs of at least three widths; found {widths}.'
@@ -164,13 +164,15 @@ def forecast(
   law = fit(points, seed)
   log_fvu_Q = law.log(wanted)
   spread_Q = _spread(law, points, wanted, seed)
-  free = max(len(points) - len(_NAMES), 1)
-  noise = np.sum(law.residuals**2) / free
+  degrees_of_freedom = max(len(points) - len(_NAMES), 1)
+  noise = np.sum(law.residuals**2) / degrees_of_freedom
   reach = _reach(points, widths, seed)
   predictions = []
   for point, log_fvu, spread in zip(wanted, log_fvu_Q, spread_Q, strict=True):
-    away = np.log(point.width / widths[-1]) / np.log(widths[-1] / widths[-2])
-    half = 1.96 * np.sqrt(spread + noise + (max(away, 0) * reach) ** 2)
+    distance = np.log(point.width / widths[-1]) / np.log(
+      widths[-1] / widths[-2]
+    )
+    half = 1.96 * np.sqrt(spread + noise + (max(distance, 0) * reach) ** 2)
     predictions.append(
       {
         'width': point.width,
@@ -191,8 +193,8 @@ def _spread(law: Law, points, wanted, seed: int) -> np.ndarray:
   logs_P3 = _logs(points) - law.centre
   fitted_P = _log_law(law.constants, logs_P3)
   # Residuals of a fit are smaller than the noise, by the constants it has.
-  free = max(len(points) - len(_NAMES), 1)
-  residuals = law.residuals * np.sqrt(len(points) / free)
+  degrees_of_freedom = max(len(points) - len(_NAMES), 1)
+  residuals = law.residuals * np.sqrt(len(points) / degrees_of_freedom)
   refits = []
   for _ in range(_REFITS):
     drawn_P = random.choice(residuals, len(points))
@@ -206,28 +208,28 @@ def _reach(points, widths, seed: int) -> float:
 
   0 where the others are too few to fit.
   """
-  inner = [p for p in points if p.width < widths[-1]]
-  outer = [p for p in points if p.width == widths[-1]]
+  inner = [point for point in points if point.width < widths[-1]]
+  outer = [point for point in points if point.width == widths[-1]]
   if len(inner) < len(_NAMES):
     return 0.0
-  errors = fit(inner, seed).log(outer) - np.log([p.fvu for p in outer])
+  errors = fit(inner, seed).log(outer) - np.log([point.fvu for point in outer])
   return float(np.sqrt(np.mean(errors**2)))
 
 
 def _baselines(points, wanted: Point) -> dict[str, float | None]:
   """What one would guess without a law."""
-  same = sorted(
-    (p.width, p.fvu)
-    for p in points
-    if (p.tokens, _rung(p.l0)) == (wanted.tokens, _rung(wanted.l0))
+  same_rung = sorted(
+    (point.width, point.fvu)
+    for point in points
+    if (point.tokens, _rung(point.l0)) == (wanted.tokens, _rung(wanted.l0))
   )
-  if len({width for width, _ in same}) < 2:
+  if len({width for width, _ in same_rung}) < 2:
     return {'last_width': None, 'log_linear': None}
-  log_width, log_fvu = np.log(np.array(same)).T
+  log_width, log_fvu = np.log(np.array(same_rung)).T
   slope, level = np.polyfit(log_width, log_fvu, 1)
-  last = [fvu for width, fvu in same if width == same[-1][0]]
+  widest = [fvu for width, fvu in same_rung if width == same_rung[-1][0]]
   return {
-    'last_width': float(np.exp(np.mean(np.log(last)))),
+    'last_width': float(np.exp(np.mean(np.log(widest)))),
     'log_linear': float(np.exp(level + slope * np.log(wanted.width))),
   }
 

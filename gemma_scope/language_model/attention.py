@@ -29,20 +29,20 @@ def attend(
   """
   length = q_BTNH.shape[1]
   size = max(_SHORTEST, -(-length // _BLOCKS)) if causal else length
-  parts = []
+  outputs = []
   for start in range(0, length, size):
     stop = min(start + size, length)
-    seen = stop if causal else k_BSKH.shape[1]
-    parts.append(
+    keys = stop if causal else k_BSKH.shape[1]
+    outputs.append(
       _attend(
         q_BTNH[:, start:stop],
-        k_BSKH[:, :seen],
-        v_BSKH[:, :seen],
-        mask_BTS[:, start:stop, :seen],
+        k_BSKH[:, :keys],
+        v_BSKH[:, :keys],
+        mask_BTS[:, start:stop, :keys],
         cap,
       )
     )
-  return jnp.concatenate(parts, 1) if len(parts) > 1 else parts[0]
+  return jnp.concatenate(outputs, 1) if len(outputs) > 1 else outputs[0]
 
 
 def _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, cap: float | None):

@@ -98,12 +98,12 @@ class Gemma:
     params = {}
     shapes = sorted(_flat_shapes(self.config).items())
     for i, (name, shape) in enumerate(shapes):
-      start = self._generation.initial(self.config, name)
-      if isinstance(start, float):
-        params[name] = jnp.full(shape.shape, start)
+      fan_in = self._generation.initial(self.config, name)
+      if isinstance(fan_in, float):
+        params[name] = jnp.full(shape.shape, fan_in)
         continue
       draw = jax.random.normal(jax.random.fold_in(key, i), shape.shape)
-      params[name] = draw * start**-0.5
+      params[name] = draw * fan_in**-0.5
     return traverse_util.unflatten_dict(params, sep='/')
 
   def forward(
@@ -140,17 +140,17 @@ class Gemma:
       ValueError, TypeError: a site that this model does not have, tokens,
         parameters or an edited value of another shape.
     """
-    c, causal, wanted = self.config, mask_BTT is None, arguments.taps(taps)
+    config, causal, tapped = self.config, mask_BTT is None, arguments.taps(taps)
     edits = arguments.edits(edits)
-    visits = self._hooks(wanted.values(), edits, frozen, causal)
-    depth = c.num_layers
+    visits = self._hooks(tapped.values(), edits, frozen, causal)
+    depth = config.num_layers
     if not logits:
       depth = 1 + max((site.layer for site in visits.taps), default=-1)
-    tokens_BT = arguments.tokens(tokens_BT, c.vocab_size)
+    tokens_BT = arguments.tokens(tokens_BT, config.vocab_size)
     arguments.params(params, self.param_shapes, depth, logits)
     arguments.shape('positions_BT', positions_BT, tokens_BT.shape)
-    both = (*tokens_BT.shape, tokens_BT.shape[1])
-    arguments.shape('mask_BTT', mask_BTT, both)
+    mask_shape = (*tokens_BT.shape, tokens_BT.shape[1])
+    arguments.shape('mask_BTT', mask_BTT, mask_shape)
     with nn.intercept_methods(visits.intercept):
       logits_BTV = self._model.apply(
         {'params': params},
@@ -161,7 +161,7 @@ class Gemma:
         logits,
         method=self._walk,
       )
-    values = {given: visits.values[site] for given, site in wanted.items()}
+    values = {tap: visits.values[site] for tap, site in tapped.items()}
     return Output(logits_BTV, values)
 
   def empty_cache(self, batch: int, length: int) -> Cache:

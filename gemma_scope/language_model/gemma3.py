@@ -132,7 +132,8 @@ def initial(config: Config, name: str) -> float | int:
     'mlp/linear': config.d_ff,
   }  # all others read the residual stream
   return next(
-    (n for end, n in fan_in.items() if name.endswith(end)), config.d_model
+    (size for suffix, size in fan_in.items() if name.endswith(suffix)),
+    config.d_model,
   )
 
 
@@ -163,23 +164,23 @@ def blocks(config: Config, model, caches, tokens_BT, positions_BT, mask, pin):
   inputs = model._encode_and_get_inputs(
     tokens=tokens_BT, positions=positions_BT, attention_mask=mask
   )
-  x_BTD, after = pin(inputs.embeddings), []
+  x_BTD, new_caches = pin(inputs.embeddings), []
   for block, cache in zip(model.blocks, caches, strict=False):
     cache, x_BTD = block(x_BTD, inputs.positions, cache, inputs.attention_mask)
     x_BTD = pin(x_BTD)
-    after.append(cache)
-  return x_BTD, tuple(after)
+    new_caches.append(cache)
+  return x_BTD, tuple(new_caches)
 
 
 class Hooks(hooks_lib.Hooks):
   """See `hooks.Hooks`."""
 
-  def inside(self, layer, path, module, call, args, more):
+  def inside(self, layer, path, module, call, args, kwargs):
     if path == ('attn',) and args[2] is None:  # x, positions, cache, mask
       return None, self._attention(module, args[0], args[1], args[3])
     if path[-1] in _SCORE_INPUTS:
-      return self._scores(path[-1], call(*args, **more).astype(jnp.float32))
-    return super().inside(layer, path, module, call, args, more)
+      return self._scores(path[-1], call(*args, **kwargs).astype(jnp.float32))
+    return super().inside(layer, path, module, call, args, kwargs)
 
   def gain(self, module):
     return 1 + module.get_variable('params', 'scale').astype(jnp.float32)
@@ -191,8 +192,8 @@ class Hooks(hooks_lib.Hooks):
     """
     if not self.frozen:
       return x
-    still = jax.lax.stop_gradient(x)
-    return still if name == 'q_einsum' else still.at[-1].set(x[-1])
+    frozen = jax.lax.stop_gradient(x)
+    return frozen if name == 'q_einsum' else frozen.at[-1].set(x[-1])
 
   def _attention(self, module, x_BTD, positions_BT, mask_BTT):
     """What the package's `Attention` returns without a cache: [B, T, D]."""

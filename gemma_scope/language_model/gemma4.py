@@ -1,6 +1,6 @@
 """Gemma 4, its text part: shapes, blocks and attention.
 
-What its blocks have that those of Gemma 2 and 3 have not:
+How its blocks differ from those of Gemma 2 and 3:
 
   - global layers have heads of another width than sliding ones, and another
     number of key heads; in 31B and 26B-A4B their values are their keys, before
@@ -13,12 +13,13 @@ What its blocks have that those of Gemma 2 and 3 have not:
   - a block's output is multiplied by a number, skip_scale.
 
 The blocks are those of the `gemma` package but for the attention and the
-router of the experts. Two of its version 4.0.1's are not what Gemma 4 is:
+router of the experts. Version 4.0.1 of the package differs from Gemma 4 in two
+points:
 
   - the router normalises what the experts' norm has already normalised and
-    scaled. Hugging Face's modeling_gemma4 and llama.cpp give it the residual
-    stream, and the package itself does so since (unnormalized_x in gm/nn/
-    gemma4/_moe.py, "avoiding a double norm"): so does this file;
+    scaled. Hugging Face's modeling_gemma4, llama.cpp and later versions of the
+    package (unnormalized_x in gm/nn/gemma4/_moe.py, "avoiding a double norm")
+    give it the residual stream, and so does this file;
   - it takes the experts from approx_max_k, which on TPUs may miss one. Here
     they are the k largest.
 """
@@ -73,11 +74,11 @@ class Config(gemma_shape.Shape):
 
   def kv_layer(self, layer: int) -> int:
     """The layer whose keys and values a layer attends to."""
-    own = self.num_layers - self.kv_shared
-    if layer < own:
+    with_own_kv = self.num_layers - self.kv_shared
+    if layer < with_own_kv:
       return layer
     kind = self.is_global(layer)
-    return max(i for i in range(own) if self.is_global(i) == kind)
+    return max(i for i in range(with_own_kv) if self.is_global(i) == kind)
 
   def hidden(self, layer: int) -> int:
     """Width of the MLP's hidden layer; that of the dense branch."""
@@ -210,7 +211,8 @@ def initial(config: Config, name: str) -> float | int:
     'per_layer_model_projection/w': 1,  # the package divides by the root of D
   }  # all others read the residual stream
   return next(
-    (n for end, n in fan_in.items() if name.endswith(end)), config.d_model
+    (size for suffix, size in fan_in.items() if name.endswith(suffix)),
+    config.d_model,
   )
 
 
@@ -240,22 +242,22 @@ def blocks(config: Config, model, caches, tokens_BT, positions_BT, mask, pin):
   inputs = model._encode_and_get_inputs(
     tokens=tokens_BT, positions=positions_BT, attention_mask=mask
   )
-  x_BTD, after = pin(inputs.embeddings), []
+  x_BTD, layer_caches = pin(inputs.embeddings), []
   for i, (block, cache) in enumerate(zip(model.blocks, caches, strict=False)):
     source = config.kv_layer(i)
     ple_BTP = inputs.per_layer_inputs[:, :, i] if config.ple_dim else None
-    kept, x_BTD = block(
+    layer_cache, x_BTD = block(
       x_BTD,
       inputs.positions,
       cache,
       inputs.attention_mask,
       ple_BTP,
-      kv_shared_cache=None if source == i else after[source],
+      kv_shared_cache=None if source == i else layer_caches[source],
     )
     x_BTD = pin(x_BTD)
-    after.append(kept)
-  pairs = zip(caches, after, strict=True)
-  caches = (None if old is None else new for old, new in pairs)
+    layer_caches.append(layer_cache)
+  pairs = zip(caches, layer_caches, strict=True)
+  caches = (None if cache is None else new_cache for cache, new_cache in pairs)
   return x_BTD, tuple(caches)
 
 
@@ -280,7 +282,7 @@ class Hooks(hooks_lib.Hooks):
         ('post_ffw_norm',): ('mlp_raw', 'mlp_out'),
       }
 
-  def inside(self, layer, path, module, call, args, more):
+  def inside(self, layer, path, module, call, args, kwargs):
     if path == ('attn',):
       return self._attention(layer, module, *args)
     if path == ('pre_ffw2_norm',):
@@ -290,7 +292,7 @@ class Hooks(hooks_lib.Hooks):
       return x_BTD.astype(args[0].dtype)
     if self.config.experts and path == ('mlp',):
       return self._experts(layer, module, args[0])
-    return super().inside(layer, path, module, call, args, more)
+    return super().inside(layer, path, module, call, args, kwargs)
 
   def gain(self, module):
     if not module.with_scale:
@@ -298,9 +300,9 @@ class Hooks(hooks_lib.Hooks):
     return module.get_variable('params', 'scale').astype(jnp.float32)
 
   def _first_norm(self, layer: int, module, x_BTD):
-    """Of the two norms of resid_mid, that of the dense branch.
+    """The norm of the dense branch, one of two norms of resid_mid.
 
-    Without its gain its output feeds the router and the experts' norm too.
+    Its output without the gain also feeds the router and the experts' norm.
     """
 
     def keep(normed_BTD):
@@ -326,12 +328,14 @@ class Hooks(hooks_lib.Hooks):
       return experts.of_all(x_BTD, shares_BTE, weights)
     return experts.of_chosen(x_BTD, shares_BTE, k, weights)
 
-  def _attention(self, layer, module, x_BTD, positions_BT, cache, mask, shared):
+  def _attention(
+    self, layer, module, x_BTD, positions_BT, cache, mask, shared_kv
+  ):
     """What the package's `Attention` returns, in float32 between its matrices.
 
     Args:
       cache: of this layer, or None.
-      shared: keys, values and their positions of another layer, or None.
+      shared_kv: keys, values and their positions of another layer, or None.
 
     Returns:
       This layer's keys and values, and its output [B, T, D].
@@ -341,38 +345,38 @@ class Hooks(hooks_lib.Hooks):
       base=module.rope_base_frequency,
       share=module.rope_proportion,
     )
-    still = jax.lax.stop_gradient if self.frozen else lambda x: x
+    stop = jax.lax.stop_gradient if self.frozen else lambda x: x
     q_BTNH = module.q_einsum('BTD,NDH->BTNH', x_BTD).astype(jnp.float32)
-    q_BTNH = still(rotated(module.query_norm(q_BTNH), positions_BT))
-    kept = shared
-    if kept is None:
+    q_BTNH = stop(rotated(module.query_norm(q_BTNH), positions_BT))
+    kv = shared_kv
+    if kv is None:
       if module.k_eq_v:
         k_BSKH = v_BSKH = module.k_einsum('BSD,KDH->BSKH', x_BTD)
       else:
         k_BSKH, v_BSKH = module.kv_einsum('BSD,CKDH->CBSKH', x_BTD)
       k_BSKH = module.key_norm(k_BSKH.astype(jnp.float32))
-      kept = {
-        'k': still(rotated(k_BSKH, positions_BT)),
+      kv = {
+        'k': stop(rotated(k_BSKH, positions_BT)),
         'v': module.value_norm(v_BSKH.astype(jnp.float32)),
         'positions': positions_BT,
       }
     if cache is not None:
-      kept = _written(cache, kept)
+      kv = _written(cache, kv)
     if not self.config.is_global(layer):
       mask = mask & attention.near(
-        positions_BT, kept['positions'], module.sliding_window_size
+        positions_BT, kv['positions'], module.sliding_window_size
       )
     out_BTNH = attention.attend(
-      q_BTNH, kept['k'], kept['v'], mask, None, self.causal
+      q_BTNH, kv['k'], kv['v'], mask, None, self.causal
     )
-    return kept, module.attn_vec_einsum('BTNH,NHD->BTD', out_BTNH)
+    return kv, module.attn_vec_einsum('BTNH,NHD->BTD', out_BTNH)
 
 
-def _written(cache: dict, new: dict) -> dict:
+def _written(cache: dict, entries: dict) -> dict:
   """A layer's cache with the next tokens' entries in its next slots."""
   start = cache['end_index']
   written = {
     name: jax.lax.dynamic_update_slice_in_dim(cache[name], value, start, 1)
-    for name, value in new.items()
+    for name, value in entries.items()
   }
-  return {**written, 'end_index': start + new['k'].shape[1]}
+  return {**written, 'end_index': start + entries['k'].shape[1]}

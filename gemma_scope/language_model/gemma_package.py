@@ -37,11 +37,11 @@ def _without_tensorflow():
 @contextlib.contextmanager
 def _restored(owner, name: str):
   """Puts back an attribute that is replaced inside."""
-  before = getattr(owner, name)
+  original = getattr(owner, name)
   try:
     yield
   finally:
-    setattr(owner, name, before)
+    setattr(owner, name, original)
 
 
 @functools.cache

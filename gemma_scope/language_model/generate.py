@@ -67,8 +67,10 @@ class Sampling:
 
   def __post_init__(self):
     numbers = self.max_new_tokens, self.temperature, self.top_k, self.seed
-    fit = all(isinstance(number, numbers_lib.Real) for number in numbers)
-    if not fit or not (
+    are_numbers = all(
+      isinstance(number, numbers_lib.Real) for number in numbers
+    )
+    if not are_numbers or not (
       self.max_new_tokens > 0
       and self.temperature >= 0
       and self.top_k >= 0
@@ -169,8 +171,8 @@ def _rows(prompts) -> list[np.ndarray]:
   rows = []
   for i, prompt in enumerate(prompts):
     row = np.asarray(prompt)
-    whole = np.issubdtype(row.dtype, np.integer) or not row.size
-    if isinstance(prompt, str) or row.ndim != 1 or not whole:
+    integral = np.issubdtype(row.dtype, np.integer) or not row.size
+    if isinstance(prompt, str) or row.ndim != 1 or not integral:
       raise ValueError(
         f'Prompt {i} must be a list of token ids, such as [2, 651]; found '
         f'{prompt!r:.60}.'
@@ -196,11 +198,11 @@ def _bound(edits) -> Partial:
   """tokens_BT -> edits, as a pytree: functions static, bound arrays not."""
   if callable(edits):
     return edits if isinstance(edits, Partial) else Partial(edits)
-  fns = {
+  edit_functions = {
     site: fn if isinstance(fn, Partial) else Partial(fn)
     for site, fn in (edits or {}).items()
   }
-  return Partial(_everywhere, fns)
+  return Partial(_everywhere, edit_functions)
 
 
 def _everywhere(edits, tokens_BT):
@@ -221,9 +223,11 @@ class _Draw(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sample(gemma, limits, params, edits, tokens_BP, draw: _Draw):
   """The whole generation -> int32 [B, new], padding after a row's stop."""
-  new, top_k = limits
+  new_tokens, top_k = limits
   batch, width = tokens_BP.shape
-  slots_C = jnp.arange(width + new - 1)  # the last token is not read again
+  slots_C = jnp.arange(
+    width + new_tokens - 1
+  )  # the last token is not read again
   first_B1 = jnp.sum(tokens_BP == PAD, -1, keepdims=True)  # a prompt's slot
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
     jax.random.key(draw.seed), draw.streams_B
@@ -259,9 +263,9 @@ def _sample(gemma, limits, params, edits, tokens_BP, draw: _Draw):
     stops_B = jnp.any(token_B[:, None] == draw.stop_K[None, :], -1)
     return token_B, stopped_B | stops_B
 
-  def going(state):
+  def unfinished(state):
     n, _, _, _, stopped_B = state
-    return (n < new) & ~jnp.all(stopped_B)
+    return (n < new_tokens) & ~jnp.all(stopped_B)
 
   def step(state):
     n, cache, token_B, replies_BN, stopped_B = state
@@ -273,7 +277,9 @@ def _sample(gemma, limits, params, edits, tokens_BP, draw: _Draw):
     cache = gemma.empty_cache(batch, len(slots_C))
     logits_BV, cache = extend(cache, tokens_BP, 0)
   token_B, stopped_B = pick(logits_BV, 0, jnp.zeros(batch, bool))
-  replies_BN = jnp.full((batch, new), PAD, jnp.int32).at[:, 0].set(token_B)
+  replies_BN = (
+    jnp.full((batch, new_tokens), PAD, jnp.int32).at[:, 0].set(token_B)
+  )
   with jax.named_scope('decode'):
     state = (1, cache, token_B, replies_BN, stopped_B)
-    return jax.lax.while_loop(going, step, state)[3]
+    return jax.lax.while_loop(unfinished, step, state)[3]

@@ -1,12 +1,12 @@
 """Gemma 2, 3 and 4 as llama.cpp stores them: one GGUF file, often quantised.
 
 Metadata and tensors are translated to Hugging Face's names, and read as its
-folders are (`hugging_face`), but for three things that llama.cpp's converter
-does to a Gemma:
+folders are (`hugging_face`), except for three changes that the converter of
+llama.cpp makes to a Gemma:
 
   - norms of Gemma 2 and 3 carry the 1: what is stored is 1 + scale;
-  - of the configuration only some is kept: the scale of queries and the local
-    layers' RoPE base are known by the model's size, not by the file;
+  - only part of the configuration is kept: the scale of queries and the RoPE
+    base of local layers follow from the model's size, not from the file;
   - the tokenizer is a list of pieces, scores and types. `tokenizer` rebuilds
     the SentencePiece model from it. In pieces of spaces the converter spelt
     the space as ' '; it also marked pieces that can be typed, such as
@@ -110,40 +110,40 @@ def config(name: str, path: pathlib.Path) -> lm.AnyConfig:
 
 def _fields(file: gguf_file.File) -> dict[str, Any]:
   """The metadata in the words of a config.json."""
-  where = str(file.path)
+  path = str(file.path)
   architecture = file.metadata.get('general.architecture')
   if architecture not in _TYPES:
     raise gguf_file.BadFile(
-      f'{where!r} holds a model of architecture {architecture!r}; expected '
+      f'{path!r} holds a model of architecture {architecture!r}; expected '
       f'{" or ".join(map(repr, _TYPES))}.'
     )
   if file.metadata.get('split.count', 1) > 1:
     raise gguf_file.BadFile(
-      f'{where!r} is one part of {file.metadata["split.count"]}: join them '
-      'with `llama-gguf-split --merge` first.'
+      f'{path!r} is one part of {file.metadata["split.count"]}: join them with '
+      '`llama-gguf-split --merge` first.'
     )
-  given = {
+  own_metadata = {
     key.removeprefix(f'{architecture}.'): value
     for key, value in file.metadata.items()
     if key.startswith(f'{architecture}.')
   }
   if architecture == gguf_gemma4.ARCHITECTURE:
-    return gguf_gemma4.fields(file, given)
+    return gguf_gemma4.fields(file, own_metadata)
   gguf_file.check_metadata(
     file,
-    given,
+    own_metadata,
     needed=_FIELDS,
     known=(*_FIELDS, *_OPTIONAL, *_EQUAL, *_FREE, *_SCALING),
     equal=_EQUAL,
   )
   fields = {
-    field: given[key]
+    field: own_metadata[key]
     for key, field in {**_FIELDS, **_OPTIONAL}.items()
-    if key in given
+    if key in own_metadata
   }
   embedding = file.tensors.get('token_embd.weight')
   if embedding is None:
-    raise gguf_file.BadFile(f'{where!r} has no tensor token_embd.weight.')
+    raise gguf_file.BadFile(f'{path!r} has no tensor token_embd.weight.')
   pattern = fields.get('sliding_window_pattern')
   if isinstance(pattern, np.ndarray):  # whether each layer is local
     kinds = np.where(pattern, 'sliding_attention', 'full_attention')
@@ -155,7 +155,11 @@ def _fields(file: gguf_file.File) -> dict[str, Any]:
     'rms_norm_eps': float(f'{fields["rms_norm_eps"]:.6g}'),  # was float32
     'query_pre_attn_scalar': _query_scalar(fields),
   }
-  scaling = {name: given[key] for key, name in _SCALING.items() if key in given}
+  scaling = {
+    name: own_metadata[key]
+    for key, name in _SCALING.items()
+    if key in own_metadata
+  }
   if scaling.get('rope_type', 'none') != 'none':
     fields['rope_scaling'] = scaling
   return fields
@@ -203,14 +207,14 @@ def quantisation(path: pathlib.Path) -> str:
 def read(
   path: pathlib.Path,
   shapes: Mapping[str, jax.ShapeDtypeStruct],
-  wanted: Mapping[str, jax.ShapeDtypeStruct],
+  needed: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
   """The parameters, dequantised one by one into their dtype and sharding.
 
   Args:
     path: of the file.
     shapes: of all parameters of the model, by their path with slashes.
-    wanted: those to read, with dtype and sharding.
+    needed: those to read, with dtype and sharding.
 
   Raises:
     ValueError: a tensor is missing, unknown or of another shape; nothing was
@@ -224,7 +228,7 @@ def read(
     for name, tensor in file.tensors.items()
     if name not in (_UNTIED, gguf_gemma4.ROPE)
   }
-  return hugging_face_tensors.assemble(str(path), tensors, shapes, wanted)
+  return hugging_face_tensors.assemble(str(path), tensors, shapes, needed)
 
 
 def _translated(name: str) -> str:
@@ -236,9 +240,9 @@ def _translated(name: str) -> str:
   table = gguf_gemma4.SCALES if kind == 'scale' else _TO_HUGGING_FACE
   if module not in table:
     return name
-  bare = kind == 'scale' or table[module] in gguf_gemma4.BARE
+  without_suffix = kind == 'scale' or table[module] in gguf_gemma4.BARE
   layer = f'layers.{block}.' if block else ''
-  return f'{layer}{table[module]}{"" if bare else ".weight"}'
+  return f'{layer}{table[module]}{"" if without_suffix else ".weight"}'
 
 
 class _Norm:
@@ -303,7 +307,7 @@ def _sentencepiece_model(file: gguf_file.File) -> bytes:
     if key.startswith('tokenizer.ggml.')
   }
   lists = [fields.get(key) for key in ('tokens', 'scores', 'token_type')]
-  if fields.get('model') != 'llama' or any(found is None for found in lists):
+  if fields.get('model') != 'llama' or any(values is None for values in lists):
     raise gguf_file.BadFile(
       f'{str(file.path)!r} has no SentencePiece vocabulary (its tokenizer is '
       f'{fields.get("model")!r}): set lm.tokenizer to the SentencePiece model '

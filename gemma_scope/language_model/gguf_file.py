@@ -143,10 +143,10 @@ class _Reader:
       return self.string()
     if code != _ARRAY:
       return self.number(code)
-    inner, count = self.number(4), self.number(10)
-    if inner in _SCALARS:
-      return self.numbers(inner, count)
-    return [self.value(inner) for _ in range(count)]
+    item_code, count = self.number(4), self.number(10)
+    if item_code in _SCALARS:
+      return self.numbers(item_code, count)
+    return [self.value(item_code) for _ in range(count)]
 
   def _take(self, count: int) -> memoryview:
     if count > len(self.data) - self.offset:
@@ -193,21 +193,21 @@ def _tensor(path, data, name, shape, code) -> Tensor:
   gguf = library()
   try:
     kind = gguf.GGMLQuantizationType(code)
-    of_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
   except (ValueError, KeyError, NotImplementedError) as error:
-    known = [k.name for k in gguf.GGMLQuantizationType if k == code]
+    names = [type_.name for type_ in gguf.GGMLQuantizationType if type_ == code]
     raise BadFile(
-      f'{name} in {str(path)!r} is of type {known[0] if known else code}, '
-      'which the installed gguf package cannot dequantise: upgrade it, or '
-      'take the file in another quantisation.'
+      f'{name} in {str(path)!r} is of type {names[0] if names else code}, '
+      'which the installed gguf package cannot dequantise: upgrade it, or take '
+      'the file in another quantisation.'
     ) from error
-  if len(shape) not in (1, 2, 3) or shape[-1] % of_block:
+  if len(shape) not in (1, 2, 3) or shape[-1] % block_size:
     raise BadFile(
       f'{name} in {str(path)!r} has shape {shape}, which cannot be of type '
       f'{kind.name} in a Gemma.'
     )
-  row_bytes = shape[-1] // of_block * block_bytes
+  row_bytes = shape[-1] // block_size * block_bytes
   count = math.prod(shape[:-1]) * row_bytes
   if count > len(data):
     raise BadFile(
@@ -219,7 +219,7 @@ def _tensor(path, data, name, shape, code) -> Tensor:
 
 def check_metadata(
   file: File,
-  given: Mapping[str, Any],
+  own_metadata: Mapping[str, Any],
   *,
   needed: Collection[str],
   known: Collection[str],
@@ -228,23 +228,26 @@ def check_metadata(
   """Refuses metadata of a model that its forward pass does not compute.
 
   Args:
-    given: the metadata after the name of the architecture.
+    own_metadata: the metadata after the name of the architecture.
     needed, known: the keys that must occur, and those that may.
     equal: key -> another key, whose value it must have if it occurs.
 
   Raises:
     BadFile: a key is missing, unknown, or contradicts another.
   """
-  where, prefix = str(file.path), file.metadata['general.architecture']
-  if missing := [key for key in needed if key not in given]:
-    raise BadFile(f'{where!r} lacks the metadata {prefix}.{missing[0]}.')
-  if unknown := [key for key in given if key not in known]:
+  path, prefix = str(file.path), file.metadata['general.architecture']
+  if missing := [key for key in needed if key not in own_metadata]:
+    raise BadFile(f'{path!r} lacks the metadata {prefix}.{missing[0]}.')
+  if unknown := [key for key in own_metadata if key not in known]:
     raise BadFile(
-      f'{where!r} has metadata {prefix}.{unknown[0]}, which this forward pass '
+      f'{path!r} has metadata {prefix}.{unknown[0]}, which this forward pass '
       'does not know.'
     )
-  for key, other in equal.items():
-    if given.get(key, given[other]) != given[other]:
+  for key, other_key in equal.items():
+    if (
+      own_metadata.get(key, own_metadata[other_key]) != own_metadata[other_key]
+    ):
       raise BadFile(
-        f'{where!r}: {key} is {given[key]}, and {other} is {given[other]}.'
+        f'{path!r}: {key} is {own_metadata[key]}, and {other_key} is '
+        f'{own_metadata[other_key]}.'
       )

@@ -1,6 +1,6 @@
 """Gemma 4 in a GGUF file -> the words of Hugging Face's config.json and names.
 
-What llama.cpp's converter does to a Gemma 4, beyond new names:
+How llama.cpp's converter changes a Gemma 4, besides the names:
 
   - heads of sliding layers are described by `key_length_swa`, those of global
     layers by `key_length`; numbers of key heads and widths of MLPs are lists
@@ -76,77 +76,85 @@ SCALES = {
 BARE = 'layer_scalar', 'experts.gate_up_proj', 'experts.down_proj'
 
 
-def fields(file: gguf_file.File, given: Mapping[str, Any]) -> dict[str, Any]:
+def fields(
+  file: gguf_file.File, own_metadata: Mapping[str, Any]
+) -> dict[str, Any]:
   """The metadata in the words of a config.json.
 
   Args:
-    given: the metadata after `gemma4.`.
+    own_metadata: the metadata after `gemma4.`.
 
   Raises:
     gguf_file.BadFile: something is missing, unknown or contradicts another.
   """
-  where, needed = str(file.path), (*_FIELDS, *_BY_LAYER)
+  path, needed = str(file.path), (*_FIELDS, *_BY_LAYER)
   gguf_file.check_metadata(
     file,
-    given,
+    own_metadata,
     needed=needed,
     known=(*needed, *_OPTIONAL, *_EQUAL, *_BASES, *_FREE),
     equal=_EQUAL,
   )
-  layers = given['block_count']
-  local = np.broadcast_to(given['attention.sliding_window_pattern'], layers)
-  shared = np.arange(layers) >= layers - given['attention.shared_kv_layers']
-  widths = np.broadcast_to(given['feed_forward_length'], layers)
-  kv_heads = np.broadcast_to(given['attention.head_count_kv'], layers)
-  d_ff = _only(where, 'feed_forward_length', widths[~shared])
-  found = {
-    field: given[key]
+  layers = own_metadata['block_count']
+  local = np.broadcast_to(
+    own_metadata['attention.sliding_window_pattern'], layers
+  )
+  shared = (
+    np.arange(layers) >= layers - own_metadata['attention.shared_kv_layers']
+  )
+  widths = np.broadcast_to(own_metadata['feed_forward_length'], layers)
+  kv_heads = np.broadcast_to(own_metadata['attention.head_count_kv'], layers)
+  d_ff = _only(path, 'feed_forward_length', widths[~shared])
+  fields_found = {
+    field: own_metadata[key]
     for key, field in {**_FIELDS, **_OPTIONAL}.items()
-    if key in given
+    if key in own_metadata
   }
-  wide = shared.any() and (widths[shared] == 2 * d_ff).all()
-  if shared.any() and not wide:
-    _only(where, 'feed_forward_length', widths)
+  double_wide = shared.any() and (widths[shared] == 2 * d_ff).all()
+  if shared.any() and not double_wide:
+    _only(path, 'feed_forward_length', widths)
   keys_alone = [
     f'blk.{i}.attn_v.weight' not in file.tensors
     for i in np.flatnonzero(~local & ~shared)
   ]
   rows = file.tensors.get('token_embd.weight')
   if rows is None:
-    raise gguf_file.BadFile(f'{where!r} has no tensor token_embd.weight.')
+    raise gguf_file.BadFile(f'{path!r} has no tensor token_embd.weight.')
   return {
-    **found,
+    **fields_found,
     'model_type': 'gemma4_text',
-    'rms_norm_eps': float(f'{found["rms_norm_eps"]:.6g}'),  # was float32
+    'rms_norm_eps': float(f'{fields_found["rms_norm_eps"]:.6g}'),  # was float32
     'vocab_size': rows.shape[0],
     'vocab_size_per_layer_input': rows.shape[0],
     'layer_types': np.where(
       local, 'sliding_attention', 'full_attention'
     ).tolist(),
     'intermediate_size': d_ff,
-    'use_double_wide_mlp': bool(wide),
-    'num_key_value_heads': _only(where, 'head_count_kv', kv_heads[local]),
+    'use_double_wide_mlp': bool(double_wide),
+    'num_key_value_heads': _only(path, 'head_count_kv', kv_heads[local]),
     'num_global_key_value_heads': _only(
-      where, 'head_count_kv', kv_heads[~local]
+      path, 'head_count_kv', kv_heads[~local]
     ),
     'attention_k_eq_v': bool(keys_alone) and all(keys_alone),
-    'enable_moe_block': bool(found.get('num_experts')),
-    'rope_parameters': _rope(file, given),
+    'enable_moe_block': bool(fields_found.get('num_experts')),
+    'rope_parameters': _rope(file, own_metadata),
   }
 
 
-def _only(where: str, name: str, values: np.ndarray) -> int:
+def _only(path: str, name: str, values: np.ndarray) -> int:
   """The one value of some layers."""
   if len(set(values.tolist())) != 1:
     raise gguf_file.BadFile(
-      f'{where!r}: {name} has {sorted(set(values.tolist()))} in layers that '
-      'are alike in Gemma 4.'
+      f'{path!r}: {name} has {sorted(set(values.tolist()))} in layers that are '
+      'alike in Gemma 4.'
     )
   return int(values[0])
 
 
-def _rope(file: gguf_file.File, given: Mapping[str, Any]) -> dict[str, Any]:
-  base, local_base = (given.get(key) for key in _BASES)
+def _rope(
+  file: gguf_file.File, own_metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+  base, local_base = (own_metadata.get(key) for key in _BASES)
   share, factors = 1.0, file.tensors.get(ROPE)
   if factors is not None:
     values = factors[slice(None)]

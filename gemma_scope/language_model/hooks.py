@@ -113,18 +113,20 @@ class Hooks:
         return call(*args, **kwargs)
     return self.inside(layer, path, module, call, args, kwargs)
 
-  def inside(self, layer: int, path: tuple[str, ...], module, call, args, more):
+  def inside(
+    self, layer: int, path: tuple[str, ...], module, call, args, kwargs
+  ):
     """A call of a submodule at `path` in the block of `layer`."""
-    before, after = self.sites_of.get(path, (None, None))
+    input_kind, output_kind = self.sites_of.get(path, (None, None))
     if _is_norm(module):
-      x = self.visit(layer, before, args[0])
-      ungained = 'mlp_in_ungained' if after == 'mlp_in' else None
+      x = self.visit(layer, input_kind, args[0])
+      ungained = 'mlp_in_ungained' if output_kind == 'mlp_in' else None
       visit = functools.partial(self.visit, layer, ungained)
-      return self.visit(layer, after, self.norm(module, x, visit))
+      return self.visit(layer, output_kind, self.norm(module, x, visit))
     if path[-1] == 'attn_vec_einsum':  # (equation, heads [B, T, K, H])
       heads = args[1].astype(module.get_variable('params', 'w').dtype)
-      args = (args[0], self.visit(layer, before, heads))
-    return self.visit(layer, after, call(*args, **more))
+      args = (args[0], self.visit(layer, input_kind, heads))
+    return self.visit(layer, output_kind, call(*args, **kwargs))
 
   def norm(self, module, x, visit_ungained=lambda x: x):
     """RMSNorm in float32: x / rms(x) times the generation's gain."""

@@ -2,7 +2,7 @@
 
 Every field that changes what a model computes is used or refused by name, in
 the spellings of all versions of `transformers`; a field that is unknown here is
-refused unless it is empty. Of a multimodal model the text part is read.
+refused unless it is empty. For a multimodal model, the text part is read.
 """
 
 from __future__ import annotations
@@ -92,14 +92,14 @@ def is_described_by(fields: Any) -> bool:
   return isinstance(fields, dict) and 'model_type' in fields
 
 
-def config(name: str, fields: Mapping[str, Any], where: str) -> lm.AnyConfig:
+def config(name: str, fields: Mapping[str, Any], path: str) -> lm.AnyConfig:
   """The shape that a config.json describes.
 
   Args:
     name: what this project calls the model; one of `lm.SIZES` must be of the
       shape known by that name.
     fields: the file's content.
-    where: its path, for errors.
+    path: its path, for errors.
 
   Raises:
     ValueError: it is no Gemma 2 to 4, computes something that this forward pass
@@ -108,7 +108,7 @@ def config(name: str, fields: Mapping[str, Any], where: str) -> lm.AnyConfig:
   kind = fields.get('model_type')
   if kind not in _TYPES:
     raise ValueError(
-      f'{where!r} describes a {kind!r} model; expected one of '
+      f'{path!r} describes a {kind!r} model; expected one of '
       f'{", ".join(_TYPES)}.'
     )
   try:
@@ -125,11 +125,11 @@ def config(name: str, fields: Mapping[str, Any], where: str) -> lm.AnyConfig:
     if isinstance(error, KeyError):
       reason = f'it lacks {reason!r}'
     raise ValueError(
-      f'{where!r} does not describe a {kind} model that can be run here: '
+      f'{path!r} does not describe a {kind} model that can be run here: '
       f'{reason}.'
     ) from error
   if name in lm.SIZES:
-    _refuse_another(parsed, lm.SIZES[name], where)
+    _refuse_another(parsed, lm.SIZES[name], path)
   return parsed
 
 
@@ -148,14 +148,14 @@ def _refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
       raise ValueError(f'the field {field} ({value!r}) is not known here')
 
 
-def _config(name: str, kind: str, given: Mapping[str, Any]) -> lm.AnyConfig:
+def _config(name: str, kind: str, fields: Mapping[str, Any]) -> lm.AnyConfig:
   if kind.startswith('gemma4'):
-    return hugging_face_gemma4.config(name, given, _refuse_unknown)
+    return hugging_face_gemma4.config(name, fields, _refuse_unknown)
   defaults = {**_DEFAULTS, **_DEFAULTS_OF[kind[:6]]}
-  _refuse_unknown(given, {*defaults, *_ROPE, *_PATTERN})
-  text = {**defaults, **given}
-  for field, usual in defaults.items():
-    if type(usual) is int and field not in _NOT_COUNTS:
+  _refuse_unknown(fields, {*defaults, *_ROPE, *_PATTERN})
+  text = {**defaults, **fields}
+  for field, default in defaults.items():
+    if type(default) is int and field not in _NOT_COUNTS:
       if type(text[field]) is not int or text[field] < 1:
         raise ValueError(f'{field} is {text[field]!r}, not a whole number')
   heads, head_dim = text['num_attention_heads'], text['head_dim']
@@ -217,18 +217,18 @@ def _rope(text: Mapping[str, Any], is_2: bool) -> tuple[int, float]:
   """
   usual = _BASE if is_2 else 1_000_000
   named = text.get('rope_parameters') or {}
-  old = {
+  before_5 = {
     'rope_theta': text.get('rope_theta', usual),
     **(text.get('rope_scaling') or {}),
   }
   if 'full_attention' in named:
     glob, local = named['full_attention'], named['sliding_attention']
   elif is_2:
-    glob = local = {**old, **named}
+    glob = local = {**before_5, **named}
   elif named:
     raise ValueError('rope_parameters does not tell global from local layers')
   else:
-    glob = old
+    glob = before_5
     local = {'rope_theta': text.get('rope_local_base_freq', _BASE)}
   base, factor = _base_and_factor(glob, usual)
   local_base, local_factor = _base_and_factor(local, _BASE)
@@ -240,23 +240,23 @@ def _rope(text: Mapping[str, Any], is_2: bool) -> tuple[int, float]:
   return base, factor
 
 
-def _base_and_factor(given: Mapping[str, Any], usual: int) -> tuple[int, float]:
+def _base_and_factor(rope: Mapping[str, Any], usual: int) -> tuple[int, float]:
   """Of rotary embeddings, plain or with positions divided by a factor."""
-  kind = given.get('rope_type', given.get('type', 'default'))
+  kind = rope.get('rope_type', rope.get('type', 'default'))
   if kind not in ('default', 'linear'):
     raise ValueError(f'its rotary embeddings are of type {kind!r}')
   known = 'rope_theta', 'rope_type', 'type', 'factor'
-  for field, value in given.items():
+  for field, value in rope.items():
     if field not in known and value is not None:
       raise ValueError(f'the field {field} of its rotary embeddings is unknown')
-  base = given.get('rope_theta', usual)
+  base = rope.get('rope_theta', usual)
   if base != int(base):
     raise ValueError(f'rope_theta is {base}, not a whole number')
   # A factor counts where the type says so, as in `transformers`.
-  return int(base), float(given['factor']) if kind == 'linear' else 1.0
+  return int(base), float(rope['factor']) if kind == 'linear' else 1.0
 
 
-def _refuse_another(given: lm.AnyConfig, known: lm.AnyConfig, where: str):
+def _refuse_another(config: lm.AnyConfig, known: lm.AnyConfig, source: str):
   """Refuses a model whose shape is not that of its name."""
 
   def facts(c):
@@ -266,7 +266,7 @@ def _refuse_another(given: lm.AnyConfig, known: lm.AnyConfig, where: str):
   # The vocabulary has 128 more rows in Google's checkpoints of Gemma 2, 64 less
   # in those of Gemma 3; one of them has the gating matrices transposed.
   free = 'vocab_size', 'transpose_gating'
-  ours, theirs = facts(known), facts(given)
+  ours, theirs = facts(known), facts(config)
   wrong = [
     f'{field} {theirs.get(field)} (in {known.name} {value})'
     for field, value in ours.items()
@@ -274,6 +274,6 @@ def _refuse_another(given: lm.AnyConfig, known: lm.AnyConfig, where: str):
   ]
   if wrong:
     raise ValueError(
-      f'{where!r} is another model than {known.name}: {", ".join(wrong)}; '
-      'set lm.name to the model that it is.'
+      f'{source!r} is another model than {known.name}: {", ".join(wrong)}; set '
+      'lm.name to the model that it is.'
     )

@@ -76,21 +76,21 @@ _LETTERS = {'sliding_attention': 'L', 'full_attention': 'G'}
 
 def config(
   name: str,
-  given: Mapping[str, Any],
+  fields: Mapping[str, Any],
   refuse_unknown: Callable[[Mapping[str, Any], set[str]], None],
 ) -> gemma4.Config:
   """The shape that the text part of a config.json describes.
 
   Args:
     name: what this project calls the model.
-    given: the fields, those of `text_config` in a multimodal model.
+    fields: the fields, those of `text_config` in a multimodal model.
     refuse_unknown: raises ValueError for a field that is not known.
 
   Raises:
     ValueError: it computes what this forward pass does not.
   """
-  refuse_unknown(given, set(_DEFAULTS))
-  text = {**_DEFAULTS, **given}
+  refuse_unknown(fields, set(_DEFAULTS))
+  text = {**_DEFAULTS, **fields}
   pattern = _pattern(text)
   text |= _of_global_layers(text, pattern)
   for field in _COUNTS:
@@ -110,13 +110,13 @@ def config(
     )
   k_is_v = bool(text['attention_k_eq_v'])
   kv_heads = text['num_key_value_heads']
-  shared = text['num_kv_shared_layers']
-  if set(pattern) - set(pattern[: len(pattern) - shared]):
+  shared_layers = text['num_kv_shared_layers']
+  if set(pattern) - set(pattern[: len(pattern) - shared_layers]):
     raise ValueError(
-      f'num_kv_shared_layers is {shared}: layers share keys and values of a '
-      'kind of which none are left'
+      f'num_kv_shared_layers is {shared_layers}: layers share keys and values '
+      'of a kind of which none are left'
     )
-  base, share = _rope(text['rope_parameters'] or _ROPE)
+  base, rope_share = _rope(text['rope_parameters'] or _ROPE)
   experts = text['num_experts'] if text['enable_moe_block'] else 0
   return gemma4.Config(
     name=name,
@@ -133,10 +133,10 @@ def config(
     global_kv_heads=(k_is_v and text['num_global_key_value_heads']) or kv_heads,
     global_head_dim=text['global_head_dim'],
     k_is_v=k_is_v,
-    kv_shared=shared,
+    kv_shared=shared_layers,
     shared_d_ff=(
       2 * text['intermediate_size']
-      if shared and text['use_double_wide_mlp']
+      if shared_layers and text['use_double_wide_mlp']
       else 0
     ),
     ple_dim=ple_dim,
@@ -145,21 +145,21 @@ def config(
     expert_d_ff=text['moe_intermediate_size'] if experts else 0,
     final_softcap=text['final_logit_softcapping'],
     global_rope_base=base,
-    global_rope_share=share,
+    global_rope_share=rope_share,
   )
 
 
 def _pattern(text: Mapping[str, Any]) -> str:
   """A letter a layer; every sixth is global unless all are listed."""
-  layers, listed = text['num_hidden_layers'], text['layer_types']
-  if not listed:
+  layers, layer_types = text['num_hidden_layers'], text['layer_types']
+  if not layer_types:
     letters = ['LG'[(i + 1) % 6 == 0] for i in range(layers)]
     return ''.join([*letters[:-1], 'G'])  # as `transformers` has the last one
-  if unknown := set(listed) - set(_LETTERS):
+  if unknown := set(layer_types) - set(_LETTERS):
     raise ValueError(f'layer_types has {unknown.pop()!r}')
-  if len(listed) != layers:
-    raise ValueError(f'layer_types has {len(listed)} of {layers} layers')
-  return ''.join(_LETTERS[kind] for kind in listed)
+  if len(layer_types) != layers:
+    raise ValueError(f'layer_types has {len(layer_types)} of {layers} layers')
+  return ''.join(_LETTERS[kind] for kind in layer_types)
 
 
 def _of_global_layers(text: Mapping[str, Any], pattern: str) -> dict[str, Any]:
@@ -167,37 +167,39 @@ def _of_global_layers(text: Mapping[str, Any], pattern: str) -> dict[str, Any]:
 
   Their `per_layer_config` has an entry for each global layer, all alike.
   """
-  given = text['per_layer_config'] or {}
+  by_layer = text['per_layer_config'] or {}
   layers = {str(i) for i, letter in enumerate(pattern) if letter == 'G'}
-  if not given:
+  if not by_layer:
     return {}
-  first = next(iter(given.values()))
-  if set(given) != layers or any(each != first for each in given.values()):
+  first_entry = next(iter(by_layer.values()))
+  if set(by_layer) != layers or any(
+    entry != first_entry for entry in by_layer.values()
+  ):
     raise ValueError(
-      f'per_layer_config has layers {", ".join(map(str, given))}; expected '
+      f'per_layer_config has layers {", ".join(map(str, by_layer))}; expected '
       f'the global layers {", ".join(sorted(layers, key=int))}, all alike'
     )
-  if more := set(first) - set(_OF_GLOBAL):
-    raise ValueError(f'per_layer_config has the unknown field {more.pop()}')
-  return {_OF_GLOBAL[field]: value for field, value in first.items()}
+  if unknown := set(first_entry) - set(_OF_GLOBAL):
+    raise ValueError(f'per_layer_config has the unknown field {unknown.pop()}')
+  return {_OF_GLOBAL[field]: value for field, value in first_entry.items()}
 
 
-def _rope(given: Mapping[str, Any]) -> tuple[int, float]:
+def _rope(parameters: Mapping[str, Any]) -> tuple[int, float]:
   """Base of the global layers, and the share of the pairs that they rotate."""
-  if set(given) != set(_ROPE):
+  if set(parameters) != set(_ROPE):
     raise ValueError('rope_parameters does not tell global from local layers')
-  for kind, usual in _ROPE.items():
-    rope = {'partial_rotary_factor': 1.0, **given[kind]}
-    if more := set(rope) - set(_ROPE['full_attention']):
+  for kind, default in _ROPE.items():
+    rope = {'partial_rotary_factor': 1.0, **parameters[kind]}
+    if unknown := set(rope) - set(_ROPE['full_attention']):
       raise ValueError(
-        f'the field {more.pop()} of its rotary embeddings is unknown'
+        f'the field {unknown.pop()} of its rotary embeddings is unknown'
       )
-    if rope['rope_type'] != usual['rope_type']:
+    if rope['rope_type'] != default['rope_type']:
       raise ValueError(
         f'its rotary embeddings are of type {rope["rope_type"]!r}'
       )
   local, glob = (
-    {'partial_rotary_factor': 1.0, **given[kind]} for kind in _ROPE
+    {'partial_rotary_factor': 1.0, **parameters[kind]} for kind in _ROPE
   )
   if local != {**_ROPE['sliding_attention'], 'partial_rotary_factor': 1.0}:
     raise ValueError(

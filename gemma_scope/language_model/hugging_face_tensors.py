@@ -122,14 +122,14 @@ _UNREAD = r'layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.weight'
 def read(
   folder: pathlib.Path,
   shapes: Mapping[str, jax.ShapeDtypeStruct],
-  wanted: Mapping[str, jax.ShapeDtypeStruct],
+  needed: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
   """The parameters, each in its dtype and sharding.
 
   Args:
     folder: with safetensors files, and an index where they are several.
     shapes: of all parameters of the model, by their path with slashes.
-    wanted: those to read, with dtype and sharding.
+    needed: those to read, with dtype and sharding.
 
   Raises:
     ValueError: a file or a tensor is missing, damaged, unknown or of another
@@ -141,22 +141,22 @@ def read(
   try:
     for path in _files(folder):
       file = safe_open(path, framework='np')
-      for full in file.keys():  # noqa: SIM118 - not a dict
-        name = re.sub(_PREFIX, '', full)
-        if re.match(_NOT_TEXT, full):
+      for full_name in file.keys():  # noqa: SIM118 - not a dict
+        name = re.sub(_PREFIX, '', full_name)
+        if re.match(_NOT_TEXT, full_name):
           continue
-        if full.endswith(_HEAD):
+        if full_name.endswith(_HEAD):
           name = _HEAD
         if name in tensors:
           raise ValueError(f'{str(folder)!r} has {name} twice.')
-        tensors[name] = file.get_slice(full)
+        tensors[name] = file.get_slice(full_name)
         if (dtype := tensors[name].get_dtype()) not in _DTYPES:
           raise ValueError(
-            f'{full} in {str(folder)!r} is of type {dtype}, which is quantised '
-            'or unknown; take the unquantised model or a GGUF file.'
+            f'{full_name} in {str(folder)!r} is of type {dtype}, which is '
+            'quantised or unknown; take the unquantised model or a GGUF file.'
           )
     _drop_head(str(folder), tensors)
-    return assemble(str(folder), tensors, shapes, wanted)
+    return assemble(str(folder), tensors, shapes, needed)
   except SafetensorError as error:
     raise ValueError(
       f'{str(folder)!r} has a safetensors file that is not whole ({error}); '
@@ -164,64 +164,64 @@ def read(
     ) from error
 
 
-def _drop_head(where: str, tensors: dict[str, Any]) -> None:
+def _drop_head(path: str, tensors: dict[str, Any]) -> None:
   """Drops a head that is a copy of the embedding; refuses any other."""
   head, embedding = tensors.pop(_HEAD, None), tensors.get('embed_tokens.weight')
   if head is None or embedding is None:
     return
   shape = tuple(head.get_shape())
-  same = shape == tuple(embedding.get_shape()) and all(
+  is_copy = shape == tuple(embedding.get_shape()) and all(
     np.array_equal(head[start:stop], embedding[start:stop])
     for start in range(0, shape[0], _ROWS)
     for stop in [min(start + _ROWS, shape[0])]
   )
-  if not same:
+  if not is_copy:
     raise ValueError(
-      f'{where!r} has {_HEAD} that differs from the embedding: such an untied '
+      f'{path!r} has {_HEAD} that differs from the embedding: such an untied '
       'head cannot be run here.'
     )
 
 
 def assemble(
-  where: str,
+  source: str,
   tensors: Mapping[str, Any],
   shapes: Mapping[str, jax.ShapeDtypeStruct],
-  wanted: Mapping[str, jax.ShapeDtypeStruct],
+  needed: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
   """Parameters from tensors in this layout, which are checked before a read.
 
   Args:
-    where: what holds the tensors, for errors.
+    source: what holds the tensors, for errors.
     tensors: by name, without what stands before `layers`: each has
       `get_shape()` and gives a part of itself, `tensor[rows, columns]`.
-    shapes, wanted: as in `read`.
+    shapes, needed: as in `read`.
   """
   names = {key: _names(key, shapes) for key in shapes}
-  _check(where, tensors, shapes, names)
+  _check(source, tensors, shapes, names)
   return {
     key: jax.make_array_from_callback(
-      want.shape,
-      want.sharding,
-      lambda index, key=key, want=want: _part(
-        [tensors[name] for name in names[key]], key, want.shape, index
-      ).astype(want.dtype, copy=False),
+      target.shape,
+      target.sharding,
+      lambda index, key=key, target=target: _part(
+        [tensors[name] for name in names[key]], key, target.shape, index
+      ).astype(target.dtype, copy=False),
     )
-    for key, want in wanted.items()
+    for key, target in needed.items()
   }
 
 
-def _check(where, tensors, shapes, names) -> None:
+def _check(source, tensors, shapes, names) -> None:
   """Refuses tensors that are missing, unknown or of another shape."""
   expected = {}
   for key, shape in shapes.items():
     expected |= dict.fromkeys(names[key], _source_shape(key, shape.shape))
   for name, shape in expected.items():
     if name not in tensors:
-      raise ValueError(f'{where!r} has no tensor {name}: is it another model?')
+      raise ValueError(f'{source!r} has no tensor {name}: is it another model?')
     actual = tuple(tensors[name].get_shape())
     if actual != shape:
       raise ValueError(
-        f'{name} in {where!r} has shape {actual}, and the model wants {shape}.'
+        f'{name} in {source!r} has shape {actual}, and the model wants {shape}.'
       )
   unread = {
     name
@@ -230,10 +230,10 @@ def _check(where, tensors, shapes, names) -> None:
     and f'layers.{layer[1]}.self_attn.q_proj.weight' in expected
     and f'layers.{layer[1]}.self_attn.k_proj.weight' not in expected
   }
-  if more := sorted(set(tensors) - set(expected) - unread):
+  if extra := sorted(set(tensors) - set(expected) - unread):
     raise ValueError(
-      f'{where!r} has tensors that the model has not: '
-      f'{", ".join(more[:3])}{", ..." if len(more) > 3 else ""}.'
+      f'{source!r} has tensors that the model has not: '
+      f'{", ".join(extra[:3])}{", ..." if len(extra) > 3 else ""}.'
     )
 
 
@@ -264,10 +264,10 @@ def _names(key: str, shapes: Mapping[str, Any]) -> tuple[str, ...]:
   """The tensors that a parameter is made of."""
   if key in _WHOLE:
     return (_WHOLE[key],)
-  layer, rest = re.fullmatch(r'layer_(\d+)/(.*)', key).groups()
+  layer, parameter = re.fullmatch(r'layer_(\d+)/(.*)', key).groups()
   mixture = f'layer_{layer}/mlp/router_logits/w' in shapes
   table = {**_LAYER, **_MIXTURE} if mixture else _LAYER
-  return tuple(f'layers.{layer}.{name}' for name in table[rest])
+  return tuple(f'layers.{layer}.{name}' for name in table[parameter])
 
 
 def _source_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -300,35 +300,35 @@ def _part(tensors, key, shape, index) -> np.ndarray:
   index = tuple(
     slice(*s.indices(size)) for s, size in zip(index, shape, strict=True)
   )
-  first = tensors[0]
+  first_tensor = tensors[0]
   if key.endswith(('q_einsum/w', 'k_einsum/w', 'kv_einsum/w')):
     if len(shape) == 3:
-      return _heads(first, shape[-1], index)
+      return _heads(first_tensor, shape[-1], index)
     return np.stack(
       [_heads(tensor, shape[-1], index[1:]) for tensor in tensors[index[0]]]
     )
   if key.endswith('attn_vec_einsum/w'):
     heads, inside, outputs = index
     size = shape[1]
-    w = first[outputs, heads.start * size : heads.stop * size]
+    w = first_tensor[outputs, heads.start * size : heads.stop * size]
     return w.T.reshape(-1, size, w.shape[0])[:, inside]
   if key.endswith('mlp/gating_einsum/w'):  # of experts
     of_experts, halves, inside, columns = index
-    w = first[of_experts, :, columns]
+    w = first_tensor[of_experts, :, columns]
     return w.reshape(w.shape[0], *shape[1:3], -1)[:, halves, inside]
   if key.endswith('mlp/linear/w'):
-    return first[index[0], index[2], index[1]].swapaxes(1, 2)
+    return first_tensor[index[0], index[2], index[1]].swapaxes(1, 2)
   if key.endswith('gating_einsum'):
     return np.stack([tensor[index[1:]] for tensor in tensors[index[0]]])
   if key.endswith('per_layer_embeddings'):
-    w = first[index[0], :]
+    w = first_tensor[index[0], :]
     return w.reshape(-1, *shape[1:])[:, index[1], index[2]]
   if key.endswith('per_layer_model_projection/w'):
-    w = first[:, index[0]]
+    w = first_tensor[:, index[0]]
     return w.T.reshape(-1, *shape[1:])[:, index[1], index[2]]
   if key.endswith(_TRANSPOSED):
-    return first[index[::-1]].T
-  return first[index]
+    return first_tensor[index[::-1]].T
+  return first_tensor[index]
 
 
 def _heads(tensor, size: int, index: tuple[slice, ...]) -> np.ndarray:

@@ -23,18 +23,18 @@ class CheckpointNotFound(ValueError):
   """A checkpoint is missing or another than was asked for; says which."""
 
 
-def check(found: dict[str, tuple], wanted: dict, folder) -> None:
+def check(shapes: dict[str, tuple], needed: dict, folder) -> None:
   """Names and shapes of a checkpoint against those of the model."""
-  for key, want in wanted.items():
-    if key not in found:
+  for key, target in needed.items():
+    if key not in shapes:
       raise CheckpointNotFound(
         f'The checkpoint {str(folder)!r} has no parameter {key!r}: is it '
         'another model?'
       )
-    if tuple(found[key]) != want.shape:
+    if tuple(shapes[key]) != target.shape:
       raise CheckpointNotFound(
         f'{key!r} in the checkpoint {str(folder)!r} has shape '
-        f'{tuple(found[key])}, and the model wants {want.shape}.'
+        f'{tuple(shapes[key])}, and the model wants {target.shape}.'
       )
 
 
@@ -44,12 +44,12 @@ def _canonical(key: str) -> str:
   return re.sub(r'(/mlp2?/(?:linear|gating_einsum))/w$', r'\1', key)
 
 
-def read(folder, wanted: dict) -> dict:
+def read(folder, needed: dict) -> dict:
   """The parameters, each in its dtype and sharding.
 
   Args:
     folder: a local or remote path.
-    wanted: by their path with slashes, with dtype and sharding.
+    needed: by their path with slashes, with dtype and sharding.
 
   Raises:
     CheckpointNotFound: the folder holds no checkpoint, or another model's.
@@ -59,12 +59,12 @@ def read(folder, wanted: dict) -> dict:
   with ocp.PyTreeCheckpointer() as checkpointer:
     metadata = _orbax_metadata(checkpointer, folder)
     stored = _stored(metadata.tree)
-    found = {
+    entries = {
       key: stored[_canonical(key)]
-      for key in wanted
+      for key in needed
       if _canonical(key) in stored
     }
-    check({key: entry.shape for key, entry in found.items()}, wanted, folder)
+    check({key: entry.shape for key, entry in entries.items()}, needed, folder)
 
     def restored(items: dict) -> dict:
       item = traverse_util.unflatten_dict(items)
@@ -78,24 +78,24 @@ def read(folder, wanted: dict) -> dict:
       )
       return traverse_util.flatten_dict(tree)
 
-    alone = {key: e.key for key, e in found.items() if e.row is None}
-    arrays = restored({alone[key]: wanted[key] for key in alone})
+    alone = {key: e.key for key, e in entries.items() if e.row is None}
+    arrays = restored({alone[key]: needed[key] for key in alone})
     flat = {key: arrays[alone[key]] for key in alone}
     stacks: dict[tuple, list[str]] = {}
-    for key in found.keys() - alone.keys():
-      stacks.setdefault(found[key].key, []).append(key)
+    for key in entries.keys() - alone.keys():
+      stacks.setdefault(entries[key].key, []).append(key)
     for stack, keys in stacks.items():  # one at a time: only it is held twice
-      want = wanted[keys[0]]
+      target = needed[keys[0]]
       spec = jax.ShapeDtypeStruct(
-        (found[keys[0]].rows, *want.shape),
-        want.dtype,
-        sharding=_with_rows(want.sharding),
+        (entries[keys[0]].rows, *target.shape),
+        target.dtype,
+        sharding=_with_rows(target.sharding),
       )
       array = restored({stack: spec})[stack]
       for key in keys:
-        row = array[found[key].row]
-        flat[key] = jax.device_put(row, wanted[key].sharding)
-  return {key: flat[key] for key in wanted}
+        row = array[entries[key].row]
+        flat[key] = jax.device_put(row, needed[key].sharding)
+  return {key: flat[key] for key in needed}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _path(name: str, target: pathlib.Path) -> pathlib.Path:
   model = MODELS[name]
   if target.is_file() and files.sha256(target) == model.sha256:
     return target
-  parts = _parts(name)
+  paths = _parts(name)
   print(
     f'{model.title} is provided under the Gemma Terms of Use: {model.terms}',
     f'Writing it to {target} ({model.size / 1e6:.0f} MB, once).',
@@ -92,7 +92,7 @@ def _path(name: str, target: pathlib.Path) -> pathlib.Path:
   target.parent.mkdir(parents=True, exist_ok=True)
   digest = hashlib.sha256()
   with files.whole_file(target) as file:
-    for part in parts:
+    for part in paths:
       data = part.read_bytes()
       digest.update(data)
       file.write(data)
@@ -108,9 +108,11 @@ def _path(name: str, target: pathlib.Path) -> pathlib.Path:
 def _parts(name: str) -> list[pathlib.Path]:
   """The parts of the file; reads nothing of them."""
   paths, missing = [], []
-  for module, part in MODELS[name].parts:
+  for module, path_in_module in MODELS[name].parts:
     try:
-      file = pathlib.Path(str(importlib.resources.files(module))) / part
+      file = (
+        pathlib.Path(str(importlib.resources.files(module))) / path_in_module
+      )
     except ModuleNotFoundError:
       file = None
     if file is not None and file.is_file():

@@ -68,8 +68,8 @@ def everywhere(tree, mesh: Mesh | None):
   """Replicates a tree, so that every process of a pod can read it."""
   if mesh is None:
     return tree
-  whole = NamedSharding(mesh, PartitionSpec())
-  return jax.lax.with_sharding_constraint(tree, whole)
+  replicated = NamedSharding(mesh, PartitionSpec())
+  return jax.lax.with_sharding_constraint(tree, replicated)
 
 
 def by_slices(
@@ -92,28 +92,28 @@ def by_slices(
   """
   batch, length = arrays_BT[0].shape[:2]
   devices = mesh.shape.get('data', 1) if mesh is not None else 1
-  most = (rows or _ROWS) * devices
+  slice_tokens = (rows or _ROWS) * devices
   count = next(
     n
     for n in range(1, length + 1)
-    if length % n == 0 and (n == length or batch * length <= most * n)
+    if length % n == 0 and (n == length or batch * length <= slice_tokens * n)
   )
-  parts = [
+  slices = [
     jnp.moveaxis(a.reshape(batch, count, -1, *a.shape[2:]), 1, 0)
     for a in arrays_BT
   ]
-  return jax.lax.map(lambda part: function(*part), parts)
+  return jax.lax.map(lambda part: function(*part), slices)
 
 
 def join(x_nBt: jax.Array) -> jax.Array:
   """[n, B, t, ...] -> [B, n t, ...]."""
-  n, rows, length, *rest = x_nBt.shape
-  return jnp.moveaxis(x_nBt, 0, 1).reshape(rows, n * length, *rest)
+  n, rows, length, *other_axes = x_nBt.shape
+  return jnp.moveaxis(x_nBt, 0, 1).reshape(rows, n * length, *other_axes)
 
 
-@functools.partial(jax.jit, static_argnames=('gemma', 'at'))
+@functools.partial(jax.jit, static_argnames=('gemma', 'sites_read'))
 def taps(
-  gemma: lm.Gemma, params: lm.Params, tokens_BT: jax.Array, at: tuple
+  gemma: lm.Gemma, params: lm.Params, tokens_BT: jax.Array, sites_read: tuple
 ) -> Taps:
-  """x_BTD at each of the sites `at`, without logits."""
-  return gemma.forward(params, tokens_BT, taps=at, logits=False).taps
+  """x_BTD at each of the sites read, without logits."""
+  return gemma.forward(params, tokens_BT, taps=sites_read, logits=False).taps

@@ -97,7 +97,9 @@ def read_config(name: str, checkpoint: str = '') -> lm.AnyConfig:
     shape = lm.config_class(fields)
     known = {field.name for field in dataclasses.fields(shape)}
     try:
-      return shape(**{k: v for k, v in fields.items() if k in known})
+      return shape(
+        **{key: value for key, value in fields.items() if key in known}
+      )
     except TypeError as error:
       raise CheckpointNotFound(
         f'{str(folder / "config.json")!r} does not describe a model ({error}); '
@@ -133,9 +135,9 @@ def tokenizer(name: str, checkpoint: str = '') -> pathlib.Path:
   folder = _folder(name, checkpoint)
   if _is_gguf(folder):
     return gguf.tokenizer(folder, packages.cache())
-  beside = folder / 'tokenizer.model'
-  if _is_local(folder) and beside.is_file():
-    return beside
+  path = folder / 'tokenizer.model'
+  if _is_local(folder) and path.is_file():
+    return path
   if name in lm.SIZES or hugging_face.is_described_by(_described(folder)):
     raise CheckpointNotFound(
       f'{name} needs its tokenizer, and there is no tokenizer.model in '
@@ -185,22 +187,22 @@ def shapes(
   if mesh is not None:
     pin = NamedSharding(mesh, PartitionSpec('data', None, None))
   gemma = lm.Gemma(config, pin)
-  wanted = {}
+  needed = {}
   for key, shape in traverse_util.flatten_dict(
     gemma.param_shapes, sep='/'
   ).items():
     layer = re.match(r'layer_(\d+)/', key)
     if layer and num_layers is not None and int(layer[1]) >= num_layers:
       continue
-    place = (
+    target_sharding = (
       jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
       if mesh is None
       else sharding(mesh, key, shape.shape, config.transpose_gating)
     )
-    wanted[key] = jax.ShapeDtypeStruct(
-      shape.shape, jnp.dtype(dtype), sharding=place
+    needed[key] = jax.ShapeDtypeStruct(
+      shape.shape, jnp.dtype(dtype), sharding=target_sharding
     )
-  return gemma, wanted
+  return gemma, needed
 
 
 def load(
@@ -228,16 +230,16 @@ def load(
   arguments.dtype(dtype)
   folder = _folder(name, checkpoint)
   _refuse_missing(name, folder)
-  gemma, wanted = shapes(name, checkpoint, dtype, mesh, num_layers)
-  whole = traverse_util.flatten_dict(gemma.param_shapes, sep='/')
+  gemma, needed = shapes(name, checkpoint, dtype, mesh, num_layers)
+  all_shapes = traverse_util.flatten_dict(gemma.param_shapes, sep='/')
   if _is_gguf(folder):
-    flat = gguf.read(folder, whole, wanted)
+    flat = gguf.read(folder, all_shapes, needed)
   elif hugging_face.is_described_by(_described(folder)):
-    flat = hugging_face_tensors.read(folder, whole, wanted)
+    flat = hugging_face_tensors.read(folder, all_shapes, needed)
   elif _is_local(folder) and any(folder.glob('*.safetensors')):
-    flat = _from_safetensors(folder, wanted)
+    flat = _from_safetensors(folder, needed)
   else:
-    flat = orbax_checkpoints.read(folder, wanted)
+    flat = orbax_checkpoints.read(folder, needed)
   return gemma, traverse_util.unflatten_dict(flat, sep='/')
 
 
@@ -253,8 +255,8 @@ def save_safetensors(
     {key: np.ascontiguousarray(value) for key, value in flat.items()},
     folder / 'model.safetensors',
   )
-  described = {**dataclasses.asdict(config), **extra}
-  files.write_json(folder / 'config.json', described, indent=2)
+  fields = {**dataclasses.asdict(config), **extra}
+  files.write_json(folder / 'config.json', fields, indent=2)
 
 
 def _folder(name: str, checkpoint: str):
@@ -304,27 +306,27 @@ def _is_gguf(folder) -> bool:
   return _is_local(folder) and folder.is_file()
 
 
-def _from_safetensors(folder: pathlib.Path, wanted: dict) -> dict:
+def _from_safetensors(folder: pathlib.Path, needed: dict) -> dict:
   from safetensors import SafetensorError, safe_open
 
-  where, shapes = {}, {}
+  path_of, shapes = {}, {}
   for path in sorted(folder.glob('*.safetensors')):
     try:
       with safe_open(path, framework='np') as file:
         for key in file.keys():  # noqa: SIM118 - not a dict
-          where[key] = path
+          path_of[key] = path
           shapes[key] = file.get_slice(key).get_shape()
     except SafetensorError as error:
       raise CheckpointNotFound(
         f'{str(path)!r} is not a whole safetensors file ({error}).'
       ) from error
-  orbax_checkpoints.check(shapes, wanted, folder)
+  orbax_checkpoints.check(shapes, needed, folder)
   flat = {}
-  for path in sorted(set(where.values())):
+  for path in sorted(set(path_of.values())):
     # numpy has no bfloat16 of its own: the flax reader knows ml_dtypes'.
     with safe_open(path, framework='flax') as file:
-      for key, want in wanted.items():
-        if where[key] == path:
-          value = file.get_tensor(key).astype(want.dtype)
-          flat[key] = jax.device_put(value, want.sharding)
+      for key, target in needed.items():
+        if path_of[key] == path:
+          value = file.get_tensor(key).astype(target.dtype)
+          flat[key] = jax.device_put(value, target.sharding)
   return flat

@@ -57,7 +57,7 @@ Result = dict[str, Any]  # plain JSON, printed with --json
 def build(session: Session, options: Options) -> Result:
   """Indexes all SAEs in one pass, writes the pages and prints their URL."""
   with interrupt_lib.Interrupt() as interrupt:
-    first = session.build(
+    first_page = session.build(
       options.sequences,
       options.batch,
       interrupt.check,
@@ -66,7 +66,7 @@ def build(session: Session, options: Options) -> Result:
     )
   if options.effects:
     return measure_effects(session, dataclasses.replace(options, all=True))
-  return _address(session, first)
+  return _address(session, first_page)
 
 
 def pages(session: Session, options: Options) -> Result:
@@ -75,8 +75,8 @@ def pages(session: Session, options: Options) -> Result:
   return _address(session, session.pages())
 
 
-def _address(session: Session, first: pathlib.Path) -> Result:
-  address = first.resolve().as_uri()
+def _address(session: Session, first_page: pathlib.Path) -> Result:
+  address = first_page.resolve().as_uri()
   session.report(f'microscope  {address}')
   return {'pages': address}
 
@@ -101,17 +101,17 @@ def why(session: Session, options: Options) -> Result:
       raise ValueError(
         f'--{flag} needs transcoders or a CLT; {sae.name} is neither.'
       )
-  place = inputs.head(options.head, len(ids)) if options.head else None
+  score_position = inputs.head(options.head, len(ids)) if options.head else None
   subject = session.subject(sae)
   logit = inputs.logit(session, options, ids)
   pieces = readout.logit_pieces(tokenizer, logit)
   session.report(f'{sae.name}: {spoken(pieces)} after {options.text[-60:]!r}')
-  found = attribution.attribute(subject, ids, logit)
-  session.report(attribution.report(found, session.named(sae)))
-  result = {'why': {'text': options.text, 'logit': pieces, **found}}
+  attributed = attribution.attribute(subject, ids, logit)
+  session.report(attribution.report(attributed, session.named(sae)))
+  result = {'why': {'text': options.text, 'logit': pieces, **attributed}}
   if traced:
     prompt = graph_files.Prompt(options.text, ids, tokenizer.pieces(ids), logit)
-    wanted = graphs.Wanted(place, options.target, options.supernodes)
+    wanted = graphs.Wanted(score_position, options.target, options.supernodes)
     result |= graphs.trace(session, sae, prompt, wanted)
   for name, content in result.items():
     _keep(session, name, content)
@@ -141,17 +141,21 @@ def steer(session: Session, options: Options) -> Result:
   if options.prompts:
     return _steer_many(session, options, changes, subject, sampling)
   ids = inputs.ids(session, options)
-  found = effects.steer(subject, ids, changes, sampling)
-  for name, one in found.items():
-    kl = f', KL {one["kl"]:.3f} nats per token' if one.get('kl') else ''
+  continuations = effects.steer(subject, ids, changes, sampling)
+  for name, continuation in continuations.items():
+    kl = (
+      f', KL {continuation["kl"]:.3f} nats per token'
+      if continuation.get('kl')
+      else ''
+    )
     session.report(
       f'{name}: perplexity under the unchanged model '
-      f'{one["perplexity"]:.2f}{kl}'
+      f'{continuation["perplexity"]:.2f}{kl}'
     )
-    one['text'] = session.tokenizer.decode(one['ids'])
-    session.report(options.text + one['text'])
+    continuation['text'] = session.tokenizer.decode(continuation['ids'])
+    session.report(options.text + continuation['text'])
   if len(changes) > 1:
-    return found
+    return continuations
   logit = inputs.logit(session, options, ids)
   pieces = readout.logit_pieces(session.tokenizer, logit)
   strengths = (1.0,)
@@ -165,7 +169,7 @@ def steer(session: Session, options: Options) -> Result:
     'controls of equal norm'
   )
   session.report(effects.curve_table(curve))
-  return {**found, 'curve': curve}
+  return {**continuations, 'curve': curve}
 
 
 def _steer_many(session, options: Options, changes, subject, sampling):
@@ -190,9 +194,9 @@ def _steer_many(session, options: Options, changes, subject, sampling):
   return result
 
 
-def _keep(session: Session, name: str, found: dict) -> None:
+def _keep(session: Session, name: str, result: dict) -> None:
   path = session.out / f'{name}.json'
-  files.write_json(path, found, indent=1)
+  files.write_json(path, result, indent=1)
   session.report(f'written  {path}')
 
 
@@ -205,7 +209,7 @@ def find_concept(session: Session, options: Options) -> Result:
     )
   sae = session.find(options.sae)
   prompts = probe_inputs.read_prompts(options.prompts)
-  found_rows = probe_inputs.of_prompts(
+  probe_rows = probe_inputs.of_prompts(
     session.model,
     sae,
     prompts,
@@ -213,17 +217,17 @@ def find_concept(session: Session, options: Options) -> Result:
     options.pooling,
     options.batch,
   )
-  found = probe.run(found_rows, prompts.label_N)
-  session.report(probe_report.report(found))
-  best = probe.best(found, 'latents', 5) or probe.best(found, 'latents', 1)
+  probed = probe.run(probe_rows, prompts.label_N)
+  session.report(probe_report.report(probed))
+  best = probe.best(probed, 'latents', 5) or probe.best(probed, 'latents', 1)
   if best:
     name = session.named(sae)
     for feature, weight in zip(best['latents'], best['weights'], strict=True):
       session.report(f'  latent {feature:>7}  {weight:+.3f}  {name(feature)}')
   session.out.mkdir(parents=True, exist_ok=True)
-  _keep(session, 'probe', found)
-  _keep_direction(session, sae, found_rows, prompts.label_N)
-  return found | {'conclusion': probe_report.conclusion(found)}
+  _keep(session, 'probe', probed)
+  _keep_direction(session, sae, probe_rows, prompts.label_N)
+  return probed | {'conclusion': probe_report.conclusion(probed)}
 
 
 def _keep_direction(session: Session, sae, rows: probe.Rows, label_N) -> None:
@@ -231,10 +235,10 @@ def _keep_direction(session: Session, sae, rows: probe.Rows, label_N) -> None:
   if sae.wiring.several:
     return
   train = ~rows.test_B
-  found = probe.difference_of_means(rows.x_BD[train], label_N[train])
+  direction = probe.difference_of_means(rows.x_BD[train], label_N[train])
   path = session.out / 'probe_direction.npy'
   with files.whole_file(path) as file:
-    np.save(file, found.w_D.astype(np.float32))
+    np.save(file, direction.w_D.astype(np.float32))
   session.report(f'written  {path}, a direction at {sae.wiring.sites[0]}')
 
 
@@ -254,10 +258,10 @@ def measure_effects(session: Session, options: Options) -> Result:
       index, path = session.index(sae), session.effects_path(sae)
       subject = session.subject(sae)
       measured = card_results.measure(subject, index, path, settings, watch)
-      found = card_results.results(measured, index, options.alpha)
-      summaries[sae.name] = found['summary']
-      session.report(card_results.table(found['summary']))
-      path = card_results.write(path, found, index, settings)
+      results = card_results.results(measured, index, options.alpha)
+      summaries[sae.name] = results['summary']
+      session.report(card_results.table(results['summary']))
+      path = card_results.write(path, results, index, settings)
       session.report(f'written  {path}')
   return {'effects': summaries} | pages(session, options)
 

@@ -46,21 +46,21 @@ def trace(
   """The graph through an SAE and those of the other layers; see the head."""
   result, ids = {}, prompt.ids
   saved = _supernodes(wanted)
-  together = _together(session, sae)
-  subjects = [session.subject(one) for one in together]
+  members = _together(session, sae)
+  subjects = [session.subject(member) for member in members]
   config, reading = session.model[0].config, None
   if wanted.target:
     widths = lambda site: site.check(config).width(config)
     reading = inputs.target(wanted.target, subjects, widths)
   traced = attribution_graph.trace(subjects, ids, prompt.logit, reading=reading)
-  names = [session.named(one) for one in together]
+  names = [session.named(member) for member in members]
   named = lambda member, feature: names[member](feature)
   session.report(attribution_graph.report(traced, prompt.pieces, named))
   graph = attribution_graph.plain(traced) | {
     'text': prompt.text,
     'pieces': list(prompt.pieces),
     'logit': readout.logit_pieces(session.tokenizer, prompt.logit),
-    'saes': [one.name for one in together],
+    'saes': [member.name for member in members],
   }
   for node in graph['nodes']:
     if node['kind'] == 'feature':
@@ -73,15 +73,15 @@ def trace(
   model = graph_files.Model(
     session.config.lm.name,
     config.num_layers,
-    [one.width // len(one.place.sites) for one in subjects],
+    [subject.width // len(subject.place.sites) for subject in subjects],
   )
   content = graph_files.plain(graph, prompt, model, 'graph', named)
   result['graph_neuronpedia'] = content
   if wanted.place is not None:
-    found = attention_scores.decompose(Replacement(subjects, ids), wanted.place)
-    compared = attention_scores.compare(subjects, ids, found)
-    session.report(attention_scores.report(found, compared, named))
-    result['head'] = attention_scores.plain(found) | compared
+    score = attention_scores.decompose(Replacement(subjects, ids), wanted.place)
+    comparison = attention_scores.compare(subjects, ids, score)
+    session.report(attention_scores.report(score, comparison, named))
+    result['head'] = attention_scores.plain(score) | comparison
   return result
 
 
@@ -120,6 +120,6 @@ def _group(graph, saved, named, path: str) -> None:
 
 def _together(session: Session, sae: Released) -> list[Released]:
   """The SAEs of one graph: a CLT, or one transcoder for each layer."""
-  every = [session.indexed(one) for one in session.saes]
-  first = session.saes.index(sae)
-  return [session.saes[i] for i in readout.together(every, first)]
+  indexed = [session.indexed(sae) for sae in session.saes]
+  position = session.saes.index(sae)
+  return [session.saes[i] for i in readout.together(indexed, position)]

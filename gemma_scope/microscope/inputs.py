@@ -69,13 +69,13 @@ def logit(session: Session, options: Options, ids) -> readout.Logit:
     raise ValueError(
       '--logit must be one token, or two tokens separated by a comma.'
     )
-  found = [readout.one_token(session.tokenizer, word) for word in words]
-  return readout.different(found[0], found[1] if len(found) > 1 else None)
+  tokens = [readout.one_token(session.tokenizer, word) for word in words]
+  return readout.different(tokens[0], tokens[1] if len(tokens) > 1 else None)
 
 
 def change(text: str) -> intervene.Change:
-  feature, _, rest = text.partition(':')
-  kind, _, strength = rest.partition(':')
+  feature, _, edit = text.partition(':')
+  kind, _, strength = edit.partition(':')
   try:
     return intervene.Change(
       int(feature), kind or 'ablate', float(strength or 1)
@@ -88,34 +88,36 @@ def change(text: str) -> intervene.Change:
 
 def head(text: str, length: int) -> attention_scores.Place:
   """The score that --head=LAYER.HEAD:QUERY:KEY names."""
-  found = re.fullmatch(r'(\d+)\.(\d+):(\d+):(\d+)', text)
-  if found is None or max(map(int, found.groups()[2:])) >= length:
+  match = re.fullmatch(r'(\d+)\.(\d+):(\d+):(\d+)', text)
+  if match is None or max(map(int, match.groups()[2:])) >= length:
     raise ValueError(
       f'--head={text!r} must be LAYER.HEAD:QUERY:KEY, such as 5.2:9:3, with '
       f'tokens counted from BOS, 0, to {length - 1}.'
     )
-  return attention_scores.Place(*map(int, found.groups()))
+  return attention_scores.Place(*map(int, match.groups()))
 
 
 def target(text: str, subjects, widths) -> permutation_test.Reading:
   """The reading of --target: SITE:FILE.npy, or feature:LAYER/FEATURE."""
-  kind, _, rest = text.partition(':')
+  kind, _, argument = text.partition(':')
   if kind == 'feature':
-    found = re.fullmatch(r'(\d+)/(\d+)', rest)
-    at = found and _reads(subjects, int(found[1]))
-    if not at or int(found[2]) >= at[0].width // len(at[0].place.sites):
+    match = re.fullmatch(r'(\d+)/(\d+)', argument)
+    reader = match and _reads(subjects, int(match[1]))
+    if not reader or int(match[2]) >= reader[0].width // len(
+      reader[0].place.sites
+    ):
       raise ValueError(
         f'--target={text!r}: there is no such feature; write '
         'feature:LAYER/FEATURE, such as feature:2/17.'
       )
-    subject, number = at
+    subject, number = reader
     W_enc = subject.params['W_enc']
     W_enc = W_enc[number] if subject.place.several else W_enc
-    vector_D = np.asarray(W_enc[:, int(found[2])])
+    vector_D = np.asarray(W_enc[:, int(match[2])])
     return permutation_test.Reading(subject.place.sites[number], vector_D)
   try:
     site = sites.parse(kind)
-    vector_D = np.load(rest, allow_pickle=False)
+    vector_D = np.load(argument, allow_pickle=False)
   except (OSError, ValueError) as error:
     raise ValueError(
       f'--target={text!r} must be SITE:FILE.npy, such as '
@@ -123,8 +125,8 @@ def target(text: str, subjects, widths) -> permutation_test.Reading:
     ) from None
   if vector_D.shape != (widths(site),):
     raise ValueError(
-      f'{rest} must hold one vector of {widths(site)} numbers for {site}; it '
-      f'holds an array of shape {list(vector_D.shape)}.'
+      f'{argument} must hold one vector of {widths(site)} numbers for {site}; '
+      f'it holds an array of shape {list(vector_D.shape)}.'
     )
   return permutation_test.Reading(site, vector_D.astype(np.float32))
 
@@ -138,25 +140,25 @@ def _reads(subjects, layer: int):
   return None
 
 
-def features(given: str, one) -> list[int]:
+def features(text: str, index) -> list[int]:
   """Indices from 'all', '200' (the 200 most frequent) or '3,17' or '3,'."""
-  alive = np.flatnonzero(one.fired_F)
-  order = alive[np.argsort(-one.fired_F[alive], kind='stable')]
-  if given == 'all':
+  alive = np.flatnonzero(index.fired_F)
+  order = alive[np.argsort(-index.fired_F[alive], kind='stable')]
+  if text == 'all':
     return sorted(map(int, alive))
-  parts = [part for part in given.split(',') if part.strip()]
-  if not parts or not all(part.strip().isdigit() for part in parts):
+  entries = [entry for entry in text.split(',') if entry.strip()]
+  if not entries or not all(entry.strip().isdigit() for entry in entries):
     raise ValueError(
       '--features must be all, a number N (the N most frequent), or indices '
-      f'separated by commas, such as 3,17; found {given!r}.'
+      f'separated by commas, such as 3,17; found {text!r}.'
     )
-  numbers = list(map(int, parts))
-  if len(numbers) == 1 and not given.endswith(','):
+  numbers = list(map(int, entries))
+  if len(numbers) == 1 and not text.endswith(','):
     return sorted(map(int, order[: numbers[0]]))
-  wrong = [i for i in numbers if i >= len(one.max_F)]
-  if wrong:
+  unknown = [i for i in numbers if i >= len(index.max_F)]
+  if unknown:
     raise ValueError(
-      f'--features: there is no latent {wrong[0]}; the SAE has '
-      f'{len(one.max_F):,}.'
+      f'--features: there is no latent {unknown[0]}; the SAE has '
+      f'{len(index.max_F):,}.'
     )
   return numbers

@@ -15,6 +15,7 @@ import numpy as np
 
 from gemma_scope.microscope.session import Session
 from gemma_scope.release import Released
+from gemma_scope.text import tokenizers
 
 _BEFORE, _AFTER = 10, 5  # tokens of context around an example
 _POSITIVE, _NEGATIVE = '46,139,87', '205,92,92'  # red, green, blue
@@ -41,16 +42,16 @@ def tokens(pieces: Sequence[str], values: Sequence[float]) -> Display:
     pieces: the tokens, such as `Tokenizer.pieces` returns.
     values: one for each token; the largest magnitude has the full colour.
   """
-  most = max(map(abs, values), default=0) or 1
+  largest = max(map(abs, values), default=0) or 1
   shown, text = [], []
   for piece, value in zip(pieces, values, strict=True):
     word = _visible(piece)
     colour = _POSITIVE if value >= 0 else _NEGATIVE
     shown.append(
       f'<span title="{value:.3g}" style="background:rgba({colour},'
-      f'{abs(value) / most:.2f})">{html.escape(word)}</span>'
+      f'{abs(value) / largest:.2f})">{html.escape(word)}</span>'
     )
-    text.append(f'{word}[{value:.3g}]' if abs(value) > most / 20 else word)
+    text.append(f'{word}[{value:.3g}]' if abs(value) > largest / 20 else word)
   return Display(''.join(text), f'<pre>{"".join(shown)}</pre>')
 
 
@@ -71,7 +72,7 @@ def show(
       f'There is no feature {feature}: the SAE has {len(index.max_F):,}.'
     )
   label = session.named(sae)(feature) or 'never fires'
-  parts = [
+  lines = [
     _line(
       f'Feature {feature} of {sae.name}: {label}. It fires on '
       f'{index.density_F[feature]:.2%} of the tokens, at most '
@@ -83,17 +84,17 @@ def show(
     if ids_FL is not None:
       verb = 'raises' if name == 'positive' else 'lowers'
       words = pieces(map(int, ids_FL[feature][:8]))
-      parts.append(
+      lines.append(
         _line(f'{verb}: ' + ', '.join(map(repr, map(_visible, words))))
       )
   windows_EW = index.windows('top', feature)
   for e in range(min(examples, len(windows_EW))):
     n, t = index.top_sequence_FE[feature, e], index.top_position_FE[feature, e]
     if n >= 0:
-      parts.append(_example(index, pieces, (n, t), windows_EW[e]))
+      lines.append(_example(index, pieces, (n, t), windows_EW[e]))
   return Display(
-    '\n'.join(part.text for part in parts),
-    ''.join(part.html for part in parts),
+    '\n'.join(line.text for line in lines),
+    ''.join(line.html for line in lines),
   )
 
 
@@ -101,9 +102,9 @@ def _line(text: str) -> Display:
   return Display(text, f'<div>{html.escape(text)}</div>')
 
 
-def _example(index, pieces, where: tuple[int, int], window_W) -> Display:
+def _example(index, pieces, peak: tuple[int, int], window_W) -> Display:
   """The text around one activation; the window is centred on it."""
-  (n, t), middle = where, len(window_W) // 2
+  (n, t), middle = peak, len(window_W) // 2
   start = max(t - min(_BEFORE, middle), 1)
   stop = min(
     t + _AFTER + 1, index.sequences_NT.shape[1], t + len(window_W) - middle
@@ -114,7 +115,7 @@ def _example(index, pieces, where: tuple[int, int], window_W) -> Display:
 
 
 def _visible(piece: str) -> str:
-  return piece.replace('\u2581', ' ').replace('\n', '\u21b5')
+  return tokenizers.readable(piece).replace('\n', '\u21b5')
 
 
 def dose_response(curve: Sequence[Mapping[str, Any]], key: str = 'delta_logit'):

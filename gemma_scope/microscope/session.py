@@ -157,10 +157,10 @@ class Session:
     """
     if not self._given and self._built:
       return self._built['saes']
-    given = self._given or str(self.workdir / 'release')
+    paths = self._given or str(self.workdir / 'release')
     return [
       os.path.relpath(path, self.workdir) if os.path.exists(path) else path
-      for path in given.split(',')
+      for path in paths.split(',')
     ]
 
   @functools.cached_property
@@ -169,8 +169,8 @@ class Session:
     opened, model = [], self.config.lm.name if self._site else ''
     about = published.described(self._site, model)
     for path in self._paths:
-      here = self.workdir / path
-      path = str(here) if here.exists() else path
+      local_path = self.workdir / path
+      path = str(local_path) if local_path.exists() else path
       for sae in published.open_all(path, about=about):
         opened.append((build_lib.name_of(sae.path), path, sae))
     names = [name for name, _, _ in opened]
@@ -225,9 +225,9 @@ class Session:
   def subject(self, sae: release.Released) -> intervene.Subject:
     """The SAE in its model; strengths are in units of the index's maxima."""
     indexed, t = self.indexed(sae), self.tokenizer
-    special = t.pad_id, t.bos_id, t.eos_id
+    special_ids = t.pad_id, t.bos_id, t.eos_id
     return intervene.subject(
-      self.model, indexed.checked, indexed.index.max_F, special, self.mesh
+      self.model, indexed.checked, indexed.index.max_F, special_ids, self.mesh
     )
 
   def read(
@@ -257,7 +257,7 @@ class Session:
 
     return [
       (
-        piece.replace('▁', ' '),
+        tokenizers.readable(piece),
         list(strongest(feature_K, value_K)) if counts else [],
       )
       for piece, feature_K, value_K, counts in zip(
@@ -320,8 +320,8 @@ class Session:
         progress.say('')
         progress.update(done)
 
-      how = build_lib.How(batch, self.mesh, show, poll, state, outliers)
-      built = build_lib.build(*self.model, saes, text, how)
+      settings = build_lib.How(batch, self.mesh, show, poll, state, outliers)
+      built = build_lib.build(*self.model, saes, text, settings)
       for number, (sae, index) in enumerate(zip(saes, built, strict=True), 1):
         progress.say(f'logit lenses: {number} of {len(saes)} are made')
         store_lib.write(self.out / 'indexes' / sae.name, index)
@@ -406,11 +406,11 @@ class Session:
       if feature in labels and not labels[feature]['low']:
         return labels[feature]['text']
       words = self.tokenizer.pieces(pages.words(index, feature)[:4])
-      return ' '.join(repr(word.replace('▁', ' ')) for word in words)
+      return ' '.join(repr(tokenizers.readable(word)) for word in words)
 
     return name
 
 
 def spoken(pieces: Sequence[str]) -> str:
   """A logit or logit difference as text, such as "' yes' - ' no'"."""
-  return ' - '.join(repr(piece.replace('▁', ' ')) for piece in pieces)
+  return ' - '.join(repr(tokenizers.readable(piece)) for piece in pieces)

@@ -70,8 +70,8 @@ class Case:
   def room(self) -> int:
     if self.branch == 'dense':
       return 0
-    usual = self.k * 5 // 4 + 16 if self.arch == 'topk' else 2 * self.k
-    return min(self.limit or usual, self.width)
+    default = self.k * 5 // 4 + 16 if self.arch == 'topk' else 2 * self.k
+    return min(self.limit or default, self.width)
 
   def stack(self) -> stack.Stack:
     """SAEs that read one site; a learning rate of 0 keeps them unchanged."""
@@ -79,7 +79,7 @@ class Case:
       d_in=self.d, d_out=self.d, width=self.width, matmul_dtype=self.dtype
     )
     penalty = {'jumprelu': 'target_l0', 'gated': 'l1', 'relu': 'l1'}
-    how = optimizer.Optimizer(
+    adam = optimizer.Optimizer(
         b2=0.999, eps=1e-8, clip=0.0, warm_up=0, decay=0, sparsity_warm_up=0,
         threshold_rate=1.0, steps=10**6, dead_after=10**9, theta_decay=0.999,
         adaptive_rate=0.01,
@@ -92,9 +92,9 @@ class Case:
       *[jnp.zeros(count, jnp.int32)] * 2,
     )
     objective = objectives.Objective(penalty.get(self.arch, 'k'))
-    at = (_SITE,)
+    read = (_SITE,)
     return stack.Stack(
-      module, objective, at, at, setting, tuple(range(count)), how
+      module, objective, read, read, setting, tuple(range(count)), adam
     )
 
   def start(self, saes: stack.Stack, x_BD: jax.Array, mesh) -> stack.State:
@@ -110,9 +110,9 @@ class Case:
       return jnp.quantile(z, 1 - self.k / self.width)
 
     raw_S = jnp.log(jax.jit(jax.vmap(threshold))(state.params['W_enc']))
-    old = state.params['log_threshold']
+    stacked = state.params['log_threshold']
     raw = jax.device_put(
-      jnp.broadcast_to(raw_S[:, None], old.shape), old.sharding
+      jnp.broadcast_to(raw_S[:, None], stacked.shape), stacked.sharding
     )
     return state.replace(params={**state.params, 'log_threshold': raw})
 
@@ -206,14 +206,14 @@ def compiled(case: Case, mesh, x_NBD=None):
 
 def _peak(compiled) -> int | None:
   """Peak bytes of a program on each device, as the compiler reports them."""
-  m = compiled.memory_analysis()
-  if m is None:
+  memory = compiled.memory_analysis()
+  if memory is None:
     return None
   return (
-    m.argument_size_in_bytes
-    + m.output_size_in_bytes
-    + m.temp_size_in_bytes
-    - m.alias_size_in_bytes
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+    - memory.alias_size_in_bytes
   )
 
 
@@ -255,11 +255,11 @@ def interleaved(
 
 def _spread(name: str, values) -> dict[str, float]:
   """Median, smallest and largest."""
-  median, least, most = np.median(values), np.min(values), np.max(values)
+  median, smallest, largest = np.median(values), np.min(values), np.max(values)
   return {
     name: float(median),
-    f'{name}_low': float(least),
-    f'{name}_high': float(most),
+    f'{name}_low': float(smallest),
+    f'{name}_high': float(largest),
   }
 
 
@@ -279,13 +279,14 @@ def harvest(name: str, seq_len: int, lm_batch: int, mesh, repeats: int):
   """
   gemma = lm.Gemma(weights.read_config(name, ''))
   params = gemma.init(_KEY)
-  at = [sites.Site(i, 'resid_post') for i in range(gemma.config.num_layers)]
+  layers = range(gemma.config.num_layers)
+  sites_read = [sites.Site(layer, 'resid_post') for layer in layers]
   tokens = jax.random.randint(_KEY, (lm_batch, seq_len), 3, 1000)
   tokens = jax.device_put(tokens, mesh_lib.sharding(mesh, 'data', None))
 
   @jax.jit
   def read(params, tokens_BT):
-    return gemma.forward(params, tokens_BT, taps=at, logits=False).taps
+    return gemma.forward(params, tokens_BT, taps=sites_read, logits=False).taps
 
   compiled = read.lower(params, tokens).compile()
   flops = (compiled.cost_analysis() or {}).get('flops', 0)
@@ -301,7 +302,7 @@ def harvest(name: str, seq_len: int, lm_batch: int, mesh, repeats: int):
     'lm': name,
     'seq_len': seq_len,
     'lm_batch': lm_batch,
-    'sites': len(at),
+    'sites': len(sites_read),
     **_where(mesh),
     **_spread('tokens_per_s', rates),
     **_spread('matmul_share', share),
@@ -351,8 +352,8 @@ def collection(
     {'all': end_to_end(case), 'one': end_to_end(single)}, repeats
   )
   tokens_each = rows * case.batch
-  together = tokens_each / np.array(times['all'])
-  apart = tokens_each / np.array(times['one']) / case.members
+  rates = tokens_each / np.array(times['all'])
+  single_rates = tokens_each / np.array(times['one']) / case.members
   return {
     'measure': 'collection',
     **dataclasses.asdict(case),
@@ -360,9 +361,9 @@ def collection(
     'limit': case.room,
     'lm': name,
     **_where(mesh),
-    **_spread('tokens_per_s', together),
-    **_spread('single_runs_tokens_per_s', apart),
-    **_spread('ratio', together / apart),
+    **_spread('tokens_per_s', rates),
+    **_spread('single_runs_tokens_per_s', single_rates),
+    **_spread('ratio', rates / single_rates),
   }
 
 
@@ -410,10 +411,10 @@ def data(case: Case, rows: int, mesh, repeats: int) -> list[dict[str, Any]]:
       {'chunk': lambda: load(chunks), 'store': lambda: load(from_disk)}, repeats
     )
   sizes = {'d': case.d, 'batch': case.batch, 'rows': layout.rows}
-  rates = {what: layout.rows / np.array(times[what]) for what in times}
+  rates = {kind: layout.rows / np.array(times[kind]) for kind in times}
   return [
-    {'measure': what, **sizes, **_where(mesh)}
-    | _spread('rows_per_s', rates[what])
-    | _spread('bytes_per_s', 4 * case.d * rates[what])
-    for what in ('chunk', 'store')
+    {'measure': source_kind, **sizes, **_where(mesh)}
+    | _spread('rows_per_s', rates[source_kind])
+    | _spread('bytes_per_s', 4 * case.d * rates[source_kind])
+    for source_kind in ('chunk', 'store')
   ]

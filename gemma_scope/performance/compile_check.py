@@ -135,10 +135,12 @@ def check(
     yield record
 
 
-def _together(a: Program, b: Program) -> int:
+def _together(first: Program, second: Program) -> int:
   """Bytes that both keep, and what one of them needs while it runs."""
-  kept = a.arguments + b.arguments
-  return kept + max(p.hbm_bytes - p.arguments for p in (a, b))
+  argument_bytes = first.arguments + second.arguments
+  return argument_bytes + max(
+    program.hbm_bytes - program.arguments for program in (first, second)
+  )
 
 
 def job(config: ConfigDict, topology: str) -> tuple[ConfigDict, list[str]]:
@@ -151,35 +153,37 @@ def job(config: ConfigDict, topology: str) -> tuple[ConfigDict, list[str]]:
     ConfigError: the pod cannot train them in several runs either.
   """
   pod = topologies.pod(topology)
-  where = setup.dimensions(config), len(pod.devices), pod.device.hbm
+  model_and_pod = setup.dimensions(config), len(pod.devices), pod.device.hbm
   try:
-    auto_mesh.choose(config, *where)
+    auto_mesh.choose(config, *model_and_pod)
     return config, []
   except config_lib.ConfigError:
-    if not (parts := auto_mesh.split(config, *where)):
+    if not (layer_groups := auto_mesh.split(config, *model_and_pod)):
       raise
-  runs = [config.copy_and_resolve_references() for _ in parts]
-  for run, part in zip(runs, parts, strict=True):
-    config_lib.override(run, 'collection.layers', part)
+  runs = [config.copy_and_resolve_references() for _ in layer_groups]
+  for run, layers_of_run in zip(runs, layer_groups, strict=True):
+    config_lib.override(run, 'collection.layers', layers_of_run)
   layers = lambda run: run.collection.layers
-  return max(runs, key=lambda run: (len(layers(run)), layers(run))), parts
+  return max(
+    runs, key=lambda run: (len(layers(run)), layers(run))
+  ), layer_groups
 
 
 def _harvest(config: ConfigDict, mesh):
   """Name, tokens and FLOPs of the forward pass, and a function to lower it."""
-  at = specs.site_list(config)
-  layers = 1 + max(site.layer for site in at)
-  gemma, wanted = weights.shapes(
+  sites_read = specs.site_list(config)
+  layers = 1 + max(site.layer for site in sites_read)
+  gemma, tensors = weights.shapes(
     config.lm.name, config.lm.checkpoint, config.lm.dtype, mesh, layers
   )
   layout = setup.layout(config)
-  source = harvest.ModelSource(gemma, None, at, None, layout, mesh)
+  source = harvest.ModelSource(gemma, None, sites_read, None, layout, mesh)
   tokens_BT = jax.ShapeDtypeStruct(
     (layout.lm_batch, layout.seq_len),
     jnp.int32,
     sharding=source.tokens_place,
   )
-  params = traverse_util.unflatten_dict(wanted, sep='/')
+  params = traverse_util.unflatten_dict(tensors, sep='/')
   count = layout.lm_batch * layout.seq_len
   flops = count * forward_flops(gemma.config, layers)
   lower = lambda: source.harvest.lower(params, tokens_BT)
@@ -195,7 +199,7 @@ def _step(config: ConfigDict, mesh):
   """Name, rows and FLOPs of the training step, and a function to lower it."""
   model = setup.dimensions(config)
   stacks, _ = setup.make_stacks(config, model)
-  at = specs.site_list(config)
+  sites_read = specs.site_list(config)
   rows = config.train.batch
   batch = {
     site: jax.ShapeDtypeStruct(
@@ -203,7 +207,7 @@ def _step(config: ConfigDict, mesh):
       jnp.dtype(config.activations.dtype),
       sharding=mesh_lib.sharding(mesh, 'data', None),
     )
-    for site in at
+    for site in sites_read
   }
   scalar = lambda dtype: jax.ShapeDtypeStruct(
     (), dtype, sharding=mesh_lib.sharding(mesh)
@@ -218,7 +222,7 @@ def _step(config: ConfigDict, mesh):
       if centred
       else None,
     )
-    for site in at
+    for site in sites_read
   }
   step = setup.step_of(config, stacks, None, mesh)
   flops = sum(s.module.flops(rows) * len(s.seeds) for s in stacks)
@@ -239,8 +243,12 @@ def _compiled(name, tokens, flops, lower, pod, mesh) -> Program:
       compiled = lower().compile()
   except jax.errors.JaxRuntimeError as error:
     # 'Used 20.06G of 15.75G hbm': the one failure that a size explains.
-    used = re.search(r'Used ([\d.]+)([BKMGT]) of [\d.]+[BKMGT] hbm', str(error))
-    size = int(float(used[1]) * _UNITS[used[2]]) if used else None
+    bytes_used = re.search(
+      r'Used ([\d.]+)([BKMGT]) of [\d.]+[BKMGT] hbm', str(error)
+    )
+    size = (
+      int(float(bytes_used[1]) * _UNITS[bytes_used[2]]) if bytes_used else None
+    )
     return Program(
       name,
       tokens,
@@ -251,34 +259,34 @@ def _compiled(name, tokens, flops, lower, pod, mesh) -> Program:
       error=str(error).splitlines()[0][:300],
     )
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-  counted = float(cost['flops'])
-  turns = flops / counted if flops > 1.5 * counted else 1.0
-  moved = turns * float(cost.get('bytes accessed', 0))
+  compiler_flops = float(cost['flops'])
+  turns = flops / compiler_flops if flops > 1.5 * compiler_flops else 1.0
+  hbm_bytes_moved = turns * float(cost.get('bytes accessed', 0))
   estimate = turns * float(cost.get('optimal_seconds', 0))
   output = memory.output_size_in_bytes - memory.alias_size_in_bytes
   arguments = memory.argument_size_in_bytes
-  used = arguments + memory.temp_size_in_bytes + output
+  bytes_used = arguments + memory.temp_size_in_bytes + output
   return Program(
     name,
     tokens,
     flops,
-    counted,
+    compiler_flops,
     turns,
-    moved,
+    hbm_bytes_moved,
     arguments,
     memory.temp_size_in_bytes,
     output,
-    max(used, getattr(memory, 'peak_memory_in_bytes', 0)),
+    max(bytes_used, getattr(memory, 'peak_memory_in_bytes', 0)),
     estimate if estimate_holds(estimate, flops / pod.device.flops) else None,
-    max(flops / pod.device.flops, moved / pod.device.hbm_rate),
+    max(flops / pod.device.flops, hbm_bytes_moved / pod.device.hbm_rate),
     collectives(compiled.as_text()),
     time.monotonic() - start,
   )
 
 
-def estimate_holds(estimate: float, least: float) -> bool:
+def estimate_holds(estimate: float, shortest: float) -> bool:
   """Whether an estimated time is possible: finite, no faster than the chip."""
-  return math.isfinite(estimate) and estimate > 0.9 * least
+  return math.isfinite(estimate) and estimate > 0.9 * shortest
 
 
 _SHAPE = re.compile(r'(\w+)\[([\d,]*)\]')
@@ -298,9 +306,9 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
       sizes.append(count * bits // 8)
     # A started one names its operands, and then its results.
     size = sum(sizes) // (2 if start and len(sizes) > 1 else 1)
-    of_kind = by_kind.setdefault(kind, {'count': 0, 'bytes': 0})
-    of_kind['count'] += 1
-    of_kind['bytes'] += size
+    totals = by_kind.setdefault(kind, {'count': 0, 'bytes': 0})
+    totals['count'] += 1
+    totals['bytes'] += size
   return by_kind
 
 
@@ -331,20 +339,25 @@ def advice(program: Program, config: ConfigDict, mesh) -> str:
       'language model'
     )
   members, data, latent = mesh
-  more = [f'raise mesh.latent above {latent}, which splits each SAE']
+  suggestions = [f'raise mesh.latent above {latent}, which splits each SAE']
   if data > 1:
-    more.append(f'at the cost of mesh.data ({data})')
-  if np.prod([len(config.collection[k]) for k in ('layers', 'widths')]) > 1:
-    more.append('or train fewer members at once (layers=, widths=, sparsity=)')
+    suggestions.append(f'at the cost of mesh.data ({data})')
+  if (
+    np.prod([len(config.collection[field]) for field in ('layers', 'widths')])
+    > 1
+  ):
+    suggestions.append(
+      'or train fewer members at once (layers=, widths=, sparsity=)'
+    )
   if config.sae.matmul_dtype == 'float32':
-    more.append("or set sae.matmul_dtype='bfloat16'")
-  return ', '.join(more)
+    suggestions.append("or set sae.matmul_dtype='bfloat16'")
+  return ', '.join(suggestions)
 
 
 def lines(record: dict[str, Any]) -> Iterator[str]:
   """A record as text for the terminal."""
-  gib = lambda n: '-' if n is None else f'{n / 2**30:.2f} GiB'
-  ms = lambda s: 'none' if s is None else f'{1e3 * s:.2f} ms'
+  gib = lambda size: '-' if size is None else f'{size / 2**30:.2f} GiB'
+  ms = lambda seconds: 'none' if seconds is None else f'{1e3 * seconds:.2f} ms'
   yield (
     f'{record["program"]} on {record["topology"]}: {record["devices"]} '
     f'devices, {record["chips"]} chips, mesh {record["mesh"]}, '
@@ -361,21 +374,21 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
     yield f'  the compiler says: {record["error"]}'
   if not record['fits']:
     yield f'  to make it fit: {record["advice"]}'
-  found = record['compiler_flops']
+  compiler_flops = record['compiler_flops']
   yield (
     f'  FLOPs         {record["flops"]:.3g} by arithmetic, '
-    f'{"-" if found is None else f"{found:.3g}"} by the compiler; '
-    f'bytes {record["bytes"] or float("nan"):.3g}'
+    f'{"-" if compiler_flops is None else f"{compiler_flops:.3g}"} by the '
+    f'compiler; bytes {record["bytes"] or float("nan"):.3g}'
   )
-  which = 'estimate' if record['estimated_s'] else 'roofline'
+  time_used = 'estimate' if record['estimated_s'] else 'roofline'
   yield (
     f'  time          estimate {ms(record["estimated_s"])}, roofline '
     f'{ms(record["roofline_s"])}; utilisation {record["utilisation"]:.0%} by '
-    f'the {which}'
+    f'the {time_used}'
   )
-  for kind, of_kind in sorted(record['collectives'].items()):
+  for kind, totals in sorted(record['collectives'].items()):
     yield (
-      f'  {kind:13s} {of_kind["count"]} of {of_kind["bytes"] / 2**20:,.1f} MiB '
+      f'  {kind:13s} {totals["count"]} of {totals["bytes"] / 2**20:,.1f} MiB '
       'together'
     )
   yield f'  compiled in   {record["compile_s"]:.1f} s'

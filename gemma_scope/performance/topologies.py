@@ -114,8 +114,8 @@ def pod(topology: str) -> Pod:
 
 def targeted(mesh: jax.sharding.Mesh):
   """A context in which kernels are chosen for the chips of a mesh."""
-  use = getattr(jax.sharding, 'use_abstract_mesh', None)
-  return use(mesh.abstract_mesh) if use else contextlib.nullcontext()
+  use_mesh = getattr(jax.sharding, 'use_abstract_mesh', None)
+  return use_mesh(mesh.abstract_mesh) if use_mesh else contextlib.nullcontext()
 
 
 def is_there() -> bool:

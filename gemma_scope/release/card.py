@@ -37,15 +37,15 @@ def model_card(
     'tags': ['sparse-autoencoder', 'interpretability', 'gemma'],
   }
   # JSON values are YAML values, whatever characters they hold.
-  parts = ['---']
-  parts += [f'{key}: {json.dumps(item)}' for key, item in front.items()]
+  lines = ['---']
+  lines += [f'{key}: {json.dumps(item)}' for key, item in front.items()]
   models = ', '.join(_distinct(rows, 'model')) or 'a language model'
-  what = 'Sparse autoencoders'
+  subject = 'Sparse autoencoders'
   if any(card['type'] != 'sae' for card, _ in rows):
-    what += ' and transcoders'
-  heading = f'{what} for {models}' if title is None else title
-  parts += ['---', '', f'# {table_lib.escape(heading)}', '']
-  parts += [
+    subject += ' and transcoders'
+  heading = f'{subject} for {models}' if title is None else title
+  lines += ['---', '', f'# {table_lib.escape(heading)}', '']
+  lines += [
     f'{_counted(rows)} trained with gemma_scope on the activations of '
     f'{models}. Files, keys and shapes are those of Gemma Scope 1 '
     '([arXiv:2408.05147](https://arxiv.org/abs/2408.05147)): `W_enc` '
@@ -74,34 +74,36 @@ def model_card(
     '',
   ]
   if picture:
-    parts += [f'![Sparsity-fidelity frontier]({picture})', '']
-  parts += ['## How they were made', '', *_provenance(rows), '']
-  parts += [
+    lines += [f'![Sparsity-fidelity frontier]({picture})', '']
+  lines += ['## How they were made', '', *_provenance(rows), '']
+  lines += [
     '`manifest.json` lists every file with its size and SHA-256; '
     '`release.load` and `release.verify` check them. `config.json` beside '
     'each `params.npz` says how that SAE was trained, `metrics.json` what '
     'was measured.',
     '',
   ]
-  return '\n'.join(parts)
+  return '\n'.join(lines)
 
 
 def _counted(rows: Sequence[table_lib.Row]) -> str:
   """'3 sparse autoencoders (jumprelu, topk), 1 transcoder (jumprelu)'."""
-  parts = []
+  phrases = []
   for name in (*table_lib.TYPE_NAMES.values(), table_lib.PAIR):
-    of_kind = [row for row in rows if table_lib.type_name(row[0]) == name]
-    if of_kind:
+    rows_of_type = [row for row in rows if table_lib.type_name(row[0]) == name]
+    if rows_of_type:
       architectures = sorted(
-        {table_lib.architecture(card) for card, _ in of_kind} - {''}
+        {table_lib.architecture(card) for card, _ in rows_of_type} - {''}
       )
       shown = (
         f' ({table_lib.escape("; ".join(architectures))})'
         if architectures
         else ''
       )
-      parts.append(f'{len(of_kind)} {name}{"s" * (len(of_kind) > 1)}{shown}')
-  return ', '.join(parts)
+      phrases.append(
+        f'{len(rows_of_type)} {name}{"s" * (len(rows_of_type) > 1)}{shown}'
+      )
+  return ', '.join(phrases)
 
 
 def _more_keys(rows: Sequence[table_lib.Row]) -> list[str]:
@@ -141,7 +143,9 @@ def _measured(rows: Sequence[table_lib.Row]) -> str:
   counts = sorted({count for count in counts if count})
   if not counts:
     return 'None of these has been evaluated.'
-  tokens = ' to '.join(f'{n:,.0f}' for n in {counts[0]: 0, counts[-1]: 0})
+  tokens = ' to '.join(
+    f'{count:,.0f}' for count in {counts[0]: 0, counts[-1]: 0}
+  )
   text = (
     f'Measured on {tokens} tokens each. Delta loss: nats per token added to '
     "the language model's loss when the reconstruction takes its place, BOS "
@@ -177,7 +181,8 @@ def _provenance(rows: Sequence[table_lib.Row]) -> list[str]:
     values = json.loads(text)
     items = values.items() if isinstance(values, dict) else [('source', values)]
     shown = '; '.join(
-      f'{table_lib.escape(k)}: {table_lib.escape(v)}' for k, v in items
+      f'{table_lib.escape(key)}: {table_lib.escape(value)}'
+      for key, value in items
     )
     lines.append(f'- Text: {shown}')
   return lines or ['- No provenance was recorded.']

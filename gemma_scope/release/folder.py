@@ -82,14 +82,14 @@ def save(
   if not saes:
     raise ReleaseError('A release needs at least one SAE; none was given.')
   try:
-    ready = sorted(
-      map(_ready, saes), key=lambda each: table_lib.order(each[1:])
+    prepared = sorted(
+      map(_ready, saes), key=lambda entry: table_lib.order(entry[1:])
     )
-    paths = paths_lib.paths([each[1:] for each in ready])
+    paths = paths_lib.paths([entry[1:] for entry in prepared])
     target.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(target.parent, ready)
+    _check_room(target.parent, prepared)
     with files.whole_folder(target, replace=True) as draft:
-      _build(draft, ready, paths, title, license_name)
+      _build(draft, prepared, paths, title, license_name)
       if not _may_replace(target, draft, overwrite):
         raise _Unchanged
   except _Unchanged:
@@ -172,20 +172,20 @@ def _located(path) -> tuple[pathlib.Path, str | None, dict | None]:
     if folder.name != 'params.npz':
       raise files.Refused(f'{files.show(folder)} must be called params.npz.')
     folder = folder.parent
-  inside = paths_lib.locate(folder)
-  if not inside:
+  location = paths_lib.locate(folder)
+  if not location:
     if folder.is_symlink():
       raise files.Refused(
         f'{files.show(folder)} is a symbolic link; give the path of the folder '
         'itself.'
       )
     return folder, None, None
-  root, name = inside
+  root, name = location
   manifest.refuse_links(root, name)
   if not os.path.lexists(root / manifest.NAME):
     return folder, name, None
   entries = manifest.read(root)['members']
-  listed = {e['path']: e['files'] for e in entries}.get(name)
+  listed = {entry['path']: entry['files'] for entry in entries}.get(name)
   if listed is None:
     raise files.Refused(
       f'{files.show(folder)} is not in the manifest of its release.'
@@ -221,7 +221,7 @@ def load_all(root: str | os.PathLike[str]) -> list[Released]:
       saes.append(Released(card, read, metrics, entry['path'], folder))
   except files.Refused as error:
     raise ReleaseError(str(error)) from None
-  return sorted(saes, key=lambda m: table_lib.order((m.card, m.metrics)))
+  return sorted(saes, key=lambda sae: table_lib.order((sae.card, sae.metrics)))
 
 
 def _here(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -271,7 +271,9 @@ def _build(root: pathlib.Path, ready, paths, title, license_name):
     summary = {key: card.get(key) for key in _SUMMARY}
     for key in ('l0', 'fvu', 'delta_loss'):
       summary[key] = table_lib.value((metrics or {}).get(key))
-    present = [n for n in manifest.MEMBER_FILES if (folder / n).exists()]
+    present = [
+      name for name in manifest.MEMBER_FILES if (folder / name).exists()
+    ]
     described = {name: manifest.describe(folder / name) for name in present}
     entries.append(summary | {'path': path, 'files': described})
   picture = None
@@ -282,7 +284,7 @@ def _build(root: pathlib.Path, ready, paths, title, license_name):
     rows, paths, title=title, license_name=license_name, picture=picture
   )
   files.write_text(root / 'README.md', text)
-  present = [n for n in manifest.ROOT_FILES if (root / n).exists()]
+  present = [name for name in manifest.ROOT_FILES if (root / name).exists()]
   sealed = manifest.seal(
     {
       'format': manifest.FORMAT,
@@ -302,21 +304,23 @@ def _may_replace(
   Raises:
     ReleaseError: the target holds something that must not be replaced.
   """
-  where = files.show(target)
+  shown = files.show(target)
   if not os.path.lexists(target):
     return True
   if not target.is_dir():
-    raise ReleaseError(f'{where} is a file; a release needs a folder.')
+    raise ReleaseError(f'{shown} is a file; a release needs a folder.')
   if not any(target.iterdir()):
     return True
   try:
-    old = manifest.read(target)
+    old_manifest = manifest.read(target)
   except files.Refused as error:
     raise ReleaseError(
-      f'{where} is not empty, and holds no release that can be read ({error}) '
+      f'{shown} is not empty, and holds no release that can be read ({error}) '
       'It was not changed; choose another folder or delete this one.'
     ) from None
-  known = {target / name for name in (manifest.NAME, *manifest.listed(old))}
+  known = {
+    target / name for name in (manifest.NAME, *manifest.listed(old_manifest))
+  }
   for path, _, names in os.walk(target):
     for name in names:
       if pathlib.Path(path, name) not in known:
@@ -325,7 +329,7 @@ def _may_replace(
           'release in this folder and would be lost; move it, or choose '
           'another folder.'
         )
-  if old == manifest.read(partial):
+  if old_manifest == manifest.read(partial):
     try:
       verify(target)
       return False
@@ -336,13 +340,15 @@ def _may_replace(
         ) from None
   elif not overwrite:
     raise ReleaseError(
-      f'{where} holds a different release; pass --overwrite to replace it, or '
+      f'{shown} holds a different release; pass --overwrite to replace it, or '
       'choose another folder.'
     )
   return True
 
 
 def _check_room(folder: pathlib.Path, ready):
-  needed = sum(a.nbytes for params, _, _ in ready for a in params.values())
+  needed = sum(
+    array.nbytes for params, _, _ in ready for array in params.values()
+  )
   needed += len(ready) << 17
   files.check_room(folder, needed, 'The release')

@@ -86,21 +86,23 @@ def frontier(path: str | os.PathLike[str], rows: Sequence[table.Row]):
   path = pathlib.Path(path)
   grid = _grid([sites.wiring_of(card) for card, _ in rows])
   lines, columns = len(grid), max(len(line) for line in grid)
-  beside = columns <= 3
+  side_by_side = columns <= 3
   with matplotlib.rc_context(_STYLE):
     picture = figure.Figure(
       figsize=(
-        (2 if beside else 1) * columns * _PANEL[0] + 0.9,
-        (1 if beside else 2) * lines * _PANEL[1] + 0.9,
+        (2 if side_by_side else 1) * columns * _PANEL[0] + 0.9,
+        (1 if side_by_side else 2) * lines * _PANEL[1] + 0.9,
       ),
       layout='constrained',
     )
-    halves = picture.subfigures(*((1, 2) if beside else (2, 1)), wspace=0.04)
+    subfigures = picture.subfigures(
+      *((1, 2) if side_by_side else (2, 1)), wspace=0.04
+    )
     looks = _looks(rows)
-    for half, (key, label) in zip(halves, _MEASURES, strict=True):
+    for subfigure, (key, label) in zip(subfigures, _MEASURES, strict=True):
       if key == 'fvu' and any(table.has_rule(metrics) for _, metrics in rows):
         label = 'FVU without outlier tokens'
-      _draw(half, grid, rows, (key, label), looks)
+      _draw(subfigure, grid, rows, (key, label), looks)
     _legend(picture, looks, any(table.control(metrics) for _, metrics in rows))
     metadata = {'.png': {'Software': None}, '.svg': {'Date': None}}
     metadata['.pdf'] = {'CreationDate': None}
@@ -113,16 +115,16 @@ def frontier(path: str | os.PathLike[str], rows: Sequence[table.Row]):
       )
 
 
-def _line_of(place: sites.Wiring) -> tuple[str, ...]:
+def _line_of(wiring: sites.Wiring) -> tuple[str, ...]:
   """Places of one line of panels, hence of one scale, share this."""
-  return place.type, place.kind, place.targets[0].kind
+  return wiring.type, wiring.kind, wiring.targets[0].kind
 
 
 def _grid(wirings: Sequence[sites.Wiring]) -> list[list[sites.Wiring]]:
   """Panels: a line of layers for each kind, long lines broken evenly."""
   lines = {}
-  for place in sorted(set(wirings), key=sites.wiring_order):
-    lines.setdefault(_line_of(place), []).append(place)
+  for wiring in sorted(set(wirings), key=sites.wiring_order):
+    lines.setdefault(_line_of(wiring), []).append(wiring)
   longest = max(len(line) for line in lines.values())
   columns = math.ceil(longest / math.ceil(longest / _COLUMNS))
   return [
@@ -132,11 +134,11 @@ def _grid(wirings: Sequence[sites.Wiring]) -> list[list[sites.Wiring]]:
   ]
 
 
-def _title(place: sites.Wiring) -> str:
-  if place.type == 'sae':
-    return f'{place.kind}, layer {place.layers()}'
-  between = '\n' if place.several else '/'  # layers may be many
-  return f'{place.type} {place.kind}{between}{place.layers()}'
+def _title(wiring: sites.Wiring) -> str:
+  if wiring.type == 'sae':
+    return f'{wiring.kind}, layer {wiring.layers()}'
+  separator = '\n' if wiring.several else '/'  # layers may be many
+  return f'{wiring.type} {wiring.kind}{separator}{wiring.layers()}'
 
 
 def _looks(rows: Sequence[table.Row]) -> dict[tuple[int, str], dict]:
@@ -149,18 +151,18 @@ def _looks(rows: Sequence[table.Row]) -> dict[tuple[int, str], dict]:
   several = len(architectures) > 1
   looks = {}
   for width, architecture in keys:
-    rank, which = widths.index(width), architectures.index(architecture)
+    rank, number = widths.index(width), architectures.index(architecture)
     # viridis without its palest end, which white paper swallows.
     colour = colormaps['viridis'](0.12 + 0.66 * rank / max(len(widths) - 1, 1))
     name = f'{sites.width_name(width)} latents'
     label = f'{name}, {architecture}' if several else name
     if len(widths) == 1 and several:
-      colour, label = _COLOURS[which % len(_COLOURS)], architecture
+      colour, label = _COLOURS[number % len(_COLOURS)], architecture
     looks[width, architecture] = {
       'color': colour,
-      'marker': _MARKERS[(which if several else rank) % len(_MARKERS)],
-      'markerfacecolor': 'white' if which % 2 else colour,
-      'linestyle': _DASHES[which % len(_DASHES)],
+      'marker': _MARKERS[(number if several else rank) % len(_MARKERS)],
+      'markerfacecolor': 'white' if number % 2 else colour,
+      'linestyle': _DASHES[number % len(_DASHES)],
       'label': label,
     }
   return looks
@@ -170,17 +172,17 @@ def _look(card: dict) -> tuple[int, str]:
   return card['width'], table.architecture(card)
 
 
-def _draw(half, grid, rows, measure, looks):
+def _draw(subfigure, grid, rows, measure, looks):
   """One measure: a panel for each place; equal kinds get equal scales."""
   key, label = measure
   columns = max(map(len, grid))
-  axes = half.subplots(
+  axes = subfigure.subplots(
     len(grid), columns, sharex=True, sharey='row', squeeze=False
   )
   logarithmic = all(
-    (number := table.value(each.get(key))) is None or number > 0
+    (number := table.value(figures.get(key))) is None or number > 0
     for _, metrics in rows
-    for each in (metrics, table.control(metrics))
+    for figures in (metrics, table.control(metrics))
   )
   for r, line in enumerate(grid):
     for c in range(columns):
@@ -188,39 +190,41 @@ def _draw(half, grid, rows, measure, looks):
       if c >= len(line):
         panel.set_axis_off()
         continue
-      here = [row for row in rows if sites.wiring_of(row[0]) == line[c]]
-      _panel(panel, here, key, looks)
+      rows_here = [row for row in rows if sites.wiring_of(row[0]) == line[c]]
+      _panel(panel, rows_here, key, looks)
       panel.set_title(_title(line[c]), pad=3)
       _scales(panel, logarithmic)
       if r == len(grid) - 1 or c >= len(grid[r + 1]):
         panel.tick_params(labelbottom=True)
   for r, line in enumerate(grid):
     # FVU means the same everywhere; nats lost do so within a kind only.
-    alike = [
-      axes[other, 0].get_ylim()
-      for other in range(len(grid))
-      if key == 'fvu' or _line_of(grid[other][0]) == _line_of(line[0])
+    limits = [
+      axes[candidate, 0].get_ylim()
+      for candidate in range(len(grid))
+      if key == 'fvu' or _line_of(grid[candidate][0]) == _line_of(line[0])
     ]
-    low, high = min(low for low, _ in alike), max(high for _, high in alike)
+    low, high = min(low for low, _ in limits), max(high for _, high in limits)
     if key == 'fvu':  # 1 is the mean vector alone: keep it in sight
       low, high = (low if logarithmic else min(low, 0)), max(high, 1.12)
     axes[r, 0].set_ylim(low, high)
-  half.supxlabel('L0 (active latents per token)', fontsize=7, color=_INK)
-  half.supylabel(label, fontsize=7, color=_INK)
+  subfigure.supxlabel('L0 (active latents per token)', fontsize=7, color=_INK)
+  subfigure.supylabel(label, fontsize=7, color=_INK)
 
 
 def _panel(panel, rows, key, looks):
   """A line for each (width, architecture, seed), and its control."""
   groups = {}
   for card, metrics in rows:
-    key_of = (_look(card), str(card.get('seed')))
-    groups.setdefault(key_of, []).append(metrics)
-  for (look, _), measured in groups.items():
-    twins = [_point(table.control(m), key, m) for m in measured]
-    twins = sorted(point for point in twins if point)
-    if twins:
+    group_key = (_look(card), str(card.get('seed')))
+    groups.setdefault(group_key, []).append(metrics)
+  for (look, _), group_metrics in groups.items():
+    control_points = [
+      _point(table.control(metrics), key, metrics) for metrics in group_metrics
+    ]
+    control_points = sorted(point for point in control_points if point)
+    if control_points:
       panel.plot(
-        *list(zip(*twins, strict=True))[:2],
+        *list(zip(*control_points, strict=True))[:2],
         color=_GREY,
         linewidth=0.9,
         linestyle=(0, (4, 2)),
@@ -230,12 +234,18 @@ def _panel(panel, rows, key, looks):
         markeredgewidth=0.6,
         zorder=1,
       )
-    points = sorted(p for p in (_point(m, key, m) for m in measured) if p)
+    points = sorted(
+      point
+      for point in (_point(metrics, key, metrics) for metrics in group_metrics)
+      if point
+    )
     if not points:
       continue
     l0, values, low, high = zip(*points, strict=True)
     panel.vlines(l0, low, high, color=looks[look]['color'], lw=0.8, zorder=2)
-    style = {name: v for name, v in looks[look].items() if name != 'label'}
+    style = {
+      name: value for name, value in looks[look].items() if name != 'label'
+    }
     panel.plot(
       l0,
       values,
@@ -269,13 +279,13 @@ def _scales(panel, logarithmic: bool):
   panel.grid(True, which='major', color='#e6e6e6', linewidth=0.5)
   panel.set_axisbelow(True)
   panel.tick_params(which='both', width=0.5, length=2)
-  scaled = [panel.xaxis]
+  log_axes = [panel.xaxis]
   if logarithmic:
     panel.set_yscale('log')
-    scaled.append(panel.yaxis)
+    log_axes.append(panel.yaxis)
   else:
     panel.axhline(0, color='#b0b0b0', linewidth=0.6, zorder=0)
-  for axis in scaled:
+  for axis in log_axes:
     axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=5))
     axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f'{x:g}'))
     axis.set_minor_formatter(ticker.NullFormatter())
@@ -299,12 +309,14 @@ def _legend(picture, looks, has_control: bool):
         label='strongest untrained control',
       )
     )
-  longest = max(len(handle.get_label()) for handle in handles)
-  room = int(picture.get_figwidth() / (0.4 + 0.043 * longest))  # inches
+  longest_label = max(len(handle.get_label()) for handle in handles)
+  columns_that_fit = int(
+    picture.get_figwidth() / (0.4 + 0.043 * longest_label)
+  )  # inches
   picture.legend(
     handles=handles,
     loc='outside upper center',
-    ncols=max(1, min(len(handles), room, 5)),
+    ncols=max(1, min(len(handles), columns_that_fit, 5)),
     frameon=False,
     handlelength=2.4,
   )

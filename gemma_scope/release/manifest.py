@@ -57,12 +57,12 @@ def public(card: dict) -> dict:
     card['text'] = text | {'source': files.shortened(text['source'])}
   for key in ('name', 'initialised_from'):
     if isinstance(card.get(key), str):
-      parts = card[key].split(',') if key != 'name' else [card[key]]
+      paths = card[key].split(',') if key != 'name' else [card[key]]
       card[key] = ','.join(
         files.shortened_path(part)
         if part.startswith(('/', '~', '../'))
         else part
-        for part in parts
+        for part in paths
       )
   return card
 
@@ -119,33 +119,33 @@ def read(root: pathlib.Path) -> dict:
   """Reads and checks manifest.json; its names are then safe to join."""
   path = root / NAME
   content = read_json(path)
-  where = files.show(path)
+  shown = files.show(path)
   if not isinstance(content, dict) or content.get('format') != FORMAT:
     raise files.Refused(
-      f'{where} is not the manifest of a gemma_scope release.'
+      f'{shown} is not the manifest of a gemma_scope release.'
     )
   if content.get('version') != VERSION:
     raise files.Refused(
-      f'{where} has version {files.show(content.get("version"))}; this '
+      f'{shown} has version {files.show(content.get("version"))}; this '
       f'gemma_scope reads version {VERSION}.'
     )
-  members, at_root = content.get('members'), content.get('files')
-  if not isinstance(members, list) or not isinstance(at_root, dict):
-    raise files.Refused(f'{where} lacks its lists of SAEs and files.')
+  members, root_files = content.get('members'), content.get('files')
+  if not isinstance(members, list) or not isinstance(root_files, dict):
+    raise files.Refused(f'{shown} lacks its lists of SAEs and files.')
   # Names before the digest: an attacker can write a valid digest.
-  seen = set()
+  names = set()
   for member in members:
     name = member.get('path') if isinstance(member, dict) else None
     if not isinstance(name, str) or not paths_lib.MEMBER.fullmatch(name):
       raise files.Refused(
-        f'{where} names an SAE {files.show(name)}; expected '
+        f'{shown} names an SAE {files.show(name)}; expected '
         'kind/layer_L/width_W/average_l0_N.'
       )
-    if name in seen:
-      raise files.Refused(f'{where} names the SAE {name} twice.')
-    seen.add(name)
-    _check_names(where, member.get('files'), MEMBER_FILES, 2)
-  _check_names(where, at_root, ROOT_FILES, 0)
+    if name in names:
+      raise files.Refused(f'{shown} names the SAE {name} twice.')
+    names.add(name)
+    _check_names(shown, member.get('files'), MEMBER_FILES, 2)
+  _check_names(shown, root_files, ROOT_FILES, 0)
   unsealed = {key: item for key, item in content.items() if key != 'digest'}
   try:
     same = content.get('digest') == _digest(unsealed)
@@ -153,7 +153,7 @@ def read(root: pathlib.Path) -> dict:
     same = False
   if not same:
     raise files.Refused(
-      f'{where} is damaged or was edited: its digest does not match.'
+      f'{shown} is damaged or was edited: its digest does not match.'
     )
   return content
 
@@ -193,8 +193,8 @@ def check_file(path: pathlib.Path, expected: dict) -> int:
 def refuse_links(root: pathlib.Path, name: str):
   """Raises `files.Refused` if a folder between `root` and `name` is a link."""
   path = root
-  for part in name.split('/'):
-    path = path / part
+  for folder_name in name.split('/'):
+    path = path / folder_name
     if path.is_symlink():
       raise files.Refused(
         f'{files.show(path)} is a symbolic link; a release may hold only files '
@@ -202,14 +202,14 @@ def refuse_links(root: pathlib.Path, name: str):
       )
 
 
-def _check_names(where, entries, allowed, needed: int):
+def _check_names(shown_path, entries, allowed, needed: int):
   """Checks {name: {'bytes', 'sha256'}}; the first `needed` names must exist."""
   if not isinstance(entries, dict):
-    raise files.Refused(f'{where} has an SAE without a list of files.')
+    raise files.Refused(f'{shown_path} has an SAE without a list of files.')
   for name, entry in entries.items():
     if name not in allowed:
       raise files.Refused(
-        f'{where} lists the file {files.show(name)}; expected '
+        f'{shown_path} lists the file {files.show(name)}; expected '
         f'{", ".join(allowed)} only.'
       )
     if (
@@ -218,10 +218,12 @@ def _check_names(where, entries, allowed, needed: int):
       or not isinstance(entry.get('sha256'), str)
       or not _SHA256.fullmatch(entry['sha256'])
     ):
-      raise files.Refused(f'{where} gives no size and SHA-256 for {name}.')
+      raise files.Refused(f'{shown_path} gives no size and SHA-256 for {name}.')
   missing = [name for name in allowed[:needed] if name not in entries]
   if missing:
-    raise files.Refused(f'{where} has an SAE without {", ".join(missing)}.')
+    raise files.Refused(
+      f'{shown_path} has an SAE without {", ".join(missing)}.'
+    )
 
 
 def _compare(path: pathlib.Path, actual: dict, expected: dict):

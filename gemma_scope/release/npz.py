@@ -122,7 +122,7 @@ def _opened(path, required, optional, max_bytes):
         raise files.Refused(f'lacks {", ".join(missing)}')
       with zipfile.ZipFile(_Bounded(file)) as archive:
         by_name = {}
-        for name in (n for n in known.values() if n in entries):
+        for name in (name for name in known.values() if name in entries):
           with archive.open(entries[name]) as stream:
             by_name[name] = _header(stream, name, entries[name], size)
         yield file, archive, entries, by_name
@@ -161,9 +161,9 @@ class _Bounded(io.RawIOBase):
 
   def read(self, size=-1):
     if size is None or size < 0:
-      here = self._file.tell()
-      size = self._file.seek(0, os.SEEK_END) - here
-      self._file.seek(here)
+      position = self._file.tell()
+      size = self._file.seek(0, os.SEEK_END) - position
+      self._file.seek(position)
     if size > _BLOCK_BYTES:
       raise files.Refused(f'has a zip directory of {size:,} bytes')
     return self._file.read(size)
@@ -201,10 +201,10 @@ def _entries(
         f'{info.file_size:,}); write it with np.savez, which does not compress'
       )
     entries[name] = info
-  spare = size - sum(info.file_size for info in infos)
-  if not 0 <= spare <= _DIRECTORY_BYTES:
+  other_bytes = size - sum(info.file_size for info in infos)
+  if not 0 <= other_bytes <= _DIRECTORY_BYTES:
     raise files.Refused(
-      f'has {size:,} bytes, {spare:,} more than its arrays; expected '
+      f'has {size:,} bytes, {other_bytes:,} more than its arrays; expected '
       'only the arrays'
     )
   return entries

@@ -30,13 +30,15 @@ def folder(
 
 def paths(rows: Sequence[table.Row]) -> list[str]:
   """A folder for each SAE; equal names get the seed, else a number."""
-  named = []
+  paths_taken = []
   several = len({card.get('architecture') for card, _ in rows}) > 1
   for card, metrics in rows:
     l0 = table.value((metrics or {}).get('l0'))
     if l0 is None:
-      asked = table.sparsity(card).lower().replace(' ', '_')
-      leaf = f'unmeasured_{asked}' if asked != '-' else 'unmeasured_sparsity'
+      sparsity = table.sparsity(card).lower().replace(' ', '_')
+      leaf = (
+        f'unmeasured_{sparsity}' if sparsity != '-' else 'unmeasured_sparsity'
+      )
     else:
       leaf = f'average_l0_{round(l0)}'
     affine = bool(card.get('affine'))
@@ -44,9 +46,13 @@ def paths(rows: Sequence[table.Row]) -> list[str]:
     if several and card.get('architecture'):
       base += f'_{card["architecture"]}'
     path, count = base, 1
-    if path in named and type(card.get('seed')) is int and card['seed'] >= 0:
+    if (
+      path in paths_taken
+      and type(card.get('seed')) is int
+      and card['seed'] >= 0
+    ):
       path = f'{base}_seed_{card["seed"]}'
-    while path in named:
+    while path in paths_taken:
       count += 1
       path = f'{base}_{count}'
     match = MEMBER.fullmatch(path)
@@ -54,8 +60,8 @@ def paths(rows: Sequence[table.Row]) -> list[str]:
       raise files.Refused(
         f'{files.show(path)} cannot name a folder of a release.'
       )
-    named.append(path)
-  return named
+    paths_taken.append(path)
+  return paths_taken
 
 
 def locate(folder: pathlib.Path) -> tuple[pathlib.Path, str] | None:

@@ -50,27 +50,27 @@ def digest(params: Mapping[str, np.ndarray]) -> str:
 
 def fit(params: Mapping[str, np.ndarray], card: object) -> Params:
   """Checks parameters as `read` does; returns them in the file's order."""
-  place = check_card(card, 'the card', None)
-  what = f'The SAE {files.show(card.get("name", place))}'
+  wiring = check_card(card, 'the card', None)
+  subject = f'The SAE {files.show(card.get("name", wiring))}'
   names = [key for key in (*KEYS, *OPTIONAL_KEYS) if key in params]
   if set(params) - set(names) or set(KEYS) - set(params):
     raise files.Refused(
-      f'{what} has {", ".join(sorted(params))}; expected '
-      f'{", ".join(KEYS)} and at most {", ".join(OPTIONAL_KEYS)}.'
+      f'{subject} has {", ".join(sorted(params))}; expected {", ".join(KEYS)} '
+      f'and at most {", ".join(OPTIONAL_KEYS)}.'
     )
   arrays = {key: np.asarray(params[key]) for key in names}
   for key, array in arrays.items():
     if array.dtype != np.float32:
       raise files.Refused(
-        f'{what} has {key} in {array.dtype}; a release holds float32.'
+        f'{subject} has {key} in {array.dtype}; a release holds float32.'
       )
     if not np.isfinite(array).all():
-      raise files.Refused(f'{what} has values in {key} that are not finite.')
+      raise files.Refused(f'{subject} has values in {key} that are not finite.')
   try:
-    check_shapes({k: a.shape for k, a in arrays.items()}, card)
+    check_shapes({key: array.shape for key, array in arrays.items()}, card)
     _check_values(arrays, card)
   except files.Refused as error:
-    raise files.Refused(f'{what} {error}.') from None
+    raise files.Refused(f'{subject} {error}.') from None
   return arrays
 
 
@@ -155,56 +155,56 @@ def check_card(
     path: where it was read, for messages.
     name: path of the SAE in its release, or None.
   """
-  where = files.show(path)
+  shown = files.show(path)
   if not isinstance(card, dict):
-    raise files.Refused(f'{where} is not a card: expected a JSON object.')
+    raise files.Refused(f'{shown} is not a card: expected a JSON object.')
   for key in ('d_in', 'd_out', 'width'):
     number = card.get(key)
     if type(number) is not int or not 0 < number < 1 << 31:
       raise files.Refused(
-        f'{where} has {key} = {files.show(number)}; expected a whole number '
+        f'{shown} has {key} = {files.show(number)}; expected a whole number '
         'above 0.'
       )
   try:
-    place = sites.wiring_of(card)
+    wiring = sites.wiring_of(card)
   except ValueError as error:
     raise files.Refused(
-      f'{where} does not name the sites of an SAE: {str(error)[:300]}'
+      f'{shown} does not name the sites of an SAE: {str(error)[:300]}'
     ) from None
-  layers = len(place.sites) if place.several else 1
+  layers = len(wiring.sites) if wiring.several else 1
   if card['width'] % layers:
     raise files.Refused(
-      f'{where} has width = {card["width"]}, which is no '
-      f'multiple of its {layers} layers.'
+      f'{shown} has width = {card["width"]}, which is no multiple of its '
+      f'{layers} layers.'
     )
-  if place.sites == place.targets and card['d_in'] != card['d_out']:
+  if wiring.sites == wiring.targets and card['d_in'] != card['d_out']:
     raise files.Refused(
-      f'{where} has d_in = {card["d_in"]} and d_out = {card["d_out"]}, and '
-      f'a {place.type} writes what it reads.'
+      f'{shown} has d_in = {card["d_in"]} and d_out = {card["d_out"]}, and a '
+      f'{wiring.type} writes what it reads.'
     )
-  if place.pair and card['d_in'] % 2:
+  if wiring.pair and card['d_in'] % 2:
     raise files.Refused(
-      f'{where} has d_in = {card["d_in"]}, which two models of one width '
+      f'{shown} has d_in = {card["d_in"]}, which two models of one width '
       'cannot share.'
     )
   if type(card.get('affine', False)) is not bool:
     raise files.Refused(
-      f'{where} has affine = {files.show(card["affine"])}; expected true or '
+      f'{shown} has affine = {files.show(card["affine"])}; expected true or '
       'false.'
     )
   if name is not None:
     match = paths.MEMBER.fullmatch(name)
-    wanted = paths.folder(card), card.get('affine', False)
+    expected = paths.folder(card), card.get('affine', False)
     # Before version 0.4 '1k' stood for 1536 latents too.
-    folders = wanted[0], paths.folder(card, lambda width: f'{width // 1000}k')
+    folders = expected[0], paths.folder(card, lambda width: f'{width // 1000}k')
     is_affine = match['affine'] is not None
-    if match['folder'] not in folders or is_affine is not wanted[1]:
+    if match['folder'] not in folders or is_affine is not expected[1]:
       raise files.Refused(
-        f'{where} is the card of {wanted[0]} with'
-        f'{"" if wanted[1] else "out"} an affine skip, and its folder is '
+        f'{shown} is the card of {expected[0]} with'
+        f'{"" if expected[1] else "out"} an affine skip, and its folder is '
         f'{name}.'
       )
-  return place
+  return wiring
 
 
 def _shapes(card: dict, layers: int) -> npz.Shapes:
@@ -223,8 +223,8 @@ def _shapes(card: dict, layers: int) -> npz.Shapes:
 
 
 def _layers(card: dict) -> int:
-  place = sites.wiring_of(card)
-  return len(place.sites) if place.several else 0
+  wiring = sites.wiring_of(card)
+  return len(wiring.sites) if wiring.several else 0
 
 
 def nbytes(card: dict, affine: bool | None = None) -> int:
@@ -237,7 +237,9 @@ def nbytes(card: dict, affine: bool | None = None) -> int:
   affine = card.get('affine', False) if affine is None else affine
   shapes = _shapes(card, _layers(card))
   return 4 * sum(
-    math.prod(shape) for k, shape in shapes.items() if affine or k != 'W_skip'
+    math.prod(shape)
+    for key, shape in shapes.items()
+    if affine or key != 'W_skip'
   )
 
 

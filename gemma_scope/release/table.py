@@ -52,18 +52,20 @@ def comparable(metrics: dict | None) -> dict:
   if not has_rule(metrics):
     return metrics
 
-  def swapped(figures):
+  def without_outliers(figures):
     if not isinstance(figures, dict) or 'fvu_inliers' not in figures:
       return figures
     return {**figures, 'fvu': figures['fvu_inliers']}
 
-  each = metrics.get('controls')
-  if isinstance(each, dict):
-    each = {kind: swapped(figures) for kind, figures in each.items()}
+  controls = metrics.get('controls')
+  if isinstance(controls, dict):
+    controls = {
+      kind: without_outliers(figures) for kind, figures in controls.items()
+    }
   return {
-    **swapped(metrics),
-    'control': swapped(metrics.get('control')),
-    'controls': each,
+    **without_outliers(metrics),
+    'control': without_outliers(metrics.get('control')),
+    'controls': controls,
   }
 
 
@@ -75,10 +77,10 @@ def control(metrics: dict | None) -> dict:
 
 def _controls(metrics: dict, key: str, digits: int) -> str:
   """A figure of each control, 'random, least squares, PCA'; or of the one."""
-  each = metrics.get('controls')
-  if not isinstance(each, dict):
+  controls = metrics.get('controls')
+  if not isinstance(controls, dict):
     return _figure(control(metrics).get(key), digits, False)
-  figures = [(each.get(kind) or {}).get(key) for kind in CONTROLS]
+  figures = [(controls.get(kind) or {}).get(key) for kind in CONTROLS]
   return ', '.join(_figure(figure, digits, False) for figure in figures)
 
 
@@ -136,16 +138,16 @@ def table(
     measured (random, least squares, PCA), and the least of their KL.
   """
   rows = sorted(rows, key=order)
-  wide = _cells(rows, intervals=True)
+  cells = _cells(rows, intervals=True)
   if markdown:
-    head, *body = wide
+    head, *body = cells
     rule = ['---'] * _text_columns(head)
     rule += ['---:'] * (len(head) - len(rule))
     return '\n'.join(
       f'| {" | ".join(escape(cell) for cell in line)} |'
       for line in (head, rule, *body)
     )
-  text = _aligned(wide)
+  text = _aligned(cells)
   if len(text.partition('\n')[0]) > columns:
     text = _aligned(_cells(rows, intervals=False))
   return text
@@ -179,7 +181,7 @@ def _cells(rows: Sequence[Row], *, intervals: bool) -> list[list[str]]:
   def differs(key):
     return len({line[key] for line in lines}) > 1
 
-  said = {
+  shown_columns = {
     'type': any(line['type'] != 'sae' for line in lines),
     'writes': any(line['writes'] != line['site'] for line in lines),
     'architecture': differs('architecture'),
@@ -188,19 +190,19 @@ def _cells(rows: Sequence[Row], *, intervals: bool) -> list[list[str]]:
     'control KL': any(line['control KL'] != '-' for line in lines),
     'FVU inliers': any(line['FVU inliers'] != '-' for line in lines),
   }
-  head = [key for key in _COLUMNS if said.get(key, True)]
+  head = [key for key in _COLUMNS if shown_columns.get(key, True)]
   return [head, *([line[key] for key in head] for line in lines)]
 
 
 def _line(card: dict, metrics: dict | None, intervals: bool) -> dict[str, str]:
   """Every cell of a row, by its column."""
-  place, metrics = sites.wiring_of(card), metrics or {}
+  wiring, metrics = sites.wiring_of(card), metrics or {}
   dead = value(metrics.get('dead'))
   cells = (
-    place.type,
-    place.kind,
-    place.targets[0].kind,
-    place.layers(),
+    wiring.type,
+    wiring.kind,
+    wiring.targets[0].kind,
+    wiring.layers(),
     sites.width_name(card['width']),
     architecture(card) or '-',
     str(card.get('seed', '-')),
@@ -241,23 +243,23 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
   widths = [
     max(len(cell) for cell in column) for column in zip(*lines, strict=True)
   ]
-  shown = [
+  aligned = [
     '  '.join(
       cell.ljust(width) if i < words else cell.rjust(width)
       for i, (cell, width) in enumerate(zip(line, widths, strict=True))
     ).rstrip()
     for line in lines
   ]
-  shown.insert(1, '-' * len(shown[0]))
-  return '\n'.join(shown)
+  aligned.insert(1, '-' * len(aligned[0]))
+  return '\n'.join(aligned)
 
 
 def escape(text: object) -> str:
   """Text on one line of Markdown that can open no cell, tag, link or code."""
   line = ' '.join(str(text).split())
   line = line.encode('utf-8', 'backslashreplace').decode('utf-8')
-  for mark in '\\|<>[]`':
-    line = line.replace(mark, f'&#{ord(mark)};')
+  for character in '\\|<>[]`':
+    line = line.replace(character, f'&#{ord(character)};')
   return line
 
 

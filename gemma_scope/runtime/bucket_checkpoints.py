@@ -65,11 +65,13 @@ class BucketCheckpoints(checkpoints.Checkpoints):
 
   def steps(self) -> list[int]:
     """The committed steps in the bucket, oldest first."""
-    parts = (name.split('/') for name in self._names())
+    split_names = (name.split('/') for name in self._names())
     return sorted(
-      int(part[0])
-      for part in parts
-      if len(part) == 2 and part[1] == _COMMIT and part[0].isdecimal()
+      int(name_parts[0])
+      for name_parts in split_names
+      if len(name_parts) == 2
+      and name_parts[1] == _COMMIT
+      and name_parts[0].isdecimal()
     )
 
   def _names(self) -> list[str]:
@@ -105,8 +107,8 @@ class BucketCheckpoints(checkpoints.Checkpoints):
     cluster.wait_for_all(barrier)
     if jax.process_index() == 0:
       self._store.write(f'{step}/{_COMMIT}', sealed)
-      for old in self.steps()[: -self._keep]:
-        self._delete(old)
+      for old_step in self.steps()[: -self._keep]:
+        self._delete(old_step)
 
   def _delete(self, step: int) -> None:
     # The commit first: a step half deleted must not look like a step.
@@ -131,12 +133,12 @@ class BucketCheckpoints(checkpoints.Checkpoints):
     if self._cleaned:
       return
     if jax.process_index() == 0:
-      found: dict[str, set[str]] = {}
+      names_by_step: dict[str, set[str]] = {}
       for name in self._names():
-        step, _, rest = name.partition('/')
-        found.setdefault(step, set()).add(rest)
-      for step, rests in found.items():
-        if step.isdecimal() and not rests & {_COMMIT, _DAMAGED}:
+        step, _, object_name = name.partition('/')
+        names_by_step.setdefault(step, set()).add(object_name)
+      for step, object_names in names_by_step.items():
+        if step.isdecimal() and not object_names & {_COMMIT, _DAMAGED}:
           _log.info('Removing step %s, left by a run that was killed.', step)
           self._store.delete_below(f'{step}/')
     checksums.from_all(None)  # a barrier
@@ -182,32 +184,33 @@ class BucketCheckpoints(checkpoints.Checkpoints):
 
   def _leaf(self, step: int, name: str, sums: Mapping, target) -> jax.Array:
     """An array: the blocks of this process's devices, from saved regions."""
-    kept: dict[str, np.ndarray] = {}  # regions, read and checked
+    regions_read: dict[str, np.ndarray] = {}  # regions, read and checked
 
     def block(index):
       bounds = _bounds(index, target.shape)
-      out = np.empty([stop - start for start, stop in bounds], target.dtype)
+      array = np.empty([stop - start for start, stop in bounds], target.dtype)
       filled = 0
       for region in sums:
         saved = _parsed(region)
-        both = [
+        overlap = [
           (max(a, c), min(b, d))
           for (a, b), (c, d) in zip(saved, bounds, strict=True)
         ]
-        if any(start >= stop for start, stop in both):
+        if any(start >= stop for start, stop in overlap):
           continue
-        if region not in kept:
-          kept[region] = self._region(
+        if region not in regions_read:
+          regions_read[region] = self._region(
             step, name, region, sums[region], target.dtype
           )
-        within = lambda ours, both=both: tuple(
-          slice(a - c, b - c) for (a, b), (c, _) in zip(both, ours, strict=True)
+        slices_in = lambda block_bounds, both=overlap: tuple(
+          slice(a - c, b - c)
+          for (a, b), (c, _) in zip(both, block_bounds, strict=True)
         )
-        out[within(bounds)] = kept[region][within(saved)]
-        filled += math.prod(b - a for a, b in both)
-      if filled != out.size:
+        array[slices_in(bounds)] = regions_read[region][slices_in(saved)]
+        filled += math.prod(b - a for a, b in overlap)
+      if filled != array.size:
         raise checkpoints._Damaged(f'{name} has holes')
-      return out
+      return array
 
     return jax.make_array_from_callback(target.shape, target.sharding, block)
 
@@ -254,9 +257,12 @@ def _name(step: int, leaf: str, region: str, part: int) -> str:
 
 
 def _parsed(region: str) -> list[tuple[int, int]]:
-  ends = (part.split(':') for part in region.split(',') if part)
-  return [(int(start), int(stop)) for start, stop in ends]
+  bounds = (bound.split(':') for bound in region.split(',') if bound)
+  return [(int(start), int(stop)) for start, stop in bounds]
 
 
 def _bounds(index, shape) -> list[tuple[int, int]]:
-  return [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+  return [
+    index_slice.indices(size)[:2]
+    for index_slice, size in zip(index, shape, strict=True)
+  ]

@@ -121,10 +121,10 @@ class BucketLease(lease.Heartbeat):
     holder['beat'] = self._beats
     data = json.dumps(holder, indent=1).encode()
     with self._turn:
-      written = self._store.replace(_NAME, data, self._generation)
-      if not written:  # another's, or ours by a request that was sent twice
-        found, written = self._read()
-        if (found or {}).get('token') != self._token:
+      generation = self._store.replace(_NAME, data, self._generation)
+      if not generation:  # another's, or ours by a request that was sent twice
+        stored, generation = self._read()
+        if (stored or {}).get('token') != self._token:
           return False
-      self._generation = written
+      self._generation = generation
     return True

@@ -87,8 +87,8 @@ def _quietly():
 
 
 def _some(items: list[str], comma: str = ', ') -> str:
-  more = f' and {len(items) - 3} more' if len(items) > 3 else ''
-  return comma.join(items[:3]) + more
+  suffix = f' and {len(items) - 3} more' if len(items) > 3 else ''
+  return comma.join(items[:3]) + suffix
 
 
 class Checkpoints:
@@ -145,10 +145,10 @@ class Checkpoints:
     """The committed steps on the disk, oldest first."""
     if not self._folder.exists():
       return []
-    found = [p for p in self._folder.iterdir() if _STEP.fullmatch(p.name)]
+    paths = [p for p in self._folder.iterdir() if _STEP.fullmatch(p.name)]
     if not self._local:  # object stores have no rename: a file is the commit
-      found = [p for p in found if (p / 'commit_success.txt').exists()]
-    return sorted(int(p.name) for p in found)
+      paths = [path for path in paths if (path / 'commit_success.txt').exists()]
+    return sorted(int(path.name) for path in paths)
 
   def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
     """Starts to save `state` and `meta` as `step`; returns once copied.
@@ -167,12 +167,12 @@ class Checkpoints:
     self._prepare()
     if step in self.steps():
       return
-    need = sum(map(checksums.num_bytes, leaves.values())) * 21 // 20 + _SLACK
-    free = checksums.from_all(self._free())  # all must decide alike
-    if self._local and min(free) < need:
-      raise CheckpointError(self._full(step, need, min(free)))
+    needed = sum(map(checksums.num_bytes, leaves.values())) * 21 // 20 + _SLACK
+    free_bytes = checksums.from_all(self._free())  # all must decide alike
+    if self._local and min(free_bytes) < needed:
+      raise CheckpointError(self._full(step, needed, min(free_bytes)))
     sealed = self._sealed(step, leaves, checksums.of(leaves), meta)
-    self._pending = step, need
+    self._pending = step, needed
     try:
       self._orbax.save(
         self._folder / str(step),
@@ -217,10 +217,10 @@ class Checkpoints:
     if jax.process_index() == 0:
       for step in self.steps()[: -self._keep]:
         # Renamed first: a step half deleted must not look like a step.
-        gone = self._folder / f'{step}.todelete'
+        renamed = self._folder / f'{step}.todelete'
         try:
-          (self._folder / str(step)).rename(gone)
-          gone.rmtree()
+          (self._folder / str(step)).rename(renamed)
+          renamed.rmtree()
         except OSError as error:
           _log.warning('Step %d could not be deleted: %s.', step, error)
 
@@ -244,20 +244,20 @@ class Checkpoints:
   def _free(self) -> int | None:
     return shutil.disk_usage(self._folder).free if self._local else None
 
-  def _full(self, step: int, need: int, free: int) -> str:
+  def _full(self, step: int, needed: int, free: int) -> str:
     return (
-      f'Step {step} needs {need:,} bytes in {self._folder} and {free:,} are'
+      f'Step {step} needs {needed:,} bytes in {self._folder} and {free:,} are'
       ' free; make room or lower checkpoint.keep. Earlier steps are intact.'
     )
 
   def _failed(self, error: Exception) -> CheckpointError:
     """The sentence for a failed save; its half-written folder is removed."""
-    (step, need), self._pending = self._pending, None
+    (step, needed), self._pending = self._pending, None
     free = self._free()
     full = any(
-      getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT)
-      or re.search(r'ENOSPC|No space left|[Qq]uota', str(e))
-      for e in (error, error.__cause__, error.__context__)
+      getattr(cause, 'errno', None) in (errno.ENOSPC, errno.EDQUOT)
+      or re.search(r'ENOSPC|No space left|[Qq]uota', str(cause))
+      for cause in (error, error.__cause__, error.__context__)
     )
     for thread in threading.enumerate():  # its threads may still be writing
       if type(thread).__module__.startswith('orbax.'):
@@ -267,8 +267,8 @@ class Checkpoints:
         time.sleep(pause_s)
         for path in self._folder.glob(f'{step}.orbax-checkpoint-tmp*'):
           shutil.rmtree(path, ignore_errors=True)
-    if self._local and (full or free < need):
-      return CheckpointError(self._full(step, need, free))
+    if self._local and (full or free < needed):
+      return CheckpointError(self._full(step, needed, free))
     return CheckpointError(
       f'Step {step} could not be saved in {self._folder}:'
       f' {_sentence(error)}. Earlier steps are intact.'
@@ -286,24 +286,24 @@ class Checkpoints:
       abstract_state: pytree of jax.ShapeDtypeStruct with shardings, or of
         arrays; a leaf without a sharding goes to this process's first device.
     """
-    wanted, structure = checksums.named(abstract_state)
+    abstract_leaves, structure = checksums.named(abstract_state)
 
     def load(step):
       body = self._body(step)
-      if differ := checksums.differences(body['leaves'], wanted):
+      if differ := checksums.differences(body['leaves'], abstract_leaves):
         raise CheckpointError(
           f'Step {step} in {self._folder} was saved by another config:'
           f' {_some(differ, "; ")}. Use the config it was saved with, or'
           ' another folder.'
         )
-      return self._leaves(step, body, wanted), body['meta']
+      return self._leaves(step, body, abstract_leaves), body['meta']
 
-    found = self._newest(load)
-    if found is None:
+    newest = self._newest(load)
+    if newest is None:
       return None
-    step, (leaves, meta) = found
+    step, (leaves, meta) = newest
     state = jax.tree_util.tree_unflatten(
-      structure, [leaves[name] for name in wanted]
+      structure, [leaves[name] for name in abstract_leaves]
     )
     return Restored(step, state, meta)
 
@@ -321,8 +321,8 @@ class Checkpoints:
         # One process's damage is everyone's: all must take the same step.
         problem = next(filter(None, checksums.from_all(problem)), None)
         if problem is None:
-          for bad in damaged:
-            self._set_aside(bad)
+          for damaged_step in damaged:
+            self._set_aside(damaged_step)
           return step, value
         if not _STUMBLE.search(problem):
           break
@@ -377,23 +377,23 @@ class Checkpoints:
   def _leaves(self, step: int, body: Mapping, wanted: Mapping) -> dict:
     """The arrays of a step, once all their checksums are right."""
     targets = checksums.targets(wanted)
-    full = {k: t for k, t in targets.items() if checksums.num_bytes(t)}
+    nonempty = {k: t for k, t in targets.items() if checksums.num_bytes(t)}
     with _quietly():
       problem = ''
       try:
-        leaves = self._read(step, full)
+        leaves = self._read(step, nonempty)
       except Exception as error:  # orbax and tensorstore have many kinds
-        bad = _some(self._unreadable(step, full)) or 'it'
-        problem = f'orbax cannot read {bad} ({_sentence(error)})'
+        unreadable = _some(self._unreadable(step, nonempty)) or 'it'
+        problem = f'orbax cannot read {unreadable} ({_sentence(error)})'
       if problem:
         gc.collect()
         raise _Damaged(problem)
-    for name in targets.keys() - full.keys():
+    for name in targets.keys() - nonempty.keys():
       empty = np.zeros(targets[name].shape, targets[name].dtype)
       leaves[name] = jax.device_put(empty, targets[name].sharding)
     sums = {name: body['leaves'][name]['crc32'] for name in targets}
-    if wrong := checksums.wrong(leaves, sums):
-      raise _Damaged(f'the bytes of {_some(wrong)} are not those saved')
+    if changed := checksums.wrong(leaves, sums):
+      raise _Damaged(f'the bytes of {_some(changed)} are not those saved')
     return leaves
 
   def _read(self, step: int, targets: dict) -> dict[str, jax.Array]:
@@ -409,11 +409,11 @@ class Checkpoints:
 
   def _unreadable(self, step: int, targets: Mapping) -> list[str]:
     """After a failed restore: the leaves that cannot be read on their own."""
-    bad = []
+    unreadable = []
     if jax.process_count() == 1:  # elsewhere one process would wait for all
       for name, target in targets.items():
         try:
           self._read(step, {name: target})
         except Exception:
-          bad.append(name)
-    return bad
+          unreadable.append(name)
+    return unreadable

@@ -73,22 +73,30 @@ def described(
   Args:
     sums: {leaf: {region: sums}} of the regions that this process has.
   """
-  parts = from_all(sums)
+  sums_of_processes = from_all(sums)
   return {
     name: spelling(leaf)
-    | {'crc32': {k: v for p in parts for k, v in p[name].items()}}
+    | {
+      'crc32': {
+        region_name: crcs
+        for process_sums in sums_of_processes
+        for region_name, crcs in process_sums[name].items()
+      }
+    }
     for name, leaf in leaves.items()
   }
 
 
-def targets(wanted: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+def targets(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
   """Where to put the leaves; one without a sharding, on the first device."""
-  first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return {
     name: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=getattr(leaf, 'sharding', None) or first
+      leaf.shape,
+      leaf.dtype,
+      sharding=getattr(leaf, 'sharding', None) or first_device,
     )
-    for name, leaf in wanted.items()
+    for name, leaf in leaves.items()
   }
 
 
@@ -101,9 +109,11 @@ def differences(
     f'{name} is not expected' for name in saved if name not in wanted
   ]
   for name in wanted.keys() & saved.keys():
-    for key, want in spelling(wanted[name]).items():
-      if saved[name][key] != want:
-        problems.append(f'{name} has {key} {saved[name][key]}, expected {want}')
+    for key, expected in spelling(wanted[name]).items():
+      if saved[name][key] != expected:
+        problems.append(
+          f'{name} has {key} {saved[name][key]}, expected {expected}'
+        )
   return sorted(problems)
 
 
@@ -124,13 +134,16 @@ def unseal(sealed: Mapping[str, Any]) -> Any:
 
 def region(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
   """A block of an array as '0:4,8:16'; '' for a scalar."""
-  ends = [s.indices(n) for s, n in zip(index, shape, strict=True)]
-  return ','.join(f'{start}:{stop}' for start, stop, _ in ends)
+  bounds = [
+    index_slice.indices(length)
+    for index_slice, length in zip(index, shape, strict=True)
+  ]
+  return ','.join(f'{start}:{stop}' for start, stop, _ in bounds)
 
 
-def _sums(host: np.ndarray, pool: concurrent.futures.Executor) -> list[int]:
+def _sums(array: np.ndarray, pool: concurrent.futures.Executor) -> list[int]:
   """CRC32 of each block of an array's bytes in C order (zlib frees the GIL)."""
-  data = memoryview(np.ascontiguousarray(host).reshape(-1).view(np.uint8))
+  data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
   starts = range(0, len(data), _BLOCK)
   return list(pool.map(lambda i: zlib.crc32(data[i : i + _BLOCK]), starts))
 
@@ -145,8 +158,8 @@ def of(leaves: Mapping[str, Any]) -> dict[str, dict[str, list[int]]]:
   with _pool() as pool:
     for name, leaf in leaves.items():
       if getattr(leaf, 'is_fully_addressable', True):
-        whole = region((slice(None),) * len(leaf.shape), leaf.shape)
-        sums[name] = {whole: _sums(np.asarray(leaf), pool)}
+        everything = region((slice(None),) * len(leaf.shape), leaf.shape)
+        sums[name] = {everything: _sums(np.asarray(leaf), pool)}
       else:
         sums[name] = {
           region(shard.index, leaf.shape): _sums(np.asarray(shard.data), pool)
@@ -183,39 +196,43 @@ def wrong(
   leaf of which it holds none (saved by several processes under another
   sharding) is not checked, and that is logged.
   """
-  bad, unseen = [], []
+  changed, unchecked = [], []
   with _pool() as pool:
     for name, leaf in leaves.items():
       if leaf.is_fully_addressable:
-        whole = np.asarray(leaf)
+        array = np.asarray(leaf)
 
-        def see(place, whole=whole):
-          ends = (e.split(':') for e in place.split(',') if e)
-          return whole[tuple(slice(int(a), int(b)) for a, b in ends)]
+        def block_of(place, array=array):
+          bounds = (bound.split(':') for bound in place.split(',') if bound)
+          return array[
+            tuple(slice(int(start), int(stop)) for start, stop in bounds)
+          ]
       else:
         shards = {
           region(shard.index, leaf.shape): shard.data
           for shard in leaf.addressable_shards
         }
 
-        def see(place, shards=shards):
+        def block_of(place, shards=shards):
           data = shards.get(place)
           return None if data is None else np.asarray(data)
 
-      held = [(see(place), sums) for place, sums in expected[name].items()]
-      held = [(data, sums) for data, sums in held if data is not None]
-      if not held:
-        unseen.append(name)
-      elif any(_sums(data, pool) != sums for data, sums in held):
-        bad.append(name)
-  if unseen:
+      blocks = [
+        (block_of(place), sums) for place, sums in expected[name].items()
+      ]
+      blocks = [(data, sums) for data, sums in blocks if data is not None]
+      if not blocks:
+        unchecked.append(name)
+      elif any(_sums(data, pool) != sums for data, sums in blocks):
+        changed.append(name)
+  if unchecked:
     _log.info(
       'The sharding changed; the checksums of %d leaves were not compared'
       ' by process %d.',
-      len(unseen),
+      len(unchecked),
       jax.process_index(),
     )
-  return bad
+  return changed
 
 
 def from_all(value: Any) -> list[Any]:

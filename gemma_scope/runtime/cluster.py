@@ -108,13 +108,13 @@ def find() -> dict[str, Any] | None:
     ClusterError: only some of the variables are set.
   """
   names = 'COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'PROCESS_ID'
-  given = [os.environ.get(name, '') for name in names]
-  if any(given):
-    address, count, index = given
+  variables = [os.environ.get(name, '') for name in names]
+  if any(variables):
+    address, count, index = variables
     if not (address and count.isdigit() and index.isdigit()):
       raise ClusterError(
         f'Set all of {", ".join(names)}, such as host:8476, 4 and 0; found '
-        + ', '.join(map(repr, given))
+        + ', '.join(map(repr, variables))
         + '.'
       )
     if int(count) == 1:
@@ -322,9 +322,9 @@ class _Watch:
         now = time.monotonic()
         self._answered = now
         for key, text in states:
-          other = self._others.get(int(key.rpartition('/')[2]))
-          if other is not None and other.get('text') != text:
-            other.update(json.loads(text), text=text, since=now)
+          peer = self._others.get(int(key.rpartition('/')[2]))
+          if peer is not None and peer.get('text') != text:
+            peer.update(json.loads(text), text=text, since=now)
       self._stopped.wait(self._beat_s)
 
   def _coordinator_refuses(self) -> bool:
@@ -338,37 +338,35 @@ class _Watch:
     return False
 
   def _judge(self) -> None:
-    looked = time.monotonic()
+    last_look = time.monotonic()
     while not self._stopped.wait(min(self._beat_s / 2, 2)):
       now = time.monotonic()
-      if now - looked > self._limit_s / 2:  # it was this process that slept
+      if now - last_look > self._limit_s / 2:  # it was this process that slept
         self._answered = now
-        for other in self._others.values():
-          other['since'] = now
-      looked = now
+        for peer in self._others.values():
+          peer['since'] = now
+      last_look = now
       if self._index and self._coordinator_refuses():
         self._name(0, 'is gone, and the coordinator with it')
       if self._index and now - self._answered > self._limit_s:
         self._name(0, f'has not answered for {now - self._answered:.0f} s')
       if now - self._answered > 2 * self._beat_s:
         continue  # what is known of the others is old
-      for number, other in self._others.items():
-        state, silent_s = other.get('state'), now - other['since']
+      for number, peer in self._others.items():
+        state, silent_s = peer.get('state'), now - peer['since']
         if state == 'failed':
-          self._name(number, f'ended with {other["why"]}')
+          self._name(number, f'ended with {peer["why"]}')
         if state != 'done' and silent_s > self._limit_s:
           self._name(number, f'has not answered for {silent_s:.0f} s')
 
-  def _name(self, number: int, what: str) -> None:
+  def _name(self, number: int, event: str) -> None:
     if self._stopped.is_set():
       return
-    other = self._others[number]
-    where = (
-      f' (host {other["host"]}, pid {other["pid"]})'
-      if other.get('host')
-      else ''
+    peer = self._others[number]
+    address = (
+      f' (host {peer["host"]}, pid {peer["pid"]})' if peer.get('host') else ''
     )
-    sentence = f'Process {number}{where} {what}'
+    sentence = f'Process {number}{address} {event}'
     if number:  # the others hear the cause, and not this process's own silence
       self._tell(sentence)
     _end(

@@ -45,10 +45,10 @@ class Store:
     Raises:
       ValueError: there is no such folder.
     """
-    found = remote.listed(self._objects, folder)
-    if found is None:
+    described = remote.listed(self._objects, folder)
+    if described is None:
       raise ValueError(f'There is no folder {self.address}/{folder}.')
-    return found
+    return described
 
   def path(self, folder: str, file: str) -> pathlib.Path:
     """A file, on this host's disk."""
@@ -85,11 +85,11 @@ def folder(path: str) -> pathlib.Path:
     make_room(sum(about['bytes'] for about in listed.values()))
     with (
       contextlib.suppress(FileExistsError),
-      files.whole_folder(target) as new,
+      files.whole_folder(target) as draft,
     ):
       for file in listed:
-        (new / file).parent.mkdir(parents=True, exist_ok=True)
-        with open(new / file, 'xb') as opened:
+        (draft / file).parent.mkdir(parents=True, exist_ok=True)
+        with open(draft / file, 'xb') as opened:
           for data in remote.parts(store._objects, name, file, listed):
             opened.write(data)
   for file in target.iterdir():
@@ -105,14 +105,14 @@ def make_room(num_bytes: int) -> None:
       f'A file of {num_bytes:,} bytes does not fit in the cache of '
       f'{bound:,.0f} bytes: set GEMMA_SCOPE_CACHE_GB to more.'
     )
-  kept = []
+  entries = []
   for path in (remote.cache() / 'stores').rglob('*'):
     with contextlib.suppress(OSError):
       if path.is_file() and not path.name.startswith('.'):
         status = path.stat()
-        kept.append((status.st_mtime, status.st_size, path))
-  total = sum(size for _, size, _ in kept)
-  for _, size, path in sorted(kept):
+        entries.append((status.st_mtime, status.st_size, path))
+  total = sum(size for _, size, _ in entries)
+  for _, size, path in sorted(entries):
     if total + num_bytes <= bound:
       return
     path.unlink(missing_ok=True)  # who has it open keeps it

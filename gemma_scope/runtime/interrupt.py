@@ -50,7 +50,7 @@ class Interrupt:
         'thread only; enter it there and pass it on.'
       )
     self._cluster = jax.distributed.is_initialized() and not self._alone
-    mine = (
+    own_signals = (
       (signal.SIGINT,)
       if self._cluster
       else (
@@ -58,7 +58,7 @@ class Interrupt:
         signal.SIGTERM,
       )
     )
-    self._old = {s: signal.signal(s, self._handle) for s in mine}
+    self._old = {s: signal.signal(s, self._handle) for s in own_signals}
     return self
 
   def __exit__(self, *unused):

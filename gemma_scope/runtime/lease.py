@@ -90,8 +90,8 @@ class Heartbeat:
     lost: whether another run was seen to hold the folder.
   """
 
-  def __init__(self, where: str, beat_s: float):
-    self._where, self._beat_s = where, beat_s
+  def __init__(self, folder_shown: str, beat_s: float):
+    self._where, self._beat_s = folder_shown, beat_s
     self._token = uuid.uuid4().hex
     self._stop = threading.Event()
     self._thread: threading.Thread | None = None
@@ -180,14 +180,14 @@ class Lease(Heartbeat):
     with self._mutex() as now:
       holder = self._read()
       if holder is not None:
-        beat = now - self._path.stat().st_mtime
-        held = now - holder.get('taken', now)
-        if not self._stale(holder, beat):
+        beat_age_s = now - self._path.stat().st_mtime
+        held_s = now - holder.get('taken', now)
+        if not self._stale(holder, beat_age_s):
           raise LeaseError(
             f'{self._folder} is in use by process {holder.get("pid")} on'
             f' host {holder.get("host")}, which took it'
-            f' {progress.duration(max(0.0, held))} ago (last heartbeat'
-            f' {progress.duration(max(0.0, beat))} ago); stop that run or'
+            f' {progress.duration(max(0.0, held_s))} ago (last heartbeat'
+            f' {progress.duration(max(0.0, beat_age_s))} ago); stop that run or'
             ' choose another folder.'
           )
         self._warn_of_taking_over(holder)
@@ -247,6 +247,6 @@ class Lease(Heartbeat):
     return (self._read() or {}).get('token') == self._token
 
   def _beat(self) -> bool:
-    if ours := self._is_ours():
+    if is_ours := self._is_ours():
       os.utime(self._path)
-    return ours
+    return is_ours

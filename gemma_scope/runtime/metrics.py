@@ -1,9 +1,9 @@
 """The metrics of a run, by step: metrics.jsonl, TensorBoard, wandb.
 
-Of a run in a bucket the lines are written here and uploaded in the background:
-new ones every minute as metrics.parts/<n>.jsonl, the whole file at each save
-and at the end. What is lost by a kill is later than the last save, and the run
-makes it again.
+For a run in a bucket, lines are written locally and uploaded in the background:
+new lines every minute as metrics.parts/<n>.jsonl, and the whole file at each
+save and at the end. Lines that are lost when a process is killed are later than
+the last save, and the continued run writes them again.
 """
 
 from __future__ import annotations
@@ -85,23 +85,24 @@ class Writer:
     if not self._path.exists():
       return
     text = self._path.read_bytes()
-    kept = []
+    valid_lines = []
     for line in text.splitlines(keepends=True):
       try:
         step = json.loads(line)['step']
       except (ValueError, TypeError, KeyError):
         continue
       if line.endswith(b'\n') and (resume_step is None or step <= resume_step):
-        kept.append(line)
-    if b''.join(kept) == text:
+        valid_lines.append(line)
+    if b''.join(valid_lines) == text:
       return
-    files.write_bytes(self._path, b''.join(kept))
+    files.write_bytes(self._path, b''.join(valid_lines))
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]):
     """Writes one line; TensorBoard groups names by the part before `/`."""
-    values = {k: float(v) for k, v in scalars.items()}
+    values = {name: float(value) for name, value in scalars.items()}
     line = {'step': int(step), 'time': round(time.time(), 3)} | {
-      k: v if math.isfinite(v) else None for k, v in values.items()
+      name: value if math.isfinite(value) else None
+      for name, value in values.items()
     }
     # One write per line, so that only the last line can be incomplete.
     text = json.dumps(line, allow_nan=False) + '\n'

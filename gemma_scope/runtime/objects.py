@@ -32,7 +32,7 @@ class BucketError(OSError):
 
 
 class Objects:
-  """The objects below an address, by the rest of their names.
+  """The objects below an address; their names are relative to it.
 
   Args:
     address: gs://BUCKET/PATH or s3://BUCKET/PATH.
@@ -52,9 +52,9 @@ class Objects:
 
   def read_generation(self, name: str) -> tuple[bytes | None, bytes]:
     """An object's bytes (None: there is none) and its generation."""
-    found = self._done(self._store.read(name), 'read', name)
-    data = found.value if found.state == 'value' else None
-    return data, found.stamp.generation
+    result = self._done(self._store.read(name), 'read', name)
+    data = result.value if result.state == 'value' else None
+    return data, result.stamp.generation
 
   def write(self, name: str, data: bytes) -> None:
     """Writes an object; what is there is replaced."""
@@ -76,8 +76,8 @@ class Objects:
     import tensorstore as ts
 
     range_ = ts.KvStore.KeyRange(below, _after(below))
-    found = self._done(self._store.list(range_), 'listed', below)
-    return sorted(name.decode('utf-8', 'replace') for name in found)
+    keys = self._done(self._store.list(range_), 'listed', below)
+    return sorted(name.decode('utf-8', 'replace') for name in keys)
 
   def delete(self, name: str) -> None:
     """Deletes an object, if it is there."""
@@ -111,15 +111,15 @@ class Objects:
       yield self._value(*waiting.popleft())
 
   def _value(self, name: str, future) -> bytes | None:
-    found = self._done(future, 'read', name)
-    return found.value if found.state == 'value' else None
+    result = self._done(future, 'read', name)
+    return result.value if result.state == 'value' else None
 
-  def _done(self, future, what: str, name: str) -> Any:
+  def _done(self, future, action: str, name: str) -> Any:
     try:
       return future.result(timeout=_TIMEOUT_S)
     except Exception as error:  # TensorStore raises many kinds
       raise BucketError(
-        f'{self.address}/{name} could not be {what}: {_sentence(error)}'
+        f'{self.address}/{name} could not be {action}: {_sentence(error)}'
       ) from error
 
 
@@ -140,8 +140,8 @@ def _opened(address: str):
       ('endpoint', ('AWS_ENDPOINT_URL_S3', 'AWS_ENDPOINT_URL')),
       ('aws_region', ('AWS_REGION', 'AWS_DEFAULT_REGION')),
     ):
-      given = [os.environ[name] for name in names if os.environ.get(name)]
-      spec |= {field: given[0]} if given else {}
+      values = [os.environ[name] for name in names if os.environ.get(name)]
+      spec |= {field: values[0]} if values else {}
     if os.environ.get('AWS_ACCESS_KEY_ID'):  # no search for files, which logs
       spec['aws_credentials'] = {'type': 'environment'}
   try:

@@ -26,9 +26,9 @@ def duration(seconds: float) -> str:
     return '?'
   if seconds < 59.5:
     return f'{seconds:.1f} s' if seconds < 9.95 else f'{seconds:.0f} s'
-  minutes, rest = divmod(round(seconds), 60)
+  minutes, remaining_seconds = divmod(round(seconds), 60)
   if minutes < 60:
-    return f'{minutes} min {rest:02d} s'
+    return f'{minutes} min {remaining_seconds:02d} s'
   hours, minutes = divmod(minutes, 60)
   if hours < 48:
     return f'{hours} h {minutes:02d} min'
@@ -151,18 +151,22 @@ class Progress:
   def line(self, step: int, metrics: Mapping[str, Any] | None) -> str:
     """The line for `step`, from the marks so far."""
     share = step / self._total if self._total else 1.0
-    left = 'done in ' + duration(self._marks[-1][0] - self._began)
+    remaining = 'done in ' + duration(self._marks[-1][0] - self._began)
     if step < self._total:
       rate = self._rate()
-      left = duration((self._total - step) / rate if rate else math.inf)
-      left += ' left'
-    parts = [f'{self._label} {step:,}/{self._total:,} {share:.0%}']
-    return ' | '.join([*parts, *self._rates(), left, *_words(metrics)])
+      remaining = duration((self._total - step) / rate if rate else math.inf)
+      remaining += ' left'
+    fields = [f'{self._label} {step:,}/{self._total:,} {share:.0%}']
+    return ' | '.join([*fields, *self._rates(), remaining, *_words(metrics)])
 
   def _rate(self) -> float:
     """Steps a second."""
-    (then, first), (now, last) = self._marks[0], self._marks[-1]
-    return (last - first) / (now - then) if now > then else 0.0
+    (first_time, first), (last_time, last) = self._marks[0], self._marks[-1]
+    return (
+      (last - first) / (last_time - first_time)
+      if last_time > first_time
+      else 0.0
+    )
 
   def _rates(self) -> list[str]:
     rate = self._rate()
@@ -179,8 +183,8 @@ class Progress:
     if now - self._said < _LINE_S - 1:
       return
     self._said = now
-    then, step = self._marks[-1]
-    doing = f'{self._status() or "working"}, {duration(now - then)}'
+    last_time, step = self._marks[-1]
+    doing = f'{self._status() or "working"}, {duration(now - last_time)}'
     if self._bar is not None:
       self._bar.update(self._task, about=doing, refresh=True)
       return

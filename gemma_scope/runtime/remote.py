@@ -43,9 +43,9 @@ _folders: dict[pathlib.Path, objects_lib.Objects] = {}  # by the local copy
 
 def cache() -> pathlib.Path:
   """Where copies lie: $GEMMA_SCOPE_CACHE, else the user's cache folder."""
-  given = os.environ.get('GEMMA_SCOPE_CACHE', '')
+  chosen = os.environ.get('GEMMA_SCOPE_CACHE', '')
   base = os.environ.get('XDG_CACHE_HOME', '') or '~/.cache'
-  return pathlib.Path(given or f'{base}/gemma_scope').expanduser()
+  return pathlib.Path(chosen or f'{base}/gemma_scope').expanduser()
 
 
 @contextlib.contextmanager
@@ -74,8 +74,8 @@ def place(path: files.PathLike) -> Iterator[pathlib.Path]:
   if not files.scheme(path):
     yield pathlib.Path(path)
     return
-  above, _, name = os.fspath(path).rstrip('/').rpartition('/')
-  with folder(above) as local:
+  parent, _, name = os.fspath(path).rstrip('/').rpartition('/')
+  with folder(parent) as local:
     yield local / name
 
 
@@ -133,17 +133,19 @@ def _publish(root: pathlib.Path, path: pathlib.Path) -> None:
   if not path.is_dir():
     store.write(name, path.read_bytes())
     return
-  within = {
+  described = {
     file.relative_to(path).as_posix(): _described(file)
     for file in sorted(path.rglob('*'))
     if file.is_file()
   }
   store.delete(name + _COMPLETE)
-  store.write_all(_read_parts(path, name, within))
-  wanted = {part for file in within for part in _names(name, file, within)}
-  for old in set(store.names(f'{name}/')) - wanted:
-    store.delete(old)
-  store.write(name + _COMPLETE, json.dumps(within, indent=1).encode())
+  store.write_all(_read_parts(path, name, described))
+  names_wanted = {
+    part for file in described for part in _names(name, file, described)
+  }
+  for old_name in set(store.names(f'{name}/')) - names_wanted:
+    store.delete(old_name)
+  store.write(name + _COMPLETE, json.dumps(described, indent=1).encode())
 
 
 def _described(file: pathlib.Path) -> dict[str, Any]:
@@ -180,8 +182,8 @@ def delete(path: pathlib.Path) -> None:
   """Deletes a file or a folder, and its objects."""
   root, name = _placed(path)
   if root is not None:
-    for gone in (name + _COMPLETE, name):
-      _folders[root].delete(gone)
+    for object_name in (name + _COMPLETE, name):
+      _folders[root].delete(object_name)
     _folders[root].delete_below(f'{name}/')
   if path.is_dir():
     shutil.rmtree(path, ignore_errors=True)
@@ -205,28 +207,46 @@ def fetch(path: files.PathLike) -> None:
   if root is None:
     return
   store = _folders[root]
-  found = store.names(name)
+  names = store.names(name)
   if not name:
-    found = [each for each in found if not each.startswith(_APART)]
+    names = [
+      object_name for object_name in names if not object_name.startswith(_APART)
+    ]
   else:
-    own = (name, name + _COMPLETE)
-    found = [n for n in found if n in own or n.startswith(f'{name}/')]
-  whole = [n.removesuffix(_COMPLETE) for n in found if n.endswith(_COMPLETE)]
-  for each in whole:
-    _fetch_folder(store, root, each)
-  inside = tuple(f'{each}/' for each in whole)
-  alone = [
-    n for n in found if not n.endswith(_COMPLETE) and not n.startswith(inside)
+    own_names = (name, name + _COMPLETE)
+    names = [
+      object_name
+      for object_name in names
+      if object_name in own_names or object_name.startswith(f'{name}/')
+    ]
+  whole_folders = [
+    object_name.removesuffix(_COMPLETE)
+    for object_name in names
+    if object_name.endswith(_COMPLETE)
   ]
-  for each, data in zip(alone, store.read_all(alone), strict=True):
-    if data is not None and _plain(each):
-      _keep(root / each, data)
+  for folder_name in whole_folders:
+    _fetch_folder(store, root, folder_name)
+  prefixes = tuple(f'{folder_name}/' for folder_name in whole_folders)
+  single_files = [
+    object_name
+    for object_name in names
+    if not object_name.endswith(_COMPLETE)
+    and not object_name.startswith(prefixes)
+  ]
+  for folder_name, data in zip(
+    single_files, store.read_all(single_files), strict=True
+  ):
+    if data is not None and _plain(folder_name):
+      _keep(root / folder_name, data)
 
 
 def _plain(name: str) -> bool:
   """Whether an object's name is a path that stays below the folder."""
-  parts = name.split('/')
-  return not any(part in ('', '.', '..') or '\0' in part for part in parts)
+  components = name.split('/')
+  return not any(
+    component in ('', '.', '..') or '\0' in component
+    for component in components
+  )
 
 
 def _keep(path: pathlib.Path, data: bytes) -> None:
@@ -241,18 +261,18 @@ def listed(store: objects_lib.Objects, folder_: str) -> dict[str, Any] | None:
   if text is None:
     return None
   try:
-    found = json.loads(text)
-    sound = all(
+    listing = json.loads(text)
+    valid = all(
       _plain(file)
-      and type(found[file]['bytes']) is int
-      and len(found[file]['sha256']) == -(-found[file]['bytes'] // PART)
-      for file in found
+      and type(listing[file]['bytes']) is int
+      and len(listing[file]['sha256']) == -(-listing[file]['bytes'] // PART)
+      for file in listing
     )
   except (ValueError, TypeError, KeyError):
-    sound = False
-  if not sound:
+    valid = False
+  if not valid:
     raise BucketError(f'{store.address}/{folder_}{_COMPLETE} is damaged.')
-  return found
+  return listing
 
 
 def parts(
@@ -271,18 +291,18 @@ def parts(
 
 
 def _fetch_folder(store, root: pathlib.Path, name: str) -> None:
-  found = listed(store, name) if _plain(name) else None
-  if found is None:
+  listing = listed(store, name) if _plain(name) else None
+  if listing is None:
     return  # deleted since its name was listed
   with (
     uploads.silent(),
     files.whole_folder(root / name, replace=True) as draft,
   ):
-    for file in found:
+    for file in listing:
       target = draft / file
       target.parent.mkdir(parents=True, exist_ok=True)
       with open(target, 'xb') as opened:
-        for data in parts(store, name, file, found):
+        for data in parts(store, name, file, listing):
           opened.write(data)
 
 
@@ -301,5 +321,5 @@ def _checked(store, name: str, data: bytes | None, expected: str) -> bytes:
 
 def objects(path: files.PathLike) -> objects_lib.Objects | None:
   """The objects below a path in a copy; None for any other path."""
-  where = address(path)
-  return objects_lib.Objects(where) if where else None
+  url = address(path)
+  return objects_lib.Objects(url) if url else None

@@ -101,8 +101,8 @@ class JumpReLU(autoencoder.Autoencoder):
 
   def with_threshold_at(self, params, theta, value):
     """Multiplies all thresholds by exp(value)."""
-    new = self._theta(params[self._raw]) * jnp.exp(value)
-    return {**params, self._raw: self._raw_of(new)}, theta
+    theta_new = self._theta(params[self._raw]) * jnp.exp(value)
+    return {**params, self._raw: self._raw_of(theta_new)}, theta
 
 
 class ReLU(autoencoder.Autoencoder):
@@ -242,9 +242,9 @@ _ZERO = np.float32(0)
 _TINY = 1e-6
 
 
-def _at(candidates, v):
+def _at(candidates, values):
   """Per-latent values [F], looked up at the candidates where there are any."""
-  return v if candidates is None else candidates.at(v)
+  return values if candidates is None else candidates.at(values)
 
 
 def _fires(f):

@@ -318,28 +318,28 @@ class Autoencoder(nn.Module):
       k: number of latents that TopK keeps.
     """
     shared = ('W_enc', 'b_enc', 'W_dec', 'b_dec', 'W_skip')
-    parts = {name: params[name] for name in shared if name in params}
-    parts['W_enc'] = jnp.swapaxes(parts['W_enc'], -1, -2)
-    parts['threshold'] = jnp.zeros(self.latent_shape)
+    arrays = {name: params[name] for name in shared if name in params}
+    arrays['W_enc'] = jnp.swapaxes(arrays['W_enc'], -1, -2)
+    arrays['threshold'] = jnp.zeros(self.latent_shape)
     if self.layers:
-      parts['W_dec'] = jnp.swapaxes(parts['W_dec'], 1, 2)
-    return parts
+      arrays['W_dec'] = jnp.swapaxes(arrays['W_dec'], 1, 2)
+    return arrays
 
   def trainable(self, released: Mapping[str, jax.Array]):
     """Trainable parameters with the same function: inverse of `released`."""
     names = ('W_enc', 'b_enc', 'W_dec', 'b_dec')
-    parts = {name: jnp.asarray(released[name]) for name in names}
-    parts['W_enc'] = jnp.swapaxes(parts['W_enc'], -1, -2)
+    arrays = {name: jnp.asarray(released[name]) for name in names}
+    arrays['W_enc'] = jnp.swapaxes(arrays['W_enc'], -1, -2)
     if self.layers:
-      parts['W_dec'] = jnp.swapaxes(parts['W_dec'], 1, 2)
+      arrays['W_dec'] = jnp.swapaxes(arrays['W_dec'], 1, 2)
     if self.skip:
-      parts['W_skip'] = jnp.asarray(
+      arrays['W_skip'] = jnp.asarray(
         released.get('W_skip', jnp.zeros((self.d_in, self.d_out)))
       )
       lead = (self.layers,) * bool(self.layers)
       shape = (*lead, self.d_in, self.d_out)
-      parts['W_skip'] = jnp.broadcast_to(parts['W_skip'], shape)
-    return parts
+      arrays['W_skip'] = jnp.broadcast_to(arrays['W_skip'], shape)
+    return arrays
 
   def constrained(self, params: dict[str, jax.Array]):
     """Projects parameters onto the allowed set, after an update."""
@@ -363,8 +363,8 @@ class Autoencoder(nn.Module):
     if not self.pre_encoder_bias:
       return {**params, 'b_dec': b_dec}
     terms = 'ld,lfd->lf' if self.layers else 'd,fd->f'
-    moved = jnp.einsum(terms, b_dec - params['b_dec'], params['W_enc'])
-    return {**self._moved(params, moved), 'b_dec': b_dec}
+    shift = jnp.einsum(terms, b_dec - params['b_dec'], params['W_enc'])
+    return {**self._moved(params, shift), 'b_dec': b_dec}
 
   def _moved(self, params, by: jax.Array):
     """Compensates for an x W_enc^T that decreases by `by`, [F]."""

@@ -101,11 +101,11 @@ def _check(params: Params, *names: str) -> None:
     )
 
 
-def _of_shape(name: str, given, wanted: tuple[int, ...]) -> jax.Array:
-  """The array, whose last axes must be `wanted`."""
-  array = given if hasattr(given, 'shape') else jnp.asarray(given)
-  if tuple(array.shape[-len(wanted) :]) != tuple(wanted):
-    axes = ', '.join(map(str, wanted))
+def _of_shape(name: str, values, axes_wanted: tuple[int, ...]) -> jax.Array:
+  """The array, whose last axes must be `axes_wanted`."""
+  array = values if hasattr(values, 'shape') else jnp.asarray(values)
+  if tuple(array.shape[-len(axes_wanted) :]) != tuple(axes_wanted):
+    axes = ', '.join(map(str, axes_wanted))
     raise ValueError(
       f'{name} of shape {list(array.shape)} do not fit this SAE, which takes '
       f'[..., {axes}].'
@@ -121,20 +121,20 @@ def shardings(
   split = 'latent' in mesh.shape and width % mesh.shape['latent'] == 0
   axes = {'W_enc': -1, 'b_enc': -1, 'threshold': -1}
   axes['W_dec'] = 1 if params['W_dec'].ndim == 4 else 0
-  placed = {}
+  placements = {}
   for key, array in params.items():
     spec = [None] * array.ndim
     if split and key in axes:
       spec[axes[key]] = 'latent'
-    placed[key] = NamedSharding(mesh, PartitionSpec(*spec))
-  return placed
+    placements[key] = NamedSharding(mesh, PartitionSpec(*spec))
+  return placements
 
 
 def put(
   params: Mapping[str, np.ndarray], mesh: Mesh | None
 ) -> dict[str, jax.Array]:
   """Puts an SAE on the devices, in the sharding above."""
-  arrays = {key: np.asarray(a, np.float32) for key, a in params.items()}
+  arrays = {key: np.asarray(array, np.float32) for key, array in params.items()}
   return jax.device_put(
     arrays, None if mesh is None else shardings(mesh, arrays)
   )

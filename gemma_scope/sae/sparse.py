@@ -170,8 +170,8 @@ def _decoder_gradient(shards, f_BLK, i_BLK, y_BLD):
       count = (m + 1) * shards.local
       dW_FD = add(f_BK, at_BK, y_BLD[:, m], count, shards.dtype)
       dW_LFD = dW_FD.reshape(m + 1, shards.local, -1)
-      after = shards.layers - m - 1
-      dW_MLFD.append(jnp.pad(dW_LFD, ((0, after), (0, 0), (0, 0))))
+      later_layers = shards.layers - m - 1
+      dW_MLFD.append(jnp.pad(dW_LFD, ((0, later_layers), (0, 0), (0, 0))))
     return shards.sum_over('data', jnp.stack(dW_MLFD, 1))
 
   inputs = (_CANDIDATES, _CANDIDATES, _ROWS)
@@ -276,8 +276,8 @@ class Candidates:
     self.count = min(count, self._shards.local)
 
     def local(*inputs):
-      i_BLK, found_BL, *kept = search.find(*inputs, self.count)
-      return i_BLK, found_BL[..., None], *kept
+      i_BLK, found_BL, *values = search.find(*inputs, self.count)
+      return i_BLK, found_BL[..., None], *values
 
     self._i, count_BLS, *self._more = self._shards.run(
       local,
@@ -332,16 +332,19 @@ class Candidates:
         for l in range(len(W_LFD))
       ]
       i_BLK, z_BLK, found_BL = (
-        jnp.stack(a, 1) for a in zip(*by_layer, strict=True)
+        jnp.stack(by_layer_array, 1)
+        for by_layer_array in zip(*by_layer, strict=True)
       )
       return i_BLK, found_BL, z_BLK
 
     shape = bound.W_enc.shape[:-1]
-    layered = lambda v: v if len(shape) == 2 else v[None]
+    layered = lambda values: values if len(shape) == 2 else values[None]
     per_latent = (bound.bias, bound.least)
-    own = (layered(jnp.broadcast_to(v, shape)) for v in per_latent)
+    bound_arrays = (
+      layered(jnp.broadcast_to(values, shape)) for values in per_latent
+    )
     x_BLD = x if len(shape) == 2 else x[:, None]
-    inputs = (x_BLD, layered(bound.W_enc), *own)
+    inputs = (x_BLD, layered(bound.W_enc), *bound_arrays)
     search = _Search(find, inputs, (_ROWS, _ENCODER, _OWN, _OWN), values=1)
     candidates = cls(shape, count, mesh, dtype, search)
     (z_BLK,) = candidates._more
@@ -400,7 +403,7 @@ class Candidates:
 
     def local(*arrays):
       dW_LFD = [
-        add(*(a[:, l] for a in arrays), shards.local, shards.dtype)
+        add(*(array[:, l] for array in arrays), shards.local, shards.dtype)
         for l in range(shards.layers)
       ]
       return shards.sum_over('data', jnp.stack(dW_LFD))

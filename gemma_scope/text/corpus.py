@@ -15,9 +15,9 @@ class Document:
   Attributes:
     name: identifies the document; never an absolute path.
     text: its content.
-    group: decides the split in place of the name: documents that are made from
-      the same text share a group. '' is the name.
-    eval_one_in: one in so many documents is held out.
+    group: determines the split instead of the name: documents made from the
+      same text share a group. '' uses the name.
+    eval_one_in: one in this number of documents is held out.
   """
 
   name: str

@@ -70,13 +70,15 @@ def _is_local(name: str) -> bool:
 
 def _hub_name(text: str, name: str) -> tuple[str, str]:
   """OWNER/NAME and CONFIG of a name with one to three parts."""
-  parts = name.split('/')
-  if len(parts) > 3 or not all(re.fullmatch(r'[\w.-]+', p) for p in parts):
+  name_parts = name.split('/')
+  if len(name_parts) > 3 or not all(
+    re.fullmatch(r'[\w.-]+', part) for part in name_parts
+  ):
     raise ValueError(
       f'hf:{text}: {name!r} names no data set; expected OWNER/NAME, '
       'OWNER/NAME/CONFIG, or a local folder (./FOLDER).'
     )
-  return '/'.join(parts[:2]), ''.join(parts[2:])
+  return '/'.join(name_parts[:2]), ''.join(name_parts[2:])
 
 
 def pinned(text: str) -> str | None:
@@ -107,10 +109,10 @@ def _newest(spec: Spec) -> str:
   except Exception as error:  # of several HTTP libraries
     reason = str(error).strip().split('\n')[0]
     raise ValueError(
-      f'The hub does not say which commit of {spec.name!r} is the newest '
-      f'({type(error).__name__}: {reason}). Check the name and the network '
-      '(a private or gated data set needs `hf auth login`), or name a commit '
-      f'that lies in the cache: hf:{spec.name}@COMMIT:{spec.split}.'
+      f'The newest commit of {spec.name!r} could not be read from the hub '
+      f'({type(error).__name__}: {reason}). Check the name and the network (a '
+      'private or gated data set needs `hf auth login`), or name a commit that '
+      f'lies in the cache: hf:{spec.name}@COMMIT:{spec.split}.'
     ) from error
   return info.sha
 
@@ -134,12 +136,12 @@ def read(
   try:
     rows = _rows(spec, commit)
     names = _columns(spec, rows)
-    chosen = text_files.choose_column(names, column, f'hf:{text}')
+    text_column = text_files.choose_column(names, column, f'hf:{text}')
     name = pathlib.PurePath(spec.name).name if spec.is_local else spec.name
-    where = '/'.join(filter(None, (name, spec.config, spec.split)))
-    for number, row in enumerate(rows.select_columns([chosen])):
+    prefix = '/'.join(filter(None, (name, spec.config, spec.split)))
+    for number, row in enumerate(rows.select_columns([text_column])):
       yield corpus.Document(
-        f'{where}#{number}', corpus.valid(row[chosen] or '')
+        f'{prefix}#{number}', corpus.valid(row[text_column] or '')
       )
   except (OSError, RuntimeError, TypeError, KeyError) as error:
     raise _refused(text, error) from error
@@ -182,17 +184,17 @@ def _rows(spec: Spec, commit: str | None) -> Any:
 
 def _split_of(spec: Spec, splits: Any) -> Any:
   """A split of a saved DatasetDict, also as a slice."""
-  whole = spec.split.partition('[')[0]
-  if whole not in splits:
-    raise ValueError(f'no split {whole!r}; there are {", ".join(splits)}')
+  split_name = spec.split.partition('[')[0]
+  if split_name not in splits:
+    raise ValueError(f'no split {split_name!r}; there are {", ".join(splits)}')
   if not spec.is_sliced:
-    return splits[whole]
+    return splits[split_name]
   from datasets import ReadInstruction
 
-  rows = splits[whole]
+  rows = splits[split_name]
   instruction = ReadInstruction.from_spec(spec.split)
-  [part] = instruction.to_absolute({whole: len(rows)})
-  return rows.select(range(part.from_ or 0, part.to or len(rows)))
+  [selection] = instruction.to_absolute({split_name: len(rows)})
+  return rows.select(range(selection.from_ or 0, selection.to or len(rows)))
 
 
 def _columns(spec: Spec, rows: Any) -> dict[str, bool]:
@@ -211,5 +213,5 @@ def _refused(text: str, error: Exception) -> ValueError:
   reason = str(error).strip().split('\n')[0] or type(error).__name__
   return ValueError(
     f'hf:{text} cannot be read: {reason.rstrip(".")}. Check name, config and '
-    'split at https://huggingface.co/datasets, and that the network is there.'
+    'split at https://huggingface.co/datasets, and the network connection.'
   )

@@ -137,14 +137,14 @@ def prepare(
   documents = sources.documents(source, column=column, revision=revision)
   if limit_tokens is not None:
     size = np.dtype(sequences_lib.dtype_of(tokenizer.vocab_size)).itemsize
-    what = f'A store of {limit_tokens:,} tokens'
-    files.check_room(folder, limit_tokens * size, what)
+    subject = f'A store of {limit_tokens:,} tokens'
+    files.check_room(folder, limit_tokens * size, subject)
   try:
     with files.whole_folder(folder) as draft:
-      written = _write(draft, documents, tokenizer, limit_tokens, progress)
-      if not written['source_bytes']:
+      counts = _write(draft, documents, tokenizer, limit_tokens, progress)
+      if not counts['source_bytes']:
         raise ValueError(f'{source!r} holds no text: nothing was written.')
-      token_store.write_manifest(draft, inputs | written)
+      token_store.write_manifest(draft, inputs | counts)
   except FileExistsError:
     # Another process was first: the same text, or a refusal.
     return _same_preparation(folder, inputs, progress)
@@ -169,8 +169,8 @@ def _same_preparation(
   revision = manifest.get('revision')
   if revision is not None:
     if 'commit' not in revision:  # a store keeps the commit it was made from
-      now = sources.revision(source)
-      _refuse_another(folder, 'revision', revision, now)
+      newest = sources.revision(source)
+      _refuse_another(folder, 'revision', revision, newest)
     return store
   documents = sources.documents(source, column=column)
   if inputs['limit_tokens'] is not None:  # only the first ones were read
@@ -191,19 +191,19 @@ _ADVICE = 'Choose another folder, or delete that one.'
 
 
 def _refuse_another(
-  folder: pathlib.Path, field: str, there: Any, here: Any
+  folder: pathlib.Path, field: str, stored: Any, wanted: Any
 ) -> None:
   """ValueError where two values differ; of two dicts, names what differs."""
-  if there == here:
+  if stored == wanted:
     return
-  if isinstance(there, dict) and isinstance(here, dict):
-    names = sorted(there.keys() | here.keys())
-    names = [name for name in names if there.get(name) != here.get(name)]
-    there = {name: there.get(name) for name in names}
-    here = {name: here.get(name) for name in names}
+  if isinstance(stored, dict) and isinstance(wanted, dict):
+    names = sorted(stored.keys() | wanted.keys())
+    names = [name for name in names if stored.get(name) != wanted.get(name)]
+    stored = {name: stored.get(name) for name in names}
+    wanted = {name: wanted.get(name) for name in names}
   raise ValueError(
-    f'{folder} holds another preparation: {field} is {there!r} there and '
-    f'{here!r} here. {_ADVICE}'
+    f'{folder} holds another preparation: {field} is {stored!r} there and '
+    f'{wanted!r} here. {_ADVICE}'
   )
 
 
@@ -243,23 +243,25 @@ def _write(
       for split in corpus.SPLITS
     }
     dtype = sequences_lib.dtype_of(tokenizer.vocab_size)
-    out = splits.Writer(token_files, dtype, tokenizer.eos_id)
-    for several in _batches(documents):
-      encoded = tokenizer.encode_all([d.text for d in several])
-      for document, ids in zip(several, encoded, strict=True):
+    writer = splits.Writer(token_files, dtype, tokenizer.eos_id)
+    for batch_documents in _batches(documents):
+      encoded = tokenizer.encode_all(
+        [document.text for document in batch_documents]
+      )
+      for document, ids in zip(batch_documents, encoded, strict=True):
         ticks.bytes += _hash_document(digest, document)
-        out.add(document.split, ids)
-        if limit_tokens is not None and out.tokens >= limit_tokens:
+        writer.add(document.split, ids)
+        if limit_tokens is not None and writer.tokens >= limit_tokens:
           break
-      ticks.maybe(out.documents, out.tokens)
-      if limit_tokens is not None and out.tokens >= limit_tokens:
+      ticks.maybe(writer.documents, writer.tokens)
+      if limit_tokens is not None and writer.tokens >= limit_tokens:
         break
-    ticks.now(out.documents, out.tokens)
-    written = out.finish()
+    ticks.now(writer.documents, writer.tokens)
+    counts = writer.finish()
   return {
     'source_sha256': digest.hexdigest(),
     'source_bytes': ticks.bytes,
-    **written,
+    **counts,
   }
 
 
@@ -267,16 +269,16 @@ def _batches(
   documents: Iterable[corpus.Document],
 ) -> Iterator[list[corpus.Document]]:
   """Documents in batches of _BATCH_CHARS, sooner after _BATCH_SECONDS."""
-  several, size, began = [], 0, time.monotonic()
+  batched, size, began = [], 0, time.monotonic()
   for document in documents:
-    several.append(document)
+    batched.append(document)
     size += len(document.text)
-    late = time.monotonic() - began >= _BATCH_SECONDS
-    if size >= _BATCH_CHARS or late:
-      yield several
-      several, size, began = [], 0, time.monotonic()
-  if several:
-    yield several
+    waited = time.monotonic() - began >= _BATCH_SECONDS
+    if size >= _BATCH_CHARS or waited:
+      yield batched
+      batched, size, began = [], 0, time.monotonic()
+  if batched:
+    yield batched
 
 
 def _hash_document(digest: Any, document: corpus.Document) -> int:
@@ -374,12 +376,12 @@ def check_vocabulary(
       f'{tokenizer.path} has {pieces:,} pieces and the vocabulary of {name} '
       f'has {rows:,}: {advice}'
     )
-  for role, own, wanted in (
+  for role, tokenizer_id, model_id in (
     ('pad', tokenizer.pad_id, generate.PAD),
     ('bos', tokenizer.bos_id, bos),
   ):
-    if wanted is not None and own != wanted:
+    if model_id is not None and tokenizer_id != model_id:
       raise ValueError(
-        f'{tokenizer.path} has <{role}> at id {own}, {name} at {wanted}: '
-        f'{advice}'
+        f'{tokenizer.path} has <{role}> at id {tokenizer_id}, {name} at '
+        f'{model_id}: {advice}'
       )

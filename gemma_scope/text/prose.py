@@ -110,12 +110,21 @@ def versions() -> dict[str, str]:
 
 def read() -> Iterator[corpus.Document]:
   """Prose documents in a fixed order, without repeated paragraphs."""
-  seen: set[int] = set()
+  known_runs: set[int] = set()
   for name, text in itertools.chain(_standard_library(), _packages()):
-    kept = _without_dangling([p for p in paragraphs(text) if _is_new(p, seen)])
-    if sum(len(p.split()) for p in kept) >= _DOCUMENT_WORDS:
+    new_paragraphs = _without_dangling(
+      [
+        paragraph
+        for paragraph in paragraphs(text)
+        if _is_new(paragraph, known_runs)
+      ]
+    )
+    if (
+      sum(len(paragraph.split()) for paragraph in new_paragraphs)
+      >= _DOCUMENT_WORDS
+    ):
       yield corpus.Document(
-        name, corpus.valid(_joined(kept)), eval_one_in=_EVAL_ONE_IN
+        name, corpus.valid(_joined(new_paragraphs)), eval_one_in=_EVAL_ONE_IN
       )
 
 
@@ -255,21 +264,23 @@ def paragraphs(text: str) -> list[str]:
 
   A list item keeps its '- '.
   """
-  kept = []
+  english_paragraphs = []
   for raw in _blocks(text):
     bullet = _BULLET.match(raw)
     body = raw[bullet.end() :] if bullet else raw
     entry = _ENTRY.match(body)
     if entry and not entry.group().lower().startswith(('note:', 'warning:')):
       body = body[entry.end() :]
-    for pattern, written in _MARKUP:
-      body = pattern.sub(written, body)
+    for pattern, replacement in _MARKUP:
+      body = pattern.sub(replacement, body)
     body = ' '.join(
-      s for s in _SENTENCE.split(body.strip()) if not re.search('https?:', s)
+      sentence
+      for sentence in _SENTENCE.split(body.strip())
+      if not re.search('https?:', sentence)
     )
     if _is_prose(body):
-      kept.append(f'- {body}' if bullet else body)
-  return kept
+      english_paragraphs.append(f'- {body}' if bullet else body)
+  return english_paragraphs
 
 
 def _blocks(text: str) -> Iterator[str]:
@@ -282,9 +293,9 @@ def _blocks(text: str) -> Iterator[str]:
   fenced, literal = False, None
 
   def block() -> str:
-    joined = ' '.join(line.strip() for line in lines)
+    text = ' '.join(line.strip() for line in lines)
     lines.clear()
-    return joined
+    return text
 
   for line in [*text.expandtabs().splitlines(), '']:
     stripped = line.strip()
@@ -323,19 +334,19 @@ def _blocks(text: str) -> Iterator[str]:
 
 def _starts_anew(lines: list[str], line: str, indent: int) -> bool:
   """Whether a line begins another paragraph than the lines before it."""
-  first = len(lines[0]) - len(lines[0].lstrip())
-  before = len(lines[-1]) - len(lines[-1].lstrip())
+  first_indent = len(lines[0]) - len(lines[0].lstrip())
+  previous_indent = len(lines[-1]) - len(lines[-1].lstrip())
   stripped = line.strip()
   if _BULLET.match(stripped) or stripped.startswith((':', '>>>', '@')):
     return True
   if _ENTRY.match(stripped) and lines[-1].rstrip().endswith(('.', '!', '?')):
     return True
   if _BULLET.match(lines[0].strip()):
-    return indent <= first
-  if indent < before:
+    return indent <= first_indent
+  if indent < previous_indent:
     return True
   # A term and its text: `name : type` above, deeper lines below.
-  return indent > before and not _ENTRY.match(lines[0].strip())
+  return indent > previous_indent and not _ENTRY.match(lines[0].strip())
 
 
 def _is_prose(text: str) -> bool:
@@ -345,11 +356,13 @@ def _is_prose(text: str) -> bool:
     return False
   if not re.search(r'[.!?:]["\')]*$', text) or '>>>' in text:
     return False
-  plain = sum(bool(_WORD.fullmatch(w) or _NUMBER.fullmatch(w)) for w in words)
-  common = sum(w.lower().strip('.,;:()"\'') in _COMMON for w in words)
-  numbers = sum(bool(_NUMBER.fullmatch(w)) for w in words)
-  letters = sum(c.isalpha() for c in text)
-  capitals = sum(c.isupper() for c in text)
+  plain = sum(
+    bool(_WORD.fullmatch(word) or _NUMBER.fullmatch(word)) for word in words
+  )
+  common = sum(word.lower().strip('.,;:()"\'') in _COMMON for word in words)
+  numbers = sum(bool(_NUMBER.fullmatch(word)) for word in words)
+  letters = sum(character.isalpha() for character in text)
+  capitals = sum(character.isupper() for character in text)
   return (
     plain >= 0.85 * len(words)
     and common >= 0.25 * len(words)
@@ -359,8 +372,9 @@ def _is_prose(text: str) -> bool:
   )
 
 
-def _is_new(paragraph: str, seen: set[int]) -> bool:
-  """Whether most word sequences of a paragraph are new; adds them to `seen`."""
+def _is_new(paragraph: str, known_runs: set[int]) -> bool:
+  """Whether most word sequences of a paragraph are new; adds them to "
+  "`known_runs`."""
   words = re.findall(r'[a-z]+', paragraph.lower())
   runs = {
     int.from_bytes(
@@ -371,17 +385,19 @@ def _is_new(paragraph: str, seen: set[int]) -> bool:
     )
     for i in range(max(len(words) - _SHINGLE + 1, 1))
   }
-  known = len(runs & seen)
+  known = len(runs & known_runs)
   if 2 * known > len(runs):
     return False
-  seen |= runs
+  known_runs |= runs
   return True
 
 
-def _without_dangling(kept: list[str]) -> list[str]:
+def _without_dangling(found_paragraphs: list[str]) -> list[str]:
   """Drops last sentences that announce what was left out ('For example:')."""
   sentences = []
-  for text, following in itertools.zip_longest(kept, kept[1:], fillvalue=''):
+  for text, following in itertools.zip_longest(
+    found_paragraphs, found_paragraphs[1:], fillvalue=''
+  ):
     announces = re.search(r':+["\')]*$', text)
     if announces and not following.startswith('- '):
       text = ' '.join(_SENTENCE.split(text)[:-1])
@@ -391,10 +407,10 @@ def _without_dangling(kept: list[str]) -> list[str]:
   return sentences
 
 
-def _joined(kept: list[str]) -> str:
+def _joined(listed: list[str]) -> str:
   """Blank lines between paragraphs, none between the items of a list."""
-  text = kept[0]
-  for before, paragraph in zip(kept, kept[1:], strict=False):
-    both = before.startswith('- ') and paragraph.startswith('- ')
-    text += ('\n' if both else '\n\n') + paragraph
+  text = listed[0]
+  for previous, paragraph in zip(listed, listed[1:], strict=False):
+    in_list = previous.startswith('- ') and paragraph.startswith('- ')
+    text += ('\n' if in_list else '\n\n') + paragraph
   return text + '\n'

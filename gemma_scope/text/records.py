@@ -100,27 +100,27 @@ def tfds(spec: str, column: str = '') -> Iterator[corpus.Document]:
   import tensorflow_datasets as library
 
   builder = library.builder_from_directory(folder)
-  whole = split.partition('[')[0]
-  if whole not in builder.info.splits:
+  split_name = split.partition('[')[0]
+  if split_name not in builder.info.splits:
     raise ValueError(
-      f'tfds:{spec}: no split {whole!r}; there are '
+      f'tfds:{spec}: no split {split_name!r}; there are '
       f'{", ".join(builder.info.splits)}.'
     )
   features = {
     key: isinstance(feature, library.features.Text)
     for key, feature in builder.info.features.items()
   }
-  chosen = text_files.choose_column(features, column, f'tfds:{spec}')
+  text_column = text_files.choose_column(features, column, f'tfds:{spec}')
   rows = builder.as_data_source(split=split)
   _refuse_missing_examples(folder, builder.info, split, len(rows))
-  where = '/'.join(filter(None, (name, config, folder.name, split)))
+  prefix = '/'.join(filter(None, (name, config, folder.name, split)))
   for start in range(0, len(rows), _READ_AT_ONCE):
     block = range(start, min(len(rows), start + _READ_AT_ONCE))
     for i, row in zip(block, rows.__getitems__(block), strict=True):
-      value = row[chosen]
+      value = row[text_column]
       if isinstance(value, bytes):
         value = value.decode('utf-8', 'replace')
-      yield corpus.Document(f'{where}#{i}', corpus.valid(value))
+      yield corpus.Document(f'{prefix}#{i}', corpus.valid(value))
 
 
 def _tfds_folder(
@@ -139,10 +139,10 @@ def _tfds_folder(
       'file_format="array_record", or set TFDS_DATA_DIR to where it lies.'
     )
   info = files.read_json(folder / 'dataset_info.json')
-  written = info.get('fileFormat', 'tfrecord')
-  if written != 'array_record':
+  file_format = info.get('fileFormat', 'tfrecord')
+  if file_format != 'array_record':
     raise ValueError(
-      f'{folder} holds {written} files; only array_record is read (TFDS '
+      f'{folder} holds {file_format} files; only array_record is read (TFDS '
       'loses examples when it writes parquet, and tfrecord needs TensorFlow): '
       'prepare it again with file_format="array_record".'
     )
@@ -153,11 +153,11 @@ def _refuse_missing_examples(
   folder: pathlib.Path, info: Any, split: str, rows: int
 ) -> None:
   """Counts the examples in the files: the data source believes the metadata."""
-  whole = split.partition('[')[0]
-  files = info.splits[whole].filepaths
+  split_name = split.partition('[')[0]
+  files = info.splits[split_name].filepaths
   in_files = sum(_num_records(pathlib.Path(path)) for path in files)
   for count, expected in (
-    (in_files, info.splits[whole].num_examples),
+    (in_files, info.splits[split_name].num_examples),
     (rows, info.splits[split].num_examples),
   ):
     if count != expected:

@@ -122,10 +122,10 @@ class Settings:
         'positive and the held-out share in 0 .. 1.'
       )
 
-  def sampling(self, **more) -> generate.Sampling:
-    """How answers are drawn; `more` are fields that depend on the prompts."""
+  def sampling(self, **fields) -> generate.Sampling:
+    """How answers are drawn; `fields` are those that depend on the prompts."""
     return generate.Sampling(
-      self.max_new_tokens, self.temperature, self.top_k, self.seed, **more
+      self.max_new_tokens, self.temperature, self.top_k, self.seed, **fields
     )
 
   def room(self, tokenizer: tokenizers.Tokenizer) -> int:
@@ -167,32 +167,32 @@ def prepare_rollouts(
   settings.check()
   config = model.gemma.config
   prepare.check_vocabulary(tokenizer, config.name, config.vocab_size)
-  kept, openings = _openings(tokenizer, prompts, settings)
-  inputs = _inputs(model, prompts, len(prompts) - len(kept), settings)
+  fitting, openings = _openings(tokenizer, prompts, settings)
+  inputs = _inputs(model, prompts, len(prompts) - len(fitting), settings)
   if (folder / token_store.MANIFEST).exists():
     store = token_store.Tokens(folder)
     _same(folder, store.manifest, inputs)
     shutil.rmtree(folder / _PARTS, ignore_errors=True)
     return store
-  splits = _splits([prompts[i] for i in kept], settings.heldout)
+  splits = _splits([prompts[i] for i in fitting], settings.heldout)
   dtype = sequences.dtype_of(tokenizer.vocab_size)
   shape = np.dtype((dtype, settings.seq_len - 1))
   # The parts, and the files that they are joined to.
   needed = 2 * len(splits) * shape.itemsize
   files.check_room(folder, needed, f'A store of {len(splits):,} conversations')
   _begin(folder, inputs)
-  starts = range(0, len(kept), settings.batch)
-  sizes = [min(settings.batch, len(kept) - start) for start in starts]
-  lacking = [
-    part
-    for part, size in enumerate(sizes)
-    if _read_part(_part(folder, part), size * shape.itemsize) is None
+  starts = range(0, len(fitting), settings.batch)
+  sizes = [min(settings.batch, len(fitting) - start) for start in starts]
+  missing = [
+    number
+    for number, size in enumerate(sizes)
+    if _read_part(_part(folder, number), size * shape.itemsize) is None
   ]
-  progress(len(sizes) - len(lacking), len(sizes))
-  for done, part in enumerate(lacking, len(sizes) - len(lacking) + 1):
-    members = slice(starts[part], starts[part] + sizes[part])
-    rows = _answer(model, openings[members], kept[members], settings, poll)
-    _write_part(_part(folder, part), rows.astype(dtype).tobytes())
+  progress(len(sizes) - len(missing), len(sizes))
+  for done, number in enumerate(missing, len(sizes) - len(missing) + 1):
+    members = slice(starts[number], starts[number] + sizes[number])
+    rows = _answer(model, openings[members], fitting[members], settings, poll)
+    _write_part(_part(folder, number), rows.astype(dtype).tobytes())
     progress(done, len(sizes))
   counts = _assemble(folder, splits, sizes, shape, tokenizer)
   token_store.write_manifest(folder, inputs | {'dtype': dtype} | counts)
@@ -259,16 +259,16 @@ def _answer(
 def _openings(tokenizer, prompts: Sequence[str], settings: Settings):
   """Indices of the prompts that fit, and their ids up to the reply."""
   room = settings.room(tokenizer)
-  every = [encode(tokenizer, prompt) for prompt in prompts]
-  kept = [i for i, ids in enumerate(every) if len(ids) <= room]
-  if not kept:
+  encoded = [encode(tokenizer, prompt) for prompt in prompts]
+  fitting = [i for i, ids in enumerate(encoded) if len(ids) <= room]
+  if not fitting:
     raise ValueError(
       f'None of the {len(prompts)} prompts leaves room for '
       f'max_new_tokens={settings.max_new_tokens} in '
       f'seq_len={settings.seq_len}: the shortest needs '
-      f'{min(map(len, every), default=0)} tokens and has {room}.'
+      f'{min(map(len, encoded), default=0)} tokens and has {room}.'
     )
-  return kept, [every[i] for i in kept]
+  return fitting, [encoded[i] for i in fitting]
 
 
 def _splits(prompts: Sequence[str], heldout: float) -> list[str]:
@@ -321,29 +321,31 @@ def _begin(folder: pathlib.Path, inputs: dict[str, Any]) -> None:
   files.write_json(path, inputs, indent=2)
 
 
-def _same(folder, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-  kept, wanted = _flat(kept), _flat(wanted)
-  fields = wanted.keys() | {k for k in kept if k.startswith('rollouts.')}
+def _same(folder, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+  stored, wanted = _flat(stored), _flat(wanted)
+  fields = wanted.keys() | {
+    key for key in stored if key.startswith('rollouts.')
+  }
   for field in sorted(fields):
-    if kept.get(field) != wanted.get(field):
+    if stored.get(field) != wanted.get(field):
       raise ValueError(
-        f'{folder} holds another preparation: {field} is '
-        f'{kept.get(field)!r} there and {wanted.get(field)!r} here. Choose '
-        'another folder, or delete that one.'
+        f'{folder} holds another preparation: {field} is {stored.get(field)!r} '
+        f'there and {wanted.get(field)!r} here. Choose another folder, or '
+        'delete that one.'
       )
 
 
 def _flat(inputs: Mapping[str, Any]) -> dict[str, Any]:
   settings = inputs.get('rollouts', {})
   flat = {key: value for key, value in inputs.items() if key != 'rollouts'}
-  return flat | {f'rollouts.{key}': v for key, v in settings.items()}
+  return flat | {f'rollouts.{key}': value for key, value in settings.items()}
 
 
 # Parts: the tokens, then their SHA-256.
 
 
-def _part(folder: pathlib.Path, part: int) -> pathlib.Path:
-  return folder / _PARTS / f'{part:08}.tokens'
+def _part(folder: pathlib.Path, number: int) -> pathlib.Path:
+  return folder / _PARTS / f'{number:08}.tokens'
 
 
 def _write_part(path: pathlib.Path, data: bytes) -> None:
@@ -355,8 +357,8 @@ def _read_part(path: pathlib.Path, size: int) -> bytes | None:
   if not path.is_file() or path.stat().st_size != size + 32:
     return None
   data = path.read_bytes()
-  whole = hashlib.sha256(data[:size]).digest() == data[size:]
-  return data[:size] if whole else None
+  intact = hashlib.sha256(data[:size]).digest() == data[size:]
+  return data[:size] if intact else None
 
 
 def _assemble(folder, splits, sizes, shape, tokenizer) -> dict[str, Any]:
@@ -366,24 +368,24 @@ def _assemble(folder, splits, sizes, shape, tokenizer) -> dict[str, Any]:
   answers = tokenizers.Special(padding, reply_opening(tokenizer))
   stops = tokenizer.end_of_turn, tokenizer.eos_id
   reply_tokens = ended = 0
-  paths = {s: folder / f'{s}.tokens' for s in corpus.SPLITS}
+  paths = {split: folder / f'{split}.tokens' for split in corpus.SPLITS}
   with contextlib.ExitStack() as stack:
     token_files = {
       split: stack.enter_context(files.whole_file(path))
       for split, path in paths.items()
     }
-    for part, size in enumerate(sizes):
-      data = _read_part(_part(folder, part), size * shape.itemsize)
+    for number, size in enumerate(sizes):
+      data = _read_part(_part(folder, number), size * shape.itemsize)
       if data is None:
         raise ValueError(
-          f'{_part(folder, part)} is damaged; run the same command again, '
+          f'{_part(folder, number)} is damaged; run the same command again, '
           'which samples this part anew.'
         )
       rows_BT = np.frombuffer(data, shape)
       answer_BT = answers.keep(rows_BT)
       reply_tokens += int((answer_BT & (rows_BT != tokenizer.eos_id)).sum())
       ended += int((answer_BT & np.isin(rows_BT, stops)).any(-1).sum())
-      first = sum(sizes[:part])
+      first = sum(sizes[:number])
       for split, row_T in zip(
         splits[first : first + size], rows_BT, strict=True
       ):

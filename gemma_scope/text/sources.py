@@ -73,17 +73,17 @@ def documents(
     raise ValueError(
       f'split is {split!r}; it is one of {", ".join(corpus.SPLITS)}.'
     )
-  kind, _, rest = source.partition(':')
+  kind, _, argument = source.partition(':')
   if source in _WHOLE:
     if column:
       raise ValueError(f'{source!r} has no column {column!r}, nor any other.')
     read = _WHOLE[source]()
-  elif kind == 'hf' and rest:
-    hub_datasets.Spec.parse(rest)
+  elif kind == 'hf' and argument:
+    hub_datasets.Spec.parse(argument)
     commit = (revision or {}).get('commit')
-    read = hub_datasets.read(rest, column, commit)
-  elif kind in _WITH_COLUMN and rest:
-    read = _WITH_COLUMN[kind](rest, column)
+    read = hub_datasets.read(argument, column, commit)
+  elif kind in _WITH_COLUMN and argument:
+    read = _WITH_COLUMN[kind](argument, column)
   else:
     raise ValueError(
       f'{source!r} is no text source; give one of: {", ".join(KINDS)}.'
@@ -92,15 +92,15 @@ def documents(
 
 
 def revision(source: str) -> dict[str, str] | None:
-  """What decides a source's text beside its name, for the manifest.
+  """What determines a source's text besides its name, for the manifest.
 
-  The versions of the packages whose documentation is `prose`; the commit of a
-  data set of the hub (which is asked). None where only reading can tell.
+  For `prose` the versions of the packages; for a data set of the hub its
+  commit, which is requested from the hub. None if only reading can tell.
   """
   if source == 'prose':
     return prose.versions()
-  kind, _, rest = source.partition(':')
-  commit = hub_datasets.pinned(rest) if kind == 'hf' else None
+  kind, _, argument = source.partition(':')
+  commit = hub_datasets.pinned(argument) if kind == 'hf' else None
   return {'commit': commit} if commit else None
 
 

@@ -28,8 +28,11 @@ def cut(stream_T: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """(train, eval) of each part of some tokens."""
   count = min(max(len(stream_T) // _PART, 1), _MOST)
   for part_T in np.array_split(stream_T, count):
-    held, gap = len(part_T) // _EVAL, len(part_T) // _GAP
-    yield part_T[: len(part_T) - held - 2 * gap], part_T[-held - gap : -gap]
+    held_out, gap = len(part_T) // _EVAL, len(part_T) // _GAP
+    yield (
+      part_T[: len(part_T) - held_out - 2 * gap],
+      part_T[-held_out - gap : -gap],
+    )
 
 
 class Writer:
@@ -63,8 +66,8 @@ class Writer:
     """Writes the documents that wait; returns facts for the manifest."""
     facts = {}
     if self._waiting is not None and self.tokens >= _LEAST:
-      ended = [np.append(ids, self._eos_id) for _, ids in self._waiting]
-      for pair in cut(np.concatenate(ended)):
+      with_eos = [np.append(ids, self._eos_id) for _, ids in self._waiting]
+      for pair in cut(np.concatenate(with_eos)):
         for split, ids in zip(corpus.SPLITS, pair, strict=True):
           ends = len(ids) > 0 and ids[-1] == self._eos_id
           self._write(split, ids[:-1] if ends else ids)
@@ -79,7 +82,9 @@ class Writer:
       'dtype': self._dtype,
       'tokens': self._written,
       'documents': self._counts,
-      'sha256': {s: h.hexdigest() for s, h in self._hashes.items()},
+      'sha256': {
+        split: digest.hexdigest() for split, digest in self._hashes.items()
+      },
     }
 
   def _write_waiting(self) -> None:

@@ -72,10 +72,10 @@ def _library_paths(root: pathlib.Path) -> list[str]:
   """Relative posix paths of the library's modules, sorted."""
   paths = []
   for folder, folders, files in os.walk(root):
-    folders[:] = [f for f in folders if f not in _NOT_LIBRARY]
-    here = pathlib.Path(folder).relative_to(root)
+    folders[:] = [name for name in folders if name not in _NOT_LIBRARY]
+    relative = pathlib.Path(folder).relative_to(root)
     for file in files:
-      name = (here / file).as_posix()
+      name = (relative / file).as_posix()
       left_out = name == 'pydoc_data/topics.py'
       left_out |= file.startswith('_sysconfigdata')
       if file.endswith('.py') and not left_out:
@@ -93,10 +93,10 @@ def decode(data: bytes) -> str | None:
 
 
 def _module_name(path: str) -> str:
-  parts = path.removesuffix('.py').split('/')
-  if parts[-1] == '__init__' and len(parts) > 1:
-    parts = parts[:-1]
-  return '.'.join(parts)
+  names = path.removesuffix('.py').split('/')
+  if names[-1] == '__init__' and len(names) > 1:
+    names = names[:-1]
+  return '.'.join(names)
 
 
 def parsed(code: str) -> ast.Module | None:

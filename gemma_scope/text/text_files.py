@@ -32,8 +32,8 @@ def matches(pattern: str, kind: str) -> list[tuple[str, pathlib.Path]]:
   """
   files.refuse_address(pattern, f'The pattern of {kind}:')
   pattern = os.path.expanduser(pattern)
-  paths = [pathlib.Path(p) for p in glob.glob(pattern, recursive=True)]
-  paths = [p for p in paths if p.is_file()]
+  paths = [pathlib.Path(path) for path in glob.glob(pattern, recursive=True)]
+  paths = [path for path in paths if path.is_file()]
   if not paths:
     raise ValueError(
       f'{kind}:{pattern} matches no file; check the pattern (quote it in a '
@@ -42,7 +42,7 @@ def matches(pattern: str, kind: str) -> list[tuple[str, pathlib.Path]]:
   root = pathlib.Path(pattern).parent
   while glob.has_magic(str(root)):
     root = root.parent
-  return sorted((p.relative_to(root).as_posix(), p) for p in paths)
+  return sorted((path.relative_to(root).as_posix(), path) for path in paths)
 
 
 def read(pattern: str, column: str = '') -> Iterator[corpus.Document]:
@@ -66,8 +66,8 @@ def read(pattern: str, column: str = '') -> Iterator[corpus.Document]:
       yield from _parquet(name, path, column)
     elif name.endswith(json_lines.SUFFIXES):
       for number, record in json_lines.records(path):
-        where = f'{path}, line {number}'
-        text = text_of(record, column or DEFAULT_COLUMN, where)
+        position = f'{path}, line {number}'
+        text = text_of(record, column or DEFAULT_COLUMN, position)
         yield corpus.Document(f'{name}#{number}', text)
     else:
       yield corpus.Document(name, _whole(name, path))
@@ -83,43 +83,43 @@ def _whole(name: str, path: pathlib.Path) -> str:
   return corpus.valid(text)
 
 
-def text_of(record: Any, column: str, where: str) -> str:
+def text_of(record: Any, column: str, position: str) -> str:
   """The string under `column` of a JSON object; '' where it is null.
 
   Raises:
-    ValueError: begins with `where`.
+    ValueError: begins with `position`.
   """
   if not isinstance(record, dict):
     kind = type(record).__name__
-    raise ValueError(f'{where}: expected a JSON object, found a {kind}.')
+    raise ValueError(f'{position}: expected a JSON object, found a {kind}.')
   value = record.get(column, 0)
   if value is None:
     return ''
   if not isinstance(value, str):
-    texts = [key for key, other in record.items() if isinstance(other, str)]
+    texts = [key for key, item in record.items() if isinstance(item, str)]
     raise ValueError(
-      f'{where}: expected a string under {column!r}. {_choice(texts)}'
+      f'{position}: expected a string under {column!r}. {_choice(texts)}'
     )
   return corpus.valid(value)
 
 
-def choose_column(columns: Mapping[str, bool], column: str, where: str) -> str:
+def choose_column(columns: Mapping[str, bool], column: str, source: str) -> str:
   """The column to read: the one asked for, 'text', or the only one of text.
 
   Args:
     columns: name -> whether it holds text.
     column: '' leaves the choice to this function.
-    where: what has the columns, for the error.
+    source: what has the columns, for the error.
   """
   texts = [name for name, holds_text in columns.items() if holds_text]
   if not column and len(texts) == 1:
     return texts[0]
-  wanted = column or DEFAULT_COLUMN
-  if wanted not in texts:
+  column = column or DEFAULT_COLUMN
+  if column not in texts:
     raise ValueError(
-      f'{where} has no column of text {wanted!r}. {_choice(texts)}'
+      f'{source} has no column of text {column!r}. {_choice(texts)}'
     )
-  return wanted
+  return column
 
 
 def _choice(texts: Sequence[str]) -> str:
@@ -145,9 +145,9 @@ def _parquet(
         or pa.types.is_large_string(field.type)
         for field in file.schema_arrow
       }
-      chosen = choose_column(columns, column, str(path))
+      text_column = choose_column(columns, column, str(path))
       number = 0
-      for batch in file.iter_batches(_ROWS, columns=[chosen]):
+      for batch in file.iter_batches(_ROWS, columns=[text_column]):
         for value in batch.column(0).to_pylist():
           yield corpus.Document(f'{name}#{number}', value or '')
           number += 1

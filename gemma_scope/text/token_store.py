@@ -67,7 +67,7 @@ class Tokens:
     keys += ('limit_tokens', 'tokens', 'documents', 'sha256')
     if self.is_chat:
       keys += ('chat', 'seq_len', 'reply', 'rollouts')
-    keys += tuple(k for k in ('column', 'held_out') if k in self.manifest)
+    keys += tuple(key for key in ('column', 'held_out') if key in self.manifest)
     return {key: self.manifest[key] for key in keys}
 
   @property
@@ -87,11 +87,13 @@ class Tokens:
     few = (
       'a single document' if documents == 1 else f'only {documents} documents'
     )
-    where = 'its end' if pieces == 1 else f'the end of each of {pieces} parts'
+    held_out = (
+      'its end' if pieces == 1 else f'the end of each of {pieces} parts'
+    )
     return (
-      f'The source has {few}, too few to hold some out: {where} is held out '
-      f'instead ({self.manifest["tokens"]["eval"]:,} tokens, with gaps '
-      'between them and the training text).'
+      f'The source has {few}, too few to hold some out: {held_out} is held out '
+      f'instead ({self.manifest["tokens"]["eval"]:,} tokens, with gaps between '
+      'them and the training text).'
     )
 
   @property
@@ -219,8 +221,10 @@ def _check_manifest(manifest: Any) -> None:
 def _check_chat(manifest: dict[str, Any]) -> None:
   width = _integer(manifest, 'seq_len', 2, 1 << 31) - 1
   reply = manifest['reply']
-  whole = all(manifest['tokens'][s] % width == 0 for s in corpus.SPLITS)
-  if manifest['chat'] is not True or not whole:
+  complete = all(
+    manifest['tokens'][split] % width == 0 for split in corpus.SPLITS
+  )
+  if manifest['chat'] is not True or not complete:
     raise ValueError('its rows are not whole conversations')
   if not isinstance(reply, list) or not reply:
     raise ValueError(f'reply is {reply!r}')

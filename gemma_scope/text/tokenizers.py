@@ -1,20 +1,20 @@
 """Text <-> token ids, by SentencePiece models of Gemma's layout.
 
 `Tokenizer(path)` opens Gemma's own model file or one that `train_tokenizer`
-made. Ids come without BOS and EOS around them: where those go is the store's
-business. sentencepiece is imported when the first model is opened.
+made. Ids come without BOS and EOS; the token store adds these. sentencepiece
+is imported when the first model is opened.
 
-Control tokens that are typed in a text are read by one rule, in documents, in
-prompts and in questions alike:
-  - `<bos>` at the start is taken off: a sequence has its own;
+Control tokens that are typed in a text are read by one rule, in documents,
+prompts and questions alike:
+  - `<bos>` at the start is removed, because each sequence has its own;
   - `<bos>` and `<eos>` elsewhere are those control tokens, as in transformers;
   - user-defined pieces, such as `<start_of_turn>` (`<|turn>` in Gemma 4), are
     one token each;
   - `<pad>` stays text: the language model does not read padding.
-Only the turns of a chat are read otherwise (`encode_literally`): what a user
-says cannot end his turn.
+The turns of a chat are the exception (`encode_literally`): a user's text cannot
+end the user's turn.
 
-`Special` says at which tokens of a sequence activations count.
+`Special` defines the tokens of a sequence whose activations count.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ _GEMMA2_SYMBOLS = (
 _RUNS = (
   ['\n' * n for n in range(1, 5)] + ['▁' * n for n in range(2, 25)] + ['\t']
 )
+
+
+def readable(piece: str) -> str:
+  """A piece as text: the vocabulary writes a space as '▁'."""
+  return piece.replace('▁', ' ')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +148,8 @@ class Tokenizer:
     return self._processor.piece_to_id(piece)
 
   def _has(self, piece: str) -> bool:
-    found = self._processor.piece_to_id(piece)
-    return self._processor.id_to_piece(found) == piece
+    token = self._processor.piece_to_id(piece)
+    return self._processor.id_to_piece(token) == piece
 
   def encode(self, text: str) -> np.ndarray:
     """int32 [tokens], without BOS or EOS; a lone surrogate reads as '?'."""
@@ -161,10 +166,12 @@ class Tokenizer:
     whole one.
     """
     text = corpus.valid(text)
-    found = self._markers.finditer(text)
-    cuts = [0, *(marker.start() + 1 for marker in found), len(text)]
+    matches = self._markers.finditer(text)
+    cuts = [0, *(marker.start() + 1 for marker in matches), len(text)]
     pairs = zip(cuts, cuts[1:], strict=False)
-    return self._encode([[p for a, b in pairs for p in _pieces(text[a:b])]])[0]
+    return self._encode(
+      [[piece for start, stop in pairs for piece in _pieces(text[start:stop])]]
+    )[0]
 
   def _parts(self, text: str) -> Iterator[str | int]:
     """Texts to encode, and the ids of control tokens between them."""
@@ -185,7 +192,7 @@ class Tokenizer:
 
   @functools.cached_property
   def _markers(self) -> re.Pattern[str]:
-    """What a user must not be able to type within his turn."""
+    """The control tokens that a user must not be able to type in a turn."""
     markers = *self._control.values(), *self.turn_markers
     return re.compile('|'.join(map(re.escape, markers)))
 
@@ -195,15 +202,19 @@ class Tokenizer:
 
   def _encode(self, documents: list[list[str | int]]) -> list[np.ndarray]:
     """int32 [tokens] of each document's parts; ids stay as they are."""
-    flat = [p for parts in documents for p in parts if isinstance(p, str)]
+    flat = [
+      piece for parts in documents for piece in parts if isinstance(piece, str)
+    ]
     ids = iter(self._processor.encode(flat, num_threads=os.cpu_count() or 1))
     return [
       np.concatenate(
         [
           np.zeros(0, np.int32),
           *(
-            np.asarray(next(ids) if isinstance(p, str) else [p], np.int32)
-            for p in parts
+            np.asarray(
+              next(ids) if isinstance(piece, str) else [piece], np.int32
+            )
+            for piece in parts
           ),
         ]
       )
@@ -226,8 +237,8 @@ class Special:
     ids: tokens that never count: padding, BOS, EOS (arXiv 2408.05147, 3).
     reply: the ids that open the model's turn in a chat. Then nothing counts up
       to and including their first occurrence: the user's turn and the opening
-      (section 4.5). Everything after does, also the token with which the model
-      ends its reply: it is its own, like any other.
+      (section 4.5). Everything after them counts, including the token with
+      which the model ends its reply.
   """
 
   ids: tuple[int, ...]
@@ -245,8 +256,8 @@ class Special:
     opens_NT[:, :starts] = True
     for i, token in enumerate(self.reply):
       opens_NT[:, :starts] &= tokens_NT[:, i : i + starts] == token
-    # The latest start of a turn, the first id of an opening, says whose turn a
-    # token belongs to.
+    # The last start of a turn (first id of an opening) up to a token decides
+    # whose turn the token belongs to.
     position_T = np.arange(length)
     turn_NT = np.where(tokens_NT == self.reply[0], position_T, -1)
     turn_NT = np.maximum.accumulate(turn_NT, 1)

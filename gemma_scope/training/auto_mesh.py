@@ -1,7 +1,8 @@
 """Sizes of the mesh's axes by arithmetic, where the config has 0 (mesh=auto).
 
-Every way to split n devices into 'sae' x 'data' x 'latent' that the config can
-use is costed for one training step of a device, in bytes of its memory's rate:
+The cost of one training step is estimated for every split of n devices into
+'sae' x 'data' x 'latent' that the config can use. Time is measured in bytes
+that a device's memory could move meanwhile:
 
   arithmetic  6 B F (d_in + d_out) / (data latent) FLOPs a member, at 200 a byte
   memory      28 bytes a parameter / latent (read by the forward and backward
@@ -76,18 +77,18 @@ def make(
   Raises:
     ConfigError: nothing fits; the message has commands of smaller runs.
   """
-  given = [devices] if devices is not None else []
+  mesh_devices = [devices] if devices is not None else []
   if 0 not in config.mesh.values():
-    return mesh_lib.make(config.mesh, *given)
+    return mesh_lib.make(config.mesh, *mesh_devices)
   devices = jax.devices() if devices is None else devices
   if hbm is None:
     hbm = min(checksums.from_all(_memory(devices[0])))
   model = setup.dimensions(config)
-  chosen, others = choose(config, model, len(devices), hbm)
+  fastest, ways = choose(config, model, len(devices), hbm)
   if report is not None:
-    report(reason(chosen, others, len(devices), hbm))
+    report(reason(fastest, ways, len(devices), hbm))
   return mesh_lib.make(
-    dict(zip(mesh_lib.AXES, chosen.sizes, strict=True)), devices
+    dict(zip(mesh_lib.AXES, fastest.sizes, strict=True)), devices
   )
 
 
@@ -100,7 +101,7 @@ def choose(
     ConfigError: nothing fits.
   """
   ways = sorted(
-    _ways(config, model, devices, hbm), key=lambda w: (w.cost, w.bytes)
+    _ways(config, model, devices, hbm), key=lambda way: (way.cost, way.bytes)
   )
   if not ways:
     raise config_lib.ConfigError(
@@ -122,7 +123,7 @@ def memory(
 ) -> Memory:
   """Memory of a device, by arithmetic, on a mesh of these sizes."""
   stacks, _ = setup.make_stacks(config, model)
-  sized = [_Sized.of(one) for one in stacks]
+  sized = [_Sized.of(stack_) for stack_ in stacks]
   lm_bytes = _language_model_bytes(config)
   return _memory_of(config, model, sized, lm_bytes, sizes, hbm)
 
@@ -134,11 +135,11 @@ def _too_large(config, model, devices, hbm, ways) -> str:
     f'on each of {devices} devices at least (mesh {_shown(least.sizes)}), and '
     f'a device has {hbm / _GIB:.0f}'
   )
-  parts = split(config, model, devices, hbm)
-  if not parts:
+  layer_groups = split(config, model, devices, hbm)
+  if not layer_groups:
     return f'{sentence}: take more devices, or narrower SAEs.'
-  jobs = ', '.join(f'layers={part}' for part in parts)
-  return f'{sentence}: train them in {len(parts)} runs, with {jobs}.'
+  jobs = ', '.join(f'layers={group}' for group in layer_groups)
+  return f'{sentence}: train them in {len(layer_groups)} runs, with {jobs}.'
 
 
 def split(
@@ -148,11 +149,11 @@ def split(
   if specs.over_layers(config):
     return []  # one SAE needs all of its layers
   layers = tuple(config.collection.layers)
-  part = config.copy_and_resolve_references()
+  subset = config.copy_and_resolve_references()
 
   def fits(group) -> bool:
-    part.collection.layers = group
-    ways = _ways(part, model, devices, hbm)
+    subset.collection.layers = group
+    ways = _ways(subset, model, devices, hbm)
     return any(way.bytes <= _SHARE * hbm for way in ways)
 
   for count in range(2, len(layers) + 1):
@@ -169,14 +170,20 @@ def _range(layers: tuple[int, ...]) -> str:
   return ','.join(map(str, layers))
 
 
-def reason(way: Way, others: list[Way], devices: int, hbm: float) -> str:
+def reason(way: Way, other_ways: list[Way], devices: int, hbm: float) -> str:
   """One line: the choice, its memory, and what the next best would cost."""
   text = (
     f'mesh {_shown(way.sizes)} of {devices} devices, chosen: about '
     f'{way.bytes / _GIB:.1f} of {hbm / _GIB:.0f} GiB a device'
   )
-  cheaper = [w for w in others if w.cost < way.cost]
-  dearer = [w for w in others if w.cost >= way.cost and w is not way]
+  cheaper = [
+    alternative for alternative in other_ways if alternative.cost < way.cost
+  ]
+  dearer = [
+    alternative
+    for alternative in other_ways
+    if alternative.cost >= way.cost and alternative is not way
+  ]
   if cheaper:
     text += (
       f'; {_shown(cheaper[0].sizes)} would be faster and needs '
@@ -199,7 +206,7 @@ def _shown(sizes: tuple[int, ...]) -> str:
 def _ways(config, model, devices: int, hbm: float) -> Iterator[Way]:
   """Every split of the devices that the config can use."""
   stacks, _ = setup.make_stacks(config, model)
-  sized = [_Sized.of(one) for one in stacks]
+  sized = [_Sized.of(stack_) for stack_ in stacks]
   lm_bytes = _language_model_bytes(config)
   for sizes in _sizes(config.mesh, devices):
     if not list(config_checks.mesh(config, model, sizes)):
@@ -208,13 +215,16 @@ def _ways(config, model, devices: int, hbm: float) -> Iterator[Way]:
 
 def _sizes(axes, devices: int) -> Iterator[tuple[int, ...]]:
   """All sizes whose product is the number of devices; those given stay."""
-  given = [axes[name] for name in mesh_lib.AXES]
+  wanted_sizes = [axes[name] for name in mesh_lib.AXES]
   divisors = [n for n in range(1, devices + 1) if devices % n == 0]
   for sae in divisors:
     for data in divisors:
       if devices % (sae * data) == 0:
         sizes = sae, data, devices // sae // data
-        if all(g < 1 or g == s for g, s in zip(given, sizes, strict=True)):
+        if all(
+          wanted < 1 or wanted == size
+          for wanted, size in zip(wanted_sizes, sizes, strict=True)
+        ):
           yield sizes
 
 
@@ -232,13 +242,13 @@ class _Sized(NamedTuple):
   width: int
 
   @classmethod
-  def of(cls, one: stack.Stack) -> _Sized:
-    members, module = len(one.seeds), one.module
+  def of(cls, stack_: stack.Stack) -> _Sized:
+    members, module = len(stack_.seeds), stack_.module
     if repr(module) not in _per_member:
-      state = jax.eval_shape(one.init, jax.random.key(0))
+      state = jax.eval_shape(stack_.init, jax.random.key(0))
       leaves, params = map(jax.tree.leaves, (state, state.params))
-      size = sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves)
-      count = sum(math.prod(a.shape) for a in params)
+      size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+      count = sum(math.prod(leaf.shape) for leaf in params)
       _per_member[repr(module)] = size / members, count / members
     size, count = _per_member[repr(module)]
     d = module.d_in + module.d_out
@@ -254,28 +264,33 @@ def _cost(config, sized, sizes) -> float:
   sae, data, latent = sizes
   rows = config.train.batch / data
   cost = 0.0
-  for one in sized:
-    arithmetic = 6 * rows * one.width * one.d / latent / _FLOPS_A_BYTE
-    memory = 28 * one.params / latent + 24 * rows * one.width / latent
+  for sized_stack in sized:
+    arithmetic = (
+      6 * rows * sized_stack.width * sized_stack.d / latent / _FLOPS_A_BYTE
+    )
+    memory = (
+      28 * sized_stack.params / latent + 24 * rows * sized_stack.width / latent
+    )
     links = 0.0
     if data > 1:
-      links += 8 * one.params / latent * (1 - 1 / data)
+      links += 8 * sized_stack.params / latent * (1 - 1 / data)
     if latent > 1:
-      links += 16 * rows * one.d * (1 - 1 / latent)
-    each = max(arithmetic, memory) + _LINKS * links
-    cost += one.members / sae * each
+      links += 16 * rows * sized_stack.d * (1 - 1 / latent)
+    member_cost = max(arithmetic, memory) + _LINKS * links
+    cost += sized_stack.members / sae * member_cost
   return cost
 
 
 def _memory_of(config, model, sized, lm_bytes, sizes, hbm) -> Memory:
   sae, data, latent = sizes
   rows = config.train.batch / data
-  widths = {s: s.width(model) for s in specs.site_list(config)}
+  widths = {site: site.width(model) for site in specs.site_list(config)}
   width = sum(widths.values())
   itemsize = jnp.dtype(config.activations.dtype).itemsize
-  size = sum(one.state for one in sized) / (sae * latent)
+  size = sum(sized_stack.state for sized_stack in sized) / (sae * latent)
   size += max(
-    8 * one.params / latent + 24 * rows * one.width / latent for one in sized
+    8 * sized_stack.params / latent + 24 * rows * sized_stack.width / latent
+    for sized_stack in sized
   )
   size += 2 * rows * width * itemsize + lm_bytes / (data * latent)
   if not config.activations.store:
@@ -292,10 +307,15 @@ def _chunk_bytes(config, width: int, data: int, hbm: float) -> float:
     width: of all sites together.
     data: size of the axis that splits the rows.
   """
-  a = config.activations
-  size = a.chunk_rows * width * jnp.dtype(a.dtype).itemsize / data
+  activations = config.activations
+  size = (
+    activations.chunk_rows
+    * width
+    * jnp.dtype(activations.dtype).itemsize
+    / data
+  )
   on_device, ahead = chunk_memory.held(
-    a.memory, a.ahead, (size, 0.0), (hbm, 0.0)
+    activations.memory, activations.ahead, (size, 0.0), (hbm, 0.0)
   )
   return on_device * (1 + ahead) * size
 
@@ -311,8 +331,11 @@ def _language_model_bytes(config) -> float:
 
 @functools.cache
 def _bytes_of(name: str, checkpoint: str, dtype: str, layers: int) -> float:
-  _, wanted = weights.shapes(name, checkpoint, dtype, None, layers)
-  return sum(math.prod(w.shape) * w.dtype.itemsize for w in wanted.values())
+  _, tensors = weights.shapes(name, checkpoint, dtype, None, layers)
+  return sum(
+    math.prod(tensor.shape) * tensor.dtype.itemsize
+    for tensor in tensors.values()
+  )
 
 
 def _memory(device) -> float:
@@ -320,5 +343,5 @@ def _memory(device) -> float:
   stats = device.memory_stats() or {}
   if 'bytes_limit' in stats:
     return float(stats['bytes_limit'])
-  host = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  return host / max(1, jax.local_device_count())
+  host_bytes = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  return host_bytes / max(1, jax.local_device_count())

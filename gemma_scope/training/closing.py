@@ -81,21 +81,23 @@ def close(
 ) -> tuple[stack.State, ...]:
   """The states after the phases that the config's section `train` asks for."""
   closed = []
-  for one, state in zip(stacks, states, strict=True):
-    if train.meet_l0 and one.objective.penalty in objectives.TARGETS:
+  for stack_, state in zip(stacks, states, strict=True):
+    if train.meet_l0 and stack_.objective.penalty in objectives.TARGETS:
       report(
-        f'setting the thresholds of {len(one.seeds)} SAEs to the target L0'
+        f'setting the thresholds of {len(stack_.seeds)} SAEs to the target L0'
       )
-      state = meet_l0(one, state, batches(), mesh)
+      state = meet_l0(stack_, state, batches(), mesh)
     if train.refit_decoders:
-      report(f'fitting the decoders of {len(one.seeds)} SAEs by least squares')
-      state = refit_decoders(one, state, batches, mesh)
+      report(
+        f'fitting the decoders of {len(stack_.seeds)} SAEs by least squares'
+      )
+      state = refit_decoders(stack_, state, batches, mesh)
     closed.append(state)
   return tuple(closed)
 
 
 def meet_l0(
-  one: stack.Stack,
+  stack_: stack.Stack,
   state: stack.State,
   batches: Iterable[Rows],
   mesh: Mesh | None = None,
@@ -103,7 +105,7 @@ def meet_l0(
   """Sets the thresholds so that each member has its target L0.
 
   Args:
-    one: the stack; its penalty has a target.
+    stack_: the stack; its penalty has a target.
     state: after the last step.
     batches: normalised rows by site, the same for all stacks.
     mesh: the state keeps its sharding on it.
@@ -113,17 +115,17 @@ def meet_l0(
   def of_batch(state, rows):
     def of_member(member):
       params, setting = member
-      x_BD = _at(rows, one.sites, setting.reads, one.module)
-      return one.module.threshold_at(params, x_BD, setting.value)
+      x_BD = _at(rows, stack_.sites, setting.reads, stack_.module)
+      return stack_.module.threshold_at(params, x_BD, setting.value)
 
-    return jax.lax.map(of_member, (state.params, one.setting))
+    return jax.lax.map(of_member, (state.params, stack_.setting))
 
   values_S = [of_batch(state, rows) for rows in batches]
   mean_S = jnp.mean(jnp.stack(values_S), 0)
-  params, theta_S = jax.jit(jax.vmap(one.module.with_threshold_at))(
+  params, theta_S = jax.jit(jax.vmap(stack_.module.with_threshold_at))(
     state.params, state.theta, mean_S
   )
-  return _placed(one, state.replace(params=params, theta=theta_S), mesh)
+  return _placed(stack_, state.replace(params=params, theta=theta_S), mesh)
 
 
 class Sums(NamedTuple):
@@ -138,7 +140,7 @@ class Sums(NamedTuple):
 
 
 def refit_decoders(
-  one: stack.Stack,
+  stack_: stack.Stack,
   state: stack.State,
   batches: Callable[[], Iterable[Rows]],
   mesh: Mesh | None = None,
@@ -146,30 +148,32 @@ def refit_decoders(
   """Sets decoders and b_dec to the least squares solution.
 
   Args:
-    one: the stack.
+    stack_: the stack.
     state: after the last step.
     batches: iterates over normalised rows by site, once for each member.
     mesh: the rows of G are sharded over its 'latent' axis.
   """
   by_latent = _by_latent(mesh)
-  add = jax.jit(functools.partial(_add, one, by_latent), donate_argnums=0)
-  solve = jax.jit(functools.partial(_solve, one.module))
-  empty = jax.jit(functools.partial(_empty, one.module, by_latent))
+  add = jax.jit(functools.partial(_add, stack_, by_latent), donate_argnums=0)
+  solve = jax.jit(functools.partial(_solve, stack_.module))
+  empty = jax.jit(functools.partial(_empty, stack_.module, by_latent))
   params = dict(state.params)
-  null_S = one.setting.null
-  frozen = [1 + specs.NULLS.index(n) for n in specs.NULLS if 'decoder' in n]
-  for i in range(len(one.seeds)):
+  null_S = stack_.setting.null
+  frozen = [
+    1 + specs.NULLS.index(null) for null in specs.NULLS if 'decoder' in null
+  ]
+  for i in range(len(stack_.seeds)):
     if null_S is not None and int(null_S[i]) in frozen:
       continue
     member = {name: value[i] for name, value in state.params.items()}
-    setting = jax.tree.map(lambda a, i=i: a[i], one.setting)
+    setting = jax.tree.map(lambda a, i=i: a[i], stack_.setting)
     sums, rows_seen = empty(), 0
     for rows in batches():
       sums = add(sums, member, setting, rows)
       rows_seen += len(next(iter(rows.values())))
-    new = solve(member, sums, jnp.float32(rows_seen))
-    params = {name: p.at[i].set(new[name]) for name, p in params.items()}
-  return _placed(one, state.replace(params=params), mesh)
+    solved = solve(member, sums, jnp.float32(rows_seen))
+    params = {name: p.at[i].set(solved[name]) for name, p in params.items()}
+  return _placed(stack_, state.replace(params=params), mesh)
 
 
 def _sizes(module) -> tuple[int, int]:
@@ -189,12 +193,12 @@ def _empty(module, by_latent) -> Sums:
   )
 
 
-def _add(one, by_latent, sums, params, setting, rows) -> Sums:
+def _add(stack_, by_latent, sums, params, setting, rows) -> Sums:
   """The sums with a batch added."""
-  N, M = _sizes(one.module)
-  x_BD = _at(rows, one.sites, setting.reads, one.module)
-  y_BD = _at(rows, one.targets, setting.writes, one.module)
-  bound = one.module.bind({'params': params})
+  N, M = _sizes(stack_.module)
+  x_BD = _at(rows, stack_.sites, setting.reads, stack_.module)
+  y_BD = _at(rows, stack_.targets, setting.writes, stack_.module)
+  bound = stack_.module.bind({'params': params})
   f_BF = bound.latents(x_BD, setting.value).f_BF
   e_BM = (y_BD - bound.write(f_BF) - bound.offset(x_BD)).reshape(-1, M)
   f_BN = f_BF.reshape(-1, N)
@@ -236,11 +240,13 @@ def _solve(module, params, sums, rows_seen):
   return module.with_b_dec({**params, 'W_dec': W_dec}, params['b_dec'] + moved)
 
 
-def _placed(one: stack.Stack, state: stack.State, mesh: Mesh | None):
+def _placed(stack_: stack.Stack, state: stack.State, mesh: Mesh | None):
   """Restores the sharding of the state."""
   if mesh is None:
     return state
-  return jax.jit(lambda state: state, out_shardings=one.shardings(mesh))(state)
+  return jax.jit(lambda state: state, out_shardings=stack_.shardings(mesh))(
+    state
+  )
 
 
 def conjugate_gradients(apply, right_NM, diagonal_N1) -> jax.Array:
@@ -255,20 +261,20 @@ def conjugate_gradients(apply, right_NM, diagonal_N1) -> jax.Array:
   ratio = lambda a, b: jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)  # noqa: E731
   enough = _TOLERANCE**2 * jnp.sum(jnp.square(right_NM))
 
-  def going(carry):
-    i, _, left_NM, *_ = carry
-    return (i < _ITERATIONS) & (jnp.sum(jnp.square(left_NM)) > enough)
+  def unfinished(carry):
+    i, _, residual_NM, *_ = carry
+    return (i < _ITERATIONS) & (jnp.sum(jnp.square(residual_NM)) > enough)
 
   def iterate(carry):
-    i, x_NM, left_NM, along_NM, size_M = carry
+    i, x_NM, residual_NM, along_NM, size_M = carry
     image_NM = apply(along_NM)
     length_M = ratio(size_M, dot(along_NM, image_NM))
     x_NM += length_M * along_NM
-    left_NM -= length_M * image_NM
-    scaled_NM = left_NM / diagonal_N1
-    new_M = dot(left_NM, scaled_NM)
+    residual_NM -= length_M * image_NM
+    scaled_NM = residual_NM / diagonal_N1
+    new_M = dot(residual_NM, scaled_NM)
     along_NM = scaled_NM + ratio(new_M, size_M) * along_NM
-    return i + 1, x_NM, left_NM, along_NM, new_M
+    return i + 1, x_NM, residual_NM, along_NM, new_M
 
   scaled_NM = right_NM / diagonal_N1
   start = (
@@ -278,11 +284,13 @@ def conjugate_gradients(apply, right_NM, diagonal_N1) -> jax.Array:
     scaled_NM,
     dot(right_NM, scaled_NM),
   )
-  return jax.lax.while_loop(going, iterate, start)[1]
+  return jax.lax.while_loop(unfinished, iterate, start)[1]
 
 
-def _at(rows: Rows, at: tuple[sites.Site, ...], index, module) -> jax.Array:
-  stacked_NBD = jnp.stack([rows[site] for site in at])
+def _at(
+  rows: Rows, sites_read: tuple[sites.Site, ...], index, module
+) -> jax.Array:
+  stacked_NBD = jnp.stack([rows[site] for site in sites_read])
   return stack.rows_at(stacked_NBD, index, module)
 
 

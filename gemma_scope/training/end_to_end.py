@@ -145,14 +145,20 @@ def step_all(
   """
   gemma, mesh = model.gemma, model.mesh
   keep_BT, normalisation = batch['keep'], model.normalisation
-  read = {s for saes in stacks for s in (*saes.sites, *saes.targets)}
+  sites_read = {
+    site for saes in stacks for site in (*saes.sites, *saes.targets)
+  }
   targets = {target for saes in stacks for target in saes.targets}
-  wanted = read | {splice.before(t) for t in targets} | {splice.last(gemma)}
+  taps_needed = (
+    sites_read
+    | {splice.before(target) for target in targets}
+    | {splice.last(gemma)}
+  )
   with jax.named_scope('clean'):
     taps = gemma.forward(
-      model.params, batch['tokens'], taps=wanted, logits=False
+      model.params, batch['tokens'], taps=taps_needed, logits=False
     ).taps
-  for site in read:
+  for site in sites_read:
     keep_BT &= jnp.all(jnp.isfinite(taps[site]), -1)
     if (bound := normalisation[site].norm_bound) is not None:
       keep_BT &= ~outliers.is_outlier({site: taps[site]}, {site: bound})
@@ -163,7 +169,7 @@ def step_all(
         taps[site].reshape(-1, taps[site].shape[-1])[token_R], mesh
       ).astype(jnp.float32)
     )
-    for site in read
+    for site in sites_read
   }
 
   def fidelity_at(target):
@@ -171,8 +177,8 @@ def step_all(
 
     def fidelity(error, y_hat_RD):
       y_hat_BTD = _on_data(normalisation[target].undo(y_hat_RD)[row_BT], mesh)
-      kept = {'tokens': batch['tokens'], 'keep': keep_BT}
-      spliced_BTD = _spliced(model, kept, target, y_hat_BTD, taps)
+      kept_batch = {'tokens': batch['tokens'], 'keep': keep_BT}
+      spliced_BTD = _spliced(model, kept_batch, target, y_hat_BTD, taps)
       kl = divergence(
         gemma,
         model.params,

@@ -1,8 +1,9 @@
 """Initialises training from the rows' covariance, or from released SAEs.
 
-In a residual stream a few directions have most of the variance: random latents
-all follow these, and the few that do so most win every row while the others
-never fire. `whiten` turns random directions u towards what the rows have,
+In a residual stream, a few directions carry most of the variance. Random
+latents all follow these directions: the few that follow them most fire on every
+row, and the others never fire. `whiten` rotates random directions u towards the
+covariance of the rows,
 
   W_dec = unit(S^(p/2) u)    W_enc = S^(-p/2) u / (S^(p/2) u . S^(-p/2) u)
 
@@ -11,10 +12,10 @@ with S the covariance of the normalised rows and p = `initialise.whitening`: at
 nothing. (Whitening of the rows themselves, which changes the loss as well:
 arXiv 2511.13981.)
 
-From a release, each SAE of the run starts as the nearest one there: of its own
-layer (or the layer that the config names), then of its width, then of its L0.
-Of a wider SAE it takes the first latents (a Matryoshka prefix); beside the
-latents of a narrower one it starts the others at random. The release may be of
+With a release, each SAE of the run starts from its nearest SAE: of its own
+layer (or the layer that the config names), then by width, then by L0. From a
+wider SAE it takes the first latents (a Matryoshka prefix); if the released SAE
+is narrower, the remaining latents start at random. The release may be of
 another model (PT -> IT): the function of raw activations stays the same,
 whatever the scales are.
 
@@ -97,24 +98,24 @@ def whiten(
     covariance: of a site's normalised rows, [D, D].
   """
   begun = []
-  for one, state in zip(stacks, states, strict=True):
-    roots = [_roots(covariance(site), power) for site in one.sites]
+  for stack_, state in zip(stacks, states, strict=True):
+    roots = [_roots(covariance(site), power) for site in stack_.sites]
     root_ND, inverse_ND = (
       jnp.asarray(np.stack(of_sites)) for of_sites in zip(*roots, strict=True)
     )
 
-    def turned(W_FD, read, root=root_ND, inverse=inverse_ND):
-      W_dec = jnp.matmul(W_FD, root[read], precision='highest')
-      W_enc = jnp.matmul(W_FD, inverse[read], precision='highest')
+    def whitened(W_FD, read_index, root=root_ND, inverse=inverse_ND):
+      W_dec = jnp.matmul(W_FD, root[read_index], precision='highest')
+      W_enc = jnp.matmul(W_FD, inverse[read_index], precision='highest')
       W_dec /= jnp.linalg.norm(W_dec, axis=-1, keepdims=True)
       return W_enc / jnp.sum(W_enc * W_dec, -1, keepdims=True), W_dec
 
-    old = state.params
-    shardings = old['W_enc'].sharding, old['W_dec'].sharding
-    W_enc, W_dec = jax.jit(jax.vmap(turned), out_shardings=shardings)(
-      old['W_dec'], one.setting.reads
+    params_before = state.params
+    shardings = params_before['W_enc'].sharding, params_before['W_dec'].sharding
+    W_enc, W_dec = jax.jit(jax.vmap(whitened), out_shardings=shardings)(
+      params_before['W_dec'], stack_.setting.reads
     )
-    params = {**old, 'W_enc': W_enc, 'W_dec': W_dec}
+    params = {**params_before, 'W_enc': W_enc, 'W_dec': W_dec}
     begun.append(state.replace(params=params))
   return tuple(begun)
 
@@ -141,10 +142,16 @@ def _sources(config, offered, member) -> tuple[release.Released, ...]:
       if source.card['type'] == kind and source.card['sites'] == [str(site)]
     ]
     if not fitting:
-      has = sorted({f'{s.card["type"]} {s.card["sites"][0]}' for s in offered})
+      available = sorted(
+        {
+          f'{source.card["type"]} {source.card["sites"][0]}'
+          for source in offered
+        }
+      )
       raise config_lib.ConfigError(
         f'{member.name} needs a {kind} of {site} to start from, and '
-        f'{config.initialise.release!r} has none; it has {", ".join(has)}.'
+        f'{config.initialise.release!r} has none; it has '
+        f'{", ".join(available)}.'
       )
     nearest.append(min(fitting, key=lambda source: _distance(source, member)))
   return tuple(nearest)
@@ -191,14 +198,17 @@ def start(
         saes.module,
         member,
         [source.load() for source in of_member],
-        {name: p[i] for name, p in state.params.items()},
+        {name: stacked[i] for name, stacked in state.params.items()},
         normalisation,
       )
       for i, (member, of_member) in enumerate(zip(group, sources, strict=True))
     ]
     params = {
-      name: jax.device_put(np.stack([m[name] for m in members]), old.sharding)
-      for name, old in state.params.items()
+      name: jax.device_put(
+        np.stack([member_params[name] for member_params in members]),
+        stacked.sharding,
+      )
+      for name, stacked in state.params.items()
     }
     begun.append(state.replace(params=params))
   return tuple(begun)
@@ -206,7 +216,7 @@ def start(
 
 def _member(module, member, loaded, random, normalisation):
   """Trainable parameters of one member."""
-  parts = []
+  per_layer = []
   for params, site, target in zip(
     loaded, member.sites, member.targets, strict=True
   ):
@@ -221,19 +231,19 @@ def _member(module, member, loaded, random, normalisation):
         f'{member.name} has no affine skip, but the transcoder to start from '
         'has one; set collection.skip.'
       )
-    own = {name: p for name, p in params.items() if name != 'k'}
-    parts.append(
+    released = {name: p for name, p in params.items() if name != 'k'}
+    per_layer.append(
       fold.unfold(
-        own,
+        released,
         [normalisation[site]],
         [normalisation[target]],
         pre_encoder_bias=module.pre_encoder_bias,
       )
     )
   if module.layers:
-    params = crosswise(parts, module.latent_shape[1])
+    params = crosswise(per_layer, module.latent_shape[1])
     return module.trainable(fold.fold_decoder_norm(params))
-  (params,) = parts
+  (params,) = per_layer
   params = _first(params, module.width)
   if module.unit_decoder:
     # Decoders in files of other tools may have any norm, and the first update
@@ -247,13 +257,13 @@ def _member(module, member, loaded, random, normalisation):
 
 def _first(params, width: int):
   """The first `width` latents."""
-  cut = {
+  slices = {
     'W_enc': np.s_[:, :width],
     'b_enc': np.s_[:width],
     'W_dec': np.s_[:width],
     'threshold': np.s_[:width],
   }
-  return {name: p[cut.get(name, np.s_[:])] for name, p in params.items()}
+  return {name: p[slices.get(name, np.s_[:])] for name, p in params.items()}
 
 
 def _filled(name: str, value: jax.Array, random: jax.Array) -> np.ndarray:
@@ -261,19 +271,19 @@ def _filled(name: str, value: jax.Array, random: jax.Array) -> np.ndarray:
   if value.shape == random.shape:
     return np.asarray(value)
   axis = 0  # latents' own arrays begin with F
-  rest = jnp.take(
+  added = jnp.take(
     random, jnp.arange(value.shape[axis], random.shape[axis]), axis
   )
-  return np.concatenate([np.asarray(value), np.asarray(rest)], axis)
+  return np.concatenate([np.asarray(value), np.asarray(added)], axis)
 
 
 def crosswise(
-  parts: Sequence[Mapping[str, np.ndarray]], latents: int
+  per_layer: Sequence[Mapping[str, np.ndarray]], latents: int
 ) -> dict[str, np.ndarray]:
   """Combines single-layer SAEs into a crosscoder or CLT (released form).
 
   Args:
-    parts: normalised parameters for each layer, with equal d_in and d_out.
+    per_layer: normalised parameters for each layer, with equal d_in and d_out.
     latents: F, the number of latents of each layer.
 
   Returns:
@@ -283,51 +293,66 @@ def crosswise(
   Raises:
     ConfigError: a layer has fewer than F latents.
   """
-  layers = len(parts)
-  for layer, part in enumerate(parts):
-    if part['b_enc'].size < latents:
+  layers = len(per_layer)
+  for layer, layer_params in enumerate(per_layer):
+    if layer_params['b_enc'].size < latents:
       raise config_lib.ConfigError(
         f'Layer {layer} of {layers} needs an SAE of at least {latents} latents '
-        f'to start from; found {part["b_enc"].size}.'
+        f'to start from; found {layer_params["b_enc"].size}.'
       )
-  masked = [np.zeros(part['b_enc'].size, bool) for part in parts]
+  masked = [
+    np.zeros(layer_params['b_enc'].size, bool) for layer_params in per_layer
+  ]
   chosen = []
   W_dec = np.zeros(
-    (layers, latents, layers, parts[0]['b_dec'].size), np.float32
+    (layers, latents, layers, per_layer[0]['b_dec'].size), np.float32
   )
-  for layer, part in enumerate(parts):
+  for layer, layer_params in enumerate(per_layer):
     # Latents that an earlier layer's latent already represents come last.
     order = np.argsort(masked[layer], kind='stable')[:latents]
     chosen.append(np.sort(order))
-    rows_FD = part['W_dec'][chosen[layer]]
+    rows_FD = layer_params['W_dec'][chosen[layer]]
     W_dec[layer, :, layer] = rows_FD
     for later in range(layer + 1, layers):
-      counterpart_F, cosine_F = _counterparts(rows_FD, parts[later]['W_enc'])
+      counterpart_F, cosine_F = _counterparts(
+        rows_FD, per_layer[later]['W_enc']
+      )
       masked[later][counterpart_F] = True
       W_dec[layer, :, later] = (
-        cosine_F[:, None] * parts[later]['W_dec'][counterpart_F]
+        cosine_F[:, None] * per_layer[later]['W_dec'][counterpart_F]
       )
-  picked = list(zip(parts, chosen, strict=True))
+  layers_chosen = list(zip(per_layer, chosen, strict=True))
   combined = {
-    'W_enc': np.stack([p['W_enc'][:, i] for p, i in picked]),
-    'b_enc': np.stack([p['b_enc'][i] for p, i in picked]),
+    'W_enc': np.stack(
+      [layer_params['W_enc'][:, index] for layer_params, index in layers_chosen]
+    ),
+    'b_enc': np.stack(
+      [layer_params['b_enc'][index] for layer_params, index in layers_chosen]
+    ),
     'W_dec': W_dec,
-    'b_dec': np.stack([p['b_dec'] for p in parts]),
-    'threshold': np.stack([p['threshold'][i] for p, i in picked]),
+    'b_dec': np.stack([layer_params['b_dec'] for layer_params in per_layer]),
+    'threshold': np.stack(
+      [
+        layer_params['threshold'][index]
+        for layer_params, index in layers_chosen
+      ]
+    ),
   }
-  if all('W_skip' in p for p in parts):
-    combined['W_skip'] = np.stack([p['W_skip'] for p in parts])
+  if all('W_skip' in layer_params for layer_params in per_layer):
+    combined['W_skip'] = np.stack(
+      [layer_params['W_skip'] for layer_params in per_layer]
+    )
   return combined
 
 
 def _counterparts(rows_FD, W_enc) -> tuple[np.ndarray, np.ndarray]:
   """For each row, the index of the best matching encoder, and max(cos, 0)."""
-  index, most = [], []
+  index, products = [], []
   for start in range(0, len(rows_FD), _BLOCK):
     product = rows_FD[start : start + _BLOCK] @ W_enc
     index.append(product.argmax(1))
-    most.append(product.max(1))
-  index_F, most_F = np.concatenate(index), np.concatenate(most)
+    products.append(product.max(1))
+  index_F, most_F = np.concatenate(index), np.concatenate(products)
   norms_F = np.linalg.norm(W_enc, axis=0)[index_F]
   norms_F *= np.linalg.norm(rows_FD, axis=1)
   return index_F, np.maximum(most_F / np.maximum(norms_F, 1e-12), 0)

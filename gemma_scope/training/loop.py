@@ -62,8 +62,8 @@ def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
   config_lib.check(config)
   path = workdir / 'config.json'
   if path.exists():
-    was = json.loads(config_lib.read(path).to_json())
-    changes.refuse_changes(was, json.loads(config.to_json()), _MAY_CHANGE)
+    saved = json.loads(config_lib.read(path).to_json())
+    changes.refuse_changes(saved, json.loads(config.to_json()), _MAY_CHANGE)
   model, mesh = setup.dimensions(config), auto_mesh.make(config)
   config_lib.check(config, model, mesh.devices.shape)
   two_models.check(config)
@@ -199,9 +199,11 @@ class _Loop:
       }
       self.feed.left_out |= restored.meta['left_out']
       self.report(f'continuing at step {self.step}')
-      was = restored.meta.get('devices')
-      if was and (
-        differing := changes.fingerprint_difference(was, self._devices())
+      saved_devices = restored.meta.get('devices')
+      if saved_devices and (
+        differing := changes.fingerprint_difference(
+          saved_devices, self._devices()
+        )
       ):
         self.report(
           f'other devices than before ({"; ".join(differing)}): sums have '
@@ -225,12 +227,12 @@ class _Loop:
             self.states, batch, self.placed, self._put(np.int32(self.step))
           )
           first = False
-          self.skipped = [v['steps_skipped'] for v in values]
+          self.skipped = [metrics['steps_skipped'] for metrics in values]
           # Metrics of step i are read after step i + 1 was dispatched.
           self._log(pending)
           self.step += 1
-          every = self.config.metrics.every
-          logged = self.step % every == 0 or self.step == steps
+          interval = self.config.metrics.every
+          logged = self.step % interval == 0 or self.step == steps
           pending = (self.step, values) if logged else None
           if self.step % _PATIENCE == 0:
             self._check_finite()
@@ -273,14 +275,16 @@ class _Loop:
     """
     skipped = [int(n) for n_S in jax.device_get(self.skipped) for n in n_S]
     names = [member.name for group in self.groups for member in group]
-    named = zip(names, skipped, strict=False)
-    lost = [name for name, n in named if n >= _PATIENCE]
-    if lost:
-      more = f' and {len(lost) - 1} more SAEs have' if lost[1:] else ' has'
+    counts = zip(names, skipped, strict=False)
+    failing = [name for name, steps in counts if steps >= _PATIENCE]
+    if failing:
+      subject = (
+        f' and {len(failing) - 1} more SAEs have' if failing[1:] else ' has'
+      )
       raise NotFiniteError(
-        f'{lost[0]}{more} had no finite gradient for {_PATIENCE} steps (until '
-        f'step {self.step}). The last good checkpoint is kept; start another '
-        'run with a lower train.learning_rate, or with train.clip.'
+        f'{failing[0]}{subject} had no finite gradient for {_PATIENCE} steps '
+        f'(until step {self.step}). The last good checkpoint is kept; start '
+        'another run with a lower train.learning_rate, or with train.clip.'
       )
     return max(skipped, default=0) < 2
 
@@ -307,10 +311,10 @@ class _Loop:
     if power := self.config.initialise.whitening:
       of_site = lambda site: self.feed.covariance(site, self.placed[site])
       self.states = initialise.whiten(power, self.stacks, self.states, of_site)
-    chosen = initialise.plan(self.config, self.groups)
-    if chosen is not None:
+    plan = initialise.plan(self.config, self.groups)
+    if plan is not None:
       self.states = initialise.start(
-        chosen, self.stacks, self.groups, self.states, self.normalisation
+        plan, self.stacks, self.groups, self.states, self.normalisation
       )
 
   @contextlib.contextmanager
@@ -374,13 +378,15 @@ class _Loop:
     if pending is None or self.writer is None:
       return
     step, values = pending
-    host = jax.device_get(values)
+    host_values = jax.device_get(values)
     means = {
-      name: float(np.mean(np.concatenate([v[name] for v in host])))
-      for name in host[0]
+      name: float(
+        np.mean(np.concatenate([metrics[name] for metrics in host_values]))
+      )
+      for name in host_values[0]
     }
     scalars = {f'mean/{name}': value for name, value in means.items()}
-    for group, stack_values in zip(self.groups, host, strict=True):
+    for group, stack_values in zip(self.groups, host_values, strict=True):
       for name, value_S in stack_values.items():
         for member, value in zip(group, value_S, strict=True):
           scalars[f'{member.name}/{name}'] = float(value)

@@ -180,28 +180,30 @@ def loss(
   latents = bound.activate(projected, batch.value, candidates)
   # Per-latent values for each row, and sums over rows: [F] -> [B, F] -> [F].
   if candidates is None:
-    at, over_rows = lambda v: v, lambda a: jnp.sum(a, 0)
+    at_latents, over_rows = lambda v: v, lambda a: jnp.sum(a, 0)
   else:
-    at, over_rows = candidates.at, candidates.total
+    at_latents, over_rows = candidates.at, candidates.total
   with jax.named_scope('objective'):
-    left_BD = y_BD - bound.offset(x_BD)
+    remaining_BD = y_BD - bound.offset(x_BD)
     errors = []
     for added_BD in _added(bound, objective, latents.f_BF, candidates):
-      left_BD = left_BD - added_BD
-      errors.append(_mean_square(left_BD))
+      remaining_BD = remaining_BD - added_BD
+      errors.append(_mean_square(remaining_BD))
     squared_error = errors[-1]
     reconstruction, more = sum(errors) / len(errors), {}
     if objective.active_set:
       step_BD = bound.write(
-        _active_set_step(bound, latents, left_BD, candidates),
+        _active_set_step(bound, latents, remaining_BD, candidates),
         candidates=candidates,
       )
-      reconstruction = (reconstruction + _mean_square(left_BD - step_BD)) / 2
+      reconstruction = (
+        reconstruction + _mean_square(remaining_BD - step_BD)
+      ) / 2
     if fidelity is not None:
-      reconstruction, more = fidelity(reconstruction, y_BD - left_BD)
+      reconstruction, more = fidelity(reconstruction, y_BD - remaining_BD)
     rows = x_BD.shape[0]
     fired_F = over_rows(latents.active_BF)
-    norms = 1.0 if module.unit_decoder else at(bound.norms())
+    norms = 1.0 if module.unit_decoder else at_latents(bound.norms())
     penalty = _penalty(objective, latents, fired_F / rows, norms, batch)
     total = reconstruction + batch.warm_up * penalty
     if latents.gate_BF is not latents.f_BF:
@@ -214,7 +216,7 @@ def loss(
     if objective.auxk:
       z_BF = latents.z_BF if candidates is None else None
       total += objective.auxk * _auxk(
-        objective, module, params, batch, left_BD, z_BF
+        objective, module, params, batch, remaining_BD, z_BF
       )
     variance = _mean_square(y_BD - jnp.mean(y_BD, 0))
   terms = Terms(
@@ -243,12 +245,12 @@ def value_and_grad(
   Returns:
     ((loss, `Terms`), gradient).
   """
-  whole = functools.partial(loss, module, objective, batch=batch)
+  full_loss = functools.partial(loss, module, objective, batch=batch)
   if not room.limit or objective.needs_all:
-    return jax.value_and_grad(whole, has_aux=True)(params)
+    return jax.value_and_grad(full_loss, has_aux=True)(params)
 
   def of_encoded(params, projected, candidates):
-    return whole(params, encoded=Encoded(projected, candidates))
+    return full_loss(params, encoded=Encoded(projected, candidates))
 
   gradient = jax.value_and_grad(of_encoded, argnums=(0, 1), has_aux=True)
   bound = module.bind({'params': params})
@@ -275,17 +277,20 @@ def value_and_grad(
 
   def sparse_way(params):
     projected_BK = candidates.values(projected_BF) if fused is None else kept_BK
-    result, (own, outer_BK) = gradient(params, projected_BK, candidates)
+    result, (gradients, outer_BK) = gradient(params, projected_BK, candidates)
     bound = module.bind({'params': params})
     encoder = bound.encoder_gradient(outer_BK, batch.x_BD, candidates)
-    return result, {**own, **{n: own[n] + g for n, g in encoder.items()}}
+    return result, {
+      **gradients,
+      **{n: gradients[n] + g for n, g in encoder.items()},
+    }
 
   def dense_way(params):
     if fused is not None:
-      return jax.value_and_grad(whole, has_aux=True)(params)
-    result, (own, outer_BF) = gradient(params, projected_BF, None)
+      return jax.value_and_grad(full_loss, has_aux=True)(params)
+    result, (gradients, outer_BF) = gradient(params, projected_BF, None)
     (encoder,) = transpose(outer_BF)
-    return result, jax.tree.map(jnp.add, own, encoder)
+    return result, jax.tree.map(jnp.add, gradients, encoder)
 
   return jax.lax.cond(room.agree(fits), sparse_way, dense_way, params)
 
@@ -338,12 +343,12 @@ def _active_set_step(bound, latents, error_BD, candidates) -> jax.Array:
   fires_BF = jax.lax.stop_gradient(latents.active_BF) > 0
   slope_BF = jnp.where(fires_BF, bound.read(error_BD, candidates), 0)
   along_BD = bound.write(slope_BF, candidates=candidates)
-  over = tuple(
+  axes = tuple(
     range(1, f_BF.ndim)
   )  # includes layers: D and F have the same number of axes
-  length_B = jnp.sum(jnp.square(slope_BF), over, keepdims=True)
+  length_B = jnp.sum(jnp.square(slope_BF), axes, keepdims=True)
   length_B /= jnp.maximum(
-    jnp.sum(jnp.square(along_BD), over, keepdims=True), _TINY
+    jnp.sum(jnp.square(along_BD), axes, keepdims=True), _TINY
   )
   return jnp.where(fires_BF, jax.nn.relu(f_BF + length_B * slope_BF) - f_BF, 0)
 
@@ -380,8 +385,8 @@ def _auxk(objective, module, params, batch, error_BD, z_BF):
   def by_all(params):
     wanted = objective.auxk_latents or module.d_out // 2
     f_BF = jnp.where(batch.dead_F, jax.nn.relu(z_BF), 0)
-    chosen = jnp.clip(count, 1, wanted)
-    least = activation_functions.kth_of_row(f_BF, chosen)
+    kept = jnp.clip(count, 1, wanted)
+    least = activation_functions.kth_of_row(f_BF, kept)
     f_BF = jnp.where(f_BF >= least, f_BF, 0)
     return module.bind({'params': params}).write(f_BF)
 
@@ -396,12 +401,12 @@ def _auxk(objective, module, params, batch, error_BD, z_BF):
     return bound.write(jnp.where(jnp.arange(few) < count, jax.nn.relu(z_BK), 0))
 
   if not few:  # a sparse step has no dead latents then
-    made_BD = 0 if z_BF is None else by_all(params)
+    explained_BD = 0 if z_BF is None else by_all(params)
   elif z_BF is not None:
-    made_BD = jax.lax.cond(count <= few, by_few, by_all, params)
+    explained_BD = jax.lax.cond(count <= few, by_few, by_all, params)
   else:
-    made_BD = by_few(params)
-  left = _mean_square(error_BD - made_BD)
+    explained_BD = by_few(params)
+  remaining = _mean_square(error_BD - explained_BD)
   variance = _mean_square(error_BD - jnp.mean(error_BD, 0))
-  share = left / jnp.maximum(variance, 1e-12)
+  share = remaining / jnp.maximum(variance, 1e-12)
   return jnp.where(count > 0, share, 0)

@@ -52,9 +52,11 @@ class Optimizer:
   def rate_factor(self, step: jax.Array) -> jax.Array:
     """Factor on the learning rate at `step`."""
     t = jnp.clip(step / max(self.warm_up, 1), 0, 1)
-    up = 0.1 + 0.9 * (1 - jnp.cos(jnp.pi * t)) / 2 if self.warm_up else 1.0
-    left = (self.steps - step) / max(self.decay, 1)
-    return up * (jnp.clip(left, 0, 1) if self.decay else 1.0)
+    warm_up_factor = (
+      0.1 + 0.9 * (1 - jnp.cos(jnp.pi * t)) / 2 if self.warm_up else 1.0
+    )
+    remaining = (self.steps - step) / max(self.decay, 1)
+    return warm_up_factor * (jnp.clip(remaining, 0, 1) if self.decay else 1.0)
 
   def sparsity_factor(self, step: jax.Array) -> jax.Array:
     """Factor on the sparsity coefficients at `step`."""
@@ -64,8 +66,8 @@ class Optimizer:
     """The target L0 at `step` of a member with target `value`."""
     if not self.l0_steps:
       return value
-    left = jnp.clip(1 - step / self.l0_steps, 0, 1)
-    return value + left * jnp.maximum(self.initial_l0 - value, 0)
+    remaining = jnp.clip(1 - step / self.l0_steps, 0, 1)
+    return value + remaining * jnp.maximum(self.initial_l0 - value, 0)
 
   def transform(self) -> optax.GradientTransformation:
     """The optax transformation of one member's gradient."""

@@ -1,11 +1,11 @@
 """What each prefix of a Matryoshka SAE adds to the one before it.
 
-On one device a prefix is a slice of the latents. Slices of latents that several
-devices share would end within shards, and move latents between devices. There
-every shard writes its own latents in equal blocks, of which none belongs to two
-prefixes, and a prefix is a sum of blocks: [B, D] a prefix is all that crosses
-shards. Where such blocks would be many, a prefix is a mask of all latents,
-which costs a matmul each.
+On one device, a prefix is a slice of the latents. If several devices share the
+latents, such a slice would end inside a shard and move latents between devices.
+Every shard then writes its own latents in equal blocks, each of which belongs
+to one prefix, and a prefix is a sum of blocks: only [B, D] per prefix crosses
+shards. If that takes too many blocks, each prefix is a mask over all latents,
+which costs one matmul.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ def added(
     shards: number of devices that share the latents of each layer.
     f_BF, candidates: see `Autoencoder.write`.
   """
-  parts, width = list(zip((0, *ends), ends, strict=False)), f_BF.shape[-1]
+  ranges, width = list(zip((0, *ends), ends, strict=False)), f_BF.shape[-1]
   if shards == 1 or candidates is not None:
-    for part in parts:
-      yield bound.write(f_BF, slice(*part), candidates)
+    for bounds in ranges:
+      yield bound.write(f_BF, slice(*bounds), candidates)
     return
   size = math.gcd(width // shards, *ends)
   count = width // size
   if count <= 2 * shards * len(ends):
     first_K, y_KBD = size * jnp.arange(count), bound.write_blocks(f_BF, count)
     first_K = first_K.reshape(-1, *(1,) * (y_KBD.ndim - 1))
-    for start, stop in parts:
+    for start, stop in ranges:
       inside_K = (first_K >= start) & (first_K < stop)
       yield jnp.sum(jnp.where(inside_K, y_KBD, 0), 0)
     return
   index_F = jnp.arange(width)
-  for start, stop in parts:
+  for start, stop in ranges:
     inside_F = (index_F >= start) & (index_F < stop)
     yield bound.write(jnp.where(inside_F, f_BF, 0))

@@ -78,10 +78,12 @@ def resample(
       return dead_F[:, None, :, None] if ndim == 4 else dead_F[:, None]
     return None if name in ('b_dec', 'W_skip') else dead_F
 
-  new = {}
-  for name, old in params.items():
-    dead = of_latents(name, old.ndim)
-    new[name] = old if dead is None else jnp.where(dead, anew[name], old)
+  resampled = {}
+  for name, value in params.items():
+    dead = of_latents(name, value.ndim)
+    resampled[name] = (
+      value if dead is None else jnp.where(dead, anew[name], value)
+    )
 
   def moment(path, leaf):
     name = getattr(path[-1], 'key', None)
@@ -92,7 +94,7 @@ def resample(
     mean = jnp.sum(leaf * alive) / jnp.maximum(jnp.sum(alive), 1)
     return jnp.where(dead, mean, leaf)
 
-  return new, jax.tree_util.tree_map_with_path(moment, moments)
+  return resampled, jax.tree_util.tree_map_with_path(moment, moments)
 
 
 def _drawn(module, b_dec, x_BD, y_BD, rows_F):

@@ -56,13 +56,13 @@ def dimensions(config: ConfigDict) -> sites.Dimensions:
 
 def layout(config: ConfigDict, share: float = 1.0) -> harvest.Layout:
   """Sizes of a run's chunks; `share` is the fraction of rows to keep."""
-  a = config.activations
+  activations = config.activations
   return harvest.Layout.of(
-    chunk_rows=a.chunk_rows,
+    chunk_rows=activations.chunk_rows,
     seq_len=config.text.seq_len,
     batch=config.train.batch,
-    lm_batch=a.lm_batch,
-    dtype=a.dtype,
+    lm_batch=activations.lm_batch,
+    dtype=activations.dtype,
     share=share,
   )
 
@@ -76,10 +76,10 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
   text = harvest.Text(
     functools.partial(prepare.batch, rows), special(tokenizer, store).keep
   )
-  of_model = functools.partial(
+  source_of = functools.partial(
     _model_source, config, text, layout(config, store.share), mesh, report
   )
-  source = of_model(config.lm.name, config.lm.checkpoint)
+  source = source_of(config.lm.name, config.lm.checkpoint)
   facts = {
     'model': config.lm.name,
     'model_dtype': config.lm.dtype,
@@ -91,10 +91,10 @@ def make_source(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, report):
   if kind:
     facts['quantisation'] = kind
   if second := specs.second_model(config):
-    other = of_model(*second)
-    source = harvest.Pair(source, other)
+    second_source = source_of(*second)
+    source = harvest.Pair(source, second_source)
     facts['second_model'] = second[0]
-    facts['second_parameters'] = int(_checksum(other.params))
+    facts['second_parameters'] = int(_checksum(second_source.params))
   return source, facts
 
 
@@ -102,17 +102,19 @@ def _model_source(
   config: ConfigDict, text, sizes, mesh, report, *model: str
 ) -> harvest.ModelSource:
   """Rows of the model (name, checkpoint) at the sites of the run."""
-  read = [site for site in specs.site_list(config) if not site.second]
+  read_sites = [site for site in specs.site_list(config) if not site.second]
   report(f'loading {" from ".join(filter(None, model))}')
   gemma, params = weights.load(
     *model,
     dtype=config.lm.dtype,
     mesh=mesh,
     num_layers=(
-      None if config.end_to_end.beta else 1 + max(site.layer for site in read)
+      None
+      if config.end_to_end.beta
+      else 1 + max(site.layer for site in read_sites)
     ),
   )
-  return harvest.ModelSource(gemma, params, read, text, sizes, mesh)
+  return harvest.ModelSource(gemma, params, read_sites, text, sizes, mesh)
 
 
 def _open_store(config, read, report):
@@ -154,7 +156,7 @@ def make_stacks(
   config: ConfigDict, model: sites.Dimensions
 ) -> tuple[tuple[stack.Stack, ...], tuple[tuple[specs.SaeSpec, ...], ...]]:
   """The collection's SAEs, grouped by shape into stacks."""
-  t = config.train
+  train = config.train
   optimizer = optimizer_lib.Optimizer(
     **_fields_of(optimizer_lib.Optimizer, config.train)
   )
@@ -162,14 +164,22 @@ def make_stacks(
   stacks = []
   for (_, _, d_in, d_out), group in groups.items():
     reads, writes = (
-      tuple(dict.fromkeys(site for m in group for site in getattr(m, field)))
+      tuple(
+        dict.fromkeys(
+          site for member in group for site in getattr(member, field)
+        )
+      )
       for field in ('sites', 'targets')
     )
     setting = stack.Setting(
-      jnp.asarray([m.sparsity for m in group], jnp.float32),
-      jnp.full((len(group),), t.learning_rate, jnp.float32),
-      jnp.asarray([_index(reads, m.sites, m.layers) for m in group]),
-      jnp.asarray([_index(writes, m.targets, m.layers) for m in group]),
+      jnp.asarray([member.sparsity for member in group], jnp.float32),
+      jnp.full((len(group),), train.learning_rate, jnp.float32),
+      jnp.asarray(
+        [_index(reads, member.sites, member.layers) for member in group]
+      ),
+      jnp.asarray(
+        [_index(writes, member.targets, member.layers) for member in group]
+      ),
       _nulls(group),
     )
     module = make_module(config, group[0], d_in, d_out)
@@ -185,7 +195,9 @@ def _nulls(group: Sequence[specs.SaeSpec]) -> jax.Array | None:
   """`stack.Setting.null`; None where the stack has none."""
   if not any(member.null for member in group):
     return None
-  return jnp.asarray([('', *specs.NULLS).index(m.null) for m in group])
+  return jnp.asarray(
+    [('', *specs.NULLS).index(member.null) for member in group]
+  )
 
 
 def _index(sites_of_stack, wanted, layers: int):
@@ -239,18 +251,18 @@ def slow_thresholds(config: ConfigDict) -> str | None:
   A step of Adam changes log(theta) by about the learning rate, so that with
   the published 7e-5 a factor of 10 takes 33,000 steps.
   """
-  s, t = config.sae, config.train
+  sae, train = config.sae, config.train
   trained = 'jumprelu' in {spec.base for spec in specs.members(config)}
-  if not (trained and s.log_threshold) or config.initialise.release:
+  if not (trained and sae.log_threshold) or config.initialise.release:
     return None
-  steps = t.steps - t.decay / 2
-  folds = t.learning_rate * t.threshold_rate * steps
+  steps = train.steps - train.decay / 2
+  folds = train.learning_rate * train.threshold_rate * steps
   if folds >= _FOLDS:
     return None
-  needed = _FOLDS / (t.learning_rate * steps)
+  needed = _FOLDS / (train.learning_rate * steps)
   return (
     f'thresholds can change by a factor of at most {math.exp(folds):.3g} in '
-    f'{t.steps:,} steps: L0 may stay far from its target. Set '
+    f'{train.steps:,} steps: L0 may stay far from its target. Set '
     f'train.threshold_rate to {math.ceil(needed)} or more, or '
     'sae.log_threshold to False, and sae.initial_threshold near the values '
     'expected.'
@@ -263,15 +275,17 @@ def abstract_states(stacks: tuple[stack.Stack, ...], mesh: Mesh):
     lambda leaf, place: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=place
     ),
-    jax.eval_shape(lambda: tuple(s.init(jax.random.key(0)) for s in stacks)),
-    tuple(s.shardings(mesh) for s in stacks),
+    jax.eval_shape(
+      lambda: tuple(stack_.init(jax.random.key(0)) for stack_ in stacks)
+    ),
+    tuple(stack_.shardings(mesh) for stack_ in stacks),
   )
 
 
 def step_of(config, stacks, gemma, mesh):
   """The jitted step: states, batch, normalisation by site, step, parameters of
   the language model (() where none is run) -> states, metrics."""
-  shardings = tuple(s.shardings(mesh) for s in stacks)
+  shardings = tuple(stack_.shardings(mesh) for stack_ in stacks)
   key, beta = jax.random.key(config.seed), config.end_to_end.beta
 
   @functools.partial(

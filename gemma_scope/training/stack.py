@@ -152,13 +152,13 @@ class Stack:
     """The sharding of every leaf of a state, from the table above."""
     state = jax.eval_shape(self.init, jax.random.key(0))
 
-    def place(path, leaf):
+    def sharding_of(path, leaf):
       name = getattr(path[-1], 'key', None) or getattr(path[-1], 'name', '')
       last = SHARDING.get(name, ())
-      between = (None,) * (leaf.ndim - 1 - len(last))
-      return mesh_lib.sharding(mesh, 'sae', *between, *last)
+      middle = (None,) * (leaf.ndim - 1 - len(last))
+      return mesh_lib.sharding(mesh, 'sae', *middle, *last)
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(sharding_of, state)
 
   def step(
     self,
@@ -199,7 +199,9 @@ class Stack:
         )
         stepped = self.step_member(member, rows, step, key, gradient_of)
         return jax.tree.map(
-          lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, i, 0),
+          lambda a, updated: jax.lax.dynamic_update_index_in_dim(
+            a, updated, i, 0
+          ),
           carry,
           stepped,
         )
@@ -313,8 +315,8 @@ class Stack:
       share_F = 0.99 * state.fired_share + 0.01 * terms.fired_F / rows
       # A mean of all steps so far, then of the last 1 / (1 - decay).
       weight = jnp.maximum(1 - o.theta_decay, 1 / (step + 1.0))
-      seen = jnp.where(finite, terms.theta, state.theta)
-      theta = state.theta + weight * (seen - state.theta)
+      measured = jnp.where(finite, terms.theta, state.theta)
+      theta = state.theta + weight * (measured - state.theta)
       coefficient = state.coefficient
       if self.objective.penalty == 'adaptive_l1':
         excess = jnp.where(finite, jnp.clip(terms.l0 / value - 1, -1, 1), 0)
@@ -359,8 +361,8 @@ class Stack:
         params=params, moments=moments, silent_tokens=silent_F
       )
 
-    every = self.optimizer.resample_every
-    due = (step > 0) & (step % every == 0)
+    interval = self.optimizer.resample_every
+    due = (step > 0) & (step % interval == 0)
     return jax.lax.cond(due, resample, lambda state: state, state)
 
   def _rate_of(self, name: str) -> float:
@@ -405,11 +407,13 @@ def step_all(
 ) -> tuple[tuple[State, ...], tuple[dict[str, jax.Array], ...]]:
   """One step of every stack on one batch: site -> x [B, D]."""
 
-  def of(read):
-    return jnp.stack([rows[site] for site in read])
+  def stacked(sites_read):
+    return jnp.stack([rows[site] for site in sites_read])
 
   results = [
-    stack.step(state, of(stack.sites), of(stack.targets), step, key, mesh)
+    stack.step(
+      state, stacked(stack.sites), stacked(stack.targets), step, key, mesh
+    )
     for stack, state in zip(stacks, states, strict=True)
   ]
   states, metrics = zip(*results, strict=True)

@@ -49,12 +49,14 @@ class Result:
 def describe_normalisation(normalisation) -> dict[str, Any]:
   """Normalisation as JSON, for a checkpoint; unused parts are left out."""
   meta = {'scales': {}, 'centres': {}, 'norm_bounds': {}}
-  for site, n in normalisation.items():
-    meta['scales'][str(site)] = n.scale
-    if n.centre is not None:
-      meta['centres'][str(site)] = np.asarray(n.centre).tolist()
-    if n.norm_bound is not None:
-      meta['norm_bounds'][str(site)] = n.norm_bound
+  for site, site_normalisation in normalisation.items():
+    meta['scales'][str(site)] = site_normalisation.scale
+    if site_normalisation.centre is not None:
+      meta['centres'][str(site)] = np.asarray(
+        site_normalisation.centre
+      ).tolist()
+    if site_normalisation.norm_bound is not None:
+      meta['norm_bounds'][str(site)] = site_normalisation.norm_bound
   return {key: value for key, value in meta.items() if value or key == 'scales'}
 
 
@@ -109,7 +111,7 @@ def saes(
 ) -> list[release.Released]:
   """The trained SAEs: folded, they act on raw activations."""
   groups = specs.stacks(config, setup.dimensions(config)).values()
-  out = []
+  released_saes = []
   for trained, state, group in zip(stacks, states, groups, strict=True):
     if jax.process_count() > 1:
       host = multihost_utils.process_allgather(state, tiled=True)
@@ -124,7 +126,7 @@ def saes(
       params = _folded(params, member, normalisation, module)
       if not module.unit_decoder or config.train.refit_decoders:
         params = fold.fold_decoder_norm(params)
-      both = {
+      normalisations = {
         site: normalisation[site] for site in (*member.sites, *member.targets)
       }
       card = {
@@ -139,7 +141,7 @@ def saes(
         'width': member.width,
         'sparsity': {'kind': member.penalty, 'value': member.sparsity},
         'seed': member.seed,
-        'scales': {str(site): n.scale for site, n in both.items()},
+        'scales': {str(site): n.scale for site, n in normalisations.items()},
         'steps': step,
         'tokens': step * config.train.batch,
         'text': facts['text'],
@@ -157,21 +159,24 @@ def saes(
       if config.activations.max_norm:
         card['outliers'] = outliers.describe(
           config.activations.max_norm,
-          {site: n.norm_bound for site, n in both.items()},
+          {site: n.norm_bound for site, n in normalisations.items()},
         )
       if config.initialise.release:
         card['initialised_from'] = config.initialise.release
-      out.append(release.in_memory(params, card))
-  return out
+      released_saes.append(release.in_memory(params, card))
+  return released_saes
 
 
 def _folded(params, member: specs.SaeSpec, normalisation, module):
   """Parameters that take raw rows; those of two models stand side by side."""
-  read = [normalisation[site] for site in member.sites]
-  written = [normalisation[site] for site in member.targets]
+  input_normalisations = [normalisation[site] for site in member.sites]
+  output_normalisations = [normalisation[site] for site in member.targets]
   if member.pair:
-    params, both = fold.side_by_side(params, read)
-    read = written = [both]
+    params, joined = fold.side_by_side(params, input_normalisations)
+    input_normalisations = output_normalisations = [joined]
   return fold.fold(
-    params, read, written, pre_encoder_bias=module.pre_encoder_bias
+    params,
+    input_normalisations,
+    output_normalisations,
+    pre_encoder_bias=module.pre_encoder_bias,
   )

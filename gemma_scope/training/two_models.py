@@ -32,31 +32,41 @@ def check(config: ConfigDict) -> None:
   first = config.lm.name, config.lm.checkpoint
   for model in (first, second):
     weights.check_there(*model)
-  was, now = (weights.read_config(*model) for model in (first, second))
+  first_config, second_config = (
+    weights.read_config(*model) for model in (first, second)
+  )
   facts = [
-    ('tokens in its vocabulary', was.vocab_size, now.vocab_size),
-    ('layers', was.num_layers, now.num_layers),
+    (
+      'tokens in its vocabulary',
+      first_config.vocab_size,
+      second_config.vocab_size,
+    ),
+    ('layers', first_config.num_layers, second_config.num_layers),
   ]
-  if was.num_layers == now.num_layers:
+  if first_config.num_layers == second_config.num_layers:
     facts += [
-      (f'dimensions at {site.of_first()}', site.width(was), site.width(now))
+      (
+        f'dimensions at {site.of_first()}',
+        site.width(first_config),
+        site.width(second_config),
+      )
       for site in specs.site_list(config)
       if site.second
     ]
-  for what, wanted, found in facts:
-    if wanted != found:
+  for quantity, first_value, second_value in facts:
+    if first_value != second_value:
       raise config_lib.ConfigError(
-        f'The second model {_named(second)} has {found:,} {what}, and '
-        f'{_named(first)} has {wanted:,}: two models are compared where these '
-        'are the same.'
+        f'The second model {_named(second)} has {second_value:,} {quantity}, '
+        f'and {_named(first)} has {first_value:,}: two models are compared '
+        'where these are the same.'
       )
   path = config.lm.tokenizer or weights.tokenizer(*first)
   prepare.check_tokenizer(tokenizers.Tokenizer(path), *second)
   try:
-    other = weights.tokenizer(*second)
+    second_path = weights.tokenizer(*second)
   except weights.CheckpointNotFound:
     return  # nothing lies beside it that could differ
-  if difference := _difference(str(path), str(other)):
+  if difference := _difference(str(path), str(second_path)):
     raise ValueError(
       f'The tokenizer of the second model {_named(second)} gives other ids: '
       f'{difference} of {_named(first)}. Two models are compared on the same '
@@ -72,16 +82,30 @@ def _named(model: Model) -> str:
 
 def _difference(first: str, second: str) -> str:
   """The first id at which two tokenizers differ; '' where none does."""
-  was, now = tokenizers.Tokenizer(first), tokenizers.Tokenizer(second)
-  if was.sha256 == now.sha256:
+  first_tokenizer, second_tokenizer = (
+    tokenizers.Tokenizer(first),
+    tokenizers.Tokenizer(second),
+  )
+  if first_tokenizer.sha256 == second_tokenizer.sha256:
     return ''
-  if was.vocab_size != now.vocab_size:
-    return f'it has {now.vocab_size:,} pieces, not the {was.vocab_size:,}'
-  pieces = [each.pieces(range(each.vocab_size)) for each in (was, now)]
-  for i, (wanted, found) in enumerate(zip(*pieces, strict=True)):
-    if wanted != found:
-      return f'{i} is {json.dumps(found)}, not the {json.dumps(wanted)}'
+  if first_tokenizer.vocab_size != second_tokenizer.vocab_size:
+    return (
+      f'it has {second_tokenizer.vocab_size:,} pieces, not the '
+      f'{first_tokenizer.vocab_size:,}'
+    )
+  pieces = [
+    tokenizer.pieces(range(tokenizer.vocab_size))
+    for tokenizer in (first_tokenizer, second_tokenizer)
+  ]
+  for i, (first_piece, second_piece) in enumerate(zip(*pieces, strict=True)):
+    if first_piece != second_piece:
+      return (
+        f'{i} is {json.dumps(second_piece)}, not the {json.dumps(first_piece)}'
+      )
   for role in ('pad_id', 'bos_id', 'eos_id'):
-    if getattr(was, role) != getattr(now, role):
-      return f'its {role} is {getattr(now, role)}, not the {getattr(was, role)}'
+    if getattr(first_tokenizer, role) != getattr(second_tokenizer, role):
+      return (
+        f'its {role} is {getattr(second_tokenizer, role)}, not the '
+        f'{getattr(first_tokenizer, role)}'
+      )
   return ''

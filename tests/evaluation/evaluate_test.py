@@ -252,5 +252,5 @@ def test_what_does_not_fit_is_a_sentence(model, saes):
   refused('2 of the SAEs are named', [saes[0], saes[0]])
   refused('no SAE was given', [])
   refused('sequence 0 starts with token 7', tokens_NT=np.full((2, 5), 7))
-  refused('all to evaluate on are special', tokens_NT=np.full((2, 5), 2))
+  refused('all tokens of the text are special', tokens_NT=np.full((2, 5), 2))
   refused(r'found \[5\]', tokens_NT=np.full(5, 2))

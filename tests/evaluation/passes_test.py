@@ -42,7 +42,7 @@ def test_a_batch_that_cannot_be_split_is_refused():
   for wrong in (0, 3):
     with pytest.raises(ValueError, match=f'batch of {wrong} .* data axis .2.'):
       batches.Batches(batches.Text(text(8), keep, wrong), devices)
-  with pytest.raises(ValueError, match='at least three tokens'):
+  with pytest.raises(ValueError, match='T at least 3'):
     batches.Batches(batches.Text(text(8)[:, :2], keep, 4), None)
 
 

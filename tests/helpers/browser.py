@@ -62,11 +62,11 @@ def audit(page) -> list[str]:
   if not path.exists():
     pytest.skip('axe-core is not installed: run npm ci')
   page.evaluate(path.read_text())
-  found = page.evaluate(
+  report = page.evaluate(
     "axe.run({preload: false, runOnly: ['wcag2a', 'wcag2aa', 'wcag21aa']})"
   )
   return [
-    f'{one["id"]}: {node["html"][:120]}'
-    for one in found['violations']
-    for node in one['nodes'][:3]
+    f'{violation["id"]}: {node["html"][:120]}'
+    for violation in report['violations']
+    for node in violation['nodes'][:3]
   ]

@@ -46,11 +46,11 @@ MEMBERS = {
 def values(model, name):
   """Taps at the sites and latents [T, F] of the plain pass."""
   params, card = MEMBERS[name]
-  place = sites.wiring_of(card)
+  wiring = sites.wiring_of(card)
   taps = splice.taps(
-    *model, np.array([TOKENS_T]), tuple({*place.sites, *place.targets})
+    *model, np.array([TOKENS_T]), tuple({*wiring.sites, *wiring.targets})
   )
-  x = np.stack([taps[s][0] for s in place.sites], -2)
+  x = np.stack([taps[site][0] for site in wiring.sites], -2)
   with jax.default_matmul_precision('highest'):
-    f = np.asarray(sae.encode(params, x if place.several else x[:, 0]))
+    f = np.asarray(sae.encode(params, x if wiring.several else x[:, 0]))
   return taps, f.reshape(T, -1)

@@ -32,9 +32,9 @@ class Cluster:
     *arguments,
     silence_s: float = 5,
   ):
-    with socket.socket() as free:
-      free.bind(('localhost', 0))
-      port = free.getsockname()[1]
+    with socket.socket() as probe:
+      probe.bind(('localhost', 0))
+      port = probe.getsockname()[1]
     environment = processes.one_device() | {
       'COORDINATOR_ADDRESS': f'localhost:{port}',
       'NUM_PROCESSES': str(count),
@@ -61,18 +61,20 @@ class Cluster:
   def wait_for(self, holds: Callable[[], bool], timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while not holds():
-      assert all(p.is_alive() for p in self.processes), self.outputs()
+      assert all(process.is_alive() for process in self.processes), (
+        self.outputs()
+      )
       assert time.monotonic() < deadline, 'too slow'
       time.sleep(0.02)
 
   def outputs(self) -> list[str]:
     return [log.read_text() if log.exists() else '' for log in self.logs]
 
-  def codes(self, of: Sequence[int], timeout: float = 120) -> list[int]:
+  def codes(self, indices: Sequence[int], timeout: float = 120) -> list[int]:
     """Exit codes; negative after a signal, None of who has not ended."""
-    for i in of:
+    for i in indices:
       self.processes[i].join(timeout)
-    return [self.processes[i].exitcode for i in of]
+    return [self.processes[i].exitcode for i in indices]
 
   def name(self, index: int) -> str:
     pid = self.processes[index].pid

@@ -15,8 +15,8 @@ def run(capsys, *words) -> types.SimpleNamespace:
     launch.main([str(word) for word in words])
   except SystemExit as end:
     code = end.code or 0
-  said = capsys.readouterr()
-  error = said.err
+  printed = capsys.readouterr()
+  error = printed.err
   if isinstance(code, str):  # the interpreter prints it
     code, error = 1, f'{error}{code}\n'
-  return types.SimpleNamespace(code=code, out=said.out, err=error)
+  return types.SimpleNamespace(code=code, out=printed.out, err=error)

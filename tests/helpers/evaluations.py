@@ -84,9 +84,11 @@ def identity_sae(site):
 WATCH = batches.Watch()
 
 
-def measure(model, saes, tokens_NT, watch=WATCH, **more):
-  given = batches.Text(tokens_NT, keep, BATCH, **more)
-  return evaluate.evaluate(*model, releases.saes(saes), given, watch=watch)
+def measure(model, saes, tokens_NT, watch=WATCH, **fields):
+  evaluation_text = batches.Text(tokens_NT, keep, BATCH, **fields)
+  return evaluate.evaluate(
+    *model, releases.saes(saes), evaluation_text, watch=watch
+  )
 
 
 class Reference:
@@ -98,23 +100,25 @@ class Reference:
     out = gemma.forward(params, tokens_NT, taps=(site,))
     x_NTD = np.asarray(out.taps[site], np.float64)
     keep_NT = keep(tokens_NT)
-    p = {key: value.astype(np.float64) for key, value in arrays.items()}
+    sae_params = {
+      key: value.astype(np.float64) for key, value in arrays.items()
+    }
     mean_D = x_NTD[keep_NT].mean(0)
-    x_hat_NTD, self.fired_F = x_NTD.copy(), np.zeros(len(p['b_enc']))
+    x_hat_NTD, self.fired_F = x_NTD.copy(), np.zeros(len(sae_params['b_enc']))
     active = error = variance = flat = 0.0
     for n, t in np.argwhere(keep_NT):
-      z_F = x_NTD[n, t] @ p['W_enc'] + p['b_enc']
-      f_F = np.where(z_F > p['threshold'], np.maximum(z_F, 0), 0)
-      x_hat_NTD[n, t] = f_F @ p['W_dec'] + p['b_dec']
+      z_F = x_NTD[n, t] @ sae_params['W_enc'] + sae_params['b_enc']
+      f_F = np.where(z_F > sae_params['threshold'], np.maximum(z_F, 0), 0)
+      x_hat_NTD[n, t] = f_F @ sae_params['W_dec'] + sae_params['b_dec']
       self.fired_F += f_F > 0
       active += (f_F > 0).sum()
       error += ((x_NTD[n, t] - x_hat_NTD[n, t]) ** 2).sum()
       variance += ((x_NTD[n, t] - mean_D) ** 2).sum()
       flat += ((x_NTD[n, t] - x_NTD[keep_NT].mean()) ** 2).sum()
     if not keep_bos:
-      z_NF = x_NTD[:, 0] @ p['W_enc'] + p['b_enc']
-      f_NF = np.where(z_NF > p['threshold'], np.maximum(z_NF, 0), 0)
-      x_hat_NTD[:, 0] = f_NF @ p['W_dec'] + p['b_dec']
+      z_NF = x_NTD[:, 0] @ sae_params['W_enc'] + sae_params['b_enc']
+      f_NF = np.where(z_NF > sae_params['threshold'], np.maximum(z_NF, 0), 0)
+      x_hat_NTD[:, 0] = f_NF @ sae_params['W_dec'] + sae_params['b_dec']
     self.tokens = keep_NT.sum()
     self.l0 = active / self.tokens
     self.fvu, self.fvu_elementwise = error / variance, error / flat
@@ -134,5 +138,7 @@ class Reference:
       (loss(np.where(keep_NT1, value, x_NTD)) - clean_NT)[self.counts_NT].mean()
       for value in (0.0, mean_D)
     ]
-    self.recovered = [(lost - self.delta) / lost for lost in ablated]
+    self.recovered = [
+      (ablated_loss - self.delta) / ablated_loss for ablated_loss in ablated
+    ]
     self.mean_D = mean_D

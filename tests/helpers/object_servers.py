@@ -92,12 +92,12 @@ class Proxy:
       self._send(request, status, headers, data)
 
   def _chunks(self, stream) -> bytes:
-    parts = []
+    chunks = []
     while size := int(stream.readline().split(b';')[0], 16):
-      parts.append(stream.read(size))
+      chunks.append(stream.read(size))
       stream.readline()
     stream.readline()
-    return b''.join(parts)
+    return b''.join(chunks)
 
   def _checked(self, request, body: bytes):
     """The server's answer; of Google's, only if the generation is right."""
@@ -106,48 +106,52 @@ class Proxy:
     path = urllib.parse.urlsplit(request.path)
     query = urllib.parse.parse_qs(path.query)
     uploads = path.path.startswith('/upload/')
-    where = path.path.removeprefix('/upload')
+    object_path = path.path.removeprefix('/upload')
     if uploads:
-      where += '/' + urllib.parse.quote(query['name'][0], safe='')
+      object_path += '/' + urllib.parse.quote(query['name'][0], safe='')
     reads = query.get('alt') == ['media']
     if request.command == 'GET' and path.path.endswith('/o'):
       return self._listed(request, query)
     if not ('ifGenerationMatch' in query or reads):
       return self._ask(request.command, request.path, request.headers, body)
-    status, _, described = self._ask('GET', where, {}, b'')
-    now = json.loads(described)['generation'] if status == 200 else '0'
-    if query.get('ifGenerationMatch', [now]) != [now]:
-      return (412 if now != '0' or uploads else 404), [], b'{}'
+    status, _, described = self._ask('GET', object_path, {}, b'')
+    generation = json.loads(described)['generation'] if status == 200 else '0'
+    if query.get('ifGenerationMatch', [generation]) != [generation]:
+      return (412 if generation != '0' or uploads else 404), [], b'{}'
     status, headers, data = self._ask(
       request.command, request.path, request.headers, body
     )
-    return status, [*headers, ('x-goog-generation', now)], data
+    return status, [*headers, ('x-goog-generation', generation)], data
 
   def _listed(self, request, query):
     status, headers, data = self._ask('GET', request.path, request.headers, b'')
-    found = json.loads(data)
+    listing = json.loads(data)
     low, high = (query.get(f'{end}Offset', [''])[0] for end in ('start', 'end'))
-    found['items'] = [
+    listing['items'] = [
       item
-      for item in found.get('items', [])
+      for item in listing.get('items', [])
       if item['name'] >= low and (not high or item['name'] < high)
     ]
-    return status, headers, json.dumps(found).encode()
+    return status, headers, json.dumps(listing).encode()
 
   def _ask(self, method: str, path: str, headers, body: bytes):
     connection = http.client.HTTPConnection('127.0.0.1', self.port, timeout=60)
-    kept = {
+    passed_headers = {
       name: value
       for name, value in headers.items()
       if name.lower() not in ('transfer-encoding', 'content-length', 'expect')
     }
-    connection.request(method, path, body or None, kept)
+    connection.request(method, path, body or None, passed_headers)
     reply = connection.getresponse()
     data = reply.read()
     connection.close()
     dropped = ('content-length', 'transfer-encoding', 'connection', 'date')
-    back = [(k, v) for k, v in reply.getheaders() if k.lower() not in dropped]
-    return reply.status, back, data
+    reply_headers = [
+      (name, value)
+      for name, value in reply.getheaders()
+      if name.lower() not in dropped
+    ]
+    return reply.status, reply_headers, data
 
   def _send(self, request, status, headers, data, sent=None) -> None:
     request.send_response(status)
@@ -188,8 +192,10 @@ def started(scheme: str) -> Iterator[tuple[Proxy, dict[str, str]]]:
   try:
     _wait(port, server)
     if scheme == 's3':
-      make = f'http://127.0.0.1:{port}/{BUCKET}'
-      urllib.request.urlopen(urllib.request.Request(make, method='PUT')).close()
+      bucket_url = f'http://127.0.0.1:{port}/{BUCKET}'
+      urllib.request.urlopen(
+        urllib.request.Request(bucket_url, method='PUT')
+      ).close()
     proxy = Proxy(port, scheme == 'gs')
     yield proxy, _environment(scheme, proxy.url)
     proxy.server.shutdown()
@@ -215,9 +221,9 @@ def _environment(scheme: str, url: str) -> dict[str, str]:
 def _free_port() -> int:
   import socket
 
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    return free.getsockname()[1]
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    return probe.getsockname()[1]
 
 
 def _wait(port: int, server: subprocess.Popen[Any]) -> None:
@@ -234,6 +240,8 @@ def _wait(port: int, server: subprocess.Popen[Any]) -> None:
   raise RuntimeError('the object store does not answer')
 
 
-def environment(given: dict[str, str], **more: str) -> dict[str, str]:
+def environment(
+  server_variables: dict[str, str], **extra: str
+) -> dict[str, str]:
   """The environment of a process that uses a server."""
-  return {**os.environ, **given, **more}
+  return {**os.environ, **server_variables, **extra}

@@ -58,17 +58,17 @@ def for_saelens(kind: str):
   return params, card
 
 
-def same(a, b):
-  assert set(a) == set(b)
-  for key in a:
-    np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+def same(actual, expected):
+  assert set(actual) == set(expected)
+  for key in actual:
+    np.testing.assert_array_equal(actual[key], expected[key], err_msg=key)
 
 
-def gemma_scope_1_folder(root: pathlib.Path, path: str, lower=False, **more):
+def gemma_scope_1_folder(root: pathlib.Path, path: str, lower=False, **arrays):
   params, _ = make_member('jumprelu')
   folder = root / path
   folder.mkdir(parents=True)
-  stored = {**params, **more}
+  stored = {**params, **arrays}
   if lower:
     stored = {key.lower(): value for key, value in stored.items()}
   np.savez(folder / 'params.npz', **stored)

@@ -28,6 +28,21 @@ GEMMA2 = lm.Config(
   final_softcap=8.0,
   transpose_gating=False,
 )
+GEMMA3 = lm.Config(
+  name='g3',
+  vocab_size=40,
+  d_model=16,
+  num_layers=3,
+  num_heads=4,
+  num_kv_heads=1,
+  head_dim=8,
+  d_ff=24,
+  window=3,
+  pattern='LLG',
+  qk_norm=True,
+  global_rope_base=1_000_000,
+  global_rope_factor=8.0,
+)
 
 # The three kinds of Gemma 4; windows and heads as above. Per-layer inputs are
 # wide, or some token's gates are all closed and its norm divides by nothing.
@@ -80,10 +95,10 @@ def model(config):
   def gain(path, x):
     if not path[-1].key.endswith('scale'):
       return x
-    added = post if path[-2].key.startswith('post') else 0.0
+    offset = post if path[-2].key.startswith('post') else 0.0
     if path[-1].key == 'skip_scale':
-      added = -0.5 * x
-    return x + added + 0.5 * jax.random.normal(next(keys), x.shape)
+      offset = -0.5 * x
+    return x + offset + 0.5 * jax.random.normal(next(keys), x.shape)
 
   params = gemma.init(jax.random.key(1))
   return gemma, jax.tree_util.tree_map_with_path(gain, params)

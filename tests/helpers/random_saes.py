@@ -26,12 +26,14 @@ def member(seed: int, site: str, width: int = F, layers: int = 0, k: int = 0):
   if k:
     params |= {'k': np.float32(k), 'threshold': np.zeros(width, np.float32)}
   kind = site.split('/')[0]
-  at = [f'{kind}/{layer}' for layer in range(layers)] if layers else [site]
+  site_names = (
+    [f'{kind}/{layer}' for layer in range(layers)] if layers else [site]
+  )
   card = {
     'name': f'{site}_{seed}',
     'type': 'crosscoder' if layers else 'sae',
-    'sites': at,
-    'targets': at,
+    'sites': site_names,
+    'targets': site_names,
     'd_in': d,
     'd_out': d,
     'width': width * (layers or 1),

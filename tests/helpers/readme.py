@@ -24,8 +24,8 @@ README = (ROOT / 'README.md').read_text()
 
 
 def blocks(language: str) -> list[str]:
-  found = re.findall(r'^```(\w*)\n(.*?)^```$', README, re.M | re.S)
-  return [text for name, text in found if name == language]
+  code_blocks = re.findall(r'^```(\w*)\n(.*?)^```$', README, re.M | re.S)
+  return [text for name, text in code_blocks if name == language]
 
 
 def small_demo(folder: pathlib.Path) -> None:

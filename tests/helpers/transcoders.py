@@ -12,7 +12,7 @@ from tests.helpers.replacement import tiny
 
 def transcoders(model, skip: bool, layers, d: int, width=60, threshold=14.0):
   """Random transcoders of some layers; `d` the model's width."""
-  found = []
+  subjects = []
   for layer in layers:
     rng = np.random.default_rng(layer)
     draw = lambda *shape, r=rng: r.normal(size=shape).astype(np.float32)
@@ -30,10 +30,10 @@ def transcoders(model, skip: bool, layers, d: int, width=60, threshold=14.0):
       'sites': [f'mlp_in/{layer}'],
       'targets': [f'mlp_out/{layer}'],
     }
-    found.append(
+    subjects.append(
       iv.subject(model, release.in_memory(params, card), np.ones(width))
     )
-  return found
+  return subjects
 
 
 def clt():

@@ -11,10 +11,11 @@ import pytest
 
 from gemma_scope import sites
 from gemma_scope.language_model import attention
+from tests.helpers import random_models
 from tests.helpers.random_models import GEMMA2, model
 
 GEMMA3 = dataclasses.replace(
-  GEMMA2, name='g3', num_kv_heads=1, qk_norm=True, attn_softcap=None
+  random_models.GEMMA3, num_layers=2, window=4, pattern='LG'
 )
 LENGTH = 37
 LAST = sites.Site(1, 'resid_post')

@@ -26,20 +26,13 @@ GEMMA2 = dataclasses.replace(
   attn_softcap=50.0,
   final_softcap=30.0,
 )
-GEMMA3 = lm.Config(
+GEMMA3 = dataclasses.replace(
+  random_models.GEMMA3,
   name='random3',
   vocab_size=48,
-  d_model=16,
   num_layers=2,
-  num_heads=4,
-  num_kv_heads=1,
-  head_dim=8,
-  d_ff=24,
   window=4,
   pattern='LG',
-  qk_norm=True,
-  global_rope_base=1_000_000,
-  global_rope_factor=8.0,
   query_scale_by_heads=True,
 )
 LAYER = 1

@@ -13,23 +13,8 @@ from jax.tree_util import Partial
 from gemma_scope import mesh, sites
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import generate, weights
-from tests.helpers.random_models import GEMMA2, model
+from tests.helpers.random_models import GEMMA2, GEMMA3, model
 
-GEMMA3 = lm.Config(
-  name='g3',
-  vocab_size=40,
-  d_model=16,
-  num_layers=3,
-  num_heads=4,
-  num_kv_heads=1,
-  head_dim=8,
-  d_ff=24,
-  window=3,
-  pattern='LLG',
-  qk_norm=True,
-  global_rope_base=1_000_000,
-  global_rope_factor=8.0,
-)
 RNG = np.random.default_rng(0)
 PROMPTS = [np.append(2, RNG.integers(3, 40, n)) for n in (1, 9, 4, 6)]
 NEW = 10

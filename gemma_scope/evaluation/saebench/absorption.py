@@ -160,11 +160,15 @@ def mean_of(
   by_concept: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
   """The mean over the concepts with a good probe, and their number."""
-  scored = [s for s in by_concept.values() if s['fraction'] is not None]
+  scored = [
+    scores for scores in by_concept.values() if scores['fraction'] is not None
+  ]
   if not scored:
     return {'concepts': 0, 'fraction': None, 'full': None}
   return {
     'concepts': len(scored),
-    'fraction': float(np.mean([s['fraction']['value'] for s in scored])),
-    'full': float(np.mean([s['full']['value'] for s in scored])),
+    'fraction': float(
+      np.mean([scores['fraction']['value'] for scores in scored])
+    ),
+    'full': float(np.mean([scores['full']['value'] for scores in scored])),
   }

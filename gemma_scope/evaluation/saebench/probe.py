@@ -56,16 +56,18 @@ class Rows:
 
   def __post_init__(self):
     arrays = [self.f_BF, self.control_BF, self.test_B, self.group_B]
-    lengths = {len(a) for a in arrays if a is not None} | {len(self.x_BD)}
+    lengths = {len(array) for array in arrays if array is not None} | {
+      len(self.x_BD)
+    }
     if len(lengths) > 1:
       raise ValueError(
         'The arrays of a probe must have the same number of rows; found '
         f'{sorted(lengths)}.'
       )
-    both = set(self.group_B[self.test_B]) & set(self.group_B[~self.test_B])
-    if both:
+    shared = set(self.group_B[self.test_B]) & set(self.group_B[~self.test_B])
+    if shared:
       raise ValueError(
-        f'Group {min(both)} has both train rows and test rows, so that test '
+        f'Group {min(shared)} has both train rows and test rows, so that test '
         'rows may be copies of train rows; split by group.'
       )
 
@@ -88,8 +90,8 @@ def split(group_B: np.ndarray, share: float = 0.3, seed: int = 0) -> np.ndarray:
       'A probe needs at least two groups, because one is held out.'
     )
   count = min(max(1, round(share * len(groups))), len(groups) - 1)
-  chosen = np.random.default_rng(seed).permutation(groups)[:count]
-  return np.isin(group_B, chosen)
+  held_out = np.random.default_rng(seed).permutation(groups)[:count]
+  return np.isin(group_B, held_out)
 
 
 def logistic(x_BD: np.ndarray, y_B: np.ndarray, penalty: float = 1.0) -> Probe:
@@ -160,9 +162,9 @@ def _newton(loss, x_BD, sign_B, weight_B, penalty: float) -> np.ndarray:
 
 def difference_of_means(x_BD: np.ndarray, y_B: np.ndarray) -> Probe:
   """A probe along the difference of the class means, with b half way."""
-  one_D, other_D = x_BD[y_B].mean(0), x_BD[~y_B].mean(0)
-  w_D = np.asarray(one_D - other_D, np.float64)
-  return Probe(w_D, float(-w_D @ (one_D + other_D) / 2))
+  positive_D, negative_D = x_BD[y_B].mean(0), x_BD[~y_B].mean(0)
+  w_D = np.asarray(positive_D - negative_D, np.float64)
+  return Probe(w_D, float(-w_D @ (positive_D + negative_D) / 2))
 
 
 def ranked(f_BF: np.ndarray, y_B: np.ndarray) -> np.ndarray:
@@ -217,8 +219,8 @@ def scores(
   size_B = np.where(y_B, positives, negatives)
   # The rank among all rows minus the rank in its class counts the other class.
   rank_B, own_B = stats.rankdata(score_B), np.empty(len(score_B))
-  for which in (y_B, ~y_B):
-    own_B[which] = stats.rankdata(score_B[which])
+  for class_B in (y_B, ~y_B):
+    own_B[class_B] = stats.rankdata(score_B[class_B])
   beaten_B = rank_B - own_B
   side_B = np.where(y_B, beaten_B / negatives, 1 - beaten_B / positives)
   auc = side_B[y_B].mean()
@@ -322,10 +324,12 @@ def _over_shuffles(shuffled) -> list[dict[str, Any]]:
   """For each k the mean, minimum and maximum over shuffles."""
   probes = []
   for k in dict.fromkeys(k for k, _ in shuffled):
-    of_k = [scores for each, scores in shuffled if each == k]
+    scores_of_k = [
+      scores for k_of_scores, scores in shuffled if k_of_scores == k
+    ]
     summary = {'on': 'shuffled_labels', 'k': k}
-    for name in of_k[0]:
-      values = [each[name]['value'] for each in of_k]
+    for name in scores_of_k[0]:
+      values = [score[name]['value'] for score in scores_of_k]
       summary[name] = {
         'value': float(np.mean(values)),
         'low': min(values),

@@ -69,9 +69,9 @@ def read_prompts(path: str | os.PathLike[str], seed: int = 0) -> Prompts:
   """
   texts, labels, splits, groups = [], [], [], []
   for number, record in _records(path):
-    good = isinstance(record, dict) and isinstance(record.get('text'), str)
-    good = good and record.get('label') in (0, 1)
-    if not good or record.get('split', 'test') not in ('train', 'test'):
+    valid = isinstance(record, dict) and isinstance(record.get('text'), str)
+    valid = valid and record.get('label') in (0, 1)
+    if not valid or record.get('split', 'test') not in ('train', 'test'):
       raise ValueError(
         f'{path}, line {number} is not a labelled prompt: expected "text", '
         '"label" (true or false) and at most "split" ("train" or "test") and '
@@ -102,10 +102,12 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
     texts = [text for _, text in json_lines.lines(path) if text.strip()]
   else:
     texts = []
-    for number, one in _records(path):
-      if not isinstance(one, dict) or not isinstance(one.get('text'), str):
+    for number, record in _records(path):
+      if not isinstance(record, dict) or not isinstance(
+        record.get('text'), str
+      ):
         raise ValueError(f'{path}, line {number} has no "text".')
-      texts.append(one['text'])
+      texts.append(record['text'])
   if not texts:
     raise ValueError(f'{path} holds no prompts.')
   return texts
@@ -141,14 +143,18 @@ def activations(
 ) -> dict:
   """x [N, T, D] at every site of an SAE, float32 in host memory."""
   places = tuple(sorted({*wiring.sites, *wiring.targets}))
-  parts = []
+  batches = []
   for start in range(0, len(tokens_NT), batch):
-    part = tokens_NT[start : start + batch]
-    real = len(part)
-    filled = np.resize(part, (batch, part.shape[1]))
+    rows = tokens_NT[start : start + batch]
+    count = len(rows)
+    filled = np.resize(rows, (batch, rows.shape[1]))
     taps = jax.device_get(splice.taps(gemma, params, filled, places))
-    parts.append({s: np.asarray(x[:real], np.float32) for s, x in taps.items()})
-  return {site: np.concatenate([p[site] for p in parts]) for site in places}
+    batches.append(
+      {site: np.asarray(x[:count], np.float32) for site, x in taps.items()}
+    )
+  return {
+    site: np.concatenate([taps[site] for taps in batches]) for site in places
+  }
 
 
 @functools.cache
@@ -160,10 +166,10 @@ def _chunks(params: sae_folder.Params, x_BD: np.ndarray):
   """Latents [n, F] of `_ROWS` rows at a time; layers are concatenated."""
   with jax.default_matmul_precision('highest'):
     for start in range(0, len(x_BD), _ROWS):
-      part = x_BD[start : start + _ROWS]
-      filled = np.resize(part, (_ROWS, *part.shape[1:]))
-      f = np.asarray(_encode()(dict(params), filled))[: len(part)]
-      yield f.reshape(len(part), -1)
+      rows_BD = x_BD[start : start + _ROWS]
+      filled = np.resize(rows_BD, (_ROWS, *rows_BD.shape[1:]))
+      f = np.asarray(_encode()(dict(params), filled))[: len(rows_BD)]
+      yield f.reshape(len(rows_BD), -1)
 
 
 def latents(params: sae_folder.Params, x_BD: np.ndarray) -> np.ndarray:
@@ -196,18 +202,20 @@ def pooled_latents(
     fits = np.searchsorted(ends_N, first_N[start] + _ROWS, 'right')
     stop = max(int(fits), start + 1)
     f_BF = latents(params, x_BD[first_N[start] : ends_N[stop - 1]])
-    for first, end in zip(first_N[start:stop], ends_N[start:stop], strict=True):
+    for first_row, end in zip(
+      first_N[start:stop], ends_N[start:stop], strict=True
+    ):
       offset = first_N[start]
-      rows.append(POOLINGS[pooling](f_BF[first - offset : end - offset]))
+      rows.append(POOLINGS[pooling](f_BF[first_row - offset : end - offset]))
     start = stop
   return np.stack(rows)
 
 
-def read_at(x_by_site: Mapping, wiring: sites.Wiring, where) -> np.ndarray:
-  """The SAE's input at `where`, a mask [N, T] or an index."""
+def read_at(x_by_site: Mapping, wiring: sites.Wiring, selected) -> np.ndarray:
+  """The SAE's input at `selected`, a mask [N, T] or an index."""
   if not wiring.several:
-    return x_by_site[wiring.sites[0]][where]
-  return np.stack([x_by_site[site][where] for site in wiring.sites], -2)
+    return x_by_site[wiring.sites[0]][selected]
+  return np.stack([x_by_site[site][selected] for site in wiring.sites], -2)
 
 
 def control(
@@ -223,15 +231,15 @@ def control(
   """
   width = params['b_enc'].size
   kept = np.flatnonzero(keep_NT)
-  most = max(_ROWS, _CONTROL_VALUES // width)
-  if len(kept) > most:
-    kept = kept[np.linspace(0, len(kept) - 1, most).astype(int)]
-  where = np.unravel_index(kept, keep_NT.shape)
-  rows = {site: x[where] for site, x in x_by_site.items()}
-  l0 = controls.mean_l0(dict(params), read_at(x_by_site, wiring, where))
+  limit = max(_ROWS, _CONTROL_VALUES // width)
+  if len(kept) > limit:
+    kept = kept[np.linspace(0, len(kept) - 1, limit).astype(int)]
+  selected = np.unravel_index(kept, keep_NT.shape)
+  rows = {site: x[selected] for site, x in x_by_site.items()}
+  l0 = controls.mean_l0(dict(params), read_at(x_by_site, wiring, selected))
   shape = controls.Shape(wiring, width, seed)
-  (made,) = controls.fit(shape, [l0], rows, kinds=('random',))
-  return {name: np.asarray(array) for name, array in made['random']().items()}
+  (fitted,) = controls.fit(shape, [l0], rows, kinds=('random',))
+  return {name: np.asarray(array) for name, array in fitted['random']().items()}
 
 
 class Pair(NamedTuple):
@@ -287,9 +295,9 @@ def of_prompts(
       f'pooling must be one of {", ".join(POOLINGS)}; found {pooling!r}.'
     )
   ids = tokenizer.encode_all(prompts.texts)
-  empty = [i for i, row in enumerate(ids) if not len(row)]
-  if empty:
-    raise ValueError(f'Prompt {empty[0]} has no tokens.')
+  empty_prompts = [i for i, row in enumerate(ids) if not len(row)]
+  if empty_prompts:
+    raise ValueError(f'Prompt {empty_prompts[0]} has no tokens.')
   length = -(-(1 + max(map(len, ids))) // 16) * 16
   tokens_NT = np.full((len(ids), length), tokenizer.pad_id, np.int32)
   keep_NT = np.zeros(tokens_NT.shape, bool)

@@ -29,20 +29,25 @@ def conclusion(result: Mapping[str, Any]) -> str:
   """
 
   def above(fitted, controls):
-    others = [probe.best(result, on, fitted['k']) for on in controls]
+    control_probes = [probe.best(result, on, fitted['k']) for on in controls]
     low = fitted['auc']['low']
     return low is not None and all(
-      other is None or low > (other['auc']['high'] or 1) for other in others
+      control is None or low > (control['auc']['high'] or 1)
+      for control in control_probes
     )
 
   sparse = [fitted for fitted in result['probes'] if fitted['on'] == 'latents']
-  held = [o for o in sparse if above(o, ('random_sae', 'shuffled_labels'))]
-  if not held:
+  detecting = [
+    fitted
+    for fitted in sparse
+    if above(fitted, ('random_sae', 'shuffled_labels'))
+  ]
+  if not detecting:
     return (
       'No sparse probe on latents beats a random SAE and shuffled labels: the '
       'latents do not detect the concept.'
     )
-  top = max(held, key=lambda fitted: fitted['auc']['value'])
+  top = max(detecting, key=lambda fitted: fitted['auc']['value'])
   rivals = (
     ('as many coordinates of the activation', 'coordinates', top['k']),
     ('as many components of it', 'pca', top['k']),
@@ -51,13 +56,13 @@ def conclusion(result: Mapping[str, Any]) -> str:
   )
   outcomes: dict[str, list[str]] = {}
   for name, on, k in rivals:
-    other = probe.best(result, on, k)
-    if other is not None:
-      outcome = _outcome(top['auc'], other['auc'])
+    rival = probe.best(result, on, k)
+    if rival is not None:
+      outcome = _outcome(top['auc'], rival['auc'])
       outcomes.setdefault(outcome, []).append(
-        f'{name} ({other["auc"]["value"]:.3f})'
+        f'{name} ({rival["auc"]["value"]:.3f})'
       )
-  parts = [
+  comparisons = [
     f'{outcome} {" and ".join(names)}' for outcome, names in outcomes.items()
   ]
   count = 'The latent' if top['k'] == 1 else f'The {top["k"]} latents'
@@ -65,16 +70,18 @@ def conclusion(result: Mapping[str, Any]) -> str:
   return (
     f'{count} (AUC {top["auc"]["value"]:.3f}) detect{verb} the concept beyond '
     'a random SAE and shuffled labels. By the intervals: '
-    f'{"; ".join(parts)}.'
+    f'{"; ".join(comparisons)}.'
   )
 
 
-def _outcome(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-  if own['low'] is None or other['low'] is None:
+def _outcome(latents: Mapping[str, Any], rival: Mapping[str, Any]) -> str:
+  if latents['low'] is None or rival['low'] is None:
     return 'not told apart from'
-  if own['low'] > other['high']:
+  if latents['low'] > rival['high']:
     return 'better than'
-  return 'worse than' if own['high'] < other['low'] else 'not told apart from'
+  return (
+    'worse than' if latents['high'] < rival['low'] else 'not told apart from'
+  )
 
 
 def _cell(figure: Mapping[str, float | None]) -> str:

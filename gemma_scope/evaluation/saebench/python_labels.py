@@ -88,7 +88,7 @@ def of_characters(code: str) -> dict[str, np.ndarray]:
 
 def _line_starts(code: str) -> np.ndarray:
   """The index of the first character of each line."""
-  ends = [m.end() for m in re.finditer('\r\n|\r|\n', code)]
+  ends = [match.end() for match in re.finditer('\r\n|\r|\n', code)]
   return np.array([0, *ends, len(code)])
 
 
@@ -116,12 +116,15 @@ def _classes(code, starts, labels):
       labels[_OF_TYPE[token.type]][start:end] = True
   known = np.any([labels[name] for name in CLASSES], 0)
   for line in re.finditer('(?:^|(?<=[\r\n]))[ \t]+', code):
-    part = slice(line.start(), line.end())
-    labels['indent'][part] = ~known[part]
+    indentation = slice(line.start(), line.end())
+    labels['indent'][indentation] = ~known[indentation]
 
 
 def _places(tree, code, starts, labels):
-  lines = [code[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+  lines = [
+    code[start:stop]
+    for start, stop in zip(starts[:-1], starts[1:], strict=True)
+  ]
 
   def index(line, byte):  # ast counts columns in bytes of UTF-8
     if not byte:
@@ -139,9 +142,9 @@ def _places(tree, code, starts, labels):
       mark('in_class' if a_class else 'in_def', node.body[0], node.body[-1])
       start = index(node.lineno, node.col_offset)
       words = 'class' if a_class else r'(?:async\s+)?def'
-      named = re.compile(rf'{words}\s+(\w+)').match(code, start)
-      if named:  # a line may be continued by a backslash before the name
-        labels['def_name'][slice(*named.span(1))] = True
+      match = re.compile(rf'{words}\s+(\w+)').match(code, start)
+      if match:  # a line may be continued by a backslash before the name
+        labels['def_name'][slice(*match.span(1))] = True
     elif isinstance(node, ast.Call):
       for argument in [*node.args, *node.keywords]:
         mark('call_argument', argument, argument)
@@ -161,14 +164,14 @@ def spans(pieces: Iterable[str], text: str) -> np.ndarray:
   Raises:
     ValueError: the joined pieces are not the text.
   """
-  parts = []
+  encoded = []
   for piece in pieces:
     byte = _BYTE.fullmatch(piece)
-    parts.append(
-      bytes([int(byte[1], 16)]) if byte else piece.replace('▁', ' ').encode()
+    encoded.append(
+      bytes([int(byte[1], 16)]) if byte else tokenizers.readable(piece).encode()
     )
-  data = text.replace('▁', ' ').encode()
-  if b''.join(parts) != data:
+  data = tokenizers.readable(text).encode()
+  if b''.join(encoded) != data:
     raise ValueError(
       'The joined pieces differ from the text; use a tokenizer that keeps all '
       'white space.'
@@ -176,8 +179,10 @@ def spans(pieces: Iterable[str], text: str) -> np.ndarray:
   # Characters begin at bytes that do not continue one.
   begins = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
   character = np.cumsum(begins) - 1
-  ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-  first = character[ends - [len(part) for part in parts]]
+  ends = np.cumsum(
+    [len(piece_bytes) for piece_bytes in encoded], dtype=np.int64
+  )
+  first = character[ends - [len(piece_bytes) for piece_bytes in encoded]]
   return np.stack([first, character[ends - 1] + 1], 1)
 
 
@@ -220,20 +225,22 @@ def windows(
     if len(starts) > most:
       starts = starts[np.linspace(0, len(starts) - 1, most).astype(int)]
     for start in starts:
-      part = slice(start, start + room)
-      fill = (1, room - len(ids[part]))
+      window = slice(start, start + room)
+      fill = (1, room - len(ids[window]))
       tokens.append(
-        np.pad(ids[part], fill, constant_values=(tokenizer.bos_id, 0))
+        np.pad(ids[window], fill, constant_values=(tokenizer.bos_id, 0))
       )
-      keep.append(np.pad(np.ones(len(ids[part]), bool), fill))
-      labels.append({k: np.pad(v[part], fill) for k, v in by_name.items()})
+      keep.append(np.pad(np.ones(len(ids[window]), bool), fill))
+      labels.append(
+        {name: np.pad(label[window], fill) for name, label in by_name.items()}
+      )
       group.append(number)
   if not tokens:
     raise ValueError('None of the documents is Python source code.')
   return Labelled(
     np.asarray(tokens, np.int32),
     np.asarray(keep),
-    {k: np.asarray([row[k] for row in labels]) for k in labels[0]},
+    {name: np.asarray([row[name] for row in labels]) for name in labels[0]},
     np.asarray(group),
   )
 

@@ -55,9 +55,9 @@ def remove(
     ValueError: the SAE has no latent of that number.
   """
   width = params['b_enc'].size
-  wrong = [i for i in features if not 0 <= i < width]
-  if wrong:
-    raise ValueError(f'There is no latent {wrong[0]}: the SAE has {width:,}.')
+  unknown = [i for i in features if not 0 <= i < width]
+  if unknown:
+    raise ValueError(f'There is no latent {unknown[0]}: the SAE has {width:,}.')
   changed = {key: np.array(array) for key, array in params.items()}
   W_dec = changed['W_dec']
   flat = W_dec.reshape(width, *W_dec.shape[params['b_enc'].ndim :])
@@ -133,8 +133,8 @@ def scr(
   t_B, s_B = np.asarray(target_B, bool), np.asarray(spurious_B, bool)
   cell_B = 2 * t_B + s_B
   train_B, test_B = ~rows.test_B, rows.test_B
-  for which, name in ((train_B, 'train'), (test_B, 'test')):
-    if len(np.unique(cell_B[which])) < 4:
+  for rows_B, name in ((train_B, 'train'), (test_B, 'test')):
+    if len(np.unique(cell_B[rows_B])) < 4:
       raise ValueError(
         'SCR needs rows of all four combinations of target and spurious '
         f'label; one combination has no {name} rows.'
@@ -152,26 +152,33 @@ def scr(
     return float(np.mean([right_b[cell_b == c].mean() for c in range(4)]))
 
   x_bD, f_bF, t_b = x_BD[test_B], f_BF[test_B], t_B[test_B]
-  before, after = (accuracy(p, x_bD, t_b) for p in (biased, unbiased))
+  biased_accuracy, unbiased_accuracy = (
+    accuracy(fitted, x_bD, t_b) for fitted in (biased, unbiased)
+  )
   effect_F = attribution(f_BF[even_B], s_B[even_B], params, spurious.w_D)
   removed = []
   for count in counts:
     choices = _choices(effect_F, f_BF[train_B], count, seed)
     for chosen_by, index in choices.items():
-      now = accuracy(biased, _without(x_bD, f_bF, params, index), t_b)
-      worth = after - before >= _WORTH
+      ablated_accuracy = accuracy(
+        biased, _without(x_bD, f_bF, params, index), t_b
+      )
+      worth = unbiased_accuracy - biased_accuracy >= _WORTH
       removed.append(
         {
           'on': chosen_by,
           'count': count,
           'features': index.tolist(),
-          'accuracy': now,
-          'score': (now - before) / (after - before) if worth else None,
+          'accuracy': ablated_accuracy,
+          'score': (ablated_accuracy - biased_accuracy)
+          / (unbiased_accuracy - biased_accuracy)
+          if worth
+          else None,
         }
       )
   return {
-    'biased': before,
-    'unbiased': after,
+    'biased': biased_accuracy,
+    'unbiased': unbiased_accuracy,
     'spurious': accuracy(spurious, x_bD, s_B[test_B]),
     'removed': removed,
   }
@@ -223,27 +230,27 @@ def tpp(
     attribution(rows.f_BF[train_B], y_B[train_B], params, fitted[name].w_D)
     for name, y_B in labels.items()
   ]
-  own = np.eye(len(labels), dtype=bool)
+  own_CC = np.eye(len(labels), dtype=bool)
   for count in counts:
-    chosen = [
-      _choices(e, rows.f_BF[train_B], count, seed + i)
-      for i, e in enumerate(effects)
+    choices = [
+      _choices(effect_F, rows.f_BF[train_B], count, seed + i)
+      for i, effect_F in enumerate(effects)
     ]
-    for chosen_by in chosen[0]:
+    for chosen_by in choices[0]:
       drop_CC = np.stack(
         [
-          before_C - accuracies(_without(x_bD, f_bF, params, c[chosen_by]))
-          for c in chosen
+          before_C - accuracies(_without(x_bD, f_bF, params, choice[chosen_by]))
+          for choice in choices
         ]
       )
-      intended, other = drop_CC[own].mean(), drop_CC[~own].mean()
+      intended, unintended = drop_CC[own_CC].mean(), drop_CC[~own_CC].mean()
       removed.append(
         {
           'on': chosen_by,
           'count': count,
-          'score': float(intended - other),
+          'score': float(intended - unintended),
           'intended': float(intended),
-          'unintended': float(other),
+          'unintended': float(unintended),
         }
       )
   return {

@@ -93,22 +93,23 @@ def read_code(tokenizer: tokenizers.Tokenizer, settings: Settings) -> Code:
       sources.documents('python'),
     )
   )
-  seen, held_out = (
-    [d for d in modules if d.split == split] for split in ('train', 'eval')
+  train_modules, held_out = (
+    [m for m in modules if m.split == split] for split in ('train', 'eval')
   )
   rng = np.random.default_rng(settings.seed)
-  chosen = sorted(rng.permutation(len(seen))[: settings.train_modules])
+  chosen = sorted(rng.permutation(len(train_modules))[: settings.train_modules])
   windows = functools.partial(
     python_labels.windows, tokenizer=tokenizer, length=settings.length
   )
-  train = windows([seen[i] for i in chosen], most=settings.train_windows)
+  documents = [train_modules[i] for i in chosen]
+  train = windows(documents, most=settings.train_windows)
   test = windows(held_out, most=settings.test_windows)
-  both = lambda a, b: np.concatenate([a, b])
+  joined = lambda *arrays: np.concatenate(arrays)
   return Code(
-    both(train.tokens_NT, test.tokens_NT),
-    both(train.keep_NT, test.keep_NT),
-    {k: both(v, test.labels[k]) for k, v in train.labels.items()},
-    both(train.group_N, test.group_N + train.group_N.max() + 1),
+    joined(train.tokens_NT, test.tokens_NT),
+    joined(train.keep_NT, test.keep_NT),
+    {key: joined(train.labels[key], test.labels[key]) for key in train.labels},
+    joined(train.group_N, test.group_N + train.group_N.max() + 1),
     np.arange(len(train.group_N) + len(test.group_N)) >= len(train.group_N),
     tokenizer,
   )
@@ -141,7 +142,7 @@ def run(
   """
   out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
-  code, done = None, []
+  code, paths = None, []
   for sae in saes:
     path = out / f'{sae.name.replace("/", "_")}_eval_results.json'
     config = {
@@ -162,7 +163,7 @@ def run(
     else:
       report(f'{sae.name}: measuring')
       code = code or read_code(tokenizer, settings)
-      wiring = {k: sae.card[k] for k in ('type', 'sites', 'targets')}
+      wiring = {key: sae.card[key] for key in ('type', 'sites', 'targets')}
       result = {
         'eval_type_id': 'gemma_scope_suite',
         'eval_config': config,
@@ -170,8 +171,8 @@ def run(
         'eval_result_metrics': of_one(model, sae, code, settings),
       }
       files.write_json(path, result, indent=1)
-    done.append(path)
-  return done
+    paths.append(path)
+  return paths
 
 
 DISPUTED = (
@@ -241,9 +242,8 @@ def _kl_score(control, core) -> float | None:
 
 
 def _at(removed, count: int = 10) -> float | None:
-  (score,) = (
-    r['score'] for r in removed if (r['on'], r['count']) == ('latents', count)
-  )
+  key = 'latents', count
+  (score,) = (r['score'] for r in removed if (r['on'], r['count']) == key)
   return score
 
 
@@ -270,9 +270,9 @@ class _Steps:
     self._bar = progress_lib.Progress(total, label=f'suite {name}')
     self._done = 0
 
-  def next(self, part: str) -> None:
+  def next(self, name: str) -> None:
     """Marks the previous part as done and shows the name of the next."""
-    self._bar.update(self._done, {'now': part})
+    self._bar.update(self._done, {'now': name})
     self._done += 1
 
   def close(self) -> None:
@@ -314,16 +314,16 @@ def of_one(
     scores['core'] = _core(model, sae, code, settings)
     if reads_decoder:
       words = _words(code, rows_at, settings.seed)
-      for name, made in (('sae', params), ('random_sae', random_sae)):
+      for name, decoder_params in (('sae', params), ('random_sae', random_sae)):
         scores[name] = _of_decoder(
-          made, name, (tokens, labels), words, steps, settings.seed
+          decoder_params, name, (tokens, labels), words, steps, settings.seed
         )
   finally:
     steps.close()
   return scores
 
 
-def _of_decoder(made, name: str, tokens, words, steps: _Steps, seed: int):
+def _of_decoder(params, name: str, tokens, words, steps: _Steps, seed: int):
   """Absorption, TPP and SCR of an SAE or of its control."""
   (rows, labels), (word_rows, letters) = tokens, words
   if name == 'random_sae':
@@ -333,15 +333,15 @@ def _of_decoder(made, name: str, tokens, words, steps: _Steps, seed: int):
   classes = {label: labels[label] for label in python_labels.CLASSES}
   scores = {}
   steps.next(f'absorption of {name}')
-  scores['absorption'] = _absorption(rows, made, classes)
+  scores['absorption'] = _absorption(rows, params, classes)
   steps.next(f'absorption of first letters of {name}')
-  scores['absorption_first_letter'] = _absorption(word_rows, made, letters)
+  scores['absorption_first_letter'] = _absorption(word_rows, params, letters)
   steps.next(f'TPP of {name}')
-  scores['tpp'] = scr_tpp.tpp(rows, made, classes, seed=seed)
+  scores['tpp'] = scr_tpp.tpp(rows, params, classes, seed=seed)
   steps.next(f'SCR of {name}')
   scores['scr'] = {
     f'{target}|{spurious}': scr_tpp.scr(
-      rows, made, labels[target], labels[spurious], seed=seed
+      rows, params, labels[target], labels[spurious], seed=seed
     )
     for target, spurious in PAIRS
   }

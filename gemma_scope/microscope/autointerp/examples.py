@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from gemma_scope.microscope.index import store as index_lib
+from gemma_scope.text import tokenizers
 
 _SETS = (1, 2, 4, 8)  # numbers of tokens that a rule may name
 _OFFSETS = (0, -1, -2)
@@ -56,15 +57,21 @@ class Rule:
   def at(self, example: Example) -> np.ndarray:
     """bool [W]: the tokens where the rule predicts that the latent fires."""
     # Sets of Python: an array function takes longer on so few tokens.
-    named, length = set(self.ids), len(example.ids)
-    hit = [False] * -self.offset + [token in named for token in example.ids]
+    named_ids, length = set(self.ids), len(example.ids)
+    hit = [False] * -self.offset + [token in named_ids for token in example.ids]
     return np.asarray(hit[:length], bool)
 
   def text(self, pieces: Callable[[Iterable[int]], list[str]]) -> str:
-    where = {0: 'the token', -1: 'the token before', -2: 'the token two before'}
-    names = ', '.join(repr(p.replace('▁', ' ')) for p in pieces(self.ids))
-    several = 'is one of' if len(self.ids) > 1 else 'is'
-    return f'{where[self.offset]} {several} {names}'
+    position_names = {
+      0: 'the token',
+      -1: 'the token before',
+      -2: 'the token two before',
+    }
+    names = ', '.join(
+      repr(tokenizers.readable(piece)) for piece in pieces(self.ids)
+    )
+    verb = 'is one of' if len(self.ids) > 1 else 'is'
+    return f'{position_names[self.offset]} {verb} {names}'
 
 
 def of(index: index_lib.Index, feature: int, width: int = 32) -> Examples:
@@ -73,7 +80,7 @@ def of(index: index_lib.Index, feature: int, width: int = 32) -> Examples:
   The split is deterministic and by sequence: no sequence is in both halves.
   """
   firing, silent = [], []
-  kept = [
+  sources = [
     ('top', index.top_FE, index.top_sequence_FE, index.top_position_FE),
     (
       'sample',
@@ -82,8 +89,8 @@ def of(index: index_lib.Index, feature: int, width: int = 32) -> Examples:
       index.sample_position_FQR,
     ),
   ]
-  seen = set()
-  for name, values, sequences, positions in kept:
+  places = set()
+  for name, values, sequences, positions in sources:
     windows = index.windows(name, feature)
     window = windows.shape[-1]
     flat = zip(
@@ -95,9 +102,9 @@ def of(index: index_lib.Index, feature: int, width: int = 32) -> Examples:
     )
     for value, sequence, position, values_W in flat:
       place = int(sequence), int(position)
-      if value <= 0 or sequence < 0 or place in seen:
+      if value <= 0 or sequence < 0 or place in places:
         continue
-      seen.add(place)
+      places.add(place)
       start = int(position) - window // 2
       firing.append(
         (int(sequence), _window(index, *place, start, values_W, width))
@@ -113,11 +120,11 @@ def of(index: index_lib.Index, feature: int, width: int = 32) -> Examples:
         for middle in middles
       ]
 
-  silent = [(s, e) for s, e in silent if e.ids]
+  silent = [(sequence, example) for sequence, example in silent if example.ids]
 
-  def half(found, which):
+  def half(windows, parity):
     return tuple(
-      e for s, e in found if zlib.crc32(f'{s}'.encode()) % 2 == which
+      e for s, e in windows if zlib.crc32(f'{s}'.encode()) % 2 == parity
     )
 
   return Examples(
@@ -133,36 +140,41 @@ def _window(index, sequence, middle, start, values_W, width):
   )
   if end <= first:
     return Example((), ())
-  kept = index.keep_NT[sequence, first:end]
-  ids = index.sequences_NT[sequence, first:end][kept]
-  values = values_W[first - start : end - start][kept]
+  keep_W = index.keep_NT[sequence, first:end]
+  ids = index.sequences_NT[sequence, first:end][keep_W]
+  values = values_W[first - start : end - start][keep_W]
   return Example(tuple(ids.tolist()), tuple(values.tolist()))
 
 
-def rule(found: Examples) -> Rule | None:
+def rule(windows: Examples) -> Rule | None:
   """The rule that fits the first half best; None if the latent never fires.
 
   Candidates: for each offset, the 1, 2, 4 or 8 most frequent tokens there when
   the latent fires. The score is the balanced accuracy over tokens. A rule with
   more tokens or a larger offset must be better by 0.02.
   """
-  if not found.firing:
+  if not windows.firing:
     return None
-  every = found.firing + found.silent
-  fires = np.concatenate([e.fires for e in every])
+  examples = windows.firing + windows.silent
+  fires = np.concatenate([example.fires for example in examples])
   best, best_score = None, -1.0
   for offset in _OFFSETS:
     # The token at this offset from each token; -1 outside the window.
-    there = np.concatenate(
-      [(*[-1] * -offset, *e.ids[: len(e.ids) + offset]) for e in every]
+    neighbour = np.concatenate(
+      [
+        (*[-1] * -offset, *example.ids[: len(example.ids) + offset])
+        for example in examples
+      ]
     )
-    ids, counts = np.unique(there[fires & (there >= 0)], return_counts=True)
+    ids, counts = np.unique(
+      neighbour[fires & (neighbour >= 0)], return_counts=True
+    )
     order = ids[np.lexsort((ids, -counts))].tolist()
     for size in _SETS:
       if size > len(order) and size > 1 or not order:
         break
-      said = np.isin(there, order[:size])
-      score = (said[fires].mean() + (~said[~fires]).mean()) / 2
+      predicted = np.isin(neighbour, order[:size])
+      score = (predicted[fires].mean() + (~predicted[~fires]).mean()) / 2
       if score > best_score + _GAIN:
         best, best_score = Rule(offset, tuple(order[:size])), score
   return best

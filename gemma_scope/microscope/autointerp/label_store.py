@@ -29,9 +29,11 @@ def add(
 ) -> None:
   """Adds rows of `labels.explain`, or replaces those of the same features."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  mine = {'sae_sha256': sae_sha256}
-  every = read(path, sae_sha256) | {row['feature']: row | mine for row in rows}
-  labels.write(path, [every[feature] for feature in sorted(every)])
+  owner = {'sae_sha256': sae_sha256}
+  merged = read(path, sae_sha256) | {
+    row['feature']: row | owner for row in rows
+  }
+  labels.write(path, [merged[feature] for feature in sorted(merged)])
 
 
 def shown(rows: Rows) -> dict[int, dict[str, Any]]:
@@ -59,8 +61,8 @@ def clearest(rows: dict[str, Sequence[dict[str, Any]]]) -> Iterator[str]:
       "held-out text, and with another feature's label:"
     )
   for name, row in chosen:
-    own, other = (row[key]['value'] for key in ('detection', 'shuffled'))
-    yield f'  {name} {row["feature"]} ({own:.0%}, {other:.0%}) {row["label"]}'
+    own, control = (row[key]['value'] for key in ('detection', 'shuffled'))
+    yield f'  {name} {row["feature"]} ({own:.0%}, {control:.0%}) {row["label"]}'
 
 
 def _clearest(
@@ -78,8 +80,8 @@ def _clearest(
   """
   lead = lambda row: row['detection']['low'] - row['shuffled']['value']
   clear = []
-  for name, of_sae in rows.items():
-    known = [r for r in of_sae if r.get('shuffled') and not r['low_score']]
-    clear += [(name, row) for row in sorted(known, key=lead)[-2:]]
-  clear.sort(key=lambda named: -lead(named[1]))
+  for name, sae_rows in rows.items():
+    scored = [r for r in sae_rows if r.get('shuffled') and not r['low_score']]
+    clear += [(name, row) for row in sorted(scored, key=lead)[-2:]]
+  clear.sort(key=lambda entry: -lead(entry[1]))
   return clear[:most]

@@ -30,6 +30,7 @@ from gemma_scope import files
 from gemma_scope.evaluation import estimates
 from gemma_scope.microscope.autointerp import examples, llm
 from gemma_scope.microscope.index import store as index_lib
+from gemma_scope.text import tokenizers
 
 _AT_ONCE = 5  # windows per question
 DASH = '-'
@@ -74,16 +75,24 @@ def detection_by_rule(label: examples.Rule, windows: examples.Examples):
   Returns:
     The score, and the answers: truth -> [(window, answer)].
   """
-  said = {
-    True: [(e, bool(label.at(e).any())) for e in windows.heldout_firing],
-    False: [(e, bool(label.at(e).any())) for e in windows.heldout_silent],
+  answers = {
+    True: [
+      (example, bool(label.at(example).any()))
+      for example in windows.heldout_firing
+    ],
+    False: [
+      (example, bool(label.at(example).any()))
+      for example in windows.heldout_silent
+    ],
   }
-  score = balanced_accuracy(*([a for _, a in said[t]] for t in (True, False)))
-  return score, said
+  score = balanced_accuracy(
+    *([answer for _, answer in answers[truth]] for truth in (True, False))
+  )
+  return score, answers
 
 
 def mistakes(
-  said: dict[bool, list[tuple[examples.Example, bool]]], pieces
+  answers: dict[bool, list[tuple[examples.Example, bool]]], pieces
 ) -> dict[str, list[str]]:
   """Held-out windows on which a label is most wrong, as text.
 
@@ -91,14 +100,15 @@ def mistakes(
     'missed', where the latent fires most strongly and the label says no, with
     its tokens marked; and 'false', where it is silent and the label says yes.
   """
-  missed = [e for e, answer in said[True] if not answer]
-  missed.sort(key=lambda e: -max(e.values))
-  false = [e for e, answer in said[False] if answer]
+  missed = [example for example, answer in answers[True] if not answer]
+  missed.sort(key=lambda example: -max(example.values))
+  false = [example for example, answer in answers[False] if answer]
   return {
     'missed': [
-      _shown(e, pieces, np.flatnonzero(e.fires)) for e in missed[:_MISTAKES]
+      _shown(example, pieces, np.flatnonzero(example.fires))
+      for example in missed[:_MISTAKES]
     ],
-    'false': [_shown(e, pieces) for e in false[:_MISTAKES]],
+    'false': [_shown(example, pieces) for example in false[:_MISTAKES]],
   }
 
 
@@ -106,37 +116,40 @@ def fuzzing_by_rule(
   label: examples.Rule, windows: examples.Examples, seed: int = 0
 ):
   """Fuzzing score of a rule: does it predict half of the marked tokens?"""
-  right, wrong = _marked(windows.heldout_firing, seed)
+  marked_right, marked_wrong = _marked(windows.heldout_firing, seed)
 
   def says(example, marks):
     return bool(label.at(example)[list(marks)].mean() >= 0.5)
 
   return balanced_accuracy(
-    [says(*each) for each in right], [says(*each) for each in wrong]
+    [says(*window) for window in marked_right],
+    [says(*window) for window in marked_wrong],
   )
 
 
 def _marked(firing: Sequence[examples.Example], seed: int):
   """Windows marked where the latent fires, and at as many other tokens."""
-  rng, right, wrong = np.random.default_rng(seed), [], []
+  rng, marked_right, marked_wrong = np.random.default_rng(seed), [], []
   for example in firing:
-    on = np.flatnonzero(example.fires)
-    off = np.flatnonzero(~np.asarray(example.fires))
-    if len(on) and len(off):
-      right.append((example, on))
-      wrong.append((example, np.sort(rng.permutation(off)[: len(on)])))
-  return right, wrong
+    firing_W = np.flatnonzero(example.fires)
+    silent_W = np.flatnonzero(~np.asarray(example.fires))
+    if len(firing_W) and len(silent_W):
+      marked_right.append((example, firing_W))
+      marked_wrong.append(
+        (example, np.sort(rng.permutation(silent_W)[: len(firing_W)]))
+      )
+  return marked_right, marked_wrong
 
 
 # A language model's labels.
 
 
 def _shown(example: examples.Example, pieces, marks: Iterable[int] = ()) -> str:
-  marks, parts = set(map(int, marks)), []
+  marks, words = set(map(int, marks)), []
   for t, piece in enumerate(pieces(example.ids)):
-    piece = piece.replace('▁', ' ')
-    parts.append(f'<<{piece}>>' if t in marks else piece)
-  return ''.join(parts)
+    piece = tokenizers.readable(piece)
+    words.append(f'<<{piece}>>' if t in marks else piece)
+  return ''.join(words)
 
 
 def question(
@@ -144,8 +157,8 @@ def question(
 ) -> str:
   """The prompt that asks a language model for a label."""
   shown = [
-    f'{i}. {_shown(e, pieces, np.flatnonzero(e.fires))!r}'
-    for i, e in enumerate(windows.firing[:_SHOWN], 1)
+    f'{i}. {_shown(example, pieces, np.flatnonzero(example.fires))!r}'
+    for i, example in enumerate(windows.firing[:_SHOWN], 1)
   ]
   words = ''
   if promoted:
@@ -177,9 +190,9 @@ def ask_which(
     f'{listed}\n\nAnswer with a JSON list of {len(texts)} numbers, 1 for yes '
     'and 0 for no, and nothing else.'
   )
-  for part in re.findall(r'\[[\s01,]*\]', answer):
+  for bracketed in re.findall(r'\[[\s01,]*\]', answer):
     try:
-      numbers = json.loads(part)
+      numbers = json.loads(bracketed)
     except ValueError:
       continue
     if len(numbers) == len(texts):
@@ -196,26 +209,30 @@ def _score_by_model(
     The score, and the answers: truth -> [(window, answer)].
   """
   if marked:
-    right, wrong = _marked(windows.heldout_firing, seed)
+    positives, negatives = _marked(windows.heldout_firing, seed)
   else:
-    right = [(e, ()) for e in windows.heldout_firing]
-    wrong = [(e, ()) for e in windows.heldout_silent]
-  both = [(each, True) for each in right] + [(each, False) for each in wrong]
-  order = np.random.default_rng(seed).permutation(len(both))
-  said = {True: [], False: []}
-  lost = 0
+    positives = [(example, ()) for example in windows.heldout_firing]
+    negatives = [(example, ()) for example in windows.heldout_silent]
+  cases = [(window, True) for window in positives] + [
+    (window, False) for window in negatives
+  ]
+  order = np.random.default_rng(seed).permutation(len(cases))
+  answers = {True: [], False: []}
+  unanswered = 0
   for start in range(0, len(order), _AT_ONCE):
-    part = [both[i] for i in order[start : start + _AT_ONCE]]
-    texts = [_shown(e, pieces, marks) for (e, marks), _ in part]
-    answers = ask_which(model, label, texts, marked)
-    if answers is None:
-      lost += len(part)
+    batch = [cases[i] for i in order[start : start + _AT_ONCE]]
+    texts = [_shown(example, pieces, marks) for (example, marks), _ in batch]
+    replies = ask_which(model, label, texts, marked)
+    if replies is None:
+      unanswered += len(batch)
       continue
-    for ((e, _), truth), answer in zip(part, answers, strict=True):
-      said[truth].append((e, answer))
-  pairs = {truth: [answer for _, answer in said[truth]] for truth in said}
-  score = balanced_accuracy(pairs[True], pairs[False])
-  return score and {**score, 'unanswered': lost}, said
+    for ((example, _), truth), reply in zip(batch, replies, strict=True):
+      answers[truth].append((example, reply))
+  by_truth = {
+    truth: [answer for _, answer in pairs] for truth, pairs in answers.items()
+  }
+  score = balanced_accuracy(by_truth[True], by_truth[False])
+  return score and {**score, 'unanswered': unanswered}, answers
 
 
 # Labels with their scores.
@@ -249,7 +266,9 @@ def explain(
     row = {'feature': int(feature), 'label': None, 'promoted': []}
     if index.positive_FL is not None:
       ids = index.positive_FL[feature]
-      row['promoted'] = [p.replace('▁', ' ') for p in pieces(ids[ids >= 0])]
+      row['promoted'] = [
+        tokenizers.readable(piece) for piece in pieces(ids[ids >= 0])
+      ]
     if not windows.firing or not windows.heldout_firing:
       row['why'] = 'The feature fires on too few sequences to be scored.'
       labelled.append((row, None, windows))
@@ -265,33 +284,35 @@ def explain(
         'ids': list(label.ids),
       }
     else:
-      asked = question(windows, pieces, row['promoted'])
-      label = ' '.join(model(asked).split())
+      prompt = question(windows, pieces, row['promoted'])
+      label = ' '.join(model(prompt).split())
       row |= {
         'label': label,
         'by': model.name,
         'kind': 'model',
-        'question': asked,
+        'question': prompt,
       }
     labelled.append((row, label, windows))
-  known = [i for i, (_, label, _) in enumerate(labelled) if label is not None]
-  for n, i in enumerate(known):
+  labelled_rows = [
+    i for i, (_, label, _) in enumerate(labelled) if label is not None
+  ]
+  for n, i in enumerate(labelled_rows):
     row, label, windows = labelled[i]
     # The control is the next latent's label, so that none keeps its own.
-    other = labelled[known[(n + 1) % len(known)]][1]
+    other_label = labelled[labelled_rows[(n + 1) % len(labelled_rows)]][1]
     if model is None:
-      row['detection'], said = detection_by_rule(label, windows)
+      row['detection'], answers = detection_by_rule(label, windows)
       row['fuzzing'] = fuzzing_by_rule(label, windows, seed)
-      shuffled, _ = detection_by_rule(other, windows)
+      shuffled, _ = detection_by_rule(other_label, windows)
     else:
-      scored = lambda l, m, w=windows: _score_by_model(
-        model, l, w, pieces, m, seed
+      scored = lambda label_text, marked, scored_windows=windows: (
+        _score_by_model(model, label_text, scored_windows, pieces, marked, seed)
       )
-      row['detection'], said = scored(label, False)
+      row['detection'], answers = scored(label, False)
       row['fuzzing'], _ = scored(label, True)
-      shuffled, _ = scored(other, False)
-    row['mistakes'] = mistakes(said, pieces)
-    row['shuffled'] = shuffled if len(known) > 1 else None
+      shuffled, _ = scored(other_label, False)
+    row['mistakes'] = mistakes(answers, pieces)
+    row['shuffled'] = shuffled if len(labelled_rows) > 1 else None
     row['low_score'] = _low(row['detection'], row['shuffled'])
   return [row for row, _, _ in labelled]
 
@@ -324,7 +345,7 @@ def table(rows: Sequence[dict[str, Any]], most: int = 40) -> str:
   feature's label.
   """
   value = lambda row, name: (row.get(name) or {}).get('value')
-  share = lambda v: f'{DASH:>6}' if v is None else f'{v:>6.0%}'
+  share = lambda score: f'{DASH:>6}' if score is None else f'{score:>6.0%}'
   labelled = [row for row in rows if row['label'] is not None]
   order = sorted(labelled, key=lambda row: -(value(row, 'detection') or 0))
   lines = [f'{"feature":>8} {"score":>6} {"fuzz":>6} {"other":>6}   label']
@@ -340,11 +361,12 @@ def table(rows: Sequence[dict[str, Any]], most: int = 40) -> str:
         lines.append(f'{"":33}{name} {_around(window)!r}')
   if len(order) > most:
     lines.append(f'... and {len(order) - most:,} more')
-  total = summary(rows)
+  totals = summary(rows)
   lines.append(
-    f'{total["labelled"]:,} of {total["features"]:,} features labelled; mean '
-    f"score {share(total['detection']).strip()}, with another feature's label "
-    f'{share(total["shuffled"]).strip()}; {total["low_score"]:,} labels (?) do '
+    f'{totals["labelled"]:,} of {totals["features"]:,} features labelled; mean '
+    f"score {share(totals['detection']).strip()}, with another feature's label "
+    f'{share(totals["shuffled"]).strip()}; {totals["low_score"]:,} labels (?) '
+    'do '
     "not clearly beat chance and another feature's label."
   )
   return '\n'.join(lines)

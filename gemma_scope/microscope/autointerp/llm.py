@@ -81,8 +81,8 @@ class Endpoint:
         f'{self.base_url!r} is not a server URL; expected something like '
         'https://host/v1.'
       )
-    clear = url.scheme == 'http' and not self._local
-    if clear and os.environ.get(self.key_variable):
+    unencrypted = url.scheme == 'http' and not self._local
+    if unencrypted and os.environ.get(self.key_variable):
       raise ValueError(
         f'{self.base_url} is not encrypted and {self.key_variable} is set: the '
         'key would be sent unencrypted. Use https, or unset the variable.'
@@ -189,15 +189,15 @@ class Kept:
     self.name, self._model, self._most = model.name, model, most
     self._path, self.asked, self._answers = pathlib.Path(path), 0, {}
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    whole = b''
+    complete = b''
     if self._path.exists():
       data = self._path.read_bytes()
-      whole = data[: data.rfind(b'\n') + 1]
-      if whole != data:
-        self._path.write_bytes(whole)
-    for line in whole.splitlines():
-      one = json.loads(line)
-      self._answers[one['key']] = one['answer']
+      complete = data[: data.rfind(b'\n') + 1]
+      if complete != data:
+        self._path.write_bytes(complete)
+    for line in complete.splitlines():
+      record = json.loads(line)
+      self._answers[record['key']] = record['answer']
 
   def __call__(self, question: str) -> str:
     key = hashlib.sha256(f'{self.name}\0{question}'.encode()).hexdigest()

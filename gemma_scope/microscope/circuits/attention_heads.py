@@ -38,21 +38,24 @@ _LEAST = 0.05  # share of an edge, of a head that is listed
 def tangents(
   model: Replacement,
   groups: Sequence[Sequence[int]],
-  at: tuple[sites.Site, ...],
+  taps_at: tuple[sites.Site, ...],
 ) -> list[dict[sites.Site, np.ndarray]]:
-  """What each group of sources adds at the sites `at`, [T, D of the site]."""
+  """What each group of sources adds at the sites `taps_at`, [T, D of the "
+  "site]."""
   gemma, *frozen = model.frozen
   moved_by_group = []
   for group in groups:
     first_TD, later_MTD = model.written(group)
-    moved = _moved((gemma, at), *frozen, first_TD[None], later_MTD[:, None])
+    moved = _moved(
+      (gemma, taps_at), *frozen, first_TD[None], later_MTD[:, None]
+    )
     moved_by_group.append(jax.device_get(moved))
   return moved_by_group
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moved(where, lm_params, tokens_1T, skips, first_1TD, later_M1TD):
-  stream, zeros = replacement_model.linear(where, lm_params, tokens_1T, skips)
+def _moved(static, lm_params, tokens_1T, skips, first_1TD, later_M1TD):
+  stream, zeros = replacement_model.linear(static, lm_params, tokens_1T, skips)
   return jax.jvp(stream, zeros, (first_1TD, later_M1TD))[1]
 
 
@@ -68,8 +71,8 @@ def slopes(model: Replacement, targets: Sequence[Target]) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sloped(where, lm_params, tokens_1T, skips, position, vector_D):
-  gemma, (site,) = where
+def _sloped(static, lm_params, tokens_1T, skips, position, vector_D):
+  gemma, (site,) = static
   c = gemma.config
   heads_LTE = jnp.zeros(
     (c.num_layers, tokens_1T.shape[1], c.num_heads * c.head_dim)
@@ -77,7 +80,7 @@ def _sloped(where, lm_params, tokens_1T, skips, position, vector_D):
 
   def read(heads_LTE):
     stream, zeros = replacement_model.linear(
-      where, lm_params, tokens_1T, skips, heads_LTE
+      static, lm_params, tokens_1T, skips, heads_LTE
     )
     return stream(*zeros)[site][position] @ vector_D
 

@@ -79,15 +79,17 @@ class Head:
         f'{c.num_layers} layers of {c.num_heads} heads.'
       )
     attn = lm_params[f'layer_{layer}']['attn']
-    wide = lambda a: np.asarray(a, np.float64)
+    float64 = lambda array: np.asarray(array, np.float64)
     if 'qkv_einsum' in attn:
-      self._q_DH, self._k_DH = wide(attn['qkv_einsum']['w'][:2, head])
+      self._q_DH, self._k_DH = float64(attn['qkv_einsum']['w'][:2, head])
     else:
       shared = head // (c.num_heads // c.num_kv_heads)
-      self._q_DH = wide(attn['q_einsum']['w'][head])
-      self._k_DH = wide(attn['kv_einsum']['w'][0, shared])
+      self._q_DH = float64(attn['q_einsum']['w'][head])
+      self._k_DH = float64(attn['kv_einsum']['w'][0, shared])
     gains = [attn.get(f'_{name}_norm') for name in ('query', 'key')]
-    self._gain_2H = [None if g is None else 1 + wide(g['scale']) for g in gains]
+    self._gain_2H = [
+      None if gain is None else 1 + float64(gain['scale']) for gain in gains
+    ]
     local = not c.is_global(layer)
     self._base = 10_000 if local else c.global_rope_base
     self._factor = 1.0 if local else c.global_rope_factor
@@ -105,8 +107,8 @@ class Head:
 
   def _rotated(self, x_NH, gain_H, position: int):
     if gain_H is not None:
-      whole_H = x_NH.sum(0)
-      norm = np.sqrt(np.mean(whole_H**2) + _EPSILON)
+      input_H = x_NH.sum(0)
+      norm = np.sqrt(np.mean(input_H**2) + _EPSILON)
       x_NH = x_NH / norm * gain_H
     half = x_NH.shape[1] // 2
     period_h = self._base ** (np.arange(half) / half) * self._factor
@@ -148,24 +150,29 @@ def decompose(model: Replacement, place: Place, most: int = 12) -> Scores:
       'or before its query.'
     )
   head = Head(gemma, lm_params, place.layer, place.head)
-  at = (place.site,)
+  taps_at = (place.site,)
   input_TD = np.asarray(
-    splice.taps(gemma, lm_params, tokens_1T, at)[place.site][0], np.float64
+    splice.taps(gemma, lm_params, tokens_1T, taps_at)[place.site][0], np.float64
   )
   # Which features matter: the score is linear in either side.
   q_H = head.query(input_TD[place.query][None], place.query)[0]
   k_H = head.key(input_TD[place.key][None], place.key)[0]
-  slope = lambda of, x_D, other_H, t: np.array(
-    [of(np.stack([d, x_D - d]), t)[0] @ other_H for d in np.eye(len(x_D))]
+  slope = lambda project, x_D, other_H, t: np.array(
+    [project(np.stack([d, x_D - d]), t)[0] @ other_H for d in np.eye(len(x_D))]
   )
   ends = [
     (place.query, slope(head.query, input_TD[place.query], k_H, place.query)),
     (place.key, slope(head.key, input_TD[place.key], q_H, place.key)),
   ]
-  rows = model.rows([(place.site, t, v.astype(np.float32)) for t, v in ends])
+  rows = model.rows(
+    [
+      (place.site, token, vector_D.astype(np.float32))
+      for token, vector_D in ends
+    ]
+  )
   single = sorted({j for row_n in rows for j in _largest(model, row_n, most)})
-  moved = attention_heads.tangents(model, _groups(model, single), at)
-  moved_GTD = np.stack([m[place.site] for m in moved]).astype(np.float64)
+  moved = attention_heads.tangents(model, _groups(model, single), taps_at)
+  moved_GTD = np.stack([taps[place.site] for taps in moved]).astype(np.float64)
   q_NH = head.query(moved_GTD[:, place.query], place.query)
   k_NH = head.key(moved_GTD[:, place.key], place.key)
   sources = _sources(model, single)
@@ -189,17 +196,20 @@ def _groups(model: Replacement, single: Sequence[int]) -> list[list[int]]:
 
 def _sources(model: Replacement, single: Sequence[int]) -> list[dict[str, Any]]:
   """The names of `_groups`."""
-  s = model.sources
+  sources = model.sources
   fields = ('member', 'feature', 'layer', 'position')
   names = [
-    {'kind': 'feature', **{name: int(getattr(s, name)[j]) for name in fields}}
+    {
+      'kind': 'feature',
+      **{name: int(getattr(sources, name)[j]) for name in fields},
+    }
     for j in single
   ]
   return [*names, {'kind': 'other features'}, *({'kind': k} for k in KINDS[1:])]
 
 
 def compare(
-  subjects: Sequence[Subject], tokens_T: Sequence[int], found: Scores
+  subjects: Sequence[Subject], tokens_T: Sequence[int], scores: Scores
 ) -> dict[str, Any]:
   """Predicted and exact changes of the score when its features are ablated.
 
@@ -210,24 +220,26 @@ def compare(
   """
   from scipy import stats  # slow to import
 
-  term_NN, lines = found.term_NN, []
+  term_NN, lines = scores.term_NN, []
   # A feature's row and column; where they cross, once.
-  lost_N = term_NN.sum(0) + term_NN.sum(1) - np.diag(term_NN)
-  for source, lost in zip(found.sources, lost_N, strict=True):
+  loss_N = term_NN.sum(0) + term_NN.sum(1) - np.diag(term_NN)
+  for source, loss in zip(scores.sources, loss_N, strict=True):
     if source['kind'] == 'feature':
       subject = subjects[source['member']]
-      left = _ablated(subject, tokens_T, found.place, source)
-      change = {'predicted': -float(lost), 'exact': left - found.score}
+      remaining = _ablated(subject, tokens_T, scores.place, source)
+      change = {'predicted': -float(loss), 'exact': remaining - scores.score}
       lines.append({**source, **change})
   predicted = [line['predicted'] for line in lines]
   exact = np.array([line['exact'] for line in lines])
   if len(set(predicted)) < 3 or len(set(exact.tolist())) < 3:
     return {'features': lines, 'spearman': None, 'p': None}
-  correlation = lambda p: float(stats.spearmanr(p, exact).statistic)
-  own, rng = correlation(predicted), np.random.default_rng(0)
+  correlation = lambda predictions: float(
+    stats.spearmanr(predictions, exact).statistic
+  )
+  spearman, rng = correlation(predicted), np.random.default_rng(0)
   shuffled = [correlation(rng.permutation(predicted)) for _ in range(_SHUFFLES)]
-  p = (1 + sum(value >= own for value in shuffled)) / (1 + _SHUFFLES)
-  return {'features': lines, 'spearman': own, 'p': p}
+  p_value = (1 + sum(value >= spearman for value in shuffled)) / (1 + _SHUFFLES)
+  return {'features': lines, 'spearman': spearman, 'p': p_value}
 
 
 def _ablated(subject: Subject, tokens_T, place: Place, source) -> float:
@@ -235,9 +247,9 @@ def _ablated(subject: Subject, tokens_T, place: Place, source) -> float:
   tokens_1T = effects.padded([tokens_T])
   rows = intervene.rows(subject, [[Change(source['feature'])]])
   where_1T = np.arange(tokens_1T.shape[1])[None] == source['position']
-  where = subject.gemma, subject.place, place.site
+  static = subject.gemma, subject.place, place.site
   params = subject.lm_params, subject.params
-  read_TD = _without(where, params, tokens_1T, rows, where_1T)
+  read_TD = _without(static, params, tokens_1T, rows, where_1T)
   input_TD = np.asarray(read_TD, np.float64)
   head = Head(subject.gemma, subject.lm_params, place.layer, place.head)
   q_H = head.query(input_TD[place.query][None], place.query)[0]
@@ -245,8 +257,8 @@ def _ablated(subject: Subject, tokens_T, place: Place, source) -> float:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _without(where, params, tokens_1T, rows, where_1T):
-  gemma, wiring, site = where
+def _without(static, params, tokens_1T, rows, where_1T):
+  gemma, wiring, site = static
   lm_params, sae_params = params
   edits = intervene.edits(wiring, sae_params, rows, where_1T, False)
   taps = gemma.forward(
@@ -255,23 +267,23 @@ def _without(where, params, tokens_1T, rows, where_1T):
   return taps[site][0]
 
 
-def plain(found: Scores) -> dict[str, Any]:
+def plain(scores: Scores) -> dict[str, Any]:
   """The score for JSON."""
   return {
-    'place': dataclasses.asdict(found.place),
-    'score': found.score,
-    'sources': found.sources,
-    'terms': found.term_NN.tolist(),
+    'place': dataclasses.asdict(scores.place),
+    'score': scores.score,
+    'sources': scores.sources,
+    'terms': scores.term_NN.tolist(),
   }
 
 
-def report(found: Scores, compared: Mapping[str, Any], named) -> str:
+def report(scores: Scores, comparison: Mapping[str, Any], named) -> str:
   """The largest pairs, and how predictions compare with ablations.
 
   Args:
     named: label of (member, feature).
   """
-  place = found.place
+  place = scores.place
 
   def name(source) -> str:
     if source['kind'] != 'feature':
@@ -281,21 +293,22 @@ def report(found: Scores, compared: Mapping[str, Any], named) -> str:
       f'{source["layer"]}/{source["feature"]} at {source["position"]} {label}'
     )
 
-  order = np.argsort(-np.abs(found.term_NN), axis=None, kind='stable')[:12]
+  order = np.argsort(-np.abs(scores.term_NN), axis=None, kind='stable')[:12]
   lines = [
     f'head {place.head} of layer {place.layer}, token {place.query} to '
-    f'{place.key}: score {found.score:.3f}; largest of '
-    f'{found.term_NN.size} terms (query | key):'
+    f'{place.key}: score {scores.score:.3f}; largest of {scores.term_NN.size} '
+    'terms (query | key):'
   ]
-  for i, j in zip(*np.unravel_index(order, found.term_NN.shape), strict=True):
+  for i, j in zip(*np.unravel_index(order, scores.term_NN.shape), strict=True):
     lines.append(
-      f'{found.term_NN[i, j]:>9.3f}  {name(found.sources[i])} | '
-      f'{name(found.sources[j])}'
+      f'{scores.term_NN[i, j]:>9.3f}  {name(scores.sources[i])} | '
+      f'{name(scores.sources[j])}'
     )
-  if compared['spearman'] is not None:
+  if comparison['spearman'] is not None:
     lines.append(
-      f'{len(compared["features"])} features ablated: predicted against exact '
-      f'change of the score, rank correlation {compared["spearman"]:.2f}, '
-      f'p {compared["p"]:.3f} (shuffled predictions)'
+      f'{len(comparison["features"])} features ablated: predicted against '
+      'exact change of the score, rank correlation '
+      f'{comparison["spearman"]:.2f}, p {comparison["p"]:.3f} (shuffled '
+      'predictions)'
     )
   return '\n'.join(lines)

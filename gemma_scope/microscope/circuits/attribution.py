@@ -111,8 +111,8 @@ def attribute(
   fires = np.flatnonzero(predicted['fires'])
   chosen = _largest(predicted, settings.top)
   rng = np.random.default_rng(settings.seed)
-  rest = rng.permutation(np.setdiff1d(fires, chosen))[: settings.others]
-  measured = [*chosen, *map(int, rest)]
+  others = rng.permutation(np.setdiff1d(fires, chosen))[: settings.others]
+  measured = [*chosen, *map(int, others)]
   query = permutation_test.Query(subject, tuple(tokens_T), logit)
   exact, control_CN = _exact(query, measured, len(chosen), settings)
   shuffled = np.zeros(0)
@@ -124,17 +124,17 @@ def attribute(
     shuffled = permutation_test.largest(query, predicted['f'], slopes, shuffles)
   features = []
   for n, i in enumerate(measured):
-    mine = n < len(chosen)
-    p = permutation_test.p_value(exact[n], shuffled) if mine else None
+    selected = n < len(chosen)
+    p_value = permutation_test.p_value(exact[n], shuffled) if selected else None
     line = {
       'feature': i,
       **{way: float(predicted[way][i]) for way in _WAYS},
       'exact': float(exact[n]),
       'by_token': predicted['by_token'][i].tolist(),
-      'control': float(np.abs(control_CN[:, n]).max()) if mine else None,
-      'p': p,
-      'passes': mine and p <= LEVEL,
-      'chosen': mine,
+      'control': float(np.abs(control_CN[:, n]).max()) if selected else None,
+      'p': p_value,
+      'passes': selected and p_value <= LEVEL,
+      'chosen': selected,
     }
     features.append(line)
   passing = [line['feature'] for line in features if line['passes']]
@@ -154,14 +154,14 @@ def _largest(predicted, top: int) -> list[int]:
   order = [
     np.argsort(-np.abs(predicted[k]), kind='stable')[:top] for k in _WAYS
   ]
-  both = dict.fromkeys(np.concatenate(order).tolist())
-  return [i for i in both if predicted['fires'][i]]
+  union = dict.fromkeys(np.concatenate(order).tolist())
+  return [latent for latent in union if predicted['fires'][latent]]
 
 
 def check(subject, tokens_T, logit, position) -> None:
   """Raises ValueError if a token or the position does not exist."""
   size = subject.gemma.config.vocab_size
-  for token in [*tokens_T, *(t for t in logit if t is not None)]:
+  for token in [*tokens_T, *(token for token in logit if token is not None)]:
     if not 0 <= token < size:
       raise ValueError(
         f'There is no token {token}; the vocabulary has {size:,} tokens.'
@@ -233,8 +233,8 @@ def search(
   # The path; then y, the offset, y without the error, y without latents.
   s_S = (np.arange(steps) + 0.5) / steps
   shifts = [
-    np.stack([*(-(1 - s_S)[:, None, None] * p), 0 * p, -p, -e, e - p])
-    for p, e in zip(map(np.asarray, path), map(np.asarray, error), strict=True)
+    np.stack([*(-(1 - s_S)[:, None, None] * y), 0 * y, -y, -e, e - y])
+    for y, e in zip(map(np.asarray, path), map(np.asarray, error), strict=True)
   ]
   values, slopes = [], []
   batch = budget.rows(
@@ -246,21 +246,21 @@ def search(
       (subject.gemma, subject.place.targets),
       subject.lm_params,
       tokens_1T,
-      tuple(a[np.resize(chunk, batch)] for a in shifts),
+      tuple(shift[np.resize(chunk, batch)] for shift in shifts),
       (length - 1, logit[0], -1 if logit[1] is None else logit[1]),
     )
     values.append(np.asarray(value_S)[: len(chunk)])
-    slopes.append([np.asarray(g)[: len(chunk)] for g in slope])
+    slopes.append([np.asarray(slope_STD)[: len(chunk)] for slope_STD in slope])
   value_S = np.concatenate(values)
   slope = [np.concatenate(column) for column in zip(*slopes, strict=True)]
   W_dec, once = subject.params['W_dec'], subject.carried
   predicted = {'f': f_TF, 'fires': (f_TF > 0).any(0), 'slope': {}}
-  of_way = {
-    'gradient': tuple(g[steps] for g in slope),
-    'integrated': tuple(g[:steps].mean(0) for g in slope),
+  slope_of = {
+    'gradient': tuple(slope_STD[steps] for slope_STD in slope),
+    'integrated': tuple(slope_STD[:steps].mean(0) for slope_STD in slope),
   }
-  for way, g in of_way.items():
-    slope_TF, missed = map(np.asarray, _contracted(W_dec, error, g, once))
+  for way, slopes in slope_of.items():
+    slope_TF, missed = map(np.asarray, _contracted(W_dec, error, slopes, once))
     predicted['slope'][way] = slope_TF[:length]
     predicted[way] = (f_TF * slope_TF[:length]).sum(0)
   predicted['by_token'] = (f_TF * predicted['slope']['gradient']).T
@@ -283,8 +283,8 @@ def _parts(gemma, lm_params, params, place, tokens_1T, keep_T):
   tapped = tuple(sorted({*place.sites, *place.targets}))
   taps = gemma.forward(lm_params, tokens_1T, taps=tapped, logits=False).taps
   x, y = (
-    released.stacked([taps[s] for s in where], place.several)[0]
-    for where in (place.sites, place.targets)
+    released.stacked([taps[site] for site in side], place.several)[0]
+    for side in (place.sites, place.targets)
   )
   with jax.default_matmul_precision('highest'):
     f = sae.encode(params, x)
@@ -294,27 +294,27 @@ def _parts(gemma, lm_params, params, place, tokens_1T, keep_T):
     else:
       error = y - sae.decode(params, f, x)
       path = y - sae.decode(params, jnp.zeros_like(f), x)
-  kept = lambda a: jnp.where(keep_T.reshape(-1, *[1] * (a.ndim - 1)), a, 0)
-  several = lambda a: jnp.moveaxis(a, -2, 0) if place.several else a[None]
+  masked = lambda a: jnp.where(keep_T.reshape(-1, *[1] * (a.ndim - 1)), a, 0)
+  by_layer = lambda a: jnp.moveaxis(a, -2, 0) if place.several else a[None]
   return (
-    kept(f).reshape(len(f), -1),
-    tuple(several(kept(path))),
-    tuple(several(kept(error))),
+    masked(f).reshape(len(f), -1),
+    tuple(by_layer(masked(path))),
+    tuple(by_layer(masked(error))),
   )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _slopes(where, lm_params, tokens_1T, shifts, measure):
+def _slopes(static, lm_params, tokens_1T, shifts, measure):
   """m and its gradient at each target, at y + shift [S, T, D].
 
   Args:
-    where: Gemma and the targets.
+    static: Gemma and the targets.
     measure: m's position and two tokens; -1 where the second is none.
   """
-  gemma, targets = where
+  gemma, targets = static
   position, plus, minus = measure
   tokens_ST = jnp.broadcast_to(tokens_1T, (len(shifts[0]), tokens_1T.shape[1]))
-  at = splice.last(gemma)
+  end = splice.last(gemma)
 
   def total(shifts):
     edits = {
@@ -322,8 +322,8 @@ def _slopes(where, lm_params, tokens_1T, shifts, measure):
       for site, shift in zip(targets, shifts, strict=True)
     }
     x_STD = gemma.forward(
-      lm_params, tokens_ST, taps=(at,), edits=edits, logits=False
-    ).taps[at]
+      lm_params, tokens_ST, taps=(end,), edits=edits, logits=False
+    ).taps[end]
     logits_SV = gemma.unembed(lm_params, x_STD[:, position][:, None])[:, 0]
     m_S = logits_SV[:, plus] - jnp.where(minus < 0, 0, logits_SV[:, minus])
     return jnp.sum(m_S), m_S
@@ -365,17 +365,18 @@ def _exact(query: permutation_test.Query, features, chosen: int, settings):
   if not features:
     return np.zeros(0), np.zeros((controls, 0))
   subject = query.subject
-  own = intervene.rows(subject, [[Change(i)] for i in features])
-  first, rest = (
-    Rows(*(array[part] for array in own))
-    for part in (slice(chosen), slice(chosen, None))
+  ablations = intervene.rows(subject, [[Change(i)] for i in features])
+  selected, others = (
+    Rows(*(array[rows_slice] for array in ablations))
+    for rows_slice in (slice(chosen), slice(chosen, None))
   )
-  both = intervene.with_controls(subject, first, controls, settings.seed)
-  change_B = permutation_test.exact(query, intervene.stacked([both, rest]))
-  of_first, control, of_rest = np.split(
+  sets = intervene.with_controls(subject, selected, controls, settings.seed)
+  change_B = permutation_test.exact(query, intervene.stacked([sets, others]))
+  of_selected, control, of_others = np.split(
     change_B, [chosen, chosen * (1 + controls)]
   )
-  return np.concatenate([of_first, of_rest]), control.reshape(controls, chosen)
+  effects = np.concatenate([of_selected, of_others])
+  return effects, control.reshape(controls, chosen)
 
 
 def report(
@@ -386,10 +387,10 @@ def report(
   Args:
     named: returns a feature's label, or ''.
   """
-  whole = result['value'] - result['without']
+  difference = result['value'] - result['without']
   # Percentages mean nothing if the parts cancel.
-  clear = abs(whole) > (abs(result['latents']) + abs(result['error'])) / 10
-  share = lambda v: f'{v:.3f} ({v / whole:.0%})' if clear else f'{v:.3f}'
+  clear = abs(difference) > (abs(result['latents']) + abs(result['error'])) / 10
+  share = lambda v: f'{v:.3f} ({v / difference:.0%})' if clear else f'{v:.3f}'
   lines = [
     f'value {result["value"]:.3f}; without latents and SAE error '
     f'{result["without"]:.3f}',

@@ -153,21 +153,23 @@ def trace(
     chosen = chosen[: min(_AT_ONCE, settings.most - start)]
     if not chosen:
       break
-    found = model.rows([model.target(i) for i in chosen])
-    rows |= dict(zip(chosen, found, strict=True))
+    traced = model.rows([model.target(i) for i in chosen])
+    rows |= dict(zip(chosen, traced, strict=True))
   influence_n = graph_influence.influence(of_logit_n, rows)
   kept, kept_edges = graph_influence.prune(
     sources, of_logit_n, rows, influence_n, settings
   )
-  mine = [i for i in kept if sources.kind[i] == 0]
-  mine = sorted(mine, key=lambda i: -influence_n[i])[: settings.measured]
+  measured_nodes = [i for i in kept if sources.kind[i] == 0]
+  measured_nodes = sorted(measured_nodes, key=lambda i: -influence_n[i])[
+    : settings.measured
+  ]
   predicted_n = graph_influence.along_all_paths(sources, of_logit_n, rows)
   queries = [
     permutation_test.Query(subject, tuple(tokens_T), logit, reading)
     for subject in subjects
   ]
-  measured = _measured(queries, sources, mine, predicted_n)
-  most_C = _shuffled(queries, sources, mine, settings)
+  measured = _measured(queries, sources, measured_nodes, predicted_n)
+  most_C = _shuffled(queries, sources, measured_nodes, settings)
   for line in measured:
     line['p'] = permutation_test.p_value(line['exact'], most_C)
     line['passes'] = line['p'] <= attribution.LEVEL
@@ -201,22 +203,24 @@ def _readout(subject: Subject, last_TD, logit, position: int):
 
 def _heads(model: Replacement, edges, target: Target, influence_n, most: int):
   """The heads of each edge between two tokens; [] of others."""
-  s, last = model.sources, target[1]
-  between = [
+  sources, last = model.sources, target[1]
+  across_tokens = [
     (j, i, weight)
     for j, i, weight in edges
-    if 0 <= s.position[j] != (last if i == LOGIT else s.position[i])
+    if 0 <= sources.position[j] != (last if i == LOGIT else sources.position[i])
   ]
-  order = sorted({j for j, _, _ in between}, key=lambda j: -influence_n[j])
-  between = [edge for edge in between if edge[0] in order[:most]]
-  if not between:
+  order = sorted(
+    {j for j, _, _ in across_tokens}, key=lambda j: -influence_n[j]
+  )
+  across_tokens = [edge for edge in across_tokens if edge[0] in order[:most]]
+  if not across_tokens:
     return [[] for _ in edges]
   targets = {
-    i: target if i == LOGIT else model.target(i) for _, i, _ in between
+    i: target if i == LOGIT else model.target(i) for _, i, _ in across_tokens
   }
-  found = attention_heads.shares(model, between, targets)
+  shares = attention_heads.shares(model, across_tokens, targets)
   by_edge = {
-    edge[:2]: heads for edge, heads in zip(between, found, strict=True)
+    edge[:2]: heads for edge, heads in zip(across_tokens, shares, strict=True)
   }
   return [by_edge.get((j, i), []) for j, i, _ in edges]
 
@@ -226,13 +230,13 @@ def _ends(sources, influence_n, rows) -> dict[str, float]:
   unexpanded = [
     i for i in np.flatnonzero(sources.kind == 0) if int(i) not in rows
   ]
-  found = {
+  ends = {
     kind: float(influence_n[sources.kind == k].sum())
     for k, kind in enumerate(KINDS)
     if k
   } | {'unexpanded': float(influence_n[unexpanded].sum())}
-  total = sum(found.values())
-  return {key: value / total if total else 0.0 for key, value in found.items()}
+  total = sum(ends.values())
+  return {key: value / total if total else 0.0 for key, value in ends.items()}
 
 
 def _measured(
@@ -244,17 +248,19 @@ def _measured(
   """Ablates each feature at its token: predicted and exact effects."""
   lines = []
   for n, query in enumerate(queries):
-    mine = [i for i in nodes if sources.member[i] == n]
-    if not mine:
+    own_nodes = [i for i in nodes if sources.member[i] == n]
+    if not own_nodes:
       continue
     rows = intervene.rows(
-      query.subject, [[Change(int(sources.feature[i]))] for i in mine]
+      query.subject, [[Change(int(sources.feature[i]))] for i in own_nodes]
     )
-    at_BT = sources.position[mine][:, None] == np.arange(len(query.tokens_T))
+    at_BT = sources.position[own_nodes][:, None] == np.arange(
+      len(query.tokens_T)
+    )
     change_B = permutation_test.exact(query, rows, at_BT)
     lines += [
       {'node': i, 'predicted': float(predicted_n[i]), 'exact': float(exact)}
-      for i, exact in zip(mine, change_B, strict=True)
+      for i, exact in zip(own_nodes, change_B, strict=True)
     ]
   return lines
 
@@ -267,12 +273,14 @@ def _shuffled(queries, sources, nodes, settings: Settings) -> np.ndarray:
   for n, query in enumerate(queries):
     count = sum(sources.member[i] == n for i in nodes)
     if count:
-      found = attribution.search(query.subject, query.tokens_T, query.logit, 1)
+      predicted = attribution.search(
+        query.subject, query.tokens_T, query.logit, 1
+      )
       control = permutation_test.Shuffles(
         int(count), settings.shuffles, settings.seed, by_token=True
       )
       own_C = permutation_test.largest(
-        query, found['f'], [found['slope']['gradient']], control
+        query, predicted['f'], [predicted['slope']['gradient']], control
       )
       most_C = np.maximum(most_C, own_C)
   return most_C
@@ -287,24 +295,30 @@ def plain(graph: Graph) -> dict[str, Any]:
   'similar' has groups of features that could be supernodes, and 'supernodes' is
   empty.
   """
-  s, lines = graph.sources, {line['node']: line for line in graph.features}
+  sources, lines = (
+    graph.sources,
+    {line['node']: line for line in graph.features},
+  )
   index = {i: n for n, i in enumerate(graph.nodes)} | {LOGIT: len(graph.nodes)}
   nodes = [
     {
-      'kind': KINDS[s.kind[i]],
-      'member': int(s.member[i]),
-      'feature': int(s.feature[i]),
-      'layer': int(s.layer[i]),
-      'position': int(s.position[i]),
-      'value': float(s.value[i]),
+      'kind': KINDS[sources.kind[i]],
+      'member': int(sources.member[i]),
+      'feature': int(sources.feature[i]),
+      'layer': int(sources.layer[i]),
+      'position': int(sources.position[i]),
+      'value': float(sources.value[i]),
       'influence': float(graph.influence[i]),
       **{k: v for k, v in lines.get(i, {}).items() if k != 'node'},
     }
     for i in graph.nodes
   ]
-  found = {
+  plain_graph = {
     'nodes': [*nodes, {'kind': 'logit', 'value': graph.value}],
-    'edges': [[index[a], index[b], w] for a, b, w in graph.edges],
+    'edges': [
+      [index[source], index[target], weight]
+      for source, target, weight in graph.edges
+    ],
     'ends': graph.ends,
     'verdict': verdict(graph),
     'agreement': graph.agreement,
@@ -313,7 +327,7 @@ def plain(graph: Graph) -> dict[str, Any]:
     'heads': graph.heads,
     'supernodes': [],
   }
-  return found | {'similar': supernodes.similar(found)}
+  return plain_graph | {'similar': supernodes.similar(plain_graph)}
 
 
 def write(path: str | os.PathLike[str], graph: Graph) -> None:
@@ -332,7 +346,7 @@ def report(
     pieces: the text's tokens as strings.
     named: returns the label of a (subject, feature), or ''.
   """
-  s = graph.sources
+  sources = graph.sources
   lines = [
     f'logit {graph.value:.3f}; {len(graph.nodes)} nodes, {len(graph.edges)} '
     'edges; shares of influence by origin: '
@@ -347,11 +361,11 @@ def report(
   ):
     i = line['node']
     lines.append(
-      f'{s.layer[i]:>5} {pieces[s.position[i]]!r:>12} {s.feature[i]:>8} '
-      f'{graph.influence[i]:>9.3f} {line["predicted"]:>9.3f} '
-      f'{line["exact"]:>8.3f} {line["p"]:>5.2f} '
+      f'{sources.layer[i]:>5} {pieces[sources.position[i]]!r:>12} '
+      f'{sources.feature[i]:>8} {graph.influence[i]:>9.3f} '
+      f'{line["predicted"]:>9.3f} {line["exact"]:>8.3f} {line["p"]:>5.2f} '
       f'{"passes" if line["passes"] else "":6} '
-      f'{named(int(s.member[i]), int(s.feature[i]))}'.rstrip()
+      f'{named(int(sources.member[i]), int(sources.feature[i]))}'.rstrip()
     )
   if graph.agreement['slope'] is not None:
     lines.append(

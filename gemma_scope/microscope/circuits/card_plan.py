@@ -114,11 +114,11 @@ class Plan:
     self.by_sequence.setdefault(sequence, []).append(edit)
 
   def _ablations(self) -> None:
-    index, most = self.index, self.settings.contexts
+    index, contexts = self.index, self.settings.contexts
     for i in self.alive.tolist():
-      there = np.flatnonzero(index.top_sequence_FE[i] >= 0)
-      chosen = np.unique(np.linspace(0, len(there) - 1, most).round())
-      for slot, e in enumerate(there[chosen.astype(int)].tolist()):
+      filled_E = np.flatnonzero(index.top_sequence_FE[i] >= 0)
+      spaced = np.unique(np.linspace(0, len(filled_E) - 1, contexts).round())
+      for slot, e in enumerate(filled_E[spaced.astype(int)].tolist()):
         position = int(index.top_position_FE[i, e])
         edit = Edit(i, 0, slot, position, -float(index.top_FE[i, e]))
         self._add(int(index.top_sequence_FE[i, e]), edit)
@@ -130,40 +130,40 @@ class Plan:
     sequence, position = np.nonzero(self.index.keep_NT & room_T)
     order = rng.permutation(len(sequence))
     _, first = np.unique(sequence[order], return_index=True)
-    drawn = order[np.sort(first)][: self.settings.pool]  # one a sequence
+    drawn_P = order[np.sort(first)][: self.settings.pool]  # one a sequence
     silent_PF = np.stack(
       [
         _silent(subject, self.index.sequences_NT[n], t)
-        for n, t in zip(sequence[drawn], position[drawn], strict=True)
+        for n, t in zip(sequence[drawn_P], position[drawn_P], strict=True)
       ]
     )
     for i in self.alive.tolist():
       free = rng.permutation(np.flatnonzero(silent_PF[:, i]))
       for slot, p in enumerate(free[: self.settings.contexts].tolist()):
         amount = float(self.index.mean_F[i])
-        edit = Edit(i, 1, slot, int(position[drawn[p]]), amount)
-        self._add(int(sequence[drawn[p]]), edit)
+        edit = Edit(i, 1, slot, int(position[drawn_P[p]]), amount)
+        self._add(int(sequence[drawn_P[p]]), edit)
 
   def directions(self, feature: int) -> np.ndarray:
     """The feature's decoder and its controls, of one norm [1 + 2 M, D]."""
     count = self.settings.controls
     rng = np.random.default_rng((self.settings.seed, 2, feature))
-    others = self.alive[self.alive != feature]
-    writers = self._W_dec[rng.choice(others, count, replace=False)]
-    drawn = rng.normal(size=(count, self._W_dec.shape[1]))
-    every = np.concatenate([self._W_dec[feature][None], writers, drawn])
-    norm = np.linalg.norm(every, axis=1, keepdims=True)
-    return (every * (self._norm_F[feature] / norm)).astype(np.float32)
+    other_features = self.alive[self.alive != feature]
+    writers = self._W_dec[rng.choice(other_features, count, replace=False)]
+    random = rng.normal(size=(count, self._W_dec.shape[1]))
+    vectors = np.concatenate([self._W_dec[feature][None], writers, random])
+    norm = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors * (self._norm_F[feature] / norm)).astype(np.float32)
 
   def lists(self, feature: int) -> np.ndarray | None:
     """Token lists [1 + lists, 2, L]: raised and lowered; its own first."""
     if self.index.positive_FL is None:
       return None
     rng = np.random.default_rng((self.settings.seed, 3, feature))
-    others = self.alive[self.alive != feature]
-    chosen = rng.choice(others, self.settings.lists, replace=False)
-    chosen = np.concatenate([[feature], chosen])
-    pair = self.index.positive_FL[chosen], self.index.negative_FL[chosen]
+    other_features = self.alive[self.alive != feature]
+    listed = rng.choice(other_features, self.settings.lists, replace=False)
+    listed = np.concatenate([[feature], listed])
+    pair = self.index.positive_FL[listed], self.index.negative_FL[listed]
     return np.stack(pair, 1)
 
 

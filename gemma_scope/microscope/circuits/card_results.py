@@ -127,22 +127,22 @@ def results(
   measured: causal_card.Measured, index: Index, alpha: float = ALPHA
 ) -> dict[str, Any]:
   """Cards and their summary, plain JSON: 'cards' by feature, and 'summary'."""
-  a = measured.arrays
-  controls = [a[name] for name in causal_card.CONTROLS]
+  arrays = measured.arrays
+  controls = [arrays[name] for name in causal_card.CONTROLS]
   by_control = {
-    kind: np.stack(list(map(statistics.edit_p, a['among'], a[kind])))
+    kind: np.stack(list(map(statistics.edit_p, arrays['among'], arrays[kind])))
     for kind in causal_card.CONTROLS
   }
   p_EF = np.max(list(by_control.values()), 0)
   p_F = statistics.either_p(p_EF)
   q_F = statistics.adjusted(p_F)
-  contexts_first = np.moveaxis(a['lens'], 0, 1)
+  contexts_first = np.moveaxis(arrays['lens'], 0, 1)
   z_FQ = statistics.mean(
-    contexts_first.reshape(len(p_F), -1, a['lens'].shape[-1]), 1
+    contexts_first.reshape(len(p_F), -1, arrays['lens'].shape[-1]), 1
   )
   lens_p_F = statistics.pooled_p(z_FQ[:, 0], z_FQ[:, 1:])
   verdict_F, lens_q_F = statistics.verdicts(q_F, lens_p_F, alpha)
-  edits = [_edit_cards(a, e, p_EF[e]) for e in range(len(EDITS))]
+  edits = [_edit_cards(arrays, e, p_EF[e]) for e in range(len(EDITS))]
   cards = {}
   for i in np.flatnonzero(verdict_F >= 0).tolist():
     cards[i] = {
@@ -155,12 +155,12 @@ def results(
     }
   halves = {
     name: {
-      kind: _number(statistics.halves_agree(a['among'][e], c[e]))
+      kind: _number(statistics.halves_agree(arrays['among'][e], c[e]))
       for kind, c in zip(causal_card.CONTROLS, controls, strict=True)
     }
     for e, name in enumerate(EDITS)
   }
-  beyond = {
+  beyond_controls = {
     kind: int((statistics.adjusted(statistics.either_p(p_EF)) <= alpha).sum())
     for kind, p_EF in by_control.items()
   }
@@ -168,7 +168,7 @@ def results(
     'alpha': alpha,
     'tested': len(cards),
     'verdicts': _counts(verdict_F),
-    'beyond': beyond,
+    'beyond': beyond_controls,
     'by_density': _by_density(verdict_F, index.density_F),
     'halves_agree': halves,
   }
@@ -204,20 +204,22 @@ def _edit_cards(arrays, e: int, p_F) -> Callable[[int], dict[str, Any] | None]:
   z_F = statistics.mean(arrays['lens'][e, :, :, 0])
   count_F = np.isfinite(own_FC).sum(1)
 
-  def part(i: int) -> dict[str, Any] | None:
+  def card_of(i: int) -> dict[str, Any] | None:
     if not count_F[i]:
       return None
     return {
       'contexts': int(count_F[i]),
       'kl': _interval(kl_F3[i]),
       'loss': _interval(loss_F3[i]),
-      **{f'times_{name}': _interval(own[i]) for name, own in times.items()},
+      **{
+        f'times_{name}': _interval(values[i]) for name, values in times.items()
+      },
       'p': _number(p_F[i]),
       'lens_z': _number(z_F[i]),
       'tokens': _tokens(arrays['promoted'][e, i]),
     }
 
-  return part
+  return card_of
 
 
 def _tokens(promoted_CK: np.ndarray) -> list[list[int]]:
@@ -236,7 +238,9 @@ def _interval(values_3) -> list[float | None]:
   return [_number(value) for value in values_3]
 
 
-def write(path: pathlib.Path, found: Mapping[str, Any], index: Index, settings):
+def write(
+  path: pathlib.Path, results: Mapping[str, Any], index: Index, settings
+):
   """Writes the cards; returns the file's path."""
   path = _file(path, '.json')
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,7 +248,7 @@ def write(path: pathlib.Path, found: Mapping[str, Any], index: Index, settings):
     'sae_sha256': index.meta['sae_sha256'],
     'settings': dataclasses.asdict(settings),
   }
-  files.write_json(path, {**about, **found})
+  files.write_json(path, {**about, **results})
   return path
 
 
@@ -253,11 +257,11 @@ def read(path: pathlib.Path, sae_sha256: str) -> dict[str, Any] | None:
   path = _file(path, '.json')
   if not path.exists():
     return None
-  found = json.loads(path.read_text(encoding='utf-8'))
-  if found.get('sae_sha256') != sae_sha256:
+  stored = json.loads(path.read_text(encoding='utf-8'))
+  if stored.get('sae_sha256') != sae_sha256:
     return None
-  cards = {int(i): card for i, card in found['cards'].items()}
-  return {**found, 'cards': cards}
+  cards = {int(i): card for i, card in stored['cards'].items()}
+  return {**stored, 'cards': cards}
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -276,10 +280,10 @@ def table(summary: Mapping[str, Any]) -> str:
   lines.append('share with a measurable effect, by density:')
   for row in summary['by_density']:
     counts = row['verdicts']
-    every = sum(counts.values())
-    share = 1 - counts[statistics.VERDICTS[0]] / every
+    total = sum(counts.values())
+    share = 1 - counts[statistics.VERDICTS[0]] / total
     span = f'{row["above"]:>7.2%} to {row["up_to"]:>7.2%}'
-    lines.append(f'  {span} {every:>9,}  {share:>6.1%}')
+    lines.append(f'  {span} {total:>9,}  {share:>6.1%}')
   lines.append('agreement of two halves of the contexts (rank correlation):')
   for name, kinds in summary['halves_agree'].items():
     values = ', '.join(

@@ -80,10 +80,10 @@ def edit_p(kl_FC: np.ndarray, control_FCM: np.ndarray) -> np.ndarray:
 
 def either_p(p_EF: np.ndarray) -> np.ndarray:
   """p-value of 'at least one of the edits has an effect' (Bonferroni)."""
-  there_EF = np.isfinite(p_EF)
-  least_F = np.min(np.where(there_EF, p_EF, 1), 0)
-  p_F = np.minimum(there_EF.sum(0) * least_F, 1)
-  return np.where(there_EF.any(0), p_F, np.nan)
+  tested_EF = np.isfinite(p_EF)
+  least_F = np.min(np.where(tested_EF, p_EF, 1), 0)
+  p_F = np.minimum(tested_EF.sum(0) * least_F, 1)
+  return np.where(tested_EF.any(0), p_F, np.nan)
 
 
 def adjusted(p_F: np.ndarray) -> np.ndarray:
@@ -115,9 +115,9 @@ def verdicts(
     The verdicts, and the lens's p-values adjusted over the features that have
     an effect.
   """
-  found_F = q_F <= alpha
-  lens_q_F = adjusted(np.where(found_F, lens_p_F, np.nan))
-  verdict_F = np.where(found_F, np.where(lens_q_F <= alpha, 2, 1), 0)
+  effect_F = q_F <= alpha
+  lens_q_F = adjusted(np.where(effect_F, lens_p_F, np.nan))
+  verdict_F = np.where(effect_F, np.where(lens_q_F <= alpha, 2, 1), 0)
   return np.where(np.isfinite(q_F), verdict_F, -1), lens_q_F
 
 
@@ -149,7 +149,7 @@ def halves_agree(kl_FC: np.ndarray, control_FCM: np.ndarray) -> float:
     return mean(logs(own_FC) - logs(other_FC))
 
   a_F, b_F = half(0), half(1)
-  there_F = np.isfinite(a_F) & np.isfinite(b_F)
-  if there_F.sum() < 3:
+  both_F = np.isfinite(a_F) & np.isfinite(b_F)
+  if both_F.sum() < 3:
     return float('nan')
-  return float(stats.spearmanr(a_F[there_F], b_F[there_F]).statistic)
+  return float(stats.spearmanr(a_F[both_F], b_F[both_F]).statistic)

@@ -62,16 +62,16 @@ class Measured:
 
   def __init__(self, width: int, settings: Settings):
     shape = len(EDITS), width, settings.contexts
-    full = lambda *more: np.full((*shape, *more), np.nan, np.float32)
+    empty = lambda *axes: np.full((*shape, *axes), np.nan, np.float32)
     self.arrays = {
-      'kl': full(),
-      'loss': full(),
-      'among': full(),
-      'shuffled': full(settings.controls),
-      'random': full(settings.controls),
-      'lens': full(1 + settings.lists),
+      'kl': empty(),
+      'loss': empty(),
+      'among': empty(),
+      'shuffled': empty(settings.controls),
+      'random': empty(settings.controls),
+      'lens': empty(1 + settings.lists),
       'promoted': np.full((*shape, PROMOTED), -1, np.int32),
-      'promoted_value': full(PROMOTED),
+      'promoted_value': empty(PROMOTED),
     }
 
   def put(self, edit: Edit, values: Mapping[str, Any]) -> None:
@@ -97,8 +97,8 @@ def measure(
     if number < done:
       continue
     below_TD = _below(subject, plan, sequence)
-    for part in _parts(plan, sequence):
-      _measure_part(subject, plan, measured, sequence, part, below_TD)
+    for edits in _parts(plan, sequence):
+      _measure_part(subject, plan, measured, sequence, edits, below_TD)
     yield number + 1
 
 
@@ -110,9 +110,11 @@ def _below(subject: Subject, plan: Plan, sequence: int) -> jax.Array:
 
 def _parts(plan: Plan, sequence: int) -> list[list[Edit]]:
   """The edits of a sequence, as many at once as fit into a pass."""
-  most = max(_PASS // (1 + 2 * plan.settings.controls), 1)
+  edits_per_pass = max(_PASS // (1 + 2 * plan.settings.controls), 1)
   edits = plan.by_sequence[sequence]
-  return [edits[i : i + most] for i in range(0, len(edits), most)]
+  return [
+    edits[i : i + edits_per_pass] for i in range(0, len(edits), edits_per_pass)
+  ]
 
 
 def estimate(subject: Subject, plan: Plan) -> float:
@@ -120,7 +122,7 @@ def estimate(subject: Subject, plan: Plan) -> float:
   scratch = Measured(subject.width, plan.settings)
   sequences = sorted(plan.by_sequence)
   fullest = max(sequences, key=lambda n: len(plan.by_sequence[n]))
-  part = _parts(plan, fullest)[0]
+  edits_of_pass = _parts(plan, fullest)[0]
 
   def seconds(edits: list[Edit]) -> float:
     for _ in range(2):  # the first one compiles
@@ -129,10 +131,10 @@ def estimate(subject: Subject, plan: Plan) -> float:
       _measure_part(subject, plan, scratch, fullest, edits, below_TD)
     return time.perf_counter() - began
 
-  long, short = seconds(part), seconds(part[:1])
-  slope = max(long - short, 0) / max(len(part) - 1, 1)
-  sizes = [len(p) for n in sequences for p in _parts(plan, n)]
-  return sum(short + slope * (size - 1) for size in sizes)
+  full_s, short_s = seconds(edits_of_pass), seconds(edits_of_pass[:1])
+  slope = max(full_s - short_s, 0) / max(len(edits_of_pass) - 1, 1)
+  sizes = [len(edits) for n in sequences for edits in _parts(plan, n)]
+  return sum(short_s + slope * (size - 1) for size in sizes)
 
 
 def _measure_part(subject, plan, measured, sequence, edits, below_TD) -> None:
@@ -181,12 +183,12 @@ def _measure_part(subject, plan, measured, sequence, edits, below_TD) -> None:
     inside_S = edit.position + np.arange(settings.scored) < len(tokens_T)
     kl_W = np.asarray(kl_WS)[:, inside_S].mean(1)
     controls = 1 + settings.controls
-    parts = {
+    among = {
       'among': kl_W[0],
       'shuffled': kl_W[1:controls],
       'random': kl_W[controls:],
     }
-    measured.put(edit, {**wide[e], **parts})
+    measured.put(edit, {**wide[e], **among})
 
 
 def _filled(array: np.ndarray, rows: int) -> np.ndarray:
@@ -202,11 +204,11 @@ def _chunks(count: int) -> Iterator[np.ndarray]:
 
 def _clean(gemma, lm_params, before_USD) -> np.ndarray:
   """Logits without edits, [U, S, V]."""
-  parts = [
+  batches = [
     np.asarray(_logits(gemma, lm_params, before_USD[chunk]))
     for chunk in _chunks(len(before_USD))
   ]
-  return np.concatenate(parts)[: len(before_USD)]
+  return np.concatenate(batches)[: len(before_USD)]
 
 
 @functools.partial(jax.jit, static_argnames='gemma')
@@ -240,7 +242,7 @@ def _whole_vocabulary(
   lens = lists[0] is not None
   lists_EQ2L = np.stack(lists) if lens else np.zeros((len(edits), 1, 2, 1), int)
   falls_E = np.array([edit.amount < 0 for edit in edits])
-  found = []
+  results = []
   for chunk in _chunks(len(edits)):
     measured = _wide(
       subject.gemma,
@@ -254,7 +256,7 @@ def _whole_vocabulary(
     kl_ES, loss_ES, z_EQ, token_EK, value_EK = map(np.asarray, measured)
     for k, e in enumerate(chunk[: len(edits) - chunk[0]]):
       losses = loss_ES[k][next_ES[e] >= 0]
-      found.append(
+      results.append(
         {
           'kl': kl_ES[k][inside_ES[e]].mean(),
           'loss': losses.mean() if len(losses) else np.nan,
@@ -263,7 +265,7 @@ def _whole_vocabulary(
           'promoted_value': value_EK[k],
         }
       )
-  return found
+  return results
 
 
 @functools.partial(jax.jit, static_argnames='gemma')
@@ -271,15 +273,17 @@ def _wide(gemma, lm_params, clean_ESV, after_ESD, next_ES, lists_EQ2L, sign_E):
   """KL, change in loss, z, and the tokens that change most, of each edit."""
   logits_ESV = gemma.unembed(lm_params, after_ESD)
   logp_ESV, logq_ESV = map(jax.nn.log_softmax, (clean_ESV, logits_ESV))
-  take = lambda a: jnp.take_along_axis(a, next_ES[..., None], -1)[..., 0]
+  next_logp = lambda logp: jnp.take_along_axis(logp, next_ES[..., None], -1)[
+    ..., 0
+  ]
   change_EV = (logits_ESV[:, 0] - clean_ESV[:, 0]) * sign_E[:, None]
-  by_list_EQ2 = jax.vmap(lambda a, lists: a[lists].mean(-1))(
+  by_list_EQ2 = jax.vmap(lambda change_V, lists: change_V[lists].mean(-1))(
     change_EV, lists_EQ2L
   )
   spread_E1 = jnp.maximum(jnp.std(change_EV, -1, keepdims=True), 1e-12)
   z_EQ = (by_list_EQ2[..., 0] - by_list_EQ2[..., 1]) / spread_E1
   value_EK, token_EK = jax.lax.top_k(change_EV, PROMOTED)
-  loss_ES = take(logp_ESV) - take(logq_ESV)
+  loss_ES = next_logp(logp_ESV) - next_logp(logq_ESV)
   return _kl(logp_ESV, logq_ESV), loss_ES, z_EQ, token_EK, value_EK
 
 

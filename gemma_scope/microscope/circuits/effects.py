@@ -52,7 +52,7 @@ class Effects(NamedTuple):
 def effects(
   subject: Subject,
   tokens_PT: np.ndarray,
-  given: Rows,
+  edit_rows: Rows,
   prompt_B: np.ndarray | None = None,
   *,
   logit: tuple[int, int | None] = (0, None),
@@ -63,7 +63,7 @@ def effects(
   Args:
     subject: the SAE in its model.
     tokens_PT: texts, int32, BOS first, padded with 0.
-    given: the changes of B rows.
+    edit_rows: the changes of B rows.
     prompt_B: the index of each row's text; by default the first text.
     logit: tokens (a, b) of the logit difference; if b is None, logit a alone.
     where_BT: tokens that the changes apply to; by default all but special ones
@@ -73,40 +73,40 @@ def effects(
     ValueError: the text is too long (`budget`).
   """
   tokens_PT = padded(tokens_PT)
-  rows_count = len(given.feature_BK)
+  rows_count = len(edit_rows.feature_BK)
   prompt_B = np.zeros(rows_count, int) if prompt_B is None else prompt_B
   usual_PT, _ = intervene.counted(subject, tokens_PT)
   usual_BT = usual_PT[prompt_B]
   if where_BT is not None:
-    wide = np.zeros(usual_BT.shape, bool)
-    wide[:, : where_BT.shape[1]] = where_BT
-    usual_BT = usual_BT & wide
+    wide_BT = np.zeros(usual_BT.shape, bool)
+    wide_BT[:, : where_BT.shape[1]] = where_BT
+    usual_BT = usual_BT & wide_BT
   minus = -1 if logit[1] is None else logit[1]
   before_PTD = _last(subject.gemma, subject.lm_params, tokens_PT)
   latents = subject.width if 'k' in subject.params else 0
   batch = budget.rows(
     budget.forward, subject.gemma, tokens_PT.shape[1], _MOST_ROWS, latents
   )
-  parts = []
+  batches = []
   for start in progress.track(range(0, rows_count, batch), 'passes'):
-    chosen = np.arange(start, min(start + batch, rows_count))
-    filled = np.resize(chosen, min(batch, _power(rows_count)))
-    part = Rows(*(a[filled] for a in given))
+    rows_B = np.arange(start, min(start + batch, rows_count))
+    filled = np.resize(rows_B, min(batch, _power(rows_count)))
+    batch_rows = Rows(*(array[filled] for array in edit_rows))
     texts = _Texts(
       tokens_PT[prompt_B[filled]],
       before_PTD[prompt_B[filled]],
       usual_BT[filled],
     )
     outputs = _effects(
-      (subject.gemma, subject.place, given.projects),
+      (subject.gemma, subject.place, edit_rows.projects),
       (subject.lm_params, subject.params),
       texts,
-      part,
+      batch_rows,
       (np.int32(logit[0]), np.int32(minus)),
     )
-    parts.append([np.asarray(a)[: len(chosen)] for a in outputs])
+    batches.append([np.asarray(array)[: len(rows_B)] for array in outputs])
   kl, loss, clean, logit_BT, clean_logit = (
-    np.concatenate(column) for column in zip(*parts, strict=True)
+    np.concatenate(column) for column in zip(*batches, strict=True)
   )
   counts_BT = usual_PT[prompt_B]
   return Effects(kl, loss, clean, logit_BT, clean_logit, counts_BT)
@@ -162,9 +162,9 @@ def _effects(subject, params, texts: _Texts, rows: Rows, logit):
     logits = [gemma.unembed(lm_params, x) for x in (after_BtD, before_BtD)]
     logq, logp = map(jax.nn.log_softmax, logits)
     kl_Bt = jnp.sum(jnp.exp(logp) * (logp - logq), -1)
-    take = lambda a: -jnp.take_along_axis(a, next_Bt[..., None], -1)[..., 0]
-    of = lambda a: a[..., plus] - jnp.where(minus < 0, 0, a[..., minus])
-    return kl_Bt, take(logq), take(logp), of(logits[0]), of(logits[1])
+    loss = lambda p: -jnp.take_along_axis(p, next_Bt[..., None], -1)[..., 0]
+    logit = lambda z: z[..., plus] - jnp.where(minus < 0, 0, z[..., minus])
+    return kl_Bt, loss(logq), loss(logp), logit(logits[0]), logit(logits[1])
 
   slices = splice.by_slices(
     of_slice, None, after_BTD, texts.before_BTD, next_BT
@@ -217,23 +217,28 @@ def dose_response(
     of these (mean, min, max) over the controls. KL and delta loss are means
     over the text.
   """
-  series = [[dataclasses.replace(change, strength=s)] for s in strengths]
-  both = intervene.with_controls(
+  series = [
+    [dataclasses.replace(change, strength=strength)] for strength in strengths
+  ]
+  edit_rows = intervene.with_controls(
     subject, intervene.rows(subject, series), controls
   )
   # Each control uses the same latent at every strength.
   for i in range(controls):
-    part = slice((i + 1) * len(series), (i + 2) * len(series))
-    both.writer_BK[part] = both.writer_BK[part.start]
-    both.gain_BK[part] = both.gain_BK[part.start]
-  means = summary(effects(subject, padded([tokens_T]), both, logit=logit))
+    of_control = slice((i + 1) * len(series), (i + 2) * len(series))
+    edit_rows.writer_BK[of_control] = edit_rows.writer_BK[of_control.start]
+    edit_rows.gain_BK[of_control] = edit_rows.gain_BK[of_control.start]
+  means = summary(effects(subject, padded([tokens_T]), edit_rows, logit=logit))
   lines = []
   for i, strength in enumerate(strengths):
-    others = means[i + len(series) :: len(series)]
+    controls_at = means[i + len(series) :: len(series)]
     spread = {
-      key: [float(f([o[key] for o in others])) for f in (np.mean, min, max)]
+      key: [
+        float(reduce([control[key] for control in controls_at]))
+        for reduce in (np.mean, min, max)
+      ]
       for key in means[i]
-      if others
+      if controls_at
     }
     lines.append({'strength': strength, **means[i], 'control': spread})
   return lines
@@ -249,10 +254,8 @@ def curve_table(curve: Sequence[dict[str, Any]]) -> str:
     cells = []
     for key, value in point.items():
       if key in point['control']:
-        mean, least, most = point['control'][key]
-        cells.append(
-          f'{value:+.3f} [{mean:+.3f} ({least:+.3f} to {most:+.3f})]'
-        )
+        mean, low, high = point['control'][key]
+        cells.append(f'{value:+.3f} [{mean:+.3f} ({low:+.3f} to {high:+.3f})]')
     lines.append(f'{point["strength"]:>8.2f}  ' + '  '.join(cells))
   return '\n'.join(lines)
 
@@ -279,12 +282,12 @@ def read(subject: Subject, tokens_T: Sequence[int], top: int = 10) -> Reading:
   taps = splice.taps(subject.gemma, subject.lm_params, tokens_PT, tapped)
   arrays = _read(
     subject.params,
-    tuple(taps[s] for s in place.sites),
-    tuple(taps[s] for s in place.targets),
+    tuple(taps[site] for site in place.sites),
+    tuple(taps[site] for site in place.targets),
     min(top, subject.width),
   )
   marks = (mark_PT[0] for mark_PT in intervene.counted(subject, tokens_PT))
-  return Reading(*(np.asarray(a)[:length] for a in (*arrays, *marks)))
+  return Reading(*(np.asarray(array)[:length] for array in (*arrays, *marks)))
 
 
 @functools.partial(jax.jit, static_argnames='top')
@@ -315,7 +318,7 @@ def predict(
   """The `top` likeliest next tokens at each position."""
   tokens_1T, length = padded([tokens_T]), len(tokens_T)
   arrays = _predict(gemma, lm_params, tokens_1T, top)
-  token_TK, probability_TK, loss_T = (np.asarray(a)[0] for a in arrays)
+  token_TK, probability_TK, loss_T = (np.asarray(array)[0] for array in arrays)
   return Prediction(
     token_TK[:length], probability_TK[:length], loss_T[: length - 1]
   )
@@ -331,11 +334,11 @@ def _predict(gemma, lm_params, tokens_1T, top: int):
   def of_slice(x_1tD, next_1t):
     logp = jax.nn.log_softmax(gemma.unembed(lm_params, x_1tD))
     value, token = jax.lax.top_k(logp, top)
-    own = jnp.take_along_axis(logp, next_1t[..., None], -1)[..., 0]
-    return token, jnp.exp(value), -own
+    own_logp = jnp.take_along_axis(logp, next_1t[..., None], -1)[..., 0]
+    return token, jnp.exp(value), -own_logp
 
-  parts = splice.by_slices(of_slice, None, x_1TD, jnp.roll(tokens_1T, -1, 1))
-  return tuple(map(splice.join, parts))
+  slices = splice.by_slices(of_slice, None, x_1TD, jnp.roll(tokens_1T, -1, 1))
+  return tuple(map(splice.join, slices))
 
 
 # Steered text.
@@ -356,12 +359,12 @@ class _At:
     )
 
 
-def edits_of(subject: Subject, given: Rows) -> Partial:
+def edits_of(subject: Subject, edit_rows: Rows) -> Partial:
   """The changes of each row, as `generate` takes them."""
   return Partial(
-    _At(subject.place, subject.special, given.projects),
+    _At(subject.place, subject.special, edit_rows.projects),
     subject.params,
-    given,
+    edit_rows,
     dict(subject.norm_bounds),
   )
 
@@ -384,17 +387,17 @@ def steer(
     `perplexity` under the model without changes. `steered` also has `kl`: the
     mean of KL(without || with changes) over its tokens, in nats.
   """
-  given = intervene.rows(subject, [[], list(changes)])
+  edit_rows = intervene.rows(subject, [[], list(changes)])
   replies = generate.generate(
     subject.gemma,
     subject.lm_params,
     [prompt, prompt],
     dataclasses.replace(sampling, streams=[0, 0]),
-    edits=edits_of(subject, given),
+    edits=edits_of(subject, edit_rows),
     passes=generate.Passes(prompt_len=padded_length(len(prompt))),
   )
   texts = padded([[*prompt, *map(int, reply)] for reply in replies])
-  cost = effects(subject, texts, given, np.arange(2))
+  cost = effects(subject, texts, edit_rows, np.arange(2))
   result = {}
   for b, name in enumerate(('default', 'steered')):
     reply = slice(len(prompt) - 1, len(prompt) - 1 + len(replies[b]))

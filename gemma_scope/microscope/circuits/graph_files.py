@@ -28,6 +28,7 @@ import numpy as np
 
 import gemma_scope
 from gemma_scope import files
+from gemma_scope.text import tokenizers
 
 _TYPES = {
   'feature': 'cross layer transcoder',
@@ -97,7 +98,7 @@ def plain(
     'slug': slug,
     'scan': model.name,
     'transcoder_list': [],
-    'prompt_tokens': [piece.replace('\u2581', ' ') for piece in prompt.pieces],
+    'prompt_tokens': [tokenizers.readable(piece) for piece in prompt.pieces],
     'prompt': prompt.text,
     'node_threshold': 0.8,
     'schema_version': 1,
@@ -129,17 +130,17 @@ def plain(
 
 def _cumulative(graph: Mapping[str, Any]) -> dict[int, float]:
   """The `influence` of each node but the logit."""
-  nodes = [n for n, one in enumerate(graph['nodes']) if 'influence' in one]
-  own = np.array([graph['nodes'][n]['influence'] for n in nodes])
-  order = np.argsort(-own, kind='stable')
-  total = np.cumsum(own[order]) / max(own.sum(), 1e-30)
+  nodes = [n for n, node in enumerate(graph['nodes']) if 'influence' in node]
+  influence = np.array([graph['nodes'][n]['influence'] for n in nodes])
+  order = np.argsort(-influence, kind='stable')
+  total = np.cumsum(influence[order]) / max(influence.sum(), 1e-30)
   return {nodes[i]: float(share) for i, share in zip(order, total, strict=True)}
 
 
 def _node(node, influence, prompt: Prompt, model: Model, named):
   kind, last = node['kind'], len(prompt.ids) - 1
   position = node.get('position', last)
-  found = {
+  fields = {
     'feature_type': _TYPES[kind],
     'ctx_idx': position,
     'token_prob': 0.0,
@@ -152,13 +153,13 @@ def _node(node, influence, prompt: Prompt, model: Model, named):
   }
   if kind == 'embedding':
     token = int(prompt.ids[position])
-    return found | {
+    return fields | {
       'node_id': f'E_{token}_{position}', 'feature': position, 'layer': 'E',
       'jsNodeId': f'E_{token}-{position}',
     }  # fmt: skip
   if kind == 'logit':
     layer, token = model.layers + 1, prompt.logit[0]
-    return found | {
+    return fields | {
       'node_id': f'{layer}_{token}_{last}', 'feature': token,
       'layer': str(layer), 'jsNodeId': f'L_{token}-{last}',
       'token_prob': prompt.probability, 'is_target_logit': True,
@@ -166,12 +167,12 @@ def _node(node, influence, prompt: Prompt, model: Model, named):
     }  # fmt: skip
   layer = node['layer']
   if kind == 'error':
-    return found | {
+    return fields | {
       'node_id': f'{layer}_-1_{position}', 'feature': -1, 'layer': str(layer),
       'jsNodeId': f'{layer}_-1-{position}',
     }  # fmt: skip
   i = node['feature'] % model.widths[node['member']]
-  return found | {
+  return fields | {
     'node_id': f'{layer}_{i}_{position}',
     'feature': (layer + i) * (layer + i + 1) // 2 + i,
     'layer': str(layer),
@@ -203,9 +204,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
       content = json.loads(file.read())
     metadata = content['metadata']
     index, nodes = {}, []
-    for number, given in enumerate(content['nodes']):
-      index[given['node_id']] = number
-      nodes.append(_read_node(given))
+    for number, node in enumerate(content['nodes']):
+      index[node['node_id']] = number
+      nodes.append(_read_node(node))
     edges = [
       [index[link['source']], index[link['target']], float(link['weight'])]
       for link in content['links']
@@ -228,20 +229,20 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     ) from None
 
 
-def _read_node(given: Mapping[str, Any]) -> dict[str, Any]:
-  kind = _KINDS.get(given['feature_type'], str(given['feature_type']))
-  found = {
+def _read_node(node: Mapping[str, Any]) -> dict[str, Any]:
+  kind = _KINDS.get(node['feature_type'], str(node['feature_type']))
+  fields = {
     'kind': kind,
-    'position': int(given['ctx_idx']),
-    'label': str(given.get('clerp') or ''),
+    'position': int(node['ctx_idx']),
+    'label': str(node.get('clerp') or ''),
   }
-  if given.get('influence') is not None:
-    found['reached'] = float(given['influence'])
-  layer, middle, _ = given['node_id'].split('_')
+  if node.get('influence') is not None:
+    fields['reached'] = float(node['influence'])
+  layer, middle, _ = node['node_id'].split('_')
   if kind in ('feature', 'error'):
-    found |= {'layer': int(layer), 'member': 0}
+    fields |= {'layer': int(layer), 'member': 0}
   if kind == 'feature':
-    found |= {'feature': int(middle), 'value': given.get('activation')}
+    fields |= {'feature': int(middle), 'value': node.get('activation')}
   if kind == 'logit':
-    found['token'] = int(middle)
-  return found
+    fields['token'] = int(middle)
+  return fields

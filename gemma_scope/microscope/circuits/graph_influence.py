@@ -75,14 +75,14 @@ def prune(
   Features without incoming or without outgoing edges are removed as well.
   """
   kept = set(_most(influence_n, settings.nodes))
-  at = sorted(i for i in kept if i in rows)
-  targets = [LOGIT, *at]
-  weight_En = np.stack([of_logit_n, *(rows[i] for i in at)])
+  expanded = sorted(i for i in kept if i in rows)
+  targets = [LOGIT, *expanded]
+  weight_En = np.stack([of_logit_n, *(rows[i] for i in expanded)])
   score_En = np.abs(weight_En)
   score_En /= np.maximum(score_En.sum(1, keepdims=True), 1e-30)
-  score_En *= np.append(1.0, influence_n[at])[:, None]
+  score_En *= np.append(1.0, influence_n[expanded])[:, None]
   score_En[:, sorted(set(range(len(influence_n))) - kept)] = 0
-  found = [
+  edges = [
     (int(j), targets[e], float(weight_En[e, j]))
     for e, j in zip(
       *np.unravel_index(
@@ -92,12 +92,16 @@ def prune(
     )
   ]
   while True:
-    leads, fed = {j for j, _, _ in found}, {t for _, t, _ in found}
-    good = {i for i in leads if sources.kind[i] != 0 or i in fed} | {LOGIT}
-    left = [edge for edge in found if edge[0] in good and edge[1] in good]
-    if len(left) == len(found):
-      return sorted(leads), found
-    found = left
+    origins, fed = {j for j, _, _ in edges}, {target for _, target, _ in edges}
+    connected = {i for i in origins if sources.kind[i] != 0 or i in fed} | {
+      LOGIT
+    }
+    remaining = [
+      edge for edge in edges if edge[0] in connected and edge[1] in connected
+    ]
+    if len(remaining) == len(edges):
+      return sorted(origins), edges
+    edges = remaining
 
 
 def _most(score_n: np.ndarray, share: float) -> np.ndarray:
@@ -123,14 +127,16 @@ def scores(
   influence_n = influence(logit_n, masked)
   error_n = sources.kind == KINDS.index('error')
   embedded = influence_n[sources.kind == KINDS.index('embedding')].sum()
-  missed = influence_n[error_n].sum()
+  error_influence = influence_n[error_n].sum()
 
   def from_errors(row):
     return np.abs(row[error_n]).sum() / max(np.abs(row).sum(), 1e-30)
 
-  lost = from_errors(logit_n)
-  lost += sum(influence_n[i] * from_errors(row) for i, row in masked.items())
+  from_error = from_errors(logit_n)
+  from_error += sum(
+    influence_n[i] * from_errors(row) for i, row in masked.items()
+  )
   return {
-    'replacement': float(embedded / max(embedded + missed, 1e-30)),
-    'completeness': float(1 - lost / (1 + influence_n.sum())),
+    'replacement': float(embedded / max(embedded + error_influence, 1e-30)),
+    'completeness': float(1 - from_error / (1 + influence_n.sum())),
   }

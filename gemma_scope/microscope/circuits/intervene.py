@@ -185,15 +185,15 @@ def rows(subject: Subject, changes: Sequence[Sequence[Change]]) -> Rows:
       strength is out of range, or a strength is given for a latent that never
       fired.
   """
-  most = max([1, *map(len, changes)])
-  shape = len(changes), most
+  row_length = max([1, *map(len, changes)])
+  shape = len(changes), row_length
   feature_BK, kind_BK = (np.zeros(shape, np.int32) for _ in range(2))
   value_BK = np.zeros(shape, np.float32)
   for b, row in enumerate(changes):
-    named = [change.feature for change in row]
-    if len(set(named)) < len(named):
-      twice = next(i for i in named if named.count(i) > 1)
-      raise ValueError(f'Latent {twice} is changed twice; give one change.')
+    features = [change.feature for change in row]
+    if len(set(features)) < len(features):
+      repeated = next(i for i in features if features.count(i) > 1)
+      raise ValueError(f'Latent {repeated} is changed twice; give one change.')
     for k, change in enumerate(row):
       _check(subject, change)
       feature_BK[b, k] = change.feature
@@ -226,7 +226,7 @@ def _check(subject: Subject, change: Change) -> None:
     )
 
 
-def control(subject: Subject, given: Rows, seed: int = 0) -> Rows:
+def control(subject: Subject, edit_rows: Rows, seed: int = 0) -> Rows:
   """Control changes: equal norms, along the decoders of other latents.
 
   The other latents are drawn from those of the same layer that fired, without
@@ -241,47 +241,47 @@ def control(subject: Subject, given: Rows, seed: int = 0) -> Rows:
     np.flatnonzero((subject.max_F > 0) & (norm_F > 0) & (layer_F == layer))
     for layer in range(len(subject.place.sites))
   ]
-  writer_BK = given.feature_BK.copy()
-  for b, row in enumerate(given.feature_BK):
-    mine = row[given.kind_BK[b] != _NONE].tolist()
+  writer_BK = edit_rows.feature_BK.copy()
+  for b, row in enumerate(edit_rows.feature_BK):
+    features = row[edit_rows.kind_BK[b] != _NONE].tolist()
     for k, feature in enumerate(row):
-      if given.kind_BK[b, k] == _NONE:
+      if edit_rows.kind_BK[b, k] == _NONE:
         continue
       pool = pools[layer_F[feature]]
-      if len(pool) <= np.isin(mine, pool).sum():
+      if len(pool) <= np.isin(features, pool).sum():
         raise ValueError(
           'A control needs another latent that fired in the same layer; there '
           'is none.'
         )
       while True:
         drawn = int(rng.choice(pool))
-        if drawn not in mine:
+        if drawn not in features:
           break
-      mine.append(drawn)
+      features.append(drawn)
       writer_BK[b, k] = drawn
-  return given._replace(
-    writer_BK=writer_BK, gain_BK=gains(norm_F, given.feature_BK, writer_BK)
+  return edit_rows._replace(
+    writer_BK=writer_BK, gain_BK=gains(norm_F, edit_rows.feature_BK, writer_BK)
   )
 
 
 def with_controls(
-  subject: Subject, given: Rows, count: int, seed: int = 0
+  subject: Subject, edit_rows: Rows, count: int, seed: int = 0
 ) -> Rows:
   """The rows, followed by `count` sets of controls for them."""
-  every = [given]
-  every += [control(subject, given, seed + c) for c in range(count)]
-  return stacked(every)
+  sets = [edit_rows]
+  sets += [control(subject, edit_rows, seed + c) for c in range(count)]
+  return stacked(sets)
 
 
-def stacked(parts: Sequence[Rows]) -> Rows:
+def stacked(row_sets: Sequence[Rows]) -> Rows:
   """The parts, concatenated."""
-  return Rows(*map(np.concatenate, zip(*parts, strict=True)))
+  return Rows(*map(np.concatenate, zip(*row_sets, strict=True)))
 
 
 def decoders(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
   """Each latent's layer and the norm of its decoder, both [F]."""
-  per = subject.width // len(subject.place.sites)
-  layer_F = np.arange(subject.width) // per
+  layer_width = subject.width // len(subject.place.sites)
+  layer_F = np.arange(subject.width) // layer_width
   W_dec = subject.params['W_dec']
   if subject.carried:  # the decoder of the latent's own layer
     W_dec = jnp.stack([W_dec[l, :, l] for l in range(len(W_dec))])
@@ -294,8 +294,8 @@ def decoders(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
 
 def gains(norm_F, feature, writer) -> np.ndarray:
   """Factors that scale the decoders of `writer` to the norms of `feature`."""
-  found = norm_F[feature] / np.where(norm_F[writer] > 0, norm_F[writer], 1)
-  return found.astype(np.float32)
+  gain = norm_F[feature] / np.where(norm_F[writer] > 0, norm_F[writer], 1)
+  return gain.astype(np.float32)
 
 
 def edits(
@@ -317,25 +317,25 @@ def edits(
     norm_bounds: outlier tokens, at a site that is read or written, are not
       changed there.
   """
-  per = params['b_enc'].size // len(place.sites)
-  layer_BK, own_BK = jnp.divmod(rows.feature_BK, per)
-  writer_BK, kind_B1K = jnp.mod(rows.writer_BK, per), rows.kind_BK[:, None]
+  layer_width = params['b_enc'].size // len(place.sites)
+  layer_BK, own_BK = jnp.divmod(rows.feature_BK, layer_width)
+  writer_BK = jnp.mod(rows.writer_BK, layer_width)
+  kind_B1K = rows.kind_BK[:, None]
   where_BTK = where_BT if where_BT.ndim == 3 else where_BT[..., None]
   step = {}  # layer -> change of each latent's value [B, T, K]
-
   usual = lambda site, x: ~outliers.is_outlier({site: x}, norm_bounds)
 
   def read(layer, x_BTD):
     x_BTD = x_BTD.astype(jnp.float32)
     f_BTK = _values(params, layer, own_BK, x_BTD)
-    wanted = jnp.select(
+    changed_BTK = jnp.select(
       [kind_B1K == _ADD, kind_B1K == _CLAMP, kind_B1K == _ABLATE],
       [f_BTK + rows.value_BK[:, None], rows.value_BK[:, None], 0.0],
       f_BTK,
     )
-    here = (layer_BK == layer)[:, None] & where_BTK
-    here &= usual(place.sites[layer], x_BTD)[..., None]
-    step[layer] = jnp.where(here, wanted - f_BTK, 0)
+    applies_BTK = (layer_BK == layer)[:, None] & where_BTK
+    applies_BTK &= usual(place.sites[layer], x_BTD)[..., None]
+    step[layer] = jnp.where(applies_BTK, changed_BTK - f_BTK, 0)
 
   def write(layer, y_BTD):
     dtype, y_BTD = y_BTD.dtype, y_BTD.astype(jnp.float32)
@@ -354,12 +354,12 @@ def edits(
     return (y_BTD + jnp.where(usual_BT1, change_BTD, 0)).astype(dtype)
 
   def reader(layer):
-    def only(x_BTD):
+    def read_only(x_BTD):
       with jax.default_matmul_precision('highest'):
         read(layer, x_BTD)
       return x_BTD
 
-    return only
+    return read_only
 
   def writer(layer, reads):
     def change(y_BTD):
@@ -370,14 +370,13 @@ def edits(
 
     return change
 
-  found = {}
-  for layer, (site, target) in enumerate(
-    zip(place.sites, place.targets, strict=True)
-  ):
+  site_edits = {}
+  pairs = zip(place.sites, place.targets, strict=True)
+  for layer, (site, target) in enumerate(pairs):
     if site != target:
-      found[site] = reader(layer)
-    found[target] = writer(layer, site == target)
-  return found
+      site_edits[site] = reader(layer)
+    site_edits[target] = writer(layer, site == target)
+  return site_edits
 
 
 def _projected(W_BKD, y_BTD):
@@ -395,12 +394,12 @@ def _values(params, layer: int, own_BK, x_BTD):
   if 'k' in params:  # the active latents depend on all of them
     f_BTF = sae_lib.encode(params, x_BTD)
     return jnp.take_along_axis(f_BTF, own_BK[:, None], -1)
-  one = {
+  layer_params = {
     key: params[key][layer] if params['W_enc'].ndim == 3 else params[key]
     for key in ('W_enc', 'b_enc', 'threshold')
   }
-  W_DBK = jnp.take(one['W_enc'], own_BK, axis=1)
+  W_DBK = jnp.take(layer_params['W_enc'], own_BK, axis=1)
   z_BTK = jnp.einsum('btd,dbk->btk', x_BTD, W_DBK)
-  z_BTK += one['b_enc'][own_BK][:, None]
-  fires = z_BTK > one['threshold'][own_BK][:, None]
+  z_BTK += layer_params['b_enc'][own_BK][:, None]
+  fires = z_BTK > layer_params['threshold'][own_BK][:, None]
   return jnp.where(fires, jax.nn.relu(z_BTK), 0)

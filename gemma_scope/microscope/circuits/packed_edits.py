@@ -33,8 +33,8 @@ def below(
   gemma: lm.Gemma, lm_params: lm.Params, tokens_T: jax.Array, target: sites.Site
 ) -> jax.Array:
   """The residual stream [T, D] from which `run` starts."""
-  at = _start(target)
-  return splice.taps(gemma, lm_params, tokens_T[None], (at,))[at][0]
+  start = _start(target)
+  return splice.taps(gemma, lm_params, tokens_T[None], (start,))[start][0]
 
 
 @functools.partial(jax.jit, static_argnames=('gemma', 'target', 'scored'))
@@ -78,17 +78,17 @@ def run(
     edits = {target: lambda _: change(packed_UD[None])}
   else:
     edits[target] = change
-  at = splice.last(gemma)
-  out = gemma.forward(
+  end = splice.last(gemma)
+  output = gemma.forward(
     lm_params,
     jnp.ones((1, length + rows * scored), jnp.int32),
-    taps=(at,),
+    taps=(end,),
     edits=edits,
     logits=False,
     positions_BT=positions_1U,
     mask_BTT=_mask(length, position_R, scored)[None],
   )
-  last_UD = out.taps[at][0]
+  last_UD = output.taps[end][0]
   return (
     last_UD[position_RS],
     last_UD[length:].reshape(rows, scored, -1),
@@ -98,10 +98,10 @@ def run(
 def _mask(length: int, position_R: jax.Array, scored: int) -> jax.Array:
   """Which slots each slot attends to, [U, U]."""
   rows = len(position_R)
-  own = lambda ordinary, edits: jnp.concatenate([ordinary, edits])
-  edit_U = own(jnp.full(length, -1), jnp.repeat(jnp.arange(rows), scored))
-  slot_U = own(jnp.arange(length), jnp.tile(jnp.arange(scored), rows))
-  first_U = own(jnp.arange(length) + 1, jnp.repeat(position_R, scored))
+  by_slot = lambda ordinary, edits: jnp.concatenate([ordinary, edits])
+  edit_U = by_slot(jnp.full(length, -1), jnp.repeat(jnp.arange(rows), scored))
+  slot_U = by_slot(jnp.arange(length), jnp.tile(jnp.arange(scored), rows))
+  first_U = by_slot(jnp.arange(length) + 1, jnp.repeat(position_R, scored))
   text_UU = (edit_U[None] < 0) & (slot_U[None] < first_U[:, None])
   same_UU = (edit_U[:, None] == edit_U[None]) & (edit_U[:, None] >= 0)
   return text_UU | (same_UU & (slot_U[None] <= slot_U[:, None]))

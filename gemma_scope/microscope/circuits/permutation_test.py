@@ -91,7 +91,7 @@ def exact(
     where_BT = where_BT & counts_1T[:, : where_BT.shape[1]]
   if query.reading is not None:
     return _read_change(query, rows, where_BT)
-  found = effects.effects(
+  measured = effects.effects(
     query.subject,
     effects.padded([query.tokens_T]),
     rows,
@@ -99,34 +99,34 @@ def exact(
     where_BT=where_BT,
   )
   last = len(query.tokens_T) - 1
-  return (found.clean_logit_BT - found.logit_BT)[:, last]
+  return (measured.clean_logit_BT - measured.logit_BT)[:, last]
 
 
 def _read_change(query: Query, rows: Rows, where_BT: np.ndarray) -> np.ndarray:
   """How much the reading falls with each row of changes."""
   subject, reading = query.subject, query.reading
   tokens_1T = effects.padded([query.tokens_T])
-  beyond = tokens_1T.shape[1] - where_BT.shape[1]
-  wide_BT = np.pad(where_BT, ((0, 0), (0, beyond)))
+  missing = tokens_1T.shape[1] - where_BT.shape[1]
+  wide_BT = np.pad(where_BT, ((0, 0), (0, missing)))
   wide_BT = np.broadcast_to(wide_BT, (len(rows.feature_BK), wide_BT.shape[1]))
-  where = subject.gemma, subject.place, reading.site, rows.projects
+  static = subject.gemma, subject.place, reading.site, rows.projects
   params, end = (subject.lm_params, subject.params), len(query.tokens_T) - 1
-  still = np.zeros_like(wide_BT[:1])  # no token is changed
-  parts = []
+  none_1T = np.zeros_like(wide_BT[:1])  # no token is changed
+  readings = []
   for b in range(-1, len(wide_BT)):
-    one = slice(max(b, 0), max(b, 0) + 1)
-    where_1T = still if b < 0 else wide_BT[one]
-    row = Rows(*(a[one] for a in rows))
-    parts.append(
-      _read(where, params, tokens_1T, row, where_1T, (end, reading.vector_D))
+    row_slice = slice(max(b, 0), max(b, 0) + 1)
+    where_1T = none_1T if b < 0 else wide_BT[row_slice]
+    row = Rows(*(array[row_slice] for array in rows))
+    readings.append(
+      _read(static, params, tokens_1T, row, where_1T, (end, reading.vector_D))
     )
-  before, *after = map(float, parts)
-  return before - np.array(after)
+  clean, *edited = map(float, readings)
+  return clean - np.array(edited)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _read(where, params, tokens_1T, row, where_1T, end):
-  gemma, place, site, projects = where
+def _read(static, params, tokens_1T, row, where_1T, end):
+  gemma, place, site, projects = static
   lm_params, sae_params = params
   position, vector_D = end
   edits = intervene.edits(place, sae_params, row, where_1T, projects)
@@ -165,22 +165,22 @@ def largest(
       writer_F[pool] = rng.permutation(pool)
     writer_A = writer_F[active]
     gain_A = intervene.gains(norm_F, active, writer_A)
-    picked = set()
+    selected = set()
     for slope_TF in slopes:
       a_TA = f_TA * slope_TF[:, writer_A] * gain_A
       if not control.by_token:
         a_TA = a_TA.sum(0, keepdims=True)
       order = np.argsort(-np.abs(a_TA), axis=None, kind='stable')[: control.top]
-      picked |= set(zip(*np.unravel_index(order, a_TA.shape), strict=True))
+      selected |= set(zip(*np.unravel_index(order, a_TA.shape), strict=True))
     chosen += [
-      (c, t, active[a], writer_A[a], gain_A[a]) for t, a in sorted(picked)
+      (c, t, active[a], writer_A[a], gain_A[a]) for t, a in sorted(selected)
     ]
   if not chosen:
     return np.zeros(0)
   draw_B, at_B, feature_B, writer_B, gain_B = map(
     np.array, zip(*chosen, strict=True)
   )
-  column = lambda a, kind: a.astype(kind)[:, None]
+  column = lambda array, kind: array.astype(kind)[:, None]
   rows = Rows(
     column(feature_B, np.int32),
     np.full((len(chosen), 1), intervene.KINDS.index('ablate'), np.int32),

@@ -60,12 +60,12 @@ def ablation(params: Mapping[str, np.ndarray], features: Sequence[int]):
     )
   index, count = np.asarray(features, np.int32), len(features)
   index = np.pad(index, (0, (-count % _TOGETHER) if count else _TOGETHER))
-  part = {key: np.asarray(array) for key, array in params.items()}
+  ablated = {key: np.asarray(array) for key, array in params.items()}
   for key in ('b_enc', 'threshold', 'W_dec'):
-    part[key] = part[key][index]
-  part['W_enc'] = part['W_enc'][:, index]
-  part['W_dec'][count:] = 0
-  return Partial(_without, part)
+    ablated[key] = ablated[key][index]
+  ablated['W_enc'] = ablated['W_enc'][:, index]
+  ablated['W_dec'][count:] = 0
+  return Partial(_without, ablated)
 
 
 def projection(directions_KD: np.ndarray, centre_D: np.ndarray | float = 0.0):
@@ -129,16 +129,16 @@ def logits(
   """
   gemma, params = model
   wanted_K = None if token_ids is None else np.asarray(token_ids, np.int32)
-  edits, parts = dict(edits or {}), []
+  edits, batches = dict(edits or {}), []
   for start in progress.track(range(0, len(tokens_NT), batch), 'prompts'):
     rows = np.resize(
       np.arange(start, min(start + batch, len(tokens_NT))), batch
     )
-    found = _logits(
+    logits_BK = _logits(
       gemma, params, tokens_NT[rows], last_N[rows], wanted_K, edits
     )
-    parts.append(np.asarray(found))
-  return np.concatenate(parts)[: len(tokens_NT)]
+    batches.append(np.asarray(logits_BK))
+  return np.concatenate(batches)[: len(tokens_NT)]
 
 
 @functools.partial(jax.jit, static_argnames='gemma')
@@ -158,13 +158,13 @@ def losses(
   batch: int = 4,
 ) -> np.ndarray:
   """Next-token losses of texts in nats [N, T - 1]; nan where none counts."""
-  parts, edits = [], dict(edits or {})
+  batches, edits = [], dict(edits or {})
   for start in progress.track(range(0, len(tokens_NT), batch), 'texts'):
     rows = np.resize(
       np.arange(start, min(start + batch, len(tokens_NT))), batch
     )
-    parts.append(np.asarray(_losses(*model, tokens_NT[rows], edits)))
-  loss_NT = np.concatenate(parts)[: len(tokens_NT)]
+    batches.append(np.asarray(_losses(*model, tokens_NT[rows], edits)))
+  loss_NT = np.concatenate(batches)[: len(tokens_NT)]
   counts_NT = (tokens_NT[:, 1:] > 0) & (tokens_NT[:, 1:] != 2)
   return np.where(counts_NT, loss_NT, np.nan)
 
@@ -180,8 +180,8 @@ def _losses(gemma, params, tokens_BT, edits):
     logp = jax.nn.log_softmax(gemma.unembed(params, x_BtD))
     return -jnp.take_along_axis(logp, next_Bt[..., None], -1)[..., 0]
 
-  parts = splice.by_slices(of_slice, None, x_BTD, jnp.roll(tokens_BT, -1, 1))
-  return splice.join(parts)[:, :-1]
+  slices = splice.by_slices(of_slice, None, x_BTD, jnp.roll(tokens_BT, -1, 1))
+  return splice.join(slices)[:, :-1]
 
 
 def attributions(
@@ -201,37 +201,37 @@ def attributions(
   """
   if subject.place.sites != subject.place.targets or subject.place.several:
     raise ValueError('attributions is for SAEs that read and write one site.')
-  (site,), parts = subject.place.sites, []
+  (site,), batches = subject.place.sites, []
   pair = np.array([logit[0], logit[0] if logit[1] is None else logit[1]])
   sign = np.float32(logit[1] is not None)
   for start in progress.track(range(0, len(tokens_NT), batch), 'gradients'):
     rows = np.resize(
       np.arange(start, min(start + batch, len(tokens_NT))), batch
     )
-    found = _attributions(
+    attribution_BF = _attributions(
       (subject.gemma, site),
       (subject.lm_params, dict(subject.params)),
       (tokens_NT[rows], last_N[rows]),
       (pair, sign),
     )
-    parts.append(np.asarray(found))
-  return np.concatenate(parts)[: len(tokens_NT)]
+    batches.append(np.asarray(attribution_BF))
+  return np.concatenate(batches)[: len(tokens_NT)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _attributions(where, params, texts, logit):
-  (gemma, site), (lm_params, sae_params) = where, params
+def _attributions(static, params, texts, logit):
+  (gemma, site), (lm_params, sae_params) = static, params
   (tokens_BT, last_B), (pair, sign) = texts, logit
   end = splice.last(gemma)
 
   def measure(shift_BTD):
     edits = {site: lambda x: x + shift_BTD}
-    found = gemma.forward(
+    taps = gemma.forward(
       lm_params, tokens_BT, taps=(site, end), edits=edits, logits=False
     ).taps
-    x_B1D = jnp.take_along_axis(found[end], last_B[:, None, None], 1)
+    x_B1D = jnp.take_along_axis(taps[end], last_B[:, None, None], 1)
     both_B2 = gemma.unembed(lm_params, x_B1D, pair)[:, 0]
-    return jnp.sum(both_B2[:, 0] - sign * both_B2[:, 1]), found[site]
+    return jnp.sum(both_B2[:, 0] - sign * both_B2[:, 1]), taps[site]
 
   width = site.width(gemma.config)
   shift_BTD = jnp.zeros((*tokens_BT.shape, width))

@@ -40,13 +40,13 @@ def different(first: int, second: int | None) -> Logit:
 
 def likeliest(gemma: lm.Gemma, lm_params: lm.Params, ids: Sequence[int]):
   """The two likeliest tokens after a text, as a logit difference."""
-  found = effects.predict(gemma, lm_params, ids, 2)
-  return tuple(map(int, found.token_TK[-1]))
+  prediction = effects.predict(gemma, lm_params, ids, 2)
+  return tuple(map(int, prediction.token_TK[-1]))
 
 
 def logit_pieces(tokenizer: tokenizers.Tokenizer, logit: Logit) -> list[str]:
   """The tokens of a logit, or of a difference, as text."""
-  return tokenizer.pieces([t for t in logit if t is not None])
+  return tokenizer.pieces([token for token in logit if token is not None])
 
 
 def together(saes: Sequence[Indexed], first: int) -> list[int]:
@@ -62,9 +62,9 @@ def together(saes: Sequence[Indexed], first: int) -> list[int]:
   )
   best = {place.sites[0].layer: (-1.0, first)}
   for i, indexed in enumerate(saes):
-    other = indexed.sae.wiring
-    if (other.type, other.kind) == (place.type, place.kind):
-      away = float(np.abs(size(i) - size(first)).sum())
-      layer = other.sites[0].layer
-      best[layer] = min(best.get(layer, (np.inf, i)), (away, i))
+    wiring = indexed.sae.wiring
+    if (wiring.type, wiring.kind) == (place.type, place.kind):
+      distance = float(np.abs(size(i) - size(first)).sum())
+      layer = wiring.sites[0].layer
+      best[layer] = min(best.get(layer, (np.inf, i)), (distance, i))
   return [i for _, (_, i) in sorted(best.items())]

@@ -92,7 +92,7 @@ class Replacement:
     depth = self._gemma.config.num_layers
     self._last = splice.last(self._gemma)
     self._reads = sorted(
-      {s for subject in subjects for s in subject.place.sites}
+      {site for subject in subjects for site in subject.place.sites}
     )
     writes = [sites.Site(m, 'mlp_out') for m in range(depth)]
     ples = _per_layer_inputs(self._gemma)
@@ -101,7 +101,7 @@ class Replacement:
     self.last_TD = np.asarray(taps[self._last][0], np.float32)
     self._embedding_TD = np.asarray(taps[_FIRST][0], np.float32)
     self._error_MTD = np.stack(
-      [np.asarray(taps[s][0], np.float32) for s in writes]
+      [np.asarray(taps[site][0], np.float32) for site in writes]
     )
     self._bias_MTD = np.zeros_like(self._error_MTD)
     features = [self._split(n, taps) for n in range(len(subjects))]
@@ -109,29 +109,35 @@ class Replacement:
       self._error_MTD[site.layer] += np.asarray(taps[site][0], np.float32)
     features = np.concatenate(features, 1)
     length = len(tokens_T)
-    others = [[1, -1, -1, m, t, 1] for m in range(depth) for t in range(length)]
-    others += [[2, -1, -1, 0, t, 1] for t in range(length)]
-    others += [[3, -1, -1, -1, -1, 1]]
-    every = np.concatenate([features, np.array(others).T], 1)
-    self.sources = Sources(*every[:5].astype(np.int64), every[5])
+    other_sources = [
+      [1, -1, -1, m, t, 1] for m in range(depth) for t in range(length)
+    ]
+    other_sources += [[2, -1, -1, 0, t, 1] for t in range(length)]
+    other_sources += [[3, -1, -1, -1, -1, 1]]
+    all_sources = np.concatenate([features, np.array(other_sources).T], 1)
+    self.sources = Sources(*all_sources[:5].astype(np.int64), all_sources[5])
     self._length = length
 
   def _split(self, n: int, taps) -> np.ndarray:
     """A subject's active features; reduces the error to y - y_hat."""
     place, params = self._subjects[n].place, self._subjects[n].params
     x, y = (
-      released.stacked([taps[s] for s in where], place.several)[0]
-      for where in (place.sites, place.targets)
+      released.stacked([taps[site] for site in side], place.several)[0]
+      for side in (place.sites, place.targets)
     )
     f, error = map(np.asarray, _encoded(params, x, y))
     b_dec = np.asarray(params['b_dec'])
-    by_layer = lambda a: np.moveaxis(a, -2, 0) if place.several else a[None]
+    by_layer = lambda array: (
+      np.moveaxis(array, -2, 0) if place.several else array[None]
+    )
     error, b_dec = by_layer(error), b_dec.reshape(len(place.targets), 1, -1)
     kept_T1 = self._keep_NT[n][:, None]
     for m, target in enumerate(place.targets):
-      own = target.layer
-      self._error_MTD[own] = np.where(kept_T1, error[m], self._error_MTD[own])
-      self._bias_MTD[own] = kept_T1 * b_dec[m]
+      layer_out = target.layer
+      self._error_MTD[layer_out] = np.where(
+        kept_T1, error[m], self._error_MTD[layer_out]
+      )
+      self._bias_MTD[layer_out] = kept_T1 * b_dec[m]
     f_TLF = f.reshape(len(f), len(place.sites), -1) * kept_T1[:, None]
     t, l, i = np.nonzero(f_TLF)
     layer = np.array([site.layer for site in place.sites])[l]
@@ -141,16 +147,16 @@ class Replacement:
 
   def target(self, node: int) -> Target:
     """The target of a feature in `sources`: its encoder, at its token."""
-    s = self.sources
-    subject = self._subjects[s.member[node]]
+    sources = self.sources
+    subject = self._subjects[sources.member[node]]
     l, i = divmod(
-      int(s.feature[node]), subject.width // len(subject.place.sites)
+      int(sources.feature[node]), subject.width // len(subject.place.sites)
     )
     W_enc = subject.params['W_enc']
     W_enc = W_enc[l] if subject.place.several else W_enc
     return (
       subject.place.sites[l],
-      int(s.position[node]),
+      int(sources.position[node]),
       np.asarray(W_enc[:, i]),
     )
 
@@ -163,20 +169,20 @@ class Replacement:
   def rows(self, targets: Sequence[Target]) -> Iterator[np.ndarray]:
     """For each target, A of every source, float32 [n]."""
     outputs = tuple(
-      sorted({*self._reads, self._last, *(t[0] for t in targets)})
+      sorted({*self._reads, self._last, *(target[0] for target in targets)})
     )
     count = self._at_once
     for start in range(0, len(targets), count):
-      part = list(targets[start : start + count])
-      filled = part + [part[-1]] * (count - len(part))
+      batch = list(targets[start : start + count])
+      filled = batch + [batch[-1]] * (count - len(batch))
       ends = (
         np.array([outputs.index(site) for site, _, _ in filled]),
-        np.array([t for _, t, _ in filled]),
+        np.array([position for _, position, _ in filled]),
         np.stack([vector for _, _, vector in filled]),
       )
-      where = self._gemma, outputs
+      static = self._gemma, outputs
       g_nTD, g_nMTD = _slopes(
-        where, self._lm_params, self._tokens_1T, self._skips, ends
+        static, self._lm_params, self._tokens_1T, self._skips, ends
       )
       features_nJ = [
         self._written(n, g_nMTD) for n in range(len(self._subjects))
@@ -194,31 +200,31 @@ class Replacement:
         ],
         1,
       )
-      yield from rows[: len(part)]
+      yield from rows[: len(batch)]
 
   def written(self, chosen: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """What the sources write together: embeddings [T, D] and MLPs [M, T, D]."""
-    s, first = self.sources, np.zeros_like(self._embedding_TD)
-    later = np.zeros_like(self._error_MTD)
+    sources, embedding_TD = self.sources, np.zeros_like(self._embedding_TD)
+    mlp_MTD = np.zeros_like(self._error_MTD)
     for j in chosen:
-      t, kind = s.position[j], KINDS[s.kind[j]]
+      t, kind = sources.position[j], KINDS[sources.kind[j]]
       if kind == 'embedding':
-        first[t] += self._embedding_TD[t]
+        embedding_TD[t] += self._embedding_TD[t]
       elif kind == 'error':
-        later[s.layer[j], t] += self._error_MTD[s.layer[j], t]
+        mlp_MTD[sources.layer[j], t] += self._error_MTD[sources.layer[j], t]
       elif kind == 'bias':
-        later += self._bias_MTD
+        mlp_MTD += self._bias_MTD
       else:
-        subject = self._subjects[s.member[j]]
+        subject = self._subjects[sources.member[j]]
         l, i = divmod(
-          int(s.feature[j]), subject.width // len(subject.place.sites)
+          int(sources.feature[j]), subject.width // len(subject.place.sites)
         )
         W_dec = subject.params['W_dec']
         for m, target in enumerate(subject.place.targets):
           if not subject.place.several or l <= m:
             row_D = W_dec[l, i, m] if subject.place.several else W_dec[i]
-            later[target.layer, t] += s.value[j] * np.asarray(row_D)
-    return first, later
+            mlp_MTD[target.layer, t] += sources.value[j] * np.asarray(row_D)
+    return embedding_TD, mlp_MTD
 
   @property
   def frozen(self):
@@ -232,32 +238,36 @@ class Replacement:
     for subject, keep_T in zip(self._subjects, self._keep_NT, strict=True):
       W_skip = subject.params.get('W_skip')
       if W_skip is not None:
-        parts = W_skip if subject.place.several else [W_skip]
-        for site, part in zip(subject.place.sites, parts, strict=True):
-          skips[str(site)] = part, keep_T
+        skip_matrices = W_skip if subject.place.several else [W_skip]
+        for site, matrix in zip(
+          subject.place.sites, skip_matrices, strict=True
+        ):
+          skips[str(site)] = matrix, keep_T
     return skips
 
   def _written(self, n: int, g_nMTD) -> np.ndarray:
     """A of one subject's features, [n, J]."""
-    subject, s = self._subjects[n], self.sources
-    mine = np.flatnonzero((s.kind == 0) & (s.member == n))
-    l, i = np.divmod(s.feature[mine], subject.width // len(subject.place.sites))
-    total = np.zeros((self._at_once, len(mine)), np.float32)
-    for start in range(0, len(mine), _CHUNK):
-      chunk = np.arange(start, min(start + _CHUNK, len(mine)))
+    subject, sources = self._subjects[n], self.sources
+    own_J = np.flatnonzero((sources.kind == 0) & (sources.member == n))
+    l, i = np.divmod(
+      sources.feature[own_J], subject.width // len(subject.place.sites)
+    )
+    total = np.zeros((self._at_once, len(own_J)), np.float32)
+    for start in range(0, len(own_J), _CHUNK):
+      chunk = np.arange(start, min(start + _CHUNK, len(own_J)))
       j = np.resize(chunk, _CHUNK)
       for m, target in enumerate(subject.place.targets):
         at_J = (l[j], i[j], m) if subject.place.several else (i[j],)
-        part = _decoded(
+        products = _decoded(
           subject.params['W_dec'],
           at_J,
-          s.position[mine][j],
-          s.value[mine][j].astype(np.float32),
+          sources.position[own_J][j],
+          sources.value[own_J][j].astype(np.float32),
           g_nMTD[:, target.layer],
         )
         reaches = l[chunk] <= m if subject.place.several else True
         total[:, chunk] += np.where(
-          reaches, np.asarray(part)[:, : len(chunk)], 0
+          reaches, np.asarray(products)[:, : len(chunk)], 0
         )
     return total
 
@@ -276,9 +286,9 @@ def check(subjects: Sequence[Subject]) -> None:
   if not written:
     raise ValueError('An attribution graph needs at least one transcoder.')
   if len(set(written)) < len(written):
-    twice = next(layer for layer in written if written.count(layer) > 1)
+    repeated = next(layer for layer in written if written.count(layer) > 1)
     raise ValueError(
-      f'Two transcoders write to layer {twice}; give one per layer.'
+      f'Two transcoders write to layer {repeated}; give one per layer.'
     )
 
 
@@ -299,12 +309,12 @@ def _encoded(params, x, y):
 
 
 def linear(
-  where, lm_params, tokens_1T, skips: dict[str, Any], heads_LTE=None
+  static, lm_params, tokens_1T, skips: dict[str, Any], heads_LTE=None
 ) -> tuple[Callable[..., dict[sites.Site, jax.Array]], tuple[jax.Array, ...]]:
   """The frozen model as a function of its embeddings and MLP outputs.
 
   Args:
-    where: Gemma, and the sites that are read.
+    static: Gemma, and the sites that are read.
     skips: W_skip and tokens of each site that has one (`Replacement.frozen`).
     heads_LTE: if given, it is added to each layer's heads (`attn_out`), through
       which nothing else flows then.
@@ -313,8 +323,8 @@ def linear(
     (embedding [1, T, D], MLP outputs [M, 1, T, D]) -> taps, linear about zero,
     and zeros of these shapes.
   """
-  gemma, outputs = where
-  still = jax.lax.stop_gradient
+  gemma, outputs = static
+  stop = jax.lax.stop_gradient
 
   def stream(embedding_1TD, added_M1TD):
     read = {}
@@ -325,15 +335,15 @@ def linear(
       return x_BTD
 
     def writer(m, key, y_BTD):
-      y_BTD = still(y_BTD) + added_M1TD[m]
+      y_BTD = stop(y_BTD) + added_M1TD[m]
       if key is None:
         return y_BTD
       W_skip, keep_T = skips[key]
-      through = (read[key] - still(read[key])) @ W_skip
+      through = (read[key] - stop(read[key])) @ W_skip
       return y_BTD + keep_T[:, None] * through
 
     def heads(layer, y_BTE):
-      return still(y_BTE) + heads_LTE[layer]
+      return stop(y_BTE) + heads_LTE[layer]
 
     by_layer = {sites.parse(key).layer: key for key in skips}
     for key in by_layer.values():
@@ -344,7 +354,7 @@ def linear(
       )
       if heads_LTE is not None:
         edits[sites.Site(m, 'attn_out')] = functools.partial(heads, m)
-    edits |= dict.fromkeys(_per_layer_inputs(gemma), still)
+    edits |= dict.fromkeys(_per_layer_inputs(gemma), stop)
     taps = gemma.forward(
       lm_params, tokens_1T, taps=outputs, edits=edits, logits=False, frozen=True
     ).taps
@@ -356,15 +366,15 @@ def linear(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _slopes(where, lm_params, tokens_1T, skips: dict[str, Any], ends):
+def _slopes(static, lm_params, tokens_1T, skips: dict[str, Any], ends):
   """Derivatives with respect to embeddings [n, T, D] and MLPs [n, M, T, D].
 
   Args:
-    where: Gemma, and the sites that targets read.
+    static: Gemma, and the sites that targets read.
     ends: of each target its site's number, its token and its vector.
   """
-  stream, zeros = linear(where, lm_params, tokens_1T, skips)
-  stacked = lambda *given: jnp.stack(list(stream(*given).values()))
+  stream, zeros = linear(static, lm_params, tokens_1T, skips)
+  stacked = lambda *primals: jnp.stack(list(stream(*primals).values()))
   x_OTD, back = jax.vjp(stacked, *zeros)
 
   def pulled_back(output, position, vector_D):

@@ -57,15 +57,19 @@ def sweep(
   lines = []
   for strength in strengths:
     scaled = dataclasses.replace(change, strength=strength * change.strength)
-    given = intervene.rows(subject, [[scaled]] * len(prompts))
+    edit_rows = intervene.rows(subject, [[scaled]] * len(prompts))
     # One control latent for all prompts and strengths.
-    control = intervene.control(subject, Rows(*(a[:1] for a in given)))
-    wide = Rows(*(np.repeat(a, len(prompts), 0) for a in control))
-    for rows in (given, wide):
+    control = intervene.control(
+      subject, Rows(*(array[:1] for array in edit_rows))
+    )
+    control_rows = Rows(
+      *(np.repeat(array, len(prompts), 0) for array in control)
+    )
+    for rows in (edit_rows, control_rows):
       measured = _measure(subject, prompts, rows, sampling, change.feature)
       for number, line in enumerate(measured):
         about = {'strength': strength, 'prompt': number}
-        lines.append({**about, 'control': rows is wide, **line})
+        lines.append({**about, 'control': rows is control_rows, **line})
   return lines
 
 
@@ -91,13 +95,13 @@ def _measure(subject, prompts, rows: Rows, sampling, feature: int):
   bos = [prompt[0] for prompt in prompts]
   concept = _concept(subject, bos, replies, feature)
   for b, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
-    part = slice(len(prompt) - 1, len(prompt) - 1 + len(reply))
+    reply_slice = slice(len(prompt) - 1, len(prompt) - 1 + len(reply))
     line = dict.fromkeys(MEASURES)
     if len(reply):
       line = {
         'concept': concept[b],
-        'perplexity': float(np.exp(cost.clean_loss_BT[b, part].mean())),
-        'kl': float(cost.kl_BT[b, part].mean()),
+        'perplexity': float(np.exp(cost.clean_loss_BT[b, reply_slice].mean())),
+        'kl': float(cost.kl_BT[b, reply_slice].mean()),
       }
     yield {'ids': list(map(int, reply)), **line}
 
@@ -135,13 +139,13 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   for strength in dict.fromkeys(line['strength'] for line in lines):
     row = {'strength': strength}
     for control in (False, True):
-      mine = [
+      matching = [
         line
         for line in lines
         if (line['strength'], line['control']) == (strength, control)
       ]
       for name in MEASURES:
-        values = [line[name] for line in mine if line[name] is not None]
+        values = [line[name] for line in matching if line[name] is not None]
         key = f'control_{name}' if control else name
         row[key] = float(np.mean(values)) if values else None
     rows.append(row)
@@ -151,7 +155,7 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """`summary` as text: each measure with its control in brackets."""
   head = ''.join(f'  {name + " [control]":>24}' for name in MEASURES)
-  shown = lambda v: '-' if v is None else f'{v:.3g}'
+  shown = lambda value: '-' if value is None else f'{value:.3g}'
   lines = [f'{"strength":>8}{head}']
   for row in rows:
     cells = [

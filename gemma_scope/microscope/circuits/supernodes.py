@@ -54,7 +54,9 @@ def similar(graph: Mapping[str, Any], least: float = _ALIKE) -> list[list[int]]:
     least: mean similarity at which groups are joined.
   """
   nodes = graph['nodes']
-  features = [n for n, one in enumerate(nodes) if one['kind'] == 'feature']
+  features = [
+    n for n, node_record in enumerate(nodes) if node_record['kind'] == 'feature'
+  ]
   if len(features) < 2:
     return []
   edge_NN = np.zeros((len(nodes), len(nodes)))
@@ -67,12 +69,18 @@ def similar(graph: Mapping[str, Any], least: float = _ALIKE) -> list[list[int]]:
     edge_FN = edge_FN / np.maximum(norm_F1, 1e-30)
     similar_FF += edge_FN @ edge_FN.T / 2
   names = [(nodes[n]['member'], nodes[n]['feature']) for n in features]
-  same_FF = [[one == other for other in names] for one in names]
+  same_FF = [
+    [own_name == other_name for other_name in names] for own_name in names
+  ]
   apart_FF = np.where(same_FF, 0, np.maximum(1 - similar_FF, 0))
   tree = hierarchy.average(distance.squareform(apart_FF, checks=False))
   cluster_F = hierarchy.fcluster(tree, 1 - least, 'distance')
   groups = [
-    [n for n, mine in zip(features, cluster_F, strict=True) if mine == cluster]
+    [
+      n
+      for n, cluster_of in zip(features, cluster_F, strict=True)
+      if cluster_of == cluster
+    ]
     for cluster in np.unique(cluster_F)
   ]
   influence = lambda group: sum(nodes[n]['influence'] for n in group)
@@ -109,11 +117,11 @@ def carried_over(
   """
   index = {
     node(graph, n): n
-    for n, one in enumerate(graph['nodes'])
-    if one['kind'] == 'feature'
+    for n, node_record in enumerate(graph['nodes'])
+    if node_record['kind'] == 'feature'
   }
   try:
-    found = [
+    groups = [
       {
         'name': str(group['name']),
         'nodes': [
@@ -126,9 +134,9 @@ def carried_over(
     ]
   except (KeyError, TypeError, IndexError):
     raise ValueError('it is not a graph.json') from None
-  if not any(group['nodes'] for group in found):
+  if not any(group['nodes'] for group in groups):
     raise ValueError('it has no supernode with a feature of this graph')
-  return [group for group in found if group['nodes']]
+  return [group for group in groups if group['nodes']]
 
 
 def predicted(graph: Mapping[str, Any], nodes: Sequence[int]) -> float:
@@ -137,23 +145,29 @@ def predicted(graph: Mapping[str, Any], nodes: Sequence[int]) -> float:
   A feature that loses a share of its pre-activation loses the same share of
   what it writes. Ablated features write nothing, whatever they read.
   """
-  every = graph['nodes']
-  into: dict[int, list[tuple[int, float]]] = {}
+  all_nodes = graph['nodes']
+  incoming: dict[int, list[tuple[int, float]]] = {}
   for source, target, weight, *_ in graph['edges']:
-    into.setdefault(target, []).append((source, weight))
-  slope = dict.fromkeys(range(len(every)), 0.0)  # of the logit, by activation
+    incoming.setdefault(target, []).append((source, weight))
+  slope = dict.fromkeys(
+    range(len(all_nodes)), 0.0
+  )  # of the logit, by activation
   effect = dict(slope)
   # Features read only from earlier layers: go from the last to the first.
-  readers = [n for n in into if every[n]['kind'] == 'feature']
-  readers.sort(key=lambda n: -every[n]['layer'])
-  logit = next(n for n, one in enumerate(every) if one['kind'] == 'logit')
+  readers = [n for n in incoming if all_nodes[n]['kind'] == 'feature']
+  readers.sort(key=lambda n: -all_nodes[n]['layer'])
+  logit = next(
+    n
+    for n, node_record in enumerate(all_nodes)
+    if node_record['kind'] == 'logit'
+  )
   for target in (logit, *readers):
     if target in nodes:
       continue
     share = 1.0
     if target != logit:
-      share = effect[target] / (every[target]['value'] or np.inf)
-    for source, weight in into.get(target, []):
+      share = effect[target] / (all_nodes[target]['value'] or np.inf)
+    for source, weight in incoming.get(target, []):
       effect[source] += share * weight
   return float(sum(effect[n] for n in set(nodes)))
 
@@ -182,32 +196,35 @@ def exact(
     ValueError: the text is too long, or an SAE has no other feature that fired.
   """
   tokens_1T = effects.padded([tokens_T])
-  given = [
+  rows_of = [
     _rows(
-      subject, tokens_1T, [one for one in nodes if one.member == m], controls
+      subject, tokens_1T, [node for node in nodes if node.member == m], controls
     )
     for m, subject in enumerate(subjects)
   ]
   gemma, lm_params = subjects[0].gemma, subjects[0].lm_params
   count = 2 + controls
-  latents = sum(one.width for one in subjects if 'k' in one.params)
+  latents = sum(subject.width for subject in subjects if 'k' in subject.params)
   batch = budget.rows(
     budget.forward, gemma, tokens_1T.shape[1], 1 << count.bit_length(), latents
   )
-  where = gemma, tuple(one.place for one in subjects)
-  params = lm_params, tuple(one.params for one in subjects)
-  ends = len(tokens_T) - 1, *(-1 if t is None else t for t in logit)
-  parts = []
+  static = gemma, tuple(subject.place for subject in subjects)
+  params = lm_params, tuple(subject.params for subject in subjects)
+  ends = len(tokens_T) - 1, *(-1 if token is None else token for token in logit)
+  batches = []
   for start in range(0, count, batch):
     rows_B = np.arange(start, min(start + batch, count))
     filled_B = np.resize(rows_B, min(batch, count))
-    part = [(Rows(*(a[filled_B] for a in rows)), at) for rows, at in given]
-    found_B = _difference(where, params, tokens_1T, part, np.int32(ends))
-    parts.append(np.asarray(found_B)[: len(rows_B)])
-  clean, own, *others = np.concatenate(parts)
+    batch_rows = [
+      (Rows(*(array[filled_B] for array in rows)), at_1TK)
+      for rows, at_1TK in rows_of
+    ]
+    found_B = _difference(static, params, tokens_1T, batch_rows, np.int32(ends))
+    batches.append(np.asarray(found_B)[: len(rows_B)])
+  clean, ablated, *controlled = np.concatenate(batches)
   return {
-    'exact': float(clean - own),
-    'controls': [float(clean - other) for other in others],
+    'exact': float(clean - ablated),
+    'controls': [float(clean - difference) for difference in controlled],
   }
 
 
@@ -218,31 +235,35 @@ def _rows(
 
   K is padded to a power of two, so that few programs are compiled.
   """
-  features = sorted({one.feature for one in nodes})
+  features = sorted({node.feature for node in nodes})
   own = intervene.rows(subject, [[Change(feature) for feature in features]])
-  every = intervene.with_controls(subject, own, controls)
-  still = own._replace(kind_BK=np.zeros_like(own.kind_BK))
-  every = intervene.stacked([still, every])
-  most = 1 << max(len(features) - 1, 0).bit_length()
-  short = most - every.kind_BK.shape[1]
-  every = Rows(*(np.pad(a, ((0, 0), (0, short))) for a in every))
-  at_1TK = np.zeros((*tokens_1T.shape, most), bool)
-  for one in nodes:
-    at_1TK[0, one.position, features.index(one.feature)] = True
+  row_sets = intervene.with_controls(subject, own, controls)
+  unchanged = own._replace(kind_BK=np.zeros_like(own.kind_BK))
+  row_sets = intervene.stacked([unchanged, row_sets])
+  slots = 1 << max(len(features) - 1, 0).bit_length()
+  missing = slots - row_sets.kind_BK.shape[1]
+  row_sets = Rows(
+    *(np.pad(array, ((0, 0), (0, missing))) for array in row_sets)
+  )
+  at_1TK = np.zeros((*tokens_1T.shape, slots), bool)
+  for node in nodes:
+    at_1TK[0, node.position, features.index(node.feature)] = True
   usual_1T, _ = intervene.counted(subject, tokens_1T)
-  return every, at_1TK & usual_1T[..., None]
+  return row_sets, at_1TK & usual_1T[..., None]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _difference(where, params, tokens_1T, given, ends):
+def _difference(static, params, tokens_1T, edit_rows, ends):
   """The logit difference after the last token in each row of changes, [B]."""
-  gemma, places = where
+  gemma, places = static
   lm_params, params_of = params
   last, plus, minus = ends
   edits = {}
-  for place, one, (rows, at_1TK) in zip(places, params_of, given, strict=True):
-    edits |= intervene.edits(place, one, rows, at_1TK, projects=False)
-  count = len(given[0][0].kind_BK)
+  for place, sae_params, (rows, at_1TK) in zip(
+    places, params_of, edit_rows, strict=True
+  ):
+    edits |= intervene.edits(place, sae_params, rows, at_1TK, projects=False)
+  count = len(edit_rows[0][0].kind_BK)
   tokens_BT = jax.numpy.repeat(tokens_1T, count, 0)
   site = splice.last(gemma)
   x_BTD = gemma.forward(

@@ -93,8 +93,8 @@ class Questions:
 
   # What a question holds.
 
-  def _subject(self, asked: Mapping, key: str = 'member') -> Subject:
-    return self._loaded(fields.integer(asked, key, 0, len(self._saes) - 1))
+  def _subject(self, question: Mapping, key: str = 'member') -> Subject:
+    return self._loaded(fields.integer(question, key, 0, len(self._saes) - 1))
 
   def _loaded(self, i: int) -> Subject:
     if i not in self._subjects:
@@ -110,12 +110,12 @@ class Questions:
     self._subjects.move_to_end(i)
     return self._subjects[i]
 
-  def _tokens(self, asked: Mapping) -> list[int]:
-    if 'ids' in asked:  # of `warm`; a question from outside has none
-      return asked['ids']
-    text = asked.get('text')
+  def _tokens(self, question: Mapping) -> list[int]:
+    if 'ids' in question:  # of `warm`; a question from outside has none
+      return question['ids']
+    text = question.get('text')
     if not isinstance(text, str):
-      raise ValueError('A question has a "text".')
+      raise ValueError('A question must have a "text".')
     ids = readout.with_bos(self._tokenizer, text)
     if not 1 < len(ids) <= MOST_TOKENS:
       raise ValueError(
@@ -123,46 +123,50 @@ class Questions:
       )
     return ids
 
-  def _changes(self, asked: Mapping) -> list[Change]:
-    given = asked.get('changes')
-    if not isinstance(given, list) or len(given) > _MOST_CHANGES:
-      raise ValueError(f'"changes" is a list of at most {_MOST_CHANGES}.')
-    return [fields.change(one) for one in given]
+  def _changes(self, question: Mapping) -> list[Change]:
+    listed = question.get('changes')
+    if not isinstance(listed, list) or len(listed) > _MOST_CHANGES:
+      raise ValueError(f'"changes" must be a list of at most {_MOST_CHANGES}.')
+    return [fields.change(entry) for entry in listed]
 
-  def _logit(self, asked: Mapping, ids: Sequence[int]) -> readout.Logit:
+  def _logit(self, question: Mapping, ids: Sequence[int]) -> readout.Logit:
     """Two tokens: as given, else the two likeliest ones at the end."""
-    given = asked.get('logit')
-    if given is None:
+    listed = question.get('logit')
+    if listed is None:
       return readout.likeliest(self._gemma, self._lm_params, ids)
-    if not isinstance(given, list) or len(given) != 2:
-      raise ValueError('"logit" is a pair of tokens; the second may be null.')
-    first, second = (None if one is None else self._token(one) for one in given)
+    if not isinstance(listed, list) or len(listed) != 2:
+      raise ValueError(
+        '"logit" must be a pair of tokens; the second may be null.'
+      )
+    first, second = (
+      None if token is None else self._token(token) for token in listed
+    )
     if first is None:
       raise ValueError('The first token of "logit" is missing.')
     return readout.different(first, second)
 
-  def _token(self, given) -> int:
+  def _token(self, token) -> int:
     size = self._gemma.config.vocab_size
-    if type(given) is int:
-      if not 0 <= given < size:
-        raise ValueError(f'There is no token {given}; the model has {size:,}.')
-      return given
-    if not isinstance(given, str) or not given:
-      raise ValueError('A token is its text, or its number.')
-    return readout.one_token(self._tokenizer, given)
+    if type(token) is int:
+      if not 0 <= token < size:
+        raise ValueError(f'There is no token {token}; the model has {size:,}.')
+      return token
+    if not isinstance(token, str) or not token:
+      raise ValueError('A token must be a text or a number.')
+    return readout.one_token(self._tokenizer, token)
 
   def _pieces(self, logit: readout.Logit) -> list[str]:
     return readout.logit_pieces(self._tokenizer, logit)
 
   # Answered at once.
 
-  def warm(self, asked: Mapping) -> dict[str, Any]:
-    """Compiles an SAE's programs in the background; how far that is.
+  def warm(self, question: Mapping) -> dict[str, Any]:
+    """Compiles an SAE's programs in the background; returns the progress.
 
     Returns:
       `done` and `total` steps, and `what` is being compiled.
     """
-    i = fields.integer(asked, 'member', 0, len(self._saes) - 1)
+    i = fields.integer(question, 'member', 0, len(self._saes) - 1)
     if i not in self._warming:
       self._warming[i] = {'done': 0, 'total': 1, 'what': 'the SAE'}
       warmer = threading.Thread(target=self._warm, args=(i,), daemon=True)
@@ -171,7 +175,7 @@ class Questions:
     return dict(self._warming[i])
 
   def close(self) -> None:
-    """Ends what runs in the background, after the step that it is at."""
+    """Stops the background threads after their current step."""
     self._closed.set()
     for warmer in self._warmers:
       warmer.join()
@@ -182,7 +186,7 @@ class Questions:
     feature = int(np.argmax(index.max_F))
     kind = 'add' if index.max_F[feature] else 'ablate'
     change = {'feature': feature, 'kind': kind, 'strength': 1.0}
-    asked = {
+    question = {
       'member': i, 'logit': [0, 1], 'changes': [change], 'change': change
     }  # fmt: skip
     steps = [
@@ -197,7 +201,7 @@ class Questions:
       state['what'] = f'{name} of up to {length} tokens'
       try:
         with self.lock:
-          self.answers[name](asked | {'ids': self._sample(length)})
+          self.answers[name](question | {'ids': self._sample(length)})
       except ValueError:
         pass  # the question itself says what cannot be asked
       state['done'] += 1
@@ -209,9 +213,9 @@ class Questions:
     ids = np.resize(ids[1:], length - 2)
     return [self._tokenizer.bos_id, *map(int, ids)]
 
-  def complete(self, asked: Mapping) -> dict[str, Any]:
+  def complete(self, question: Mapping) -> dict[str, Any]:
     """Pieces of the vocabulary that begin with a text, the shortest first."""
-    text = asked.get('text')
+    text = question.get('text')
     if not isinstance(text, str) or not text or len(text) > _LONGEST_PIECE:
       return {'pieces': []}
     start = text.replace(' ', '\u2581')
@@ -227,79 +231,81 @@ class Questions:
 
   # Answers.
 
-  def read(self, asked: Mapping) -> dict[str, Any]:
-    """A text's tokens, their latents, what is missed, what comes next."""
-    subject, ids = self._subject(asked), self._tokens(asked)
-    found = effects.read(subject, ids, _SHOWN)
-    after = effects.predict(self._gemma, self._lm_params, ids, _NEXT)
+  def read(self, question: Mapping) -> dict[str, Any]:
+    """A text's tokens, their latents, the error and the next tokens."""
+    subject, ids = self._subject(question), self._tokens(question)
+    reading = effects.read(subject, ids, _SHOWN)
+    prediction = effects.predict(self._gemma, self._lm_params, ids, _NEXT)
     latents = [
       [
         [int(i), fields.short(v)]
         for i, v in zip(i_K, v_K, strict=True)
         if v > 0
       ]
-      for i_K, v_K in zip(found.feature_TK, found.value_TK, strict=True)
+      for i_K, v_K in zip(reading.feature_TK, reading.value_TK, strict=True)
     ]
-    counts_T = found.counts_T
+    counts_T = reading.counts_T
     return {
       'ids': ids,
       'pieces': self._tokenizer.pieces(ids),
       'counts': counts_T.tolist(),
-      'outliers': found.outlier_T.tolist(),
+      'outliers': reading.outlier_T.tolist(),
       'latents': [
         row if counts else []
         for row, counts in zip(latents, counts_T, strict=True)
       ],
-      'l0': found.l0_T.tolist(),
-      'unexplained': list(map(fields.short, found.unexplained_T)),
-      'loss': [None, *map(fields.short, after.loss_T)],
+      'l0': reading.l0_T.tolist(),
+      'unexplained': list(map(fields.short, reading.unexplained_T)),
+      'loss': [None, *map(fields.short, prediction.loss_T)],
       'next': [
         [[piece, fields.short(p)] for piece, p in zip(pieces, p_K, strict=True)]
         for pieces, p_K in zip(
-          map(self._tokenizer.pieces, after.token_TK.tolist()),
-          after.probability_TK,
+          map(self._tokenizer.pieces, prediction.token_TK.tolist()),
+          prediction.probability_TK,
           strict=True,
         )
       ],
     }
 
-  def change(self, asked: Mapping) -> dict[str, Any]:
+  def change(self, question: Mapping) -> dict[str, Any]:
     """Effect of changes at each position, beside controls of equal norm.
 
     `control` has the largest absolute effect of the controls at each position.
     """
-    subject, ids = self._subject(asked), self._tokens(asked)
-    logit, changes = self._logit(asked, ids), self._changes(asked)
-    given = intervene.rows(subject, [changes])
-    rows = intervene.with_controls(subject, given, 8)
-    found = effects.effects(subject, effects.padded([ids]), rows, logit=logit)
+    subject, ids = self._subject(question), self._tokens(question)
+    logit, changes = self._logit(question, ids), self._changes(question)
+    edit_rows = intervene.rows(subject, [changes])
+    rows = intervene.with_controls(subject, edit_rows, 8)
+    measured = effects.effects(
+      subject, effects.padded([ids]), rows, logit=logit
+    )
     length = len(ids)
-    loss_BT = (found.loss_BT - found.clean_loss_BT)[:, : length - 1]
-    logit_BT = (found.logit_BT - found.clean_logit_BT)[:, :length]
-    said = effects.summary(found)
+    loss_BT = (measured.loss_BT - measured.clean_loss_BT)[:, : length - 1]
+    logit_BT = (measured.logit_BT - measured.clean_logit_BT)[:, :length]
+    means = effects.summary(measured)
     return {
       'pieces': self._tokenizer.pieces(ids),
       'logit': self._pieces(logit),
-      'kl': list(map(fields.short, found.kl_BT[0, :length])),
+      'kl': list(map(fields.short, measured.kl_BT[0, :length])),
       'delta_loss': [None, *map(fields.short, loss_BT[0])],
       'delta_logit': list(map(fields.short, logit_BT[0])),
       'control': {
-        'kl': list(map(fields.short, found.kl_BT[1:, :length].max(0))),
+        'kl': list(map(fields.short, measured.kl_BT[1:, :length].max(0))),
         'delta_loss': [None, *map(fields.short, np.abs(loss_BT[1:]).max(0))],
         'delta_logit': list(map(fields.short, np.abs(logit_BT[1:]).max(0))),
       },
-      'mean': said[0],
+      'mean': means[0],
       'control_mean': {
-        key: float(np.mean([abs(one[key]) for one in said[1:]]))
-        for key in said[0]
+        key: float(np.mean([abs(mean[key]) for mean in means[1:]]))
+        for key in means[0]
       },
     }
 
-  def dose(self, asked: Mapping) -> dict[str, Any]:
+  def dose(self, question: Mapping) -> dict[str, Any]:
     """A dose-response curve of one change."""
-    subject, ids = self._subject(asked), self._tokens(asked)
-    (change,) = self._changes({'changes': [asked.get('change')]})
-    logit = self._logit(asked, ids)
+    subject, ids = self._subject(question), self._tokens(question)
+    (change,) = self._changes({'changes': [question.get('change')]})
+    logit = self._logit(question, ids)
     strengths = (1.0,)
     if change.kind in ('add', 'clamp'):
       strengths = (-2, -1, -0.5, 0, 0.5, 1, 2, 4)
@@ -310,45 +316,47 @@ class Questions:
       ),
     }
 
-  def steer(self, asked: Mapping) -> dict[str, Any]:
+  def steer(self, question: Mapping) -> dict[str, Any]:
     """The continuation by default and with changes, from the same seed."""
-    subject, ids = self._subject(asked), self._tokens(asked)
+    subject, ids = self._subject(question), self._tokens(question)
     sampling = generate.Sampling(
-      fields.integer(asked, 'tokens', 1, 256, 48),
-      temperature=fields.number(asked, 'temperature', 0.0, 5.0, 0.5),
-      seed=fields.integer(asked, 'seed', 0, 2**32 - 1, 0),
+      fields.integer(question, 'tokens', 1, 256, 48),
+      temperature=fields.number(question, 'temperature', 0.0, 5.0, 0.5),
+      seed=fields.integer(question, 'seed', 0, 2**32 - 1, 0),
       stop=[self._tokenizer.eos_id],
       forbid=[self._tokenizer.bos_id],
     )
-    found = effects.steer(subject, ids, self._changes(asked), sampling)
-    for one in found.values():
-      one['pieces'] = self._tokenizer.pieces(one['ids'])
-      one['text'] = self._tokenizer.decode(one['ids'])
-    return found
+    continuations = effects.steer(
+      subject, ids, self._changes(question), sampling
+    )
+    for continuation in continuations.values():
+      continuation['pieces'] = self._tokenizer.pieces(continuation['ids'])
+      continuation['text'] = self._tokenizer.decode(continuation['ids'])
+    return continuations
 
-  def why(self, asked: Mapping) -> dict[str, Any]:
+  def why(self, question: Mapping) -> dict[str, Any]:
     """Latents behind a logit difference, predictions beside exact effects."""
-    subject, ids = self._subject(asked), self._tokens(asked)
-    logit = self._logit(asked, ids)
-    found = attribution.attribute(subject, ids, logit)
-    for line in found['features']:
+    subject, ids = self._subject(question), self._tokens(question)
+    logit = self._logit(question, ids)
+    attributed = attribution.attribute(subject, ids, logit)
+    for line in attributed['features']:
       line['by_token'] = list(map(fields.short, line['by_token']))
-    return found | {
+    return attributed | {
       'pieces': self._tokenizer.pieces(ids),
       'logit': self._pieces(logit),
     }
 
-  def graph(self, asked: Mapping) -> dict[str, Any]:
+  def graph(self, question: Mapping) -> dict[str, Any]:
     """The graph over transcoders of several layers, or a CLT.
 
     `neuronpedia` is the same as a file of circuit-tracer and Neuronpedia.
     """
-    chosen, subjects = self._graphed(asked)
-    ids = self._tokens(asked)
-    logit = self._logit(asked, ids)
+    chosen, subjects = self._graphed(question)
+    ids = self._tokens(question)
+    logit = self._logit(question, ids)
     traced = graph_lib.trace(subjects, ids, logit)
-    found = graph_lib.plain(traced) | {
-      'text': asked.get('text', ''),
+    graph = graph_lib.plain(traced) | {
+      'text': question.get('text', ''),
       'members': chosen,
       'saes': [self._saes[i].sae.name for i in chosen],
       'pieces': self._tokenizer.pieces(ids),
@@ -356,29 +364,29 @@ class Questions:
     }
     config = self._gemma.config
     content = graph_files.plain(
-      found,
-      graph_files.Prompt(found['text'], ids, found['pieces'], logit),
+      graph,
+      graph_files.Prompt(graph['text'], ids, graph['pieces'], logit),
       graph_files.Model(
         config.name,
         config.num_layers,
-        [one.width // len(one.place.sites) for one in subjects],
+        [subject.width // len(subject.place.sites) for subject in subjects],
       ),
       'graph',
     )
-    return found | {'neuronpedia': content}
+    return graph | {'neuronpedia': content}
 
-  def ablate(self, asked: Mapping) -> dict[str, Any]:
+  def ablate(self, question: Mapping) -> dict[str, Any]:
     """How much the logit falls without some features of a graph.
 
     `nodes` is a list of [index of the SAE in the graph, feature, token].
     """
-    _, subjects = self._graphed(asked)
-    ids = self._tokens(asked)
-    nodes = fields.nodes(asked, subjects, len(ids))
-    return supernodes.exact(subjects, ids, self._logit(asked, ids), nodes)
+    _, subjects = self._graphed(question)
+    ids = self._tokens(question)
+    nodes = fields.nodes(question, subjects, len(ids))
+    return supernodes.exact(subjects, ids, self._logit(question, ids), nodes)
 
-  def _graphed(self, asked: Mapping) -> tuple[list[int], list[Subject]]:
+  def _graphed(self, question: Mapping) -> tuple[list[int], list[Subject]]:
     """The SAEs of a graph: their numbers, and in their model."""
-    first = fields.integer(asked, 'member', 0, len(self._saes) - 1)
+    first = fields.integer(question, 'member', 0, len(self._saes) - 1)
     chosen = readout.together(self._saes, first)
     return chosen, [self._loaded(i) for i in chosen]

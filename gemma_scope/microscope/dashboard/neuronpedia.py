@@ -155,16 +155,16 @@ def _write(folder: pathlib.Path, index, pieces, naming: Naming, labels) -> int:
     (folder / name).mkdir()
   starts = range(0, len(fired), _BATCH)
   for batch, start in enumerate(progress.track(starts, f'export {source}')):
-    part = fired[start : start + _BATCH]
+    latents = fired[start : start + _BATCH]
     _lines(
       folder / f'features/batch-{batch}.jsonl.gz',
-      (neuron | _feature(index, j, pieces) for j in part),
+      (neuron | _feature(index, j, pieces) for j in latents),
     )
     _lines(
       folder / f'activations/batch-{batch}.jsonl.gz',
       (
         common | {'id': _id(source, j, e)} | example
-        for j in part
+        for j in latents
         for e, example in enumerate(_examples(index, j, pieces))
       ),
     )
@@ -175,7 +175,7 @@ def _write_about(folder, index: Index, naming: Naming, source: str) -> None:
   """The release, the model, the set and the source."""
   card, corpus = index.meta['card'], index.meta['corpus']
   source_set = source.partition('-')[2]
-  own, by = naming.own, {'creatorName': naming.creator}
+  own, creator = naming.own, {'creatorName': naming.creator}
   public = {'visibility': 'PUBLIC'}
   about = f'{card["type"]} of {sites.wiring_of(card)}'
   rows = {
@@ -185,7 +185,7 @@ def _write_about(folder, index: Index, naming: Naming, source: str) -> None:
       'descriptionShort': naming.release,
       'urls': [],
       'creatorNameShort': naming.creator,
-      **by,
+      **creator,
       **own,
       **public,
     },
@@ -207,7 +207,7 @@ def _write_about(folder, index: Index, naming: Naming, source: str) -> None:
       'description': about,
       'releaseName': naming.release,
       'urls': [],
-      **by,
+      **creator,
       'type': card['type'],
       **own,
       **public,
@@ -235,11 +235,13 @@ def _id(*parts) -> str:
 
 
 def _feature(index: Index, j: int, pieces) -> dict[str, Any]:
-  used = np.flatnonzero(index.histogram_FH[j])
-  low, high = (used[0], used[-1] + 1) if len(used) else (0, 0)
+  filled_bins = np.flatnonzero(index.histogram_FH[j])
+  low, high = (
+    (filled_bins[0], filled_bins[-1] + 1) if len(filled_bins) else (0, 0)
+  )
   middles = np.sqrt(index.edges_H[:-1] * index.edges_H[1:])
   with_it = index.cofiring_FC[j] >= 0
-  found = {
+  row = {
     'index': str(j),
     'maxActApprox': round(float(index.max_F[j]), 4),
     'frac_nonzero': float(index.density_F[j]),
@@ -252,13 +254,13 @@ def _feature(index: Index, j: int, pieces) -> dict[str, Any]:
     'hasVector': False,
   }
   if index.positive_FL is not None:
-    found |= {
+    row |= {
       'pos_str': pieces(index.positive_FL[j]),
       'pos_values': _rounded(index.positive_value_FL[j]),
       'neg_str': pieces(index.negative_FL[j]),
       'neg_values': _rounded(index.negative_value_FL[j]),
     }
-  return found
+  return row
 
 
 def _examples(index: Index, j: int, pieces) -> Iterator[dict[str, Any]]:
@@ -282,7 +284,7 @@ def _examples(index: Index, j: int, pieces) -> Iterator[dict[str, Any]]:
 
 
 def _rounded(values) -> list[float]:
-  return [round(float(v), 4) for v in values]
+  return [round(float(value), 4) for value in values]
 
 
 def _lines(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -94,13 +94,13 @@ class _Writer:
       page = path.suffix == '.html'
       place = self._folder if page else self._folder / 'assets'
       shutil.copyfile(path, place / path.name)
-    first = None
+    first_index = None
     for indexed in saes:
-      first = first or indexed.index
+      first_index = first_index or indexed.index
       self._add(indexed)
-    if first is None:
+    if first_index is None:
       raise ValueError('There are no SAEs to show.')
-    sequences_NT = first.sequences_NT
+    sequences_NT = first_index.sequences_NT
     for start in range(0, len(sequences_NT), CHUNK):
       rows = sequences_NT[start : start + CHUNK].tolist()
       self._put(f't{start // CHUNK}', rows)
@@ -108,16 +108,16 @@ class _Writer:
     ids = sorted(self._used)
     vocabulary = dict(zip(map(str, ids), self._pieces(ids), strict=True))
     self._put('vocabulary', vocabulary)
-    best = sorted(self._begin, key=lambda pair: -pair[0])[:_BEGIN]
+    beginnings = sorted(self._begin, key=lambda pair: -pair[0])[:_BEGIN]
     keys = ('model', 'corpus', 'sequences', 'code')
     collection = {
       **about,
       'members': self._described,
       'chunk': CHUNK,
-      'edges': records.short(first.edges_H),
-      'start': [start for _, start in best],
+      'edges': records.short(first_index.edges_H),
+      'start': [start for _, start in beginnings],
       'terms': TERMS,
-      **{key: first.meta[key] for key in keys},
+      **{key: first_index.meta[key] for key in keys},
     }
     self._put('collection', collection)
 
@@ -134,14 +134,14 @@ class _Writer:
     latents = len(index.max_F)
     features = records.Features(indexed)
     for k in range(math.ceil(latents / CHUNK)):
-      part = range(k * CHUNK, min((k + 1) * CHUNK, latents))
-      self._put(f'm{i}/c{k}', [features(j) for j in part])
+      of_chunk = range(k * CHUNK, min((k + 1) * CHUNK, latents))
+      self._put(f'm{i}/c{k}', [features(j) for j in of_chunk])
     if index.positive_FL is not None:
       self._used.update(np.unique(index.positive_FL).tolist())
       self._used.update(np.unique(index.negative_FL).tolist())
     for card in records.cards_of(indexed).values():
-      parts = filter(None, (card['ablate'], card['add']))
-      self._used.update(t for part in parts for t, _ in part['tokens'])
+      edits = filter(None, (card['ablate'], card['add']))
+      self._used.update(token for edit in edits for token, _ in edit['tokens'])
     if len(index.outlier_norm_O):
       self._put(f'm{i}/outliers', _outliers(index))
     self._described.append(_described(indexed, i))
@@ -153,7 +153,7 @@ class _Writer:
     index, labels = indexed.index, indexed.labels
     latents = range(len(index.max_F))
     logits = index.positive_FL
-    of_label = lambda j, key: labels[j].get(key) if j in labels else None
+    label_field = lambda j, key: labels[j].get(key) if j in labels else None
     return {
       'density': records.short(index.density_F),
       'max': records.short(index.max_F),
@@ -161,8 +161,8 @@ class _Writer:
       'logit': [[]] * len(latents)
       if logits is None
       else logits[:, :5].tolist(),
-      'label': [str(of_label(j, 'text') or '') for j in latents],
-      'score': [of_label(j, 'score') for j in latents],
+      'label': [str(label_field(j, 'text') or '') for j in latents],
+      'score': [label_field(j, 'score') for j in latents],
       **_listed_effects(indexed),
     }
 
@@ -172,15 +172,15 @@ class _Writer:
     decoder_FD = logit_lens.decoders(indexed.checked.load())
     norm_F1 = np.linalg.norm(decoder_FD, axis=1, keepdims=True)
     unit_FD = decoder_FD / np.maximum(norm_F1, 1e-30)
-    for j, (others, other_FD) in enumerate(self._decoders):
-      near = [self._described[n]['near'] for n in (i, j)]
-      if others != targets or max(map(len, near)) >= _PAIRS:
+    for j, (other_targets, other_FD) in enumerate(self._decoders):
+      matched_saes = [self._described[n]['near'] for n in (i, j)]
+      if other_targets != targets or max(map(len, matched_saes)) >= _PAIRS:
         continue
       product_FG = unit_FD @ other_FD.T
       self._put(f'm{i}/to{j}', _matched(product_FG))
       self._put(f'm{j}/to{i}', _matched(product_FG.T))
-      near[0].append(j)
-      near[1].append(i)
+      matched_saes[0].append(j)
+      matched_saes[1].append(i)
     self._decoders.append((targets, unit_FD))
 
 
@@ -189,12 +189,12 @@ def _listed_effects(indexed: Indexed) -> dict[str, Any]:
   if indexed.effects is None:
     return {}
   cards = records.cards_of(indexed)
-  every = [cards.get(j, {}) for j in range(len(indexed.index.max_F))]
+  by_feature = [cards.get(j, {}) for j in range(len(indexed.index.max_F))]
   return {
-    'verdict': [card.get('verdict') for card in every],
-    'q': [card.get('q') for card in every],
+    'verdict': [card.get('verdict') for card in by_feature],
+    'q': [card.get('q') for card in by_feature],
     'kl': [
-      ((card.get('ablate') or {}).get('kl') or [None])[0] for card in every
+      ((card.get('ablate') or {}).get('kl') or [None])[0] for card in by_feature
     ],
   }
 
@@ -217,8 +217,8 @@ def _described(indexed: Indexed, i: int) -> dict[str, Any]:
   wiring, density_F = sites.wiring_of(card), indexed.index.density_F
   metrics = table.comparable(indexed.sae.metrics)
   control = metrics.get('control') or {}
-  figures = lambda of: {
-    key: _figure(of.get(key)) for key in ('l0', 'fvu', 'delta_loss')
+  figures = lambda results: {
+    key: _figure(results.get(key)) for key in ('l0', 'fvu', 'delta_loss')
   }
   return {
     'id': i,
@@ -241,32 +241,32 @@ def _described(indexed: Indexed, i: int) -> dict[str, Any]:
   }
 
 
-def _figure(given: Any) -> dict[str, float | None] | None:
-  if not isinstance(given, Mapping) or given.get('value') is None:
+def _figure(estimate: Any) -> dict[str, float | None] | None:
+  if not isinstance(estimate, Mapping) or estimate.get('value') is None:
     return None
-  return {key: given.get(key) for key in ('value', 'low', 'high')}
+  return {key: estimate.get(key) for key in ('value', 'low', 'high')}
 
 
 def _beginnings(indexed: Indexed, i: int) -> list[tuple[float, dict[str, Any]]]:
   """The feature whose label beats another's most: (score, where and why)."""
-  density_F, best = indexed.index.density_F, []
+  density_F, gains = indexed.index.density_F, []
   for j, label in indexed.labels.items():
     score, control = label.get('score'), label.get('control')
     dense = density_F[j] > estimates.DENSE
     if None in (score, control) or label.get('low') or dense:
       continue
-    best.append((score - control, int(indexed.index.fired_F[j]), -j))
+    gains.append((score - control, int(indexed.index.fired_F[j]), -j))
   chosen = []
-  for gain, _, negative in sorted(best, reverse=True)[:_BEGIN]:
-    label = indexed.labels[-negative]
+  for gain, _, negated in sorted(gains, reverse=True)[:_BEGIN]:
+    label = indexed.labels[-negated]
     why = (
       f'Its label is right on {label["score"]:.0%} of held-out examples, '
       f"another feature's label on {label['control']:.0%}."
     )
     # One of each SAE comes before a second one of any.
     rank = gain - len(chosen)
-    where = {'member': i, 'feature': -negative, 'text': label['text']}
-    chosen.append((rank, where | {'why': why}))
+    beginning = {'member': i, 'feature': -negated, 'text': label['text']}
+    chosen.append((rank, beginning | {'why': why}))
   return chosen
 
 
@@ -277,10 +277,10 @@ def _outliers(index: Index) -> dict[str, Any]:
   ids, count = np.unique(
     index.sequences_NT[sequence_O, position_O], return_counts=True
   )
-  most = np.lexsort((ids, -count))[:_OUTLIERS]
+  tokens_shown = np.lexsort((ids, -count))[:_OUTLIERS]
   return {
     'bounds': index.meta['outliers']['norm_bounds'],
-    'tokens': np.stack([ids, count], 1)[most].tolist(),
+    'tokens': np.stack([ids, count], 1)[tokens_shown].tolist(),
     'shown': np.stack([sequence_O, position_O], 1)[order].tolist(),
     'norm': records.short(index.outlier_norm_O[order]),
   }
@@ -288,12 +288,12 @@ def _outliers(index: Index) -> dict[str, Any]:
 
 def words(index: Index, j: int) -> list[int]:
   """The tokens at its largest activations, most frequent first; at most 5."""
-  there = index.top_sequence_FE[j] >= 0
+  filled_E = index.top_sequence_FE[j] >= 0
   ids = index.sequences_NT[
-    index.top_sequence_FE[j][there], index.top_position_FE[j][there]
+    index.top_sequence_FE[j][filled_E], index.top_position_FE[j][filled_E]
   ]
-  found, count = np.unique(ids, return_counts=True)
-  return found[np.lexsort((found, -count))][:5].tolist()
+  tokens, count = np.unique(ids, return_counts=True)
+  return tokens[np.lexsort((tokens, -count))][:5].tolist()
 
 
 def words_of_all(index: Index) -> list[list[int]]:
@@ -306,7 +306,7 @@ def words_of_all(index: Index) -> list[list[int]]:
   order = np.lexsort((pairs[:, 1], -count, pairs[:, 0]))
   j, ids = pairs[order].T
   place = np.arange(len(j)) - np.searchsorted(j, j)
-  found: list[list[int]] = [[] for _ in index.max_F]
+  words: list[list[int]] = [[] for _ in index.max_F]
   for latent, token in zip(j[place < 5], ids[place < 5], strict=True):
-    found[latent].append(int(token))
-  return found
+    words[latent].append(int(token))
+  return words

@@ -89,14 +89,14 @@ class Features:
     `at` has sequences and positions in turn, `values` the windows around them.
     """
     index = self._indexed.index
-    there = index.top_sequence_FE[j, :_TOP] >= 0
+    shown_E = index.top_sequence_FE[j, :_TOP] >= 0
     sampled_QR = index.sample_sequence_FQR[j, ::-1] >= 0
-    at = np.concatenate(
+    places = np.concatenate(
       [
         np.stack(
           [
-            index.top_sequence_FE[j, :_TOP][there],
-            index.top_position_FE[j, :_TOP][there],
+            index.top_sequence_FE[j, :_TOP][shown_E],
+            index.top_position_FE[j, :_TOP][shown_E],
           ],
           1,
         ),
@@ -111,19 +111,21 @@ class Features:
     )
     shares = np.concatenate(
       [
-        index.window_top_FEW[j, :_TOP][there],
+        index.window_top_FEW[j, :_TOP][shown_E],
         index.window_sample_FQRW[j, ::-1][sampled_QR],
       ]
     )
     counts = sampled_QR.sum(1).tolist()
     documents = {}
     if index.document_NT is not None:
-      documents['documents'] = index.document_NT[at[:, 0], at[:, 1]].tolist()
+      documents['documents'] = index.document_NT[
+        places[:, 0], places[:, 1]
+      ].tolist()
     return {
       **documents,
-      'at': at.ravel().tolist(),
+      'at': places.ravel().tolist(),
       'values': base64.b64encode(shares.astype('<f2').tobytes()).decode(),
-      'top': int(there.sum()),
+      'top': int(shown_E.sum()),
       'tenths': counts,  # the last tenth first
     }
 
@@ -135,6 +137,10 @@ def _pairs(ids_FC: np.ndarray, values_FC: np.ndarray) -> list[list[list]]:
     short_FC = np.round(values_FC * scale) / scale
   short_FC = np.where(np.isfinite(short_FC), short_FC, 0.0)
   return [
-    [[i, v] for i, v in zip(ids, values, strict=True) if i >= 0]
+    [
+      [token, value]
+      for token, value in zip(ids, values, strict=True)
+      if token >= 0
+    ]
     for ids, values in zip(ids_FC.tolist(), short_FC.tolist(), strict=True)
   ]

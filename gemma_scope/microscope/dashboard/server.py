@@ -40,31 +40,33 @@ def app(questions: Questions, pages: str | os.PathLike[str], token: str):
   from starlette.routing import Mount, Route
   from starlette.staticfiles import StaticFiles
 
-  def answer(name: str, asked: Mapping) -> dict[str, Any]:
+  def answer(name: str, question: Mapping) -> dict[str, Any]:
     if name in questions.instant:
-      return questions.instant[name](asked)
+      return questions.instant[name](question)
     with questions.lock:
-      return questions.answers[name](asked)
+      return questions.answers[name](question)
 
   async def api(request):
     name, body = request.path_params['name'], b''
     if name not in questions.answers and name not in questions.instant:
-      return JSONResponse({'error': 'There is no question of this name.'}, 404)
-    async for part in request.stream():
-      body += part
+      return JSONResponse(
+        {'error': 'There is no question with this name.'}, 404
+      )
+    async for chunk in request.stream():
+      body += chunk
       if len(body) > _MOST_BYTES:
         return JSONResponse({'error': 'The question is too long.'}, 413)
     try:
-      asked = json.loads(body)
-      if not isinstance(asked, dict):
+      question = json.loads(body)
+      if not isinstance(question, dict):
         raise ValueError('A question must be a JSON object.')
-      asked.pop('ids', None)  # of `warm` alone
-      return JSONResponse(await run_in_threadpool(answer, name, asked))
+      question.pop('ids', None)  # of `warm` alone
+      return JSONResponse(await run_in_threadpool(answer, name, question))
     except (ValueError, RecursionError) as error:
       return JSONResponse({'error': str(error)[:500]}, 400)
     except (RuntimeError, OSError) as error:  # no memory, no file any more
-      said = f'{type(error).__name__}: {error}'
-      return JSONResponse({'error': said[:500]}, 500)
+      message = f'{type(error).__name__}: {error}'
+      return JSONResponse({'error': message[:500]}, 500)
 
   return Starlette(
     routes=[
@@ -95,8 +97,8 @@ class _Guard:
     if scope['type'] != 'http':
       return await self._inner(scope, receive, send)
     request = Request(scope)
-    same = lambda given: hmac.compare_digest(
-      given.encode(errors='replace'), self._token.encode()
+    matches_token = lambda token: hmac.compare_digest(
+      token.encode(errors='replace'), self._token.encode()
     )
     headers = {
       'Content-Security-Policy': _POLICY,
@@ -110,26 +112,29 @@ class _Guard:
       if message['type'] == 'http.response.start':
         message['headers'] = [
           *message['headers'],
-          *((k.lower().encode(), v.encode()) for k, v in headers.items()),
+          *(
+            (name.lower().encode(), value.encode())
+            for name, value in headers.items()
+          ),
         ]
       await send(message)
 
     # Browsers send a cookie to all ports of a host: its name has this one's.
     cookie = f'microscope_{request.url.port}'
     origin = request.headers.get('origin')
-    own = f'http://{request.headers.get("host", "")}'
-    if origin is not None and origin != own:
+    own_origin = f'http://{request.headers.get("host", "")}'
+    if origin is not None and origin != own_origin:
       inner = PlainTextResponse(
         'Refused: the request comes from another site.', 403
       )
-    elif request.url.path == '/' and same(
+    elif request.url.path == '/' and matches_token(
       request.query_params.get('token', '')
     ):
       inner = RedirectResponse('/', 303)
       inner.set_cookie(
         cookie, self._token, httponly=True, samesite='strict', path='/'
       )
-    elif not same(request.cookies.get(cookie, '')):
+    elif not matches_token(request.cookies.get(cookie, '')):
       inner = PlainTextResponse(
         'Open the address that launch/microscope.py serve printed: it has the '
         'token.',

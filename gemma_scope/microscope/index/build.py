@@ -96,8 +96,9 @@ def spread(store, seq_len: int, count: int, keep, eos_id: int) -> Text:
 
 def name_of(path: str) -> str:
   """The name of an SAE's output folder, from its path."""
-  parts = [p for p in path.replace('\\', '/').split('/') if p not in ('', '..')]
-  return '/'.join(re.sub(r'[^\w.+=-]', '_', part) for part in parts[-4:])
+  names = path.replace('\\', '/').split('/')
+  names = [name for name in names if name not in ('', '..')]
+  return '/'.join(re.sub(r'[^\w.+=-]', '_', name) for name in names[-4:])
 
 
 def check_room(folder: pathlib.Path, saes: Sequence[Any]) -> None:
@@ -214,7 +215,7 @@ def build(
     _Windows(arrays, text.sequences_NT.shape[1]) for arrays in finished
   ]
   _second_pass(reader, windows, len(text.sequences_NT), how)
-  for sae, bounds, arrays, around in zip(
+  for sae, bounds, arrays, sae_windows in zip(
     saes, reader.bounds, finished, windows, strict=True
   ):
     params, keep_NT = sae.load(), text.keep_NT.copy()
@@ -236,7 +237,7 @@ def build(
       keep_NT=keep_NT,
       document_NT=text.documents_NT,
       **arrays,
-      **around.shares(arrays['max_F']),
+      **sae_windows.shares(arrays['max_F']),
       **logit_lens.geometry(params),
       **logit_lens.effects(lm_params, params, sae.card),
     )
@@ -254,10 +255,10 @@ def _outliers_meta(bounds: Mapping[sites.Site, float], count: int):
 def _first_pass(reader: _Reader, text: Text, how: How) -> list[Statistics]:
   count = len(text.sequences_NT)
   statistics = [Statistics(width, count) for width in reader.widths]
-  kept = how.state.load() if how.state else None
+  saved = how.state.load() if how.state else None
   start = 0
-  if kept:
-    start, states = kept
+  if saved:
+    start, states = saved
     for counts, arrays in zip(statistics, states, strict=True):
       counts.restore(arrays)
   arrays = lambda: [counts.arrays() for counts in statistics]
@@ -268,28 +269,28 @@ def _first_pass(reader: _Reader, text: Text, how: How) -> list[Statistics]:
       if how.state and first > start:
         how.state.save(first, arrays, now=True)
       raise
-    chosen = np.arange(first, min(first + how.batch, count))
+    rows_B = np.arange(first, min(first + how.batch, count))
     for counts, (fires, left_out) in zip(
-      statistics, reader(chosen), strict=True
+      statistics, reader(rows_B), strict=True
     ):
       counts.add(fires, text.documents_NT)
       counts.add_outliers(left_out)
-    how.progress(chosen[-1] + 1, 2 * count)
+    how.progress(rows_B[-1] + 1, 2 * count)
     if how.state:
-      how.state.save(chosen[-1] + 1, arrays)
+      how.state.save(rows_B[-1] + 1, arrays)
   return statistics
 
 
 def _second_pass(reader, windows: Sequence[_Windows], count: int, how: How):
   """Reads the sequences that hold an example again, for the windows."""
-  wanted = np.unique(np.concatenate([around.sequences() for around in windows]))
-  for first in range(0, len(wanted), how.batch):
+  needed = np.unique(np.concatenate([of_sae.sequences() for of_sae in windows]))
+  for first in range(0, len(needed), how.batch):
     how.poll()
-    chosen = wanted[first : first + how.batch]
-    for around, (fires, _) in zip(windows, reader(chosen), strict=True):
-      around.add(fires)
-    done = min(first + how.batch, len(wanted))
-    how.progress(count + round(count * done / len(wanted)), 2 * count)
+    rows_B = needed[first : first + how.batch]
+    for sae_windows, (fires, _) in zip(windows, reader(rows_B), strict=True):
+      sae_windows.add(fires)
+    done = min(first + how.batch, len(needed))
+    how.progress(count + round(count * done / len(needed)), 2 * count)
 
 
 class _Reader:
@@ -365,12 +366,14 @@ class _Windows:
     latent = np.concatenate(
       [
         np.broadcast_to(
-          np.arange(s.shape[0]).reshape(-1, *[1] * (s.ndim - 1)), s.shape
+          np.arange(sequence.shape[0]).reshape(-1, *[1] * (sequence.ndim - 1)),
+          sequence.shape,
         ).ravel()
-        for s, _ in examples.values()
+        for sequence, _ in examples.values()
       ]
     )
-    self._sequence = np.concatenate([s.ravel() for s, _ in examples.values()])
+    flat = [sequence.ravel() for sequence, _ in examples.values()]
+    self._sequence = np.concatenate(flat)
     self._start = np.concatenate(
       [start.ravel() for _, start in examples.values()]
     )
@@ -390,9 +393,10 @@ class _Windows:
     low, high = (
       np.searchsorted(self.key, key, side) for side in ('left', 'right')
     )
-    many = high - low
-    firing = np.repeat(np.arange(len(key)), many)
-    within = np.arange(len(firing)) - np.repeat(np.cumsum(many) - many, many)
+    matches = high - low
+    firing = np.repeat(np.arange(len(key)), matches)
+    begins = np.cumsum(matches) - matches
+    within = np.arange(len(firing)) - np.repeat(begins, matches)
     example = self._order[low[firing] + within]
     offset = fires.position[firing] - self._start[example]
     inside = (offset >= 0) & (offset < self._width)

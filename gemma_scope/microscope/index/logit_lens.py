@@ -87,12 +87,14 @@ def effects(
     return dict.fromkeys(names)
   table_VD = lm_params['embedder']['input_embedding']
   gain_D = lm.gain(lm_params, lm_params['final_norm'])
-  parts = [
+  blocks = [
     _extremes(rows_FD[start : start + _BLOCK] * gain_D, table_VD)
     for start in range(0, len(rows_FD), _BLOCK)
   ]
-  found = (np.concatenate([np.asarray(p[n]) for p in parts]) for n in range(4))
-  return dict(zip(names, found, strict=True))
+  arrays = (
+    np.concatenate([np.asarray(block[n]) for block in blocks]) for n in range(4)
+  )
+  return dict(zip(names, arrays, strict=True))
 
 
 @jax.jit
@@ -117,23 +119,25 @@ def geometry(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   W_enc, W_dec = (np.asarray(params[k], np.float32) for k in ('W_enc', 'W_dec'))
   several = W_enc.ndim == 3
   enc_FD = np.swapaxes(W_enc, -1, -2).reshape(-1, W_enc.shape[-2])
-  own = W_dec
+  own_decoder = W_dec
   if several:  # what a latent writes to its own layer, and to all
-    own = np.moveaxis(np.diagonal(W_dec, axis1=0, axis2=2), -1, 0)
-    own = own.reshape(-1, W_dec.shape[-1])
+    own_decoder = np.moveaxis(np.diagonal(W_dec, axis1=0, axis2=2), -1, 0)
+    own_decoder = own_decoder.reshape(-1, W_dec.shape[-1])
   W_dec = decoders(params)
   norm = lambda a: np.linalg.norm(a, axis=-1)
   cosine_F = np.full(len(enc_FD), np.nan, np.float32)
-  if enc_FD.shape == own.shape:
-    product = norm(enc_FD) * norm(own)
-    cosine_F = np.einsum('fd,fd->f', enc_FD, own) / np.maximum(product, 1e-30)
+  if enc_FD.shape == own_decoder.shape:
+    product = norm(enc_FD) * norm(own_decoder)
+    cosine_F = np.einsum('fd,fd->f', enc_FD, own_decoder) / np.maximum(
+      product, 1e-30
+    )
   unit_FD = W_dec / np.maximum(norm(W_dec), 1e-30)[:, None]
-  parts = [
+  blocks = [
     _nearest(unit_FD[start : start + _BLOCK], unit_FD, start)
     for start in range(0, len(unit_FD), _BLOCK)
   ]
   value, near = (
-    np.concatenate([np.asarray(p[n]) for p in parts]) for n in (0, 1)
+    np.concatenate([np.asarray(block[n]) for block in blocks]) for n in (0, 1)
   )
   return {
     'neighbour_FC': near.astype(np.int32),

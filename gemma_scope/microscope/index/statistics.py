@@ -80,45 +80,50 @@ class Kept:
 
   def add(self, group, rank, owner, value, sequence, position) -> None:
     """Merges records. Records with `owner` -1 never exclude one another."""
-    could = rank < self.rank[group, -1]
+    candidates = rank < self.rank[group, -1]
     group, rank, owner, value, sequence, position = (
-      a[could] for a in (group, rank, owner, value, sequence, position)
+      column[candidates]
+      for column in (group, rank, owner, value, sequence, position)
     )
     touched = np.unique(group)
     if not len(touched):
       return
     limit = self.rank.shape[1]
-    old = self.sequence[touched] >= 0
-    groups = np.concatenate([np.repeat(touched, old.sum(1)), group])
+    filled = self.sequence[touched] >= 0
+    groups = np.concatenate([np.repeat(touched, filled.sum(1)), group])
     columns = [
-      np.concatenate([getattr(self, name)[touched][old], new])
-      for name, new in zip(
+      np.concatenate([getattr(self, name)[touched][filled], added])
+      for name, added in zip(
         _FIELDS, (value, sequence, position, owner, rank), strict=True
       )
     ]
     value, sequence, position, owner, rank = columns
     # An owner's best record first; then the best of each group.
     order = np.lexsort((position, sequence, rank, owner, groups))
-    same = (np.diff(groups[order]) == 0) & (np.diff(owner[order]) == 0)
-    again = np.concatenate([[False], same & (owner[order][1:] >= 0)])
-    order = order[~again]
+    repeated = (np.diff(groups[order]) == 0) & (np.diff(owner[order]) == 0)
+    duplicate = np.concatenate([[False], repeated & (owner[order][1:] >= 0)])
+    order = order[~duplicate]
     order = order[
       np.lexsort((position[order], sequence[order], rank[order], groups[order]))
     ]
     groups = groups[order]
     first = np.searchsorted(groups, groups)
-    place = np.arange(len(groups)) - first
-    fits = place < limit
-    order, groups, place = order[fits], groups[fits], place[fits]
-    for name, new, empty in zip(
+    rank_in_group = np.arange(len(groups)) - first
+    fits = rank_in_group < limit
+    order, groups, rank_in_group = (
+      order[fits],
+      groups[fits],
+      rank_in_group[fits],
+    )
+    for name, values, fill_value in zip(
       _FIELDS,
       (value, sequence, position, owner, rank),
       (0, -1, 0, -1, np.inf),
       strict=True,
     ):
       array = getattr(self, name)
-      array[touched] = empty
-      array[groups, place] = new[order]
+      array[touched] = fill_value
+      array[groups, rank_in_group] = values[order]
 
 
 class Statistics:
@@ -148,40 +153,56 @@ class Statistics:
 
   def add(self, fires: Firings, documents_NT: np.ndarray) -> None:
     """Adds the firings of some sequences; each sequence is added once."""
-    j, v, s, t = fires
+    latent, value, sequence, position = fires
     F, bins = self.histogram_FH.shape
-    self.fired_F += np.bincount(j, minlength=F)
-    self.sum_F += np.bincount(j, weights=v, minlength=F)
-    np.maximum.at(self.max_F, j, v)
-    inner = np.searchsorted(EDGES_H, v, 'right') - 1
+    self.fired_F += np.bincount(latent, minlength=F)
+    self.sum_F += np.bincount(latent, weights=value, minlength=F)
+    np.maximum.at(self.max_F, latent, value)
+    inner = np.searchsorted(EDGES_H, value, 'right') - 1
     bin_ = np.clip(inner, 0, bins - 1)
-    group = j * bins + bin_
+    group = latent * bins + bin_
     self.histogram_FH += np.bincount(group, minlength=F * bins).reshape(F, bins)
-    pooled = self._slot[s] >= 0
-    self.heard_FP[j[pooled], self._slot[s[pooled]]] = True
-    self.top.add(j, -v.astype(float), documents_NT[s, t], v, s, t)
-    rank = priority(j, s, t).astype(float)
-    self.sample.add(group, rank, np.full(len(j), -1, np.int32), v, s, t)
+    in_pool = self._slot[sequence] >= 0
+    self.heard_FP[latent[in_pool], self._slot[sequence[in_pool]]] = True
+    self.top.add(
+      latent,
+      -value.astype(float),
+      documents_NT[sequence, position],
+      value,
+      sequence,
+      position,
+    )
+    rank = priority(latent, sequence, position).astype(float)
+    self.sample.add(
+      group, rank, np.full(len(latent), -1, np.int32), value, sequence, position
+    )
     self._add_pairs(fires)
 
   def add_outliers(self, outliers: Outliers) -> None:
     """Adds the outlier tokens of some sequences; each is added once."""
     for name in ('sequence', 'position', 'norm'):
-      old = getattr(self, f'outlier_{name}_O')
-      both = np.concatenate([old, getattr(outliers, name)])
-      setattr(self, f'outlier_{name}_O', both)
+      earlier = getattr(self, f'outlier_{name}_O')
+      joined = np.concatenate([earlier, getattr(outliers, name)])
+      setattr(self, f'outlier_{name}_O', joined)
     self.outlier_fired_F += outliers.fired_F
 
   def _add_pairs(self, fires: Firings) -> None:
-    j, _, s, t = fires
+    latent, _, sequence, position = fires
     share = min(1.0, _PAIRS / max(self._latents, 1) / 1024)
     if self._latents > _DENSE:
-      chosen = priority(1, s, t) < np.uint64(share * (2**64 - 1))
-      j, s, t = j[chosen], s[chosen], t[chosen]
-    self.counted_F += np.bincount(j, minlength=self._latents)
-    token, row = np.unique(s.astype(np.int64) << 32 | t, return_inverse=True)
+      chosen = priority(1, sequence, position) < np.uint64(share * (2**64 - 1))
+      latent, sequence, position = (
+        latent[chosen],
+        sequence[chosen],
+        position[chosen],
+      )
+    self.counted_F += np.bincount(latent, minlength=self._latents)
+    token, row = np.unique(
+      sequence.astype(np.int64) << 32 | position, return_inverse=True
+    )
     fires_RF = scipy_sparse.csr_matrix(
-      (np.ones(len(j), np.int64), (row, j)), (len(token), self._latents)
+      (np.ones(len(latent), np.int64), (row, latent)),
+      (len(token), self._latents),
     )
     self.pairs = self.pairs + fires_RF.T @ fires_RF
 
@@ -214,13 +235,13 @@ class Statistics:
     F, bins = self.histogram_FH.shape
     group, slot = np.nonzero(self.sample.sequence >= 0)
     value = self.sample.value[group, slot]
-    j = group // bins
-    tenth = np.ceil(TENTHS * value / self.max_F[j]).astype(int) - 1
+    latent = group // bins
+    tenth = np.ceil(TENTHS * value / self.max_F[latent]).astype(int) - 1
     tenths = Kept(F * TENTHS, SAMPLES)
     tenths.add(
-      j * TENTHS + np.clip(tenth, 0, TENTHS - 1),
+      latent * TENTHS + np.clip(tenth, 0, TENTHS - 1),
       self.sample.rank[group, slot],
-      np.full(len(j), -1, np.int32),
+      np.full(len(latent), -1, np.int32),
       value,
       self.sample.sequence[group, slot],
       self.sample.position[group, slot],
@@ -236,8 +257,8 @@ class Statistics:
     silent_FP = ~self.heard_FP
     place_FP = np.cumsum(silent_FP, 1) - 1
     silent_FM = np.full((self._latents, SILENT), -1, np.int32)
-    j, slot = np.nonzero(silent_FP & (place_FP < SILENT))
-    silent_FM[j, place_FP[j, slot]] = self._pool[slot]
+    latent, slot = np.nonzero(silent_FP & (place_FP < SILENT))
+    silent_FM[latent, place_FP[latent, slot]] = self._pool[slot]
     return silent_FM
 
   def _cofiring(self) -> tuple[np.ndarray, np.ndarray]:
@@ -245,15 +266,19 @@ class Statistics:
     near = np.full((self._latents, NEAR), -1, np.int32)
     jaccard = np.zeros((self._latents, NEAR), np.float32)
     pairs = self.pairs.tocoo()
-    other = pairs.row != pairs.col
-    j, k, both = (a[other] for a in (pairs.row, pairs.col, pairs.data))
-    share = both / np.maximum(self.counted_F[j] + self.counted_F[k] - both, 1)
-    order = np.lexsort((k, -share, j))
-    j, k, share = j[order], k[order], share[order]
-    place = np.arange(len(j)) - np.searchsorted(j, j)
+    distinct = pairs.row != pairs.col
+    latent, neighbour, together = (
+      column[distinct] for column in (pairs.row, pairs.col, pairs.data)
+    )
+    share = together / np.maximum(
+      self.counted_F[latent] + self.counted_F[neighbour] - together, 1
+    )
+    order = np.lexsort((neighbour, -share, latent))
+    latent, neighbour, share = latent[order], neighbour[order], share[order]
+    place = np.arange(len(latent)) - np.searchsorted(latent, latent)
     best = place < NEAR
-    near[j[best], place[best]] = k[best]
-    jaccard[j[best], place[best]] = share[best]
+    near[latent[best], place[best]] = neighbour[best]
+    jaccard[latent[best], place[best]] = share[best]
     return near, jaccard
 
   # The state between two runs, as plain arrays.
@@ -274,9 +299,9 @@ class Statistics:
   def arrays(self) -> dict[str, np.ndarray]:
     """Everything that `restore` needs."""
     arrays = {name: getattr(self, name) for name in self._PLAIN}
-    for kept in ('top', 'sample'):
+    for kind in ('top', 'sample'):
       for field in _FIELDS:
-        arrays[f'{kept}_{field}'] = getattr(getattr(self, kept), field)
+        arrays[f'{kind}_{field}'] = getattr(getattr(self, kind), field)
     pairs = self.pairs.tocoo()
     return arrays | {
       'pairs_row': pairs.row.astype(np.int32),
@@ -288,10 +313,10 @@ class Statistics:
     """Continues from a state that `arrays` returned."""
     for name in self._PLAIN:
       setattr(self, name, np.array(arrays[name]))
-    for kept in ('top', 'sample'):
+    for kind in ('top', 'sample'):
       for field in _FIELDS:
-        value = np.array(arrays[f'{kept}_{field}'])
-        setattr(getattr(self, kept), field, value)
+        value = np.array(arrays[f'{kind}_{field}'])
+        setattr(getattr(self, kind), field, value)
     self.pairs = scipy_sparse.csr_matrix(
       (
         arrays['pairs_count'],

@@ -256,18 +256,18 @@ def _of_version_2(meta, arrays):
   for name in names:
     by_latent = max_F.reshape(-1, *[1] * (arrays[name].ndim - 1))
     arrays[name] = shares(arrays[name], by_latent)
-  none = np.zeros(0, np.int32)
+  empty = np.zeros(0, np.int32)
   return meta | {'version': VERSION, 'outliers': None}, arrays | {
-    'outlier_sequence_O': none,
-    'outlier_position_O': none,
-    'outlier_norm_O': none.astype(np.float32),
+    'outlier_sequence_O': empty,
+    'outlier_position_O': empty,
+    'outlier_norm_O': empty.astype(np.float32),
     'outlier_fired_F': np.zeros(len(max_F), np.int64),
   }
 
 
-def shares(values: np.ndarray, most: np.ndarray) -> np.ndarray:
+def shares(values: np.ndarray, max_F: np.ndarray) -> np.ndarray:
   """Activations as shares of a latent's largest, float16; none becomes 0."""
-  share = values / np.maximum(most, np.finfo(np.float32).tiny)
+  share = values / np.maximum(max_F, np.finfo(np.float32).tiny)
   return np.where(values > 0, np.maximum(share, _LEAST), 0).astype(np.float16)
 
 

@@ -107,8 +107,12 @@ def read(
     tensors.check_fields(trainer, _FIELDS, 'dictionary_learning')
     site = _site(trainer)
   optional = [key for key in _OPTIONAL if key not in _KEYS[kind]]
-  wanted = {'required': _KEYS[kind], 'optional': optional, 'whole': _WHOLE}
-  shapes = tensors.shapes(file, **wanted)
+  arrays_wanted = {
+    'required': _KEYS[kind],
+    'optional': optional,
+    'integers': _WHOLE,
+  }
+  shapes = tensors.shapes(file, **arrays_wanted)
   card = {
     'name': path,
     'type': 'sae',
@@ -120,7 +124,9 @@ def read(
     ),
     **_sizes(file, shapes),
   }
-  return card, functools.partial(_params, file, kind, wanted, trainer.get('k'))
+  return card, functools.partial(
+    _params, file, kind, arrays_wanted, trainer.get('k')
+  )
 
 
 def _sizes(file: pathlib.Path, shapes) -> dict[str, int]:
@@ -131,22 +137,22 @@ def _sizes(file: pathlib.Path, shapes) -> dict[str, int]:
 
 
 def _params(
-  file: pathlib.Path, kind: str, wanted: Mapping[str, Any], k: Any
+  file: pathlib.Path, kind: str, arrays_wanted: Mapping[str, Any], k: Any
 ) -> sae_folder.Params:
-  p = tensors.read(file, **wanted)
+  p = tensors.read(file, **arrays_wanted)
   if kind == 'AutoEncoderTopK':
     # Early files have no k; its place was the config alone.
-    given = p.setdefault('k', k)
+    stored_k = p.setdefault('k', k)
     if (
       type(k) not in (int, type(None))
-      or given is None
-      or k not in (None, given)
+      or stored_k is None
+      or k not in (None, stored_k)
     ):
       raise files.Refused(
         f'{files.show(file)} has k = {files.show(p.get("k"))}, and {CONFIG} '
         f'says {files.show(k)}.'
       )
-    p['k'] = np.float32(given)
+    p['k'] = np.float32(stored_k)
   try:
     return _folded(kind, p)
   except ValueError as error:

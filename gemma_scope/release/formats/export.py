@@ -80,23 +80,25 @@ def check_free(target: pathlib.Path, overwrite: bool) -> None:
   """Raises `files.Refused` unless an export may be written here."""
   if not os.path.lexists(target):
     return
-  where = files.show(target)
+  shown = files.show(target)
   if not target.is_dir():
-    raise files.Refused(f'{where} is a file; an export is a folder.')
+    raise files.Refused(f'{shown} is a file; an export is a folder.')
   if not any(target.iterdir()):
     return
   if not overwrite:
     raise files.Refused(
-      f'{where} is there already; choose another folder, or pass --overwrite '
+      f'{shown} is there already; choose another folder, or pass --overwrite '
       'to replace an export.'
     )
-  described = None
+  found_manifest = None
   if (target / manifest.NAME).is_file():
-    described = manifest.read_json(target / manifest.NAME)
-  named = described.get('format') if isinstance(described, dict) else None
-  if not str(named).startswith(_FORMAT):
-    raise files.Refused(f'{where} holds no export, and is not replaced.')
-  known = {target / name for name in (manifest.NAME, *described['files'])}
+    found_manifest = manifest.read_json(target / manifest.NAME)
+  found_format = (
+    found_manifest.get('format') if isinstance(found_manifest, dict) else None
+  )
+  if not str(found_format).startswith(_FORMAT):
+    raise files.Refused(f'{shown} holds no export, and is not replaced.')
+  known = {target / name for name in (manifest.NAME, *found_manifest['files'])}
   for path in target.rglob('*'):
     if not path.is_dir() and path not in known:
       raise files.Refused(
@@ -118,9 +120,9 @@ def _write_one(folder: pathlib.Path, sae: Released, layout: str) -> None:
       gemma_scope_2.write(folder, params, card, _l0(sae, measured=False))
     else:
       if set(params) != set(sae_folder.KEYS):
-        more = ', '.join(set(params) - set(sae_folder.KEYS))
+        extra = ', '.join(set(params) - set(sae_folder.KEYS))
         raise files.Refused(
-          f'has {more}, and Gemma Scope 1 has no such parameter'
+          f'has {extra}, and Gemma Scope 1 has no such parameter'
         )
       folder.mkdir(parents=True)
       npz.write(folder / 'params.npz', params)
@@ -131,23 +133,23 @@ def _write_one(folder: pathlib.Path, sae: Released, layout: str) -> None:
 def _l0(sae: Released, measured: bool) -> float | None:
   """L0 as measured, or unless `measured` the L0 that it was trained for."""
   l0 = table.value((sae.metrics or {}).get('l0'))
-  asked = sae.card.get('sparsity') or {}
-  if l0 is None and not measured and asked.get('kind') in ('target_l0', 'k'):
-    l0 = table.value(asked.get('value'))
+  sparsity = sae.card.get('sparsity') or {}
+  if l0 is None and not measured and sparsity.get('kind') in ('target_l0', 'k'):
+    l0 = table.value(sparsity.get('value'))
   return l0
 
 
 def _paths(saes: Sequence[Released], layout: str) -> list[str]:
   """The SAEs' paths; equal names get a number."""
   if layout == 'gemma_scope_2':
-    found = [_in_gemma_scope_2(sae, _label) for sae in saes]
-    if len(set(found)) < len(found):
-      found = [_in_gemma_scope_2(sae, round) for sae in saes]
+    names = [_in_gemma_scope_2(sae, _label) for sae in saes]
+    if len(set(names)) < len(names):
+      names = [_in_gemma_scope_2(sae, round) for sae in saes]
   else:
     name = _in_gemma_scope_1 if layout == 'gemma_scope_1' else _in_saelens
-    found = list(map(name, saes))
+    names = list(map(name, saes))
   paths: list[str] = []
-  for path in found:
+  for path in names:
     count, base = 1, path
     while path in paths:
       count += 1

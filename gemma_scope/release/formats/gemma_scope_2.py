@@ -110,8 +110,10 @@ def of_file(part: pathlib.Path) -> sae_folder.Params:
 
 def shapes(part: pathlib.Path) -> dict[str, tuple[int, ...]]:
   """Their shapes, from the file's header."""
-  found = tensors.shapes(part, **_TENSORS)
-  return {key: found[name] for key, name in _KEYS.items() if name in found}
+  shape_of = tensors.shapes(part, **_TENSORS)
+  return {
+    key: shape_of[name] for key, name in _KEYS.items() if name in shape_of
+  }
 
 
 def _params(parts: Sequence[pathlib.Path], several: bool) -> sae_folder.Params:
@@ -166,7 +168,7 @@ def _sites(config: Mapping[str, Any], key: str, count: int) -> list[str]:
     for layer in layers
   ]
   model = _model(config)
-  return [str(hook_points.parse(one, model)) for one in names]
+  return [str(hook_points.parse(hook_point, model)) for hook_point in names]
 
 
 def _model(config: Mapping[str, Any]) -> str:
@@ -221,9 +223,11 @@ def write(
   tensors.write_json(folder / 'config.json', config)
 
 
-def _hook(found, model: str) -> str:
-  first = hook_points.of_transformers(found[0], model)
-  if len(found) == 1:
+def _hook(sites_read, model: str) -> str:
+  first = hook_points.of_transformers(sites_read[0], model)
+  if len(sites_read) == 1:
     return first
-  layers = ','.join(str(site.layer) for site in found)
-  return first.replace(f'layers.{found[0].layer}.', f'layers.{{{layers}}}.')
+  layers = ','.join(str(site.layer) for site in sites_read)
+  return first.replace(
+    f'layers.{sites_read[0].layer}.', f'layers.{{{layers}}}.'
+  )

@@ -70,33 +70,37 @@ def fetch(
     files.Refused: it is not there, or cannot be fetched.
   """
   repository, inside = _parts(path)
-  every, commit = _list(repository, revision)
-  names = [name for name in every if _is_plain(name)]
-  there = {name.rpartition('/')[0] for name in names}
-  above, _, last = inside.rpartition('/')
-  if last == 'canonical' and inside not in there:
-    inside = canonical(sorted(f for f in there if f.startswith(f'{above}/')))
-  wanted = [
+  all_names, commit = _list(repository, revision)
+  names = [name for name in all_names if _is_plain(name)]
+  folders = {name.rpartition('/')[0] for name in names}
+  parent, _, last_part = inside.rpartition('/')
+  if last_part == 'canonical' and inside not in folders:
+    inside = canonical(
+      sorted(folder for folder in folders if folder.startswith(f'{parent}/'))
+    )
+  names_wanted = [
     name
     for name in names
     if name.rpartition('/')[0] == inside
     and _WANTED.fullmatch(name.split('/')[-1])
   ]
-  if not wanted:
-    near = sorted(f for f in there if f.startswith(inside.split('/')[0]))[:5]
+  if not names_wanted:
+    similar = sorted(
+      folder for folder in folders if folder.startswith(inside.split('/')[0])
+    )[:5]
     raise files.Refused(
       f'{repository} has no SAE in {files.show(inside)}'
-      f'{"; it has " + ", ".join(near) if near else ""}.'
+      f'{"; it has " + ", ".join(similar) if similar else ""}.'
     )
   # The config of a run of sparsify, above its SAEs, names the model.
-  run = f'{inside.rpartition("/")[0]}/config.json'.lstrip('/')
-  if f'{inside}/sae.safetensors' in wanted and run in names:
-    wanted.append(run)
+  run_config = f'{inside.rpartition("/")[0]}/config.json'.lstrip('/')
+  if f'{inside}/sae.safetensors' in names_wanted and run_config in names:
+    names_wanted.append(run_config)
   fetched = [
     _retried(
       repository, _client().hf_hub_download, repository, name, revision=commit
     )
-    for name in wanted
+    for name in names_wanted
   ]
   return pathlib.Path(fetched[0]).parent, f'{repository}/{inside}'
 
@@ -112,8 +116,8 @@ def file(address: str) -> pathlib.Path:
   if query and (not query.startswith('revision=') or not _is_plain(revision)):
     raise files.Refused(f'{files.show(address)} is no address of a file.')
   repository, inside = _parts(path)
-  every, commit = _list(repository, revision)
-  if inside not in every:
+  all_names, commit = _list(repository, revision)
+  if inside not in all_names:
     raise files.Refused(f'{repository} has no file {files.show(inside)}.')
   fetch = _client().hf_hub_download
   return pathlib.Path(
@@ -155,25 +159,29 @@ def push(
       )
     if path.is_file():
       names.append(name)
-  parts = sorted({name.rpartition('/')[0] for name in names}, reverse=True)
+  folders = sorted({name.rpartition('/')[0] for name in names}, reverse=True)
   if really:
     create = _client().HfApi().create_repo
     _retried(repository, create, repository, private=True, exist_ok=True)
-  for part in parts:  # '' comes last
-    of_part = [n for n in names if n.rpartition('/')[0] == part]
-    size = sum((folder / name).stat().st_size for name in of_part)
-    done = 'uploaded' if really else 'would upload'
+  for folder_name in folders:  # '' comes last
+    in_folder = [
+      name for name in names if name.rpartition('/')[0] == folder_name
+    ]
+    size = sum((folder / name).stat().st_size for name in in_folder)
+    action = 'uploaded' if really else 'would upload'
     if really:
       _retried(
         repository,
         _client().HfApi().upload_folder,
         repo_id=repository,
-        folder_path=folder / part,
-        path_in_repo=part or None,
-        allow_patterns=[name.rpartition('/')[2] for name in of_part],
-        commit_message=f'Add {part or "the card"}',
+        folder_path=folder / folder_name,
+        path_in_repo=folder_name or None,
+        allow_patterns=[name.rpartition('/')[2] for name in in_folder],
+        commit_message=f'Add {folder_name or "the card"}',
       )
-    report(f'{done} {part or "."}: {len(of_part)} files, {size:,} bytes')
+    report(
+      f'{action} {folder_name or "."}: {len(in_folder)} files, {size:,} bytes'
+    )
 
 
 def _parts(path: str) -> tuple[str, str]:
@@ -215,16 +223,16 @@ def _client():
 
 def _retried(repository: str, function, *arguments, **named):
   """Tries a call three times; then raises `files.Refused` with advice."""
-  for left in reversed(range(_TRIES)):
+  for tries_left in reversed(range(_TRIES)):
     try:
       return function(*arguments, **named)
     except files.Refused:
       raise
     except Exception as error:  # of any of the libraries below huggingface_hub
       advice = _FINAL.get(type(error).__name__)
-      if advice or not left:
+      if advice or not tries_left:
         raise files.Refused(
           f'{repository} could not be fetched ({type(error).__name__}): '
           f'{advice or _ADVICE}.'
         ) from None
-      time.sleep(2.0 ** (_TRIES - left))
+      time.sleep(2.0 ** (_TRIES - tries_left))

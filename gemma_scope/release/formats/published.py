@@ -87,8 +87,8 @@ def open_sae(
   """
   path = os.path.expanduser(path)
   try:
-    if (found := _of_set(path)) is not None:
-      return found
+    if (member := _of_set(path)) is not None:
+      return member
     folder = _folder(pathlib.Path(path))
     if folder is None:
       try:
@@ -126,20 +126,22 @@ def open_all(
   opened: list[tuple[str, Released]] = []
   for path in paths.split(','):
     folder = pathlib.Path(os.path.abspath(os.path.expanduser(path)))
-    inside = paths_lib.locate(folder)
+    location = paths_lib.locate(folder)
     if _is_release(folder):
       opened += [(str(folder), sae) for sae in folder_lib.load_all(folder)]
-    elif inside and _is_release(inside[0]):
-      of_release = folder_lib.load_all(inside[0])
+    elif location and _is_release(location[0]):
+      saes_of_release = folder_lib.load_all(location[0])
       opened += [
-        (str(inside[0]), sae) for sae in of_release if sae.path == inside[1]
+        (str(location[0]), sae)
+        for sae in saes_of_release
+        if sae.path == location[1]
       ]
-      if not opened or opened[-1][1].path != inside[1]:
+      if not opened or opened[-1][1].path != location[1]:
         raise folder_lib.ReleaseError(
           f'{files.show(path)} is not in the manifest of its release.'
         )
     elif transcoder_sets.is_there(folder):
-      opened += [(str(folder), open_sae(one)) for one in _members(path)]
+      opened += [(str(folder), open_sae(member)) for member in _members(path)]
     else:
       opened.append((str(folder), open_sae(path, revision, about)))
   return _uniquely_named(opened)
@@ -158,9 +160,9 @@ def described(site: str, model: str = '') -> dict[str, Any] | None:
   """
   if not site:
     return None
-  reads, _, writes = site.partition(':')
-  reads, writes = sites.parse(reads), sites.parse(writes or reads)
-  return {'sites': [str(reads)], 'targets': [str(writes)], 'model': model}
+  read, _, written = site.partition(':')
+  read, written = sites.parse(read), sites.parse(written or read)
+  return {'sites': [str(read)], 'targets': [str(written)], 'model': model}
 
 
 def _members(path: str) -> list[str]:
@@ -205,12 +207,12 @@ def _of_set(path: str) -> Released | None:
 def _uniquely_named(opened: Sequence[tuple[str, Released]]) -> list[Released]:
   """The SAEs of (root, SAE); equal names get what differs in their roots."""
   counts = collections.Counter(sae.name for _, sae in opened)
-  above = os.path.commonpath([root for root, _ in opened]) if opened else ''
+  common = os.path.commonpath([root for root, _ in opened]) if opened else ''
   saes = [
     sae
     if counts[sae.name] == 1
     else dataclasses.replace(
-      sae, name=f'{pathlib.PurePath(os.path.relpath(root, above))}/{sae.name}'
+      sae, name=f'{pathlib.PurePath(os.path.relpath(root, common))}/{sae.name}'
     )
     for root, sae in opened
   ]
@@ -239,9 +241,9 @@ def _folder(path: pathlib.Path) -> pathlib.Path | None:
       return path
   except (OSError, ValueError) as error:  # too long, or a null character
     raise files.Refused(f'{files.show(path)} is no path ({error}).') from None
-  above = next(a for a in path.parents if a.is_dir())
+  existing = next(ancestor for ancestor in path.parents if ancestor.is_dir())
   hint = files.near(path)
-  is_local = path.is_absolute() or above != pathlib.Path('.')
+  is_local = path.is_absolute() or existing != pathlib.Path('.')
   # OWNER/NAME of the hub may be like a folder here; the whole path is not.
   is_whole = bool(hint) and hint.count('/') == path.as_posix().count('/')
   if not is_local and not is_whole and len(path.parts) > 1:
@@ -284,11 +286,13 @@ def _own(folder: pathlib.Path, path: str, about) -> tuple[dict[str, Any], Read]:
     'max_bytes': tensors.MAX_BYTES,
   }
   shapes = npz.shapes(file, **keys)
-  itself = list(about['sites']) == list(about['targets'])
+  writes_input = list(about['sites']) == list(about['targets'])
   several = len(shapes['W_enc']) == 3
   card = {
     'name': path,
-    'type': ('transcoder', 'sae', 'clt', 'crosscoder')[2 * several + itself],
+    'type': ('transcoder', 'sae', 'clt', 'crosscoder')[
+      2 * several + writes_input
+    ],
     'architecture': 'topk' if 'k' in shapes else 'jumprelu',
     **about,
     **sae_folder.sizes_of(shapes),
@@ -301,7 +305,9 @@ def _own(folder: pathlib.Path, path: str, about) -> tuple[dict[str, Any], Read]:
 def _checked(card: Mapping[str, Any], read: Read) -> sae_folder.Params:
   """Reads the parameters and checks them against the card."""
   try:
-    params = {key: np.asarray(a, np.float32) for key, a in read().items()}
+    params = {
+      key: np.asarray(array, np.float32) for key, array in read().items()
+    }
     return sae_folder.fit(params, card)
   except files.Refused as error:
     raise folder_lib.ReleaseError(str(error)) from None
@@ -336,27 +342,27 @@ def listed(path: str, revision: str = '') -> list[Entry]:
       ]
   except files.Refused as error:
     raise folder_lib.ReleaseError(str(error)) from None
-  of_files = [name.rpartition('/') for name in names]
-  folders = {above for above, _, name in of_files if name in _FILES}
+  split_names = [name.rpartition('/') for name in names]
+  folders = {parent for parent, _, name in split_names if name in _FILES}
   if folder is not None:
-    for above, _, name in of_files:
+    for parent, _, name in split_names:
       if name == transcoder_sets.CONFIG:
-        members = _members(str(folder / above))
-        folders |= {os.path.relpath(one, folder) for one in members}
+        members = _members(str(folder / parent))
+        folders |= {os.path.relpath(member, folder) for member in members}
   folders = sorted(folders)
   if not folders:
     raise folder_lib.ReleaseError(
       f'{files.show(path)} holds no SAE in a format that is known.'
     )
-  return [_entry(path, one) for one in folders[:_MOST]]
+  return [_entry(path, folder_name) for folder_name in folders[:_MOST]]
 
 
 def _entry(root: str, path: str) -> Entry:
   """From the path; where that is the root itself, from the root's folders."""
-  described = path or os.path.abspath(root)
+  searched = path or os.path.abspath(root)
 
   def find(pattern):
-    match = re.search(pattern, described)
+    match = re.search(pattern, searched)
     return match[1] if match else ''
 
   return Entry(
@@ -371,19 +377,19 @@ def table(entries: Sequence[Entry]) -> str:
   """One line for each SAE: layer, width, L0 and path."""
   rows = [('layer', 'width', 'L0', 'path')]
   rows += [
-    (e.layer, e.width, e.l0, e.path) for e in sorted(entries, key=_order)
+    (entry.layer, entry.width, entry.l0, entry.path)
+    for entry in sorted(entries, key=_order)
   ]
-  wide = [max(len(row[i]) for row in rows) for i in range(3)]
+  widths = [max(len(row[i]) for row in rows) for i in range(3)]
   return '\n'.join(
-    '  '.join([*(cell.rjust(w) for cell, w in zip(row, wide)), row[3]])  # noqa: B905
-    for row in rows
+    '  '.join([*map(str.rjust, row, widths), row[3]]) for row in rows
   )
 
 
 def _order(entry: Entry):
-  def number(text: str, of=int):
+  def number(text: str, convert=int):
     try:
-      return of(text.split('_')[0])
+      return convert(text.split('_')[0])
     except ValueError:
       return -1
 
@@ -402,9 +408,11 @@ def canonical(paths: Sequence[str]) -> str:
   Raises:
     files.Refused: none has an L0 in its name.
   """
-  by_l0 = [(int(match[1]), p) for p in paths if (match := _L0.search(p))]
+  by_l0 = [
+    (int(match[1]), path) for path in paths if (match := _L0.search(path))
+  ]
   if not by_l0:
     raise files.Refused(
       'There is no canonical SAE: no path has an average_l0 in its name.'
     )
-  return min(by_l0, key=lambda one: (abs(one[0] - _CANONICAL), one))[1]
+  return min(by_l0, key=lambda entry: (abs(entry[0] - _CANONICAL), entry))[1]

@@ -134,15 +134,15 @@ def _sizes(shapes, config: Mapping[str, Any]) -> dict[str, Any]:
       'and [F, d_out]'
     )
   sizes = {'d_in': W_enc[0], 'd_out': W_dec[1], 'width': W_enc[1]}
-  for theirs, ours in {
+  for saelens_key, own_key in {
     'd_in': 'd_in',
     'd_out': 'd_out',
     'd_sae': 'width',
   }.items():
-    if config.get(theirs, sizes[ours]) not in (sizes[ours], None):
+    if config.get(saelens_key, sizes[own_key]) not in (sizes[own_key], None):
       raise files.Refused(
-        f'has {ours} {sizes[ours]}, and {CONFIG} says {theirs} = '
-        f'{files.show(config[theirs])}'
+        f'has {own_key} {sizes[own_key]}, and {CONFIG} says {saelens_key} = '
+        f'{files.show(config[saelens_key])}'
       )
   return sizes | ({'affine': True} if 'W_skip' in shapes else {})
 
@@ -150,56 +150,61 @@ def _sizes(shapes, config: Mapping[str, Any]) -> dict[str, Any]:
 def _params(
   file: pathlib.Path, kind: str, config: Mapping[str, Any], scale: float
 ) -> sae_folder.Params:
-  p = tensors.read(file, required=_KEYS[kind], optional=_OPTIONAL)
-  p.pop('W_dec_norm', None)
+  params = tensors.read(file, required=_KEYS[kind], optional=_OPTIONAL)
+  params.pop('W_dec_norm', None)
   with tensors.naming(file):
-    if np.any(p.pop('scaling_factor', 1) != 1):
+    if np.any(params.pop('scaling_factor', 1) != 1):
       raise files.Refused('has scaling_factor, a finetuning that is not read')
     try:
-      return _folded(p, kind, config, scale)
+      return _folded(params, kind, config, scale)
     except files.Refused:
       raise
     except ValueError as error:  # of numpy: shapes that do not go together
       raise files.Refused(f'has shapes that do not fit ({error})') from None
 
 
-def _folded(p, kind: str, config: Mapping[str, Any], scale: float):
+def _folded(params, kind: str, config: Mapping[str, Any], scale: float):
   """Their parameters -> ours."""
   if kind == 'gated':
-    gain = np.exp(p.pop('r_mag'))
-    b_gate, b_mag = p.pop('b_gate'), p.pop('b_mag')
+    gain = np.exp(params.pop('r_mag'))
+    b_gate, b_mag = params.pop('b_gate'), params.pop('b_mag')
     # The gate opens where the magnitude's pre-activation is above this one.
-    p |= {'W_enc': p['W_enc'] * gain, 'b_enc': b_mag}
-    p['threshold'] = b_mag - gain * b_gate
+    params |= {'W_enc': params['W_enc'] * gain, 'b_enc': b_mag}
+    params['threshold'] = b_mag - gain * b_gate
   if kind == 'topk' and config['rescale_acts_by_decoder_norm']:
-    norm = np.linalg.norm(p['W_dec'], axis=-1)
-    p['W_enc'], p['b_enc'] = p['W_enc'] * norm, p['b_enc'] * norm
-    p['W_dec'] = p['W_dec'] / np.maximum(norm, 1e-30)[:, None]
+    norm = np.linalg.norm(params['W_dec'], axis=-1)
+    params['W_enc'], params['b_enc'] = (
+      params['W_enc'] * norm,
+      params['b_enc'] * norm,
+    )
+    params['W_dec'] = params['W_dec'] / np.maximum(norm, 1e-30)[:, None]
   if scale != 1:
-    p['W_enc'] = p['W_enc'] * np.float32(scale)
-    p['W_dec'], p['b_dec'] = (
-      p[key] / np.float32(scale) for key in ('W_dec', 'b_dec')
+    params['W_enc'] = params['W_enc'] * np.float32(scale)
+    params['W_dec'], params['b_dec'] = (
+      params[key] / np.float32(scale) for key in ('W_dec', 'b_dec')
     )
   if config['apply_b_dec_to_input']:
-    p['b_enc'] = p['b_enc'] - p['b_dec'] @ p['W_enc']
-  p['threshold'] = np.maximum(p.get('threshold', np.zeros_like(p['b_enc'])), 0)
-  if 'W_skip' in p:
-    p['W_skip'] = p['W_skip'].T
+    params['b_enc'] = params['b_enc'] - params['b_dec'] @ params['W_enc']
+  params['threshold'] = np.maximum(
+    params.get('threshold', np.zeros_like(params['b_enc'])), 0
+  )
+  if 'W_skip' in params:
+    params['W_skip'] = params['W_skip'].T
   if kind == 'topk':
-    p['k'] = np.float32(config['k'])
+    params['k'] = np.float32(config['k'])
   return {
-    key: np.array(p[key], order='C')
+    key: np.array(params[key], order='C')
     for key in (*sae_folder.KEYS, *sae_folder.OPTIONAL_KEYS)
-    if key in p
+    if key in params
   }
 
 
-def _config(given: dict[str, Any]) -> dict[str, Any]:
+def _config(stored: dict[str, Any]) -> dict[str, Any]:
   """A config of any version -> the names and defaults of version 6."""
-  metadata = given.get('metadata')
+  metadata = stored.get('metadata')
   metadata = metadata if isinstance(metadata, dict) else {}
   # Before version 6 there is no metadata: its fields stand beside the others.
-  flat = {_RENAMED.get(key, key): value for key, value in given.items()}
+  flat = {_RENAMED.get(key, key): value for key, value in stored.items()}
   tensors.check_fields(flat, _USED | _NO_EFFECT, f'SAELens up to {VERSION}')
   config = {
     'architecture': 'standard',
@@ -213,10 +218,12 @@ def _config(given: dict[str, Any]) -> dict[str, Any]:
     if type(config[key]) is not bool:
       raise files.Refused(f'has {key} = {files.show(config[key])}')
   _activation(config)
-  how = config.get('normalize_activations')
-  names = {True: 'expected_average_only_in', False: 'none', None: 'none'}
-  is_name = isinstance(how, str)
-  config['normalize_activations'] = how if is_name else names.get(how, how)
+  normalisation = config.get('normalize_activations')
+  renamed = {True: 'expected_average_only_in', False: 'none', None: 'none'}
+  is_name = isinstance(normalisation, str)
+  config['normalize_activations'] = (
+    normalisation if is_name else renamed.get(normalisation, normalisation)
+  )
   if config.get('finetuning_scaling_factor'):
     raise files.Refused('has finetuning_scaling_factor, which is not read')
   for key in ('hook_head_index', 'hook_head_index_out'):
@@ -230,23 +237,26 @@ def _config(given: dict[str, Any]) -> dict[str, Any]:
 
 def _activation(config: dict[str, Any]) -> None:
   """Sets architecture and k where activation_fn names a top-k."""
-  name, given = (
+  name, arguments = (
     config['activation_fn'],
     config.get('activation_fn_kwargs') or {},
   )
   if name == 'topk' and config['architecture'] in ('standard', 'topk'):
-    more = {key: v for key, v in given.items() if key != 'k' and v}
-    if more:
+    extra = {
+      key: value for key, value in arguments.items() if key != 'k' and value
+    }
+    if extra:
       raise files.Refused(
-        f'has activation_fn_kwargs {files.show(more)}; a TopK with only k can '
+        f'has activation_fn_kwargs {files.show(extra)}; a TopK with only k can '
         'be read'
       )
     config['architecture'] = 'topk'
-    config['k'] = given.get('k', config.get('k'))
-  elif name not in ('relu', None) or given:
+    config['k'] = arguments.get('k', config.get('k'))
+  elif name not in ('relu', None) or arguments:
     raise files.Refused(
       f'is {files.show(config["architecture"])} with activation_fn '
-      f'{files.show(name)} {files.show(given) if given else ""}; those that '
+      f'{files.show(name)} {files.show(arguments) if arguments else ""}; those '
+      'that '
       'can be read are relu, and topk with {"k": ...} of a standard SAE'
     )
 
@@ -261,20 +271,22 @@ def _card(config: Mapping[str, Any], path: str) -> tuple[str, dict[str, Any]]:
   if kind == 'topk' and type(config.get('k')) is not int:
     raise files.Refused(f'has k = {files.show(config.get("k"))}')
   model = str(config.get('model_name', ''))[:200]
-  reads = hook_points.parse(config.get('hook_name'), model)
-  writes = reads
+  site_read = hook_points.parse(config.get('hook_name'), model)
+  site_written = site_read
   if 'transcoder' in kind:
-    writes = hook_points.parse(config.get('hook_name_out'), model)
+    site_written = hook_points.parse(config.get('hook_name_out'), model)
   shape = config.get('reshape_activations', 'none')
-  if shape != 'none' and (shape != 'hook_z' or reads.kind != 'attn_out'):
+  if shape != 'none' and (shape != 'hook_z' or site_read.kind != 'attn_out'):
     raise files.Refused(f'has reshape_activations {files.show(shape)}')
   card = {
     'name': path,
-    'type': 'sae' if reads == writes else 'transcoder',
-    'sites': [str(reads)],
-    'targets': [str(writes)],
+    'type': 'sae' if site_read == site_written else 'transcoder',
+    'sites': [str(site_read)],
+    'targets': [str(site_written)],
     'model': model_names.ours(model),
-    'architecture': kind.split('_')[0] if reads == writes else 'jumprelu',
+    'architecture': kind.split('_')[0]
+    if site_read == site_written
+    else 'jumprelu',
   }
   if kind == 'topk':
     card['sparsity'] = {'kind': 'k', 'value': config['k']}
@@ -283,12 +295,13 @@ def _card(config: Mapping[str, Any], path: str) -> tuple[str, dict[str, Any]]:
 
 def _scale(folder: pathlib.Path, config: Mapping[str, Any]) -> float:
   """The factor on activations that the parameters were trained with."""
-  how = config['normalize_activations']
-  if how == 'none':
+  normalisation = config['normalize_activations']
+  if normalisation == 'none':
     return 1.0
-  if how != 'expected_average_only_in':
+  if normalisation != 'expected_average_only_in':
     raise files.Refused(
-      f'normalises activations by {files.show(how)}, which no affine map does'
+      f'normalises activations by {files.show(normalisation)}, which no affine '
+      'map does'
     )
   factor = config.get('norm_scaling_factor')
   if (folder / _SCALER).is_file():
@@ -316,18 +329,18 @@ def write(
     files.Refused: the format has no such thing: several layers, a top-k
       transcoder, or a site without a name.
   """
-  place = sites.wiring_of(card)
-  if place.several:
+  wiring = sites.wiring_of(card)
+  if wiring.several:
     raise files.Refused(
-      f'is a {place.type}, and SAELens has single layers alone'
+      f'is a {wiring.type}, and SAELens has single layers alone'
     )
-  itself, skip = place.type == 'sae', 'W_skip' in params
-  if 'k' in params and not itself:
+  writes_input, skip = wiring.type == 'sae', 'W_skip' in params
+  if 'k' in params and not writes_input:
     raise files.Refused('is a TopK transcoder, which SAELens has not')
   if 'k' in params and np.any(params['threshold'] > 0):
     raise files.Refused('has both k and thresholds')
   kind = 'topk' if 'k' in params else 'jumprelu'
-  if not itself:
+  if not writes_input:
     kind = 'jumprelu_skip_transcoder' if skip else 'jumprelu_transcoder'
   arrays = {key: params[key] for key in _KEYS[kind]}
   if skip:
@@ -343,7 +356,7 @@ def write(
     'reshape_activations': 'none',
     'metadata': {
       'model_name': model_names.to_transformer_lens(card.get('model', '')),
-      'hook_name': hook_points.of_transformer_lens(place.sites[0]),
+      'hook_name': hook_points.of_transformer_lens(wiring.sites[0]),
       'hook_head_index': None,
       'prepend_bos': True,
       'trained_with': 'gemma_scope',
@@ -352,14 +365,14 @@ def write(
       'sae_lens_training_version': None,
     },
   }
-  if place.sites[0].kind == 'attn_out':
+  if wiring.sites[0].kind == 'attn_out':
     config['reshape_activations'] = 'hook_z'
   if 'k' in params:
     config |= {'k': int(params['k']), 'rescale_acts_by_decoder_norm': False}
-  if not itself:
+  if not writes_input:
     config['d_out'] = card['d_out']
     config['metadata']['hook_name_out'] = hook_points.of_transformer_lens(
-      place.targets[0]
+      wiring.targets[0]
     )
   folder.mkdir(parents=True)
   tensors.write(folder / WEIGHTS, arrays)

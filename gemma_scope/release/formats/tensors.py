@@ -33,11 +33,11 @@ def shapes(
   *,
   required: Collection[str],
   optional: Collection[str] = (),
-  whole: Collection[str] = (),
+  integers: Collection[str] = (),
   max_bytes: int = MAX_BYTES,
 ) -> dict[str, tuple[int, ...]]:
   """Every tensor's shape, from the header alone; arguments as of `read`."""
-  with _opened(path, required, optional, whole, max_bytes) as (_, by_name):
+  with _opened(path, required, optional, integers, max_bytes) as (_, by_name):
     return by_name
 
 
@@ -46,7 +46,7 @@ def read(
   *,
   required: Collection[str],
   optional: Collection[str] = (),
-  whole: Collection[str] = (),
+  integers: Collection[str] = (),
   max_bytes: int = MAX_BYTES,
 ) -> dict[str, np.ndarray]:
   """Reads a file of tensors as float32.
@@ -55,13 +55,16 @@ def read(
     path: the file.
     required: names that must be there.
     optional: names that may be there; any other is refused.
-    whole: names that may hold whole numbers.
+    integers: names that may hold whole numbers.
     max_bytes: the largest file to accept.
 
   Raises:
     files.Refused: one sentence that starts with the file's name.
   """
-  with _opened(path, required, optional, whole, max_bytes) as (file, by_name):
+  with _opened(path, required, optional, integers, max_bytes) as (
+    file,
+    by_name,
+  ):
     arrays = {}
     for name in by_name:
       arrays[name] = file.get_tensor(name).astype(np.float32)
@@ -71,7 +74,7 @@ def read(
 
 
 @contextlib.contextmanager
-def _opened(path, required, optional, whole, max_bytes):
+def _opened(path, required, optional, integers, max_bytes):
   """Yields (the open file, name -> shape); errors become one sentence."""
   try:
     with naming(path), files.open_plain(path, max_bytes) as (file, size):
@@ -83,7 +86,7 @@ def _opened(path, required, optional, whole, max_bytes):
         )
     with naming(path), safe_open(path, framework='np') as file:
       names = list(file.keys())
-      by_name = {name: _shape(file, name, name in whole) for name in names}
+      by_name = {name: _shape(file, name, name in integers) for name in names}
       missing = [name for name in required if name not in by_name]
       if missing:
         raise files.Refused(f'lacks {", ".join(missing)}')
@@ -103,9 +106,9 @@ def _opened(path, required, optional, whole, max_bytes):
     ) from None
 
 
-def _shape(file, name: str, whole: bool) -> tuple[int, ...]:
+def _shape(file, name: str, integer: bool) -> tuple[int, ...]:
   tensor = file.get_slice(name)
-  if tensor.get_dtype() not in (*_TYPES, *_WHOLE * whole):
+  if tensor.get_dtype() not in (*_TYPES, *_WHOLE * integer):
     raise files.Refused(
       f'has {files.show(name)} in {tensor.get_dtype()}; expected one of '
       f'{", ".join(_TYPES)}'
@@ -117,7 +120,9 @@ def write(
   path: pathlib.Path, arrays: Mapping[str, np.ndarray], **metadata: str
 ) -> None:
   """Writes float32 tensors; equal ones give equal bytes."""
-  arrays = {k: np.array(a, np.float32, order='C') for k, a in arrays.items()}
+  arrays = {
+    key: np.array(array, np.float32, order='C') for key, array in arrays.items()
+  }
   files.write_bytes(path, save(arrays, metadata=metadata or None))
 
 
@@ -153,9 +158,9 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     yield
   except files.Refused as error:
     text = str(error)
-    whole = text.startswith(("'", '"'))
+    complete = text.startswith(("'", '"'))
     raise files.Refused(
-      text if whole else f'{files.show(path)} {text}.'
+      text if complete else f'{files.show(path)} {text}.'
     ) from None
 
 

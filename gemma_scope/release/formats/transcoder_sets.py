@@ -126,8 +126,8 @@ def _config(folder: pathlib.Path) -> dict[str, Any]:
   except files.Refused:
     raise
   except (yaml.YAMLError, ValueError, RecursionError) as error:
-    said = ' '.join(str(error).split())[:120]
-    raise files.Refused(f'{files.show(path)} is not YAML ({said}).') from None
+    reason = ' '.join(str(error).split())[:120]
+    raise files.Refused(f'{files.show(path)} is not YAML ({reason}).') from None
   with tensors.naming(path):
     if not isinstance(config, dict):
       raise files.Refused('is no set of transcoders of circuit-tracer')
@@ -191,10 +191,12 @@ def _paths(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[int, str]:
   """The path or address of each layer's file."""
   listed = config.get('transcoders')
   if listed is None:
-    found = {layer_of(path.stem): path for path in folder.glob('layer_*')}
-    found = {
+    path_of_layer = {
+      layer_of(path.stem): path for path in folder.glob('layer_*')
+    }
+    path_of_layer = {
       layer: path.name
-      for layer, path in found.items()
+      for layer, path in path_of_layer.items()
       if layer is not None and path.suffix == '.safetensors'
     }
   elif not isinstance(listed, list) or len(listed) > _MOST_LAYERS:
@@ -203,15 +205,15 @@ def _paths(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[int, str]:
     )
   else:
     with tensors.naming(folder / CONFIG):
-      found = dict(_entry(i, entry) for i, entry in enumerate(listed))
-      if len(found) < len(listed):
+      path_of_layer = dict(_entry(i, entry) for i, entry in enumerate(listed))
+      if len(path_of_layer) < len(listed):
         raise files.Refused('names a layer twice')
-  if not found:
-    beside = '' if listed is not None else ' and has no layer_0.safetensors'
+  if not path_of_layer:
+    hint = '' if listed is not None else ' and has no layer_0.safetensors'
     raise files.Refused(
-      f'{files.show(folder / CONFIG)} lists no transcoders{beside}.'
+      f'{files.show(folder / CONFIG)} lists no transcoders{hint}.'
     )
-  return found
+  return path_of_layer
 
 
 def _entry(number: int, entry) -> tuple[int, str]:
@@ -245,7 +247,7 @@ def _is_gemma_scope_2(file: pathlib.Path) -> bool:
     file,
     required=('b_enc', 'b_dec'),
     optional=(*_KEYS, *_OPTIONAL, *_GEMMA_SCOPE_2),
-    whole=('k',),
+    integers=('k',),
   )
   return 'w_enc' in names
 
@@ -259,22 +261,23 @@ def _shapes(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
   if _is_gemma_scope_2(file):
     return gemma_scope_2.shapes(file)
   shapes = tensors.shapes(
-    file, required=_KEYS, optional=_OPTIONAL, whole=('k',)
+    file, required=_KEYS, optional=_OPTIONAL, integers=('k',)
   )
   if 'k' in shapes:
     raise files.Refused(f'has k; {_NO_TOPK}')
-  found = {
+  own_shapes = {
     key: shape[::-1] if key in _TURNED else shape
     for key, shape in shapes.items()
   }
-  if _THRESHOLD in found:
-    found['threshold'] = found.pop(_THRESHOLD)
-    if found['threshold'] not in ((), (1,), found['b_enc']):
+  if _THRESHOLD in own_shapes:
+    own_shapes['threshold'] = own_shapes.pop(_THRESHOLD)
+    if own_shapes['threshold'] not in ((), (1,), own_shapes['b_enc']):
       raise files.Refused(
-        f'has thresholds {found["threshold"]} for b_enc {found["b_enc"]}'
+        f'has thresholds {own_shapes["threshold"]} for b_enc '
+        f'{own_shapes["b_enc"]}'
       )
-    found['threshold'] = found['b_enc']
-  return found
+    own_shapes['threshold'] = own_shapes['b_enc']
+  return own_shapes
 
 
 def _params(file: pathlib.Path) -> Params:

@@ -26,11 +26,11 @@ def on(device: jax.Device, function):
   kernels = {'tpu': tpu, 'gpu': gpu}[device.platform]
   kernel = getattr(kernels, function.__name__)
 
-  def run(a, i_RK, b, *more):
+  def run(a, i_RK, b, *options):
     if not kernels.fits(device.device_kind, b.shape[1]):
-      return function(a, i_RK, b, *more)
-    of_arrays = lambda a, i_RK, b: kernel(a, i_RK, b, *more)
-    return jax.custom_batching.sequential_vmap(of_arrays)(a, i_RK, b)
+      return function(a, i_RK, b, *options)
+    run_kernel = lambda a, i_RK, b: kernel(a, i_RK, b, *options)
+    return jax.custom_batching.sequential_vmap(run_kernel)(a, i_RK, b)
 
   return run
 
@@ -54,9 +54,9 @@ def encoder(device: jax.Device, width: int, dtype: str):
     return None
 
   def run(x_BD, W_FD, bias_F, least_F, count):
-    of_arrays = lambda *arrays: encode(*arrays, count)
+    run_encoder = lambda *arrays: encode(*arrays, count)
     factors = x_BD.astype(dtype), W_FD.astype(dtype)
-    return jax.custom_batching.sequential_vmap(of_arrays)(
+    return jax.custom_batching.sequential_vmap(run_encoder)(
       *factors, bias_F, least_F
     )
 

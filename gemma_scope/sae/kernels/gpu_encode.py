@@ -1,13 +1,14 @@
 """The encoder on a GPU, which keeps only the candidates.
 
 Defined as `tpu_encode`, by `plain.select` of the mask z + bias > least. A
-program takes a block of rows and a share of the latents, multiplies a tile of
-them at a time, and writes the tile's candidates behind those it has: the
-block's rows find their next one together, as often as the fullest needs.
+program takes a block of rows and a share of the latents, multiplies one tile of
+latents at a time, and appends the tile's candidates to those it has. In each
+iteration every row of the block finds its next candidate, until the row with
+the most candidates has found all of them.
 
-The shares' candidates, K a row and share, are then put together by plain code:
-nothing is added to memory that another program writes, and a row's candidates
-are in the order of the latents each time.
+The candidates of all shares, K per row and share, are then concatenated by
+plain code: no program adds to memory that another one writes, and a row's
+candidates are always in the order of the latents.
 
 Compiled to Hopper's code by Triton 3.9: its tensor cores' instructions, 218
 registers a thread in bfloat16 (232 in float32, by TF32 as XLA's), none spilled,
@@ -39,7 +40,7 @@ def encode(
   (rows, width), latents = x_BD.shape, len(W_FD)
   blocks, tiles = pl.cdiv(rows, _ROWS), pl.cdiv(latents, _LATENTS)
   shares = max(1, min(tiles, _PROGRAMS // blocks))
-  each = pl.cdiv(tiles, shares)  # tiles
+  tiles_per_share = pl.cdiv(tiles, shares)  # tiles
 
   def kernel(*refs):
     x_ref, W_ref, bias_ref, least_ref, i_ref, z_ref, found_ref = refs
@@ -48,11 +49,11 @@ def encode(
     lane_bf = jax.lax.broadcasted_iota(jnp.int32, (_ROWS, _LATENTS), 1)
 
     def tile(t, found_b):
-      first = (share * each + t) * _LATENTS
+      first = (share * tiles_per_share + t) * _LATENTS
       latent_f = first + jnp.arange(_LATENTS)
 
-      def multiply(at, z_bf):
-        column_d = at * _DEPTH + jnp.arange(_DEPTH)
+      def multiply(step, z_bf):
+        column_d = step * _DEPTH + jnp.arange(_DEPTH)
         x_bd = plgpu.load(
           x_ref.at[row_b[:, None], column_d[None]],
           mask=(row_b < rows)[:, None],
@@ -68,37 +69,39 @@ def encode(
       zero_bf = jnp.zeros((_ROWS, _LATENTS), jnp.float32)
       z_bf = jax.lax.fori_loop(0, width // _DEPTH, multiply, zero_bf)
       bias_f, least_f = (
-        plgpu.load(ref.at[latent_f], mask=latent_f < latents, other=other)
-        for ref, other in ((bias_ref, 0), (least_ref, jnp.inf))
+        plgpu.load(ref.at[latent_f], mask=latent_f < latents, other=fill)
+        for ref, fill in ((bias_ref, 0), (least_ref, jnp.inf))
       )
-      may = z_bf + bias_f[None] > least_f[None]
-      more_b = jnp.sum(may.astype(jnp.int32), 1)
+      may_bf = z_bf + bias_f[None] > least_f[None]
+      more_b = jnp.sum(may_bf.astype(jnp.int32), 1)
       turns = jnp.max(jnp.minimum(more_b, count - found_b))
 
       def keep(turn, last_b):
-        left = may & (lane_bf > last_b[:, None])
-        next_b = jnp.min(jnp.where(left, lane_bf, _LATENTS), 1)
+        left_bf = may_bf & (lane_bf > last_b[:, None])
+        next_b = jnp.min(jnp.where(left_bf, lane_bf, _LATENTS), 1)
         z_b = jnp.sum(jnp.where(lane_bf == next_b[:, None], z_bf, 0), 1)
         slot_b = found_b + turn
-        here = (next_b < _LATENTS) & (slot_b < count) & (row_b < rows)
-        to = share, row_b, slot_b
-        plgpu.store(i_ref.at[to], first + next_b, mask=here)
-        plgpu.store(z_ref.at[to], z_b, mask=here)
+        writes_b = (next_b < _LATENTS) & (slot_b < count) & (row_b < rows)
+        slot_index = share, row_b, slot_b
+        plgpu.store(i_ref.at[slot_index], first + next_b, mask=writes_b)
+        plgpu.store(z_ref.at[slot_index], z_b, mask=writes_b)
         return next_b
 
       jax.lax.fori_loop(0, turns, keep, jnp.full(_ROWS, -1, jnp.int32))
       return found_b + more_b
 
-    found_b = jax.lax.fori_loop(0, each, tile, jnp.zeros(_ROWS, jnp.int32))
+    found_b = jax.lax.fori_loop(
+      0, tiles_per_share, tile, jnp.zeros(_ROWS, jnp.int32)
+    )
     plgpu.store(found_ref.at[share, row_b], found_b, mask=row_b < rows)
 
-  kept = shares, rows, count
+  shape = shares, rows, count
   i_SBK, z_SBK, found_SB = pl.pallas_call(
     kernel,
     grid=(blocks, shares),
     out_shape=[
-      jax.ShapeDtypeStruct(kept, jnp.int32),
-      jax.ShapeDtypeStruct(kept, jnp.float32),
+      jax.ShapeDtypeStruct(shape, jnp.int32),
+      jax.ShapeDtypeStruct(shape, jnp.float32),
       jax.ShapeDtypeStruct((shares, rows), jnp.int32),
     ],
     interpret=interpret,
@@ -115,10 +118,10 @@ def _together(i_SBK, z_SBK, found_SB):
   share_BK = jnp.minimum(jnp.sum(passed_SBK, 0), len(i_SBK) - 1)
   before_BK = jnp.max(jnp.where(passed_SBK, end_SB[..., None], 0), 0)
   row_B1 = jnp.arange(i_SBK.shape[1])[:, None]
-  at = share_BK, row_B1, jnp.minimum(slot_K - before_BK, slot_K[-1])
+  index = share_BK, row_B1, jnp.minimum(slot_K - before_BK, slot_K[-1])
   there_BK = slot_K < end_SB[-1][:, None]
   return (
-    jnp.where(there_BK, i_SBK[at], 0),
-    jnp.where(there_BK, z_SBK[at], plain.ABSENT),
+    jnp.where(there_BK, i_SBK[index], 0),
+    jnp.where(there_BK, z_SBK[index], plain.ABSENT),
     end_SB[-1],
   )

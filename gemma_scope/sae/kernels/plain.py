@@ -33,9 +33,9 @@ def gather_add(
   c_RK = jnp.pad(rounded(c_RK, dtype), pad)
   i_RK = jnp.pad(i_RK, pad)
 
-  def block(at, sum_RD):
+  def block(number, sum_RD):
     c_Rk, i_Rk = (
-      jax.lax.dynamic_slice_in_dim(a, at * width, width, 1)
+      jax.lax.dynamic_slice_in_dim(a, number * width, width, 1)
       for a in (c_RK, i_RK)
     )
     for k in range(width):  # one fused pass, which keeps its sum in registers
@@ -80,11 +80,11 @@ def scatter_add(
   columns = n_P, rounded(c_P, dtype), r_P
   columns = [jnp.pad(a, (0, pad), mode='edge') for a in columns]
 
-  def add(at, sum_ND):
+  def add(number, sum_ND):
     n_p, c_p, r_p = (
-      jax.lax.dynamic_slice_in_dim(a, at * _PAIRS, _PAIRS) for a in columns
+      jax.lax.dynamic_slice_in_dim(a, number * _PAIRS, _PAIRS) for a in columns
     )
-    c_p = jnp.where(at * _PAIRS + jnp.arange(_PAIRS) < used, c_p, 0)
+    c_p = jnp.where(number * _PAIRS + jnp.arange(_PAIRS) < used, c_p, 0)
     n_p = jnp.minimum(n_p, count - 1)
     for p in range(_PAIRS):  # a slice is updated in place, unlike a scatter's
       v_1D = jax.lax.dynamic_slice_in_dim(v_RD, r_p[p], 1)

@@ -62,8 +62,8 @@ def fits(kind: str, width: int) -> bool:
     width: d; must be whole tiles, some hundreds of which fit in VMEM.
   """
   version = re.search(r'\d+', kind)
-  new = bool(version) and int(version[0]) > 3
-  return new and width % 128 == 0 and width <= _WIDEST
+  after_v3 = bool(version) and int(version[0]) > 3
+  return after_v3 and width % 128 == 0 and width <= _WIDEST
 
 
 def _fetch(W_ref, row_of, buffer, arrived, first, last):
@@ -114,12 +114,12 @@ class _Fetched(NamedTuple):
   tile: Callable[[jax.Array], jax.Array]  # g -> their g-th _REQUESTS rows of W
 
 
-def _gather(slots, other, W_ND, out_shape, use, interpret):
+def _gather(slots, operand, W_ND, out_shape, use, interpret):
   """Calls `use` for _SLOTS slots of a row after the other, fetched before.
 
   Args:
     slots: i_RK, and how many of a row's slots are used [R].
-    other: [R, ...], a second operand.
+    operand: [R, ...], a second operand.
     out_shape: the result is [R, *out_shape], zero at first.
     use: called with a `_Fetched`, scratch [_SLOTS, 1], the second operand's ref
       and the result's.
@@ -128,7 +128,7 @@ def _gather(slots, other, W_ND, out_shape, use, interpret):
   rows, slots = i_RK.shape
   pad = -rows % _ROWS, -slots % _SLOTS
   i_RK = jnp.pad(i_RK, ((0, pad[0]), (0, pad[1])))
-  other = jnp.pad(other, ((0, pad[0]), *((0, 0),) * (other.ndim - 1)))
+  operand = jnp.pad(operand, ((0, pad[0]), *((0, 0),) * (operand.ndim - 1)))
   used_GR = jnp.pad(used_R, (0, pad[0])).reshape(-1, 1, _ROWS)
   parts = i_RK.shape[1] // _SLOTS
 
@@ -151,21 +151,21 @@ def _gather(slots, other, W_ND, out_shape, use, interpret):
         used(unit),
       )
 
-    def each(unit, carry):
+    def step(unit, carry):
       @pl.when(unit + 1 < _ROWS * parts)
       def _():
         start(unit + 1)
 
-      here, count = buffer.at[unit % 2], used(unit)
-      _await(here, arrived.at[unit % 2], 0, count)
+      fetched_rows, count = buffer.at[unit % 2], used(unit)
+      _await(fetched_rows, arrived.at[unit % 2], 0, count)
       fetched = _Fetched(
-        unit // parts, unit % parts, count, lambda g: here[_tile(g)]
+        unit // parts, unit % parts, count, lambda g: fetched_rows[_tile(g)]
       )
       use(fetched, column_ref, other_ref, out_ref)
       return carry
 
     start(0)
-    jax.lax.fori_loop(0, _ROWS * parts, each, 0)
+    jax.lax.fori_loop(0, _ROWS * parts, step, 0)
 
   block = lambda shape: pl.BlockSpec(
     (_ROWS, *shape), lambda g: (g, *(0,) * len(shape))
@@ -177,7 +177,7 @@ def _gather(slots, other, W_ND, out_shape, use, interpret):
     in_specs=[
       smem((1, 1, _ROWS), lambda g: (g, 0, 0)),
       smem((_ROWS, i_RK.shape[1]), lambda g: (g, 0)),
-      block(other.shape[1:]),
+      block(operand.shape[1:]),
       pl.BlockSpec(memory_space=pltpu.HBM),
     ],
     out_specs=block(out_shape),
@@ -189,7 +189,7 @@ def _gather(slots, other, W_ND, out_shape, use, interpret):
     ],
     compiler_params=_UNCHECKED,
     interpret=interpret,
-  )(used_GR, i_RK, other, W_ND)
+  )(used_GR, i_RK, operand, W_ND)
   return result[:rows]
 
 
@@ -279,7 +279,7 @@ def _add_pairs(dtype, *refs):
     start(turn + 1, next_ref)
 
   block, first, last = block_ref[turn], first_ref[turn], last_ref[turn]
-  here = buffer.at[turn % 2]
+  fetched_rows = buffer.at[turn % 2]
 
   @pl.when((turn == 0) | (block != block_ref[jnp.maximum(turn - 1, 0)]))
   def _():
@@ -287,7 +287,7 @@ def _add_pairs(dtype, *refs):
 
   @pl.when(first < last)
   def _():
-    _await(here, arrived.at[turn % 2], first, last)
+    _await(fetched_rows, arrived.at[turn % 2], first, last)
     n_Np, p_Np = (
       jax.lax.broadcasted_iota(jnp.int32, (_LATENTS, _PAIRS), axis)
       for axis in (0, 1)
@@ -296,7 +296,7 @@ def _add_pairs(dtype, *refs):
     c_Np = jnp.where(own_Np & (p_Np < last), c_ref[0], 0)
     out_ref[:] += jnp.dot(
       c_Np.astype(dtype),
-      here[:].astype(dtype),
+      fetched_rows[:].astype(dtype),
       preferred_element_type=jnp.float32,
     )
 

@@ -81,11 +81,11 @@ def _encode_block(latents, *refs):
   jax.lax.fori_loop(0, x_ref.shape[0] // _STRIP, strip, 0)
 
 
-def _keep(at, first, i_ref, z_ref, found_ref, all_z):
-  """Adds a block's candidates to those that the rows `at`, a strip, have.
+def _keep(strip, first, i_ref, z_ref, found_ref, all_z):
+  """Adds a block's candidates to those that the rows of a strip have.
 
   Args:
-    at: index of the rows.
+    strip: the index of its rows.
     first: the block's first latent.
     i_ref, z_ref, found_ref: as `encode` returns them.
     all_z: the block's pre-activations; `plain.ABSENT` where no candidate is.
@@ -93,25 +93,25 @@ def _keep(at, first, i_ref, z_ref, found_ref, all_z):
   count, of_latents = i_ref.shape[1], all_z.shape[1]
   lane_sf = jax.lax.broadcasted_iota(jnp.int32, (_STRIP, of_latents), 1)
   slot_sK = jax.lax.broadcasted_iota(jnp.int32, (_STRIP, count), 1)
-  may_sf = (all_z[at] > plain.ABSENT).astype(jnp.int32)
+  may_sf = (all_z[strip] > plain.ABSENT).astype(jnp.int32)
   more_s1 = jnp.sum(may_sf, 1, keepdims=True)
-  found_s1 = found_ref[at]
+  found_s1 = found_ref[strip]
   turns = jnp.max(jnp.minimum(more_s1, count - found_s1))
 
   def keep(_, carry):
     last_s1, slot_s1 = carry
-    z_sf = all_z[at]
+    z_sf = all_z[strip]
     left = (z_sf > plain.ABSENT) & (lane_sf > last_s1)
     next_s1 = jnp.min(jnp.where(left, lane_sf, of_latents), 1, keepdims=True)
     value_s1 = jnp.sum(jnp.where(lane_sf == next_s1, z_sf, 0), 1, keepdims=True)
-    here = (slot_sK == slot_s1) & (next_s1 < of_latents)
-    i_ref[at] = jnp.where(here, first + next_s1, i_ref[at])
-    z_ref[at] = jnp.where(here, value_s1, z_ref[at])
+    chosen = (slot_sK == slot_s1) & (next_s1 < of_latents)
+    i_ref[strip] = jnp.where(chosen, first + next_s1, i_ref[strip])
+    z_ref[strip] = jnp.where(chosen, value_s1, z_ref[strip])
     return next_s1, slot_s1 + 1
 
   before = jnp.full((_STRIP, 1), -1, jnp.int32)
   jax.lax.fori_loop(0, turns, keep, (before, found_s1))
-  found_ref[at] = found_s1 + more_s1
+  found_ref[strip] = found_s1 + more_s1
 
 
 def encode(

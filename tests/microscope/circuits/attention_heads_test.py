@@ -24,14 +24,9 @@ from tests.helpers.replacement import tiny
 from tests.helpers.transcoders import clt, transcoders
 
 GEMMA3 = dataclasses.replace(
-  random_models.GEMMA2,
-  name='g3',
-  attn_softcap=None,
-  final_softcap=None,
-  qk_norm=True,
-  pattern='LLG',
-  num_layers=3,
-  transpose_gating=True,
+  random_models.GEMMA3,
+  num_kv_heads=2,
+  window=4,
   global_rope_base=1000,
   global_rope_factor=2.0,
 )

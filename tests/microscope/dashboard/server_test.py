@@ -173,7 +173,7 @@ def test_only_questions_are_posted(server):
     (b'[' * 100_000, 400, ''),
     (b'{"text": "a", "member": 9}', 400, '"member" is a whole number'),
     (b'{"text": "a", "member": true}', 400, '"member" is a whole number'),
-    (b'{"member": 0}', 400, 'has a "text"'),
+    (b'{"member": 0}', 400, 'must have a "text"'),
     (b'{"text": "", "member": 0}', 400, 'The text has 0 tokens'),
     (b'{"text": "' + b'a b ' * 9000 + b'", "member": 0}', 400, 'give 1 to 4,'),
     (b'{"text": "' + b'a' * 2**20 + b'", "member": 0}', 413, 'too long'),
@@ -247,7 +247,7 @@ def test_changes_and_doses(server):
   kl = {point['strength']: point['kl'] for point in found['curve']}
   assert abs(kl[0]) < 1e-5 < kl[1] < kl[4]
   status, found = answer(server, 'dose', **question)
-  assert status == 400 and 'A change has' in found['error']
+  assert status == 400 and 'A change must have' in found['error']
   for logit in ([10**12, None], [5000, None], [5, -7]):
     status, found = answer(
       server, 'change', **question | {'logit': logit}, changes=[]
@@ -292,7 +292,7 @@ def test_equal_tokens_are_refused(server):
 
 def test_ids_from_outside_are_not_taken(server):
   status, found = answer(server, 'read', member=0, ids=[10**9])
-  assert status == 400 and 'has a "text"' in found['error']
+  assert status == 400 and 'must have a "text"' in found['error']
 
 
 def an_ablation(server, graph):

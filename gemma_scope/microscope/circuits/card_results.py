@@ -74,11 +74,13 @@ def measure(
       f'{progress.duration(seconds)}'
     )
   last = time.monotonic()
-  with progress.Progress(total, label='effects', first_step=done) as shown:
+  with progress.Progress(
+    total, label='effects', first_step=done
+  ) as progress_bar:
     try:
       for step in causal_card.measure(subject, plan, measured, done):
         done = step
-        shown.update(done, {})
+        progress_bar.update(done, {})
         watch.poll()
         if time.monotonic() - last > _SAVE_S:
           _save(saved, key, measured, done)

@@ -139,49 +139,51 @@ def _sizes(file: pathlib.Path, shapes) -> dict[str, int]:
 def _params(
   file: pathlib.Path, kind: str, arrays_wanted: Mapping[str, Any], k: Any
 ) -> sae_folder.Params:
-  p = tensors.read(file, **arrays_wanted)
+  arrays = tensors.read(file, **arrays_wanted)
   if kind == 'AutoEncoderTopK':
     # Early files have no k; its place was the config alone.
-    stored_k = p.setdefault('k', k)
+    stored_k = arrays.setdefault('k', k)
     if (
       type(k) not in (int, type(None))
       or stored_k is None
       or k not in (None, stored_k)
     ):
       raise files.Refused(
-        f'{files.show(file)} has k = {files.show(p.get("k"))}, and {CONFIG} '
-        f'says {files.show(k)}.'
+        f'{files.show(file)} has k = {files.show(arrays.get("k"))}, and '
+        f'{CONFIG} says {files.show(k)}.'
       )
-    p['k'] = np.float32(stored_k)
+    arrays['k'] = np.float32(stored_k)
   try:
-    return _folded(kind, p)
+    return _folded(kind, arrays)
   except ValueError as error:
     raise files.Refused(
       f'{files.show(file)} has shapes that do not fit ({error}).'
     ) from None
 
 
-def _folded(kind: str, p: Mapping[str, np.ndarray]) -> sae_folder.Params:
+def _folded(kind: str, arrays: Mapping[str, np.ndarray]) -> sae_folder.Params:
   """Their parameters -> ours."""
   if kind in ('JumpReluAutoEncoder', 'MatryoshkaBatchTopKSAE'):
-    params = {key: p[key] for key in _PLAIN}
+    params = {key: arrays[key] for key in _PLAIN}
     if kind == 'MatryoshkaBatchTopKSAE':
-      params['b_enc'] = p['b_enc'] - p['b_dec'] @ p['W_enc']
+      params['b_enc'] = arrays['b_enc'] - arrays['b_dec'] @ arrays['W_enc']
   else:
-    b_dec = p.get('b_dec', p.get('bias', p.get('decoder_bias')))
+    b_dec = arrays.get('b_dec', arrays.get('bias', arrays.get('decoder_bias')))
     params = {
-      'W_enc': np.ascontiguousarray(p['encoder.weight'].T),
-      'b_enc': p.get('encoder.bias'),
-      'W_dec': np.ascontiguousarray(p['decoder.weight'].T),
+      'W_enc': np.ascontiguousarray(arrays['encoder.weight'].T),
+      'b_enc': arrays.get('encoder.bias'),
+      'W_dec': np.ascontiguousarray(arrays['decoder.weight'].T),
       'b_dec': b_dec,
-      'threshold': p['threshold'] if kind == 'BatchTopKSAE' else np.zeros(()),
+      'threshold': arrays['threshold']
+      if kind == 'BatchTopKSAE'
+      else np.zeros(()),
     }
     if kind == 'GatedAutoEncoder':
-      gain = np.exp(p['r_mag'])
+      gain = np.exp(arrays['r_mag'])
       params['W_enc'] = params['W_enc'] * gain
-      params['b_enc'] = p['mag_bias']
+      params['b_enc'] = arrays['mag_bias']
       # The gate opens where the magnitude's pre-activation is above this one.
-      params['threshold'] = p['mag_bias'] - gain * p['gate_bias']
+      params['threshold'] = arrays['mag_bias'] - gain * arrays['gate_bias']
     params['b_enc'] = params['b_enc'] - b_dec @ params['W_enc']
     if kind == 'AutoEncoder':  # its own loader gives decoders norm 1
       norm_F = np.linalg.norm(params['W_dec'], axis=1)
@@ -191,7 +193,7 @@ def _folded(kind: str, p: Mapping[str, np.ndarray]) -> sae_folder.Params:
   threshold = np.maximum(params['threshold'], 0)
   params['threshold'] = threshold + np.zeros_like(params['b_enc'])
   if kind == 'AutoEncoderTopK':
-    params['k'] = p['k']
+    params['k'] = arrays['k']
   return params
 
 

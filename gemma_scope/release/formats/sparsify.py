@@ -128,11 +128,11 @@ def _sizes(shapes, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _params(file: pathlib.Path, k: int, transcodes: bool) -> sae_folder.Params:
-  p = tensors.read(file, required=_KEYS, optional=['W_skip'])
-  W_enc, b_enc = p['encoder.weight'].T, p['encoder.bias']
+  arrays = tensors.read(file, required=_KEYS, optional=['W_skip'])
+  W_enc, b_enc = arrays['encoder.weight'].T, arrays['encoder.bias']
   try:
     if not transcodes:
-      b_enc = b_enc - p['b_dec'] @ W_enc
+      b_enc = b_enc - arrays['b_dec'] @ W_enc
   except ValueError as error:
     raise files.Refused(
       f'{files.show(file)} has shapes that do not fit ({error}).'
@@ -140,11 +140,11 @@ def _params(file: pathlib.Path, k: int, transcodes: bool) -> sae_folder.Params:
   params = {
     'W_enc': np.ascontiguousarray(W_enc),
     'b_enc': b_enc,
-    'W_dec': p['W_dec'],
-    'b_dec': p['b_dec'],
+    'W_dec': arrays['W_dec'],
+    'b_dec': arrays['b_dec'],
     'threshold': np.zeros_like(b_enc),
   }
-  if 'W_skip' in p:
-    params['W_skip'] = np.ascontiguousarray(p['W_skip'].T)
+  if 'W_skip' in arrays:
+    params['W_skip'] = np.ascontiguousarray(arrays['W_skip'].T)
   params['k'] = np.float32(k)
   return params

@@ -1,28 +1,36 @@
-"""What other tools do with damaged files, and with a disk that fills up.
+"""Other tools under the faults that this project is tested with.
 
-  python docs/reliability_peers.py orbax 200      (this project's environment)
-  python docs/reliability_peers.py saelens 300    (one with sae-lens)
-  python docs/reliability_peers.py dictionary 300 (one with dictionary-learning)
-  python docs/reliability_peers.py sparsify 300   (one with eai-sparsify)
-  python docs/reliability_peers.py gemma_scope 300 (this project)
+  python docs/reliability_peers.py NAME TIMES [flip,cut,full,kill]
 
-A line of JSON: tried, right (loaded, and the values are those that were saved),
-refused (any error), wrong (loaded with other values and no error). The last
-line is of a folder that is written again while files may not grow beyond a part
-of their size: told (the write raised an error), kept (what was there before is
-still loaded).
+  orbax, steps           in this project's environment
+  gemma_scope, our_steps the same formats and faults, this project
+  saelens                in an environment with sae-lens
+  dictionary             ... with dictionary-learning
+  sparsify               ... with eai-sparsify
+
+Each fault prints a line of JSON.
+  flip, cut  a flipped bit, a file that is cut: tried, right (the values that
+             were saved are loaded), refused (any error), wrong (other values
+             are loaded and no error is raised)
+  full       the folder is written again while files may not grow beyond a part
+             of their size: told (the write raised an error), kept (the values
+             of before are still loaded)
+  kill       a process that writes the folder again and again is killed with
+             SIGKILL: kept (the folder still loads), lost (it does not)
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import pathlib
 import random
 import resource
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 
 import numpy as np
@@ -37,8 +45,20 @@ def values(seed: int = 0) -> dict[str, np.ndarray]:
   return {name: draw(s).astype(np.float32) for name, s in shapes.items()}
 
 
-class Orbax:
+class Peer:
+  """A format: `write` a folder of it, `read` it, write it again."""
+
+  library = 'json'  # what a process that writes it imports
+
+  def again(self, folder):
+    """A function that writes the folder again each time it is called."""
+    return lambda: self.rewrite(folder)
+
+
+class Orbax(Peer):
   """A checkpoint of arrays, as Orbax writes and restores it."""
+
+  library = 'orbax.checkpoint'
 
   def __init__(self):
     import orbax.checkpoint as ocp
@@ -58,8 +78,69 @@ class Orbax:
       return checkpointer.restore(folder / 'step', values())
 
 
-class SaeLens:
+class Steps(Orbax):
+  """Two steps of a run, as Orbax's manager keeps them; the newest is read."""
+
+  def _manager(self, folder):
+    options = self.lib.CheckpointManagerOptions(max_to_keep=2)
+    return self.lib.CheckpointManager(folder / 'steps', options=options)
+
+  def _save(self, manager, step):
+    manager.save(step, args=self.lib.args.StandardSave(values()))
+    manager.wait_until_finished()
+
+  def write(self, folder):
+    with self._manager(folder) as manager:
+      self._save(manager, 0)
+
+  def again(self, folder):
+    manager = self._manager(folder)
+    return lambda: self._save(manager, manager.latest_step() + 1)
+
+  def read(self, folder):
+    with self._manager(folder) as manager:
+      wanted = self.lib.args.StandardRestore(values())
+      return manager.restore(manager.latest_step(), args=wanted)
+
+
+class OurSteps(Peer):
+  """The same, as this project keeps them."""
+
+  library = 'orbax.checkpoint'
+
+  def __init__(self):
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+    import jax
+
+    from gemma_scope.runtime import checkpoints
+
+    self.values = lambda: jax.device_put(values())
+    self.open = lambda at: checkpoints.Checkpoints(at / 'steps', keep=2)
+
+  def write(self, folder):
+    with self.open(folder) as saves:
+      saves.save(0, self.values(), {})
+
+  def again(self, folder):
+    saves = self.open(folder)
+    step = saves.restore(self.values()).step
+
+    def save():
+      nonlocal step
+      step += 1
+      saves.save(step, self.values(), {})
+
+    return save
+
+  def read(self, folder):
+    with self.open(folder) as saves:
+      return saves.restore(self.values()).state
+
+
+class SaeLens(Peer):
   """A folder of an SAE, as SAELens writes and loads it."""
+
+  library = 'sae_lens'
 
   def write(self, folder):
     from safetensors.numpy import save_file
@@ -85,6 +166,12 @@ class SaeLens:
       sae.W_enc.mul_(2)
     sae.save_model(folder)
 
+  def again(self, folder):
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(str(folder))
+    return lambda: sae.save_model(folder)
+
   def read(self, folder):
     import torch
     from sae_lens import SAE
@@ -99,8 +186,10 @@ class SaeLens:
     return state | {'latents': latents}
 
 
-class Sparsify(SaeLens):
+class Sparsify(Peer):
   """A folder of an SAE, as sparsify writes and loads it."""
+
+  library = 'sparsify'
 
   def write(self, folder):
     from sparsify import SparseCoder
@@ -118,8 +207,10 @@ class Sparsify(SaeLens):
     return state | {'k': np.array(sae.cfg.k)}
 
 
-class Dictionary(SaeLens):
+class Dictionary(Peer):
   """A folder of an SAE, as dictionary_learning writes and loads it."""
+
+  library = 'dictionary_learning'
 
   def write(self, folder):
     import torch
@@ -138,8 +229,10 @@ class Dictionary(SaeLens):
     return {k: v.detach().numpy() for k, v in dictionary.state_dict().items()}
 
 
-class GemmaScope:
+class GemmaScope(Peer):
   """A release of one SAE of this project."""
+
+  library = 'gemma_scope.release'
 
   def __init__(self):
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -148,7 +241,8 @@ class GemmaScope:
     self.lib = releases
 
   def write(self, folder, seed=0):
-    sae = self.lib.params_of(seed), self.lib.card(), None
+    card = self.lib.card(d_in=D, d_out=D, width=F)
+    sae = self.lib.params_of(seed, D, F), card, None
     self.lib.save(folder / 'release', [sae], overwrite=True)
 
   def rewrite(self, folder):
@@ -163,7 +257,9 @@ class GemmaScope:
 
 PEERS = {
   'gemma_scope': GemmaScope,
+  'our_steps': OurSteps,
   'orbax': Orbax,
+  'steps': Steps,
   'saelens': SaeLens,
   'sparsify': Sparsify,
   'dictionary': Dictionary,
@@ -217,38 +313,89 @@ def full(peer, intact: pathlib.Path, times: int) -> dict[str, int]:
   return counts
 
 
+def _write_again(name: str, folder: pathlib.Path, sizes) -> None:
+  """Writes a folder again and again, until it is killed."""
+  global D, F
+  D, F = sizes
+  again = PEERS[name]().again(folder)
+  (folder.parent / 'ready').touch()
+  while True:
+    again()
+
+
+def killed(name: str, folder: pathlib.Path, times: int) -> dict[str, int]:
+  """Kills a process that writes an SAE of 8 MB again and again."""
+  global D, F
+  D, F = 256, 4096
+  peer, dice = PEERS[name](), random.Random(0)
+  fork = multiprocessing.get_context('forkserver')
+  fork.set_forkserver_preload([peer.library])
+  counts = dict(tried=0, kept=0, lost=0)
+  for trial in range(times):
+    place = folder / str(trial) / 'sae'
+    place.mkdir(parents=True)
+    peer.write(place)
+    process = fork.Process(
+      target=_write_again, args=(name, place, (D, F)), daemon=True
+    )
+    process.start()
+    while not (place.parent / 'ready').exists() and process.is_alive():
+      time.sleep(0.01)
+    time.sleep(dice.uniform(0, 0.3))
+    if not process.is_alive():
+      raise RuntimeError(f'The process of {name} that writes has ended.')
+    process.kill()
+    process.join()
+    counts['tried'] += 1
+    try:
+      peer.read(place)
+      counts['kept'] += 1
+    except Exception:
+      counts['lost'] += 1
+    shutil.rmtree(place.parent)
+  return counts
+
+
+def damaged(peer, folder: pathlib.Path, kind: str, times: int, dice):
+  """Reads a copy that is damaged, again and again."""
+  counts = dict(tried=0, right=0, refused=0, wrong=0)
+  whole, copy = folder / 'whole', folder / 'copy'
+  whole.mkdir()
+  peer.write(whole)
+  wanted = peer.read(whole)
+  for _ in range(times):
+    shutil.copytree(whole, copy)
+    damage(copy, dice, kind)
+    counts['tried'] += 1
+    try:
+      found = peer.read(copy)
+    except Exception:
+      counts['refused'] += 1
+    else:
+      counts['right' if same(wanted, found) else 'wrong'] += 1
+    shutil.rmtree(copy)
+  return counts
+
+
 def main() -> None:
   name, times = sys.argv[1], int(sys.argv[2])
+  kinds = sys.argv[3] if len(sys.argv) > 3 else 'flip,cut,full,kill'
   logging.disable(logging.CRITICAL)
   warnings.simplefilter('ignore')
   peer = PEERS[name]()
-  for kind in ('flip', 'cut'):
-    counts = dict(tried=0, right=0, refused=0, wrong=0)
-    dice = random.Random(name + kind)
+  for kind in kinds.split(','):
     with tempfile.TemporaryDirectory() as place:
-      intact = pathlib.Path(place) / 'whole'
-      intact.mkdir()
-      peer.write(intact)
-      expected = peer.read(intact)
-      for _ in range(times):
-        copy = pathlib.Path(place) / 'copy'
-        shutil.copytree(intact, copy)
-        damage(copy, dice, kind)
-        counts['tried'] += 1
-        try:
-          params = peer.read(copy)
-        except Exception:
-          counts['refused'] += 1
-        else:
-          counts['right' if same(expected, params) else 'wrong'] += 1
-        shutil.rmtree(copy)
+      folder = pathlib.Path(place)
+      if kind == 'kill':
+        counts = killed(name, folder, times)
+      elif kind == 'full':
+        (folder / 'whole').mkdir()
+        peer.write(folder / 'whole')
+        counts = full(peer, folder / 'whole', times)
+      else:
+        dice = random.Random(name + kind)
+        counts = damaged(peer, folder, kind, times, dice)
     print(json.dumps({'peer': name, 'fault': kind, **counts}), flush=True)
-  with tempfile.TemporaryDirectory() as place:
-    intact = pathlib.Path(place) / 'whole'
-    intact.mkdir()
-    peer.write(intact)
-    counts = full(peer, intact, times)
-  print(json.dumps({'peer': name, 'fault': 'full', **counts}), flush=True)
 
 
 if __name__ == '__main__':

@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     from gemma_scope.release.formats import published
     from gemma_scope.runtime import interrupt as interrupt_lib
 
-    about = published.described(parsed.site, parsed.config.lm.name)
+    about = published.described(parsed.site, config.lm.name)
     saes = published.open_all(','.join(parsed.release), about=about)
     try:
       with interrupt_lib.Interrupt() as interrupt:

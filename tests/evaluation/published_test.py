@@ -65,3 +65,8 @@ def test_the_language_model_alone_is_enough_of_a_config(tmp_path):
   assert config.evaluation.sequences == 5
   with pytest.raises(SystemExit, match='one of --config and --lm'):
     launch.main(['evaluate', '--workdir=a', '--release=b', '--out=c'])
+  folders = [f'--{name}={tmp_path / name}' for name in ('workdir', 'out')]
+  with pytest.raises(SystemExit, match='no folder .*relase'):
+    launch.main(
+      ['evaluate', '--lm=tiny', f'--release={tmp_path / "relase"}', *folders]
+    )

@@ -147,7 +147,7 @@ class End(NamedTuple):
   """
 
   signal: signal.Signals = signal.SIGKILL
-  most: int = 10
+  most: int = 5
   patience_s: float = 60
   phases: tuple[str, ...] = ()
 
@@ -213,7 +213,11 @@ def chains(
   job: Job,
   end: End = End(),  # noqa: B008
 ) -> Iterator[Trial]:
-  """Chains of ends, each chain compared with a run without any."""
+  """Chains of ends, each chain compared with a run without any.
+
+  SIGTERM comes in one phase after the other, SIGKILL in turns at random moments
+  and in one phase after the other.
+  """
   _, wanted = job.clean(folder)  # compiles into the cache
   seconds, found = job.clean(folder, 'again')
   if found != wanted:
@@ -226,7 +230,7 @@ def chains(
     job.before(run)
     trials, error, same = [], '', False
     most = end._replace(most=min(left, end.most))
-    if end.signal == signal.SIGTERM:
+    if end.signal == signal.SIGTERM or number % 2:
       begun = phases(_text(folder / 'again.log'))
       names = [name for name in begun if name != 'other']
       start = number % len(names)

@@ -54,10 +54,29 @@ def _build(words: list[str], out: pathlib.Path) -> None:
   _again_and_again(work)
 
 
+def _rounds(words: list[str], run: pathlib.Path) -> None:
+  """Train, evaluate, release and build, each time in a new folder."""
+
+  def work(number):
+    shutil.rmtree(run, ignore_errors=True)
+    processes.command(words)
+    processes.command(_build_words(run))
+
+  _again_and_again(work)
+
+
+def _build_words(run: pathlib.Path) -> list[str]:
+  words = ['microscope', 'build', f'--workdir={run}']
+  return [*words, '--sequences=32', '--batch=4']
+
+
 def _watched(
   folder: pathlib.Path, minutes: int, what: str, run, *arguments
 ) -> Iterator[Trial]:
-  """A trial a minute: growth over the second half, beside the first minute."""
+  """A trial a minute: growth over the second half of the time so far.
+
+  The first minute compiles. A line through the second half gives the slopes.
+  """
   log = folder / f'{what}.log'
   process = processes.start(log, run, *arguments)
   samples, started = [], time.monotonic()
@@ -80,10 +99,14 @@ def _watched(
       quarter = max(1, len(half) // 4)
       grown = memory[-quarter:].mean() - memory[:quarter].mean()
       more = files[-quarter:].max() - files[:quarter].max()
+      hours = np.arange(len(half)) / 3600  # a sample a second
+      slopes = np.polyfit(hours, half, 1)[0]
+      done = [x for x in log.read_text().splitlines() if x.startswith('round ')]
       detail = (
-        f'{minute + 1} min: {memory[-1]:.0f} MiB, {grown:+.1f} MiB over the '
-        f'last half, {files[-1]:.0f} open files, {more:+.0f}; '
-        f'{kills.last_line(log.read_text())[:60]}'
+        f'{minute + 1} min, {len(done)} rounds: {memory.mean():.0f} MiB and '
+        f'{files.mean():.1f} open files in the second half, {grown:+.1f} MiB '
+        f'and {more:+.0f} from its first quarter to its last; slopes '
+        f'{slopes[0]:+.1f} MiB and {slopes[1]:+.2f} files an hour'
       )
       flat = grown < max(20, 0.03 * memory.mean()) and more <= 3
       yield Trial('survived' if flat else 'wrong', what, detail)
@@ -130,6 +153,19 @@ def soak_evaluate(folder: pathlib.Path, times: int) -> Iterator[Trial]:
 )
 def soak_build(folder: pathlib.Path, times: int) -> Iterator[Trial]:
   _, run = kills.trained_run(folder)
-  words = ['microscope', 'build', f'--workdir={run}']
-  words += ['--sequences=32', '--batch=4']
+  words = _build_words(run)
   yield from _watched(folder, times, 'build', _build, words, folder / 'out')
+
+
+@fault(
+  'soak-all',
+  'train, evaluate and build in one process again and again',
+  full=180,
+  quick=0,
+  may_refuse=False,
+)
+def soak_all(folder: pathlib.Path, times: int) -> Iterator[Trial]:
+  run, config = folder / 'run', kills.tiny_run(folder)
+  config.evaluation.sequences = 8
+  words = kills.train_words(config, run)
+  yield from _watched(folder, times, 'all', _rounds, words, run)

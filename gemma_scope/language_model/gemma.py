@@ -60,6 +60,9 @@ class Output(NamedTuple):
 class Gemma:
   """A Gemma text model without its parameters, which are always passed in.
 
+  Two of one shape and sharding are equal: what is compiled for one, where the
+  model is a static argument, serves the other, and is kept once.
+
   Args:
     config: the model's shape.
     activation_sharding: where the residual stream [B, T, D] lives; pin it when
@@ -80,6 +83,13 @@ class Gemma:
     )
     self._generation = _GENERATIONS[type(config)]
     self._model = self._generation.transformer(config)
+    self._key = config, activation_sharding
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Gemma) and self._key == other._key
+
+  def __hash__(self) -> int:
+    return hash(self._key)
 
   @property
   def param_shapes(self) -> Params:

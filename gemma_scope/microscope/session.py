@@ -170,17 +170,22 @@ class Session:
     about = published.described(self._site, model)
     for path in self._paths:
       local_path = self.workdir / path
-      path = str(local_path) if local_path.exists() else path
+      path = os.path.abspath(local_path) if local_path.exists() else path
       for sae in published.open_all(path, about=about):
         opened.append((build_lib.name_of(sae.path), path, sae))
     names = [name for name, _, _ in opened]
     several = {name for name in names if names.count(name) > 1}
+    # What differs in the paths tells equal names apart.
+    local = [os.path.dirname(p) for _, p, _ in opened if os.path.isabs(p)]
+    above = os.path.commonpath(local) if local else ''
+
+    def apart(path):
+      inside = os.path.relpath(path, above) if os.path.isabs(path) else path
+      return build_lib.name_of(inside).replace('/', '_')
+
     saes = [
       dataclasses.replace(
-        sae,
-        name=f'{build_lib.name_of(path).replace("/", "_")}/{name}'
-        if name in several
-        else name,
+        sae, name=f'{apart(path)}/{name}' if name in several else name
       )
       for name, path, sae in opened
     ]

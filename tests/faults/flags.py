@@ -29,7 +29,7 @@ FREE = {
   'push',
   'endpoint',
 }
-SECONDS = 20.0  # a command still at work then has accepted its flags
+SECONDS = 8.0  # a command still at work then has accepted its flags
 
 
 def bad_values(folder: pathlib.Path, kind: str) -> dict[str, str]:

@@ -167,7 +167,7 @@ def hung_peer(folder: pathlib.Path, times: int) -> Iterator[Trial]:
   may_refuse=False,
 )
 def kill_one_of_two(folder: pathlib.Path, times: int) -> Iterator[Trial]:
-  config = kills.tiny_run(folder)
+  config = kills.tiny_run(folder, **{'train.steps': 40})
   silence_s = 10.0
 
   def both(run, name):

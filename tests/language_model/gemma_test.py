@@ -121,6 +121,24 @@ def test_own_value_under_jit(config):
     np.testing.assert_allclose(got.taps[site], want.taps[site], atol=1e-5)
 
 
+def test_a_model_made_twice_is_compiled_once():
+  """Else each load of the same model would leave its programs in memory."""
+  traced = []
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def use(gemma, x):
+    traced.append(gemma)
+    return x
+
+  pin = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  for model in (lm.Gemma(GEMMA3), lm.Gemma(GEMMA3), lm.Gemma(GEMMA3)):
+    use(model, 1.0)
+  assert len(traced) == 1
+  for model in (lm.Gemma(GEMMA2), lm.Gemma(GEMMA3, pin)):
+    use(model, 1.0)
+  assert len(traced) == 3
+
+
 @pytest.mark.parametrize('config', [GEMMA2, GEMMA3], ids=lambda c: c.name)
 def test_equals_the_package(config):
   gemma, params = model(config)

@@ -485,6 +485,9 @@ def test_parameters_without_a_card_are_at_the_site_that_is_said(tmp_path):
   opened = session.Session(tmp_path, None, config, folder, site='resid_post/1')
   (sae,) = opened.saes
   assert sae.card['sites'] == ['resid_post/1'] and sae.card['model'] == 'tiny'
+  # Indexes, pages and scores have these names: no folder of this machine.
+  assert sae.name == 'mine'
+  assert sae.card['name'].startswith('mine (path sha256 ')
   peer_formats.same(sae.load(), params)
   # What was indexed with a site is opened without one.
   opened.out.mkdir()

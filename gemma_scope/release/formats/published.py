@@ -297,6 +297,7 @@ def _own(folder: pathlib.Path, path: str, about) -> tuple[dict[str, Any], Read]:
     **about,
     **sae_folder.sizes_of(shapes),
   }
+  card = manifest.public(card)
   sae_folder.check_card(card, file, None)
   check = functools.partial(sae_folder.check_shapes, card=card)
   return card, lambda: npz.read(file, check=check, **keys)

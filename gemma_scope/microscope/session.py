@@ -43,6 +43,7 @@ from gemma_scope.microscope.dashboard import pages
 from gemma_scope.microscope.index import build as build_lib
 from gemma_scope.microscope.index import store as store_lib
 from gemma_scope.microscope.index.store import Index, Indexed
+from gemma_scope.release import paths as paths_lib
 from gemma_scope.release.formats import published
 from gemma_scope.runtime import progress as progress_lib
 from gemma_scope.runtime import remote
@@ -172,22 +173,14 @@ class Session:
       local_path = self.workdir / path
       path = os.path.abspath(local_path) if local_path.exists() else path
       for sae in published.open_all(path, about=about):
-        opened.append((build_lib.name_of(sae.path), path, sae))
+        opened.append((paths_lib.name_of(sae.path), path, sae))
     names = [name for name, _, _ in opened]
-    several = {name for name in names if names.count(name) > 1}
-    # What differs in the paths tells equal names apart.
-    local = [os.path.dirname(p) for _, p, _ in opened if os.path.isabs(p)]
-    above = os.path.commonpath(local) if local else ''
-
-    def apart(path):
-      inside = os.path.relpath(path, above) if os.path.isabs(path) else path
-      return build_lib.name_of(inside).replace('/', '_')
-
+    words = paths_lib.told_apart([path for _, path, _ in opened])
     saes = [
       dataclasses.replace(
-        sae, name=f'{apart(path)}/{name}' if name in several else name
+        sae, name=f'{word}/{name}' if names.count(name) > 1 else name
       )
-      for name, path, sae in opened
+      for word, (name, _, sae) in zip(words, opened, strict=True)
     ]
     if len({sae.name for sae in saes}) < len(saes):
       raise ValueError('--release names the same SAE twice.')

@@ -1,7 +1,8 @@
-"""Where an SAE lies in a release."""
+"""Where an SAE lies in a release, and what it is called by its path."""
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -73,3 +74,37 @@ def locate(folder: pathlib.Path) -> tuple[pathlib.Path, str] | None:
   if not match or match['kind'] not in (*sites.KINDS, *sites.TYPES):
     return None
   return folder.parents[3], name
+
+
+# Folders whose names say what an SAE is; others are of the user's machine.
+_TELLS = re.compile(
+  r'layer|width|(^|_)l0|^blocks\.|resid|mlp|attn|transcoder|clt|crosscoder|'
+  r'trainer|gemma-scope'
+)
+
+
+def name_of(path: str) -> str:
+  """What an SAE is called by its path, in indexes and pages.
+
+  These are published. Of an absolute path the name therefore has only the last
+  folder, and those above it whose names say what the SAE is.
+  """
+  names = path.replace('\\', '/').split('/')
+  names = [name for name in names if name not in ('', '..')][-4:]
+  if os.path.isabs(path):
+    first = len(names) - 1
+    while first > 0 and _TELLS.search(names[first - 1]):
+      first -= 1
+    names = names[first:]
+  return '/'.join(re.sub(r'[^\w.+=-]', '_', name) for name in names)
+
+
+def told_apart(paths: Sequence[str]) -> list[str]:
+  """A word for each path: of absolute ones, what differs in them."""
+  local = [os.path.dirname(path) for path in paths if os.path.isabs(path)]
+  above = os.path.commonpath(local) if local else ''
+  inside = [
+    os.path.relpath(path, above) if os.path.isabs(path) else path
+    for path in paths
+  ]
+  return [name_of(path).replace('/', '_') for path in inside]

@@ -25,9 +25,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -93,29 +91,6 @@ def spread(store, seq_len: int, count: int, keep, eos_id: int) -> Text:
   }
   documents_NT = rows.documents(chosen, eos_id)
   return Text(sequences_NT, keep(sequences_NT), documents_NT, about)
-
-
-# Folders whose names say what an SAE is; others are of the user's machine.
-_TELLS = re.compile(
-  r'layer|width|(^|_)l0|^blocks\.|resid|mlp|attn|transcoder|clt|crosscoder|'
-  r'trainer|gemma-scope'
-)
-
-
-def name_of(path: str) -> str:
-  """The name of an SAE's output folder, from its path.
-
-  It is published with the pages. Of an absolute path it therefore keeps only
-  the last folder, and those above it whose names say what the SAE is.
-  """
-  names = path.replace('\\', '/').split('/')
-  names = [name for name in names if name not in ('', '..')][-4:]
-  if os.path.isabs(path):
-    first = len(names) - 1
-    while first > 0 and _TELLS.search(names[first - 1]):
-      first -= 1
-    names = names[first:]
-  return '/'.join(re.sub(r'[^\w.+=-]', '_', name) for name in names)
 
 
 def check_room(folder: pathlib.Path, saes: Sequence[Any]) -> None:

@@ -11,13 +11,13 @@ model that has it, and beta the fit of latent scaling to the error in m, so that
 in the other model it is as much as that model's own activation holds.
 
 diffing.json in the run's folder has the result. A command that was stopped
-continues: the crosscoders that are done are in diffing/.
+continues: the crosscoders that are done are in diffing/. The folder may be in a
+bucket, and several processes may run the command as one job.
 """
 
 from __future__ import annotations
 
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -33,8 +33,8 @@ from gemma_scope import mesh as mesh_lib
 from gemma_scope.activations import outliers
 from gemma_scope.evaluation import batches as batches_lib
 from gemma_scope.evaluation import latent_ablation, latent_scaling
-from gemma_scope.language_model import weights
-from gemma_scope.runtime import cluster, opened
+from gemma_scope.language_model import splice, weights
+from gemma_scope.runtime import checksums, cluster, opened, remote
 from gemma_scope.runtime import interrupt as interrupt_lib
 from gemma_scope.runtime import progress as progress_lib
 from gemma_scope.sae import released
@@ -49,7 +49,7 @@ Report = Callable[[str], None]
 
 def run(
   config: ConfigDict,
-  workdir: pathlib.Path,
+  workdir: str | pathlib.Path,
   ablated: int = 8,
   report: Report = print,
 ) -> bool:
@@ -57,13 +57,22 @@ def run(
 
   Args:
     config: with lm.second, and collection.type 'crosscoder'.
-    workdir: the run's folder; made if it does not exist.
+    workdir: the run's folder, or its address in a bucket (gs://, s3://); made
+      if it does not exist.
     ablated: how many specific latents of each crosscoder to ablate.
     report: called with lines of text.
   """
   check(config)
   if not pipeline.run(config, workdir, report):
     return False
+  with remote.folder(workdir) as local:
+    return _run(config, local, ablated, report)
+
+
+def _run(
+  config: ConfigDict, workdir: pathlib.Path, ablated: int, report: Report
+) -> bool:
+  """`run` after the training, in the folder or in the copy of a bucket's."""
   if not cluster.first():
     report = lambda line: None  # noqa: E731
   path = workdir / RESULT
@@ -72,15 +81,22 @@ def run(
       opened.exclusive(workdir, report),
       interrupt_lib.Interrupt() as interrupt,
     ):
-      if not path.exists():
+      with cluster.first_goes_ahead():
+        remote.fetch(workdir)
+      if not _exists(path):
         measure(config, workdir, ablated, interrupt.check, report)
   except interrupt_lib.Interrupted:
     report('stopped in the comparison; the same command continues')
     return False
   if cluster.first():
     report(table(files.read_json(path)))
-    report(f'result   {path}')
+    report(f'result   {remote.shown(path)}')
   return True
+
+
+def _exists(path: pathlib.Path) -> bool:
+  """Whether a file exists, as seen by the first process."""
+  return checksums.from_all(path.exists())[0]
 
 
 def check(config: ConfigDict) -> None:
@@ -128,15 +144,14 @@ def measure(
   results = []
   for number, sae in enumerate(saes):
     part_path = workdir / _PARTS / f'{number}.json'
-    if not part_path.exists():
+    if not _exists(part_path):
       report(f'{number + 1} of {len(saes)}: {sae.name}')
-      result = comparison.of(sae)
+      results.append(comparison.of(sae))
       if cluster.first():
         part_path.parent.mkdir(exist_ok=True)
-        files.write_json(part_path, result)
-    else:
-      result = files.read_json(part_path)
-    results.append(result)
+        files.write_json(part_path, results[-1])
+    elif cluster.first():  # which alone writes the whole
+      results.append(files.read_json(part_path))
   comparison_result = {
     'first': config.lm.name,
     'second': second[0],
@@ -150,13 +165,16 @@ def measure(
   }
   if cluster.first():
     files.write_json(workdir / RESULT, comparison_result, indent=1)
-    shutil.rmtree(workdir / _PARTS, ignore_errors=True)
+    remote.delete(workdir / _PARTS)
 
 
 def _same(models: latent_ablation.Models) -> bool:
   """Whether the two models have equal parameters."""
+  equal = jax.jit(
+    lambda *pair: splice.everywhere(jnp.array_equal(*pair), models.mesh)
+  )
   pairs = zip(*map(jax.tree.leaves, models.params), strict=True)
-  return all(bool(jnp.array_equal(first, second)) for first, second in pairs)
+  return all(bool(equal(*pair)) for pair in pairs)
 
 
 class Comparison:
@@ -229,7 +247,8 @@ class Comparison:
         )
         sums = jax.tree.map(lambda array: np.asarray(array, np.float64), sums)
         total = sums if total is None else total.add(sums)
-        progress.update(done)
+        if cluster.first():
+          progress.update(done)
     return total
 
   def _ablate(self, pair, decoders, scaled, latents) -> list[dict[str, Any]]:
@@ -253,7 +272,8 @@ class Comparison:
         nonlocal done
         done += 1
         self.poll()
-        progress.update(done)
+        if cluster.first():
+          progress.update(done)
 
       return ablation.run(self.batches, tick)
 

@@ -13,14 +13,12 @@ continues. docs/diffing.md has the definitions and a result.
 
 from __future__ import annotations
 
-import pathlib
-
 from gemma_scope import command_line
 
 FLAGS = command_line.Flags(
   __doc__,
   command_line.config(),
-  command_line.path('workdir', 'Folder of the run.', required=True),
+  command_line.folder('workdir', 'Folder of the run.', required=True),
   command_line.whole(
     'ablate', 8, 'Specific latents of each crosscoder to ablate.', low=0
   ),
@@ -38,8 +36,10 @@ def main(arguments: list[str] | None = None) -> None:
     if specs.second_model(parsed.config):
       config_lib.check(parsed.config)
     from gemma_scope import diffing
+    from gemma_scope.runtime import cluster
 
-    diffing.run(parsed.config, pathlib.Path(parsed.workdir), parsed.ablate)
+    with cluster.joined():
+      diffing.run(parsed.config, parsed.workdir, parsed.ablate)
 
 
 if __name__ == '__main__':

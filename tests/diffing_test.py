@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import pathlib
+import shutil
 
 import pytest
 
 from gemma_scope import config as config_lib
 from gemma_scope import diffing, release
-from gemma_scope.runtime import interrupt
-from tests.helpers import runs
+from gemma_scope.runtime import interrupt, objects, remote
+from tests.helpers import cluster, object_servers, processes, runs
 
 PAIR = {
   'lm.second.name': 'tiny', 'collection.type': 'crosscoder',
@@ -86,6 +90,59 @@ def test_its_release_says_that_it_is_of_two_models(itself):
     assert set(each.card['scales']) == {'resid_post/1', 'second:resid_post/1'}
     bounds = each.card['outliers']['norm_bounds']
     assert set(bounds) == set(each.card['scales'])
+
+
+def on_its_own_disk(folder: pathlib.Path, environment, *flags: str) -> None:
+  """One process of a comparison, that shares nothing but the bucket."""
+  cache = str(folder / os.environ['PROCESS_ID'])
+  os.environ.update(environment, GEMMA_SCOPE_CACHE=cache)
+  processes.script('launch/diffing.py', *flags)
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('gcp_storage_emulator') is None,
+  reason='needs gcp-storage-emulator',
+)
+def test_two_processes_compare_in_a_bucket(itself, tmp_path, monkeypatch):
+  """The training is done; the comparison is that of one process on a disk."""
+  config, trained, _, _ = itself
+  config = config.copy_and_resolve_references()
+  config.mesh.data, config.mesh.latent = 2, 1
+  monkeypatch.setenv('GEMMA_SCOPE_CACHE', str(tmp_path / 'here'))
+  with object_servers.started('gs') as (_, environment):
+    for name, value in environment.items():
+      monkeypatch.setenv(name, value)
+    address = f'gs://{object_servers.BUCKET}/run'
+    with remote.folder(address) as local:
+      for name in ('tokens', 'release'):
+        shutil.copytree(trained / name, local / name)
+        remote.publish(local / name)
+      shutil.copy(trained / 'config.json', local)
+      remote.publish(local / 'config.json')
+    flags = [
+      flag
+      for flag in runs.flags_of(config, address)[2:]
+      if not flag.startswith('--config.lm.second=')
+    ] + ['--config.lm.second.name=tiny', '--ablate=2']
+    with cluster.Cluster(
+      tmp_path, 2, on_its_own_disk, tmp_path, environment, *flags
+    ) as both:
+      assert both.codes(range(2), 300) == [0, 0], both.outputs()
+      report, silence = both.outputs()
+    assert f'result   {address}/{diffing.RESULT}' in report
+    assert 'crosscoder' not in silence  # one reports for all
+    store, lines = objects.Objects(address), []
+    assert not store.names('diffing/') and not store.names('run.lease')
+    assert diffing.run(config, address, 2, lines.append)
+    found = json.loads(store.read(diffing.RESULT))
+  wanted = json.loads((trained / diffing.RESULT).read_text())
+  assert found['same_parameters'] and lines[-2] in report
+  for one, other in zip(
+    found['crosscoders'], wanted['crosscoders'], strict=True
+  ):
+    for name in ('name', 'tokens', 'fired', 'relative_norms'):
+      assert one[name] == other[name]
+    assert one['fvu'] == pytest.approx(other['fvu'], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,9 @@ class Gemma:
   def __init__(
     self,
     config: AnyConfig,
-    activation_sharding: jax.sharding.Sharding | None = None,
+    activation_sharding: jax.sharding.NamedSharding | None = None,
   ):
-    self.config = config
+    self.config, self._place = config, activation_sharding
     self._pin = (
       (lambda x: x)
       if activation_sharding is None
@@ -226,7 +226,7 @@ class Gemma:
       )
 
   def _hooks(self, *arguments) -> hooks.Hooks:
-    return self._generation.Hooks(self.config, *arguments)
+    return self._generation.Hooks(self.config, *arguments, place=self._place)
 
   def _walk(self, model, caches, tokens_BT, positions_BT, mask, logits):
     x_BTD, _ = self._generation.blocks(

@@ -264,8 +264,8 @@ def blocks(config: Config, model, caches, tokens_BT, positions_BT, mask, pin):
 class Hooks(hooks_lib.Hooks):
   """See `hooks.Hooks`."""
 
-  def __init__(self, config: Config, *arguments):
-    super().__init__(config, *arguments)
+  def __init__(self, config: Config, *arguments, **more):
+    super().__init__(config, *arguments, **more)
     self._normed: dict[int, jax.Array] = {}  # mlp_in_ungained of each layer
     self.sites_of = {
       **super().sites_of,
@@ -325,8 +325,8 @@ class Hooks(hooks_lib.Hooks):
       module.gating_einsum(), module.linear(), module.per_expert_scale
     )
     if sites.Site(layer, 'expert_shares') in self.edits:
-      return experts.of_all(x_BTD, shares_BTE, weights)
-    return experts.of_chosen(x_BTD, shares_BTE, k, weights)
+      return experts.of_all(x_BTD, shares_BTE, weights, self.place)
+    return experts.of_chosen(x_BTD, shares_BTE, k, weights, self.place)
 
   def _attention(
     self, layer, module, x_BTD, positions_BT, cache, mask, shared_kv

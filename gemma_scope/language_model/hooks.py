@@ -34,6 +34,7 @@ class Hooks:
     taps, edits: sites to record, and functions that replace a value.
     frozen: no gradient through norms' denominators and attention's weights.
     causal: no token attends to a later one, so that those scores are left out.
+    place: where the residual stream [B, T, D] lives, if that is known.
 
   Raises:
     ValueError: a site that this model does not have, or may only be read.
@@ -56,8 +57,10 @@ class Hooks:
     edits: Mapping[sites.Site, Edit],
     frozen: bool = False,
     causal: bool = False,
+    place: jax.sharding.NamedSharding | None = None,
   ):
     self.config, self.frozen, self.causal = config, frozen, causal
+    self.place = place
     self.taps = frozenset(taps)
     self.edits = dict(edits)
     self.values: dict[sites.Site, jax.Array] = {}

@@ -279,8 +279,8 @@ def test_only_layers_that_are_read_are_computed():
   assert flops(GEMMA4_E, early) < rest < 0.75 * flops(GEMMA4_E, last)
 
 
-@pytest.mark.parametrize('config', [GEMMA4_E, GEMMA4_MOE], ids=lambda c: c.name)
-def test_sharded_equals_one_device(config):
+def on_a_mesh(config):
+  """A model whose parameters are split over eight devices."""
   devices = mesh.make({'sae': 1, 'data': 2, 'latent': 4})
   _, params = model(config)
   gemma = lm.Gemma(config, mesh.sharding(devices, 'data', None, None))
@@ -292,13 +292,42 @@ def test_sharded_equals_one_device(config):
   if config.experts:
     first = sharded['layer_0/mlp/linear/w'].addressable_shards[0].data
     assert first.shape[0] == config.experts // 4
+  return gemma, traverse_util.unflatten_dict(sharded, sep='/')
+
+
+@pytest.mark.parametrize('config', [GEMMA4_E, GEMMA4_MOE], ids=lambda c: c.name)
+def test_sharded_equals_one_device(config):
+  gemma, params = on_a_mesh(config)
   taps = all_sites(config, [config.num_layers - 1])
-  got = jax.jit(lambda p, t: gemma.forward(p, t, taps=taps))(
-    traverse_util.unflatten_dict(sharded, sep='/'), TOKENS
-  )
+  got = jax.jit(lambda p, t: gemma.forward(p, t, taps=taps))(params, TOKENS)
   close(got.logits_BTV, plain(config).logits_BTV)
   for site in taps:
     close(got.taps[site], plain(config).taps[site])
+
+
+@pytest.mark.parametrize('kind', sites.EXPERTS[:2])
+def test_edits_of_experts_and_gradients_on_a_mesh(kind):
+  """Of the logits a pass through other chosen experts, of shares all of them.
+
+  Frozen gradients are those of attribution.
+  """
+  site, first = sites.Site(0, kind), sites.Site(0, 'resid_pre')
+
+  def run(gemma, params):
+    def loss(v):
+      edits = {site: lambda x: -x, first: lambda x: x + v}
+      logits = gemma.forward(
+        params, TOKENS, edits=edits, frozen=True
+      ).logits_BTV
+      return jnp.sum(jnp.sin(logits)), logits
+
+    return jax.jit(jax.grad(loss, has_aux=True))(jnp.zeros(16))
+
+  found, wanted = run(*on_a_mesh(GEMMA4_MOE)), run(*model(GEMMA4_MOE))
+  for a, b in zip(found, wanted, strict=True):
+    close(a, b, scale=5)
+  moved = wanted[1] - plain(GEMMA4_MOE).logits_BTV
+  assert np.abs(moved).max() > 1e-2 < np.abs(wanted[0]).max()
 
 
 def test_frozen_gradients_are_those_of_fixed_norms_and_weights():

@@ -106,8 +106,8 @@ def on_its_own_disk(folder: pathlib.Path, environment, *flags: str) -> None:
 def test_two_processes_compare_in_a_bucket(itself, tmp_path, monkeypatch):
   """The training is done; the comparison is that of one process on a disk."""
   config, trained, _, _ = itself
-  config = config.copy_and_resolve_references()
-  config.mesh.data, config.mesh.latent = 2, 1
+  two = config.copy_and_resolve_references()
+  two.mesh.data, two.mesh.latent = 2, 1
   monkeypatch.setenv('GEMMA_SCOPE_CACHE', str(tmp_path / 'here'))
   with object_servers.started('gs') as (_, environment):
     for name, value in environment.items():
@@ -121,7 +121,7 @@ def test_two_processes_compare_in_a_bucket(itself, tmp_path, monkeypatch):
       remote.publish(local / 'config.json')
     flags = [
       flag
-      for flag in runs.flags_of(config, address)[2:]
+      for flag in runs.flags_of(two, address)[2:]
       if not flag.startswith('--config.lm.second=')
     ] + ['--config.lm.second.name=tiny', '--ablate=2']
     with cluster.Cluster(

@@ -13,7 +13,13 @@ from flax import traverse_util
 
 from gemma_scope import mesh, sites
 from gemma_scope.language_model import gemma as lm
-from gemma_scope.language_model import gemma4, gemma_package, generate, weights
+from gemma_scope.language_model import (
+  gemma4,
+  gemma_package,
+  generate,
+  splice,
+  weights,
+)
 from tests.helpers import random_models
 from tests.helpers.random_models import (
   GEMMA4,
@@ -165,6 +171,38 @@ def test_own_values_change_nothing_and_zeros_do(config):
       close(out.taps[other], want.taps[other])
     zeroed = run(on, [0 * x for x in own])
     assert np.abs(zeroed.logits_BTV - want.logits_BTV).max() > 1e-2, site
+
+
+@each
+def test_a_splice_of_the_own_value_changes_nothing(config):
+  """Also where the block and later ones take keys from earlier layers."""
+  gemma, params = model(config)
+  taps, layer = plain(config).taps, config.num_layers // 2
+  kinds = 'attn_out', 'mlp_out', 'ple_out', 'experts_out', 'resid_post'
+  at = [
+    sites.Site(layer, kind)
+    for kind in kinds
+    if kind in config.site_widths(layer)
+  ]
+
+  @jax.jit
+  def spliced(scale):
+    return [
+      splice.residual(
+        gemma,
+        params,
+        TOKENS,
+        site,
+        scale * taps[site],
+        taps[splice.before(site)],
+      )
+      for site in at
+    ]
+
+  end = taps[splice.last(gemma)]
+  for own, zero in zip(spliced(1.0), spliced(0.0), strict=True):
+    close(own, end)
+    assert np.abs(zero - end).max() > 1e-2
 
 
 def test_shares_may_be_moved_to_experts_that_were_not_chosen():

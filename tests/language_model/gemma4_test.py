@@ -41,11 +41,16 @@ def all_sites(config, layers=None):
 
 
 @functools.cache
-def plain(config):
-  """Logits and every site of every layer."""
-  gemma, params = model(config)
+def forward(config):
+  """(parameters, tokens) -> logits and every site of every layer, compiled."""
+  gemma, _ = model(config)
   taps = all_sites(config)
-  return jax.jit(lambda p: gemma.forward(p, TOKENS, taps=taps))(params)
+  return jax.jit(lambda p, tokens: gemma.forward(p, tokens, taps=taps))
+
+
+@functools.cache
+def plain(config):
+  return forward(config)(model(config)[1], TOKENS)
 
 
 def with_unread(gemma, params):
@@ -74,8 +79,9 @@ def unit_expert_norms(params):
 def test_equals_the_package(config):
   gemma, params = model(config)
   params = unit_expert_norms(params)
-  ours = gemma.forward(params, TOKENS).logits_BTV
-  package = gemma._model.apply({'params': with_unread(gemma, params)}, TOKENS)
+  ours = forward(config)(params, TOKENS).logits_BTV
+  apply = jax.jit(lambda params: gemma._model.apply({'params': params}, TOKENS))
+  package = apply(with_unread(gemma, params))
   close(ours, package.logits)
   assert np.abs(package.logits).max() > 2
 
@@ -209,29 +215,32 @@ def test_shares_may_be_moved_to_experts_that_were_not_chosen():
   gemma, params = model(GEMMA4_MOE)
   site, shares = (sites.Site(0, k) for k in ('router_logits', 'expert_shares'))
 
-  def run(edits):
+  @jax.jit
+  def run(sign, moved):
+    """The router's logits times `sign`; `moved` shares, where there are any."""
+    edits = {
+      site: lambda x: sign * x,
+      shares: lambda x: jnp.where(jnp.any(moved), moved, x),
+    }
     return gemma.forward(params, TOKENS, taps=(shares,), edits=edits)
 
-  turned = run({site: lambda x: -x})  # the least likely experts
+  own = plain(GEMMA4_MOE).taps[shares]
+  turned = run(-1, jnp.zeros_like(own))  # the least likely experts
   chosen = np.asarray(turned.taps[shares])
-  assert not np.any(
-    (chosen > 0) & (plain(GEMMA4_MOE).taps[shares] > 0).all(-1)[..., None]
-  )
-  moved = run({shares: lambda _: chosen})
+  assert not np.any((chosen > 0) & (own > 0).all(-1)[..., None])
+  moved = run(1, chosen)
   close(moved.logits_BTV, turned.logits_BTV)
-  every = run({shares: lambda x: jnp.full_like(x, 1 / 8)})
+  every = run(1, np.full_like(chosen, 1 / 8))
   assert np.abs(every.logits_BTV - turned.logits_BTV).max() > 1e-2
 
 
 @each
 def test_causality(config):
-  gemma, params = model(config)
+  _, params = model(config)
   changed = TOKENS.copy()
   changed[:, 5] = 3 + (changed[:, 5] - 2) % 37
-  taps = all_sites(config)
-  got = jax.jit(lambda p: gemma.forward(p, changed, taps=taps))(params)
-  want = plain(config)
-  pairs = [(got.taps[site], want.taps[site]) for site in taps]
+  got, want = forward(config)(params, changed), plain(config)
+  pairs = [(got.taps[site], want.taps[site]) for site in want.taps]
   for a, b in [*pairs, (got.logits_BTV, want.logits_BTV)]:
     np.testing.assert_array_equal(a[:, :5], b[:, :5])
     assert not np.allclose(a[:, 5], b[:, 5], atol=1e-4)
@@ -243,27 +252,29 @@ def test_an_edit_reaches_the_layers_that_share_its_keys():
   """Layer 2 is the global one that layer 5 takes its keys and values from."""
   gemma, params = model(GEMMA4_E)
   assert [GEMMA4_E.kv_layer(i) for i in range(6)] == [0, 1, 2, 1, 1, 2]
-  source, late = sites.Site(2, 'attn_in'), sites.Site(3, 'resid_pre')
-  own = plain(GEMMA4_E).taps[late]
+  source, other = (sites.Site(i, 'attn_in') for i in (2, 0))
+  taps = plain(GEMMA4_E).taps
+  held = {i: taps[sites.Site(i, 'resid_pre')] for i in (3, 1)}
 
-  def run(edits):
+  @jax.jit
+  def run(layer, turned):
+    """`turned` times -1, and layer `layer` gets what it got."""
+    own = lambda x, i: jnp.where(i == layer, held[i], x)
+    hold = {
+      sites.Site(i, 'resid_pre'): functools.partial(own, i=i) for i in held
+    }
+    turn = {
+      site: lambda x, n=n: jnp.where(n == turned, -x, x)
+      for n, site in enumerate((source, other))
+    }
+    edits = hold | turn
     return gemma.forward(params, TOKENS, edits=edits).logits_BTV
 
   # Layer 3 gets what it got, so that only keys and values tell.
-  held = run({source: lambda x: -x, late: lambda _: own})
   want = plain(GEMMA4_E).logits_BTV
-  assert np.abs(held - want).max() > 1e-2
+  assert np.abs(run(3, 0) - want).max() > 1e-2
   # Layer 0's are nobody else's.
-  other = sites.Site(0, 'attn_in')
-  held = run(
-    {
-      other: lambda x: -x,
-      sites.Site(1, 'resid_pre'): lambda _: plain(GEMMA4_E).taps[
-        sites.Site(1, 'resid_pre')
-      ],
-    }
-  )
-  close(held, want)
+  close(run(1, 1), want)
 
 
 @each
@@ -287,16 +298,16 @@ def test_extending_a_cache_equals_one_pass(config):
 @each
 def test_greedy_with_cache_is_greedy_by_full_passes(config):
   gemma, params = model(config)
-  prompts = [TOKENS[0, :1], TOKENS[0], TOKENS[1, :4]]
-  sampling = generate.Sampling(max_new_tokens=6, temperature=0)
+  prompts = [TOKENS[0, :1], TOKENS[0, :3], TOKENS[1, :4]]
+  sampling = generate.Sampling(max_new_tokens=5, temperature=0)
   got = generate.generate(gemma, params, prompts, sampling)
-  forward = jax.jit(lambda t: gemma.forward(params, t).logits_BTV)
   for prompt, reply in zip(prompts, got, strict=True):
     ids = [*map(int, prompt)]
-    for _ in range(6):
-      row = np.zeros((1, 16), np.int32)
+    for _ in range(5):  # beyond the window of 4
+      row = np.zeros_like(TOKENS)
       row[0, : len(ids)] = ids
-      ids.append(1 + int(np.argmax(forward(row)[0, len(ids) - 1, 1:])))
+      logits_BTV = forward(config)(params, row).logits_BTV
+      ids.append(1 + int(np.argmax(logits_BTV[0, len(ids) - 1, 1:])))
     assert ids[len(prompt) :] == reply.tolist()
 
 
@@ -309,12 +320,13 @@ def flops(config, site, **more):
 
 def test_only_layers_that_are_read_are_computed():
   early, last = (sites.Site(i, 'resid_post') for i in (1, 5))
-  assert flops(GEMMA4_E, early) < 0.5 * flops(GEMMA4_E, last)
+  shallow, deep = flops(GEMMA4_E, early), flops(GEMMA4_E, last)
+  assert shallow < 0.5 * deep
   # A pass that starts at layer 5 needs layers 0 to 2 for keys and values.
   x = np.zeros((*TOKENS.shape, 16), np.float32)
   started = {sites.Site(5, 'resid_pre'): lambda _: x}
   rest = flops(GEMMA4_E, last, edits=started)
-  assert flops(GEMMA4_E, early) < rest < 0.75 * flops(GEMMA4_E, last)
+  assert shallow < rest < 0.75 * deep
 
 
 def on_a_mesh(config):
@@ -385,11 +397,12 @@ def test_frozen_gradients_are_those_of_fixed_norms_and_weights():
     ).taps[last]
 
   x = out.taps[first]
-  y, change = jax.jvp(run, (x,), (x,))
+  change_of = jax.jit(jax.jvp, static_argnums=0)
+  y, change = change_of(run, (x,), (x,))
   # What does not come from x comes from the two MLPs that were held.
   scale = [params[f'layer_{i}']['skip_scale'] for i in (0, 1)]
   mlps = [out.taps[sites.Site(i, 'mlp_out')] for i in (0, 1)]
-  _, through = jax.jvp(
+  _, through = change_of(
     lambda z: gemma.forward(
       params,
       TOKENS,

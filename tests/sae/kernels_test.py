@@ -40,6 +40,8 @@ ENCODERS = {'tpu': tpu_encode.encode, 'gpu': gpu_encode.encode}
 TILES, ODD = (16, 8, 128, 128), (9, 130, 300, 256)
 
 
+@functools.cache
+@functools.partial(jax.jit, static_argnums=range(5))
 def case(filling: str, rows=16, slots=8, latents=128, width=128):
   """c, i [R, K], W [N, D], v [R, D]; slots behind the used ones have c = 0."""
   c = jax.random.normal(KEYS[0], (rows, slots))
@@ -55,16 +57,30 @@ def case(filling: str, rows=16, slots=8, latents=128, width=128):
   return c, i, W, jax.random.normal(KEYS[3], (rows, width))
 
 
+@functools.cache  # compiled once, for all fillings
+def sums(platform, dtype):
+  """Every sum of a case, as its kernel and as its definition give it."""
+
+  def both(c, i, W, v):
+    arguments = {
+      'gather_add': (c, i, W, dtype),
+      'gather_dot': (v, i, W, dtype),
+      'scatter_add': (c, i, v, len(W), dtype),
+    }
+    kernels, mode = KERNELS[platform], INTERPRET[platform]
+    return {
+      name: (getattr(kernels, name)(*a, mode), getattr(plain, name)(*a))
+      for name, a in arguments.items()
+    }
+
+  return jax.jit(both)
+
+
 def held_to_definitions(platform, filling, size, dtype):
-  c, i, W, v = case(filling, *size)
-  for name, arguments in (
-    ('gather_add', (c, i, W, dtype)),
-    ('gather_dot', (v, i, W, dtype)),
-    ('scatter_add', (c, i, v, len(W), dtype)),
-  ):
-    found = getattr(KERNELS[platform], name)(*arguments, INTERPRET[platform])
+  found = sums(platform, dtype)(*case(filling, *size))
+  for name, (by_kernel, defined) in found.items():
     np.testing.assert_allclose(
-      found, getattr(plain, name)(*arguments), rtol=1e-4, atol=1e-4
+      by_kernel, defined, rtol=1e-4, atol=1e-4, err_msg=name
     )
 
 
@@ -80,6 +96,7 @@ def test_sizes_that_are_no_tiles(platform):
   held_to_definitions(platform, 'some', ODD, 'bfloat16')
 
 
+@functools.partial(jax.jit, static_argnums=range(3))
 def factors(rows, latents, width):
   """x [B, D] and W [F, D] that bfloat16 holds, and a bias and a least [F]."""
   of = lambda key, *shape: jax.random.normal(key, shape)
@@ -88,18 +105,24 @@ def factors(rows, latents, width):
   return x, W, 0.1 * of(KEYS[2], latents), 1 + 0.1 * of(KEYS[3], latents)
 
 
-def held_to_mask(platform, x, W, bias, least, count, most_of_all):
-  """Same latents, in order, same counts, z to rounding; the counts' range."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def encoded(platform, count, x, W, bias, least):
+  """i, z and the number of candidates, by the kernel and by the mask."""
   z = x @ W.T
   i, found = plain.select(z + bias > least, count)
   z = jnp.take_along_axis(z, i, 1)
   z = jnp.where(jnp.arange(count) < found[:, None], z, plain.ABSENT)
   encode = ENCODERS[platform]
-  kept = encode(x, W, bias, least, count, interpret=True)
+  return encode(x, W, bias, least, count, interpret=True), (i, z, found)
+
+
+def held_to_mask(platform, x, W, bias, least, count, most_of_all):
+  """Same latents, in order, same counts, z to rounding; the counts' range."""
+  kept, (i, z, found) = encoded(platform, count, x, W, bias, least)
   np.testing.assert_array_equal(kept[0], i)
   np.testing.assert_array_equal(kept[2], found)
   np.testing.assert_allclose(kept[1], z, rtol=1e-4, atol=1e-5)
-  assert int(jnp.max(found)) in most_of_all
+  assert int(found.max()) in most_of_all
   return found
 
 

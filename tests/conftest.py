@@ -48,6 +48,19 @@ def pytest_terminal_summary(terminalreporter):
       terminalreporter.line(f'{count} skipped: {reason}', yellow=True)
 
 
+@pytest.fixture
+def short_loops(monkeypatch):
+  """Sums over few latents take two in a turn of their loops, not sixteen.
+
+  A program with many such sums then compiles in half of the time. The sums
+  themselves are tested as they are in tests/sae/sparse_test.py.
+  """
+  from gemma_scope.sae.kernels import plain
+
+  monkeypatch.setattr(plain, '_UNROLL', 2)
+  monkeypatch.setattr(plain, '_PAIRS', 2)
+
+
 @pytest.fixture(scope='module', autouse=True)
 def _few_programs():
   """Drops the compiled programs of earlier modules before they are too many.

@@ -16,6 +16,7 @@ from gemma_scope.training import objectives, stack
 from gemma_scope.training import optimizer as optimizer_lib
 from tests.helpers import releases
 
+pytestmark = pytest.mark.usefixtures('short_loops')
 D, F, B, L = 8, 24, 64, 3
 LOW, HIGH = 2.0, 6.0  # target L0s
 RESAMPLED = 1000  # the step in which dead latents are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -13,6 +14,15 @@ import pytest
 from gemma_scope import mesh as mesh_lib
 from gemma_scope.performance import benchmark
 from tests.helpers import commands
+
+pytestmark = pytest.mark.usefixtures('short_loops')
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+  """Each function is timed for a hundredth of a second a round."""
+  short = functools.partial(benchmark.interleaved, least_s=0.01)
+  monkeypatch.setattr(benchmark, 'interleaved', short)
 
 
 def case(arch='jumprelu', branch='auto', limit=0, width=256, batch=64):

@@ -151,7 +151,9 @@ def test_an_encoder_finds_none_or_all(platform, least, count):
   'arch, shape',
   [('jumprelu', (2, 2, 2)), ('gated', (1, 1, 4))],
 )
-def test_a_step_whose_encoder_is_a_kernel(monkeypatch, arch, shape):
+def test_a_step_whose_encoder_is_a_kernel(
+  monkeypatch, short_loops, arch, shape
+):
   """Gives what it gives without, in the sparse way and in the dense one."""
   mesh = mesh_lib.make(
     dict(zip(mesh_lib.AXES, shape, strict=True)),

@@ -14,14 +14,21 @@ from gemma_scope.sae import sparse
 from gemma_scope.sae.kernels import plain
 
 R, K, N, D = 24, 5, 40, 12
-KEY = jax.random.key(0)
+SELECT = jax.jit(plain.select, static_argnums=1)
 
 
 def pairs(rows=R, count=K):
-  keys = jax.random.split(KEY, 3)
-  c = jax.random.normal(keys[0], (rows, count))
-  i = jax.random.randint(keys[1], (rows, count), 0, N)
-  return c.at[:, -1].set(0), i, jax.random.normal(keys[2], (N, D))
+  rng = np.random.default_rng(0)
+  c = rng.normal(size=(rows, count)).astype(np.float32)
+  c[:, -1] = 0
+  i = rng.integers(0, N, (rows, count), dtype=np.int32)
+  return c, i, rng.normal(size=(N, D)).astype(np.float32)
+
+
+# Compiled whole: a sum is a loop over slices.
+gather_add = jax.jit(plain.gather_add, static_argnums=3)
+gather_dot = jax.jit(plain.gather_dot)
+scatter_add = jax.jit(plain.scatter_add, static_argnums=3)
 
 
 def dense(c, i):
@@ -37,25 +44,23 @@ def dense(c, i):
 def test_rows_are_gathered_and_scattered(rows, count):
   c, i, W = pairs(rows, count)
   f, W64 = dense(c, i), np.asarray(W, np.float64)
-  y = plain.gather_add(c, i, W)
+  y = gather_add(c, i, W)
   np.testing.assert_allclose(y, f @ W64, rtol=1e-4, atol=1e-4)
-  g = plain.gather_dot(y, i, W)
+  g = gather_dot(y, i, W)
   wanted = np.take_along_axis(np.asarray(y, np.float64) @ W64.T, i, 1)
   np.testing.assert_allclose(g, wanted, rtol=1e-4, atol=1e-4)
-  dW = plain.scatter_add(c, i, y, N)
+  dW = scatter_add(c, i, y, N)
   np.testing.assert_allclose(dW, f.T @ y, rtol=1e-4, atol=1e-3)
 
 
 def test_factors_are_rounded_and_sums_are_not():
   c, i, W = pairs()
-  rounded = [
-    np.asarray(a.astype(jnp.bfloat16).astype(jnp.float32)) for a in (c, W)
-  ]
-  y = plain.gather_add(c, i, W, 'bfloat16')
+  rounded = [a.astype(jnp.bfloat16).astype(np.float32) for a in (c, W)]
+  y = gather_add(c, i, W, 'bfloat16')
   np.testing.assert_allclose(
     y, dense(rounded[0], i) @ rounded[1], rtol=1e-5, atol=1e-5
   )
-  assert np.abs(y - plain.gather_add(c, i, W)).max() > 1e-4
+  assert np.abs(y - gather_add(c, i, W)).max() > 1e-4
 
 
 @pytest.mark.parametrize('latents', [1, 31, 32, 33, 200, 1024])
@@ -63,7 +68,7 @@ def test_factors_are_rounded_and_sums_are_not():
 def test_candidates_are_found_in_order(latents, density):
   mask = np.random.default_rng(latents).random((50, latents)) < density
   mask[0] = False
-  i, found = jax.jit(plain.select, static_argnums=1)(mask, 8)
+  i, found = SELECT(mask, 8)
   np.testing.assert_array_equal(found, mask.sum(1))
   for row, at, count in zip(
     mask, np.asarray(i), np.asarray(found), strict=True
@@ -73,52 +78,44 @@ def test_candidates_are_found_in_order(latents, density):
     assert not at[count:].any()
 
 
-@pytest.mark.parametrize('shape', [(1, 1, 1), (1, 2, 4), (2, 2, 2), (1, 1, 8)])
-@pytest.mark.parametrize('layers', [0, 3])
-def test_a_batch_on_a_mesh(shape, layers):
-  """Values, sums and gradients are those of the dense matrix of latents."""
-  mesh = mesh_lib.make(
-    dict(zip(mesh_lib.AXES, shape, strict=True)),
-    jax.devices()[: int(np.prod(shape))],
-  )
-  lead = (layers,) if layers else ()
+def loss(weights, latents_of, x, v):
+  """A function of what is written, read and summed over rows, and y."""
+  z_F, v_F, W_dec = weights
+  f, total, write, read = latents_of(z_F, v_F)
+  y = write(f, W_dec)
+  again = jnp.sum(f * jnp.tanh(read(x - y / 8, W_dec) / 16)) / 16
+  return jnp.sum(jnp.sin(y) * x) + jnp.sum(jnp.cos(total(f)) * v) + again, y
+
+
+gradients = jax.value_and_grad(loss, has_aux=True)
+
+
+@functools.cache
+def factors(layers):
+  """z [B, F], v [F], W_dec and x, with layers in them if there are several."""
+  rng, lead = np.random.default_rng(0), (layers,) if layers else ()
   rows, latents = 16, 64
-  keys = iter(jax.random.split(KEY, 8))
-  z = jax.random.normal(next(keys), (rows, *lead, latents))
-  v = jax.random.normal(next(keys), (*lead, latents))
-  W_dec = jax.random.normal(next(keys), (*lead, *lead, latents, D))
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  W_dec = normal(*lead, *lead, latents, D)
   if layers:
-    W_dec *= np.triu(np.ones((layers, layers)))[:, :, None, None]
-  x = jax.random.normal(next(keys), (rows, *lead, D))
+    W_dec *= np.triu(np.ones((layers, layers), 'f'))[:, :, None, None]
+  return (
+    normal(rows, *lead, latents),
+    normal(*lead, latents),
+    W_dec,
+    normal(rows, *lead, D),
+  )
+
+
+@functools.cache
+def densely(layers):
+  """Of the matrix of all latents: loss, y, gradients, that of the encoder."""
   terms = 'blf,lmfd->bmd' if layers else 'bf,fd->bd'
   back = 'bmd,lmfd->blf' if layers else 'bd,fd->bf'
-
-  def loss(weights, latents_of):
-    z_F, v_F, W_dec = weights
-    f, total, write, read = latents_of(z_F, v_F)
-    y = write(f, W_dec)
-    again = jnp.sum(f * jnp.tanh(read(x - y / 8, W_dec) / 16)) / 16
-    return jnp.sum(jnp.sin(y) * x) + jnp.sum(jnp.cos(total(f)) * v) + again, y
+  into = 'blf,bld->lfd' if layers else 'bf,bd->fd'
 
   @jax.jit
-  def sparsely(z, v, W_dec):
-    found = sparse.Candidates.of_mask(z > 1.0, 32, mesh, 'float32')
-    own = found.values(z)
-
-    def latents_of(z_BK, v_F):
-      return (
-        jax.nn.relu(z_BK * jnp.exp(found.at(v_F))),
-        found.total,
-        found.write,
-        found.read,
-      )
-
-    out = jax.value_and_grad(loss, has_aux=True)((own, v, W_dec), latents_of)
-    W_enc = found.encoder_gradient(out[1][0], x)
-    return out, W_enc, found.most
-
-  @jax.jit
-  def densely(z, v, W_dec):
+  def run(z, v, W_dec, x):
     def latents_of(z, v_F):
       f = jnp.where(z > 1.0, jax.nn.relu(z * jnp.exp(v_F)), 0)
       return (
@@ -128,13 +125,39 @@ def test_a_batch_on_a_mesh(shape, layers):
         lambda y, W: jnp.einsum(back, y, W),
       )
 
-    out = jax.value_and_grad(loss, has_aux=True)((z, v, W_dec), latents_of)
-    into = 'blf,bld->lfd' if layers else 'bf,bd->fd'
+    out = gradients((z, v, W_dec), latents_of, x, v)
     g = jnp.where(z > 1.0, out[1][0], 0)
     return out, jnp.einsum(into, g, x)
 
-  ((value, y), grads), W_enc, most = sparsely(z, v, W_dec)
-  ((wanted, wanted_y), wanted_grads), wanted_W_enc = densely(z, v, W_dec)
+  return run(*factors(layers))
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1), (1, 2, 4), (2, 2, 2), (1, 1, 8)])
+@pytest.mark.parametrize('layers', [0, 3])
+def test_a_batch_on_a_mesh(shape, layers, short_loops):
+  """Values, sums and gradients are those of the dense matrix of latents."""
+  mesh = mesh_lib.make(
+    dict(zip(mesh_lib.AXES, shape, strict=True)),
+    jax.devices()[: int(np.prod(shape))],
+  )
+
+  @jax.jit
+  def sparsely(z, v, W_dec, x):
+    found = sparse.Candidates.of_mask(z > 1.0, 32, mesh, 'float32')
+
+    def latents_of(z_BK, v_F):
+      return (
+        jax.nn.relu(z_BK * jnp.exp(found.at(v_F))),
+        found.total,
+        found.write,
+        found.read,
+      )
+
+    out = gradients((found.values(z), v, W_dec), latents_of, x, v)
+    return out, found.encoder_gradient(out[1][0], x), found.most
+
+  ((value, y), grads), W_enc, most = sparsely(*factors(layers))
+  ((wanted, wanted_y), wanted_grads), wanted_W_enc = densely(layers)
   assert 1 < int(most) <= 32
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
   close(value, wanted)

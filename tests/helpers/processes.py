@@ -47,11 +47,22 @@ def script(path: str, *flags: str) -> None:
 
 
 class Script:
-  """One of launch/'s scripts in a process of its own, on one device."""
+  """One of launch/'s scripts in a process of its own, on one device.
 
-  def __init__(self, log: pathlib.Path, path: str, *flags: str):
+  Args:
+    log: a file for all that it prints.
+    path, *flags: the script and its flags.
+    **environment: variables that are set for it.
+  """
+
+  def __init__(
+    self, log: pathlib.Path, path: str, *flags: str, **environment: str
+  ):
     self._log = log
-    self._process = fork(log, one_device(), script, path, *flags)
+    self._process = start(log, script, path, *flags, **environment)
+
+  def is_alive(self) -> bool:
+    return self._process.is_alive()
 
   def output(self) -> str:
     return self._log.read_text() if self._log.exists() else ''

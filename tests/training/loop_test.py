@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
 import time
 
 import jax
@@ -22,8 +21,8 @@ from gemma_scope.runtime import interrupt as interrupt_lib
 from gemma_scope.runtime import lease as lease_lib
 from gemma_scope.training import loop, setup, trained
 from gemma_scope.training import optimizer as optimizer_lib
-from tests.helpers import processes
-from tests.helpers.runs import ROOT, STEPS, flags_of, last_step, small
+from tests.helpers import processes, shared
+from tests.helpers.runs import STEPS, flags_of, last_step, small
 
 
 def start(config, workdir) -> processes.Script:
@@ -58,19 +57,18 @@ def assert_same(a, b):
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
   """An uninterrupted run: its config, folder, output, step and state."""
-  folder = tmp_path_factory.mktemp('whole')
+
+  def make(folder):
+    done = processes.Script(
+      folder / 'output', *flags_of(small(folder), folder / 'run')[1:]
+    )
+    code, output = done.end()
+    assert code == 0, output
+
+  folder = shared.folder(tmp_path_factory, 'whole_run', make)
   config = small(folder)
-  done = subprocess.run(
-    flags_of(config, folder / 'run'),
-    cwd=ROOT,
-    text=True,
-    timeout=300,
-    env=os.environ | {'PYTHONPATH': str(ROOT)} | processes.one_device(),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-  )
-  assert done.returncode == 0, done.stdout
-  return config, folder, done.stdout, *states(config, folder / 'run')
+  output = (folder / 'output').read_text()
+  return config, folder, output, *states(config, folder / 'run')
 
 
 def test_the_whole_job_ends_in_a_release_a_table_and_a_picture(whole):
@@ -133,19 +131,19 @@ def test_sigterm_saves_the_last_whole_step_and_exits_cleanly(whole, tmp_path):
   assert_same(states(config, run)[1], expected)
 
 
-def test_a_signal_before_the_first_step_exits_cleanly(whole, tmp_path):
-  process = start(unevaluated(whole[0]), tmp_path / 'run')
+def test_a_signal_before_the_first_step_exits_cleanly(tmp_path):
+  process = start(unevaluated(small(tmp_path)), tmp_path / 'run')
   process.wait_for(lambda: 'loading' in process.output())
   process.send(signal.SIGINT)
   code, output = process.end()
   assert code == 0, output
 
 
-def test_a_second_run_on_the_folder_is_refused_by_the_holders_name(
-  whole, tmp_path
-):
-  with lease_lib.Lease(tmp_path):
-    code, output = start(whole[0], tmp_path).end()
+def test_a_second_run_on_the_folder_is_refused_by_the_holders_name(tmp_path):
+  run = tmp_path / 'run'
+  run.mkdir()
+  with lease_lib.Lease(run):
+    code, output = start(small(tmp_path), run).end()
   assert code == 1
   assert str(os.getpid()) in output and len(output.strip().splitlines()) == 1
 
@@ -153,11 +151,32 @@ def test_a_second_run_on_the_folder_is_refused_by_the_holders_name(
 @pytest.mark.parametrize(
   'field, value', [('train.batch', 32), ('sae.bandwidth', 0.5), ('seed', 3)]
 )
-def test_a_changed_config_is_refused_by_field(whole, field, value):
-  config = whole[0].copy_and_resolve_references()
+def test_a_changed_config_is_refused_by_field(tmp_path, field, value):
+  config = small(tmp_path, **{'mesh.data': 4, 'mesh.latent': 2})
+  loop.keep_config(config, tmp_path)
+  loop.keep_config(config, tmp_path)
   config.update_from_flattened_dict({field: value})
   with pytest.raises(changes.ChangedError, match=field):
-    loop.keep_config(config, whole[1] / 'run')
+    loop.keep_config(config, tmp_path)
+
+
+def one_sae(tmp_path, **changes) -> ConfigDict:
+  """Half as long, one SAE, and nothing that is costly to compile.
+
+  As one program, which the tests that use it compile once.
+  """
+  return small(
+    tmp_path,
+    **{
+      'collection.layers': (0,),
+      'collection.sites': ('resid_post',),
+      'objective.auxk': 0.0,
+      'train.resample_every': 0,
+      'train.active_limit': 0,
+      'train.steps': 20,
+      **changes,
+    },
+  )
 
 
 def in_process(config, workdir):
@@ -173,7 +192,7 @@ def in_process(config, workdir):
 
 
 def test_another_text_is_refused_on_resume(tmp_path):
-  config = small(tmp_path, **{'train.steps': 10})
+  config = one_sae(tmp_path)
   run = tmp_path / 'run'
   _, result = in_process(config, run)
   assert result.done
@@ -187,7 +206,7 @@ def test_another_text_is_refused_on_resume(tmp_path):
 
 
 def test_training_from_a_store_is_training_from_the_model(tmp_path):
-  config = small(tmp_path, **{'train.steps': 20})
+  config = one_sae(tmp_path)
   config, from_model = in_process(config, tmp_path / 'model')
   source, facts = setup.make_source(
     config, tmp_path / 'model', mesh_lib.make(config.mesh), print
@@ -236,10 +255,9 @@ def test_a_short_run_meets_its_target_l0(tmp_path):
 
 def test_the_closing_phase_is_done_again_where_it_was_stopped(tmp_path):
   """The same end, and a release whose decoders have norm 1."""
-  config = small(
+  config = one_sae(
     tmp_path,
     **{
-      'train.steps': 20,
       'train.meet_l0': True,
       'train.refit_decoders': True,
       'train.closing_batches': 5,
@@ -280,11 +298,10 @@ def test_the_closing_phase_is_done_again_where_it_was_stopped(tmp_path):
 
 
 def test_a_run_that_is_no_longer_finite_stops_and_keeps_a_checkpoint(tmp_path):
-  config = small(
+  config = one_sae(
     tmp_path,
     **{'train.steps': 400, 'train.learning_rate': 1e-3, 'checkpoint.every': 50},
   )
-  config.collection.layers, config.collection.sites = (0,), ('resid_post',)
   run = tmp_path / 'run'
   config.train.decay = 0
 

@@ -138,6 +138,12 @@ OPTIONS = (
     'contexts', 4, 'Contexts in which a feature is ablated, and added.', low=2
   ),
   whole('scored', 3, 'Tokens scored from the edited one on.', low=1),
+  whole(
+    'sample',
+    0,
+    'Measure so many features of each SAE, drawn at random; 0 measures all.',
+    low=0,
+  ),
   number(
     'alpha',
     0.05,
@@ -182,7 +188,7 @@ COMMANDS = {
   ),
   'effects': (
     'Measure the exact effect of every feature, next to controls.',
-    ('sae', 'all', 'contexts', 'scored', 'alpha', 'json'),
+    ('sae', 'all', 'sample', 'contexts', 'scored', 'alpha', 'json'),
   ),
   'explain': (
     'Label features and score the labels.',

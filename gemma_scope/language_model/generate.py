@@ -97,11 +97,14 @@ class Passes:
     batch: rows of a pass; the last one is filled up. All prompts by default.
     prompt_len: P, by default the longest prompt, rounded up.
     poll: called before each pass; may raise to stop.
+    reply_len: room for a reply, by default `max_new_tokens`. The program is
+      compiled for it, and serves any `max_new_tokens` that fits.
   """
 
   batch: int | None = None
   prompt_len: int | None = None
   poll: Callable[[], None] = lambda: None
+  reply_len: int | None = None
 
 
 def generate(
@@ -144,7 +147,8 @@ def generate(
   width = passes.prompt_len or -(-longest // _ROUND) * _ROUND
   _check(rows, width, gemma.config.vocab_size)
   batch = passes.batch or len(rows)
-  limits = sampling.max_new_tokens, min(sampling.top_k, gemma.config.vocab_size)
+  room = max(passes.reply_len or 0, sampling.max_new_tokens)
+  limits = room, min(sampling.top_k, gemma.config.vocab_size)
   replies = []
   for start in range(0, len(rows), batch):
     passes.poll()
@@ -159,6 +163,7 @@ def generate(
       np.float32(sampling.temperature),
       np.asarray(sampling.stop, np.int32).reshape(-1),
       np.append(np.int32(PAD), np.asarray(sampling.forbid, np.int32)),
+      np.int32(sampling.max_new_tokens),
     )
     replies_BN = _sample(gemma, limits, params, _bound(edits), tokens_BP, draw)
     for row_N in np.asarray(replies_BN)[: len(members)]:
@@ -218,16 +223,15 @@ class _Draw(NamedTuple):
   temperature: jax.Array
   stop_K: jax.Array
   forbid_K: jax.Array
+  most: jax.Array  # tokens of a reply
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sample(gemma, limits, params, edits, tokens_BP, draw: _Draw):
-  """The whole generation -> int32 [B, new], padding after a row's stop."""
-  new_tokens, top_k = limits
+  """The whole generation -> int32 [B, room], padding after a row's stop."""
+  room, top_k = limits
   batch, width = tokens_BP.shape
-  slots_C = jnp.arange(
-    width + new_tokens - 1
-  )  # the last token is not read again
+  slots_C = jnp.arange(width + room - 1)  # the last token is not read again
   first_B1 = jnp.sum(tokens_BP == PAD, -1, keepdims=True)  # a prompt's slot
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
     jax.random.key(draw.seed), draw.streams_B
@@ -265,7 +269,7 @@ def _sample(gemma, limits, params, edits, tokens_BP, draw: _Draw):
 
   def unfinished(state):
     n, _, _, _, stopped_B = state
-    return (n < new_tokens) & ~jnp.all(stopped_B)
+    return (n < draw.most) & ~jnp.all(stopped_B)
 
   def step(state):
     n, cache, token_B, replies_BN, stopped_B = state
@@ -277,9 +281,7 @@ def _sample(gemma, limits, params, edits, tokens_BP, draw: _Draw):
     cache = gemma.empty_cache(batch, len(slots_C))
     logits_BV, cache = extend(cache, tokens_BP, 0)
   token_B, stopped_B = pick(logits_BV, 0, jnp.zeros(batch, bool))
-  replies_BN = (
-    jnp.full((batch, new_tokens), PAD, jnp.int32).at[:, 0].set(token_B)
-  )
+  replies_BN = jnp.full((batch, room), PAD, jnp.int32).at[:, 0].set(token_B)
   with jax.named_scope('decode'):
     state = (1, cache, token_B, replies_BN, stopped_B)
     return jax.lax.while_loop(unfinished, step, state)[3]

@@ -246,7 +246,9 @@ def measure_effects(session: Session, options: Options) -> Result:
   """Measures the exact effect of every latent, and rewrites the pages."""
   session.check_built()
   saes = session.saes if options.all else [session.find(options.sae)]
-  settings = card_plan.Settings(options.contexts, options.scored)
+  settings = card_plan.Settings(
+    options.contexts, options.scored, sample=options.sample
+  )
   summaries = {}
   with interrupt_lib.Interrupt() as interrupt:
     watch = card_results.Watch(interrupt.check, session.report)

@@ -51,6 +51,7 @@ class Options:
   effects: bool = False
   contexts: int = 4
   scored: int = 3
+  sample: int = 0
   alpha: float = card_results.ALPHA
 
 

@@ -121,6 +121,15 @@ def test_a_reply_does_not_depend_on_its_batch():
   assert together == backwards[::-1]
 
 
+def test_a_program_serves_all_shorter_replies():
+  whole = sample(seed=3)
+  passes = generate.Passes(reply_len=NEW)
+  programs = generate._sample._cache_size()
+  short = sample(seed=3, passes=passes, max_new_tokens=NEW - 2)
+  assert [reply[: NEW - 2] for reply in whole] == short
+  assert generate._sample._cache_size() == programs
+
+
 def test_seeds():
   assert sample(seed=5) == sample(seed=5) != sample(seed=6)
   same = [PROMPTS[1]] * 4

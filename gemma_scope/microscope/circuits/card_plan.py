@@ -36,6 +36,7 @@ class Settings:
     likeliest: tokens of the KL that is compared with controls.
     lists: other features' lists of tokens, as controls of z.
     pool: tokens that additions are drawn from.
+    sample: measures so many features, drawn at random; 0 measures all.
     seed: of all draws.
   """
 
@@ -45,6 +46,7 @@ class Settings:
   likeliest: int = 2048
   lists: int = 20
   pool: int = 64
+  sample: int = 0
   seed: int = 0
 
   def __post_init__(self):
@@ -84,6 +86,7 @@ class Plan:
 
   Attributes:
     alive: the features that fire, ascending.
+    tested: those of them that are measured; all give controls.
     by_sequence: sequence -> its edits.
   """
 
@@ -100,6 +103,7 @@ class Plan:
         f'The controls need more than {max(settings.controls, settings.lists)} '
         f'features that fire; the SAE has {len(self.alive)}.'
       )
+    self.tested = self._drawn()
     self._ablations()
     self._additions(subject)
     for edits in self.by_sequence.values():
@@ -110,12 +114,18 @@ class Plan:
     """Number of edits, without their controls."""
     return sum(map(len, self.by_sequence.values()))
 
+  def _drawn(self) -> np.ndarray:
+    count = self.settings.sample or len(self.alive)
+    rng = np.random.default_rng((self.settings.seed, 4))
+    chosen = rng.permutation(self.alive)[:count]
+    return np.sort(chosen)
+
   def _add(self, sequence: int, edit: Edit) -> None:
     self.by_sequence.setdefault(sequence, []).append(edit)
 
   def _ablations(self) -> None:
     index, contexts = self.index, self.settings.contexts
-    for i in self.alive.tolist():
+    for i in self.tested.tolist():
       filled_E = np.flatnonzero(index.top_sequence_FE[i] >= 0)
       spaced = np.unique(np.linspace(0, len(filled_E) - 1, contexts).round())
       for slot, e in enumerate(filled_E[spaced.astype(int)].tolist()):
@@ -137,7 +147,7 @@ class Plan:
         for n, t in zip(sequence[drawn_P], position[drawn_P], strict=True)
       ]
     )
-    for i in self.alive.tolist():
+    for i in self.tested.tolist():
       free = rng.permutation(np.flatnonzero(silent_PF[:, i]))
       for slot, p in enumerate(free[: self.settings.contexts].tolist()):
         amount = float(self.index.mean_F[i])

@@ -69,7 +69,7 @@ def measure(
   if done < total:
     seconds = causal_card.estimate(subject, plan) * (total - done) / total
     watch.report(
-      f'{len(plan.alive):,} features, {plan.count:,} edits, each beside '
+      f'{len(plan.tested):,} features, {plan.count:,} edits, each beside '
       f'{2 * settings.controls} controls, on {total - done:,} sequences: about '
       f'{progress.duration(seconds)}'
     )

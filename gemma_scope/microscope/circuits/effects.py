@@ -33,6 +33,8 @@ from gemma_scope.sae import released
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 _SHORTEST = 32  # padded lengths are powers of two from here on
 _MOST_ROWS = 64  # per pass
+_LEAST_REPLY = 64  # room for generated tokens; from here on powers of two
+_LIKELIEST = 8  # predicted tokens; from here on powers of two
 
 
 class Effects(NamedTuple):
@@ -121,9 +123,9 @@ def padded_length(count: int) -> int:
   return max(_SHORTEST, _power(count))
 
 
-def padded(tokens: Sequence[Sequence[int]]) -> np.ndarray:
-  """Texts as int32 [P, T], padded to a power of two."""
-  length = padded_length(max(map(len, tokens)))
+def padded(tokens: Sequence[Sequence[int]], least: int = 0) -> np.ndarray:
+  """Texts as int32 [P, T], padded to a power of two, at least `least`."""
+  length = padded_length(max(least, *map(len, tokens)))
   padded_PT = np.zeros((len(tokens), length), np.int32)
   for i, row in enumerate(tokens):
     padded_PT[i, : len(row)] = row
@@ -317,10 +319,11 @@ def predict(
 ) -> Prediction:
   """The `top` likeliest next tokens at each position."""
   tokens_1T, length = padded([tokens_T]), len(tokens_T)
-  arrays = _predict(gemma, lm_params, tokens_1T, top)
+  count = min(max(_LIKELIEST, _power(top)), gemma.config.vocab_size)
+  arrays = _predict(gemma, lm_params, tokens_1T, count)
   token_TK, probability_TK, loss_T = (np.asarray(array)[0] for array in arrays)
   return Prediction(
-    token_TK[:length], probability_TK[:length], loss_T[: length - 1]
+    token_TK[:length, :top], probability_TK[:length, :top], loss_T[: length - 1]
   )
 
 
@@ -388,15 +391,21 @@ def steer(
     mean of KL(without || with changes) over its tokens, in nats.
   """
   edit_rows = intervene.rows(subject, [[], list(changes)])
+  # Shapes do not depend on the reply, so that no later text compiles again.
+  room = max(_LEAST_REPLY, _power(sampling.max_new_tokens))
   replies = generate.generate(
     subject.gemma,
     subject.lm_params,
     [prompt, prompt],
     dataclasses.replace(sampling, streams=[0, 0]),
     edits=edits_of(subject, edit_rows),
-    passes=generate.Passes(prompt_len=padded_length(len(prompt))),
+    passes=generate.Passes(
+      prompt_len=padded_length(len(prompt)), reply_len=room
+    ),
   )
-  texts = padded([[*prompt, *map(int, reply)] for reply in replies])
+  texts = padded(
+    [[*prompt, *map(int, reply)] for reply in replies], len(prompt) + room
+  )
   cost = effects(subject, texts, edit_rows, np.arange(2))
   result = {}
   for b, name in enumerate(('default', 'steered')):

@@ -77,6 +77,7 @@ def _measure(subject, prompts, rows: Rows, sampling, feature: int):
   """The replies to each prompt with these changes, and their measures."""
   streams = list(range(len(prompts)))
   longest = max(map(len, prompts))
+  room = longest + sampling.max_new_tokens  # one shape for all strengths
   replies = generate.generate(
     subject.gemma,
     subject.lm_params,
@@ -90,7 +91,7 @@ def _measure(subject, prompts, rows: Rows, sampling, feature: int):
     for prompt, reply in zip(prompts, replies, strict=True)
   ]
   cost = effects.effects(
-    subject, effects.padded(texts), rows, np.array(streams)
+    subject, effects.padded(texts, room), rows, np.array(streams)
   )
   bos = [prompt[0] for prompt in prompts]
   concept = _concept(subject, bos, replies, feature)

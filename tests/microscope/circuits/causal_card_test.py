@@ -89,6 +89,32 @@ def test_effects_are_those_of_whole_passes(model, text, site):
   assert (arrays['kl'][np.isfinite(arrays['kl'])] > 0).all()
 
 
+def test_a_sample_is_of_features_that_fire(model, text):
+  params, card = random_saes.member(3, 'resid_post/1')
+  sae = release.in_memory(params, card)
+  (index,) = build.build(*model, [sae], text, build.How(8))
+  subject = intervene.subject(model, sae, index.max_F)
+  few = dataclasses.replace(SMALL, sample=7)
+  whole, part = (card_plan.Plan(subject, index, s) for s in (SMALL, few))
+  chosen = set(part.tested.tolist())
+  assert len(chosen) == 7 and chosen < set(whole.alive.tolist())
+  ablations = lambda plan: {
+    (sequence, edit)
+    for sequence, edits in plan.by_sequence.items()
+    for edit in edits
+    if edit.kind == 0 and edit.feature in chosen
+  }
+  assert ablations(part) == ablations(whole)
+  assert {
+    edit.feature for edits in part.by_sequence.values() for edit in edits
+  } == chosen
+  # Controls come from all features that fire.
+  for feature in chosen:
+    np.testing.assert_array_equal(
+      part.directions(feature), whole.directions(feature)
+    )
+
+
 def discoveries(model, text, params, card, settings=SMALL):
   _, plan, found = measured(model, text, params, card, settings)
   return card_results.results(found, plan.index)

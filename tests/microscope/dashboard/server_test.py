@@ -11,8 +11,13 @@ import time
 import numpy as np
 import pytest
 
-from gemma_scope.language_model import weights
-from gemma_scope.microscope.circuits import effects, readout, supernodes
+from gemma_scope.language_model import generate, weights
+from gemma_scope.microscope.circuits import (
+  attribution,
+  effects,
+  readout,
+  supernodes,
+)
 from gemma_scope.microscope.dashboard import api, pages
 from gemma_scope.microscope.dashboard import server as server_lib
 from gemma_scope.microscope.index import build, store
@@ -193,7 +198,15 @@ def test_warming_up_compiles_what_is_asked_later(asked, server):
   tokens = len(readout.with_bos(tokenizer, TEXT))
   length = effects.padded_length(tokens)
   assert length / 2 < tokens < length
-  effects._effects.clear_cache()
+  programs = (
+    attribution._slopes,
+    effects._effects,
+    effects._last,
+    effects._predict,
+    generate._sample,
+  )
+  for program in programs:
+    program.clear_cache()
   questions.warm_lengths = (length,)
   try:
     while True:
@@ -204,15 +217,17 @@ def test_warming_up_compiles_what_is_asked_later(asked, server):
       time.sleep(0.2)
   finally:
     questions.warm_lengths = ()
-  programs = effects._effects._cache_size()
-  assert programs > 0
+  sizes = [program._cache_size() for program in programs]
+  assert min(sizes) > 0
   change = {'feature': 3, 'kind': 'ablate', 'strength': 1}
-  for name in ('read', 'change', 'why'):
-    status, _ = answer(
-      server, name, member=1, text=TEXT, changes=[change], change=change
-    )
-    assert status == 200
-  assert effects._effects._cache_size() == programs
+  asked_later = {'member': 1, 'changes': [change], 'change': change}
+  for text in (TEXT, TEXT[:-1]):
+    for name in ('read', 'change', 'why'):
+      assert answer(server, name, text=text, **asked_later)[0] == 200
+    for tokens in (3, 40):
+      fields = asked_later | {'tokens': tokens}
+      assert answer(server, 'steer', text=text, **fields)[0] == 200
+  assert [program._cache_size() for program in programs] == sizes
 
 
 def test_a_reading(server, asked):

@@ -2,12 +2,14 @@
 // The live view: a text of one's own, its latents, changes and causes.
 
 const liveStates = {}; // of each SAE, kept while its pages are looked at
-const FIRST_TEXT =
+const CODE =
   'def read(self, path):\n    with open(path) as f:\n        return f.';
+const PROSE = 'The new version of the program is much faster';
+const firstText = () => (/\btiny\b/.test(all.title) ? CODE : PROSE);
 
 function liveState(id, first) {
   const state = (liveStates[id] ||= {
-    text: FIRST_TEXT,
+    text: firstText(),
     changes: [],
     seed: 0,
     temperature: 0.5,

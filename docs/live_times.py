@@ -3,9 +3,11 @@
   python docs/live_times.py WORKDIR SAE TEXT
 
 Starts the server of `launch/microscope.py serve` on a free port, waits until it
-has warmed up for texts of this length, and asks each question five times over
-HTTP, about texts that begin with TEXT and differ at the end. Prints the median
-and the longest time of each. WORKDIR has an index of the SAE.
+has warmed up for texts of this length, and asks each question six times over
+HTTP: about TEXT, and about five texts that add a word at its end. Prints how
+long the first answer took, and the median and the longest of the later ones;
+in brackets the CPU time, which other programs on the machine do not change
+much. WORKDIR has an index of the SAE.
 """
 
 from __future__ import annotations
@@ -14,18 +16,17 @@ import http.client
 import json
 import pathlib
 import socket
-import statistics
 import sys
 import threading
 import time
 
+import numpy as np
 import uvicorn
 
 from gemma_scope.microscope import session
 from gemma_scope.microscope.circuits import effects, readout
 from gemma_scope.microscope.dashboard import api, server
 
-_TIMES = 5
 _TOKEN = 'a' * 32
 _ENDINGS = ('.', ' and', ' the', ' of', ' is')
 
@@ -73,6 +74,13 @@ def warmed_up(ask: Asker) -> float:
     time.sleep(0.2)
 
 
+def timed(ask: Asker, question: str, **fields) -> tuple[dict, float, float]:
+  """An answer, with the seconds it took: waited, and of CPU time."""
+  start, cpu = time.monotonic(), time.process_time()
+  answer = ask(question, **fields)
+  return answer, time.monotonic() - start, time.process_time() - cpu
+
+
 def main(workdir: str, name: str, text: str) -> None:
   opened = session.Session(workdir)
   sae = opened.indexed(opened.find(name))
@@ -81,23 +89,31 @@ def main(workdir: str, name: str, text: str) -> None:
   questions.warm_lengths = (effects.padded_length(len(ids)),)
   live_server, port = started(questions, opened.out / 'pages')
   ask = Asker(port)
-  print(f'warmed up after {warmed_up(ask):.0f} s')
-  reading = ask('read', text=text)
+  cpu = time.process_time()
+  waited = warmed_up(ask)
+  cpu = time.process_time() - cpu
+  print(f'warmed up after {waited:.0f} s, {cpu:.0f} s of CPU time')
+  reading, *first = timed(ask, 'read', text=text)
   feature = next(row[0][0] for row in reversed(reading['latents']) if row)
   change = {'feature': feature, 'kind': 'ablate', 'strength': 1.0}
   fields_of = {
     'read': {}, 'change': {'changes': [change]},
     'steer': {'changes': [change], 'tokens': 48}, 'why': {},
   }  # fmt: skip
-  tokens = len(reading['ids'])
-  print(f'{tokens} tokens; seconds over {_TIMES} texts: median (longest)')
+  print(
+    f'{len(reading["ids"])} tokens; seconds (of CPU time): the first answer, '
+    f'the median and the longest of {len(_ENDINGS)} later ones'
+  )
   for question, fields in fields_of.items():
-    times = []
-    for ending in _ENDINGS:
-      start = time.monotonic()
-      ask(question, text=text + ending, **fields)
-      times.append(time.monotonic() - start)
-    print(f'{question:8} {statistics.median(times):.2f} ({max(times):.2f})')
+    if question != 'read':
+      first = timed(ask, question, text=text, **fields)[1:]
+    later = [
+      timed(ask, question, text=text + ending, **fields)[1:]
+      for ending in _ENDINGS
+    ]
+    cells = first, np.median(later, 0), np.max(later, 0)
+    shown = ('{:6.2f} ({:.2f})'.format(*cell) for cell in cells)
+    print(f'{question:8}' + ''.join(f'{cell:>18}' for cell in shown))
   live_server.should_exit = True
   questions.close()
 

@@ -5,7 +5,7 @@ const liveStates = {}; // of each SAE, kept while its pages are looked at
 const CODE =
   'def read(self, path):\n    with open(path) as f:\n        return f.';
 const PROSE = 'The new version of the program is much faster';
-const firstText = () => (/\btiny\b/.test(all.title) ? CODE : PROSE);
+const firstText = () => (/gemma/.test(all.title) ? PROSE : CODE);
 
 function liveState(id, first) {
   const state = (liveStates[id] ||= {

@@ -6,13 +6,14 @@ import errno
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from gemma_scope import files, release
 from gemma_scope.release.formats import export
 from gemma_scope.text import prepare
 from launch import faults
-from tests.faults import calls, damage
+from tests.faults import calls, damage, soak
 from tests.faults.catalogue import FAULTS
 from tests.faults.registry import Fault, Trial, attempt
 
@@ -41,6 +42,16 @@ def test_what_must_not_happen_is_counted_and_shown(tmp_path):
   assert found['bad'] == ['b: wrong: accepted']
   assert found['delay_s']['longest'] == 1.0
   json.dumps(found)
+
+
+@pytest.mark.parametrize(
+  'memory, files, outcome',
+  [(0.0, 0.0, 'survived'), (0.05, 0.0, 'wrong'), (0.0, 0.01, 'wrong')],
+)
+def test_a_soak_sees_memory_and_files_that_grow(memory, files, outcome):
+  seconds = np.arange(3600)
+  samples = np.stack([500 + memory * seconds, 15 + files * seconds], 1)
+  assert soak._verdict('x', samples, '60 min').outcome == outcome
 
 
 @pytest.mark.parametrize(

@@ -73,46 +73,46 @@ def _build_words(run: pathlib.Path) -> list[str]:
 def _watched(
   folder: pathlib.Path, minutes: int, what: str, run, *arguments
 ) -> Iterator[Trial]:
-  """A trial a minute: growth over the second half of the time so far.
-
-  The first minute compiles. A line through the second half gives the slopes.
-  """
+  """One trial: the memory and open files of a process over so many minutes."""
   log = folder / f'{what}.log'
   process = processes.start(log, run, *arguments)
   samples, started = [], time.monotonic()
   try:
-    for minute in range(minutes):
-      while time.monotonic() - started < 60 * (minute + 1):
-        time.sleep(1)
-        if not process.is_alive():
-          break
-        samples.append(_measure(process))
+    while time.monotonic() - started < 60 * minutes:
+      time.sleep(1)
       if not process.is_alive():
-        text = log.read_text()
-        if process.exitcode or 'Traceback' in text:
-          yield Trial('broken', what, text[-300:])
+        yield Trial('broken', what, log.read_text()[-300:])
         return
-      if minute == 0:
-        continue  # compiling
-      half = samples[len(samples) // 2 :]
-      memory, files = np.transpose(half)
-      quarter = max(1, len(half) // 4)
-      grown = memory[-quarter:].mean() - memory[:quarter].mean()
-      more = files[-quarter:].max() - files[:quarter].max()
-      hours = np.arange(len(half)) / 3600  # a sample a second
-      slopes = np.polyfit(hours, half, 1)[0]
-      done = [x for x in log.read_text().splitlines() if x.startswith('round ')]
-      detail = (
-        f'{minute + 1} min, {len(done)} rounds: {memory.mean():.0f} MiB and '
-        f'{files.mean():.1f} open files in the second half, {grown:+.1f} MiB '
-        f'and {more:+.0f} from its first quarter to its last; slopes '
-        f'{slopes[0]:+.1f} MiB and {slopes[1]:+.2f} files an hour'
-      )
-      flat = grown < max(20, 0.03 * memory.mean()) and more <= 3
-      yield Trial('survived' if flat else 'wrong', what, detail)
+      samples.append(_measure(process))
+    rounds = log.read_text().count('\nround ')
+    yield _verdict(what, np.array(samples), f'{minutes} min, {rounds} rounds')
   finally:
     process.kill()
     process.join()
+
+
+def _verdict(what: str, samples: np.ndarray, length: str) -> Trial:
+  """Whether the second half is flat; before it, programs are compiled.
+
+  Args:
+    what: the name of the work.
+    samples: [N, 2], a row each second: memory in MiB, open files.
+    length: how long it ran, in words.
+  """
+  half = samples[len(samples) // 2 :]
+  quarter = max(1, len(half) // 4)
+  memory, files = half.T
+  grown = memory[-quarter:].mean() - memory[:quarter].mean()
+  more = files[-quarter:].max() - files[:quarter].max()
+  slopes = np.polyfit(np.arange(len(half)) / 3600, half, 1)[0]
+  detail = (
+    f'{length}: {memory.mean():.0f} MiB and {files.mean():.1f} open files in '
+    f'the second half, {grown:+.1f} MiB and {more:+.0f} from its first quarter '
+    f'to its last; slopes {slopes[0]:+.1f} MiB and {slopes[1]:+.2f} files an '
+    'hour'
+  )
+  flat = grown < max(20, 0.03 * memory.mean()) and more <= 3
+  return Trial('survived' if flat else 'wrong', what, detail)
 
 
 @fault(

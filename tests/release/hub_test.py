@@ -162,6 +162,27 @@ def test_no_such_repository_is_one_sentence_without_the_token(fake):
   assert fake.calls == ['list None']  # a final answer is not asked for twice
 
 
+def test_a_repository_that_asks_for_consent_is_said_with_the_way_in(fake):
+  path = 'layer_1/width_16k/average_l0_9'
+  publish(fake, path)
+  fake.failures = [type('GatedRepoError', (Exception,), {})('secret-token')]
+  with pytest.raises(release.ReleaseError, match='hf auth login') as refusal:
+    published.load(f'{REPOSITORY}/{path}')
+  assert 'secret' not in str(refusal.value) and fake.calls == ['list None']
+
+
+def test_each_revision_has_files_of_its_own(fake):
+  path = 'layer_1/width_16k/average_l0_9'
+  publish(fake, path)
+  early = published.open_sae(f'{REPOSITORY}/{path}', 'v1')
+  before = early.load()
+  file = fake.root / REPOSITORY / path / 'params.npz'
+  np.savez(file, **before | {'b_dec': before['b_dec'] + 1})
+  late = published.open_sae(f'{REPOSITORY}/{path}', 'v2')
+  peer_formats.same(late.load(), before | {'b_dec': before['b_dec'] + 1})
+  peer_formats.same(early.load(), before)
+
+
 def test_what_the_repository_has_is_said(fake):
   publish(fake, 'layer_1/width_16k/average_l0_9')
   with pytest.raises(release.ReleaseError, match='it has layer_1/width_16k/av'):

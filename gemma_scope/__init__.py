@@ -4,6 +4,7 @@ Reading order; a folder or module imports only from those above it:
 
   uploads         subscribers to the files and folders that were written
   files           files and folders written whole, files opened warily
+  path_values     paths that a user gives, and what is published of them
   sites           where an activation is read, and what an SAE reads and writes
   mesh            devices -> mesh, and how arrays lie on it
   runtime         several processes, one run folder, checkpoints, metrics

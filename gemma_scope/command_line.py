@@ -35,7 +35,7 @@ from absl import flags as absl_flags
 from absl import logging
 
 from gemma_scope import config as config_lib
-from gemma_scope import files
+from gemma_scope import files, path_values
 
 _WIDTH = 80
 
@@ -105,11 +105,12 @@ class Flag:
     return value
 
   def _path(self, value: str) -> str:
-    if not self.address:
-      try:
+    try:
+      path_values.check(value, f'--{self.name}')
+      if not self.address:
         files.refuse_address(value, f'--{self.name}')
-      except ValueError as error:
-        raise absl_flags.Error(str(error)) from None
+    except ValueError as error:
+      raise absl_flags.Error(str(error)) from None
     return os.path.expanduser(value)
 
 
@@ -239,7 +240,7 @@ class Flags:
       if debug or isinstance(error, ModuleNotFoundError):
         raise
       sys.stdout.flush()
-      _end(f'{type(error).__name__}: {error}')
+      _end(path_values.readable(f'{type(error).__name__}: {error}'))
     except KeyboardInterrupt:
       if debug:
         raise
@@ -287,7 +288,8 @@ class Flags:
 
   def _refuse(self, message: str) -> NoReturn:
     # absl writes 'Did you mean: a or b ?'
-    sentence = re.sub(r'mean: (.*) \?', r'mean --\1?', message.strip())
+    sentence = path_values.readable(message.strip())
+    sentence = re.sub(r'mean: (.*) \?', r'mean --\1?', sentence)
     sentence = sentence[0].upper() + sentence[1:]
     end = '' if sentence.endswith(('.', '?')) else '.'
     print(f'{sentence}{end} --help lists the flags.', file=sys.stderr)

@@ -22,7 +22,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from gemma_scope import config_checks, files, sites
+from gemma_scope import config_checks, files, path_values, sites
 from gemma_scope.config_fields import (
   FIELDS,
   flat,
@@ -121,9 +121,15 @@ def read(path: pathlib.Path) -> ConfigDict:
 
 
 def _file(path: str) -> pathlib.Path:
+  try:
+    path_values.check(path, '--config')
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
   config_file, configs = pathlib.Path(path).expanduser(), folder()
-  if config_file.is_file():
+  if config_file.exists() and config_file.suffix == '.py':
     return config_file
+  if config_file.exists() and not config_file.is_dir():
+    raise ConfigError(f'The config {path!r} is no Python file: NAME.py.')
   same_name = configs / f'{config_file.stem}.py'
   may_be_ours = config_file.parent.name in ('', 'configs')
   if may_be_ours and same_name.is_file() and config_file.suffix in ('', '.py'):

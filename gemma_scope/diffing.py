@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 import gemma_scope
 from gemma_scope import config as config_lib
-from gemma_scope import files, pipeline, release, specs
+from gemma_scope import files, path_values, pipeline, release, specs
 from gemma_scope import mesh as mesh_lib
 from gemma_scope.activations import outliers
 from gemma_scope.evaluation import batches as batches_lib
@@ -155,7 +155,7 @@ def measure(
   comparison_result = {
     'first': config.lm.name,
     'second': second[0],
-    'second_checkpoint': files.shortened_path(second[1]),
+    'second_checkpoint': path_values.shortened_path(second[1]),
     'same_parameters': _same(models),
     'text': store.fingerprint,
     'clusters': comparison.batches.clusters,

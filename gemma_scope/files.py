@@ -102,37 +102,6 @@ def near(path: PathLike) -> str:
   return ''
 
 
-def shortened(source: str) -> str:
-  """A source of text without the folders of this machine, to be published.
-
-  'files:/home/me/texts/*.txt' -> 'files:*.txt (path sha256 1a2b3c4d)'. The
-  hash tells two paths apart and does not give them away; sources that name no
-  path stay as they are.
-  """
-  kind, colon, argument = source.partition(':')
-  path = argument
-  if kind == 'hf':
-    path = argument.partition(':')[0]
-    if not path.startswith(('./', '../', '/', '~')):
-      return source
-  elif kind not in ('files', 'arrayrecord'):
-    return source
-  name, space, digest = shortened_path(path).partition(' (')
-  return f'{kind}{colon}{name}{argument[len(path) :]}{space}{digest}'
-
-
-def shortened_path(path: str) -> str:
-  """A path without its folders: '/home/me/a.txt' -> 'a.txt (path sha256 ...)'.
-
-  A bare name stays as it is.
-  """
-  name = pathlib.PurePath(path).name
-  if path == name:
-    return path
-  digest = hashlib.sha256(path.encode('utf-8', 'replace')).hexdigest()
-  return f'{name} (path sha256 {digest[:8]})'
-
-
 def check_room(path: PathLike, needed: int, subject: str) -> None:
   """Refuses to begin to write what the disk has no room for.
 
@@ -364,6 +333,8 @@ def _cached(path: PathLike) -> PathLike:
 @contextlib.contextmanager
 def _draft(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A free hidden name beside `path`; whatever is left there is removed."""
+  if path.exists() and not (path.is_file() or path.is_dir()):
+    raise NotWritten(f'{show(path)} is a device or a pipe: name a file.')
   start = f'.{path.name}.partial-{platform.node()}-'
   for name in os.listdir(path.parent):
     if name.startswith(start) and name not in _in_flight:

@@ -19,6 +19,7 @@ from gemma_scope import command_line
 from gemma_scope.command_line import whole, words
 
 WHATS = ('step', 'harvest', 'collection', 'data')
+DTYPES = ('float32', 'bfloat16')
 FLAGS = command_line.Flags(
   __doc__,
   words('what', ('step',), f'What to measure: {", ".join(WHATS)}.'),
@@ -57,11 +58,12 @@ def main(arguments: list[str] | None = None) -> None:
     mesh_sizes = whole_numbers(parsed, 'mesh')
     if len(mesh_sizes) != 3:
       raise ValueError('--mesh must be three sizes: sae, data, latent.')
-    if unknown := set(parsed.what) - set(WHATS):
-      raise ValueError(
-        f'--what must be of {", ".join(WHATS)}; found '
-        f'{", ".join(sorted(unknown))}.'
-      )
+    for name, known in (('what', WHATS), ('dtype', DTYPES)):
+      if unknown := set(getattr(parsed, name)) - set(known):
+        raise ValueError(
+          f'--{name} must be of {", ".join(known)}; found '
+          f'{", ".join(sorted(unknown))}.'
+        )
     if parsed.out:
       pathlib.Path(parsed.out).parent.mkdir(parents=True, exist_ok=True)
     import jax

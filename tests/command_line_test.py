@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -83,11 +84,17 @@ def test_a_wrong_flag_is_a_sentence(name, capsys):
     elif flag.kind == 'switch':
       wrong = ['maybe']
     elif flag.kind == 'config':
-      wrong = ['tinny', 'tiny:layer=1', 'tiny:layers=x']
+      wrong = ['tinny', 'tiny:layer=1', 'tiny:layers=x', 'x' * 5000, 'a\0b']
+      wrong += [
+        '/dev/null',
+        str(pathlib.Path(__file__).parents[1] / 'README.md'),
+      ]
+    elif flag.kind in ('path', 'paths'):
+      wrong = ['a\0b', 'x' * 5000]
     for value in wrong:
       said = fails(capsys, *whole, f'--{flag.name}={value}')
       assert flag.name in said or value.partition(':')[2] in said
-      assert len(said.strip().splitlines()) == 1, said
+      assert len(said.strip().splitlines()) == 1 and len(said) < 999, said
     if flag.required:
       rest = [word for word in whole if not word.startswith(f'--{flag.name}=')]
       if len(rest) > len(name.split()):

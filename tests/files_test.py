@@ -29,6 +29,18 @@ def test_a_file_appears_at_the_end(tmp_path):
   assert names(tmp_path) == ['a.txt']
 
 
+def test_a_device_is_not_replaced(tmp_path):
+  """Root may write /dev/null, and would put a file in its place."""
+  pipe = tmp_path / 'pipe'
+  os.mkfifo(pipe)
+  with pytest.raises(files.NotWritten, match='is a device or a pipe'):
+    files.write_text(pipe, 'x')
+  with pytest.raises(files.NotWritten, match='is a device or a pipe'):
+    with files.whole_folder(pipe, replace=True):
+      pass
+  assert pipe.is_fifo() and os.listdir(tmp_path) == ['pipe']
+
+
 def test_an_error_leaves_the_old_file_and_no_draft(tmp_path):
   path = tmp_path / 'a.txt'
   files.write_text(path, 'old')

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope import files
+from gemma_scope import files, path_values
 from gemma_scope.release import paths as paths_lib
 
 NAME = 'manifest.json'
@@ -54,12 +54,12 @@ def public(card: dict) -> dict:
   card = dict(card)
   text = card.get('text')
   if isinstance(text, dict) and isinstance(text.get('source'), str):
-    card['text'] = text | {'source': files.shortened(text['source'])}
+    card['text'] = text | {'source': path_values.shortened(text['source'])}
   for key in ('name', 'initialised_from'):
     if isinstance(card.get(key), str):
       paths = card[key].split(',') if key != 'name' else [card[key]]
       card[key] = ','.join(
-        files.shortened_path(part)
+        path_values.shortened_path(part)
         if part.startswith(('/', '~', '../'))
         else part
         for part in paths

@@ -9,6 +9,7 @@ import os
 import pathlib
 import random
 import signal
+import stat
 import time
 from collections.abc import Iterator
 
@@ -42,7 +43,7 @@ def bad_values(folder: pathlib.Path, kind: str) -> dict[str, str]:
     'a null character': 'a\x00b',
     'a line break': 'a\nb',
     'an address': 'gs://bucket/x',
-    'a device': '/dev/null',
+    'a device': str(folder / 'a_device'),
     'read only': '/proc/x',
   }
   if kind in ('paths', 'words'):
@@ -162,6 +163,8 @@ def flags(folder: pathlib.Path, times: int) -> Iterator[Trial]:
   _, run = kills.trained_run(folder)
   (folder / 'a_file').write_text('x')
   (folder / 'an_empty_folder').mkdir()
+  with contextlib.suppress(OSError):  # a copy of /dev/null, which needs root
+    os.mknod(folder / 'a_device', stat.S_IFCHR | 0o666, os.makedev(1, 3))
   log = folder / 'flags.log'
   process = processes.start(log, _try_all, folder, run, times)
   process.join(1200)

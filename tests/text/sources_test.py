@@ -9,7 +9,7 @@ import pytest
 
 import gemma_scope
 from configs import tiny
-from gemma_scope import files
+from gemma_scope import path_values
 from gemma_scope.evaluation.saebench import probe_inputs
 from gemma_scope.text import (
   hub_datasets,
@@ -364,14 +364,14 @@ def test_a_hub_that_does_not_answer_is_a_sentence(monkeypatch):
   ],
 )
 def test_a_source_is_shortened_for_what_leaves_the_machine(source, shown):
-  short = files.shortened(source)
+  short = path_values.shortened(source)
   assert short.startswith(shown)
   assert (short == source) == (shown == source)
   for folder in ('home', 'secret', 'private', '/x', '~'):
     assert folder not in short
-  assert files.shortened(short) == short
+  assert path_values.shortened(short) == short
   other = source.replace('me', 'you').replace('secret', 'mine')
-  assert other == source or files.shortened(other) != short
+  assert other == source or path_values.shortened(other) != short
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gemma_scope
-from gemma_scope import files, release, sites
+from gemma_scope import files, path_values, release, sites
 from gemma_scope.activations import outliers
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
@@ -85,7 +85,7 @@ def spread(store, seq_len: int, count: int, keep, eos_id: int) -> Text:
   chosen = np.unique(np.linspace(0, len(rows) - 1, count).astype(int))
   sequences_NT = np.stack([rows[i] for i in chosen])
   about = {
-    'name': files.shortened(store.manifest['source']),
+    'name': path_values.shortened(store.manifest['source']),
     'sha256': store.manifest['sha256']['train'],
     'split': 'train',
   }

@@ -1,0 +1,69 @@
+"""Paths that a user gives: what they may be, and what is published of them."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import re
+
+from gemma_scope import files
+
+_MOST_BYTES = 255  # of a name; what Linux and macOS allow
+_LONG = re.compile(r'\S{200,}')
+
+
+def check(path: str, name: str) -> None:
+  """Refuses what cannot be a path on any machine.
+
+  Args:
+    path: what was given.
+    name: of the flag or field, for the message.
+
+  Raises:
+    ValueError: it holds a null character, or a name that is too long.
+  """
+  if '\0' in path:
+    raise ValueError(f'{name}: {files.show(path)} holds a null character.')
+  for part in path.split('/'):
+    num_bytes = len(part.encode('utf-8', 'surrogateescape'))
+    if num_bytes > _MOST_BYTES:
+      raise ValueError(
+        f'{name}: the name {files.show(part)} has {num_bytes:,} bytes, and a '
+        f'file may have {_MOST_BYTES}.'
+      )
+
+
+def readable(message: str) -> str:
+  """A message whose words of hundreds of characters are shortened."""
+  return _LONG.sub(lambda word: f'{word[0][:60]}...{word[0][-30:]}', message)
+
+
+def shortened(source: str) -> str:
+  """A source of text without the folders of this machine, to be published.
+
+  'files:/home/me/texts/*.txt' -> 'files:*.txt (path sha256 1a2b3c4d)'. The
+  hash tells two paths apart and does not give them away; sources that name no
+  path stay as they are.
+  """
+  kind, colon, argument = source.partition(':')
+  path = argument
+  if kind == 'hf':
+    path = argument.partition(':')[0]
+    if not path.startswith(('./', '../', '/', '~')):
+      return source
+  elif kind not in ('files', 'arrayrecord'):
+    return source
+  name, space, digest = shortened_path(path).partition(' (')
+  return f'{kind}{colon}{name}{argument[len(path) :]}{space}{digest}'
+
+
+def shortened_path(path: str) -> str:
+  """A path without its folders: '/home/me/a.txt' -> 'a.txt (path sha256 ...)'.
+
+  A bare name stays as it is.
+  """
+  name = pathlib.PurePath(path).name
+  if path == name:
+    return path
+  digest = hashlib.sha256(path.encode('utf-8', 'replace')).hexdigest()
+  return f'{name} (path sha256 {digest[:8]})'

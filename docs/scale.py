@@ -1,6 +1,7 @@
 """The tables of docs/scale.md: programs compiled for pods that are not here.
 
 python docs/scale.py runs/scale.jsonl      # needs libtpu; goes on where it was
+python docs/scale.py runs/scale.jsonl collection 27b     # these tables alone
 python docs/scale.py --suites runs/suites.jsonl    # of compile-check --suites
 """
 
@@ -73,7 +74,7 @@ CASES = [
 ]
 
 
-def records(out: pathlib.Path):
+def records(out: pathlib.Path, tables: list[str]):
   """Every case once; those that are in `out` already are not compiled again."""
   from gemma_scope.performance import compile_check
 
@@ -83,6 +84,8 @@ def records(out: pathlib.Path):
       record = json.loads(line)
       done[tuple(record['case'])] = record
   for table, name, argument, mesh, topology in CASES:
+    if tables and table not in tables:
+      continue
     programs = {'step': ['step'], 'harvest': ['harvest']}.get(
       table, ['harvest', 'step']
     )
@@ -155,7 +158,7 @@ def suite_rows(path: pathlib.Path):
       continue
     step, harvest = record_of['step'], record_of['harvest']
     runs = step['runs']
-    shown = f'{len(runs)}, `layers={runs[0]}` ...' if runs else '1'
+    shown = f'{len(runs)}, `{runs[0]}` ...' if runs else '1'
     size = ' x '.join(map(str, step['mesh'].values()))
     together, room = step.get('together_bytes'), step['hbm_capacity_bytes']
     fits = together is not None and together <= room
@@ -178,7 +181,7 @@ def main() -> None:
     print(SUITES, *suite_rows(pathlib.Path(sys.argv[2])), sep='\n')
     return
   tables: dict[str, list[str]] = {}
-  for record in records(pathlib.Path(sys.argv[1])):
+  for record in records(pathlib.Path(sys.argv[1]), sys.argv[2:]):
     tables.setdefault(record['case'][0], []).append(row(record))
   for name, rows in tables.items():
     print(f'## {name}\n\n{HEAD}')

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ('sae', 'data', 'latent')
@@ -70,3 +71,12 @@ def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
 def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
   """The sharding of an array whose dimensions are split over `axes`."""
   return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def row_major(x: jax.Array) -> jax.Array:
+  """x, which a compiled program keeps in the layout of its arguments.
+
+  Without it the compiler may choose another layout for what a loop updates,
+  and copy all of it before and after the loop.
+  """
+  return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

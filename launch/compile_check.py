@@ -12,7 +12,8 @@ measurement. Exits with code 1 if a program does not fit.
 
 With --suites, every set is compiled for the pods that its suite's docstring
 names, on the mesh that the suite chooses; for a set that takes several runs,
-the largest. Sets that --out already has are not compiled again.
+the largest, and the configs of all of them are shown. Sets that --out already
+has are not compiled again.
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(f'{record["config"]} on {record["topology"]}: {refused}')
       else:
         print('\n'.join(compile_check.lines(record)), flush=True)
+        for run in record.get('runs', ()):
+          print(
+            f"  one of its runs --config='configs/{record['config']};{run}'"
+          )
       if parsed.out:
         with open(parsed.out, 'a') as file:
           file.write(json.dumps(record) + '\n')

@@ -68,7 +68,7 @@ def harvest(config, workdir: pathlib.Path, out: pathlib.Path, chunks: int):
   from gemma_scope import mesh as mesh_lib
   from gemma_scope import specs
   from gemma_scope.activations import store
-  from gemma_scope.runtime import cluster, opened
+  from gemma_scope.runtime import cluster, opened, preemption
   from gemma_scope.runtime import interrupt as interrupt_lib
   from gemma_scope.runtime import progress as progress_lib
   from gemma_scope.training import setup
@@ -104,7 +104,8 @@ def harvest(config, workdir: pathlib.Path, out: pathlib.Path, chunks: int):
         report_chunk = lambda chunk: progress.update(chunk + 1)
         store.write_store(out, source, chunks, facts, poll, report_chunk)
   except interrupt_lib.Interrupted:
-    if jax.process_count() > 1:  # the others must not wait for this one
+    # The others must not wait for this one; a machine that goes is no end.
+    if jax.process_count() > 1 or preemption.noticed():
       raise RuntimeError('stopped; the same command continues') from None
     print('stopped; the same command continues')
 

@@ -106,12 +106,16 @@ def text_of(config, workdir: pathlib.Path, source):
   A store of activations holds no tokens: they are those of the token store
   that it was harvested from, where that is at hand.
   """
+  from gemma_scope import files
   from gemma_scope.activations import harvest
   from gemma_scope.text import prepare
 
   stored = not isinstance(source, harvest.ModelSource)
-  folder = pathlib.Path(config.text.store or workdir / 'tokens')
-  if stored and not (folder / 'manifest.json').exists():
+  folder = config.text.store or workdir / 'tokens'
+  in_bucket = bool(files.scheme(folder))
+  if stored and not (
+    in_bucket or pathlib.Path(folder, 'manifest.json').exists()
+  ):
     return None, None
   tokenizer, store = prepare.open_text(config, workdir, print)
   if stored and store.fingerprint != source.facts['text']:

@@ -5,10 +5,14 @@ r"""Trains, evaluates and releases a collection of SAEs.
       --config='configs/gemma_scope_2b.py:set=16k;layers=12,20;sparsity=30,60'
   ... --config.train.steps=100     (any field of the config)
 
-The same command continues a run that was stopped, at any stage.
+The same command continues a run that was stopped, at any stage. The exit code
+is 0 after SIGTERM or Ctrl-C, and 1 where the cloud said that it will take a
+machine away, so that what started the command starts it again.
 """
 
 from __future__ import annotations
+
+import sys
 
 from gemma_scope import command_line
 
@@ -30,10 +34,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     config_lib.check(parsed.config)  # before JAX, a model or a device
     from gemma_scope import pipeline
-    from gemma_scope.runtime import cluster
+    from gemma_scope.runtime import cluster, preemption
 
     with cluster.joined():
-      pipeline.run(parsed.config, parsed.workdir)
+      done = pipeline.run(parsed.config, parsed.workdir)
+      again = not done and preemption.of_any_machine()
+    if again:
+      sys.exit('A machine will be taken away: start the same command again.')
 
 
 if __name__ == '__main__':

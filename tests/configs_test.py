@@ -29,6 +29,7 @@ MODULES = {
   for path in sorted(FOLDER.glob('*.py'))
   if path.stem not in SHARED
 }
+
 MULTI = ('crosscoder', 'clt', 'clt_skip')
 
 
@@ -86,23 +87,22 @@ def test_a_set_is_complete_and_fits_a_pod(name, argument):
   if 0 not in config.mesh.values():  # for one machine
     config_lib.check(config, model, (1, 1, 1))
     return
+  whole = specs.members(config)
   try:
-    chosen, _ = auto_mesh.choose(config, model, 16, hbm)
+    runs = [config]
+    auto_mesh.choose(config, model, 16, hbm)
   except config_lib.ConfigError as error:
-    parts = re.findall(r'layers=([\d,-]*\d)', str(error))
-    if config.collection.type in MULTI:
-      assert 'take more devices' in str(error)
-      return
-    assert parts, error
-    layers = config.collection.layers
-    together = []
-    for part in parts:
-      config_lib.override(config, 'collection.layers', part)
-      together += config.collection.layers
-      chosen, _ = auto_mesh.choose(config, model, 16, hbm)
-    assert tuple(together) == tuple(layers)
-  assert math.prod(chosen.sizes) == 16 and chosen.bytes < hbm
-  config_lib.check(config, model, chosen.sizes)
+    parts = auto_mesh.split(config, model, 16, hbm)
+    assert len(parts) > 1, error
+    assert all(part in str(error) for part in parts)
+    runs = [config_of(name, f'{argument};{part}') for part in parts]
+  for run in runs:
+    chosen, _ = auto_mesh.choose(run, model, 16, hbm)
+    assert math.prod(chosen.sizes) == 16 and chosen.bytes < hbm
+    config_lib.check(run, model, chosen.sizes)
+  # Every SAE is in one of the runs.
+  members = [member.name for run in runs for member in specs.members(run)]
+  assert sorted(members) == sorted(member.name for member in whole)
 
 
 @pytest.mark.parametrize('name', MODULES)

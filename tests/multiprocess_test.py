@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
+import pickle
 import re
 import signal
 import time
@@ -21,6 +23,7 @@ import numpy as np
 import pytest
 
 from gemma_scope import mesh as mesh_lib
+from gemma_scope.activations import chunks
 from gemma_scope.runtime import cluster, objects, opened, remote
 from gemma_scope.runtime import interrupt as interrupt_lib
 from gemma_scope.training import loop
@@ -106,6 +109,108 @@ def test_a_signal_to_one_stops_all_and_a_silent_one_is_named(tmp_path, caplog):
   assert any('processes: was 4, is 1' in line for line in lines), lines
   np.testing.assert_allclose(found, expected, rtol=1e-3)
   np.testing.assert_allclose(found[:step], expected[:step], rtol=1e-6)
+
+
+# Processes: the step at which they stop, and how they split rows and latents.
+LEGS = {4: (6, 4, 1), 2: (12, 1, 2), 8: (18, 4, 2)}
+
+
+def leg(folder: pathlib.Path, stop: int, *flags: str) -> None:
+  """Runs to a step; keeps the state at both ends, and every batch.
+
+  Each is copied whole to every process, which moves bits and rounds nothing.
+  """
+  start, run, at = loop._Loop.start, loop._Loop.run, chunks.Feed.at
+  at_step, kept = interrupt_lib.Interrupt.at_step, {}
+
+  def copied(mesh, tree):
+    whole = jax.jit(lambda x: x, out_shardings=mesh_lib.sharding(mesh))(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(whole))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+  def starting(self):
+    start(self)
+    kept.update(mesh=list(self.mesh.shape.values()), first=self.step)
+    kept.update(loaded=copied(self.mesh, self.states))
+
+  def running(self, interrupt):
+    run(self, interrupt)
+    kept.update(saved=copied(self.mesh, self.states))
+    if jax.process_index() == 0:
+      with open(folder / f'{stop}.pickle', 'wb') as file:
+        pickle.dump(kept, file)
+
+  def reading(self, step, *arguments):
+    batch = at(self, step, *arguments)
+    (x_BD,) = copied(self.chunks._mesh, batch).values()
+    kept.setdefault('batches', []).append(x_BD)
+    return batch
+
+  loop._Loop.start, loop._Loop.run, chunks.Feed.at = starting, running, reading
+  interrupt_lib.Interrupt.at_step = lambda self, step: (
+    at_step(self, step) or step == stop
+  )
+  processes.script('launch/train.py', *flags)
+
+
+def test_four_processes_then_two_then_eight_are_one_run(tmp_path):
+  """What is loaded is what was saved; after that only rounding differs.
+
+  docs/pods.md has the differences that were measured.
+  """
+  config, run = small(tmp_path, 18), tmp_path / 'run'
+  legs = []
+  for count, (stop, data, latent) in LEGS.items():
+    config.mesh.data, config.mesh.latent = data, latent
+    flags = run_helpers.flags_of(config, run)[2:]
+    with cluster_helper.Cluster(
+      tmp_path, count, leg, tmp_path, stop, *flags, silence_s=60
+    ) as several:
+      assert several.codes(range(count), 240) == [0] * count, several.outputs()
+    legs.append(pickle.loads((tmp_path / f'{stop}.pickle').read_bytes()))
+    assert legs[-1]['mesh'] == [1, data, latent]
+  assert [part['first'] for part in legs] == [0, 6, 12]
+  for before, after in itertools.pairwise(legs):
+    assert before['saved'].keys() == after['loaded'].keys()
+    for name, value in before['saved'].items():
+      np.testing.assert_array_equal(value, after['loaded'][name], name)
+
+  batches, states = [], []
+  at, ran = chunks.Feed.at, loop._Loop.run
+  config.mesh.data, config.mesh.latent = 2, 1
+
+  def reading(self, *arguments):
+    batch = at(self, *arguments)
+    batches.extend(map(np.asarray, batch.values()))
+    return batch
+
+  def running(self, interrupt):
+    ran(self, interrupt)
+    states.extend(map(np.asarray, jax.tree.leaves(self.states[0].params)))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(chunks.Feed, 'at', reading)
+    patch.setattr(loop._Loop, 'run', running)
+    losses = alone(config, tmp_path / 'alone', [])
+  rows = (run / 'metrics.jsonl').read_text().splitlines()
+  saved = legs[-1]['saved'].items()
+  differences = {
+    'batches': apart(sum((part['batches'] for part in legs), []), batches),
+    'losses': apart([json.loads(row)['mean/loss'] for row in rows], losses),
+    'parameters': apart([v for k, v in saved if '.params' in k], states),
+  }
+  print(differences)
+  assert differences['batches'] < 1e-6
+  assert differences['losses'] < 1e-5
+  assert differences['parameters'] < 1e-4
+
+
+def apart(found, expected) -> float:
+  """The largest difference of two arrays, relative to the second's norm."""
+  return max(
+    float(np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b))
+    for a, b in zip(found, expected, strict=True)
+  )
 
 
 def on_its_own_disk(folder: pathlib.Path, *flags: str) -> None:

@@ -11,9 +11,10 @@ left out the permutation wraps around, and the same number of rows appears twice
 (about one in a thousand, because of EOS between documents).
 
 A chunk holds the rows of each site as [k, B, D]. Batches are the first axis, so
-that taking one moves nothing between devices that split B. A chunk stays on the
-devices. If it does not fit there, it stays in host memory, and each host keeps
-the part of its own devices.
+that taking one moves nothing between places of the mesh's axis 'data'; the
+other axes split a chunk too, and a batch is gathered over them. A chunk stays
+on the devices. If it does not fit there, it stays in host memory, and each host
+keeps the part of its own devices.
 
 If memory has room for two chunks, the next one is made while training uses this
 one: its forward passes are dispatched between the steps, a few at a time. The
@@ -94,7 +95,8 @@ class Chunks:
   Args:
     source: `ModelSource` or `StoreSource`.
     seed: of the permutations.
-    mesh: its 'data' axis splits the rows of a batch.
+    mesh: its 'data' axis splits the rows of a batch; the other axes split a
+      chunk further.
     memory: where chunks stay: 'device', 'host', or 'auto' for the devices if
       the chunks held at once take at most a quarter of their memory.
     ahead: whether to make the next chunk while one is in use, which holds two:
@@ -127,25 +129,41 @@ class Chunks:
     self._seed = seed
     self._mesh = mesh
     self._on_device, self.ahead = self._held(memory, ahead)
-    self._shuffle = jax.jit(
-      self._shuffle_rows,
-      out_shardings=mesh_lib.sharding(mesh, None, 'data', None),
-    )
+    over = chunk_memory.axes(mesh.shape, self.layout.batch)
+    self._shuffles = {
+      axis: jax.jit(
+        self._shuffle_rows,
+        out_shardings=mesh_lib.sharding(mesh, None, over, axis),
+      )
+      for axis in ('latent', None)
+    }
     self._take = jax.jit(
       lambda rows, index: {site: x[index] for site, x in rows.items()},
       out_shardings=mesh_lib.sharding(mesh, 'data', None),
+    )
+    self._gather = jax.jit(
+      lambda batch: batch, out_shardings=mesh_lib.sharding(mesh, 'data', None)
     )
     # Replicated, so that every process of a pod can read it.
     self._mark = jax.jit(self._marks_of, out_shardings=mesh_lib.sharding(mesh))
 
   def _held(self, memory: str, ahead: str) -> tuple[bool, bool]:
     """`chunk_memory.held` of this run; never two chunks on a CPU by itself."""
-    width = sum(self.source.widths.values())
-    itemsize = jnp.dtype(self.layout.dtype).itemsize
-    sizes = chunk_memory.sizes(self._mesh, self.layout.rows * width * itemsize)
+    sizes = chunk_memory.sizes(
+      self._mesh,
+      self.layout.rows * jnp.dtype(self.layout.dtype).itemsize,
+      self.source.widths.values(),
+      self.layout.batch,
+    )
     if ahead == 'auto' and self._mesh.devices.flat[0].platform == 'cpu':
       ahead = 'off'
     return chunk_memory.held(memory, ahead, sizes, chunk_memory.memory())
+
+  def _shuffle(self, site: sites.Site, parts, index_R) -> jax.Array:
+    """Rows of a site in the order of a chunk, [k, B, D]."""
+    width = self.source.widths[site]
+    shuffle = self._shuffles[chunk_memory.columns(self._mesh.shape, width)]
+    return shuffle(parts, index_R)
 
   def _shuffle_rows(self, parts, index_R):
     x_RD = jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
@@ -169,7 +187,9 @@ class Chunks:
   def batch(self, chunk: Chunk, index: int) -> dict[sites.Site, jax.Array]:
     """Batch `index` of a chunk, [B, D] per site, on the devices."""
     if not self._on_device:
-      return {site: x_KBD[index].up() for site, x_KBD in chunk.rows.items()}
+      return self._gather(
+        {site: x_KBD[index].up() for site, x_KBD in chunk.rows.items()}
+      )
     index = mesh_lib.put(np.int32(index), mesh_lib.sharding(self._mesh))
     return self._take(chunk.rows, index)
 
@@ -219,10 +239,10 @@ class Chunks:
     for site in list(parts_of):
       x = parts_of.pop(site)  # freed one by one: a chunk may fill the memory
       if self._on_device:
-        rows[site] = self._shuffle(x, index_R)
+        rows[site] = self._shuffle(site, x, index_R)
       else:
         rows[site] = OnHost.of(
-          self._shuffle([part.up() for part in x], index_R)
+          self._shuffle(site, [part.up() for part in x], index_R)
         )
       del x
       if parts_of:

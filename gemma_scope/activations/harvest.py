@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 
 from gemma_scope import mesh as mesh_lib
 from gemma_scope import sites
+from gemma_scope.activations import chunk_memory
 from gemma_scope.language_model import gemma as lm
 
 
@@ -172,7 +173,7 @@ class ModelSource:
     self.parts = layout.sequences // layout.lm_batch
     self.gemma, self.params = gemma, params
     self.text = text
-    over = _over(mesh, layout.lm_batch)
+    over = chunk_memory.axes(mesh.shape, layout.lm_batch)
     self.tokens_place = mesh_lib.sharding(mesh, over, None)
     if mesh.shape['sae'] > 1:
       # The same model, its residual stream where these sequences are.
@@ -182,9 +183,14 @@ class ModelSource:
       lambda chunk, _: text.sequences(chunk * count, count), 1
     )
 
-    @functools.partial(
-      jax.jit, out_shardings=mesh_lib.sharding(mesh, 'data', None, None)
-    )
+    places = {
+      site: mesh_lib.sharding(
+        mesh, over, None, chunk_memory.columns(mesh.shape, width)
+      )
+      for site, width in self.widths.items()
+    }
+
+    @functools.partial(jax.jit, out_shardings=places)
     def harvest(params, tokens_BT):
       taps = gemma.forward(
         params, tokens_BT, taps=self.sites, logits=False
@@ -234,12 +240,6 @@ class Pair:
   def counts(self, chunk: int) -> np.ndarray:
     """See `Raw`."""
     return self._models[0].counts(chunk)
-
-
-def _over(mesh: Mesh, lm_batch: int) -> str | tuple[str, ...]:
-  """The axes that split the sequences of a pass."""
-  devices = mesh.shape['sae'] * mesh.shape['data']
-  return 'data' if lm_batch % devices else ('sae', 'data')
 
 
 def rows(

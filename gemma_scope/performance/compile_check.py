@@ -144,7 +144,7 @@ def _together(first: Program, second: Program) -> int:
 
 
 def job(config: ConfigDict, topology: str) -> tuple[ConfigDict, list[str]]:
-  """A config that fits a pod, and the layers of each run that it takes.
+  """A config that fits a pod, and the arguments of the runs that it takes.
 
   Where the pod cannot train all SAEs in one run, the config is that of the
   largest of several; else it is the one given, and the list is empty.
@@ -158,15 +158,15 @@ def job(config: ConfigDict, topology: str) -> tuple[ConfigDict, list[str]]:
     auto_mesh.choose(config, *model_and_pod)
     return config, []
   except config_lib.ConfigError:
-    if not (layer_groups := auto_mesh.split(config, *model_and_pod)):
+    if not (parts := auto_mesh.split(config, *model_and_pod)):
       raise
-  runs = [config.copy_and_resolve_references() for _ in layer_groups]
-  for run, layers_of_run in zip(runs, layer_groups, strict=True):
-    config_lib.override(run, 'collection.layers', layers_of_run)
-  layers = lambda run: run.collection.layers
-  return max(
-    runs, key=lambda run: (len(layers(run)), layers(run))
-  ), layer_groups
+  runs = [
+    config_lib.apply_argument(config.copy_and_resolve_references(), part)
+    for part in parts
+  ]
+  # Of equal ones the last: its pass of the model has the most layers.
+  size = lambda i: (auto_mesh.state_bytes(runs[i], model_and_pod[0]), i)
+  return runs[max(range(len(runs)), key=size)], parts
 
 
 def _harvest(config: ConfigDict, mesh):

@@ -10,7 +10,8 @@ Reading order; a module imports only from those above it:
   progress     progress on a terminal or in a log
   lease        one process at a time writes to a run folder
   bucket_lease  the same in a bucket
-  interrupt    SIGTERM and Ctrl-C end a run at a whole step
+  preemption   the cloud's notice that a machine will be taken away
+  interrupt    a signal or a notice ends a run at a whole step
   changes      a resumed run must have the config it began with
   checksums    a checksum for every leaf of a tree
   checkpoints  Orbax behind one thin module

@@ -1,21 +1,26 @@
-"""Stores in a bucket, read file by file into a cache that the host keeps.
+"""Stores in a bucket, read into a cache that the host keeps.
 
   $GEMMA_SCOPE_CACHE/stores/<address>/<folder>/<hash>-<file>
 
-A file is fetched when it is first read, compared with the SHA-256 in its
-folder's list (see `remote`), and used by every process of the host and by later
-runs. The cache holds at most $GEMMA_SCOPE_CACHE_GB gigabytes (100): before a
-file is fetched, those that were not used for longest are deleted.
+A file, or a part of a large one (`Array`), is fetched when it is first read,
+compared with the SHA-256 in its folder's list (see `remote`), and used by every
+process of the host and by later runs. The cache holds at most
+$GEMMA_SCOPE_CACHE_GB gigabytes (100), and what is being fetched: before a file
+is fetched, those that were not used for longest are deleted.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import hashlib
 import os
 import pathlib
-from typing import Any
+import threading
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from gemma_scope import files
 from gemma_scope.runtime import objects, remote
@@ -52,19 +57,27 @@ class Store:
 
   def path(self, folder: str, file: str) -> pathlib.Path:
     """A file, on this host's disk."""
+    return self._kept(folder, file, slice(None))
+
+  def part(self, folder: str, file: str, index: int) -> pathlib.Path:
+    """Part `index` of a file, of `remote.PART` bytes, on this host's disk."""
+    return self._kept(folder, file, slice(index, index + 1))
+
+  def _kept(self, folder: str, file: str, parts: slice) -> pathlib.Path:
+    """Some parts of a file as a file of the cache, fetched if they are not."""
     listed = self.listed(folder)
     if file not in listed:
       raise ValueError(f'There is no file {self.address}/{folder}/{file}.')
-    about = listed[file]
-    digest = files.json_sha256(about['sha256'])[:16]
+    sums, size = listed[file]['sha256'][parts], listed[file]['bytes']
+    digest = files.json_sha256(sums)[:16]
     path = self._root / folder / f'{digest}-{pathlib.PurePath(file).name}'
     with contextlib.suppress(FileNotFoundError):
       os.utime(path)
       return path
-    make_room(about['bytes'])
+    make_room(min(size, len(sums) * remote.PART))
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.whole_file(path) as opened:
-      for data in remote.parts(self._objects, folder, file, listed):
+      for data in remote.parts(self._objects, folder, file, listed, parts):
         opened.write(data)
     return path
 
@@ -73,28 +86,41 @@ class Store:
     self.path(folder, file).unlink(missing_ok=True)
 
 
-def folder(path: str) -> pathlib.Path:
-  """A whole folder on this host's disk: `path`, or what is at the address."""
-  if not files.scheme(path):
-    return pathlib.Path(path)
-  above, _, name = path.rstrip('/').rpartition('/')
-  store = Store(above)
-  listed = store.listed(name)
-  target = store._root / name / files.json_sha256(listed)[:16]
-  if not target.exists():
-    make_room(sum(about['bytes'] for about in listed.values()))
-    with (
-      contextlib.suppress(FileExistsError),
-      files.whole_folder(target) as draft,
-    ):
-      for file in listed:
-        (draft / file).parent.mkdir(parents=True, exist_ok=True)
-        with open(draft / file, 'xb') as opened:
-          for data in remote.parts(store._objects, name, file, listed):
-            opened.write(data)
-  for file in target.iterdir():
-    os.utime(file)
-  return target
+class Array:
+  """A file of numbers, of which those parts are fetched that are read.
+
+  Several threads may read; each part is fetched once.
+
+  Args:
+    address: of the file.
+    dtype: of its numbers; a part holds a whole number of them.
+  """
+
+  def __init__(self, address: str, dtype: str):
+    above, self._folder, self._file = address.rsplit('/', 2)
+    self._store, self._dtype = Store(above), np.dtype(dtype)
+    self._turns = collections.defaultdict(threading.Lock)
+
+  def __getitem__(self, index: slice) -> np.ndarray:
+    """Numbers from `index.start` to `index.stop`, which are both given."""
+    size = self._dtype.itemsize
+    at, stop, pieces = index.start * size, index.stop * size, []
+    while at < stop:
+      part, offset = divmod(at, remote.PART)
+      count = min(stop - at, remote.PART - offset)
+      with self._opened(part) as file:
+        file.seek(offset)
+        pieces.append(file.read(count))
+      at += count
+    return np.frombuffer(b''.join(pieces), self._dtype)
+
+  def _opened(self, part: int) -> BinaryIO:
+    while True:
+      with self._turns[part]:
+        path = self._store.part(self._folder, self._file, part)
+      # Another process may have deleted it, to make room.
+      with contextlib.suppress(FileNotFoundError):
+        return open(path, 'rb')
 
 
 def make_room(num_bytes: int) -> None:

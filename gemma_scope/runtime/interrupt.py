@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end all processes of a run after the same step."""
+"""SIGTERM, Ctrl-C or a cloud's notice end all processes after the same step."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from gemma_scope.runtime import preemption
+
 
 class Interrupted(Exception):
-  """Raised when SIGTERM or Ctrl-C asks the run to end."""
+  """Raised when a signal or the cloud's notice asks the run to end."""
 
 
 class Interrupt:
-  """Turns SIGTERM and Ctrl-C into a flag that every phase polls.
+  """Turns SIGTERM, Ctrl-C and notices into a flag that every phase polls.
 
     with Interrupt() as interrupt:
       for batch in harvest: interrupt.check()
@@ -29,10 +31,11 @@ class Interrupt:
   during a long compilation the flag is set when that call returns.
 
   In a cluster (joined before this is entered), SIGTERM belongs to JAX's
-  preemption service, which stops all processes at the same step. Ctrl-C is
-  turned into SIGTERM. The flag appears at the call on which all processes
-  agree, so each process must make the same calls of `check` and `at_step`. With
-  `alone`, a process of a cluster is treated as a lone one.
+  preemption service, which stops all processes at the same step. Ctrl-C and
+  the notice that a machine will be taken away (`preemption`) are turned into
+  SIGTERM. The flag appears at the call on which all processes agree, so each
+  process must make the same calls of `check` and `at_step`. With `alone`, a
+  process of a cluster is treated as a lone one.
   """
 
   def __init__(self, alone: bool = False):
@@ -42,6 +45,7 @@ class Interrupt:
     self._cluster = False
     self._calls = 0
     self._pressed = False
+    self._watch: preemption.Watch | None = None
 
   def __enter__(self) -> Interrupt:
     if threading.current_thread() is not threading.main_thread():
@@ -59,9 +63,13 @@ class Interrupt:
       )
     )
     self._old = {s: signal.signal(s, self._handle) for s in own_signals}
+    if ask := preemption.server():
+      self._watch = preemption.Watch(ask, self._leave)
     return self
 
   def __exit__(self, *unused):
+    if self._watch is not None:
+      self._watch.stop()
     for number, handler in self._old.items():
       # None: a handler that was not Python's cannot be put back by Python.
       signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -73,13 +81,22 @@ class Interrupt:
       if self._pressed:
         raise KeyboardInterrupt
       self._pressed = True
+    self._end(
+      f'{signal.Signals(number).name}: ending at the next whole step (Ctrl-C '
+      'again: at once, unsaved)'
+    )
+
+  def _leave(self, notice: str) -> None:
+    """The cloud will take this machine away; called in a thread."""
+    self._end(
+      f'The cloud will take this machine away ({notice}): ending at the next '
+      'whole step'
+    )
+
+  def _end(self, sentence: str) -> None:
     # os.write: print may be interrupted in the middle of its own lock.
     with contextlib.suppress(OSError):
-      os.write(
-        2,
-        f'\n{signal.Signals(number).name}: ending at the next whole step'
-        ' (Ctrl-C again: at once, unsaved)\n'.encode(),
-      )
+      os.write(2, f'\n{sentence}\n'.encode())
     if self._cluster:
       os.kill(os.getpid(), signal.SIGTERM)  # jax tells the other processes
     else:
@@ -93,7 +110,9 @@ class Interrupt:
   def check(self):
     """Raises Interrupted once the run should end."""
     if self._agreed():
-      raise Interrupted('The run was asked to end (SIGTERM or Ctrl-C).')
+      raise Interrupted(
+        'The run was asked to end (SIGTERM, Ctrl-C or a notice of the cloud).'
+      )
 
   def at_step(self, step: int) -> bool:
     """Whether all processes should stop at `step`."""

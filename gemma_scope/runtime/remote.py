@@ -276,14 +276,19 @@ def listed(store: objects_lib.Objects, folder_: str) -> dict[str, Any] | None:
 
 
 def parts(
-  store: objects_lib.Objects, folder_: str, file: str, listed: dict[str, Any]
+  store: objects_lib.Objects,
+  folder_: str,
+  file: str,
+  listed: dict[str, Any],
+  which: slice = slice(None),
 ) -> Iterator[bytes]:
   """The bytes of a listed file, part by part, each with its SHA-256.
 
   Raises:
     BucketError: bytes differ from the list, three times.
   """
-  names, sums = _names(folder_, file, listed), listed[file]['sha256']
+  names = _names(folder_, file, listed)[which]
+  sums = listed[file]['sha256'][which]
   for name, data, expected in zip(
     names, store.read_all(names), sums, strict=True
   ):

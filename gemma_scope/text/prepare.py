@@ -21,6 +21,7 @@ import itertools
 import os
 import pathlib
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
@@ -34,6 +35,7 @@ from gemma_scope.text import sequences as sequences_lib
 
 _BATCH_CHARS = 1 << 21  # encoded at once: bounds memory, feeds the threads
 _BATCH_SECONDS = 2.0  # so that a slow source shows progress too
+_READERS = 16  # rows that are read at once
 
 
 class Rows(Protocol):
@@ -58,8 +60,32 @@ def shuffled(sequences: sequences_lib.Sequences, seed: int) -> Rows:
 
 
 def batch(rows: Rows, start: int, count: int) -> np.ndarray:
-  """int32 [count, T]: rows start .. start + count - 1."""
-  return np.stack([rows[i] for i in range(start, start + count)])
+  """int32 [count, T]: rows start .. start + count - 1.
+
+  They lie far apart, on a disk or in a bucket: several are read at once, in
+  daemon threads, so that a process that ends does not wait for the rest.
+  """
+  read: list[Any] = [None] * count
+  left, errors = iter(range(count)), []
+
+  def work():
+    try:
+      for i in left:
+        read[i] = rows[start + i]
+    except Exception as error:
+      errors.append(error)
+
+  threads = [
+    threading.Thread(target=work, daemon=True)
+    for _ in range(min(_READERS, count))
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  if errors:
+    raise errors[0]
+  return np.stack(read)
 
 
 # Preparing a store.
@@ -305,7 +331,7 @@ def open_text(
   """
   # JAX: not for those who only prepare text.
   from gemma_scope.language_model import weights
-  from gemma_scope.runtime import cluster, host_cache, remote
+  from gemma_scope.runtime import cluster, remote
 
   lm, text = config.lm, config.text
   tokenizer = tokenizers.Tokenizer(
@@ -313,13 +339,11 @@ def open_text(
   )
   check_tokenizer(tokenizer, lm.name, lm.checkpoint)
   folder = pathlib.Path(workdir / 'tokens')
-  if text.store:
-    folder = host_cache.folder(text.store)
   with cluster.first_goes_ahead():
-    if not folder.exists():
+    if not (text.store or folder.exists()):
       remote.fetch(folder)
     if text.store or (folder / token_store.MANIFEST).exists():
-      store = token_store.Tokens(folder)
+      store = token_store.Tokens(text.store or folder)
     else:
       report(f'tokenising {text.source}')
       store = prepare(
@@ -334,8 +358,8 @@ def open_text(
     store.verify()
   if store.fingerprint['tokenizer_sha256'] != tokenizer.sha256:
     raise ValueError(
-      f'The token store {str(folder)!r} was made with another tokenizer than '
-      f'{tokenizer.path!r}; prepare it again or set lm.tokenizer.'
+      f'The token store {str(store.folder)!r} was made with another tokenizer '
+      f'than {tokenizer.path!r}; prepare it again or set lm.tokenizer.'
     )
   return tokenizer, store
 

@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from gemma_scope import files
+
+_BLOCK = 1 << 24  # tokens that are looked through at once
+
 
 def dtype_of(vocab_size: int) -> str:
   """The dtype of tokens on disk: uint16 where the vocabulary allows it."""
@@ -18,6 +22,7 @@ def dtype_of(vocab_size: int) -> str:
 class Sequences:
   """Random access to the rows of a token file; `[i]` is int32 [T].
 
+  The file is mapped; of one in a bucket those parts are fetched that are read.
   Pickled as its fields: a worker process maps the file itself.
   """
 
@@ -42,7 +47,12 @@ class Sequences:
     return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
   @functools.cached_property
-  def _stream(self) -> np.ndarray:
+  def _stream(self) -> Any:
+    """The tokens, to be sliced."""
+    if files.scheme(self.path):
+      from gemma_scope.runtime import host_cache  # JAX
+
+      return host_cache.Array(self.path, self.dtype)
     return np.memmap(self.path, self.dtype, 'r', shape=(self.tokens,))
 
   def __len__(self) -> int:
@@ -63,7 +73,10 @@ class Sequences:
     EOS ends a document; BOS counts to the document of the token after it.
     """
     width = self.seq_len - 1
-    ends = np.flatnonzero(self._stream == eos_id)
+    ends = []
+    for start in range(0, self.tokens, _BLOCK):
+      block = self._stream[start : min(start + _BLOCK, self.tokens)]
+      ends.append(start + np.flatnonzero(block == eos_id))
     at_NT = np.asarray(indices)[:, None] * width + np.arange(-1, width)
     at_NT[:, 0] += 1
-    return np.searchsorted(ends, at_NT).astype(np.int32)
+    return np.searchsorted(np.concatenate(ends), at_NT).astype(np.int32)

@@ -6,8 +6,10 @@
 
 A stream is the tokens of its documents, each followed by EOS. Row i of length T
 is BOS and then stream[i (T-1) : (i+1) (T-1)]; a remainder at the end is
-dropped. Files are memory-mapped, so a store may be larger than the memory. The
-manifest names no file (their names are fixed) and holds its own hash.
+dropped. Files are memory-mapped, so a store may be larger than the memory; of
+those of a store in a bucket, the parts that are read are fetched
+(`host_cache`). The manifest names no file (their names are fixed) and holds its
+own hash.
 
 Every row of a chat store (`rollouts`) is one conversation, padded. Its manifest
 has `chat`, `seq_len`, the only row length it can be read at, and `reply`, the
@@ -37,27 +39,40 @@ class Tokens:
   """An open token store: its manifest and file sizes are checked."""
 
   def __init__(self, folder: str | os.PathLike[str]):
-    files.refuse_address(folder, 'The folder of a token store')
-    self.folder = pathlib.Path(folder)
-    self.manifest = _read_manifest(self.folder / MANIFEST)
+    self.folder = folder
+    if files.scheme(folder):
+      from gemma_scope.runtime import host_cache  # JAX
+
+      above, _, name = os.fspath(folder).rstrip('/').rpartition('/')
+      store = host_cache.Store(above)
+      self.folder = f'{above}/{name}'
+      listed = {f: about['bytes'] for f, about in store.listed(name).items()}
+      bytes_of = lambda split: listed.get(f'{split}.tokens')
+      path = store.path(name, MANIFEST)
+    else:
+      self.folder = pathlib.Path(folder)
+      bytes_of = lambda split: _bytes(self.path(split))
+      path = self.folder / MANIFEST
+    self.manifest = _read_manifest(path)
     size = np.dtype(self.manifest['dtype']).itemsize
     for split in corpus.SPLITS:
-      path = self.path(split)
       expected = self.manifest['tokens'][split] * size
-      actual = path.stat().st_size if path.is_file() else None
+      actual = bytes_of(split)
       if actual != expected:
         raise ValueError(
-          f'{path} should have {expected} bytes and '
+          f'{self.path(split)} should have {expected} bytes and '
           f'{"is missing" if actual is None else f"has {actual}"}; the store '
           'is damaged: delete the folder and prepare it again.'
         )
 
-  def path(self, split: str) -> pathlib.Path:
-    """The token file of 'train' or 'eval'."""
+  def path(self, split: str) -> pathlib.Path | str:
+    """The token file of 'train' or 'eval': its path, or its address."""
     if split not in corpus.SPLITS:
       raise ValueError(
         f'split is {split!r}; it is one of {", ".join(corpus.SPLITS)}.'
       )
+    if files.scheme(self.folder):
+      return f'{self.folder}/{split}.tokens'
     return self.folder / f'{split}.tokens'
 
   @property
@@ -109,7 +124,10 @@ class Tokens:
     """Compares the hashes of the files; ValueError names a damaged one.
 
     A file is read once in a process, and again if its size or time changes.
+    Parts of a bucket's files are compared when they are fetched.
     """
+    if files.scheme(self.folder):
+      return
     for split in corpus.SPLITS:
       state = self.path(split).stat()
       digest = _sha256(self.path(split), state.st_size, state.st_mtime_ns)
@@ -148,6 +166,10 @@ class Tokens:
       seq_len,
       self.manifest['tokens'][split],
     )
+
+
+def _bytes(path: pathlib.Path) -> int | None:
+  return path.stat().st_size if path.is_file() else None
 
 
 @functools.lru_cache(maxsize=16)

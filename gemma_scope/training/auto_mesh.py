@@ -16,17 +16,18 @@ with less memory. Chips differ by less than a factor of two in these ratios.
 
 Memory of a device, in bytes: the state / (sae latent), two gradients of the
 largest member / latent, its activations, the batch, the language model /
-(data latent), twice the rows of one of its passes / data, and the chunks of
-rows / data that stay on the devices (`chunk_memory.held`). docs/scale.md
+(data latent), twice the rows of one of its passes and the chunks of rows that
+stay on the devices, both split over all axes (`chunk_memory`). docs/scale.md
 compares it with the compiler's.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -128,6 +129,12 @@ def memory(
   return _memory_of(config, model, sized, lm_bytes, sizes, hbm)
 
 
+def state_bytes(config: ConfigDict, model: sites.Dimensions) -> float:
+  """Bytes of the training state of all SAEs."""
+  stacks, _ = setup.make_stacks(config, model)
+  return sum(_Sized.of(one).state for one in stacks)
+
+
 def _too_large(config, model, devices, hbm, ways) -> str:
   least = min(ways, key=lambda way: way.bytes)
   sentence = (
@@ -135,33 +142,51 @@ def _too_large(config, model, devices, hbm, ways) -> str:
     f'on each of {devices} devices at least (mesh {_shown(least.sizes)}), and '
     f'a device has {hbm / _GIB:.0f}'
   )
-  layer_groups = split(config, model, devices, hbm)
-  if not layer_groups:
+  parts = split(config, model, devices, hbm)
+  if not parts:
     return f'{sentence}: take more devices, or narrower SAEs.'
-  jobs = ', '.join(f'layers={group}' for group in layer_groups)
-  return f'{sentence}: train them in {len(layer_groups)} runs, with {jobs}.'
+  return (
+    f'{sentence}: train them in {len(parts)} runs, with {", ".join(parts)} in '
+    "the config's argument and a folder for each."
+  )
 
 
 def split(
   config: ConfigDict, model: sites.Dimensions, devices: int, hbm: float
 ) -> list[str]:
-  """The layers in as few groups as fit, ['0-12', '13-25']; [] if none do."""
-  if specs.over_layers(config):
-    return []  # one SAE needs all of its layers
-  layers = tuple(config.collection.layers)
-  subset = config.copy_and_resolve_references()
+  """The config in as few runs as fit, by their arguments; [] if none do.
 
-  def fits(group) -> bool:
-    subset.collection.layers = group
-    ways = _ways(subset, model, devices, hbm)
-    return any(way.bytes <= _SHARE * hbm for way in ways)
-
-  for count in range(2, len(layers) + 1):
-    size = -(-len(layers) // count)
-    groups = [layers[i : i + size] for i in range(0, len(layers), size)]
-    if all(map(fits, groups)):
-      return [_range(group) for group in groups]
+  By layers where that is possible (['layers=0-12', 'layers=13-25']), else also
+  by widths, and then by sparsities (['widths=65k;sparsity=50', ...]).
+  """
+  for parts in _partitions(config):
+    if all(_fits(config, part, model, devices, hbm) for part in parts):
+      return parts
   return []
+
+
+def _partitions(config: ConfigDict) -> Iterator[list[str]]:
+  """Ways to split a collection into runs, fewest first."""
+  c = config.collection
+  single = ['']  # each layer alone, or all: an SAE over layers needs them
+  if not specs.over_layers(config):
+    layers = tuple(c.layers)
+    for count in range(2, len(layers) + 1):
+      size = -(-len(layers) // count)
+      groups = [layers[i : i + size] for i in range(0, len(layers), size)]
+      yield [f'layers={_range(group)}' for group in groups]
+    single = [f'layers={layer}' for layer in layers]
+  widths = [f'widths={sites.width_name(width)}' for width in c.widths]
+  sparsities = [f'sparsity={value:g}' for value in c.sparsity]
+  for parts in (widths,), (widths, sparsities):
+    every = itertools.product(single, *parts)
+    yield [';'.join(filter(None, part)) for part in every]
+
+
+def _fits(config, part: str, model, devices: int, hbm: float) -> bool:
+  run = config_lib.apply_argument(config.copy_and_resolve_references(), part)
+  ways = _ways(run, model, devices, hbm)
+  return any(way.bytes <= _SHARE * hbm for way in ways)
 
 
 def _range(layers: tuple[int, ...]) -> str:
@@ -293,27 +318,37 @@ def _memory_of(config, model, sized, lm_bytes, sizes, hbm) -> Memory:
     for sized_stack in sized
   )
   size += 2 * rows * width * itemsize + lm_bytes / (data * latent)
+  row_bytes = functools.partial(_row_bytes, sizes, widths.values(), itemsize)
   if not config.activations.store:
-    tokens = config.activations.lm_batch * config.text.seq_len / data
-    size += 2 * tokens * width * itemsize
-  chunks = _chunk_bytes(config, width, data, hbm)
+    sequences = config.activations.lm_batch
+    size += 2 * sequences * config.text.seq_len * row_bytes(sequences)
+  chunks = _chunk_bytes(config, row_bytes(config.train.batch), hbm)
   return Memory(size + chunks, chunks)
 
 
-def _chunk_bytes(config, width: int, data: int, hbm: float) -> float:
-  """Bytes of a device that chunks of rows of all sites take.
+def _row_bytes(
+  sizes: tuple[int, ...], widths: Iterable[int], itemsize: int, count: int
+) -> float:
+  """Bytes that a row of all sites takes of each device (`chunk_memory`).
 
   Args:
-    width: of all sites together.
-    data: size of the axis that splits the rows.
+    sizes: of the mesh.
+    widths: of the sites.
+    itemsize: bytes of a number.
+    count: sequences of a pass, or rows of a batch.
   """
-  activations = config.activations
-  size = (
-    activations.chunk_rows
-    * width
-    * jnp.dtype(activations.dtype).itemsize
-    / data
+  shape = dict(zip(mesh_lib.AXES, sizes, strict=True))
+  parts = math.prod(shape[axis] for axis in chunk_memory.axes(shape, count))
+  numbers = sum(
+    width / shape.get(chunk_memory.columns(shape, width), 1) for width in widths
   )
+  return itemsize * numbers / parts
+
+
+def _chunk_bytes(config, row_bytes: float, hbm: float) -> float:
+  """Bytes of a device that chunks of rows of all sites take."""
+  activations = config.activations
+  size = activations.chunk_rows * row_bytes
   on_device, ahead = chunk_memory.held(
     activations.memory, activations.ahead, (size, 0.0), (hbm, 0.0)
   )

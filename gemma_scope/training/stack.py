@@ -49,9 +49,7 @@ SHARDING = {
   'fired_share': ('latent',),
 }
 
-
 _SOFT_COSINE = 0.8  # of soft_frozen_decoder (arXiv 2602.14111)
-
 
 # Metrics of each member; end-to-end fine-tuning adds its own.
 METRICS = (
@@ -190,7 +188,9 @@ class Stack:
       def step_one(i, carry):
         state, metrics = carry
         member = jax.tree.map(
-          lambda a: jax.lax.dynamic_index_in_dim(a, i, 0, False),
+          lambda a: mesh_lib.row_major(
+            jax.lax.dynamic_index_in_dim(a, i, 0, False)
+          ),
           Member(state, setting, seeds),
         )
         rows = (
@@ -200,7 +200,7 @@ class Stack:
         stepped = self.step_member(member, rows, step, key, gradient_of)
         return jax.tree.map(
           lambda a, updated: jax.lax.dynamic_update_index_in_dim(
-            a, updated, i, 0
+            a, mesh_lib.row_major(updated), i, 0
           ),
           carry,
           stepped,

@@ -138,16 +138,25 @@ def test_any_mesh_gives_the_same_batches(made, shape):
   source, mesh, _, _ = made
   expected = chunks_lib.Chunks(source, 0, mesh).load(0)
   source, mesh, _, _ = make(shape)
-  found = chunks_lib.Chunks(source, 0, mesh).load(0)
-  for site in AT:
+  chunks = chunks_lib.Chunks(source, 0, mesh)
+  found = chunks.load(0)
+  for site, batch_BD in chunks.batch(found, 1).items():
     np.testing.assert_allclose(
       found.rows[site], expected.rows[site], rtol=1e-4, atol=1e-5
     )
-    assert found.rows[site].sharding.spec[1] == 'data'
+    np.testing.assert_array_equal(batch_BD, found.rows[site][1])
+    # A chunk is split over all devices; a batch over 'data' alone.
+    assert found.rows[site].addressable_shards[0].data.size == (
+      found.rows[site].size // mesh.size
+    )
+    assert batch_BD.addressable_shards[0].data.size == (
+      batch_BD.size // mesh.shape['data']
+    )
 
 
-def test_host_memory_gives_the_same_batches(made):
-  source, mesh, _, _ = made
+@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 1)])
+def test_host_memory_gives_the_same_batches(shape):
+  source, mesh, _, _ = make(shape)
   on_device, on_host = (
     chunks_lib.Chunks(source, 0, mesh, memory) for memory in ('device', 'host')
   )

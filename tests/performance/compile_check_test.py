@@ -116,3 +116,21 @@ def test_what_does_not_fit_says_so_and_what_to_change(tmp_path):
   record = json.loads(out.read_text())
   assert not record['fits'] and 'mesh.latent' in record['advice']
   assert 'DOES NOT FIT' in done.stdout
+
+
+@libtpu
+def test_a_step_needs_room_for_one_member_at_a_time(tmp_path):
+  """Members share temporaries: a copy of all would be twice the state."""
+  out = tmp_path / 'out.jsonl'
+  done = command(
+    out,
+    '--config=configs/gemma_scope_2b.py:set=16k;layers=12;sites=resid_post;'
+    'sparsity=10,20,30,40,50,60,70,80',
+    '--programs=step',
+    '--config.mesh.sae=2',
+    '--config.mesh.latent=2',
+  )
+  assert done.returncode == 0, done.stderr
+  record = json.loads(out.read_text())
+  assert record['mesh'] == {'sae': 2, 'data': 1, 'latent': 2}
+  assert record['temporaries'] < record['arguments'] / 2

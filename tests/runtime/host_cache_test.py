@@ -11,6 +11,7 @@ import pytest
 from gemma_scope import files, sites
 from gemma_scope.activations import harvest, store
 from gemma_scope.runtime import cluster, host_cache, objects, remote
+from gemma_scope.text import prepare, sequences, token_store
 from tests.helpers import object_servers
 
 if importlib.util.find_spec('moto') is None:
@@ -146,3 +147,91 @@ def test_a_harvest_goes_on_where_it_was_stopped(here):
   with remote.folder(here) as local:
     with pytest.raises(ValueError, match='holds another activation store'):
       store.write_store(local, Stops(), 4, {'model': 'n'})
+
+
+TOKENS = 1000  # of the text; 50 rows of 21, in parts of 256 tokens
+
+
+@pytest.fixture
+def tokens(here, tmp_path, monkeypatch):
+  """A token store on the disk and in the bucket, there in four parts."""
+  monkeypatch.setattr(remote, 'PART', 512)
+  split = {
+    'train': np.random.default_rng(0).integers(3, 500, TOKENS).astype('<u2'),
+    'eval': np.full(40, 1, '<u2'),
+  }
+  with remote.place(f'{here}/tokens') as place:
+    with files.whole_folder(place) as draft:
+      for name, stream in split.items():
+        stream.tofile(draft / f'{name}.tokens')
+      token_store.write_manifest(draft, manifest(draft, split))
+    (tmp_path / 'tokens').mkdir()
+    for file in place.iterdir():
+      (tmp_path / 'tokens' / file.name).write_bytes(file.read_bytes())
+  return token_store.Tokens(tmp_path / 'tokens'), f'{here}/tokens'
+
+
+def manifest(folder, split):
+  return {
+    'format': token_store.FORMAT,
+    'vocab_size': 500,
+    'dtype': sequences.dtype_of(500),
+    **{'bos_id': 2, 'eos_id': 1, 'pad_id': 0},
+    'tokens': {name: len(stream) for name, stream in split.items()},
+    'documents': dict.fromkeys(split, 1),
+    'sha256': {n: files.sha256(folder / f'{n}.tokens') for n in split},
+    **dict.fromkeys(('source_sha256', 'tokenizer_sha256'), '0' * 64),
+    **{'source': 's', 'python': None, 'limit_tokens': None},
+  }
+
+
+def fetched(proxy, before: int) -> list[str]:
+  """The parts of the text that were downloaded since."""
+  gets = [path for method, path in proxy.requests[before:] if method == 'GET']
+  return [path.rpartition('.')[2] for path in gets if 'train.tokens' in path]
+
+
+def test_only_the_parts_of_a_text_that_are_read_are_fetched(tokens, proxy):
+  local, address = tokens
+  before = len(proxy.requests)
+  remote_store = token_store.Tokens(address)
+  remote_store.verify()
+  assert remote_store.fingerprint == local.fingerprint
+  rows, expected = remote_store.sequences(21), local.sequences(21)
+  assert len(rows) == len(expected) and fetched(proxy, before) == []
+  np.testing.assert_array_equal(rows[30], expected[30])
+  assert fetched(proxy, before) == ['part-00002']
+  np.testing.assert_array_equal(rows[12], expected[12])  # over a part's end
+  assert sorted(fetched(proxy, before)) == [f'part-0000{i}' for i in range(3)]
+  # A process that starts later goes on with what is there.
+  again = token_store.Tokens(address).sequences(21)
+  both = [prepare.shuffled(each, 3) for each in (again, expected)]
+  batches = [prepare.batch(order, 40, 120) for order in both]
+  np.testing.assert_array_equal(*batches)
+  assert sorted(fetched(proxy, before)) == [f'part-0000{i}' for i in range(4)]
+  index = np.arange(3)
+  np.testing.assert_array_equal(
+    *(each.documents(index, 300) for each in (again, expected))
+  )
+
+
+def test_a_text_larger_than_the_cache_is_read_through_it(tokens, monkeypatch):
+  local, address = tokens
+  rows, expected = (
+    token_store.Tokens(address).sequences(21),
+    local.sequences(21),
+  )
+  monkeypatch.setenv('GEMMA_SCOPE_CACHE_GB', '1.1e-6')  # two parts
+  for i in (0, 49, 20, 0, 30):
+    np.testing.assert_array_equal(rows[i], expected[i])
+    kept = [p for p in remote.cache().rglob('*.tokens') if p.is_file()]
+    assert sum(path.stat().st_size for path in kept) <= 1100
+
+
+def test_a_damaged_part_of_a_text_is_never_read(tokens):
+  _, address = tokens
+  rows = token_store.Tokens(address).sequences(21)
+  objects.Objects(address).write('train.tokens.part-00001', b'x' * 512)
+  with pytest.raises(objects.BucketError, match='part-00001 does not have the'):
+    prepare.batch(rows, 0, 40)
+  np.testing.assert_array_equal(rows[0][:1], [2])

@@ -22,7 +22,9 @@ def auto(argument: str = '', **fields):
 
 
 def test_the_cheapest_way_that_fits_is_chosen():
-  config = auto('layers=0,1;sparsity=4,8')
+  # Three SAEs, so narrow that copies of them cost less than sums of many rows.
+  three = 'layers=0;sites=resid_post;widths=1k;sparsity=4,8,16'
+  config = auto(three, **{'train.batch': 1024, 'activations.lm_batch': 8})
   model = setup.dimensions(config)
   chosen, ways = auto_mesh.choose(config, model, 8, 2**40)
   assert chosen == min(ways, key=lambda way: (way.cost, way.bytes))
@@ -58,6 +60,11 @@ def test_what_fits_nowhere_is_split_into_runs_that_fit():
   assert 'train them in 2 runs, with layers=0, layers=1' in str(error.value)
   with pytest.raises(config_lib.ConfigError, match='take more devices'):
     auto_mesh.choose(config, model, 8, 1.0)
+  # SAEs over layers cannot be split by layers.
+  config = auto('layers=0,1;type=crosscoder;widths=64,128;sparsity=4,8')
+  ways = auto_mesh.choose(config, model, 8, 2**40)[1]
+  hbm = 0.99 * min(way.bytes for way in ways) / 0.9
+  assert auto_mesh.split(config, model, 8, hbm) == ['widths=64', 'widths=128']
 
 
 def test_devices_that_nothing_divides_are_refused():

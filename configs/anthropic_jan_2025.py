@@ -28,11 +28,11 @@ above, a straight-through gradient to all parameters, learning rate 2e-4 without
 warm-up and linear to 0 over the last 20 %, batch 32,768, gradients clipped at
 norm 1. Taken from excerpts and from others' code beside the original.
 Guesses: 8 B tokens, no b_dec in the encoder, Adam's eps, sites, widths.
-Not implemented: their Adam (beta1, beta2; beta1 is 0 here), the initial values
-(W_dec uniform within 1 / sqrt(n), W_enc = n / F of it, b_enc set from data so
-that each latent fires on 10,000 / F of rows; here unit decoders, tied, and 0),
-the mean norm as the scale (here its root mean square). Relative to the
-other parameters, biases move sqrt(n) times faster than theirs.
+Not known: their Adam's beta1 and beta2 (0 and 0.999 here). Not implemented: the
+initial values (W_dec uniform within 1 / sqrt(n), W_enc = n / F of it, b_enc set
+from data so that each latent fires on 10,000 / F of rows; here unit decoders,
+tied, and 0), the mean norm as the scale (here its root mean square). Relative
+to the other parameters, biases move sqrt(n) times faster than theirs.
 """
 
 import math

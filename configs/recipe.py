@@ -86,6 +86,7 @@ def gemma_scope_1(model: str) -> ConfigDict:
         'initial_l0': 0.0,
         'l0_steps': 0,
         'threshold_rate': 1.0,
+        'b1': 0.0,
         'b2': 0.999,
         'eps': 1e-8,
         'clip': 0.0,

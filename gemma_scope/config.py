@@ -54,7 +54,12 @@ _ADDED = {
   'collection': {'nulls': ()},
   'activations': {'centre': 'none', 'max_norm': 0.0},
   'objective': {'active_set': False},
-  'train': {'meet_l0': False, 'refit_decoders': False, 'closing_batches': 64},
+  'train': {
+    'b1': 0.0,
+    'meet_l0': False,
+    'refit_decoders': False,
+    'closing_batches': 64,
+  },
   'text': {'column': ''},
   'evaluation': {'loss_every': 1},
   'initialise': {'whitening': 0.0},

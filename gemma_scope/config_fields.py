@@ -229,6 +229,7 @@ FIELDS: Mapping[str, Field] = {
   'train.initial_l0': _number(),
   'train.l0_steps': _whole(),
   'train.threshold_rate': _number(),
+  'train.b1': _number(below=1.0),
   'train.b2': _number(below=1.0),
   'train.eps': _positive(),
   'train.clip': _number(),

@@ -304,8 +304,8 @@ ZERO = {
   'objective.auxk_latents', 'initialise.layer', 'initialise.whitening',
   'end_to_end.beta',
   'train.warm_up', 'train.decay', 'train.sparsity_warm_up',
-  'train.initial_l0', 'train.l0_steps', 'train.threshold_rate', 'train.b2',
-  'train.clip', 'train.theta_decay', 'train.adaptive_rate',
+  'train.initial_l0', 'train.l0_steps', 'train.threshold_rate', 'train.b1',
+  'train.b2', 'train.clip', 'train.theta_decay', 'train.adaptive_rate',
   'train.resample_every', 'train.active_limit', 'evaluation.sequences',
   'mesh.sae', 'mesh.data', 'mesh.latent',
 }  # fmt: skip

@@ -24,6 +24,7 @@ ZEROS = {
   'initialise.layer': 0, 'end_to_end.beta': 0.0, 'train.warm_up': 0,
   'train.decay': 0, 'train.sparsity_warm_up': 0, 'train.initial_l0': 0.0,
   'train.l0_steps': 0, 'train.threshold_rate': 0.0, 'train.b2': 0.0,
+  'train.b1': 0.0,
   'train.clip': 0.0, 'train.theta_decay': 0.0, 'train.adaptive_rate': 0.0,
   'train.resample_every': 0, 'train.active_limit': 0,
   'evaluation.sequences': 0,

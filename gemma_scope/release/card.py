@@ -152,12 +152,23 @@ def _measured(rows: Sequence[table_lib.Row]) -> str:
     "kept clean. KL: of the next token's distribution, in nats. FVU: fraction "
     'of variance unexplained, against the mean; FVU inliers: without rows of '
     'outlying norm. Never fired: latents that are off on all of these tokens. '
+    f'{_silent(rows)}'
     'Controls: untrained dictionaries of the same L0, in this order: a random '
     'encoder with the best gain, the same encoder with a least-squares '
     'decoder, principal components with the largest scores. With several '
     'layers, figures are means over those written, each replaced alone. '
   )
   return text + (table_lib.note(rows) or '±: 95 % interval.')
+
+
+def _silent(rows: Sequence[table_lib.Row]) -> str:
+  counts = {table_lib.silent(card).get('tokens') for card, _ in rows} - {None}
+  if not counts:
+    return ''
+  tokens = ' or '.join(f'{n:,.0f}' for n in sorted(counts))
+  return (
+    f'Silent: latents that were off on the last {tokens} tokens of training. '
+  )
 
 
 def _provenance(rows: Sequence[table_lib.Row]) -> list[str]:

@@ -10,7 +10,8 @@ from gemma_scope import sites
 _COLUMNS = (
   *('type', 'site', 'writes', 'layer', 'width', 'architecture', 'seed'),
   *('target', 'L0', 'delta loss', 'KL', 'FVU', 'FVU inliers'),
-  *('never fired %', 'control delta', 'control KL', 'control FVU'),
+  *('never fired %', 'silent %'),
+  *('control delta', 'control KL', 'control FVU'),
 )
 # The controls of an evaluation, in the order of the table's cells.
 CONTROLS = ('random', 'least_squares', 'pca')
@@ -75,6 +76,17 @@ def control(metrics: dict | None) -> dict:
   return strongest if isinstance(strongest, dict) else {}
 
 
+def silent(card: dict) -> dict:
+  """'share' of latents that were silent for the last 'tokens' of training.
+
+  {} for a card without the counter, and for a shorter training.
+  """
+  found = card.get('silent')
+  found = found if isinstance(found, dict) else {}
+  tokens, trained = value(found.get('tokens')), value(card.get('tokens'))
+  return found if tokens and trained and tokens <= trained else {}
+
+
 def _controls(metrics: dict, key: str, digits: int) -> str:
   """A figure of each control, 'random, least squares, PCA'; or of the one."""
   controls = metrics.get('controls')
@@ -134,8 +146,9 @@ def table(
     The table, without a newline at its end. Delta loss and KL are in nats a
     token, FVU is the fraction of variance unexplained (inliers: without rows of
     outlying norm), never fired the share of latents that are off on all
-    evaluated tokens. Of the controls there are three figures where all were
-    measured (random, least squares, PCA), and the least of their KL.
+    evaluated tokens, silent that of training's own counter. Of the controls
+    there are three figures where all were measured (random, least squares,
+    PCA), and the least of their KL.
   """
   rows = sorted(rows, key=order)
   cells = _cells(rows, intervals=True)
@@ -188,6 +201,7 @@ def _cells(rows: Sequence[Row], *, intervals: bool) -> list[list[str]]:
     'seed': differs('seed'),
     'KL': any(line['KL'] != '-' for line in lines),
     'control KL': any(line['control KL'] != '-' for line in lines),
+    'silent %': any(line['silent %'] != '-' for line in lines),
     'FVU inliers': any(line['FVU inliers'] != '-' for line in lines),
   }
   head = [key for key in _COLUMNS if shown_columns.get(key, True)]
@@ -197,7 +211,7 @@ def _cells(rows: Sequence[Row], *, intervals: bool) -> list[list[str]]:
 def _line(card: dict, metrics: dict | None, intervals: bool) -> dict[str, str]:
   """Every cell of a row, by its column."""
   wiring, metrics = sites.wiring_of(card), metrics or {}
-  dead = value(metrics.get('dead'))
+  shares = metrics.get('dead'), silent(card).get('share')
   cells = (
     wiring.type,
     wiring.kind,
@@ -212,7 +226,10 @@ def _line(card: dict, metrics: dict | None, intervals: bool) -> dict[str, str]:
     _figure(metrics.get('kl'), 4, intervals),
     _figure(metrics.get('fvu'), 3, intervals),
     _figure(metrics.get('fvu_inliers'), 3, intervals),
-    '-' if dead is None else f'{100 * dead:.1f}',
+    *(
+      '-' if share is None else f'{100 * share:.1f}'
+      for share in map(value, shares)
+    ),
     _controls(metrics, 'delta_loss', 3),
     _figure(control(metrics).get('kl'), 3, False),
     _controls(comparable(metrics), 'fvu', 3),

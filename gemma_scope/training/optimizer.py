@@ -1,4 +1,4 @@
-"""Adam with beta1 = 0, and the schedules of a run.
+"""Adam, as published with beta1 = 0, and the schedules of a run.
 
 Source: arXiv 2408.05147 section 3.2.
 """
@@ -17,7 +17,7 @@ class Optimizer:
   """Hyperparameters of training; the same for all members of a run.
 
   Attributes:
-    b2, eps: Adam's (b1 is 0).
+    b2, eps: Adam's.
     clip: maximum norm of a member's gradient; 0 for no clipping.
     warm_up: steps of the cosine warm-up, from 0.1 to 1 of the learning rate.
     decay: number of final steps with linear decay of the learning rate to 0.
@@ -31,6 +31,7 @@ class Optimizer:
     adaptive_rate: rate of change of adaptive_l1's coefficient, per step.
     resample_every: steps between resamplings of dead latents; 0: never.
     active_limit: see `objectives.Room`.
+    b1: Adam's; 0 keeps no first moment.
   """
 
   b2: float
@@ -48,6 +49,7 @@ class Optimizer:
   l0_steps: int = 0
   resample_every: int = 0
   active_limit: int = 0
+  b1: float = 0.0
 
   def rate_factor(self, step: jax.Array) -> jax.Array:
     """Factor on the learning rate at `step`."""
@@ -74,6 +76,9 @@ class Optimizer:
     clip = (
       optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
     )
+    if self.b1:
+      return optax.chain(clip, optax.scale_by_adam(self.b1, self.b2, self.eps))
+    # The same at b1 = 0, without the memory of a first moment.
     adam = optax.scale_by_rms(
       self.b2, self.eps, eps_in_sqrt=False, bias_correction=True
     )

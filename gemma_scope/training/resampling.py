@@ -10,9 +10,10 @@ steps, each dead latent gets
   theta    the quantile of the batch at which the latent is active as often as
            the average living latent; with the initial threshold, hundreds of
            new latents would be active on half of all rows
-  others   as at initialisation; Adam's moments are the means over living
-           latents, since zeros, with the bias correction long over, would make
-           the first steps 1 / sqrt(1 - b2) times too large
+  others   as at initialisation; Adam's second moments are the means over
+           living latents, since zeros, with the bias correction long over,
+           would make the first steps 1 / sqrt(1 - b2) times too large; first
+           moments (where b1 is not 0) are 0
 
 Rows are drawn from the step's own batch, so that it stays a pure function of
 (state, batch, step).
@@ -90,6 +91,8 @@ def resample(
     dead = of_latents(name, leaf.ndim) if name in params else None
     if dead is None:
       return leaf
+    if any(getattr(key, 'name', '') == 'mu' for key in path):
+      return jnp.where(dead, 0, leaf)  # a new latent has no direction yet
     alive = jnp.broadcast_to(~dead, leaf.shape)
     mean = jnp.sum(leaf * alive) / jnp.maximum(jnp.sum(alive), 1)
     return jnp.where(dead, mean, leaf)

@@ -10,7 +10,7 @@ activations are in memory at a time, and each takes a sparse or a dense step
 One step of one member, in this order, which matters:
   gradient of the loss
   -> remove the part of W_dec's gradient parallel to each row   (before Adam)
-  -> Adam with beta1 = 0, which keeps only the second moment
+  -> Adam, by default with beta1 = 0, which keeps only the second moment
   -> update -> renormalise decoder rows (unless they are free)
   -> counters -> resample dead latents, if enabled
 Source: arXiv 2408.05147 section 3.2.

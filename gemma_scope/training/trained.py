@@ -144,6 +144,12 @@ def saes(
         'scales': {str(site): n.scale for site, n in normalisations.items()},
         'steps': step,
         'tokens': step * config.train.batch,
+        'silent': {
+          'share': float(
+            np.mean(host.silent_tokens[i] > config.train.dead_after)
+          ),
+          'tokens': config.train.dead_after,
+        },
         'text': facts['text'],
         'code': gemma_scope.__version__,
       }

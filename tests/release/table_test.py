@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gemma_scope.release import card as release_card
 from gemma_scope.release import table
 from tests.helpers import releases
 from tests.helpers.releases import metrics_of
@@ -31,6 +32,24 @@ def test_table_is_sorted_and_has_the_control_beside():
   assert 'seed' in table.table([*rows, (releases.card(seed=1), None)])
 
 
+def test_the_counter_of_training_is_beside_the_latents_that_never_fired():
+  """Where training was long enough for it to say something."""
+  counted = releases.card(silent={'share': 0.25, 'tokens': 1000})
+  short = releases.card(silent={'share': 0.0, 'tokens': 10**6}, seed=1)
+  rows = [(counted, metrics_of()), (short, metrics_of())]
+  head, _, *lines = table.table(rows, markdown=True).split('\n')
+  column = head.split(' | ').index('never fired %')
+  assert head.split(' | ')[column + 1] == 'silent %'
+  shown = [line.split(' | ')[column : column + 2] for line in lines]
+  assert shown == [['12.5', '25.0'], ['12.5', '-']]
+  assert 'silent' not in table.table(rows[1:])
+  readme = release_card.model_card(
+    rows, ['a', 'b'], title=None, license_name='apache-2.0', picture=None
+  )
+  assert 'on the last 1,000 tokens of training' in readme
+  assert 'last 1,000,000' not in readme
+
+
 def test_the_two_faces_of_the_table_agree():
   rows = [
     (releases.card('mlp_out/1', target=t), metrics_of(l0=t)) for t in (5, 20)
@@ -42,6 +61,18 @@ def test_the_two_faces_of_the_table_agree():
   assert [' '.join(line.split()) for line in plain[2:]] == [
     ' '.join(line) for line in cells[2:]
   ]
+
+
+def test_three_controls_are_printed_beside_every_sae():
+  by_kind = dict(zip(table.CONTROLS, (0.7, 0.5, 0.4), strict=True))
+  metrics = metrics_of() | {
+    'controls': {
+      kind: {'fvu': figure, 'delta_loss': 10 * figure}
+      for kind, figure in by_kind.items()
+    }
+  }
+  for row in table.table([(releases.card(), metrics)] * 2).split('\n')[-2:]:
+    assert '7.000, 5.000, 4.000' in row and '0.700, 0.500, 0.400' in row
 
 
 def test_figures_that_are_none_are_dashes():

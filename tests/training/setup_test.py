@@ -46,6 +46,9 @@ def test_a_member_acts_on_raw_activations_as_its_module_on_scaled_ones():
   mesh = mesh_lib.make({'sae': 1, 'data': 1, 'latent': 1}, jax.devices()[:1])
   (state,) = stack.init_all(stacks, jax.random.key(0), mesh)
   state.params['b_dec'] = state.params['b_dec'] + 0.1
+  long = config.train.dead_after + 1
+  silent_SF = state.silent_tokens.at[:, :128].set(long)
+  state = state.replace(silent_tokens=silent_SF)
   scale = 7.5
   centre = np.random.default_rng(1).normal(size=128).astype(np.float32)
   normal = fold.Normalisation(scale, centre, 57.0)
@@ -65,6 +68,7 @@ def test_a_member_acts_on_raw_activations_as_its_module_on_scaled_ones():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert card['name'] == groups[0][i].name and card['steps'] == 3
     assert outliers.norm_bounds(card) == {site: 57.0}
+    assert card['silent'] == {'share': 0.25, 'tokens': long - 1}
 
 
 def test_thresholds_that_cannot_move_within_a_run_are_reported():

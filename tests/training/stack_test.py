@@ -135,9 +135,10 @@ def test_decoder_rows_keep_norm_one_and_loss_falls():
   assert np.all(squared[-3:].mean(0) < squared[:3].mean(0))
 
 
-def test_update_is_adam_with_beta1_zero_on_the_projected_gradient():
-  """Two steps against optax.adam(b1=0) and a projection written out here."""
-  one = make('l0', [0.01], [0], [0], warm_up=0, decay=0)
+@pytest.mark.parametrize('b1', [0.0, 0.9])
+def test_update_is_adam_on_the_projected_gradient(b1):
+  """Two steps against optax.adam and a projection written out here."""
+  one = make('l0', [0.01], [0], [0], warm_up=0, decay=0, b1=b1)
   state = one.init(jax.random.key(0))
   params = {name: value[0] for name, value in state.params.items()}
   rates = {
@@ -155,7 +156,7 @@ def test_update_is_adam_with_beta1_zero_on_the_projected_gradient():
     )(params)
 
   adam = optax.multi_transform(
-    {name: optax.adam(r, b1=0, b2=0.999) for name, r in rates.items()},
+    {name: optax.adam(r, b1, 0.999) for name, r in rates.items()},
     {name: name for name in params},
   )
   moments = adam.init(params)
@@ -234,6 +235,22 @@ def test_only_the_adaptive_penalty_moves_its_coefficient(penalty):
   after, _ = jax.jit(one.step)(state, x_NBD, x_NBD, jnp.int32(20), KEY)
   moved = np.any(np.asarray(after.coefficient != state.coefficient))
   assert moved == (penalty == 'adaptive_l1')
+
+
+def test_resampled_latents_have_no_first_moment():
+  one = make('l0', [0.01], [0], [0], b1=0.9)
+  state = one.init(jax.random.key(0))
+  params = {name: value[0] for name, value in state.params.items()}
+  ones = jax.tree.map(jnp.ones_like, one.optimizer.transform().init(params))
+  dead_F, x_BD = jnp.arange(F) < F // 4, next(data())[0]
+  k = jnp.float32(4)
+  batch = objectives.Batch(x_BD, x_BD, k, k, k, dead_F)
+  key = jax.random.key(1)
+  _, after = resampling.resample(one.module, params, ones, batch, key)
+  adam = after[1]
+  np.testing.assert_array_equal(adam.mu['b_enc'], ~dead_F)
+  np.testing.assert_array_equal(adam.mu['b_dec'], 1)
+  np.testing.assert_array_equal(adam.nu['b_enc'], 1)
 
 
 @pytest.mark.parametrize('base', ['jumprelu', 'gated', 'relu'])

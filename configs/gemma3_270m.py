@@ -32,7 +32,8 @@ on this model (docs/gemma3_270m.md has the measurements):
   meet_l0         thresholds are set to meet the target L0 at the end
 
 objective.active_set=True and train.refit_decoders=True lower FVU by another 3
-and 4 %, in several minutes each (docs/short_runs.md).
+and 4 %, in several minutes each (docs/short_runs.md); train.b1=0.9 with a
+learning rate of 4e-3 lowers it by another 2 to 7 % (docs/comparison.md).
 
 Cost by arithmetic, not measured, as in configs/suites.py, for a chip of 200
 TFLOP/s (assumed: about an H100 or a TPU v5p). short: 900 steps of 256 rows are

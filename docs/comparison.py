@@ -5,26 +5,27 @@ One site of Gemma 3 270M. From the repository's root:
   export PYTHONPATH=.
   .venv/bin/python docs/comparison.py --stage=rows
   .venv/bin/python docs/comparison.py --stage=ours
-  python docs/comparison_peers.py --seeds=3   # in an environment with torch
+  python docs/comparison_peers.py   # in an environment with torch
   .venv/bin/python docs/comparison.py --stage=score
-  .venv/bin/python docs/comparison.py --stage=losses
+  .venv/bin/python docs/comparison_model.py --stage=losses
+  .venv/bin/python docs/comparison_model.py --stage=probing
 
   rows     activations to disk (chunks of 69,000 rows), and as NumPy for peers:
-           train (900 batches of 256, from chunks 0 to 3), validation (what the
-           run leaves of chunk 3), test (chunk 4)
-  ours     the recipe of configs/gemma3_270m.py, and its best variant
-  score    FVU, L0 and silent latents of every SAE, on the test rows
-  losses   delta loss and KL of the chosen ones, on held-out documents
+           train (450 batches of 256, from chunks 0 and 1), validation (what the
+           run leaves of chunk 1), test (chunk 2)
+  ours     the variants of `OURS`
+  score    FVU, L0 and silent latents of every SAE, on validation and test rows
 
-Outlier rows are left out for all. A peer's SAE is scored as it was trained (the
-k largest latents of a row, or the threshold that it kept), and with the one
-threshold that gives the target L0 on its last 64 batches of training, which is
-how ours are released.
+Outlier rows are left out for all. Every SAE is scored as it was trained (the k
+largest latents of a row, or the threshold that it kept), and with its
+thresholds times the one factor that gives the target L0 on the last 64 batches
+of training, which is what is compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import pathlib
 import subprocess
@@ -34,19 +35,56 @@ import time
 import numpy as np
 
 WIDTH, TARGETS, STEPS, BATCH = 4096, (16, 32, 64), 450, 256
-CHUNKS, TRAIN, VALIDATION, TEST = 5, 900, 64, 32  # batches but the first
+CHUNKS, VALIDATION, TEST = 3, 64, 32  # batches but the first
 BEST = {
+  'train.learning_rate': 3e-3,
   'objective.active_set': True,
   'train.refit_decoders': True,
   'train.closing_batches': 128,  # of the 180 of its last chunk
 }
-# Name -> learning rate, changes to the recipe.
+AT_64 = {'collection.sparsity': (64.0,)}
+NULLS = {  # half as long
+  'train.learning_rate': 3e-3,
+  'train.steps': STEPS // 2,
+  'train.warm_up': 8,
+  'train.decay': STEPS // 6,
+  'train.l0_steps': STEPS // 6,
+  'collection.sparsity': (32.0,),
+  'collection.nulls': (
+    'frozen_decoder',
+    'soft_frozen_decoder',
+    'frozen_encoder',
+  ),
+}
+# Name -> changes to the recipe of configs/gemma3_270m.py. What stands before
+# the first space are different trainers; of each the variant of lowest FVU on
+# validation rows is compared, at each L0. After ' + ': more SAEs of a variant.
 OURS = {
-  'recipe 0.002': (2e-3, {'collection.seeds': (0, 1)}),
-  'recipe 0.003': (3e-3, {}),
-  'recipe 0.004': (4e-3, {}),
-  'best 0.002': (2e-3, BEST),
-  'best 0.003': (3e-3, BEST),
+  'best 0.003': BEST,
+  'best 0.004': BEST | AT_64 | {'train.learning_rate': 4e-3},
+  'best 0.003 momentum': BEST | AT_64 | {'train.b1': 0.9},
+  'best 0.002 momentum': (
+    BEST | AT_64 | {'train.b1': 0.9, 'train.learning_rate': 2e-3}
+  ),
+  'best 0.004 momentum': (
+    BEST | AT_64 | {'train.b1': 0.9, 'train.learning_rate': 4e-3}
+  ),
+  'best 0.004 momentum + lower L0': (
+    BEST
+    | {
+      'train.b1': 0.9,
+      'train.learning_rate': 4e-3,
+      'collection.sparsity': (16.0, 32.0),
+    }
+  ),
+  'best 0.006 momentum': (
+    BEST | AT_64 | {'train.b1': 0.9, 'train.learning_rate': 6e-3}
+  ),
+  'best 0.003 constant L0': (
+    BEST | AT_64 | {'train.initial_l0': 0.0, 'train.l0_steps': 0}
+  ),
+  'nulls': NULLS,
+  'nulls + seeds': NULLS | {'collection.seeds': (1, 2)},
 }
 
 
@@ -61,7 +99,7 @@ class Comparison:
     self.folder = self.out / f'{self.site.kind}.{self.site.layer}'
     self.folder.mkdir(parents=True, exist_ok=True)
 
-  def config(self, **changes):
+  def config(self, changes):
     """The recipe of configs/gemma3_270m.py at this site."""
     from configs import gemma3_270m
 
@@ -98,6 +136,11 @@ class Comparison:
       'outliers': {'max_norm': 4.0, 'norm_bounds': {site: bound}},
     }
 
+  def last_rows(self) -> np.ndarray:
+    """The last 64 batches of training, on which L0 is set."""
+    rows_KBD = np.load(self.folder / 'train.npy', mmap_mode='r')
+    return rows_KBD[STEPS - 64 : STEPS].reshape(-1, rows_KBD.shape[-1])
+
 
 def make_rows(comparison: Comparison) -> None:
   """Harvests where there is no store, and writes the rows as NumPy."""
@@ -121,7 +164,7 @@ def make_rows(comparison: Comparison) -> None:
       f'--chunks={CHUNKS}',
     ]
     subprocess.run(harvest, check=True)
-  config = comparison.config()
+  config = comparison.config({})
   activations, mesh = config.activations, mesh_lib.make(config.mesh)
   source = store_lib.StoreSource(out / 'store', [site], BATCH)
   chunks = chunks_lib.Chunks(
@@ -137,20 +180,19 @@ def make_rows(comparison: Comparison) -> None:
       np.savez(folder / 'normalisation.npz', **normalisation._asdict())
     chunk_rows.append(np.asarray(chunk.rows[site], np.float32))
   x_KBD = np.concatenate(chunk_rows[:-1])
-  np.save(folder / 'train.npy', x_KBD[:TRAIN])
-  validation_RD = np.concatenate(x_KBD[TRAIN : TRAIN + VALIDATION])
+  np.save(folder / 'train.npy', x_KBD[:STEPS])
+  validation_RD = np.concatenate(x_KBD[STEPS : STEPS + VALIDATION])
   np.save(folder / 'validation.npy', validation_RD)
   np.save(folder / 'test.npy', np.concatenate(chunk_rows[-1][:TEST]))
 
 
-def train_ours(comparison: Comparison) -> None:
-  """Each variant at all L0 and seeds, in one run."""
+def train_ours(comparison: Comparison, names: list[str]) -> None:
+  """Each variant at all of its L0 and seeds, in one run."""
   from gemma_scope import pipeline
 
-  for name, (rate, changes) in OURS.items():
+  for name in names or OURS:
     folder = comparison.folder / 'ours' / name.replace(' ', '_')
-    config = comparison.config(**changes)
-    config.train.learning_rate = rate
+    config = comparison.config(OURS[name])
     began = time.perf_counter(), time.process_time()
     if not pipeline.run(config, folder):
       return  # stopped on request
@@ -164,37 +206,42 @@ def train_ours(comparison: Comparison) -> None:
 
 def all_saes(comparison: Comparison):
   """Yields (facts, parameters) of every SAE there is."""
-  from gemma_scope import release
+  from gemma_scope import release, specs
 
-  for name, (rate, _) in OURS.items():
+  for name in OURS:
     path = comparison.folder / 'ours' / name.replace(' ', '_') / 'release'
     for sae in release.load_all(path) if path.exists() else ():
       card = sae.card
-      target = int(card['sparsity']['value'])
-      yield (
-        {
-          'trainer': f'ours_{name.partition(" ")[0]}',
-          'target': target,
-          'rows': 'ours',
-          'rate': rate,
-          'seed': card['seed'],
-        },
-        dict(sae.load()),
-      )
+      null = specs.null_of(card['architecture'])
+      trainer, _, variant = name.partition(' + ')[0].partition(' ')
+      facts = {
+        'trainer': '_'.join(filter(None, ('ours', trainer, null))),
+        'variant': variant,
+        'target': int(card['sparsity']['value']),
+        'seed': card['seed'],
+      }
+      yield facts, dict(sae.load())
   for path in sorted((comparison.folder / 'peers').glob('*.json')):
     facts = json.loads(path.read_text())
+    if facts['rows'] == 'own':
+      facts['trainer'] += '_own'
     with np.load(path.with_suffix('.npz')) as file:
       params = dict(file)
     params['threshold'] = np.full(WIDTH, params['threshold'], np.float32)
-    yield facts, params
+    yield facts | {'variant': f'{facts["rate"]:g}'}, params
 
 
 def with_target_l0(params, x_RD: np.ndarray, target: int):
-  """The parameters with the one threshold of the target L0 on these rows."""
-  z = (x_RD @ params['W_enc'] + params['b_enc']).reshape(-1)
+  """The parameters with thresholds that give the target L0 on these rows.
+
+  All thresholds times one factor; one threshold for all where they are 0.
+  """
+  theta_F = params['threshold']
+  theta_F = theta_F if theta_F.min() > 0 else np.ones_like(theta_F)
+  z = ((x_RD @ params['W_enc'] + params['b_enc']) / theta_F).reshape(-1)
   index = z.size - target * len(x_RD)
-  theta = max(np.partition(z, index)[index], 0)
-  return params | {'threshold': np.full(WIDTH, theta, np.float32)}
+  factor = max(np.partition(z, index)[index], 0)
+  return params | {'threshold': np.float32(factor) * theta_F}
 
 
 def judge(params, x_RD: np.ndarray) -> dict[str, float]:
@@ -221,145 +268,100 @@ def judge(params, x_RD: np.ndarray) -> dict[str, float]:
   }
 
 
+def name_of(facts) -> str:
+  return '{trainer} {variant} {target} {seed}'.format(**facts)
+
+
 def score(comparison: Comparison) -> None:
-  """Scores what is not scored yet -> scores.json; prints a table."""
+  """Scores what is not scored yet -> scores.json; prints the tables."""
   folder = comparison.folder
   path = folder / 'scores.json'
   scores = json.loads(path.read_text()) if path.exists() else {}
-  test_RD = np.load(folder / 'test.npy', mmap_mode='r')[: TEST * BATCH]
-  last_RD = np.load(folder / 'train.npy', mmap_mode='r')[STEPS - 64 : STEPS]
-  last_RD = last_RD.reshape(-1, last_RD.shape[-1])
-  validation_RD = np.load(folder / 'validation.npy', mmap_mode='r')
+  test_RD = np.load(folder / 'test.npy')
+  validation_RD, last_RD = np.load(folder / 'validation.npy'), None
   for facts, params in all_saes(comparison):
-    name = '{trainer} {rows} {target} {rate:g} {seed}'.format(**facts)
+    name = name_of(facts)
     if name in scores:
       continue
-    ours = facts['trainer'].startswith('ours')
+    last_RD = comparison.last_rows() if last_RD is None else last_RD
     as_trained = dict(params)
     if facts['trainer'].endswith('_topk') and 'batch' not in facts['trainer']:
       as_trained['k'] = np.int32(facts['target'])
-    metrics = {'as_trained': judge(as_trained, test_RD)}
-    if ours:  # peers have written theirs
-      metrics['validation_fvu'] = judge(params, validation_RD)['fvu']
-    else:
-      params = with_target_l0(params, last_RD, facts['target'])
-      metrics['at_target'] = judge(params, test_RD)
-    scores[name] = facts | metrics
+    params = with_target_l0(params, last_RD, facts['target'])
+    scores[name] = facts | {
+      'validation': judge(params, validation_RD),
+      'as_trained': judge(as_trained, test_RD),
+      'at_target': judge(params, test_RD),
+    }
     path.write_text(json.dumps(scores, indent=1) + '\n')
-  for name, entry in scores.items():
+  for name, s in scores.items():
     cells = [
-      '{fvu:.4f} L0 {l0:.1f} never {never:.1%}'.format(**entry[key])
-      for key in ('as_trained', 'at_target')
-      if key in entry
+      '{fvu:.4f} L0 {l0:.1f} never {never:.1%}'.format(**s[key])
+      for key in ('validation', 'as_trained', 'at_target')
     ]
-    print(f'{name}: {"; ".join(cells)}; {entry.get("seconds", "")}')
+    print(f'{name}: {"; ".join(cells)}; {s.get("cpu_seconds", "")}')
+  best = best_variants(scores)
+  table = collections.defaultdict(list)
+  for s in scores.values():
+    if s['variant'] == best[s['trainer'], s['target']]:
+      table[s['target'], s['trainer']].append(s['at_target'])
+  for (target, trainer), figures in sorted(table.items()):
+    cells = [spread([f[k] for f in figures]) for k in ('fvu', 'l0', 'never')]
+    print(f'| {target} | {trainer} {best[trainer, target]} | {len(figures)} | '
+          f'{" | ".join(cells)} |')  # fmt: skip
 
 
-def chosen(comparison: Comparison, seeds: int):
-  """Each trainer at its rate of lowest validation FVU at L0 32."""
-  scores = json.loads((comparison.folder / 'scores.json').read_text()).values()
-  best_rates = {}
-  for entry in scores:
-    if entry['target'] == 32 and entry['seed'] == 0:
-      key = entry['trainer'], entry['rows']
-      candidate = entry['validation_fvu'], entry['rate']
-      best_rates[key] = min(best_rates.get(key, candidate), candidate)
+def spread(values) -> str:
+  """Mean, and in brackets least and most, with four digits."""
+  low, high = min(values), max(values)
+  return f'{np.mean(values):.4g} [{low:.4g}, {high:.4g}]'
+
+
+def best_variants(scores) -> dict[tuple[str, int], str]:
+  """(trainer, target) -> the variant of lowest FVU on validation rows."""
+  best: dict = {}
+  for s in scores.values():
+    if s['seed'] == 0:
+      key = s['trainer'], s['target']
+      candidate = s['validation']['fvu'], s['variant']
+      best[key] = min(best.get(key, candidate), candidate)
+  return {key: variant for key, (_, variant) in best.items()}
+
+
+def chosen(comparison: Comparison, trainers: str = ''):
+  """Yields facts and parameters, at the target L0, of what is compared."""
+  scores = json.loads((comparison.folder / 'scores.json').read_text())
+  best, last_RD = best_variants(scores), comparison.last_rows()
   for facts, params in all_saes(comparison):
-    key = facts['trainer'], facts['rows']
-    if facts['seed'] < seeds and facts['rate'] == best_rates[key][1]:
-      yield facts, params
-
-
-def losses(comparison: Comparison, sequences: int, trainers: str) -> None:
-  """Delta loss, KL and FVU on held-out documents -> losses.json; a table.
-
-  By the passes of gemma_scope.evaluation, without its controls.
-  """
-  from gemma_scope import sites
-  from gemma_scope.evaluation import batches as batches_lib
-  from gemma_scope.evaluation import centres, estimates, replacements
-  from gemma_scope.language_model import weights
-  from gemma_scope.runtime import progress as progress_lib
-  from gemma_scope.sae import released
-  from gemma_scope.text import prepare
-  from gemma_scope.training import setup
-
-  config, folder = comparison.config(), comparison.folder
-  last_RD = np.load(folder / 'train.npy', mmap_mode='r')[STEPS - 64 : STEPS]
-  last_RD = last_RD.reshape(-1, last_RD.shape[-1])
-  facts_of, params_of = {}, {}
-  for facts, params in chosen(comparison, 1):
+    key = facts['trainer'], facts['target']
     if trainers and facts['trainer'] not in trainers.split(','):
       continue
-    name = '{trainer} {rows} {target}'.format(**facts)
-    if not facts['trainer'].startswith('ours'):
-      params = with_target_l0(params, last_RD, facts['target'])
-    facts_of[name], params_of[name] = facts, params
-  tokenizer, store = prepare.open_text(config, comparison.out, print)
-  gemma, lm_params = weights.load(config.lm.name)
-  held_out = store.sequences(config.text.seq_len, 'eval')
-  order = prepare.shuffled(range(len(held_out)), config.seed)
-  index = [order[i] for i in range(min(sequences, len(held_out)))]
-  text = batches_lib.Text(
-    np.stack([held_out[i] for i in index]),
-    setup.special(tokenizer, store).keep,
-    batch=8,
-    documents_NT=held_out.documents(index, tokenizer.eos_id),
-    loss_every=4,
-  )
-  progress = progress_lib.Progress(
-    len(index), config.text.seq_len, label='loss'
-  )
-  watch = batches_lib.Watch(lambda done, _: progress.update(round(done, 1), {}))
-  model = centres.Model(gemma, lm_params, None, watch)
-  batches = batches_lib.Batches(text, None)
-  cards = {name: comparison.card(name) for name in params_of}
-  wirings = {name: sites.wiring_of(card) for name, card in cards.items()}
-  references = centres.measure(model, wirings, cards, batches)
-  queue = []
-  loads = released.on_demand(list(params_of.values()), None)
-  for name, load in zip(params_of, loads, strict=True):
-    rule, spares = references.rule_of[name]
-    queue.append(
-      replacements.Replacement(
-        wirings[name], name, load, rule=rule, spares=spares
-      )
-    )
-  replacements.measure(model, batches, references, queue)
-  progress.close()
-  results = {}
-  for replacement in queue:
-    results[replacement.name] = facts_of[replacement.name] | estimates.fidelity(
-      replacement.tally
-    )
-    cells = [
-      '{value:.4g} [{low:.4g}, {high:.4g}]'.format(
-        **results[replacement.name][key]
-      )
-      for key in ('l0', 'fvu_inliers', 'delta_loss', 'kl')
-    ]
-    print(f'| {replacement.name} | {" | ".join(cells)} |')
-  print(f'{batches.clusters} {batches.clustered_by}, {len(index)} sequences')
-  (folder / 'losses.json').write_text(json.dumps(results, indent=1) + '\n')
+    if facts['variant'] == best.get(key):
+      yield facts, with_target_l0(params, last_RD, facts['target'])
+
+
+def parser(text: str, stages) -> argparse.ArgumentParser:
+  made = argparse.ArgumentParser(description=text.partition('\n')[0])
+  made.add_argument('--stage', choices=list(stages), required=True)
+  made.add_argument('--out', default='runs/comparison')
+  made.add_argument('--site', default='resid_post/9')
+  made.add_argument('--source', default='prose', help='text, as text.source')
+  return made
 
 
 def main() -> None:
-  stages = ['rows', 'ours', 'score', 'losses']
-  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--stage', choices=stages, required=True)
-  parser.add_argument('--out', default='runs/comparison')
-  parser.add_argument('--site', default='resid_post/9')
-  parser.add_argument('--source', default='prose', help='text, as text.source')
-  parser.add_argument('--sequences', type=int, default=32, help='of losses')
-  parser.add_argument('--trainers', default='', help='of losses; empty: all')
-  options = parser.parse_args()
-  comparison = Comparison(options.out, options.site, options.source)
-  if options.stage == 'losses':
-    losses(comparison, options.sequences, options.trainers)
+  flags = parser(__doc__, ('rows', 'ours', 'score'))
+  flags.add_argument(
+    '--variants', default='', help='of ours, separated by commas; empty: all'
+  )
+  given = flags.parse_args()
+  comparison = Comparison(given.out, given.site, given.source)
+  if given.stage == 'rows':
+    make_rows(comparison)
+  elif given.stage == 'ours':
+    train_ours(comparison, [v for v in given.variants.split(',') if v])
   else:
-    {'rows': make_rows, 'ours': train_ours, 'score': score}[options.stage](
-      comparison
-    )
+    score(comparison)
 
 
 if __name__ == '__main__':

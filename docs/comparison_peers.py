@@ -14,7 +14,8 @@ tokens are scaled to a run of 115,200 rows, as ours are: latents silent for
 
 For each trainer three learning rates are tried at L0 32 (a fourth beside the
 best where that is the first or last); the best by FVU on validation rows trains
-the other L0 and seeds. Every run is kept, and a second call trains the rest.
+the other L0 and seeds. --rate trains at one rate without this search. Every run
+is kept, and a second call trains the rest.
 """
 
 from __future__ import annotations
@@ -83,9 +84,8 @@ def saelens(run: Run, x_KBD: torch.Tensor) -> dict[str, torch.Tensor]:
   )
   sae = getattr(sae_lens, f'{kind}TrainingSAE')(config)
   trainer = sae_lens.SAETrainer(options, sae, iter(x_KBD))
-  if (
-    own_normalisation
-  ):  # before `fit`, which would take the rows for it from the run's
+  if own_normalisation:
+    # Before `fit`, which would take the rows for it from the run's.
     trainer.activation_scaler.estimate_scaling_factor(d_in, iter(x_KBD), 64)
   sae = trainer.fit()
   sae.fold_W_dec_norm()
@@ -266,8 +266,15 @@ def best_rate(data: Data, trainer: str, rows: str) -> float | None:
   return min(fvu_of_rate, key=fvu_of_rate.get)
 
 
-def plan(data: Data, trainer: str, rows: str, seeds: int) -> list[Run]:
+def plan(data: Data, trainer: str, options) -> list[Run]:
   """The runs of a trainer that can be named by now, done ones included."""
+  rows = options.rows
+  if options.rate:
+    return [
+      Run(trainer, options.rate, target, seed, rows)
+      for seed in range(options.seeds)
+      for target in map(int, options.targets.split(','))
+    ]
   runs = [Run(trainer, rate, 32, rows=rows) for rate in RATES]
   best = best_rate(data, trainer, rows)
   if best is None:
@@ -281,7 +288,7 @@ def plan(data: Data, trainer: str, rows: str, seeds: int) -> list[Run]:
     return runs
   return runs + [
     Run(trainer, best, target, seed)
-    for seed in range(seeds)
+    for seed in range(options.seeds)
     for target in TARGETS
   ]
 
@@ -293,6 +300,8 @@ def main() -> None:
   parser.add_argument('--trainers', default=','.join(TRAINERS))
   parser.add_argument('--rows', default='ours', choices=['ours', 'own'])
   parser.add_argument('--seeds', type=int, default=1)
+  parser.add_argument('--rate', type=float, default=0, help='0: search')
+  parser.add_argument('--targets', default='16,32,64', help='L0 with --rate')
   parser.add_argument(
     '--minutes', type=float, default=1e9, help='start no more'
   )
@@ -304,7 +313,7 @@ def main() -> None:
   own_part, part_count = map(int, options.part.split('/'))
   for trainer in options.trainers.split(',')[own_part::part_count]:
     while True:
-      runs = plan(data, trainer, options.rows, options.seeds)
+      runs = plan(data, trainer, options)
       missing = [
         run
         for run in runs

@@ -8,11 +8,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
+import signal
 import threading
 import time
 import uuid
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,9 +21,8 @@ import pytest
 from gemma_scope import release
 from gemma_scope.runtime import objects, remote
 from gemma_scope.training import trained
-from tests.helpers import object_servers
+from tests.helpers import object_servers, processes
 from tests.helpers import runs as run_helpers
-from tests.helpers.runs import ROOT
 
 NEEDED = ('gcp_storage_emulator', 'moto')
 if any(importlib.util.find_spec(name) is None for name in NEEDED):
@@ -52,31 +51,26 @@ def server(request, monkeypatch):
   with object_servers.started(request.param) as (proxy, environment):
     for name, value in environment.items():
       monkeypatch.setenv(name, value)
-    yield request.param, proxy
+    yield Server(request.param, proxy, environment)
 
 
-def start(command: list[str], cache) -> subprocess.Popen:
-  """A command on a host of its own: its copies of the bucket are its own."""
-  one_device = os.environ['XLA_FLAGS'].replace('count=8', 'count=1')
-  environment = {
-    **os.environ,
-    'XLA_FLAGS': one_device,
-    'GEMMA_SCOPE_CACHE': str(cache),
-    'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path]),
-  }
-  return subprocess.Popen(
-    command,
-    cwd=ROOT,
-    env=environment,
-    text=True,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-  )
+class Server(NamedTuple):
+  """A bucket's server on this machine, and how processes find it."""
+
+  scheme: str
+  proxy: object_servers.Proxy
+  environment: dict[str, str]
+
+  def start(self, command: list[str], cache) -> processes.Script:
+    """A command on a host of its own: its copies of the bucket are its own."""
+    log = cache.with_suffix('.log')
+    own = {'GEMMA_SCOPE_CACHE': str(cache)}
+    return processes.Script(log, *command, **self.environment, **own)
 
 
-def finished(process: subprocess.Popen) -> str:
-  output, _ = process.communicate(timeout=300)
-  assert process.returncode == 0, output
+def finished(process: processes.Script) -> str:
+  code, output = process.end()
+  assert code == 0, output
   return output
 
 
@@ -91,17 +85,22 @@ def states(config, workdir) -> dict[str, np.ndarray]:
   return {jax.tree_util.keystr(p): np.asarray(leaf) for p, leaf in leaves}
 
 
+def address_at(server: Server) -> str:
+  """A folder of its own in the server's bucket."""
+  return f'{server.scheme}://{object_servers.BUCKET}/{uuid.uuid4().hex}/run'
+
+
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
   """An uninterrupted run on the disk: its config and its state."""
   folder = tmp_path_factory.mktemp('whole')
   config = small(folder)
-  command = run_helpers.flags_of(config, folder / 'run')
-  finished(start(command, folder / 'cache'))
+  command = run_helpers.flags_of(config, folder / 'run')[1:]
+  finished(Server('', None, {}).start(command, folder / 'cache'))
   return config, states(config, folder / 'run')
 
 
-def killed_in(proxy, command, cache, part: str) -> str:
+def killed_in(server: Server, command, cache, part: str) -> str:
   """Runs a command until it sends `part`, and kills it in that request."""
   reached, killed = threading.Event(), threading.Event()
 
@@ -112,15 +111,15 @@ def killed_in(proxy, command, cache, part: str) -> str:
       return '503'
     return ''
 
-  proxy.fault = fault
-  process = start(command, cache)
+  server.proxy.fault = fault
+  process = server.start(command, cache)
   for _ in range(2400):
-    if reached.wait(0.1) or process.poll() is not None:
+    if reached.wait(0.1) or not process.is_alive():
       break
-  process.kill()
-  output, _ = process.communicate()
+  process.send(signal.SIGKILL)
+  _, output = process.end()
   killed.set()
-  proxy.fault = object_servers.no_fault
+  server.proxy.fault = object_servers.no_fault
   assert reached.is_set(), output
   return output
 
@@ -128,16 +127,15 @@ def killed_in(proxy, command, cache, part: str) -> str:
 # Each kind of server once: the runs take a minute.
 @pytest.mark.parametrize('server', ['gs'], indirect=True)
 def test_a_run_in_a_bucket_ends_as_one_on_the_disk(server, whole, tmp_path):
-  scheme, proxy = server
-  config, expected = whole
-  address = f'{scheme}://{object_servers.BUCKET}/{uuid.uuid4().hex}/run'
-  command = run_helpers.flags_of(config, address)
+  proxy, (config, expected) = server.proxy, whole
+  address = address_at(server)
+  command = run_helpers.flags_of(config, address)[1:]
   store = objects.Objects(address)
   # Killed in the middle of a checkpoint, and just before the commit of one.
-  killed_in(proxy, command, tmp_path / 'a', '/checkpoints/8/')
+  killed_in(server, command, tmp_path / 'a', '/checkpoints/8/')
   assert store.names('checkpoints/8/commit.json') == []
   output = killed_in(
-    proxy, command, tmp_path / 'b', '/checkpoints/16/commit.json'
+    server, command, tmp_path / 'b', '/checkpoints/16/commit.json'
   )
   assert 'continuing at step 4' in output
   # The third is held at its first step, and another one is refused.
@@ -150,11 +148,10 @@ def test_a_run_in_a_bucket_ends_as_one_on_the_disk(server, whole, tmp_path):
     return ''
 
   proxy.fault = hold
-  process = start(command, tmp_path / 'c')
-  assert seen.wait(240), process.poll()
-  second = start(command, tmp_path / 'd')
-  output, _ = second.communicate(timeout=120)
-  assert second.returncode == 1 and 'is in use by process' in output, output
+  process = server.start(command, tmp_path / 'c')
+  assert seen.wait(240), process.output()
+  code, output = server.start(command, tmp_path / 'd').end()
+  assert code == 1 and 'is in use by process' in output, output
   assert f'on host {os.uname().nodename}' in output
   holds.set()
   proxy.fault = object_servers.no_fault
@@ -175,19 +172,18 @@ def test_a_run_in_a_bucket_ends_as_one_on_the_disk(server, whole, tmp_path):
   lines = store.read('metrics.jsonl').splitlines()
   steps = [json.loads(line)['step'] for line in lines]
   assert steps == list(range(1, STEPS + 1))
-  assert 'is done' in finished(start(command, tmp_path / 'e'))
+  assert 'is done' in finished(server.start(command, tmp_path / 'e'))
   # Other commands read and write it there.
-  check_commands(address, store, tmp_path)
+  check_commands(server, address, store, tmp_path)
 
 
-def check_commands(address, store, tmp_path):
+def check_commands(server, address, store, tmp_path):
   released = [
-    sys.executable,
     'launch/release.py',
     f'--workdir={address}',
     f'--out={tmp_path}/copy',
   ]
-  finished(start(released, tmp_path / 'f'))
+  finished(server.start(released, tmp_path / 'f'))
   (one,) = release.load_all(tmp_path / 'copy')
   with remote.folder(address) as local:
     remote.fetch(local / 'release')
@@ -195,26 +191,24 @@ def check_commands(address, store, tmp_path):
     for name, value in one.load().items():
       np.testing.assert_array_equal(value, other.load()[name])
   build = [
-    sys.executable,
     'launch/microscope.py',
     'build',
     f'--workdir={address}',
     '--sequences=4',
     '--batch=2',
   ]
-  output = finished(start(build, tmp_path / 'g'))
+  output = finished(server.start(build, tmp_path / 'g'))
   assert 'microscope/pages.complete.json' in store.names('microscope/'), output
-  assert 'already built' in finished(start(build, tmp_path / 'h'))
+  assert 'already built' in finished(server.start(build, tmp_path / 'h'))
 
 
 @pytest.mark.parametrize('server', ['s3'], indirect=True)
 def test_bad_answers_do_not_change_a_run(server, whole, tmp_path):
   """One request in five is refused, slow, cut off, or its answer is lost."""
-  scheme, proxy = server
-  config, expected = whole
+  proxy, (config, expected) = server.proxy, whole
   config = config.copy_and_resolve_references()
   config.evaluation.sequences = 0
-  address = f'{scheme}://{object_servers.BUCKET}/{uuid.uuid4().hex}/run'
+  address = address_at(server)
   kinds, count = ('503', 'slow', 'cut', 'lost'), [0]
 
   def fault(method, path):
@@ -223,7 +217,8 @@ def test_bad_answers_do_not_change_a_run(server, whole, tmp_path):
 
   proxy.fault, proxy.spoiled = fault, 0
   began = time.monotonic()
-  finished(start(run_helpers.flags_of(config, address), tmp_path / 'a'))
+  command = run_helpers.flags_of(config, address)[1:]
+  finished(server.start(command, tmp_path / 'a'))
   proxy.fault = object_servers.no_fault
   assert proxy.spoiled > 10, (proxy.spoiled, time.monotonic() - began)
   found = states(config, address)

@@ -68,14 +68,29 @@ EIGHT = make(
 KEY = jax.random.key(3)
 
 
+@functools.cache
 def data(steps=12):
+  """Rows of both sites in each step, x_KNBD."""
   key = jax.random.key(7)
-  features = sae.unit_rows(jax.random.normal(key, (24, D)))
-  for i in range(steps):
-    keys = jax.random.split(jax.random.fold_in(key, i), 2)
-    codes = jax.random.exponential(keys[0], (2, B, 24))
-    codes *= jax.random.bernoulli(keys[1], 0.1, codes.shape)
-    yield jnp.einsum('NBF,FD->NBD', codes, features) / 2
+
+  @jax.jit
+  def make(key):
+    features = sae.unit_rows(jax.random.normal(key, (24, D)))
+
+    def of_step(i):
+      keys = jax.random.split(jax.random.fold_in(key, i), 2)
+      codes = jax.random.exponential(keys[0], (2, B, 24))
+      codes *= jax.random.bernoulli(keys[1], 0.1, codes.shape)
+      return jnp.einsum('NBF,FD->NBD', codes, features) / 2
+
+    return jax.vmap(of_step)(jnp.arange(steps))
+
+  return np.asarray(make(key))
+
+
+@functools.cache
+def begun():
+  return jax.device_get(jax.jit(EIGHT.init)(jax.random.key(0)))
 
 
 @jax.jit
@@ -89,16 +104,18 @@ def run_steps(state, x_KNBD):
 
 @functools.cache
 def train(steps=12):
-  x_KNBD = jnp.stack(list(data(steps)))
-  return run_steps(EIGHT.init(jax.random.key(0)), x_KNBD)
+  return run_steps(begun(), data(steps))
 
 
 @pytest.mark.parametrize('shape', MESHES)
 def test_any_mesh_gives_one_devices_result(shape):
   devices = jax.devices()[: int(np.prod(shape))]
   mesh = mesh_lib.make(dict(zip(mesh_lib.AXES, shape, strict=True)), devices)
-  state = stack.init_all([EIGHT], jax.random.key(0), mesh)
   shardings = (EIGHT.shardings(mesh),)
+  if shape == MESHES[-1]:
+    state = stack.init_all([EIGHT], jax.random.key(0), mesh)
+  else:
+    state = jax.device_put((begun(),), shardings)
   step = jax.jit(
     functools.partial(stack.step_all, [EIGHT]),
     out_shardings=(shardings, None),
@@ -139,14 +156,13 @@ def test_decoder_rows_keep_norm_one_and_loss_falls():
 def test_update_is_adam_on_the_projected_gradient(b1):
   """Two steps against optax.adam and a projection written out here."""
   one = make('l0', [0.01], [0], [0], warm_up=0, decay=0, b1=b1)
-  state = one.init(jax.random.key(0))
+  state = jax.device_get(jax.jit(one.init)(jax.random.key(0)))
   params = {name: value[0] for name, value in state.params.items()}
   rates = {
     name: 3e-3 * (3.0 if name == 'log_threshold' else 1.0) for name in params
   }
   step = jax.jit(one.step)
 
-  @jax.jit
   def slope(params, x_BD, warm_up):
     batch = objectives.Batch(
       x_BD, x_BD, jnp.float32(0.01), jnp.float32(0), warm_up, jnp.zeros(F, bool)
@@ -160,16 +176,21 @@ def test_update_is_adam_on_the_projected_gradient(b1):
     {name: name for name in params},
   )
   moments = adam.init(params)
-  for i, x_NBD in enumerate(data(2)):
-    state, _ = step(state, x_NBD, x_NBD, jnp.int32(i), KEY)
-    gradient = slope(params, x_NBD[0], jnp.float32(i / 10))
-    w = params['W_dec']
+
+  @jax.jit
+  def by_hand(params, moments, x_BD, warm_up):
+    gradient, w = slope(params, x_BD, warm_up), params['W_dec']
     g = gradient['W_dec']
     gradient['W_dec'] = g - (g * w).sum(1, keepdims=True) * w
     updates, moments = adam.update(gradient, moments)
     params = optax.apply_updates(params, updates)
     w = params['W_dec']
     params['W_dec'] = w / jnp.linalg.norm(w, axis=1, keepdims=True)
+    return params, moments
+
+  for i, x_NBD in enumerate(data(2)):
+    state, _ = step(state, x_NBD, x_NBD, jnp.int32(i), KEY)
+    params, moments = by_hand(params, moments, x_NBD[0], jnp.float32(i / 10))
   for name, value in params.items():
     np.testing.assert_allclose(
       state.params[name][0], value, rtol=2e-4, atol=1e-6, err_msg=name
@@ -177,15 +198,15 @@ def test_update_is_adam_on_the_projected_gradient(b1):
 
 
 def test_no_first_moment_is_kept():
-  state = EIGHT.init(jax.random.key(0))
+  state = begun()
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
   moments = sum(x.size for x in jax.tree.leaves(state.moments))
   assert moments == parameters + len(EIGHT.seeds)  # one count a member
 
 
 def test_a_batch_with_infinity_changes_no_parameter():
-  state = EIGHT.init(jax.random.key(0))
-  bad = next(data()).at[1, 0, 0].set(jnp.inf)  # site 1 only
+  state, bad = begun(), data()[0].copy()
+  bad[1, 0, 0] = np.inf  # site 1 only
   after, _ = jax.jit(EIGHT.step)(state, bad, bad, jnp.int32(20), KEY)
   reads_bad = np.asarray(EIGHT.setting.reads) == 1
   np.testing.assert_array_equal(after.skipped, reads_bad)
@@ -230,8 +251,8 @@ def test_only_the_adaptive_penalty_moves_its_coefficient(penalty):
     EIGHT.seeds,
     optimizer(),
   )
-  state = one.init(jax.random.key(0))
-  x_NBD = next(data())
+  state = jax.jit(one.init)(jax.random.key(0))
+  x_NBD = data()[0]
   after, _ = jax.jit(one.step)(state, x_NBD, x_NBD, jnp.int32(20), KEY)
   moved = np.any(np.asarray(after.coefficient != state.coefficient))
   assert moved == (penalty == 'adaptive_l1')
@@ -258,20 +279,25 @@ def test_resampled_latents_fire_as_often_as_the_others(base):
   """A quarter begun anew at a start of training whose threshold is low."""
   options = {'initial_threshold': 1e-3} if base == 'jumprelu' else {}
   module = architectures.ARCHITECTURES[base](D, D, F, **options)
-  x_BD = next(data())[0] + 1.0  # a mean, as activations have
-  params = module.init(jax.random.key(0), x_BD)['params']
+  x_BD = data()[0][0] + np.float32(1)  # a mean, as activations have
+  params = jax.jit(module.init)(jax.random.key(0), x_BD)['params']
   if base == 'jumprelu':
     params['log_threshold'] = jnp.full(F, jnp.log(1.5))
   else:
     name = 'b_gate' if base == 'gated' else 'b_enc'
     params[name] = jnp.full(F, -1.5)
-  dead_F = jnp.arange(F) < F // 4
+  dead_F = np.arange(F) < F // 4
   k, key = jnp.float32(4), jax.random.key(1)
   one = jnp.float32(1)
   batch = objectives.Batch(x_BD, x_BD, k, one, one, dead_F)
-  after, _ = resampling.resample(module, params, {}, batch, key)
-  f_BF = module.apply({'params': after}, x_BD, k, method='latents').f_BF
-  share_F = np.asarray((f_BF > 0).mean(0))
-  living = share_F[~np.asarray(dead_F)].mean()
+
+  @jax.jit
+  def latents(params, batch, key):
+    after, _ = resampling.resample(module, params, {}, batch, key)
+    x_BD = batch.x_BD
+    return module.apply({'params': after}, x_BD, k, method='latents').f_BF
+
+  share_F = (np.asarray(latents(params, batch, key)) > 0).mean(0)
+  living = share_F[~dead_F].mean()
   assert 0.01 < living < 0.5
   np.testing.assert_allclose(share_F[dead_F], living, atol=1.5 / B)

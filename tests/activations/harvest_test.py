@@ -84,7 +84,9 @@ def test_rows_are_the_models_activations_without_special_tokens(made):
   chunk = chunks_lib.Chunks(source, 0, mesh).load(1)
   n = source.layout.sequences
   tokens_NT = sequences(n, n)
-  taps = gemma.forward(params, jnp.asarray(tokens_NT), taps=AT).taps
+  taps = jax.jit(lambda p, t: gemma.forward(p, t, taps=AT).taps)(
+    params, tokens_NT
+  )
   keep = ~np.isin(tokens_NT, SPECIAL)
   keep[:, 0] = False
   assert chunk.special == n * (T - 1) - keep.sum()

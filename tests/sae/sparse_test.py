@@ -93,18 +93,20 @@ gradients = jax.value_and_grad(loss, has_aux=True)
 @functools.cache
 def factors(layers):
   """z [B, F], v [F], W_dec and x, with layers in them if there are several."""
-  rng, lead = np.random.default_rng(0), (layers,) if layers else ()
+  lead = (layers,) if layers else ()
   rows, latents = 16, 64
-  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  W_dec = normal(*lead, *lead, latents, D)
-  if layers:
-    W_dec *= np.triu(np.ones((layers, layers), 'f'))[:, :, None, None]
-  return (
-    normal(rows, *lead, latents),
-    normal(*lead, latents),
-    W_dec,
-    normal(rows, *lead, D),
-  )
+
+  @jax.jit
+  def make(key):
+    keys = iter(jax.random.split(key, 8))
+    z = jax.random.normal(next(keys), (rows, *lead, latents))
+    v = jax.random.normal(next(keys), (*lead, latents))
+    W_dec = jax.random.normal(next(keys), (*lead, *lead, latents, D))
+    if layers:
+      W_dec *= np.triu(np.ones((layers, layers)))[:, :, None, None]
+    return z, v, W_dec, jax.random.normal(next(keys), (rows, *lead, D))
+
+  return jax.device_get(make(jax.random.key(0)))
 
 
 @functools.cache

@@ -24,14 +24,20 @@ def trained(nulls: str, steps=30, architecture='jumprelu'):
   config.collection.nulls = nulls
   config_lib.check(config)
   (one,), (group,) = setup.make_stacks(config, setup.dimensions(config))
-  begun = one.init(KEY)
-  directions = jax.random.normal(jax.random.key(1), (20, 128)) / 128**0.5
-  step = jax.jit(one.step)
-  state = begun
-  for i in range(steps):
-    codes = jax.random.bernoulli(jax.random.fold_in(KEY, i), 0.1, (64, 20))
-    x_NBD = jnp.asarray(codes @ directions)[None] + 0.05
-    state, _ = step(state, x_NBD, x_NBD, jnp.int32(50 + i), KEY)
+
+  @jax.jit
+  def train(key):
+    directions = jax.random.normal(jax.random.key(1), (20, 128)) / 128**0.5
+
+    def take(state, i):
+      codes = jax.random.bernoulli(jax.random.fold_in(key, i), 0.1, (64, 20))
+      x_NBD = (codes @ directions)[None] + 0.05
+      return one.step(state, x_NBD, x_NBD, 50 + i, key)
+
+    begun = one.init(key)
+    return begun, jax.lax.scan(take, begun, jnp.arange(steps))[0]
+
+  begun, state = jax.device_get(train(KEY))
   return one, [spec.null for spec in group], begun, state
 
 
@@ -80,9 +86,10 @@ def test_an_sae_is_the_same_beside_nulls(run):
 
 def test_the_closing_phase_leaves_frozen_decoders_alone(run):
   one, nulls, _, state = run
-  x_BD = jax.random.normal(jax.random.key(5), (256, 128)) / 128**0.5
+  rng = np.random.default_rng(5)
+  x_BD = (rng.normal(size=(256, 128)) / 128**0.5).astype(np.float32)
   after = closing.refit_decoders(
-    one, state, lambda: iter([{one.sites[0]: x_BD}])
+    one, jax.device_put(state), lambda: iter([{one.sites[0]: x_BD}])
   )
   for i, null in enumerate(nulls):
     same = np.array_equal(after.params['W_dec'][i], state.params['W_dec'][i])

@@ -112,8 +112,7 @@ class Gemma:
       if isinstance(fan_in, float):
         params[name] = jnp.full(shape.shape, fan_in)
         continue
-      draw = jax.random.normal(jax.random.fold_in(key, i), shape.shape)
-      params[name] = draw * fan_in**-0.5
+      params[name] = _drawn(key, i, fan_in**-0.5, shape.shape)
     return traverse_util.unflatten_dict(params, sep='/')
 
   def forward(
@@ -254,6 +253,12 @@ def _unembed(model, x_BTD, tokens_K=None):
   )
   cap = model.config.final_logit_softcap
   return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _drawn(key, i, scale, shape):
+  """Normal numbers: one program for all parameters of a shape."""
+  return scale * jax.random.normal(jax.random.fold_in(key, i), shape)
 
 
 def gain(params: Params, norm: Mapping[str, jax.Array]) -> jax.Array:

@@ -70,11 +70,22 @@ def model(config=GEMMA2, dtype='float32'):
 
 
 @functools.cache
-def plain(config=GEMMA2, dtype='float32'):
-  """Logits and every site of one layer, and the last residual, not jitted."""
-  gemma, params = model(config, dtype)
-  last = sites.Site(config.num_layers - 1, 'resid_post')
-  return gemma.forward(params, TOKENS, taps=(*AT, last))
+def forward(config=GEMMA2):
+  """(parameters, tokens) -> logits and every site of the last layer."""
+  gemma, _ = model(config)
+  return jax.jit(lambda p, tokens: gemma.forward(p, tokens, taps=AT))
+
+
+@functools.cache
+def plain(config=GEMMA2):
+  return forward(config)(model(config)[1], TOKENS)
+
+
+@functools.cache
+def op_by_op():
+  """The same, not compiled as a whole, in bfloat16."""
+  gemma, params = model(dtype='bfloat16')
+  return gemma.forward(params, TOKENS, taps=AT)
 
 
 def test_flax_is_left_as_it_was():
@@ -88,7 +99,7 @@ def test_flax_is_left_as_it_was():
 )
 def test_own_value_changes_nothing(kind):
   gemma, params = model(dtype='bfloat16')
-  site, out = sites.Site(LAYER, kind), plain(dtype='bfloat16')
+  site, out = sites.Site(LAYER, kind), op_by_op()
   seen = []
 
   def edit(x_BTD):
@@ -142,11 +153,12 @@ def test_a_model_made_twice_is_compiled_once():
 @pytest.mark.parametrize('config', [GEMMA2, GEMMA3], ids=lambda c: c.name)
 def test_equals_the_package(config):
   gemma, params = model(config)
-  package = gemma._model.apply({'params': params}, TOKENS).logits
+  apply = jax.jit(lambda params: gemma._model.apply({'params': params}, TOKENS))
   want = plain(config)
-  np.testing.assert_allclose(want.logits_BTV, package, atol=1e-5)
+  np.testing.assert_allclose(want.logits_BTV, apply(params).logits, atol=1e-5)
   last = want.taps[sites.Site(config.num_layers - 1, 'resid_post')]
-  assert np.array_equal(gemma.unembed(params, last), want.logits_BTV)
+  logits_BTV = jax.jit(gemma.unembed)(params, last)
+  np.testing.assert_allclose(logits_BTV, want.logits_BTV, atol=1e-6)
 
 
 @pytest.mark.parametrize('config', [GEMMA2, GEMMA3], ids=lambda c: c.name)
@@ -205,10 +217,9 @@ def test_taps_and_edits_do_not_leak():
 
 @pytest.mark.parametrize('config', [GEMMA2, GEMMA3], ids=lambda c: c.name)
 def test_causality(config):
-  gemma, params = model(config)
   changed = TOKENS.copy()
   changed[:, 5] = 3 + (changed[:, 5] - 2) % 45
-  got, want = gemma.forward(params, changed, taps=AT), plain(config)
+  got, want = forward(config)(model(config)[1], changed), plain(config)
   pairs = [(got.taps[site], want.taps[site]) for site in AT]
   for a, b in [*pairs, (got.logits_BTV, want.logits_BTV)]:
     assert np.array_equal(a[:, :5], b[:, :5])
@@ -217,11 +228,11 @@ def test_causality(config):
 
 
 def test_padding_changes_nothing():
-  gemma, params = model()
+  _, params = model()
   pad = np.zeros((2, 3), np.int32)
-  forward = jax.jit(lambda t: gemma.forward(params, t).logits_BTV)
-  right = forward(np.concatenate([TOKENS, pad], 1))[:, :8]
-  left = forward(np.concatenate([pad, TOKENS], 1))[:, 3:]
+  logits = lambda *tokens: forward()(params, np.hstack(tokens)).logits_BTV
+  right = logits(TOKENS, pad)[:, :8]
+  left = logits(pad, TOKENS)[:, 3:]
   np.testing.assert_allclose(right, plain().logits_BTV, atol=1e-5)
   np.testing.assert_allclose(left, plain().logits_BTV, atol=1e-5)
 
@@ -231,9 +242,9 @@ def test_extending_a_cache_equals_one_pass(config):
   gemma, params = model(config)
   mask_TC = np.tril(np.ones((8, 8), bool))[None].repeat(2, 0)
   positions = np.arange(8)[None].repeat(2, 0)
-  cache = gemma.empty_cache(2, 8)
+  cache, extend = gemma.empty_cache(2, 8), jax.jit(gemma.extend)
   for part in (slice(0, 4), slice(4, 8)):  # longer than the window, together
-    logits_BV, cache = gemma.extend(
+    logits_BV, cache = extend(
       params,
       cache,
       TOKENS[:, part],
@@ -279,22 +290,23 @@ def test_later_layers_are_not_computed():
   two = flops(taps=(first, second), logits=False)
   full = flops(taps=(first, second))
   assert one < 0.6 * two < 0.6 * full
-  out = gemma.forward(params, TOKENS, taps=(first,), logits=False)
+  run = functools.partial(gemma.forward, taps=(first,), logits=False)
+  out = jax.eval_shape(run, params, TOKENS)
   assert out.logits_BTV is None and set(out.taps) == {first}
 
 
 def test_refusals():
   gemma, params = model()
-  forward = functools.partial(gemma.forward, params, TOKENS)
+  run = functools.partial(gemma.forward, params, TOKENS)
   with pytest.raises(ValueError, match='model has layers 0 to 1'):
-    forward(taps=(sites.Site(2, 'mlp_out'),))
+    run(taps=(sites.Site(2, 'mlp_out'),))
   with pytest.raises(ValueError, match='can be read but not edited'):
-    forward(edits={sites.Site(0, 'resid_mid'): lambda x: x})
+    run(edits={sites.Site(0, 'resid_mid'): lambda x: x})
   with pytest.raises(
     ValueError,
     match=r'shape \[2, 8, 16\] that it was given; it returned \[2, 8, 3\]',
   ):
-    forward(edits={sites.Site(0, 'mlp_out'): lambda x: x[..., :3]})
+    run(edits={sites.Site(0, 'mlp_out'): lambda x: x[..., :3]})
   with pytest.raises(ValueError, match='no site kind'):
     sites.Site(0, 'mlp')
 
@@ -416,9 +428,8 @@ def test_sharded_equals_one_device(config, tmp_path):
   tokens_BT = np.concatenate([TOKENS, TOKENS[:, ::-1]])
   tokens_BT[:, 0] = 2
   placed = jax.device_put(tokens_BT, mesh.sharding(devices, 'data', None))
-  forward = jax.jit(lambda p, t: gemma.forward(p, t, taps=AT))
-  got = forward(sharded, placed)
-  want = model(config)[0].forward(params, tokens_BT, taps=AT)
+  got = jax.jit(lambda p, t: gemma.forward(p, t, taps=AT))(sharded, placed)
+  want = forward(config)(params, tokens_BT)
   np.testing.assert_allclose(got.logits_BTV, want.logits_BTV, atol=2e-5)
   for site in AT:
     np.testing.assert_allclose(got.taps[site], want.taps[site], atol=2e-5)

@@ -17,9 +17,15 @@ import pathlib
 
 from gemma_scope import command_line
 from gemma_scope.command_line import whole, words
+from gemma_scope.config_fields import ARCHITECTURES
 
 WHATS = ('step', 'harvest', 'collection', 'data')
-DTYPES = ('float32', 'bfloat16')
+KNOWN = {
+  'what': WHATS,
+  'arch': tuple(ARCHITECTURES),
+  'dtype': ('float32', 'bfloat16'),
+  'branch': ('dense', 'auto', 'sparse'),
+}
 FLAGS = command_line.Flags(
   __doc__,
   words('what', ('step',), f'What to measure: {", ".join(WHATS)}.'),
@@ -58,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     mesh_sizes = whole_numbers(parsed, 'mesh')
     if len(mesh_sizes) != 3:
       raise ValueError('--mesh must be three sizes: sae, data, latent.')
-    for name, known in (('what', WHATS), ('dtype', DTYPES)):
+    for name, known in KNOWN.items():
       if unknown := set(getattr(parsed, name)) - set(known):
         raise ValueError(
           f'--{name} must be of {", ".join(known)}; found '

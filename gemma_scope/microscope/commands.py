@@ -102,6 +102,9 @@ def why(session: Session, options: Options) -> Result:
         f'--{flag} needs transcoders or a CLT; {sae.name} is neither.'
       )
   score_position = inputs.head(options.head, len(ids)) if options.head else None
+  if traced:
+    wanted = graphs.Wanted(score_position, options.target, options.supernodes)
+    through = graphs.opened(session, sae, wanted)
   subject = session.subject(sae)
   logit = inputs.logit(session, options, ids)
   pieces = readout.logit_pieces(tokenizer, logit)
@@ -111,8 +114,7 @@ def why(session: Session, options: Options) -> Result:
   result = {'why': {'text': options.text, 'logit': pieces, **attributed}}
   if traced:
     prompt = graph_files.Prompt(options.text, ids, tokenizer.pieces(ids), logit)
-    wanted = graphs.Wanted(score_position, options.target, options.supernodes)
-    result |= graphs.trace(session, sae, prompt, wanted)
+    result |= graphs.trace(session, through, prompt)
   for name, content in result.items():
     _keep(session, name, content)
   return result

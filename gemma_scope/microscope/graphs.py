@@ -17,6 +17,8 @@ from gemma_scope.microscope.circuits import (
   attention_scores,
   attribution_graph,
   graph_files,
+  intervene,
+  permutation_test,
   readout,
   supernodes,
 )
@@ -40,33 +42,59 @@ class Wanted:
   supernodes: str = ''
 
 
-def trace(
-  session: Session, sae: Released, prompt: graph_files.Prompt, wanted: Wanted
-) -> dict[str, Any]:
-  """The graph through an SAE and those of the other layers; see the head."""
-  result, ids = {}, prompt.ids
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """What a graph is traced through, opened from the files that were named.
+
+  Attributes:
+    saes: a CLT, or one transcoder for each layer.
+    subjects: these in the model.
+    reading: of --target.
+    supernodes: the saved graph of --supernodes.
+  """
+
+  wanted: Wanted
+  saes: list[Released]
+  subjects: list[intervene.Subject]
+  reading: permutation_test.Reading | None
+  supernodes: dict[str, Any] | None
+
+
+def opened(session: Session, sae: Released, wanted: Wanted) -> Opened:
+  """Opens what is wanted, so that it is refused before work is done."""
   saved = _supernodes(wanted)
-  members = _together(session, sae)
-  subjects = [session.subject(member) for member in members]
+  saes = _together(session, sae)
+  subjects = [session.subject(member) for member in saes]
   config, reading = session.model[0].config, None
   if wanted.target:
     widths = lambda site: site.check(config).width(config)
     reading = inputs.target(wanted.target, subjects, widths)
-  traced = attribution_graph.trace(subjects, ids, prompt.logit, reading=reading)
-  names = [session.named(member) for member in members]
+  return Opened(wanted, saes, subjects, reading, saved)
+
+
+def trace(
+  session: Session, through: Opened, prompt: graph_files.Prompt
+) -> dict[str, Any]:
+  """The graph through an SAE and those of the other layers; see the head."""
+  result, ids, wanted = {}, prompt.ids, through.wanted
+  subjects, config = through.subjects, session.model[0].config
+  traced = attribution_graph.trace(
+    subjects, ids, prompt.logit, reading=through.reading
+  )
+  names = [session.named(member) for member in through.saes]
   named = lambda member, feature: names[member](feature)
   session.report(attribution_graph.report(traced, prompt.pieces, named))
   graph = attribution_graph.plain(traced) | {
     'text': prompt.text,
     'pieces': list(prompt.pieces),
     'logit': readout.logit_pieces(session.tokenizer, prompt.logit),
-    'saes': [member.name for member in members],
+    'saes': [member.name for member in through.saes],
   }
   for node in graph['nodes']:
     if node['kind'] == 'feature':
       node['label'] = named(node['member'], node['feature'])
   if wanted.supernodes:
-    _group(graph, saved, named, wanted.supernodes)
+    _group(graph, through.supernodes, named, wanted.supernodes)
     supernodes.measure(graph, subjects, ids, prompt.logit)
     session.report(supernodes.report(graph))
   result['graph'] = graph

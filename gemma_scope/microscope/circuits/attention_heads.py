@@ -16,7 +16,7 @@ terms add up to A_j; between two different tokens there is no direct term.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,18 +39,13 @@ def tangents(
   model: Replacement,
   groups: Sequence[Sequence[int]],
   taps_at: tuple[sites.Site, ...],
-) -> list[dict[sites.Site, np.ndarray]]:
-  """What each group of sources adds at the sites `taps_at`, [T, D of the "
-  "site]."""
+) -> Iterator[dict[sites.Site, jax.Array]]:
+  """What each group of sources adds at `taps_at`, [T, D of the site]."""
   gemma, *frozen = model.frozen
-  moved_by_group = []
   for group in groups:
     first_TD, later_MTD = model.written(group)
-    moved = _moved(
-      (gemma, taps_at), *frozen, first_TD[None], later_MTD[:, None]
-    )
-    moved_by_group.append(jax.device_get(moved))
-  return moved_by_group
+    where = gemma, taps_at
+    yield _moved(where, *frozen, first_TD[None], later_MTD[:, None])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -98,7 +93,7 @@ def terms(
     (len(targets), len(sources), c.num_layers, c.num_heads), np.float32
   )
   for j, source in enumerate(progress.track(sources, 'heads')):
-    (moved,) = tangents(model, [[source]], heads)
+    (moved,) = map(jax.device_get, tangents(model, [[source]], heads))
     for l, site in enumerate(heads):
       for n, (_, position, _) in enumerate(targets):
         product_E = moved[site][position] * slope_nLE[n, l]

@@ -150,7 +150,10 @@ def decompose(model: Replacement, place: Place, most: int = 12) -> Scores:
       'or before its query.'
     )
   head = Head(gemma, lm_params, place.layer, place.head)
-  taps_at = (place.site,)
+  # Of every layer, so that one program serves all places.
+  taps_at = tuple(
+    sites.Site(layer, 'attn_in') for layer in range(gemma.config.num_layers)
+  )
   input_TD = np.asarray(
     splice.taps(gemma, lm_params, tokens_1T, taps_at)[place.site][0], np.float64
   )
@@ -172,7 +175,9 @@ def decompose(model: Replacement, place: Place, most: int = 12) -> Scores:
   )
   single = sorted({j for row_n in rows for j in _largest(model, row_n, most)})
   moved = attention_heads.tangents(model, _groups(model, single), taps_at)
-  moved_GTD = np.stack([taps[place.site] for taps in moved]).astype(np.float64)
+  moved_GTD = np.stack(
+    [np.asarray(taps[place.site], np.float64) for taps in moved]
+  )
   q_NH = head.query(moved_GTD[:, place.query], place.query)
   k_NH = head.key(moved_GTD[:, place.key], place.key)
   sources = _sources(model, single)

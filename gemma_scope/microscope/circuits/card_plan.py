@@ -180,7 +180,7 @@ class Plan:
 def _silent(subject: Subject, tokens_T: np.ndarray, position: int):
   site = subject.place.sites[0]
   taps = splice.taps(subject.gemma, subject.lm_params, tokens_T[None], (site,))
-  x_1D = taps[site][0, position][None]
+  x_1D = np.asarray(taps[site])[0, position][None]
   return np.asarray(_encoded(subject.params, x_1D))[0] == 0
 
 

@@ -149,7 +149,7 @@ def _measure_part(subject, plan, measured, sequence, edits, below_TD) -> None:
   rows = _SMALLEST  # few sizes, so that few programs are compiled
   while rows < len(edits) * ways:
     rows *= 2
-  before_RSD, after_RSD = packed_edits.run(
+  streams = packed_edits.run(
     gemma,
     subject.lm_params,
     subject.place.targets[0],
@@ -158,6 +158,8 @@ def _measure_part(subject, plan, measured, sequence, edits, below_TD) -> None:
     _filled(change_EWD.reshape(-1, change_EWD.shape[-1]), rows),
     settings.scored,
   )
+  # On the host: a slice on the device is compiled for every number of edits.
+  before_RSD, after_RSD = jax.device_get(streams)
   after_EWSD = after_RSD[: len(edits) * ways].reshape(
     len(edits), ways, *after_RSD.shape[1:]
   )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from gemma_scope import mesh, sites
 from gemma_scope import sae as sae_lib
@@ -16,6 +17,7 @@ from gemma_scope.evaluation import (
 )
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import weights
+from tests.helpers import forward
 from tests.helpers.evaluations import (
   CONFIG,
   SITES,
@@ -121,17 +123,15 @@ def test_kl_and_the_fvus_equal_plain_sums(model, saes, found):
   tokens_NT, keep_NT = text(6), keep(text(6))
   (arrays, card) = saes[3]
   site = sites.parse(card['sites'][0])
-  out = gemma.forward(params, tokens_NT, taps=(site,))
+  out = forward.forward(gemma, params, tokens_NT, (site,))
   x_NTD = np.asarray(out.taps[site])
   made_NTD = np.asarray(
     sae_lib.decode(arrays, sae_lib.encode(arrays, x_NTD), x_NTD)
   )
-  spliced_NTD = jnp.asarray(np.where(keep_NT[..., None], made_NTD, x_NTD))
-  spliced = gemma.forward(
-    params, tokens_NT, edits={site: lambda _: spliced_NTD}
-  )
+  edit = forward.instead(np.where(keep_NT[..., None], made_NTD, x_NTD))
+  spliced = forward.forward(gemma, params, tokens_NT, edits={site: edit})
   log_p, log_q = (
-    np.asarray(jax.nn.log_softmax(o.logits_BTV), np.float64)
+    special.log_softmax(np.asarray(o.logits_BTV, np.float64), -1)
     for o in (out, spliced)
   )
   kl_NT = np.sum(np.exp(log_p) * (log_p - log_q), -1)

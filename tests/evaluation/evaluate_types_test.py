@@ -14,7 +14,7 @@ from gemma_scope.evaluation import batches, evaluate, passes
 from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import splice
 from gemma_scope.sae import released
-from tests.helpers import releases
+from tests.helpers import forward, releases
 
 LAYERS, D, F = 3, 16, 10
 CONFIG = lm.Config(
@@ -117,13 +117,32 @@ def measure(model, members, counts=None):
   return evaluate.evaluate(*model, releases.saes(members), given)
 
 
+READ = 'mlp_in/0', 'mlp_in/1', 'mlp_in/2', 'mlp_in_ungained/1'
+WRITTEN = 'mlp_out/0', 'mlp_out/1', 'mlp_out/2', 'resid_post/0', 'resid_post/2'
+
+
+def plain_pass(gemma, params, target=None, y_NTD=None):
+  """A pass with `y_NTD` at `target`: one program for all sites."""
+  edits = {
+    site: forward.instead(
+      np.zeros((*text().shape, D), np.float32)
+      if site != target
+      else y_NTD.astype(np.float32),
+      site == target,
+    )
+    for site in map(sites.parse, WRITTEN)
+  }
+  taps = tuple(map(sites.parse, (*READ, *WRITTEN)))
+  return forward.forward(gemma, params, text(), taps, edits)
+
+
 class Reference:
   """Loops over tokens, layers and targets; splices by plain forward passes."""
 
   def __init__(self, model, member):
     (gemma, params), (arrays, card), tokens_NT = model, member, text()
     place = sites.wiring_of(card)
-    out = gemma.forward(params, tokens_NT, taps={*place.sites, *place.targets})
+    out = plain_pass(gemma, params)
     taps = {s: np.asarray(x, np.float64) for s, x in out.taps.items()}
     keep_NT = keep(tokens_NT)
     p = {key: value.astype(np.float64) for key, value in arrays.items()}
@@ -150,13 +169,14 @@ class Reference:
     self.frequency = self.fired.reshape(-1) / keep_NT.sum()
 
     counts_NT = keep_NT[:, 1:] & keep_NT[:, :-1]
-    clean = lm.token_losses(out.logits_BTV, tokens_NT)[0]
+    losses = lambda logits_NTV: np.asarray(
+      forward.losses(logits_NTV, tokens_NT), np.float64
+    )
+    clean = losses(out.logits_BTV)
 
     def delta(target, y_NTD):
-      edits = {target: lambda _: jnp.asarray(y_NTD, jnp.float32)}
-      spliced = gemma.forward(params, tokens_NT, edits=edits).logits_BTV
-      losses = lm.token_losses(spliced, tokens_NT)[0]
-      return np.asarray(losses - clean, np.float64)[counts_NT].mean()
+      spliced = plain_pass(gemma, params, target, y_NTD).logits_BTV
+      return (losses(spliced) - clean)[counts_NT].mean()
 
     self.fvu, self.flat, self.delta, self.ablated = [], [], [], []
     for target in place.targets:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from gemma_scope import sites
 from gemma_scope.evaluation import batches, latent_ablation
 from gemma_scope.language_model import gemma as lm
+from gemma_scope.language_model import splice
+from tests.helpers import forward
 from tests.helpers.evaluations import BATCH, CONFIG, D, keep, text
 
 SITE = sites.parse('resid_post/0')
@@ -42,7 +44,7 @@ def test_effects_are_those_of_an_edited_forward_pass(models):
   tokens_NT = text(BATCH)
   keep_NT = keep(tokens_NT)
   x = [
-    np.asarray(models.gemmas[0].forward(p, tokens_NT, taps=(SITE,)).taps[SITE])
+    np.asarray(splice.taps(models.gemmas[0], p, tokens_NT, (SITE,))[SITE])
     for p in models.params
   ]
   # Rows that are outliers in the second model alone are left as they are.
@@ -68,18 +70,21 @@ def test_effects_are_those_of_an_edited_forward_pass(models):
     where_NT = counted_NT & (f[:, :-1, latent] > 0)
     for m, name in enumerate(('first', 'second')):
       changed = x[m] - f[..., latent, None] * vectors[m, k]
-      run = lambda edits, m=m: (
-        models.gemmas[m]
-        .forward(models.params[m], tokens_NT, edits=edits)
-        .logits_BTV
+      clean, without = (
+        forward.forward(
+          models.gemmas[m], models.params[m], tokens_NT, edits={SITE: edit}
+        ).logits_BTV
+        for edit in map(forward.instead, (x[m], changed))
       )
-      clean, without = run({}), run({SITE: lambda _, y=changed: jnp.asarray(y)})
       loss = [
-        np.asarray(lm.token_losses(logits, tokens_NT)[0])
+        np.asarray(forward.losses(logits, tokens_NT))
         for logits in (clean, without)
       ]
-      p, q = jax.nn.log_softmax(clean), jax.nn.log_softmax(without)
-      kl = np.asarray((jnp.exp(p) * (p - q)).sum(-1))[:, :-1]
+      p, q = (
+        special.log_softmax(np.asarray(logits), -1)
+        for logits in (clean, without)
+      )
+      kl = (np.exp(p) * (p - q)).sum(-1)[:, :-1]
       effect = found[k]['effect'][name]
       assert effect['kl']['tokens'] == where_NT.sum() > 0
       np.testing.assert_allclose(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +16,7 @@ def test_rows_of_outlying_norm_are_left_out_of_one_fvu(model, saes):
   (arrays, card) = saes[3]
   site = sites.parse(card['sites'][0])
   tokens_NT, keep_NT = text(6), keep(text(6))
-  x_NTD = np.asarray(gemma.forward(params, tokens_NT, taps=(site,)).taps[site])
+  x_NTD = np.asarray(splice.taps(gemma, params, tokens_NT, (site,))[site])
   x_RD = x_NTD[keep_NT]
   bound = float(np.quantile(np.linalg.norm(x_RD, axis=1), 0.9))
   ruled = {
@@ -49,7 +48,7 @@ def test_outliers_by_the_rule_of_the_card_stay_as_they_are(model, saes):
   tokens_NT = text(6)
   gemma, params = model
   site = sites.parse(card['sites'][0])
-  x_BTD = splice.taps(gemma, params, jnp.asarray(tokens_NT), (site,))[site]
+  x_BTD = splice.taps(gemma, params, tokens_NT, (site,))[site]
   norm_n = np.linalg.norm(x_BTD, axis=-1)[keep(tokens_NT)]
   figures_of = lambda card: next(
     iter(measure(model, [(arrays, card)], tokens_NT).values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope import sites
@@ -11,7 +10,7 @@ from gemma_scope.evaluation import (
   evaluate,
 )
 from gemma_scope.language_model import gemma as lm
-from tests.helpers import releases
+from tests.helpers import forward, releases
 
 CONFIG = lm.Config(
   name='random',
@@ -97,7 +96,7 @@ class Reference:
   def __init__(self, model, sae, tokens_NT, keep_bos=True):
     (gemma, params), (arrays, card) = model, sae
     site = sites.parse(card['sites'][0])
-    out = gemma.forward(params, tokens_NT, taps=(site,))
+    out = forward.forward(gemma, params, tokens_NT, (site,))
     x_NTD = np.asarray(out.taps[site], np.float64)
     keep_NT = keep(tokens_NT)
     sae_params = {
@@ -123,13 +122,17 @@ class Reference:
     self.l0 = active / self.tokens
     self.fvu, self.fvu_elementwise = error / variance, error / flat
 
+    losses = lambda logits_NTV: np.asarray(
+      forward.losses(logits_NTV, tokens_NT), np.float64
+    )
+
     def loss(x_NTD):
-      edits = {site: lambda _: jnp.asarray(x_NTD, jnp.float32)}
-      spliced = gemma.forward(params, tokens_NT, edits=edits).logits_BTV
-      return np.asarray(lm.token_losses(spliced, tokens_NT)[0], np.float64)
+      edits = {site: forward.instead(x_NTD.astype(np.float32))}
+      spliced = forward.forward(gemma, params, tokens_NT, edits=edits)
+      return losses(spliced.logits_BTV)
 
     self.counts_NT = keep_NT[:, 1:] & keep_NT[:, :-1]
-    clean_NT = np.asarray(lm.token_losses(out.logits_BTV, tokens_NT)[0])
+    clean_NT = losses(out.logits_BTV)
     self.delta_NT = np.where(self.counts_NT, loss(x_hat_NTD) - clean_NT, 0)
     self.delta = self.delta_NT.sum() / self.counts_NT.sum()
     self.clean = clean_NT[self.counts_NT].mean()

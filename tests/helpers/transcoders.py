@@ -1,4 +1,4 @@
-"""Random transcoders and a CLT in their models."""
+"""Random transcoders and CLTs in their models."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import numpy as np
 
 from gemma_scope import release
 from gemma_scope.microscope.circuits import intervene as iv
-from tests.helpers import circuits
-from tests.helpers.replacement import tiny
 
 
 def transcoders(model, skip: bool, layers, d: int, width=60, threshold=14.0):
@@ -36,9 +34,23 @@ def transcoders(model, skip: bool, layers, d: int, width=60, threshold=14.0):
   return subjects
 
 
-def clt():
-  params, card = circuits.MEMBERS['clt']
+def clt(model, layers: int, d: int, width: int, threshold: float):
+  """A random CLT with a skip path; `d` the model's width."""
   rng = np.random.default_rng(0)
-  skip = rng.normal(size=(3, 128, 128)).astype(np.float32) / 128
-  params = params | {'W_skip': skip, 'W_dec': params['W_dec'] / 128}
-  return [iv.subject(tiny(), release.in_memory(params, card), np.ones(48))]
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  later_LL = np.triu(np.ones((layers, layers), np.float32))
+  params = {
+    'W_enc': draw(layers, d, width),
+    'b_enc': draw(layers, width),
+    'W_dec': draw(layers, width, layers, d) / d * later_LL[:, None, :, None],
+    'b_dec': draw(layers, d) / d,
+    'W_skip': draw(layers, d, d) / d,
+    'threshold': np.full((layers, width), threshold, np.float32),
+  }
+  card = {
+    'type': 'clt',
+    'sites': [f'mlp_in/{layer}' for layer in range(layers)],
+    'targets': [f'mlp_out/{layer}' for layer in range(layers)],
+  }
+  max_F = np.ones(layers * width)
+  return [iv.subject(model, release.in_memory(params, card), max_F)]

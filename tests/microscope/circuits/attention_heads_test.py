@@ -19,33 +19,33 @@ from gemma_scope.microscope.circuits import (
 )
 from gemma_scope.microscope.circuits.attention_scores import Head, Place
 from gemma_scope.microscope.circuits.replacement_model import Replacement
-from tests.helpers import circuits, random_models
-from tests.helpers.replacement import tiny
+from tests.helpers import random_models
 from tests.helpers.transcoders import clt, transcoders
 
 GEMMA3 = dataclasses.replace(
   random_models.GEMMA3,
+  num_layers=2,
+  pattern='LG',
   num_kv_heads=2,
   window=4,
   global_rope_base=1000,
   global_rope_factor=2.0,
 )
 CASES = {
-  'tiny': lambda: (
-    transcoders(tiny(), False, range(4), 128),
-    circuits.TOKENS_T,
+  'gemma2': lambda: (small(random_models.GEMMA2, True), TOKENS_T),
+  'gemma3': lambda: (small(GEMMA3, False), TOKENS_T),
+  'clt': lambda: (
+    clt(random_models.model(GEMMA3), 2, 16, 20, 3.0),
+    TOKENS_T,
   ),
-  'skip': lambda: (transcoders(tiny(), True, (0, 3), 128), circuits.TOKENS_T),
-  'clt': lambda: (clt(), circuits.TOKENS_T),
-  'gemma2': lambda: small(random_models.GEMMA2),
-  'gemma3': lambda: small(GEMMA3),
 }
+TOKENS_T = [2, *range(5, 16)]
 
 
-def small(config):
+def small(config, skip: bool):
+  """Transcoders at every layer."""
   model = random_models.model(config)
-  layers = range(config.num_layers)
-  return transcoders(model, False, layers, 16, 20, 3.0), [2, *range(5, 16)]
+  return transcoders(model, skip, range(config.num_layers), 16, 20, 3.0)
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -76,8 +76,8 @@ def test_terms_of_heads_add_up_to_an_edge_between_tokens(name):
 
 
 def test_heads_are_listed_on_the_edges_of_a_graph():
-  subjects, tokens_T = CASES['tiny']()
-  settings = attribution_graph.Settings(most=12, measured=4)
+  subjects, tokens_T = CASES['gemma3']()
+  settings = attribution_graph.Settings(most=12, measured=4, shuffles=0)
   graph = attribution_graph.trace(subjects, tokens_T, (7, 9), settings=settings)
   assert set(map(len, graph.edges)) == {3} and len(graph.heads) == len(
     graph.edges
@@ -123,9 +123,16 @@ def test_pairs_add_up_to_the_score_of_the_model(name):
 def pattern_is_the_models(gemma, lm_params, tokens_T, found):
   """What the scores give, through softmax and values, is the head's output."""
   c, place = gemma.config, found.place
-  at = place.site, sites.Site(place.layer, 'attn_out')
+  at = tuple(
+    sites.Site(layer, kind)
+    for layer in range(c.num_layers)
+    for kind in ('attn_in', 'attn_out')
+  )
   taps = splice.taps(gemma, lm_params, np.array([tokens_T]), at)
-  x_TD, out_TE = (np.asarray(taps[site][0], np.float64) for site in at)
+  x_TD, out_TE = (
+    np.asarray(taps[sites.Site(place.layer, kind)][0], np.float64)
+    for kind in ('attn_in', 'attn_out')
+  )
   head = Head(gemma, lm_params, place.layer, place.head)
   q_H = head.query(x_TD[place.query][None], place.query)[0]
   first = 0

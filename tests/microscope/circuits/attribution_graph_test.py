@@ -24,28 +24,23 @@ from gemma_scope.microscope.circuits.replacement_model import (
   Sources,
   check,
 )
-from tests.helpers import circuits, random_models, random_saes
+from tests.helpers import circuits, forward, random_models, random_saes
 from tests.helpers.replacement import tiny
 from tests.helpers.transcoders import clt, transcoders
 
-TOKENS_T, T = circuits.TOKENS_T, circuits.T
-
-
+TOKENS_T = [2, *range(5, 16)]
 CASES = {
-  'tiny': lambda: (transcoders(tiny(), False, range(4), 128), TOKENS_T),
-  'skip': lambda: (transcoders(tiny(), True, (0, 3), 128), TOKENS_T),
-  'clt': lambda: (clt(), TOKENS_T),
-  'gemma2': lambda: (
-    transcoders(
-      random_models.model(random_models.GEMMA2), True, (0, 1), 16, 20, 3.0
-    ),
-    [2, *range(5, 16)],
-  ),
-  'gemma4': lambda: (
-    transcoders(random_models.model(GEMMA4), True, (0, 2), 16, 20, 3.0),
-    [2, *range(5, 16)],
-  ),
+  'plain': lambda: small(random_models.GEMMA2, False, (0, 1)),
+  'skip': lambda: small(random_models.GEMMA2, True, (0, 1)),
+  'clt': lambda: clt(random_models.model(random_models.GEMMA2), 2, 16, 60, 1.0),
+  'gemma4': lambda: small(GEMMA4, True, (0, 2)),
 }
+
+
+def small(config, skip: bool, layers):
+  return transcoders(random_models.model(config), skip, layers, 16, 20, 3.0)
+
+
 # Two layers that share the keys of two others, and per-layer inputs.
 GEMMA4 = dataclasses.replace(
   random_models.GEMMA4_E,
@@ -65,7 +60,7 @@ EACH = [
 @pytest.mark.parametrize('name', EACH)
 def test_what_sources_add_is_the_pre_activation(name):
   """z = b_enc + sum of A, of features of every layer; the logit's too."""
-  subjects, tokens_T = CASES[name]()
+  subjects, tokens_T = CASES[name](), TOKENS_T
   model = Replacement(subjects, tokens_T)
   s = model.sources
   features = np.flatnonzero(s.kind == 0)
@@ -94,14 +89,14 @@ def test_what_sources_add_is_the_pre_activation(name):
 
 
 def test_features_are_those_that_fire():
-  subjects, tokens_T = CASES['clt']()
-  s = Replacement(subjects, tokens_T).sources
-  params, card = circuits.MEMBERS['clt']
-  place = sites.wiring_of(card)
-  taps = splice.taps(*tiny(), np.array([tokens_T]), place.sites)
-  x = np.stack([taps[site][0] for site in place.sites], -2)
+  (subject,) = CASES['clt']()
+  s = Replacement([subject], TOKENS_T).sources
+  reads = subject.place.sites
+  tokens_1T = np.array([TOKENS_T])
+  taps = splice.taps(subject.gemma, subject.lm_params, tokens_1T, reads)
+  x = np.stack([taps[site][0] for site in reads], -2)
   with jax.default_matmul_precision('highest'):
-    f = np.array(sae.encode(params, x)).reshape(T, -1)
+    f = np.array(sae.encode(subject.params, x)).reshape(len(TOKENS_T), -1)
   f[0] = 0
   got = np.zeros_like(f)
   mine = s.kind == 0
@@ -204,9 +199,10 @@ def test_scores_are_those_of_dense_matrices():
 
 
 def test_an_outlier_has_no_features_of_the_sae_whose_rule_it_breaks():
-  first, second = transcoders(tiny(), True, (0, 3), 128)
+  first, second = CASES['skip']()
   (site,) = first.place.sites
-  taps = splice.taps(*tiny(), np.array([TOKENS_T]), (site,))
+  tokens_1T = np.array([TOKENS_T])
+  taps = splice.taps(first.gemma, first.lm_params, tokens_1T, (site,))
   norm_T = np.linalg.norm(np.asarray(taps[site][0]), axis=-1)
   t = 1 + int(norm_T[1:].argmax())
   bound = float(np.sort(norm_T[1:])[-2:].mean())
@@ -227,34 +223,32 @@ def test_an_outlier_has_no_features_of_the_sae_whose_rule_it_breaks():
 
 @pytest.mark.parametrize('name', ['skip', 'clt'])
 def test_a_graph_is_measured_and_written(name, tmp_path):
-  subjects, tokens_T = CASES[name]()
+  subjects, tokens_T = CASES[name](), TOKENS_T
   found = attribution_graph.trace(
     subjects, tokens_T, (7, 9), settings=attribution_graph.Settings(most=20)
   )
-  assert found.edges and found.nodes
+  assert found.edges and found.nodes and found.features
   assert sum(found.ends.values()) == pytest.approx(1)
   assert min(found.ends.values()) >= 0 and len(found.shuffled) == 19
   assert {t for _, t, _ in found.edges} <= {
     *found.nodes,
     graph_influence.LOGIT,
   }
+  tokens_1T = np.array([tokens_T])
+
+  def difference(output):
+    logits_V = np.asarray(output.logits_BTV[0, -1])
+    return float(logits_V[7] - logits_V[9])
+
+  first = subjects[0]
+  before = difference(forward.forward(first.gemma, first.lm_params, tokens_1T))
   for line in found.features:
     i = line['node']
     subject = subjects[found.sources.member[i]]
     rows = iv.rows(subject, [[iv.Change(int(found.sources.feature[i]))]])
-    tokens_BT = np.array([tokens_T])
-    where_BT = np.arange(len(tokens_T))[None] == found.sources.position[i]
-    logits = [
-      subject.gemma.forward(
-        subject.lm_params, tokens_BT, edits=edits
-      ).logits_BTV[0, -1]
-      for edits in (
-        {},
-        iv.edits(subject.place, subject.params, rows, where_BT),
-      )
-    ]
-    change = (logits[0] - logits[1])[7] - (logits[0] - logits[1])[9]
-    assert line['exact'] == pytest.approx(float(change), abs=1e-4)
+    where_1T = np.arange(len(tokens_T))[None] == found.sources.position[i]
+    after = difference(forward.changed(subject, tokens_1T, rows, where_1T))
+    assert line['exact'] == pytest.approx(before - after, abs=1e-4)
     more = sum(most >= abs(line['exact']) for most in found.shuffled)
     assert line['p'] == (1 + more) / 20
     assert line['passes'] is (line['p'] <= 0.05)
@@ -354,8 +348,8 @@ def graph_is_read_back(plain, tokens_T, widths, tmp_path):
 
 def test_a_graph_of_a_direction_or_of_a_feature():
   """A probe's direction at a site; its features are ablated exactly."""
-  subjects, tokens_T = CASES['tiny']()
-  site = sites.parse('resid_post/2')
+  subjects = transcoders(tiny(), True, (0, 3), 128)
+  tokens_T, site = circuits.TOKENS_T, sites.parse('resid_post/2')
   vector_D = np.random.default_rng(0).normal(size=128).astype(np.float32)
   settings = attribution_graph.Settings(most=12, measured=6)
   found = attribution_graph.trace(
@@ -367,25 +361,19 @@ def test_a_graph_of_a_direction_or_of_a_feature():
   )
   s = found.sources
   assert s.layer[found.nodes].max() <= 2  # nothing after the site
-  tokens_BT, last = np.array([tokens_T]), len(tokens_T) - 1
-
-  def read(edits):
-    gemma, params = subjects[0].gemma, subjects[0].lm_params
-    taps = gemma.forward(
-      params, tokens_BT, taps=(site,), edits=edits, logits=False
-    ).taps
-    return float(taps[site][0, last] @ vector_D)
-
-  assert found.value == pytest.approx(read({}), rel=1e-4)
+  tokens_1T, last = np.array([tokens_T]), len(tokens_T) - 1
+  read = lambda taps: float(np.asarray(taps[site][0, last]) @ vector_D)
+  before = read(splice.taps(*tiny(), tokens_1T, (site,)))
+  assert found.value == pytest.approx(before, rel=1e-4)
   assert len(found.features) > 3
   for line in found.features:
     i = line['node']
     subject = subjects[s.member[i]]
     rows = iv.rows(subject, [[iv.Change(int(s.feature[i]))]])
-    where_BT = np.arange(len(tokens_T))[None] == s.position[i]
-    edits = iv.edits(subject.place, subject.params, rows, where_BT)
+    where_1T = np.arange(len(tokens_T))[None] == s.position[i]
+    after = forward.changed(subject, tokens_1T, rows, where_1T, (site,)).taps
     assert line['exact'] == pytest.approx(
-      found.value - read(edits), abs=1e-3 * abs(found.value)
+      found.value - read(after), abs=1e-3 * abs(found.value)
     )
     assert not line['passes']
   assert 'Not tested' in attribution_graph.verdict(found)
@@ -414,18 +402,16 @@ def test_the_logit_of_a_graph_is_the_models(tmp_path):
   subjects = transcoders(model, False, (0, 1), 16, 20, 3.0)
   tokens_T = [2, *range(5, 16)]
   replaced = Replacement(subjects, tokens_T)
-  at = len(tokens_T) - 1
+  at, unembed = len(tokens_T) - 1, jax.jit(subjects[0].gemma.unembed)
   for logit in ((7, None), (7, 9)):
     target, value = attribution_graph._readout(
       subjects[0], replaced.last_TD, logit, at
     )
-    last = splice.last(subjects[0].gemma)
     step_D = np.random.default_rng(0).normal(size=16).astype(np.float32)
 
-    def of(scale, last=last, step_D=step_D, logit=logit):
-      logits_V = subjects[0].gemma.unembed(
-        model[1], replaced.last_TD[at][None, None] + scale * step_D
-      )[0, 0]
+    def of(scale, step_D=step_D, logit=logit):
+      x_11D = replaced.last_TD[at][None, None] + scale * step_D
+      logits_V = np.asarray(unembed(model[1], x_11D)[0, 0])
       return logits_V[7] - (logits_V[9] if logit[1] else 0)
 
     # Its norm held: the part along the residual itself does not count.

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import special
 
-from gemma_scope import release
-from gemma_scope.language_model import weights
+from gemma_scope import release, sites
+from gemma_scope.language_model import splice, weights
 from gemma_scope.microscope.circuits import (
   card_plan,
   card_results,
@@ -19,6 +20,7 @@ from gemma_scope.microscope.circuits import (
   causal_card,
   effects,
   intervene,
+  prompt_sets,
 )
 from gemma_scope.microscope.index import build
 from tests.helpers import random_saes
@@ -154,12 +156,16 @@ def test_a_trained_encoder_with_a_frozen_decoder_shows_none(model, text):
   encoder, before = W_dec.T / jnp.sum(W_dec[0] ** 2), None
   optimizer = optax.adam(1e-2)
   state = optimizer.init(encoder)
-  step = jax.jit(jax.value_and_grad(loss))
-  for _ in range(150):
-    value, gradient = step(encoder)
-    before = before or float(value)
+
+  @jax.jit
+  def step(encoder, state):
+    value, gradient = jax.value_and_grad(loss)(encoder)
     updates, state = optimizer.update(gradient, state)
-    encoder = optax.apply_updates(encoder, updates)
+    return value, optax.apply_updates(encoder, updates), state
+
+  for _ in range(150):
+    value, encoder, state = step(encoder, state)
+    before = before or float(value)
   assert float(value) < min(before, 0.95 * np.mean((x_RD - centre_D) ** 2))
   params = params | {
     'W_enc': np.asarray(encoder),
@@ -175,22 +181,19 @@ def test_a_trained_encoder_with_a_frozen_decoder_shows_none(model, text):
 def rows(model, text):
   """Activations of all tokens that count, [R, D]."""
   site = 'resid_post/1'
-  taps = (
-    model[0]
-    .forward(model[1], text.sequences_NT, taps=(site,), logits=False)
-    .taps
-  )
-  return np.asarray(taps[site])[text.keep_NT]
+  taps = splice.taps(*model, text.sequences_NT, (sites.parse(site),))
+  (x_NTD,) = taps.values()
+  return np.asarray(x_NTD)[text.keep_NT]
 
 
 def test_planted_latents_are_found(model):
   """Latents that fire on a token and write the model's own prediction."""
   planted, alphabet = 12, 40
-  gemma, lm_params = model
+  _, lm_params = model
   rng = np.random.default_rng(0)
   tokens_V2 = np.stack([np.full(600, 2), rng.integers(10, 4000, 600)], 1)
-  logits_V = gemma.forward(lm_params, tokens_V2).logits_BTV[:, 1]
-  sure_V = np.asarray(jax.nn.softmax(logits_V)).max(-1)
+  logits_V = prompt_sets.logits(model, tokens_V2, np.ones(600, int), batch=600)
+  sure_V = special.softmax(logits_V, -1).max(-1)
   order = np.argsort(-sure_V)
   own_P = tokens_V2[order[:planted], 1]
   others = rng.choice(tokens_V2[order[200:], 1], alphabet - planted, False)
@@ -210,7 +213,7 @@ def test_planted_latents_are_found(model):
     reads_D /= np.linalg.norm(reads_D)
     z_R = x_RD @ reads_D
     at = np.flatnonzero(token_R == token)[:20]
-    likeliest = np.asarray(logits_V[order[i]]).argmax()
+    likeliest = logits_V[order[i]].argmax()
     params['W_enc'][:, i], params['b_enc'][i] = reads_D, 0
     params['threshold'][i] = np.quantile(z_R[token_R != token], 0.99)
     writes_D = table_VD[likeliest] * gain_D

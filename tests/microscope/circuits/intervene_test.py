@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from gemma_scope import mesh, release
 from gemma_scope.evaluation.saebench import scr_tpp
-from gemma_scope.language_model import gemma as lm
 from gemma_scope.language_model import generate, splice, weights
 from gemma_scope.microscope.circuits import effects
 from gemma_scope.microscope.circuits import intervene as iv
+from tests.helpers import forward
 from tests.helpers.circuits import MEMBERS, TOKENS_T, F, T, values
 
 
@@ -38,17 +38,11 @@ def firing(subject, model, name, count=2):
   return [int(i) for i in np.argsort(-(f_TF[1:] > 0).sum(0))[:count]]
 
 
-def tapped(subject, rows, where_BT, at):
+def tapped(subject, rows, where_BT):
+  """The residual stream that is unembedded, and each target of the SAE."""
   tokens_BT = np.array([TOKENS_T] * len(rows.feature_BK))
-
-  @jax.jit
-  def run(params):
-    edits = iv.edits(subject.place, params, rows, where_BT)
-    return subject.gemma.forward(
-      subject.lm_params, tokens_BT, taps=at, edits=edits
-    ).taps
-
-  return run(subject.params)
+  at = tuple(sorted({*subject.place.targets, splice.last(subject.gemma)}))
+  return forward.changed(subject, tokens_BT, rows, where_BT, at, True).taps
 
 
 @pytest.mark.parametrize('name', MEMBERS)
@@ -68,7 +62,7 @@ def test_equals_numpy_at_the_first_target(model, subjects, name):
   )
   where_BT = np.broadcast_to(np.arange(T) > 2, (len(kinds), T))
   target = subject.place.targets[0]
-  got_BTD = tapped(subject, rows, where_BT, (target,))[target]
+  got_BTD = tapped(subject, rows, where_BT)[target]
   y_TD = np.asarray(taps[target][0], np.float64)
   W_dec = params['W_dec'][0, :, 0] if layers > 1 else params['W_dec']
   W_KD = W_dec[chosen].astype(np.float64)
@@ -90,23 +84,22 @@ def test_equals_numpy_at_the_first_target(model, subjects, name):
 def test_no_change_is_the_plain_pass_bit_for_bit(model, subjects, name):
   subject = subjects[name]
   _, f_TF = values(model, name)
-  (one, _), silent = firing(subject, model, name), int(f_TF.max(0).argmin())
-  rows = iv.rows(
-    subject,
-    [[], [iv.Change(one, 'add', 0.0)], [iv.Change(silent)], [iv.Change(one)]],
-  )
+  (one, other), silent = firing(subject, model, name), int(f_TF.max(0).argmin())
+  nothing = [iv.Change(i, 'add', 0.0) for i in (one, other)]
+  rows = iv.rows(subject, [[], nothing, [iv.Change(silent)], [iv.Change(one)]])
   where_BT = np.ones((4, T), bool)
   where_BT[3] = False
   at = splice.last(subject.gemma)
-  got = tapped(subject, rows, where_BT, (at,))[at]
+  got = tapped(subject, rows, where_BT)[at]
   tokens_BT = np.array([TOKENS_T] * 4)
   want = splice.taps(*model, tokens_BT, (at,))[at]
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-  y_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(4, T, 128)))
+  y_BTD = np.random.default_rng(0).normal(size=(4, T, 128)).astype(np.float32)
   if name in ('sae', 'attention'):
-    edit = iv.edits(subject.place, subject.params, rows, where_BT)
-    same = edit[subject.place.targets[0]](y_BTD)[jnp.array([0, 1, 3])]
-    np.testing.assert_array_equal(same, y_BTD[jnp.array([0, 1, 3])])
+    edits = iv.edits(subject.place, subject.params, rows, where_BT)
+    same_BTD = np.asarray(jax.jit(edits[subject.place.targets[0]])(y_BTD))
+    same = [0, 1, 3]
+    np.testing.assert_array_equal(same_BTD[same], y_BTD[same])
 
 
 @pytest.mark.parametrize('name', ['sae', 'clt'])
@@ -145,9 +138,12 @@ def test_outlier_tokens_are_not_steered(model, subjects, name):
     bounded.place, bounded.params, rows, where_1T, norm_bounds={site: bound}
   )
   tokens_1T = np.array([TOKENS_T])
-  after = subject.gemma.forward(
-    subject.lm_params, tokens_1T, taps=(target,), edits=edits
-  ).taps[target][0]
+  run = jax.jit(
+    lambda: subject.gemma.forward(
+      subject.lm_params, tokens_1T, taps=(target,), edits=edits, logits=False
+    )
+  )
+  after = run().taps[target][0]
   moved_T = np.abs(np.asarray(after) - taps[target][0]).max(-1) > 1e-3
   wanted_T = (norm_T <= bound) & where_1T[0]
   assert 3 < wanted_T.sum() < T - 3
@@ -163,9 +159,8 @@ def test_outlier_tokens_are_not_steered(model, subjects, name):
     none, TOKENS_T, [iv.Change(0, 'clamp', 9.0)], sampling
   )
   assert steered['steered']['ids'] == steered['default']['ids']
-  free = effects.steer(
-    subject, TOKENS_T, [iv.Change(0, 'clamp', 9.0)], sampling
-  )
+  wide = dataclasses.replace(subject, norm_bounds={site: 1e9})
+  free = effects.steer(wide, TOKENS_T, [iv.Change(0, 'clamp', 9.0)], sampling)
   assert free['steered']['ids'] != free['default']['ids']
 
 
@@ -174,21 +169,18 @@ def test_losses_and_kl_are_those_of_the_logits(model, subjects):
   changes = [[iv.Change(i, 'clamp', 2.0)] for i in range(2)]
   rows = iv.rows(subject, changes)
   found = effects.effects(subject, np.array([TOKENS_T]), rows, logit=(7, 9))
-  where_BT = np.array([TOKENS_T] * 2) != 2
+  tokens_BT = np.array([TOKENS_T] * 2)
   logits = [
-    subject.gemma.forward(
-      subject.lm_params, np.array([TOKENS_T] * 2), edits=edits
-    ).logits_BTV
-    for edits in (
-      iv.edits(subject.place, subject.params, rows, where_BT),
-      {},
-    )
+    np.asarray(forward.changed(subject, tokens_BT, rows, where_BT).logits_BTV)
+    for where_BT in (tokens_BT != 2, np.zeros((2, T), bool))
   ]
-  q, p = (jax.nn.log_softmax(a) for a in logits)
+  plain = forward.forward(*model, tokens_BT).logits_BTV
+  np.testing.assert_allclose(logits[1], plain, rtol=1e-4, atol=1e-4)
+  q, p = (special.log_softmax(a, -1) for a in logits)
   np.testing.assert_allclose(
-    found.kl_BT[:, :T], (jnp.exp(p) * (p - q)).sum(-1), atol=1e-4
+    found.kl_BT[:, :T], (np.exp(p) * (p - q)).sum(-1), atol=1e-4
   )
-  losses, _ = lm.token_losses(logits[0], jnp.array([TOKENS_T] * 2))
+  losses = forward.losses(logits[0], tokens_BT)
   np.testing.assert_allclose(
     found.loss_BT[:, : T - 1], losses, rtol=1e-4, atol=1e-4
   )
@@ -207,11 +199,14 @@ def test_ablation_is_what_removal_does(model, subjects):
   chosen = firing(subject, model, 'sae')
   rows = iv.rows(subject, [[iv.Change(i) for i in chosen]])
   at = splice.last(subject.gemma)
-  got = tapped(subject, rows, np.ones((1, T), bool), (at,))[at]
+  got = tapped(subject, rows, np.ones((1, T), bool))[at]
   edits = {subject.place.targets[0]: scr_tpp.edit(params, chosen)}
-  want = subject.gemma.forward(
-    subject.lm_params, np.array([TOKENS_T]), taps=(at,), edits=edits
-  ).taps[at]
+  run = jax.jit(
+    lambda: subject.gemma.forward(
+      subject.lm_params, np.array([TOKENS_T]), taps=(at,), edits=edits
+    )
+  )
+  want = run().taps[at]
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -253,21 +248,16 @@ def test_a_residual_crosscoder_is_written_once(model):
   params['b_enc'][0, 0] = 30  # it fires on all tokens
   subject = iv.subject(model, release.in_memory(params, card), np.ones(48))
   last = subject.place.targets[-1]
-  x_TD = (
-    model[0]
-    .forward(model[1], np.array([TOKENS_T]), taps=(subject.place.sites[0],))
-    .taps[subject.place.sites[0]][0]
-  )
+  first, tokens_1T = subject.place.sites[0], np.array([TOKENS_T])
+  x_TD = np.asarray(splice.taps(*model, tokens_1T, (first,))[first][0])
   z_T = x_TD @ params['W_enc'][0, :, 0] + params['b_enc'][0, 0]
   f_T = np.where(z_T > 14, z_T, 0)
   assert (f_T > 0).sum() > 5
-  removed = lambda x: x - (f_T[:, None] * params['W_dec'][0, 0, 0])[None]
-  edits = {subject.place.targets[0]: removed}
-  tokens_1T = np.array([TOKENS_T])
-  out = model[0].forward(model[1], tokens_1T, taps=(last,), edits=edits)
-  want = out.taps[last]
+  without_TD = x_TD - f_T[:, None] * params['W_dec'][0, 0, 0]
+  edits = {first: forward.instead(without_TD[None].astype(np.float32))}
+  want = forward.forward(*model, tokens_1T, (last,), edits).taps[last]
   rows = iv.rows(subject, [[iv.Change(0)]])
-  got = tapped(subject, rows, np.ones((1, T), bool), (last,))[last]
+  got = tapped(subject, rows, np.ones((1, T), bool))[last]
   np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-3)
 
 
@@ -279,7 +269,7 @@ def test_equal_and_zero_decoders_are_projected_out(model):
   out = lambda *latents: [iv.Change(i, 'project_out') for i in latents]
   rows = iv.rows(subject, [out(0), out(0, 1), out(0, 2)])
   at = subject.place.targets[0]
-  one, two, three = tapped(subject, rows, np.ones((3, T), bool), (at,))[at]
+  one, two, three = tapped(subject, rows, np.ones((3, T), bool))[at]
   np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-4)
   np.testing.assert_allclose(three, one, rtol=1e-3, atol=1e-4)
 

@@ -15,6 +15,7 @@ from gemma_scope.microscope.circuits import (
 from gemma_scope.microscope.circuits import intervene as iv
 from gemma_scope.text import tokenizers
 from tests.helpers.circuits import MEMBERS, values
+from tests.helpers.forward import forward
 
 TEXTS = ['def read(self):', 'import os', 'for line in lines:\n  return line']
 
@@ -49,7 +50,7 @@ def test_logits_do_not_depend_on_padding_or_batches(model, prompts):
   tokens_NT, last_N = prompts
   all_NV = prompt_sets.logits(model, tokens_NT, last_N, batch=2)
   for n in range(3):
-    alone = model[0].forward(model[1], tokens_NT[n : n + 1, : last_N[n] + 1])
+    alone = forward(*model, tokens_NT[n : n + 1, : last_N[n] + 1])
     np.testing.assert_allclose(
       all_NV[n], alone.logits_BTV[0, -1], rtol=0, atol=1e-4
     )

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from gemma_scope import files, sae, sites
 from gemma_scope import mesh as mesh_lib
-from gemma_scope.language_model import weights
+from gemma_scope.language_model import splice, weights
 from gemma_scope.microscope.dashboard import neuronpedia
 from gemma_scope.microscope.index import build, logit_lens, statistics, store
 from gemma_scope.text import prepare, sequences, tokenizers
@@ -55,9 +55,7 @@ def built(model, text):
 def activations(model, text, params, card):
   """f [N, T, F] of every token, at once."""
   at = tuple(map(sites.parse, card['sites']))
-  taps = (
-    model[0].forward(model[1], text.sequences_NT, taps=at, logits=False).taps
-  )
+  taps = splice.taps(*model, text.sequences_NT, at)
   x = [np.asarray(taps[site]) for site in at]
   x = np.stack(x, -2) if len(at) > 1 else x[0]
   with jax.default_matmul_precision('highest'):
@@ -296,8 +294,8 @@ def test_outliers_are_left_out_and_listed(model, text):
   """A bound on the norm: tokens above it count nowhere but in their list."""
   params, card = MEMBERS[0]
   site = sites.parse('resid_post/1')
-  x = model[0].forward(model[1], text.sequences_NT, taps=[site], logits=False)
-  norm_NT = np.linalg.norm(np.asarray(x.taps[site]), axis=-1)
+  x_NTD = splice.taps(*model, text.sequences_NT, (site,))[site]
+  norm_NT = np.linalg.norm(np.asarray(x_NTD), axis=-1)
   bound = float(np.quantile(norm_NT[text.keep_NT], 0.9))
   outlier_NT = text.keep_NT & (norm_NT > bound)
   ruled = card | {'outliers': {'norm_bounds': {str(site): bound}}}
@@ -332,13 +330,14 @@ def test_effects_are_those_of_the_models_own_unembedding(model, built):
   of a small step along a direction the order of logits' changes is the index's.
   """
   gemma, params = model
+  unembed = jax.jit(gemma.unembed)
   for (p, card), found in zip(MEMBERS[:2], built[:2], strict=True):
     rows_FD = logit_lens.directions(params, p, card)
     assert rows_FD.shape == (F, D)
     x_D = np.random.default_rng(5).normal(size=D).astype(np.float32) * 3
 
     def logits_V(add_D, x_D=x_D):
-      return np.asarray(gemma.unembed(params, (x_D + add_D)[None, None])[0, 0])
+      return np.asarray(unembed(params, (x_D + add_D)[None, None])[0, 0])
 
     for j in (0, 7):
       row_D = rows_FD[j]
@@ -359,10 +358,16 @@ def test_attention_is_carried_through_its_output_and_norm(model):
   p, card = MEMBERS[1]
   site, out = sites.parse('attn_out/2'), sites.parse('attn_raw/2')
   tokens = np.asarray([[2, 50, 60, 70]], np.int32)
-  raw = lambda edit: np.asarray(
-    gemma.forward(params, tokens, taps=[out], edits={site: edit}).taps[out]
+  raw = jax.jit(
+    lambda add_D: gemma.forward(
+      params,
+      tokens,
+      taps=[out],
+      edits={site: lambda x: x + add_D},
+      logits=False,
+    ).taps[out]
   )
-  step = raw(lambda x: x + p['W_dec'][3]) - raw(lambda x: x)
+  step = np.asarray(raw(p['W_dec'][3]) - raw(0 * p['W_dec'][3]))
   gain = 1 + np.asarray(params['layer_2']['post_attention_norm']['scale'])
   wanted = step[0, 2] * gain
   found = logit_lens.directions(params, p, card)[3]

@@ -188,7 +188,7 @@ def _add_nulls(
     if null:
       metrics = metrics_of[sae.name]
       nulls[key][null] = {
-        key: metrics[key] for key in ('l0', *estimates.ERRORS)
+        figure: metrics[figure] for figure in ('l0', *estimates.ERRORS)
       }
   for sae in members:
     null, key = key_of(sae.card)

@@ -233,11 +233,10 @@ def fetch(path: files.PathLike) -> None:
     if not object_name.endswith(_COMPLETE)
     and not object_name.startswith(prefixes)
   ]
-  for folder_name, data in zip(
-    single_files, store.read_all(single_files), strict=True
-  ):
-    if data is not None and _plain(folder_name):
-      _keep(root / folder_name, data)
+  contents = store.read_all(single_files)
+  for object_name, data in zip(single_files, contents, strict=True):
+    if data is not None and _plain(object_name):
+      _keep(root / object_name, data)
 
 
 def _plain(name: str) -> bool:

@@ -76,10 +76,10 @@ class Session:
 
   Args:
     workdir: the run's folder. It contains config.json and release/, unless
-      `config` and `given` replace them.
+      `config` and `paths` replace them.
     out: the microscope's folder; by default <workdir>/microscope.
     config: by default the run's config.
-    given: releases or single SAEs, separated by commas. If empty: the SAEs that
+    paths: releases or single SAEs, separated by commas. If empty: the SAEs that
       were indexed, or, before the first build, the SAEs of the run.
     report: called with each line of output.
     site: of a params.npz without a card (`published.described`).
@@ -90,13 +90,13 @@ class Session:
     workdir: str | os.PathLike[str],
     out: pathlib.Path | None = None,
     config: ConfigDict | None = None,
-    given: str = '',
+    paths: str = '',
     report: Callable[[str], None] = print,
     site: str = '',
   ):
     self.workdir = pathlib.Path(workdir)
     self.out = out or self.workdir / 'microscope'
-    self._given, self._config, self.report = given, config, report
+    self._given_paths, self._config, self.report = paths, config, report
     self._site = site or (self._built or {}).get('site', '')
     self._indexes: dict[str, tuple[Any, Index]] = {}  # by name, with a stamp
 
@@ -156,9 +156,9 @@ class Session:
 
     So they stay valid when the folder is moved.
     """
-    if not self._given and self._built:
+    if not self._given_paths and self._built:
       return self._built['saes']
-    paths = self._given or str(self.workdir / 'release')
+    paths = self._given_paths or str(self.workdir / 'release')
     return [
       os.path.relpath(path, self.workdir) if os.path.exists(path) else path
       for path in paths.split(',')
@@ -166,7 +166,7 @@ class Session:
 
   @functools.cached_property
   def saes(self) -> list[release.Released]:
-    """The SAEs of `given`, or else those that were indexed, in page order."""
+    """The SAEs of `paths`, or else those that were indexed, in page order."""
     opened, model = [], self.config.lm.name if self._site else ''
     about = published.described(self._site, model)
     for path in self._paths:

@@ -74,7 +74,7 @@ def said():
 
 
 def run(name, workdir, said, given='', out=None, **options):
-  opened = session.Session(workdir, out, given=given, report=said.append)
+  opened = session.Session(workdir, out, paths=given, report=said.append)
   options = commands.Options(**{'sequences': 40, 'batch': 8} | options)
   commands.run(name, opened, options)
   return opened
@@ -153,7 +153,7 @@ def test_an_index_is_read_and_hashed_once(workdir, said, tmp_path, monkeypatch):
       saes.append((params, card, None))
   releases.save(tmp_path / 'release', saes)
   given, out = str(tmp_path / 'release'), tmp_path / 'm'
-  session.Session(workdir, out, given=given, report=said.append).build(
+  session.Session(workdir, out, paths=given, report=said.append).build(
     8, 8, lambda: None, label=False
   )
   hashed = []
@@ -161,7 +161,7 @@ def test_an_index_is_read_and_hashed_once(workdir, said, tmp_path, monkeypatch):
   monkeypatch.setattr(
     files, 'sha256', lambda path: (hashed.append(path), sha256(path))[1]
   )
-  opened = session.Session(workdir, out, given=given, report=said.append)
+  opened = session.Session(workdir, out, paths=given, report=said.append)
   chosen = graphs._together(opened, opened.saes[0])
   assert len(opened.saes) == 4 and len(chosen) == 2
   for sae in [*opened.saes, *chosen]:
@@ -332,7 +332,7 @@ def test_transcoders_give_graph_files_and_heads(workdir, said, tmp_path):
     saes.append((params, card, None))
   releases.save(tmp_path / 'release', saes)
   given, out = str(tmp_path / 'release'), tmp_path / 'm'
-  session.Session(workdir, out, given=given, report=said.append).build(
+  session.Session(workdir, out, paths=given, report=said.append).build(
     8, 8, lambda: None, label=False
   )
   with pytest.raises(ValueError, match='must be LAYER.HEAD'):

@@ -43,8 +43,9 @@ BEST = {
   'train.closing_batches': 128,  # of the 180 of its last chunk
 }
 AT_64 = {'collection.sparsity': (64.0,)}
-NULLS = {  # half as long
+NULLS = {  # half as long; nulls cannot be whitened
   'train.learning_rate': 3e-3,
+  'initialise.whitening': 0.0,
   'train.steps': STEPS // 2,
   'train.warm_up': 8,
   'train.decay': STEPS // 6,

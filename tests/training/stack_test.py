@@ -263,7 +263,7 @@ def test_resampled_latents_have_no_first_moment():
   state = one.init(jax.random.key(0))
   params = {name: value[0] for name, value in state.params.items()}
   ones = jax.tree.map(jnp.ones_like, one.optimizer.transform().init(params))
-  dead_F, x_BD = jnp.arange(F) < F // 4, next(data())[0]
+  dead_F, x_BD = jnp.arange(F) < F // 4, data()[0][0]
   k = jnp.float32(4)
   batch = objectives.Batch(x_BD, x_BD, k, k, k, dead_F)
   key = jax.random.key(1)

@@ -16,7 +16,6 @@ import pickle
 import re
 import signal
 import time
-from multiprocessing import forkserver
 
 import jax
 import numpy as np
@@ -31,11 +30,11 @@ from tests.helpers import cluster as cluster_helper
 from tests.helpers import object_servers, processes
 from tests.helpers import runs as run_helpers
 
-STEPS = 24
+STEPS = 96  # enough to be stopped in
 LIMIT_S = 5  # a silent process is named after so long
 
 
-def small(folder: pathlib.Path, steps: int = STEPS):
+def small(folder: pathlib.Path):
   """One member; chunks of six steps, each made while the last is used."""
   return run_helpers.small(
     folder,
@@ -46,7 +45,7 @@ def small(folder: pathlib.Path, steps: int = STEPS):
       'train.resample_every': 0,
       'activations.chunk_rows': 384,
       'activations.ahead': 'on',
-      'train.steps': steps,
+      'train.steps': STEPS,
       'checkpoint.every': 4,
       'evaluation.sequences': 0,
     },
@@ -224,23 +223,22 @@ def on_its_own_disk(folder: pathlib.Path, *flags: str) -> None:
 )
 def test_hosts_without_a_shared_disk_share_a_bucket(tmp_path, monkeypatch):
   """Two processes are stopped, four go on, one ends: the losses of one."""
-  config = small(tmp_path, 96)  # long enough to be stopped in
+  config = small(tmp_path)
   with object_servers.started('gs') as (_, environment):
     for name, value in environment.items():
       monkeypatch.setenv(name, value)
-    # A new server: one that runs already has the environment it started with.
-    forkserver._forkserver._stop()
+    start = functools.partial(Cluster, tmp_path, environment=environment)
     address = f'gs://{object_servers.BUCKET}/run'
     store = objects.Objects(address)
     flags = run_helpers.flags_of(config, address)[2:]
     saved = lambda step: store.names(f'checkpoints/{step}/commit.json')
-    with Cluster(tmp_path, 2, on_its_own_disk, tmp_path, *flags) as two:
+    with start(2, on_its_own_disk, tmp_path, *flags) as two:
       two.wait_for(lambda: saved(4), 400)
       two.send(signal.SIGTERM, 1)
       assert two.codes(range(2)) == [0, 0], two.outputs()
       report, _ = two.outputs()
     (step,) = map(int, re.findall(r'stopped and saved at step (\d+)', report))
-    with Cluster(tmp_path, 4, on_its_own_disk, tmp_path, *flags) as four:
+    with start(4, on_its_own_disk, tmp_path, *flags) as four:
       four.wait_for(lambda: saved(step // 4 * 4 + 4), 400)
       four.send(signal.SIGKILL, 3)
       four.codes(range(3))

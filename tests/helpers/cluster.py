@@ -7,7 +7,8 @@ import pathlib
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 
 from tests.helpers import processes
 
@@ -22,6 +23,7 @@ class Cluster:
     count: how many processes.
     run, *arguments: what each calls.
     silence_s: after so many seconds a silent process is named.
+    environment: further variables that are set for each.
   """
 
   def __init__(
@@ -31,11 +33,14 @@ class Cluster:
     run: Callable[..., None],
     *arguments,
     silence_s: float = 5,
+    environment: Mapping[str, str] = types.MappingProxyType({}),
   ):
     with socket.socket() as probe:
       probe.bind(('localhost', 0))
       port = probe.getsockname()[1]
-    environment = processes.one_device() | {
+    environment = {
+      **processes.one_device(),
+      **environment,
       'COORDINATOR_ADDRESS': f'localhost:{port}',
       'NUM_PROCESSES': str(count),
       'GEMMA_SCOPE_PEER_SECONDS': str(silence_s),

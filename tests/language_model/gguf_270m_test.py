@@ -67,7 +67,10 @@ def differences(expected):
   found = {}
   for text in TEXTS:
     want = {key: expected[f'{text}/{key}'] for key in ('tokens', 'at', 'ids')}
-    out = run(params, want['tokens'], want['at'], want['ids'])
+    # The short ones in one shape: no token sees the padding after it.
+    more = max(0, 112 - want['tokens'].shape[1])
+    tokens = np.pad(want['tokens'], ((0, 0), (0, more)))
+    out = run(params, tokens, want['at'], want['ids'])
     logits, log_sum, largest, taps = jax.device_get(out)
     np.testing.assert_array_equal(largest, expected[f'{text}/largest'])
     rows = {'logits': (logits, expected[f'{text}/logits'])}

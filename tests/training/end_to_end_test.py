@@ -140,7 +140,7 @@ def test_beta_zero_is_the_ordinary_step():
   stacks, a, take = mixed()
   # The rows of the batch, chosen one by one.
   index = np.resize(np.flatnonzero(KEEP), N * (T - 1))
-  taps = splice.taps(gemma, params, TOKENS, AT)
+  taps = jax.device_get(splice.taps(gemma, params, TOKENS, AT))
   rows = {
     s: NORMAL[s].apply(x.reshape(N * T, -1)[index]) for s, x in taps.items()
   }

@@ -34,7 +34,7 @@ STEPS = 96  # enough to be stopped in
 LIMIT_S = 5  # a silent process is named after so long
 
 
-def small(folder: pathlib.Path):
+def small(folder: pathlib.Path, steps: int = STEPS):
   """One member; chunks of six steps, each made while the last is used."""
   return run_helpers.small(
     folder,
@@ -45,7 +45,7 @@ def small(folder: pathlib.Path):
       'train.resample_every': 0,
       'activations.chunk_rows': 384,
       'activations.ahead': 'on',
-      'train.steps': STEPS,
+      'train.steps': steps,
       'checkpoint.every': 4,
       'evaluation.sequences': 0,
     },

@@ -45,6 +45,7 @@ class Flag:
   """One flag. `kind` is what its value is, see the functions below.
 
   `address`: whether a path may be an address, such as gs://bucket/folder.
+  `is_folder`: whether a path names a folder, which may be new.
   """
 
   kind: str
@@ -56,6 +57,7 @@ class Flag:
   low: float | None = None
   high: float | None = None
   address: bool = False
+  is_folder: bool = False
 
   @property
   def usage(self) -> str:
@@ -109,9 +111,12 @@ class Flag:
       path_values.check(value, f'--{self.name}')
       if not self.address:
         files.refuse_address(value, f'--{self.name}')
+      path_ = os.path.expanduser(value)
+      if not files.scheme(path_):
+        path_values.check_folders(path_, f'--{self.name}', self.is_folder)
     except ValueError as error:
       raise absl_flags.Error(str(error)) from None
-    return os.path.expanduser(value)
+    return path_
 
 
 def text(name: str, default: str | None, help_: str, **options) -> Flag:
@@ -147,9 +152,14 @@ def words(name: str, default: Sequence[str], help_: str, **options) -> Flag:
 
 
 def folder(name: str, help_: str, **options) -> Flag:
-  """A run's folder: a path, or an address in a bucket (gs://, s3://)."""
+  """A folder, which may be new: a path, or an address (gs://, s3://)."""
   note = ' It may be in a bucket: gs://... or s3://...'
-  return path(name, help_ + note, address=True, **options)
+  return local_folder(name, help_ + note, address=True, **options)
+
+
+def local_folder(name: str, help_: str, **options) -> Flag:
+  """A folder of this machine, which may be new."""
+  return path(name, help_, is_folder=True, **options)
 
 
 def path(name: str, help_: str, default: str | None = None, **options) -> Flag:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pathlib
 import re
 
@@ -31,6 +32,25 @@ def check(path: str, name: str) -> None:
         f'{name}: the name {files.show(part)} has {num_bytes:,} bytes, and a '
         f'file may have {_MOST_BYTES}.'
       )
+
+
+def check_folders(path: str, name: str, is_folder: bool) -> None:
+  """Refuses a path with a file where a folder must be.
+
+  Args:
+    path: what was given; it need not exist.
+    name: of the flag, for the message.
+    is_folder: whether the whole path names a folder, not only its parents.
+
+  Raises:
+    ValueError: the path, or a parent of it, exists and is not a folder.
+  """
+  whole = pathlib.Path(path)
+  for folder in (*((whole,) if is_folder else ()), *whole.parents):
+    if os.path.lexists(folder):
+      if not os.path.isdir(folder):
+        raise ValueError(f'{name}: {files.show(folder)} is not a folder.')
+      return
 
 
 def readable(message: str) -> str:

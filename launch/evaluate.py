@@ -33,7 +33,7 @@ FLAGS = command_line.Flags(
   command_line.whole(
     'sequences', 64, 'With --lm: how many sequences to evaluate on.', low=1
   ),
-  command_line.path(
+  command_line.local_folder(
     'workdir',
     'Folder that holds the tokenised text, in tokens/; it is made where it '
     'does not exist.',

@@ -43,7 +43,9 @@ COMMON = (
     'Releases or single SAEs, separated by commas; by default the SAEs of the '
     'run.',
   ),
-  path('out', 'Folder of the index; by default <workdir>/microscope.'),
+  command_line.local_folder(
+    'out', 'Folder of the index; by default <workdir>/microscope.'
+  ),
   text(
     'site',
     '',

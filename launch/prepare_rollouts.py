@@ -31,7 +31,9 @@ FLAGS = command_line.Flags(
     'File of prompts, .txt (one on a line), .jsonl or .jsonl.gz.',
     required=True,
   ),
-  path('out', 'Folder of the token store to write.', required=True),
+  command_line.local_folder(
+    'out', 'Folder of the token store to write.', required=True
+  ),
   text('model', 'tiny', 'Language model, such as gemma2-9b or gemma3-1b.'),
   path(
     'checkpoint',

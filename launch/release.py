@@ -39,7 +39,7 @@ FLAGS = command_line.Flags(
   command_line.text(
     'model', '', 'Language model of such a params.npz: gemma2-2b.'
   ),
-  command_line.path(
+  command_line.local_folder(
     'out', 'Folder to write; with --workdir, by default <workdir>/release.'
   ),
   command_line.choice(

@@ -21,7 +21,7 @@ from gemma_scope import command_line
 FLAGS = command_line.Flags(
   __doc__,
   command_line.config(),
-  command_line.path(
+  command_line.local_folder(
     'workdir', 'Folder of the runs and of the prediction.', required=True
   ),
   command_line.words(

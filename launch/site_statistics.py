@@ -17,7 +17,7 @@ from gemma_scope import command_line
 FLAGS = command_line.Flags(
   __doc__,
   command_line.config(),
-  command_line.path(
+  command_line.local_folder(
     'workdir',
     'Folder that holds the tokenised text, in tokens/; it is made where it '
     'does not exist.',

@@ -39,7 +39,7 @@ SETTINGS = (
 )
 FLAGS = command_line.Flags(
   __doc__,
-  command_line.path(
+  command_line.local_folder(
     'out', 'Folder of the activation store to write.', required=True
   ),
   whole('chunks', None, 'Number of chunks to write.', required=True, low=1),

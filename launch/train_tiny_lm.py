@@ -34,7 +34,9 @@ from gemma_scope.text import prepare, sources, token_store, tokenizers
 
 FLAGS = command_line.Flags(
   __doc__,
-  command_line.path('out', 'Folder of the model.', default='runs/tiny_lm'),
+  command_line.local_folder(
+    'out', 'Folder of the model.', default='runs/tiny_lm'
+  ),
   whole('steps', 2000, 'Training steps.', low=1),
   whole('batch', 32, 'Sequences a step.', low=1),
   whole('seq_len', 128, 'Tokens of a sequence, with BOS.', low=2),

@@ -221,3 +221,20 @@ def test_no_path_is_an_address(name, capsys, tmp_path, monkeypatch):
       said = fails(capsys, *given, f'--{flag.name}={address}')
       assert f'--{flag.name}' in said and address in said
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_a_file_in_the_place_of_a_folder_is_a_sentence(name, capsys, tmp_path):
+  """Each flag of a folder refuses a file, and each path one below a file."""
+  file = tmp_path / 'a_file'
+  file.write_text('x')
+  sentence = f'{str(file)!r} is not a folder.'
+  for flag in COMMANDS[name].declared:
+    if flag.kind != 'path':
+      continue
+    assert flag.is_folder == flag.help.startswith('Folder'), flag.help
+    given = [w for w in complete(name) if not w.startswith(f'--{flag.name}=')]
+    for path in (file, file / 'below')[not flag.is_folder :]:
+      said = fails(capsys, *given, f'--{flag.name}={path}')
+      assert f'--{flag.name}: {sentence}' in said
+  assert file.read_text() == 'x'

@@ -414,17 +414,3 @@ def _take_overrides(arguments: list[str]):
         raise absl_flags.Error(f'{word} needs a value: {word}=VALUE')
     overrides.append((name, value))
   return remaining, overrides
-
-
-def existing(path_: files.PathLike, flag: str) -> pathlib.Path:
-  """The path, which must exist.
-
-  Raises:
-    ValueError: it does not, with a suggestion.
-  """
-  path = pathlib.Path(path_)
-  if not path.exists():
-    raise ValueError(
-      f'--{flag}: there is no file or folder {str(path_)!r}.{files.near(path_)}'
-    )
-  return path

@@ -53,6 +53,20 @@ def check_folders(path: str, name: str, is_folder: bool) -> None:
       return
 
 
+def existing(given: files.PathLike, flag: str) -> pathlib.Path:
+  """The path that a flag gives, which must exist.
+
+  Raises:
+    ValueError: it does not, with a suggestion.
+  """
+  path = pathlib.Path(given)
+  if not path.exists():
+    raise ValueError(
+      f'--{flag}: there is no file or folder {str(given)!r}.{files.near(given)}'
+    )
+  return path
+
+
 def readable(message: str) -> str:
   """A message whose words of hundreds of characters are shortened."""
   return _LONG.sub(lambda word: f'{word[0][:60]}...{word[0][-30:]}', message)

@@ -21,7 +21,7 @@ import difflib
 import pathlib
 import sys
 
-from gemma_scope import command_line
+from gemma_scope import command_line, path_values
 from gemma_scope.command_line import (
   choice,
   folder,
@@ -255,7 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     with remote.folder(parsed.workdir) as workdir:
       if parsed.config is None:
-        command_line.existing(workdir, 'workdir')
+        path_values.existing(workdir, 'workdir')
       run(command, parsed, workdir)
 
 

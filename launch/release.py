@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import pathlib
 
-from gemma_scope import command_line, release
+from gemma_scope import command_line, path_values, release
 from gemma_scope.release.formats import export
 
 OURS = 'gemma_scope'
@@ -78,8 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
     with remote.folder(parsed.workdir or '') as workdir:
       if parsed.workdir:
         remote.fetch(workdir)
-        command_line.existing(workdir, 'workdir')
-        command_line.existing(workdir / 'config.json', 'workdir')
+        path_values.existing(workdir, 'workdir')
+        path_values.existing(workdir / 'config.json', 'workdir')
       out = pathlib.Path(parsed.out or parsed.release or workdir / 'release')
       if parsed.workdir or parsed.out:
         write(parsed, workdir, out)

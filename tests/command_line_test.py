@@ -13,7 +13,7 @@ import pytest
 from absl import logging as absl_logging
 
 import launch
-from gemma_scope import command_line
+from gemma_scope import command_line, path_values
 from launch import cli_page, microscope
 
 
@@ -183,13 +183,13 @@ def test_orbax_shows_no_tracebacks_of_a_save_that_failed(capsys):
 def test_a_path_that_does_not_exist_is_suggested(tmp_path):
   (tmp_path / 'runs' / 'tiny').mkdir(parents=True)
   wanted = str(tmp_path / 'runs' / 'tiny')
-  assert command_line.existing(wanted, 'workdir').is_dir()
+  assert path_values.existing(wanted, 'workdir').is_dir()
   for typo in (f'{tmp_path}/runs/tinny', f'{tmp_path}/rums/tiny'):
     with pytest.raises(ValueError) as error:
-      command_line.existing(typo, 'workdir')
+      path_values.existing(typo, 'workdir')
     assert str(error.value).endswith(f'Did you mean {wanted!r}?')
   with pytest.raises(ValueError, match="no file or folder '/nowhere/x'.$"):
-    command_line.existing('/nowhere/x', 'workdir')
+    path_values.existing('/nowhere/x', 'workdir')
 
 
 def test_the_page_of_commands_is_the_code():

@@ -55,12 +55,12 @@ def small(folder: pathlib.Path, steps: int = STEPS):
 Cluster = functools.partial(cluster_helper.Cluster, silence_s=LIMIT_S)
 
 
-def alone(config, workdir: pathlib.Path, lines: list[str]):
-  """The same in this process, on two of its devices."""
+def alone(config, workdir, lines, count: int = 2, stop: int = 0):
+  """The same in this process, on some of its devices, maybe to a step."""
   workdir.mkdir(exist_ok=True)
-  two = functools.partial(mesh_lib.make, devices=jax.devices()[:2])
+  make = functools.partial(mesh_lib.make, devices=jax.devices()[:count])
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(mesh_lib, 'make', two)
+    patch.setattr(mesh_lib, 'make', make)
     with (
       opened.exclusive(workdir) as lease,
       interrupt_lib.Interrupt() as interrupt,
@@ -69,16 +69,71 @@ def alone(config, workdir: pathlib.Path, lines: list[str]):
       loop.train(config, workdir, lease, interrupt, lines.append)
   rows = (workdir / 'metrics.jsonl').read_text().splitlines()
   rows = [json.loads(row) for row in rows]
-  steps = list(range(1, config.train.steps + 1))
+  steps = list(range(1, (stop or config.train.steps) + 1))
   assert [row['step'] for row in rows] == steps
   return [row['mean/loss'] for row in rows]
 
 
+def keep_states(patch: pytest.MonkeyPatch, keep) -> None:
+  """Has the loop pass the state that it starts and ends with to `keep`.
+
+  Args:
+    patch: of the loop.
+    keep: called with 'loaded' or 'saved', the loop, and the arrays by path.
+      They are copied whole to every process, which rounds nothing.
+  """
+  start, run = loop._Loop.start, loop._Loop.run
+
+  def whole(mesh, tree):
+    if jax.process_count() > 1:
+      tree = jax.jit(lambda x: x, out_shardings=mesh_lib.sharding(mesh))(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+  def starting(self):
+    start(self)
+    keep('loaded', self, whole(self.mesh, self.states))
+
+  def running(self, interrupt):
+    run(self, interrupt)
+    keep('saved', self, whole(self.mesh, self.states))
+
+  patch.setattr(loop._Loop, 'start', starting)
+  patch.setattr(loop._Loop, 'run', running)
+
+
+def train_and_keep(folder: pathlib.Path, *flags: str) -> None:
+  """Trains; the state at both ends is in `folder`, by number of processes."""
+
+  def keep(name, started, arrays):
+    if jax.process_index() == 0:
+      sizes = tuple(started.mesh.shape.values())
+      path = folder / f'{name}.{jax.process_count()}.pickle'
+      path.write_bytes(pickle.dumps((sizes, arrays)))
+
+  keep_states(pytest.MonkeyPatch(), keep)
+  processes.script('launch/train.py', *flags)
+
+
+def same_bits(saved: dict, loaded: dict) -> None:
+  assert saved.keys() == loaded.keys()
+  for name, value in saved.items():
+    np.testing.assert_array_equal(value, loaded[name], name)
+
+
 def test_a_signal_to_one_stops_all_and_a_silent_one_is_named(tmp_path, caplog):
-  """Two processes, then four, then one: the losses are those of one."""
+  """Two processes, then four, then one: the losses are those of one.
+
+  Four split the latents too, and load bit for bit what two have saved.
+  """
   config, run = small(tmp_path), tmp_path / 'run'
-  flags = ['launch/train.py', *run_helpers.flags_of(config, run)[2:]]
-  with Cluster(tmp_path, 2, processes.script, *flags) as two:
+
+  def start(count: int, latent: int) -> cluster_helper.Cluster:
+    config.mesh.data, config.mesh.latent = count // latent, latent
+    flags = run_helpers.flags_of(config, run)[2:]
+    return Cluster(tmp_path, count, train_and_keep, tmp_path, *flags)
+
+  with start(2, 1) as two:
     two.wait_for(lambda: run_helpers.last_step(run) >= 2)
     two.send(signal.SIGTERM, 1)
     assert two.codes(range(2)) == [0, 0], two.outputs()
@@ -87,7 +142,7 @@ def test_a_signal_to_one_stops_all_and_a_silent_one_is_named(tmp_path, caplog):
   assert step == run_helpers.last_step(run)
   assert 'step' not in silence  # one reports for all
 
-  with Cluster(tmp_path, 4, processes.script, *flags) as four:
+  with start(4, 2) as four:
     saved = [run / 'checkpoints' / str(s) for s in range(step + 1, STEPS)]
     four.wait_for(lambda: any(map(os.path.isdir, saved)))
     four.send(signal.SIGSTOP, 2)
@@ -99,7 +154,14 @@ def test_a_signal_to_one_stops_all_and_a_silent_one_is_named(tmp_path, caplog):
     assert f'{four.name(2)} has not answered for' in outputs[i], outputs
   assert f'continuing at step {step}' in outputs[0]
   assert 'processes: was 2, is 4' in outputs[0]
+  (two_by, saved), (four_by, loaded) = (
+    pickle.loads((tmp_path / f'{name}.pickle').read_bytes())
+    for name in ('saved.2', 'loaded.4')
+  )
+  assert two_by == (1, 2, 1) and four_by == (1, 2, 2)
+  same_bits(saved, loaded)
 
+  config.mesh.data, config.mesh.latent = 2, 1
   with jax.log_compiles(), caplog.at_level('WARNING'):
     lines, expected = [], alone(config, tmp_path / 'alone', [])
   compiled = re.findall(r'Finished XLA compilation of jit\((\w+)', caplog.text)
@@ -110,93 +172,62 @@ def test_a_signal_to_one_stops_all_and_a_silent_one_is_named(tmp_path, caplog):
   np.testing.assert_allclose(found[:step], expected[:step], rtol=1e-6)
 
 
-# Processes: the step at which they stop, and how they split rows and latents.
+# Devices: the step at which they stop, and how they split rows and latents.
 LEGS = {4: (6, 4, 1), 2: (12, 1, 2), 8: (18, 4, 2)}
 
 
-def leg(folder: pathlib.Path, stop: int, *flags: str) -> None:
-  """Runs to a step; keeps the state at both ends, and every batch.
+def recorded(config, workdir, count: int, stop: int):
+  """`alone` to a step: its losses, batches, and states by name."""
+  states, batches, losses = {}, [], []
+  at, at_step = chunks.Feed.at, interrupt_lib.Interrupt.at_step
 
-  Each is copied whole to every process, which moves bits and rounds nothing.
-  """
-  start, run, at = loop._Loop.start, loop._Loop.run, chunks.Feed.at
-  at_step, kept = interrupt_lib.Interrupt.at_step, {}
-
-  def copied(mesh, tree):
-    whole = jax.jit(lambda x: x, out_shardings=mesh_lib.sharding(mesh))(tree)
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(whole))
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-  def starting(self):
-    start(self)
-    kept.update(mesh=list(self.mesh.shape.values()), first=self.step)
-    kept.update(loaded=copied(self.mesh, self.states))
-
-  def running(self, interrupt):
-    run(self, interrupt)
-    kept.update(saved=copied(self.mesh, self.states))
-    if jax.process_index() == 0:
-      with open(folder / f'{stop}.pickle', 'wb') as file:
-        pickle.dump(kept, file)
-
-  def reading(self, step, *arguments):
-    batch = at(self, step, *arguments)
-    (x_BD,) = copied(self.chunks._mesh, batch).values()
-    kept.setdefault('batches', []).append(x_BD)
-    return batch
-
-  loop._Loop.start, loop._Loop.run, chunks.Feed.at = starting, running, reading
-  interrupt_lib.Interrupt.at_step = lambda self, step: (
-    at_step(self, step) or step == stop
-  )
-  processes.script('launch/train.py', *flags)
-
-
-def test_four_processes_then_two_then_eight_are_one_run(tmp_path):
-  """What is loaded is what was saved; after that only rounding differs.
-
-  docs/pods.md has the differences that were measured.
-  """
-  config, run = small(tmp_path, 18), tmp_path / 'run'
-  legs = []
-  for count, (stop, data, latent) in LEGS.items():
-    config.mesh.data, config.mesh.latent = data, latent
-    flags = run_helpers.flags_of(config, run)[2:]
-    with cluster_helper.Cluster(
-      tmp_path, count, leg, tmp_path, stop, *flags, silence_s=60
-    ) as several:
-      assert several.codes(range(count), 240) == [0] * count, several.outputs()
-    legs.append(pickle.loads((tmp_path / f'{stop}.pickle').read_bytes()))
-    assert legs[-1]['mesh'] == [1, data, latent]
-  assert [part['first'] for part in legs] == [0, 6, 12]
-  for before, after in itertools.pairwise(legs):
-    assert before['saved'].keys() == after['loaded'].keys()
-    for name, value in before['saved'].items():
-      np.testing.assert_array_equal(value, after['loaded'][name], name)
-
-  batches, states = [], []
-  at, ran = chunks.Feed.at, loop._Loop.run
-  config.mesh.data, config.mesh.latent = 2, 1
+  def keep(name, started, arrays):
+    states.update({name: arrays, f'{name} at': started.step})
 
   def reading(self, *arguments):
     batch = at(self, *arguments)
     batches.extend(map(np.asarray, batch.values()))
     return batch
 
-  def running(self, interrupt):
-    ran(self, interrupt)
-    states.extend(map(np.asarray, jax.tree.leaves(self.states[0].params)))
-
   with pytest.MonkeyPatch.context() as patch:
+    keep_states(patch, keep)
     patch.setattr(chunks.Feed, 'at', reading)
-    patch.setattr(loop._Loop, 'run', running)
-    losses = alone(config, tmp_path / 'alone', [])
-  rows = (run / 'metrics.jsonl').read_text().splitlines()
-  saved = legs[-1]['saved'].items()
+    patch.setattr(
+      interrupt_lib.Interrupt,
+      'at_step',
+      lambda self, step: at_step(self, step) or step == stop,
+    )
+    losses = alone(config, workdir, [], count, stop)
+  return losses, batches, states
+
+
+def test_four_devices_then_two_then_eight_are_one_run(tmp_path):
+  """What is loaded is what was saved; after that only rounding differs.
+
+  Devices of one process; above it is several. docs/pods.md has the differences
+  that were measured between processes.
+  """
+  config, run = small(tmp_path, 18), tmp_path / 'run'
+  batches, parts = [], []
+  for count, (stop, data, latent) in LEGS.items():
+    config.mesh.data, config.mesh.latent = data, latent
+    losses, read, states = recorded(config, run, count, stop)
+    batches += read
+    parts.append(states)
+  assert [states['loaded at'] for states in parts] == [0, 6, 12]
+  for before, after in itertools.pairwise(parts):
+    same_bits(before['saved'], after['loaded'])
+
+  config.mesh.data, config.mesh.latent = 2, 1
+  steady = recorded(config, tmp_path / 'alone', 2, 18)
+  parameters = [
+    [value for name, value in states['saved'].items() if '.params' in name]
+    for states in (parts[-1], steady[2])
+  ]
   differences = {
-    'batches': apart(sum((part['batches'] for part in legs), []), batches),
-    'losses': apart([json.loads(row)['mean/loss'] for row in rows], losses),
-    'parameters': apart([v for k, v in saved if '.params' in k], states),
+    'batches': apart(batches, steady[1]),
+    'losses': apart(losses, steady[0]),
+    'parameters': apart(*parameters),
   }
   print(differences)
   assert differences['batches'] < 1e-6
@@ -312,69 +343,6 @@ def in_two_seconds(folder: pathlib.Path) -> None:
   if os.environ['PROCESS_ID'] == '0':
     time.sleep(300)
   small_talk(folder, 'well')
-
-
-VARIABLES = (
-  'COORDINATOR_ADDRESS',
-  'NUM_PROCESSES',
-  'PROCESS_ID',
-  'SLURM_NTASKS',
-  'SLURM_PROCID',
-  'TPU_WORKER_HOSTNAMES',
-  'MEGASCALE_NUM_SLICES',
-)
-
-
-@pytest.fixture
-def lone(monkeypatch):
-  for name in VARIABLES:
-    monkeypatch.delenv(name, raising=False)
-  return monkeypatch
-
-
-def test_a_cluster_is_given_by_hand(lone):
-  assert cluster.find() is None
-  lone.setenv('COORDINATOR_ADDRESS', 'host:1')
-  with pytest.raises(cluster.ClusterError, match='NUM_PROCESSES'):
-    cluster.find()
-  lone.setenv('NUM_PROCESSES', '4')
-  lone.setenv('PROCESS_ID', '2')
-  assert cluster.find() == {
-    'coordinator_address': 'host:1',
-    'num_processes': 4,
-    'process_id': 2,
-  }
-  lone.setenv('NUM_PROCESSES', '1')
-  assert cluster.find() is None
-
-
-@pytest.mark.parametrize(
-  'variables, several',
-  [
-    ({'SLURM_NTASKS': '8'}, False),  # salloc's shell: not a task
-    ({'SLURM_NTASKS': '8', 'SLURM_PROCID': '3'}, True),
-    ({'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'}, False),
-    ({'TPU_WORKER_HOSTNAMES': 'localhost'}, False),
-    ({'TPU_WORKER_HOSTNAMES': 't0,t1'}, True),
-    ({'TPU_WORKER_HOSTNAMES': 't0', 'MEGASCALE_NUM_SLICES': '2'}, True),
-  ],
-)
-def test_jax_is_asked_where_there_are_several_processes(
-  variables, several, lone
-):
-  for name, value in variables.items():
-    lone.setenv(name, value)
-  assert cluster.find() == ({} if several else None)
-
-
-def test_a_pods_metadata_is_asked_only_where_there_are_chips(lone):
-  said = {'worker-network-endpoints': 'a:1:10.0.0.2,b:2:10.0.0.3'}
-  lone.setattr(cluster, '_metadata', said.get)
-  assert cluster.find() is None
-  lone.setattr(cluster, '_has_tpu', lambda: True)
-  assert cluster.find() == {}
-  said['worker-network-endpoints'] = 'unknown:unknown:10.0.0.2'
-  assert cluster.find() is None
 
 
 def as_a_task_of_slurm(folder: pathlib.Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from gemma_scope.language_model import packages
+from tests.helpers import processes
 from tests.helpers.readme import ROOT, blocks
 
 
@@ -44,7 +45,7 @@ def test_the_python_runs_as_it_stands(tmp_path):
     packages.path('gemma3-270m')
   except packages.PackageNotFound as error:
     pytest.skip(f'the README on Gemma 3 270M: {error}')
-  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  environment = {**os.environ, **processes.one_device()}
   done = subprocess.run(
     [sys.executable, '-m', 'tests.helpers.readme', tmp_path],
     cwd=ROOT,

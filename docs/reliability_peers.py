@@ -1,6 +1,6 @@
 """Other tools under the faults that this project is tested with.
 
-  python docs/reliability_peers.py NAME TIMES [flip,cut,full,kill]
+  python docs/reliability_peers.py NAME TIMES [flip,cut,full,kill,two]
 
   orbax, steps           in this project's environment
   gemma_scope, our_steps the same formats and faults, this project
@@ -9,14 +9,18 @@
   sparsify               ... with eai-sparsify
 
 Each fault prints a line of JSON.
-  flip, cut  a flipped bit, a file that is cut: tried, right (the values that
-             were saved are loaded), refused (any error), wrong (other values
-             are loaded and no error is raised)
+  flip, cut  a flipped bit, a file that is cut: right (the values that were
+             saved are loaded), refused (any error), wrong (other values are
+             loaded and no error is raised)
   full       the folder is written again while files may not grow beyond a part
              of their size: told (the write raised an error), kept (the values
              of before are still loaded)
-  kill       a process that writes the folder again and again is killed with
-             SIGKILL: kept (the folder still loads), lost (it does not)
+  kill       a process that writes one SAE of 8 MB and another in turns into a
+             folder is killed with SIGKILL; right: one of the two is loaded;
+             mixed: the parameters of one with the config of the other
+  two        two processes each write an SAE into one folder, ten times, at the
+             same time; right as for kill; told: a writer raised an error;
+             hung: a writer did not end
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ import warnings
 import numpy as np
 
 D, F = 16, 64
+LARGE = 256, 4096  # 8 MB
 
 
 def values(seed: int = 0) -> dict[str, np.ndarray]:
@@ -50,9 +55,9 @@ class Peer:
 
   library = 'json'  # what a process that writes it imports
 
-  def again(self, folder):
-    """A function that writes the folder again each time it is called."""
-    return lambda: self.rewrite(folder)
+  def again(self, folder, seed):
+    """A function that writes the SAE of this seed into a folder."""
+    return lambda: self.write(folder, seed)
 
 
 class Orbax(Peer):
@@ -65,13 +70,9 @@ class Orbax(Peer):
 
     self.lib = ocp
 
-  def write(self, folder):
+  def write(self, folder, seed=0):
     with self.lib.StandardCheckpointer() as checkpointer:
-      checkpointer.save(folder / 'step', values())
-
-  def rewrite(self, folder):
-    with self.lib.StandardCheckpointer() as checkpointer:
-      checkpointer.save(folder / 'step', values(1), force=True)
+      checkpointer.save(folder / 'step', values(seed), force=True)
 
   def read(self, folder):
     with self.lib.StandardCheckpointer() as checkpointer:
@@ -85,17 +86,18 @@ class Steps(Orbax):
     options = self.lib.CheckpointManagerOptions(max_to_keep=2)
     return self.lib.CheckpointManager(folder / 'steps', options=options)
 
-  def _save(self, manager, step):
-    manager.save(step, args=self.lib.args.StandardSave(values()))
+  def _save(self, manager, seed):
+    step = (manager.latest_step() or 0) + 1
+    manager.save(step, args=self.lib.args.StandardSave(values(seed)))
     manager.wait_until_finished()
 
-  def write(self, folder):
+  def write(self, folder, seed=0):
     with self._manager(folder) as manager:
-      self._save(manager, 0)
+      self._save(manager, seed)
 
-  def again(self, folder):
+  def again(self, folder, seed):
     manager = self._manager(folder)
-    return lambda: self._save(manager, manager.latest_step() + 1)
+    return lambda: self._save(manager, seed)
 
   def read(self, folder):
     with self._manager(folder) as manager:
@@ -114,23 +116,12 @@ class OurSteps(Peer):
 
     from gemma_scope.runtime import checkpoints
 
-    self.values = lambda: jax.device_put(values())
+    self.values = lambda seed=0: jax.device_put(values(seed))
     self.open = lambda at: checkpoints.Checkpoints(at / 'steps', keep=2)
 
-  def write(self, folder):
+  def write(self, folder, seed=0):
     with self.open(folder) as saves:
-      saves.save(0, self.values(), {})
-
-  def again(self, folder):
-    saves = self.open(folder)
-    step = saves.restore(self.values()).step
-
-    def save():
-      nonlocal step
-      step += 1
-      saves.save(step, self.values(), {})
-
-    return save
+      saves.save(max(saves.steps(), default=0) + 1, self.values(seed), {})
 
   def read(self, folder):
     with self.open(folder) as saves:
@@ -142,7 +133,7 @@ class SaeLens(Peer):
 
   library = 'sae_lens'
 
-  def write(self, folder):
+  def _write_files(self, folder):
     from safetensors.numpy import save_file
 
     save_file(values(), folder / 'sae_weights.safetensors')
@@ -157,20 +148,21 @@ class SaeLens(Peer):
     }  # fmt: skip
     (folder / 'cfg.json').write_text(json.dumps(config))
 
-  def rewrite(self, folder):
+  def again(self, folder, seed):
     import torch
     from sae_lens import SAE
 
-    sae = SAE.load_from_disk(str(folder))
+    with tempfile.TemporaryDirectory() as place:
+      self._write_files(pathlib.Path(place))
+      sae = SAE.load_from_disk(place)
     with torch.no_grad():
-      sae.W_enc.mul_(2)
-    sae.save_model(folder)
-
-  def again(self, folder):
-    from sae_lens import SAE
-
-    sae = SAE.load_from_disk(str(folder))
+      for name, value in values(seed).items():
+        getattr(sae, name).copy_(torch.from_numpy(value))
+    sae.cfg.metadata.hook_name = f'blocks.{seed}.hook_resid_post'
     return lambda: sae.save_model(folder)
+
+  def write(self, folder, seed=0):
+    self.again(folder, seed)()
 
   def read(self, folder):
     import torch
@@ -191,13 +183,17 @@ class Sparsify(Peer):
 
   library = 'sparsify'
 
-  def write(self, folder):
+  def again(self, folder, seed):
+    import torch
     from sparsify import SparseCoder
     from sparsify.config import SparseCoderConfig
 
-    SparseCoder(D, SparseCoderConfig(num_latents=F, k=4)).save_to_disk(folder)
+    torch.manual_seed(seed)
+    sae = SparseCoder(D, SparseCoderConfig(num_latents=F, k=4 + seed))
+    return lambda: sae.save_to_disk(folder)
 
-  rewrite = write  # of other random values
+  def write(self, folder, seed=0):
+    self.again(folder, seed)()
 
   def read(self, folder):
     from sparsify import SparseCoder
@@ -212,15 +208,18 @@ class Dictionary(Peer):
 
   library = 'dictionary_learning'
 
-  def write(self, folder):
+  def again(self, folder, seed):
     import torch
     from dictionary_learning import AutoEncoder
 
-    torch.save(AutoEncoder(D, F).state_dict(), folder / 'ae.pt')
+    torch.manual_seed(seed)
+    state = AutoEncoder(D, F).state_dict()
+    return lambda: torch.save(state, folder / 'ae.pt')  # as its trainers do
+
+  def write(self, folder, seed=0):
     config = {'trainer': {'dict_class': 'AutoEncoder', 'layer': 2}}
     (folder / 'config.json').write_text(json.dumps(config))
-
-  rewrite = write  # of other random values
+    self.again(folder, seed)()
 
   def read(self, folder):
     from dictionary_learning.utils import load_dictionary
@@ -244,9 +243,6 @@ class GemmaScope(Peer):
     card = self.lib.card(d_in=D, d_out=D, width=F)
     sae = self.lib.params_of(seed, D, F), card, None
     self.lib.save(folder / 'release', [sae], overwrite=True)
-
-  def rewrite(self, folder):
-    self.write(folder, 1)
 
   def read(self, folder):
     from gemma_scope import release
@@ -300,7 +296,7 @@ def full(peer, intact: pathlib.Path, times: int) -> dict[str, int]:
       resource.RLIMIT_FSIZE, (int(largest * dice.random()), hard)
     )
     try:
-      peer.rewrite(copy)
+      peer.write(copy, 1)
     except Exception:
       counts['told'] += 1
     finally:
@@ -313,33 +309,68 @@ def full(peer, intact: pathlib.Path, times: int) -> dict[str, int]:
   return counts
 
 
-def _write_again(name: str, folder: pathlib.Path, sizes) -> None:
-  """Writes a folder again and again, until it is killed."""
+def _write_in_turns(name: str, folder: pathlib.Path, seeds, times) -> None:
+  """Writes the SAEs of some seeds into a folder in turns."""
   global D, F
-  D, F = sizes
-  again = PEERS[name]().again(folder)
-  (folder.parent / 'ready').touch()
-  while True:
-    again()
+  D, F = LARGE
+  writers = [PEERS[name]().again(folder, seed) for seed in seeds]
+  (folder.parent / f'ready{seeds[0]}').touch()
+  if len(seeds) == 1:  # begin at the same time as the other
+    while not (folder.parent / f'ready{1 - seeds[0]}').exists():
+      time.sleep(0.001)
+  for _ in range(times):
+    for write in writers:
+      write()
+
+
+class Written:
+  """Folders that processes write, and what is read in them afterwards."""
+
+  def __init__(self, name: str, folder: pathlib.Path):
+    global D, F
+    D, F = LARGE
+    self.name, self.folder, self.peer = name, folder, PEERS[name]()
+    self._fork = multiprocessing.get_context('forkserver')
+    self._fork.set_forkserver_preload([self.peer.library])
+    self._expected = [self.peer.read(self.new(f'e{i}', i)) for i in range(2)]
+
+  def new(self, name: str, seed: int = 0) -> pathlib.Path:
+    place = self.folder / name / 'sae'
+    place.mkdir(parents=True)
+    self.peer.write(place, seed)
+    return place
+
+  def start(self, place: pathlib.Path, seeds, times: int):
+    process = self._fork.Process(
+      target=_write_in_turns,
+      args=(self.name, place, seeds, times),
+      daemon=True,
+    )
+    process.start()
+    return process
+
+  def outcome(self, place: pathlib.Path) -> str:
+    try:
+      found = self.peer.read(place)
+    except Exception:
+      return 'refused'
+    if any(same(expected, found) for expected in self._expected):
+      return 'right'
+    parts = (
+      any(np.array_equal(np.asarray(e[key]), value) for e in self._expected)
+      for key, value in found.items()
+    )
+    return 'mixed' if all(parts) else 'wrong'
 
 
 def killed(name: str, folder: pathlib.Path, times: int) -> dict[str, int]:
-  """Kills a process that writes an SAE of 8 MB again and again."""
-  global D, F
-  D, F = 256, 4096
-  peer, dice = PEERS[name](), random.Random(0)
-  fork = multiprocessing.get_context('forkserver')
-  fork.set_forkserver_preload([peer.library])
-  counts = dict(tried=0, kept=0, lost=0)
+  """Kills a process that writes a folder again and again."""
+  written, dice = Written(name, folder), random.Random(0)
+  counts = dict(tried=0, right=0, refused=0, mixed=0, wrong=0)
   for trial in range(times):
-    place = folder / str(trial) / 'sae'
-    place.mkdir(parents=True)
-    peer.write(place)
-    process = fork.Process(
-      target=_write_again, args=(name, place, (D, F)), daemon=True
-    )
-    process.start()
-    while not (place.parent / 'ready').exists() and process.is_alive():
+    place = written.new(str(trial))
+    process = written.start(place, (0, 1), 10**9)
+    while not (place.parent / 'ready0').exists() and process.is_alive():
       time.sleep(0.01)
     time.sleep(dice.uniform(0, 0.3))
     if not process.is_alive():
@@ -347,11 +378,28 @@ def killed(name: str, folder: pathlib.Path, times: int) -> dict[str, int]:
     process.kill()
     process.join()
     counts['tried'] += 1
-    try:
-      peer.read(place)
-      counts['kept'] += 1
-    except Exception:
-      counts['lost'] += 1
+    counts[written.outcome(place)] += 1
+    shutil.rmtree(place.parent)
+  return counts
+
+
+def of_two(name: str, folder: pathlib.Path, times: int) -> dict[str, int]:
+  """Two processes write into one folder at the same time."""
+  written = Written(name, folder)
+  counts = dict(tried=0, right=0, mixed=0, refused=0, wrong=0, told=0, hung=0)
+  for trial in range(times):
+    place = written.new(str(trial))
+    two = [written.start(place, (seed,), 10) for seed in range(2)]
+    for process in two:
+      process.join(60)
+    codes = [process.exitcode for process in two]
+    for process in two:
+      process.kill()
+      process.join()
+    counts['tried'] += 1
+    counts['told'] += any(codes)
+    counts['hung'] += None in codes
+    counts[written.outcome(place)] += 1
     shutil.rmtree(place.parent)
   return counts
 
@@ -379,15 +427,15 @@ def damaged(peer, folder: pathlib.Path, kind: str, times: int, dice):
 
 def main() -> None:
   name, times = sys.argv[1], int(sys.argv[2])
-  kinds = sys.argv[3] if len(sys.argv) > 3 else 'flip,cut,full,kill'
+  kinds = sys.argv[3] if len(sys.argv) > 3 else 'flip,cut,full,kill,two'
   logging.disable(logging.CRITICAL)
   warnings.simplefilter('ignore')
   peer = PEERS[name]()
   for kind in kinds.split(','):
     with tempfile.TemporaryDirectory() as place:
       folder = pathlib.Path(place)
-      if kind == 'kill':
-        counts = killed(name, folder, times)
+      if kind in ('kill', 'two'):
+        counts = (killed if kind == 'kill' else of_two)(name, folder, times)
       elif kind == 'full':
         (folder / 'whole').mkdir()
         peer.write(folder / 'whole')

@@ -45,7 +45,7 @@ class Flag:
   """One flag. `kind` is what its value is, see the functions below.
 
   `address`: whether a path may be an address, such as gs://bucket/folder.
-  `is_folder`: whether a path names a folder, which may be new.
+  `target`: 'folder' of a path to one that may be new, 'file' of one to write.
   """
 
   kind: str
@@ -57,7 +57,7 @@ class Flag:
   low: float | None = None
   high: float | None = None
   address: bool = False
-  is_folder: bool = False
+  target: str = ''
 
   @property
   def usage(self) -> str:
@@ -112,8 +112,8 @@ class Flag:
       if not self.address:
         files.refuse_address(value, f'--{self.name}')
       path_ = os.path.expanduser(value)
-      if not files.scheme(path_):
-        path_values.check_folders(path_, f'--{self.name}', self.is_folder)
+      if path_ and not files.scheme(path_):
+        path_values.check_target(path_, f'--{self.name}', self.target)
     except ValueError as error:
       raise absl_flags.Error(str(error)) from None
     return path_
@@ -159,7 +159,7 @@ def folder(name: str, help_: str, **options) -> Flag:
 
 def local_folder(name: str, help_: str, **options) -> Flag:
   """A folder of this machine, which may be new."""
-  return path(name, help_, is_folder=True, **options)
+  return path(name, help_, target='folder', **options)
 
 
 def path(name: str, help_: str, default: str | None = None, **options) -> Flag:
@@ -168,6 +168,11 @@ def path(name: str, help_: str, default: str | None = None, **options) -> Flag:
   `address=True` allows one (gs://...) for what can read it.
   """
   return Flag('path', name, default, help_, **options)
+
+
+def new_file(name: str, help_: str, **options) -> Flag:
+  """A file that the command writes; its folder is made where it is not."""
+  return path(name, help_, target='file', **options)
 
 
 def paths(name: str, help_: str, **options) -> Flag:
@@ -250,7 +255,7 @@ class Flags:
       if debug or isinstance(error, ModuleNotFoundError):
         raise
       sys.stdout.flush()
-      _end(path_values.readable(f'{type(error).__name__}: {error}'))
+      _end(path_values.readable(path_values.sentence(error)))
     except KeyboardInterrupt:
       if debug:
         raise
@@ -333,10 +338,7 @@ class Flags:
 
 
 def _is_not_told(record: Any) -> bool:
-  """Whether a log record is no traceback of Orbax.
-
-  It logs several for a save that failed, which a sentence tells.
-  """
+  """Whether a record is no traceback of Orbax: a sentence tells what failed."""
   return not (record.exc_info and '/orbax/' in record.pathname)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import pathlib
 import re
+import tempfile
 
 from gemma_scope import files
 
@@ -34,23 +35,35 @@ def check(path: str, name: str) -> None:
       )
 
 
-def check_folders(path: str, name: str, is_folder: bool) -> None:
-  """Refuses a path with a file where a folder must be.
+def check_target(path: str, name: str, target: str = '') -> None:
+  """Refuses, before the work, a path of which the command can make nothing.
 
   Args:
     path: what was given; it need not exist.
     name: of the flag, for the message.
-    is_folder: whether the whole path names a folder, not only its parents.
+    target: 'folder' if it names one; 'file' if a file will be written there.
 
   Raises:
-    ValueError: the path, or a parent of it, exists and is not a folder.
+    ValueError: a file is where a folder must be, or the other way round, or
+      nothing can be written there.
   """
-  whole = pathlib.Path(path)
-  for folder in (*((whole,) if is_folder else ()), *whole.parents):
-    if os.path.lexists(folder):
-      if not os.path.isdir(folder):
-        raise ValueError(f'{name}: {files.show(folder)} is not a folder.')
-      return
+  whole = pathlib.Path(os.path.abspath(path))
+  nearest = next(p for p in (whole, *whole.parents) if os.path.lexists(p))
+  if nearest != whole or target == 'folder':
+    if not os.path.isdir(nearest):
+      raise ValueError(f'{name}: {files.show(nearest)} is not a folder.')
+  elif target == 'file' and not os.path.isfile(path):
+    raise ValueError(f'{name}: {files.show(path)} is not a plain file.')
+  if target == 'file':
+    folder = whole.parent if nearest == whole else nearest
+    try:
+      with tempfile.TemporaryFile(dir=folder):
+        pass
+    except OSError as error:
+      raise ValueError(
+        f'{name}: no file can be written in {files.show(folder)} '
+        f'({error.strerror}).'
+      ) from None
 
 
 def existing(given: files.PathLike, flag: str) -> pathlib.Path:
@@ -65,6 +78,18 @@ def existing(given: files.PathLike, flag: str) -> pathlib.Path:
       f'--{flag}: there is no file or folder {str(given)!r}.{files.near(given)}'
     )
   return path
+
+
+def sentence(error: BaseException) -> str:
+  """An error as a command shows it: its kind and its text.
+
+  One of the system, '[Errno 20] Not a directory', names its file first.
+  """
+  text = str(error)
+  if isinstance(error, OSError) and error.filename and error.strerror:
+    if text.startswith('[Errno'):
+      text = f'{files.show(error.filename)} cannot be used: {error.strerror}.'
+  return f'{type(error).__name__}: {text}'
 
 
 def readable(message: str) -> str:

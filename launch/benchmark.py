@@ -50,7 +50,7 @@ FLAGS = command_line.Flags(
   whole('seq_len', 128, 'Tokens of a sequence.', low=2),
   whole('lm_batch', 32, 'Sequences of a forward pass.', low=1),
   whole('rows', 2**16, 'Rows of a chunk.', low=1),
-  command_line.path('out', 'File to append JSON lines to.', default=''),
+  command_line.new_file('out', 'File to append JSON lines to.', default=''),
   name='benchmark',
 )
 

@@ -38,7 +38,7 @@ FLAGS = command_line.Flags(
   command_line.words(
     'suites', (), 'Published suites in place of --config, or all.'
   ),
-  command_line.path('out', 'File to append JSON lines to.', default=''),
+  command_line.new_file('out', 'File to append JSON lines to.', default=''),
   name='compile-check',
   needs_flags=True,
 )

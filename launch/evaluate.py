@@ -51,7 +51,7 @@ FLAGS = command_line.Flags(
     'Site of a params.npz that has no card: resid_post/12, or of a transcoder '
     'mlp_in/12:mlp_out/12.',
   ),
-  command_line.path(
+  command_line.new_file(
     'out',
     'JSON file to write, with all metrics and their intervals; its folder is '
     'made where it does not exist.',

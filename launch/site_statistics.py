@@ -33,7 +33,7 @@ FLAGS = command_line.Flags(
     "is the config's activations.max_norm, or 10 where that is 0.",
     low=1.0,
   ),
-  command_line.path('json', 'File to write all figures to, as JSON.'),
+  command_line.new_file('json', 'File to write all figures to, as JSON.'),
   name='site-statistics',
 )
 
@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not cluster.first():
       return
     if parsed.json:
+      pathlib.Path(parsed.json).parent.mkdir(parents=True, exist_ok=True)
       files.write_json(
         parsed.json, {str(site): table for site, table in tables.items()}
       )

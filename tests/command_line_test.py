@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -163,6 +164,9 @@ def test_an_error_of_the_work_is_shown_as_its_sentence(capsys):
     with pytest.raises(type(error)):
       with flags.parse(['--debug']):
         raise error
+  with pytest.raises(SystemExit, match="'/a/b' cannot be used: Not a dir.*y.$"):
+    with flags.parse([]):
+      raise NotADirectoryError(20, 'Not a directory', '/a/b')
   with pytest.raises(KeyError):  # a mistake of ours
     with flags.parse([]):
       raise KeyError('x')
@@ -232,9 +236,16 @@ def test_a_file_in_the_place_of_a_folder_is_a_sentence(name, capsys, tmp_path):
   for flag in COMMANDS[name].declared:
     if flag.kind != 'path':
       continue
-    assert flag.is_folder == flag.help.startswith('Folder'), flag.help
+    folder = flag.help.startswith('Folder')
+    writes = re.search('[Ff]ile to (write|append)', flag.help)
+    wanted = 'folder' if folder else 'file' if writes else ''
+    assert flag.target == wanted, flag.help
     given = [w for w in complete(name) if not w.startswith(f'--{flag.name}=')]
-    for path in (file, file / 'below')[not flag.is_folder :]:
+    for path in (file, file / 'below')[not folder :]:
       said = fails(capsys, *given, f'--{flag.name}={path}')
       assert f'--{flag.name}: {sentence}' in said
+    if writes:
+      for path in (tmp_path, '/dev/null', '/proc/a_file', '/proc/no/such/one'):
+        said = fails(capsys, *given, f'--{flag.name}={path}')
+        assert said.startswith(f'--{flag.name}')
   assert file.read_text() == 'x'

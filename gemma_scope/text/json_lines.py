@@ -61,15 +61,10 @@ def lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
       try:
         text = line.decode('utf-8-sig' if number == 1 else 'utf-8')
       except UnicodeDecodeError as error:
-        _refuse_utf_16(path, line)
+        refuse_utf_16(path, line)
         text = line.decode('utf-8', 'replace').removeprefix('\ufeff')
         if not warned:
-          warnings.warn(
-            f'{path}, line {number} is not UTF-8 ({error.reason} at byte '
-            f'{error.start}); such bytes are read as U+FFFD. Convert the file '
-            'if they matter: iconv -f latin1 -t utf-8.',
-            stacklevel=2,
-          )
+          warn_of_bytes(f'{path}, line {number}', error)
           warned = True
       yield number, text.removesuffix('\n').removesuffix('\r')
 
@@ -93,8 +88,19 @@ def records(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
     yield number, value
 
 
-def _refuse_utf_16(path: str | os.PathLike[str], line: bytes) -> None:
-  if line.startswith((b'\xff\xfe', b'\xfe\xff')):
+def warn_of_bytes(position: str, error: UnicodeDecodeError) -> None:
+  """Says where a file has the first bytes that are not UTF-8."""
+  warnings.warn(
+    f'{position} is not UTF-8 ({error.reason} at byte {error.start}); such '
+    'bytes are read as U+FFFD. Convert the file if they matter: '
+    'iconv -f latin1 -t utf-8.',
+    stacklevel=3,
+  )
+
+
+def refuse_utf_16(path: str | os.PathLike[str], data: bytes) -> None:
+  """Refuses bytes that begin as a file of UTF-16 does."""
+  if data.startswith((b'\xff\xfe', b'\xfe\xff')):
     raise ValueError(
       f'{path} is UTF-16 text; convert it to UTF-8: iconv -f utf-16 -t utf-8.'
     )

@@ -61,6 +61,7 @@ def read(pattern: str, column: str = '') -> Iterator[corpus.Document]:
       f'files:{pattern} has no columns, so column={column!r} means nothing: '
       'only .jsonl and .parquet have them.'
     )
+  warned = False
   for name, path in paths:
     if name.endswith('.parquet'):
       yield from _parquet(name, path, column)
@@ -70,17 +71,32 @@ def read(pattern: str, column: str = '') -> Iterator[corpus.Document]:
         text = text_of(record, column or DEFAULT_COLUMN, position)
         yield corpus.Document(f'{name}#{number}', text)
     else:
-      yield corpus.Document(name, _whole(name, path))
+      text, error = _whole(name, path)
+      if error and not warned:
+        json_lines.warn_of_bytes(str(path), error)
+        warned = True
+      yield corpus.Document(name, text)
 
 
-def _whole(name: str, path: pathlib.Path) -> str:
+def _whole(
+  name: str, path: pathlib.Path
+) -> tuple[str, UnicodeDecodeError | None]:
+  """The text of a file, and what is wrong where it is not UTF-8.
+
+  A bad byte costs one character, not the file.
+  """
   with json_lines.opened(path) as stream:
     data = stream.read()
   is_code = _TEXT.search(name)[1] == 'py'
   text = standard_library.decode(data) if is_code else None
-  if text is None:  # a bad byte costs one character, not the file
-    text = data.decode('utf-8', 'replace').removeprefix('\ufeff')
-  return corpus.valid(text)
+  problem = None
+  if text is None:
+    json_lines.refuse_utf_16(path, data)
+    try:
+      text = data.decode('utf-8')
+    except UnicodeDecodeError as error:
+      text, problem = data.decode('utf-8', 'replace'), error
+  return corpus.valid(text.removeprefix('\ufeff')), problem
 
 
 def text_of(record: Any, column: str, position: str) -> str:

@@ -23,7 +23,9 @@ def test_odd_files(tmp_path_factory, tmp_path, tokenizer):
   (tmp_path / 'd.py').write_bytes(b'# coding: nonsense\n\xff\n')
   (tmp_path / 'e.md').write_bytes('\ufeff# Title\r\n'.encode())
   (tmp_path / 'sub' / 'f.txt').write_text('\n')
-  found = {d.name: d.text for d in sources.documents(f'files:{tmp_path}/**')}
+  with pytest.warns(UserWarning, match=r'b\.txt is not UTF-8') as warned:
+    found = {d.name: d.text for d in sources.documents(f'files:{tmp_path}/**')}
+  assert len(warned) == 1
   assert list(found) == ['b.txt', 'c.py', 'd.py', 'e.md', 'sub/f.txt']
   assert found['b.txt'] == 'ok \ufffd\ufffd\x00 end'
   assert found['c.py'].endswith('"é"\n') and '\ufffd' in found['d.py']
@@ -46,6 +48,13 @@ def test_json_lines_plain_and_gzipped(tmp_path):
   found = list(sources.documents(f'files:{tmp_path}/*'))
   assert [d.text for d in found] == ['row 0', 'row 1', 'row 2', '?!'] * 2
   assert found[3].name == 'a.jsonl#5' and found[4].name == 'b.jsonl.gz#1'
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'b.md', 'c.py', 'd.jsonl'])
+def test_utf_16_is_refused_by_name(tmp_path, name):
+  (tmp_path / name).write_text('{"text": "words"}\n', encoding='utf-16')
+  with pytest.raises(ValueError, match=f'{name} is UTF-16 text; convert it'):
+    list(sources.documents(f'files:{tmp_path}/*'))
 
 
 @pytest.mark.parametrize('line', ['{"text": 1}', '[]', '{', '"text"'])

@@ -125,6 +125,11 @@ def _records(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
     rows = csv.DictReader(io.TextIOWrapper(stream, 'utf-8-sig', newline=''))
     try:
       for row in rows:
+        if None in row:
+          raise ValueError(
+            f'{path}, line {rows.line_num} has more columns than its header '
+            'line; put a text with commas between quotes.'
+          )
         label = str(row.pop('label', '')).strip().lower()
         fields = {key: value for key, value in row.items() if value}
         yield rows.line_num, fields | {'label': _CSV_LABELS.get(label)}

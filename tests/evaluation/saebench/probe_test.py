@@ -432,6 +432,10 @@ def test_prompts_of_a_csv_file_are_those_of_jsonl(tmp_path):
     table.write_text(wrong)
     with pytest.raises(ValueError, match='line 2 is not'):
       probe_inputs.read_prompts(table)
+  table.write_text('label,text\n1,one, and what a comma would cut off\n')
+  for read in (probe_inputs.read_prompts, probe_inputs.read_texts):
+    with pytest.raises(ValueError, match='line 2 has more columns'):
+      read(table)
 
 
 def test_prompts_with_a_def_are_told_apart(tokenizer, tmp_path):

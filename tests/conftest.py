@@ -1,6 +1,7 @@
 """Every test runs on the CPU, as 8 devices, with no network."""
 
 import collections
+import gc
 import os
 import pathlib
 
@@ -34,6 +35,9 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 # numpy's and scipy's own threads, in two processes on two cores, wait for each
 # other: a fit of a probe took six times as long.
 os.environ['OPENBLAS_NUM_THREADS'] = '1'
+# Tracing makes many objects that live: the collector looked through them again
+# and again, for a twentieth of the time.
+gc.set_threshold(100_000, 20, 50)
 
 
 def pytest_terminal_summary(terminalreporter):

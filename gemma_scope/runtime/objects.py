@@ -23,6 +23,8 @@ SCHEMES = ('gs', 's3')
 _ADDRESS = re.compile(r'(gs|s3)://([a-z0-9][a-z0-9._-]{1,221})(?:/(.*))?')
 _TIMEOUT_S = 900.0  # for one object of at most PART bytes, with all retries
 _AT_ONCE = 16  # requests in flight
+# Between attempts of a request that fails: each wait is twice the one before.
+RETRIES = {'max_retries': 32, 'initial_delay': '1s', 'max_delay': '32s'}
 PART = 64 << 20  # bytes of an object, at most: S3 takes 5 GB in one request
 ABSENT = b'\2'  # TensorStore's generation of an object that does not exist
 
@@ -133,7 +135,9 @@ def _opened(address: str):
       'gs://BUCKET/FOLDER or s3://BUCKET/FOLDER.'
     )
   scheme, bucket, path = match.groups()
-  spec = {'driver': 'gcs' if scheme == 'gs' else 's3', 'bucket': bucket}
+  driver = 'gcs' if scheme == 'gs' else 's3'
+  spec = {'driver': driver, 'bucket': bucket}
+  spec['context'] = {f'{driver}_request_retries': RETRIES}
   spec['path'] = f'{path}/' if path else ''
   if scheme == 's3':
     for field, names in (

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 _Item = TypeVar('_Item')
 _WINDOW_S = 30.0  # seconds over which rates are averaged
 _LINE_S, _BAR_S = 10.0, 0.5  # seconds between lines, between updates of a bar
+_LOOK_S = 1.0  # seconds between looks at whether a step takes long
 
 
 def duration(seconds: float) -> str:
@@ -219,7 +220,7 @@ def _words(metrics: Mapping[str, Any] | None) -> list[str]:
 
 def _keep_alive(shown: weakref.ref[Progress], closed: threading.Event) -> None:
   """Lets a Progress say that it is alive, until it is closed or gone."""
-  while not closed.wait(1.0):
+  while not closed.wait(_LOOK_S):
     if (progress := shown()) is None:
       return
     progress._say_alive()

@@ -23,7 +23,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
+
+from gemma_scope.runtime import objects
+
 BUCKET = 'bucket'
+# A request that fails is tried again soon: all servers are on this machine.
+SOON = {'max_retries': 32, 'initial_delay': '50ms', 'max_delay': '1s'}
 # A fault: takes the method and the path, says what to do.
 Fault = Callable[[str, str], str]
 
@@ -38,7 +44,7 @@ class Proxy:
   Attributes:
     fault: '' passes a request on; '503' refuses it, '403' for good; 'lost'
       passes it on and answers 503; 'cut' sends half of the answer's bytes;
-      'slow' waits 0.5 s.
+      'slow' waits 0.2 s.
     requests: method and path of each request.
     spoiled: how many were not passed on as they are.
   """
@@ -81,7 +87,7 @@ class Proxy:
       self._send(request, int(fault), [], b'not now')
       return
     if fault == 'slow':
-      time.sleep(0.5)
+      time.sleep(0.2)
     with self.turn:
       status, headers, data = self._checked(request, body)
     if fault == 'lost':
@@ -197,7 +203,9 @@ def started(scheme: str) -> Iterator[tuple[Proxy, dict[str, str]]]:
         urllib.request.Request(bucket_url, method='PUT')
       ).close()
     proxy = Proxy(port, scheme == 'gs')
-    yield proxy, _environment(scheme, proxy.url)
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(objects, 'RETRIES', SOON)
+      yield proxy, _environment(scheme, proxy.url)
     proxy.server.shutdown()
   finally:
     server.kill()

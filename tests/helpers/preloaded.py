@@ -5,6 +5,9 @@ No program may be compiled here: a fork has none of the threads of XLA.
 
 from gemma_scope import pipeline  # noqa: F401
 from gemma_scope.language_model import gemma, weights
+from gemma_scope.runtime import objects
 from launch import train  # noqa: F401
+from tests.helpers import object_servers
 
+objects.RETRIES = object_servers.SOON
 gemma.Gemma(weights.read_config('tiny'))  # imports the gemma package

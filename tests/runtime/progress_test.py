@@ -117,7 +117,8 @@ def wait_for(holds, seconds=10.0):
   pytest.fail('nothing happened')
 
 
-def test_a_step_that_takes_long_is_not_silent(clock):
+def test_a_step_that_takes_long_is_not_silent(clock, monkeypatch):
+  monkeypatch.setattr(progress_lib, '_LOOK_S', 0.02)
   out = io.StringIO()
   with progress_lib.Progress(
     8, stream=out, status=lambda: 'compiling'
@@ -136,11 +137,12 @@ def test_a_step_that_takes_long_is_not_silent(clock):
       wait_for(lambda lines=lines: out.getvalue().count('\n') > lines)
       assert out.getvalue().endswith(f'train 3/8 38% | {shown} s\n')
   clock.now += 60
-  time.sleep(1.2)
+  time.sleep(0.1)
   assert out.getvalue().count('\n') == 5  # closed: nothing more is said
 
 
-def test_a_progress_that_is_dropped_ends_its_thread():
+def test_a_progress_that_is_dropped_ends_its_thread(monkeypatch):
+  monkeypatch.setattr(progress_lib, '_LOOK_S', 0.02)
   before = set(threading.enumerate())
   progress = progress_lib.Progress(8, stream=io.StringIO())
   (thread,) = set(threading.enumerate()) - before

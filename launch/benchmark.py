@@ -75,8 +75,14 @@ def main(arguments: list[str] | None = None) -> None:
     import jax
 
     from gemma_scope import mesh as mesh_lib
+    from gemma_scope.language_model import gemma as lm
     from gemma_scope.performance import benchmark
 
+    models = ['tiny', *lm.SIZES]
+    if parsed.lm not in models:
+      raise ValueError(
+        f'--lm must be of {", ".join(models)}; found {parsed.lm}.'
+      )
     shape = dict(zip(mesh_lib.AXES, mesh_sizes, strict=True))
     mesh = mesh_lib.make(shape, jax.devices()[: math.prod(mesh_sizes)])
     model = parsed.lm, parsed.seq_len, parsed.lm_batch, mesh, parsed.repeats

@@ -113,7 +113,7 @@ def test_without_arguments_a_command_shows_its_usage(name, capsys):
   assert 'Usage: ' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('name', ['what', 'arch', 'dtype', 'branch'])
+@pytest.mark.parametrize('name', ['what', 'arch', 'dtype', 'branch', 'lm'])
 def test_an_unknown_word_of_the_benchmark_is_a_sentence(name, capsys):
   said = fails(capsys, 'benchmark', f'--{name}=x')
   assert f'--{name} must be of' in said and said.endswith('found x.')

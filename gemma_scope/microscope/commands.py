@@ -37,6 +37,7 @@ from gemma_scope.microscope import graphs, inputs
 from gemma_scope.microscope.autointerp import labels, llm
 from gemma_scope.microscope.circuits import (
   attribution,
+  budget,
   card_plan,
   card_results,
   effects,
@@ -106,6 +107,8 @@ def why(session: Session, options: Options) -> Result:
     wanted = graphs.Wanted(score_position, options.target, options.supernodes)
     through = graphs.opened(session, sae, wanted)
   subject = session.subject(sae)
+  # Refuses a text that is too long before the first forward pass.
+  budget.rows(budget.gradient, subject.gemma, len(ids), 1)
   logit = inputs.logit(session, options, ids)
   pieces = readout.logit_pieces(tokenizer, logit)
   session.report(f'{sae.name}: {spoken(pieces)} after {options.text[-60:]!r}')

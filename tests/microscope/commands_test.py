@@ -18,6 +18,7 @@ from gemma_scope import sae as sae_lib
 from gemma_scope.language_model import generate, splice
 from gemma_scope.microscope import commands, graphs, session
 from gemma_scope.microscope.circuits import (
+  budget,
   card_plan,
   card_results,
   causal_card,
@@ -202,6 +203,13 @@ def test_a_text_is_read_as_named_features(workdir, said):
       [one.share for one in firings], share_F[order], rtol=1e-4
     )
     assert all(one.label == name(one.feature) for one in firings)
+
+
+def test_why_refuses_a_long_text_before_a_pass(workdir, said, monkeypatch):
+  monkeypatch.setattr(budget, 'BUDGET', 1)
+  with pytest.raises(ValueError, match='can be traced over at most'):
+    run('why', workdir, said, sae=SAE, text=TEXT)
+  assert not said
 
 
 def test_why(workdir, said):

@@ -335,7 +335,8 @@ def mesh(
         f'The width {width}, {width // layers} a layer, is not divisible by '
         f"the mesh's latent axis ({latent_size})."
       )
-  groups = {} if dimensions is None else specs.stacks(config, dimensions)
+  split = dimensions is not None and sae_size > 1
+  groups = specs.stacks(config, dimensions) if split else {}
   for (architecture, width, d_in, _), group in groups.items():
     if len(group) % sae_size:
       yield (

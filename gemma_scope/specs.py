@@ -107,18 +107,20 @@ def members(config: ConfigDict) -> list[SaeSpec]:
   kinds = [item for item in collection.sites if item not in layered]
   places = list(itertools.product(groups, kinds))
   places += [((site.layer,), site.kind) for site in map(sites.parse, layered)]
+  places = [_places(config, group, kind) for group, kind in places]
+  type_, penalty = collection.type, collection.penalty
   prefixes_of_names = ('', *(f'{null}_' for null in collection.nulls))
   return [
     SaeSpec(
-      collection.type,
-      *_places(config, group, kind),
+      type_,
+      *read_and_written,
       f'{prefix}{architecture}',
       width,
-      collection.penalty,
+      penalty,
       value,
       seed,
     )
-    for width, (group, kind), architecture, value, seed, prefix in (
+    for width, read_and_written, architecture, value, seed, prefix in (
       itertools.product(
         collection.widths,
         places,

@@ -254,7 +254,7 @@ def on_its_own_disk(folder: pathlib.Path, *flags: str) -> None:
 )
 def test_hosts_without_a_shared_disk_share_a_bucket(tmp_path, monkeypatch):
   """Two processes are stopped, four go on, one ends: the losses of one."""
-  config = small(tmp_path)
+  config = small(tmp_path, 48)
   with object_servers.started('gs') as (_, environment):
     for name, value in environment.items():
       monkeypatch.setenv(name, value)

@@ -74,6 +74,7 @@ def config_of(texts: pathlib.Path, steps: int, **second):
       'train.warm_up': 20,
       'train.decay': steps // 3,
       'train.dead_after': 5000,
+      'train.closing_batches': 16,
       'checkpoint.every': 1000,
       'evaluation.sequences': 0,
       **{f'lm.second.{name}': value for name, value in second.items()},

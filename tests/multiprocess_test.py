@@ -297,7 +297,7 @@ def small_talk(folder: pathlib.Path, end: str) -> None:
     if end != 'well':
       time.sleep(300)
     if cluster.first():
-      time.sleep(1)  # the others wait for it
+      time.sleep(0.3)  # the others wait for it
     print('over')
 
 

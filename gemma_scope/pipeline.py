@@ -34,6 +34,7 @@ from gemma_scope.activations import synthetic
 from gemma_scope.evaluation import batches, evaluate, recovery
 from gemma_scope.language_model import weights
 from gemma_scope.release import frontier, table
+from gemma_scope.release.formats import model_names
 from gemma_scope.runtime import checksums, cluster, opened, remote
 from gemma_scope.runtime import interrupt as interrupt_lib
 from gemma_scope.runtime import progress as progress_lib
@@ -232,6 +233,9 @@ def evaluate_saes(
   """Evaluates SAEs on held-out text in one pass; writes metrics to `out`."""
   if _exists(out):
     return read_scores(out)
+  cards = [sae.card for sae in saes]
+  if note := model_names.note_of_others(cards, config.lm.name):
+    report(note)
   if _known(config):
     report('scoring against the known features')
     scores = recovery.score(saes, config.activations.store, interrupt.check)

@@ -44,7 +44,7 @@ from gemma_scope.microscope.index import build as build_lib
 from gemma_scope.microscope.index import store as store_lib
 from gemma_scope.microscope.index.store import Index, Indexed
 from gemma_scope.release import paths as paths_lib
-from gemma_scope.release.formats import published
+from gemma_scope.release.formats import model_names, published
 from gemma_scope.runtime import progress as progress_lib
 from gemma_scope.runtime import remote
 from gemma_scope.text import prepare, tokenizers
@@ -184,6 +184,9 @@ class Session:
     ]
     if len({sae.name for sae in saes}) < len(saes):
       raise ValueError('--release names the same SAE twice.')
+    cards = [sae.card for sae in saes]
+    if note := model_names.note_of_others(cards, self.config.lm.name):
+      self.report(note)
     return saes
 
   def find(self, name: str) -> release.Released:

@@ -205,6 +205,16 @@ def test_a_text_is_read_as_named_features(workdir, said):
     assert all(one.label == name(one.feature) for one in firings)
 
 
+def test_saes_of_another_model_are_noted(workdir, said, tmp_path):
+  params, card = random_saes.member(7, 'resid_post/1', 40)
+  card = releases.card('resid_post/1') | card | {'model': 'gemma2-2b'}
+  releases.save(tmp_path / 'other', [(params, card, None)])
+  for paths in (str(tmp_path / 'other'), str(workdir / 'release')):
+    opened = session.Session(workdir, paths=paths, report=said.append)
+    assert opened.saes
+  assert said == ['note: SAEs of gemma2-2b run on tiny']
+
+
 def test_why_refuses_a_long_text_before_a_pass(workdir, said, monkeypatch):
   monkeypatch.setattr(budget, 'BUDGET', 1)
   with pytest.raises(ValueError, match='can be traced over at most'):

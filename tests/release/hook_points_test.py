@@ -171,3 +171,10 @@ def test_a_run_of_sparsify(tmp_path):
   other = of_sparsify(run / 'layers.3.router')
   with pytest.raises(release.ReleaseError, match=r"'layers\.3\.router', which"):
     published.open_sae(other)
+
+
+def test_saes_of_another_model_are_noted():
+  note = model_names.note_of_others
+  assert note([{'model': 'google/gemma-2-2b'}, {}], 'gemma2-2b') == ''
+  others = [{'model': 'gemma2-2b'}, {'model': 'gemma-2-2b'}, {'model': 'tiny'}]
+  assert note(others, 'tiny') == 'note: SAEs of gemma2-2b run on tiny'

@@ -9,6 +9,8 @@ ours             Hugging Face               TransformerLens
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 _OURS = r'gemma(\d)-((?:\d+[bm]|e\d+b)(?:-a\d+b)?)(-it)?'
 _THEIRS = r'gemma-?(\d)-((?:\d+[bm]|e\d+b)(?:-a\d+b)?)(-it)?'
@@ -27,6 +29,18 @@ def ours(name: str) -> str:
   """
   match = re.fullmatch(rf'(?:google/)?{_THEIRS}(?:-pt)?', name.lower())
   return of_hugging_face(name) if match else name
+
+
+def note_of_others(cards: Iterable[Mapping[str, Any]], model: str) -> str:
+  """Names the models of SAEs that run on another one; '' if there are none.
+
+  Not an error: SAEs of a pretrained model are used on its tuned versions.
+  """
+  others = sorted({ours(card.get('model') or model) for card in cards})
+  others = [other for other in others if other != ours(model)]
+  if not others:
+    return ''
+  return f'note: SAEs of {", ".join(others)} run on {model}'
 
 
 def to_transformer_lens(name: str) -> str:

@@ -17,6 +17,7 @@ import sys
 import gemma_scope
 from configs import gemma3_270m
 from gemma_scope import pipeline
+from gemma_scope.evaluation import batches
 from gemma_scope.microscope import session
 
 ROOT = pathlib.Path(gemma_scope.__file__).parents[1]
@@ -39,6 +40,8 @@ def small_demo(folder: pathlib.Path) -> None:
   config.train.warm_up, config.train.decay = 4, 8
   config.train.closing_batches, config.train.l0_steps = 4, 10
   config.evaluation.sequences, config.evaluation.batch = 4, 4
+  # Controls of so small an SAE need no more.
+  batches._SAMPLE_TOKENS, batches._SAMPLE_SEQUENCES = 1024, 16
   quiet = lambda _: None
   run = pathlib.Path('runs/gemma3-270m')
   pipeline.run(config, run, report=quiet)

@@ -11,6 +11,7 @@ import pytest
 
 from gemma_scope import config as config_lib
 from gemma_scope import pipeline, release
+from gemma_scope.evaluation import batches
 from gemma_scope.language_model import weights
 from gemma_scope.microscope import session
 from gemma_scope.release.formats import export
@@ -59,7 +60,9 @@ def config_of(folder, **changes):
   return runs.small(folder, **changes)
 
 
-def test_a_run_on_the_new_sites(tmp_path):
+def test_a_run_on_the_new_sites(tmp_path, monkeypatch):
+  # Controls of small SAEs need no more.
+  monkeypatch.setattr(batches, '_SAMPLE_TOKENS', 1024)
   config, run = config_of(tmp_path), tmp_path / 'run'
   assert pipeline.run(config, run, lambda line: None)
   cards = {}

@@ -78,6 +78,14 @@ OURS = {
       'collection.sparsity': (16.0, 32.0),
     }
   ),
+  'best 0.004 momentum + seeds': (
+    BEST
+    | {
+      'train.b1': 0.9,
+      'train.learning_rate': 4e-3,
+      'collection.seeds': (1, 2),
+    }
+  ),
   'best 0.006 momentum': (
     BEST | AT_64 | {'train.b1': 0.9, 'train.learning_rate': 6e-3}
   ),

@@ -43,6 +43,7 @@ BEST = {
   'train.closing_batches': 128,  # of the 180 of its last chunk
 }
 AT_64 = {'collection.sparsity': (64.0,)}
+MOMENTUM = BEST | {'train.b1': 0.9, 'train.learning_rate': 4e-3}
 NULLS = {  # half as long; nulls cannot be whitened
   'train.learning_rate': 3e-3,
   'initialise.whitening': 0.0,
@@ -63,32 +64,14 @@ NULLS = {  # half as long; nulls cannot be whitened
 OURS = {
   'best 0.003': BEST,
   'best 0.004': BEST | AT_64 | {'train.learning_rate': 4e-3},
-  'best 0.003 momentum': BEST | AT_64 | {'train.b1': 0.9},
-  'best 0.002 momentum': (
-    BEST | AT_64 | {'train.b1': 0.9, 'train.learning_rate': 2e-3}
-  ),
-  'best 0.004 momentum': (
-    BEST | AT_64 | {'train.b1': 0.9, 'train.learning_rate': 4e-3}
-  ),
+  'best 0.003 momentum': MOMENTUM | AT_64 | {'train.learning_rate': 3e-3},
+  'best 0.002 momentum': MOMENTUM | AT_64 | {'train.learning_rate': 2e-3},
+  'best 0.004 momentum': MOMENTUM | AT_64,
   'best 0.004 momentum + lower L0': (
-    BEST
-    | {
-      'train.b1': 0.9,
-      'train.learning_rate': 4e-3,
-      'collection.sparsity': (16.0, 32.0),
-    }
+    MOMENTUM | {'collection.sparsity': (16.0, 32.0)}
   ),
-  'best 0.004 momentum + seeds': (
-    BEST
-    | {
-      'train.b1': 0.9,
-      'train.learning_rate': 4e-3,
-      'collection.seeds': (1, 2),
-    }
-  ),
-  'best 0.006 momentum': (
-    BEST | AT_64 | {'train.b1': 0.9, 'train.learning_rate': 6e-3}
-  ),
+  'best 0.004 momentum + seeds': MOMENTUM | {'collection.seeds': (1, 2)},
+  'best 0.006 momentum': MOMENTUM | AT_64 | {'train.learning_rate': 6e-3},
   'best 0.003 constant L0': (
     BEST | AT_64 | {'train.initial_l0': 0.0, 'train.l0_steps': 0}
   ),

@@ -178,7 +178,7 @@ LEGS = {4: (6, 4, 1), 2: (12, 1, 2), 8: (18, 4, 2)}
 
 def recorded(config, workdir, count: int, stop: int):
   """`alone` to a step: its losses, batches, and states by name."""
-  states, batches, losses = {}, [], []
+  states, batches = {}, []
   at, at_step = chunks.Feed.at, interrupt_lib.Interrupt.at_step
 
   def keep(name, started, arrays):

@@ -29,7 +29,7 @@ from gemma_scope.runtime import objects
 
 BUCKET = 'bucket'
 # A request that fails is tried again soon: all servers are on this machine.
-SOON = {'max_retries': 32, 'initial_delay': '50ms', 'max_delay': '1s'}
+SOON = objects.RETRIES | {'initial_delay': '50ms', 'max_delay': '1s'}
 # A fault: takes the method and the path, says what to do.
 Fault = Callable[[str, str], str]
 

@@ -32,6 +32,7 @@ SITES = 'attn_out', 'mlp_out', 'resid_post'
 
 @pytest.fixture(scope='module', autouse=True)
 def _packages():
+  pytest.importorskip('gguf', reason='gguf is not installed')
   try:
     packages.path(NAME)
   except packages.PackageNotFound as error:
